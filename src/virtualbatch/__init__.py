@@ -1,0 +1,10 @@
+"""Exact gradient accumulation: keep your batch; name the size that fits.
+
+This module holds the framework-neutral names. Each engine is imported by the user:
+`virtualbatch.tensorflow` for GradientTape loops, `virtualbatch.keras` for `fit`.
+"""
+
+from virtualbatch.split import Window as Window
+from virtualbatch.split import windows as windows
+
+__version__ = "0.1.0"

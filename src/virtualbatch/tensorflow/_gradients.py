@@ -1,0 +1,205 @@
+"""Each micro-batch's share of the gradient, and the sums turned back into gradients.
+
+Where every variable is float32 or wider, the share enters as the gradient of the loss itself and
+costs nothing. Half-precision gradients are taken unscaled and multiplied in the wide add.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from virtualbatch.window import accumulator_dtype
+
+_HALF = (tf.float16, tf.bfloat16)
+
+
+def scaled_gradients(
+    tape: tf.GradientTape,
+    terms: Sequence[Any],
+    shares: Sequence[Any],
+    variables: Sequence[Any],
+    may_be_empty: bool,
+) -> list[Any]:
+    """Sum over terms of share times gradient, in the dtype of the buffer.
+
+    Args:
+        tape: recorded the terms; persistent if there are several and they may be empty.
+        terms: scalar losses.
+        shares: one scalar per term; floats, or float64 tensors.
+        variables: flat list of variables.
+        may_be_empty: whether a share may be 0 because its term has no items. The gradient of such
+            a term may be NaN, so it is selected away; multiplying by 0 would keep the NaN.
+
+    Returns:
+        One tensor, IndexedSlices or None per variable.
+    """
+    if not may_be_empty:
+        return _backward(tape, terms, shares, variables)
+    if len(terms) == 1:
+        return _selected(shares[0], _backward(tape, terms, shares, variables))
+    whole = tf.reduce_all(tf.stack(list(shares)) > 0)
+    if tf.executing_eagerly():
+        return (_together if whole else _apart)(tape, terms, shares, variables)
+    pattern: list[Any] = []
+
+    def present(gradients: list[Any]) -> list[Any]:
+        pattern[:] = gradients
+        return [gradient for gradient in gradients if gradient is not None]
+
+    found = iter(
+        tf.cond(
+            whole,
+            lambda: present(_together(tape, terms, shares, variables)),
+            lambda: present(_apart(tape, terms, shares, variables)),
+        )
+    )
+    return [None if gradient is None else next(found) for gradient in pattern]
+
+
+def selected_loss(terms: Sequence[Any], shares: Sequence[Any], may_be_empty: bool) -> Any:
+    """Sum over terms of share times loss, at least float32; empty terms are selected away."""
+    dtype = accumulator_dtype(_widest(terms).name)
+    total = tf.zeros([], dtype)
+    for term, share in zip(terms, shares, strict=True):
+        part = tf.cast(term, dtype) * tf.cast(share, dtype)
+        total += tf.where(share > 0, part, tf.zeros_like(part)) if may_be_empty else part
+    return total
+
+
+def check_floating(terms: Sequence[Any]) -> None:
+    """Refuses terms that cannot be differentiated.
+
+    Raises:
+        TypeError: a term's dtype is not floating.
+    """
+    for term in terms:
+        if not term.dtype.is_floating:
+            raise TypeError(
+                f"A loss must have a floating dtype. Got {term.dtype.name}. "
+                "Cast what it is computed from to a float."
+            )
+
+
+def loss_dtype(terms: Sequence[Any]) -> tf.DType:
+    """The dtype in which the loss of these terms is returned."""
+    return _widest(terms)
+
+
+def split_sparse(gradients: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Separates what is added (dense) from what is concatenated (values and indices).
+
+    Returns:
+        (one tensor or None per variable, two tensors or Nones per variable).
+    """
+    dense, rows = [], []
+    for gradient in gradients:
+        sparse = isinstance(gradient, tf.IndexedSlices)
+        dense.append(None if sparse else gradient)
+        rows += [gradient.values, gradient.indices] if sparse else [None, None]
+    return dense, rows
+
+
+def add(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+    """Sum of two lists of tensors, in which None adds nothing."""
+    return [
+        x if y is None else y if x is None else x + y for x, y in zip(a, b, strict=True)
+    ]
+
+
+def finished(dense: Sequence[Any], rows: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """The window's gradients in the form and dtype in which `tape.gradient` gives them.
+
+    Args:
+        dense: sums of dense gradients, or None.
+        rows: concatenated values and indices of sparse gradients, or Nones; two per variable.
+        variables: flat list of variables.
+
+    Returns:
+        One tensor, IndexedSlices or None per variable.
+    """
+    result = []
+    for total, values, indices, variable in zip(
+        dense, rows[::2], rows[1::2], variables, strict=True
+    ):
+        dtype = tf.as_dtype(variable.dtype)
+        if values is not None and total is not None:
+            total = tf.tensor_scatter_nd_add(total, indices[:, None], values)
+        if total is not None:
+            result.append(tf.cast(total, dtype))
+        elif values is not None:
+            shape = tf.constant(variable.shape.as_list() if hasattr(variable.shape, "as_list") else list(variable.shape))
+            result.append(tf.IndexedSlices(tf.cast(values, dtype), indices, shape))
+        else:
+            result.append(None)
+    return result
+
+
+def _widest(terms: Sequence[Any]) -> tf.DType:
+    return max((term.dtype for term in terms), key=lambda dtype: dtype.size)
+
+
+def _backward(
+    tape: tf.GradientTape, terms: Sequence[Any], shares: Sequence[Any], variables: Sequence[Any]
+) -> list[Any]:
+    if not any(tf.as_dtype(variable.dtype) in _HALF for variable in variables):
+        upstream = [tf.cast(share, term.dtype) for term, share in zip(terms, shares, strict=True)]
+        return tape.gradient(list(terms), list(variables), output_gradients=upstream)
+    # Only the ratio of the shares goes through the backward pass, where it would be rounded to
+    # the variable's few bits and could underflow.
+    largest = tf.reduce_max(tf.stack([tf.cast(share, tf.float64) for share in shares]))
+    upstream = [
+        tf.cast(tf.math.divide_no_nan(tf.cast(share, tf.float64), largest), term.dtype)
+        for term, share in zip(terms, shares, strict=True)
+    ]
+    gradients = tape.gradient(list(terms), list(variables), output_gradients=upstream)
+    return [_widened(gradient, largest) for gradient in gradients]
+
+
+def _widened(gradient: Any, factor: Any) -> Any:
+    def scale(x: Any) -> Any:
+        wide = tf.cast(x, accumulator_dtype(x.dtype.name))
+        return wide * tf.cast(factor, wide.dtype)
+
+    return _mapped(scale, gradient)
+
+
+def _mapped(fn: Any, gradient: Any) -> Any:
+    if gradient is None:
+        return None
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(fn(gradient.values), gradient.indices, gradient.dense_shape)
+    return fn(gradient)
+
+
+def _selected(share: Any, gradients: Sequence[Any]) -> list[Any]:
+    return [
+        _mapped(lambda x: tf.where(share > 0, x, tf.zeros_like(x)), gradient)
+        for gradient in gradients
+    ]
+
+
+_together = _backward
+
+
+def _apart(
+    tape: tf.GradientTape, terms: Sequence[Any], shares: Sequence[Any], variables: Sequence[Any]
+) -> list[Any]:
+    """One backward pass per term, so that an empty one can be left out."""
+    total: list[Any] = [None] * len(variables)
+    for term, share in zip(terms, shares, strict=True):
+        part = _selected(share, _backward(tape, [term], [share], variables))
+        total = [_add_any(x, y) for x, y in zip(total, part, strict=True)]
+    return total
+
+
+def _add_any(a: Any, b: Any) -> Any:
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, tf.IndexedSlices) and isinstance(b, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            tf.concat([a.values, b.values], 0),
+            tf.concat([a.indices, b.indices], 0),
+            a.dense_shape,
+        )
+    return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)

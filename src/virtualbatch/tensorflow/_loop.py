@@ -1,0 +1,161 @@
+"""Folding a step over the micro-batches of a window: the one loop of this engine.
+
+The step gives sums, which are combined into one buffer, and rows, which are concatenated. In a
+graph the step is traced once per micro-batch shape as a function of its own; its first call
+writes the buffer and a while-loop adds the rest, so peak memory is that of one micro-batch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from virtualbatch.tensorflow._batch import Segment, specs
+
+_INDEX = tf.TensorSpec([], tf.int32)
+
+
+class Output(NamedTuple):
+    """What a step gives for one micro-batch.
+
+    Fields:
+        sums: nested structure of tensors and Nones, combined over the window.
+        rows: list of tensors and Nones, concatenated along axis 0 over the window.
+    """
+
+    sums: Any
+    rows: Sequence[Any]
+
+
+class Traced(NamedTuple):
+    """A segment with its step, ready to be called.
+
+    Fields:
+        segment: the micro-batches.
+        offset: number of micro-batches in the window before this segment.
+        call: (number in the window, micro-batch) -> whatever the step returns.
+        outputs: abstract result of the step in a graph; None eagerly.
+    """
+
+    segment: Segment
+    offset: Any
+    call: Callable[[Any, Any], Any]
+    outputs: Any
+
+
+def trace(
+    segments: Sequence[Segment], step: Callable[[Any, Any], Any], jit_compile: bool = False
+) -> list[Traced]:
+    """Binds a step to each segment; in a graph it is traced here, once per shape.
+
+    Args:
+        segments: the window's segments.
+        step: (number in the window, micro-batch) -> nested structure of tensors.
+        jit_compile: whether XLA compiles the step. The loop around it stays a plain graph.
+
+    Returns:
+        One Traced per segment, in order.
+    """
+    function = tf.function(step, autograph=False, jit_compile=jit_compile or None)
+    result, offset = [], 0
+    for segment in segments:
+        if tf.executing_eagerly():
+            result.append(Traced(segment, offset, step, None))
+        else:
+            traced = function.get_concrete_function(_INDEX, specs(segment.get(tf.constant(0))))
+            result.append(Traced(segment, offset, traced, traced.structured_outputs))
+        offset = offset + segment.count
+    return result
+
+
+def fold(
+    traced: Sequence[Traced],
+    route: Callable[[Any, Any], Output],
+    combine: Callable[[Any, Any], Any],
+) -> Output:
+    """Runs a window.
+
+    Args:
+        traced: segments with their steps.
+        route: (number in the window, result of the step) -> Output; runs inside the loop.
+        combine: (sums so far, sums of one micro-batch) -> sums, of the same structure.
+
+    Returns:
+        The window's sums, and for each entry of `rows` the concatenation over the window, or
+        None where no micro-batch gave one.
+    """
+    sums: Any = None
+    pieces: list[list[Any]] = []
+    for segment, offset, call, _ in traced:
+        first = route(_scalar(offset), call(_scalar(offset), segment.get(_scalar(0))))
+        sums = first.sums if sums is None else combine(sums, first.sums)
+        given = [first.rows]
+        if not (isinstance(segment.count, int) and segment.count == 1):
+            sums, given = _loop(segment, offset, call, route, combine, sums, first.rows)
+        pieces = pieces or [[] for _ in first.rows]
+        for kept, *new in zip(pieces, *given, strict=True):
+            kept.extend(piece for piece in new if piece is not None)
+    return Output(sums, [_concatenated(kept) for kept in pieces])
+
+
+def _scalar(number: Any) -> Any:
+    # A Python number would be a new signature of the step at every micro-batch.
+    return number if tf.executing_eagerly() else tf.convert_to_tensor(number, tf.int32)
+
+
+def _concatenated(pieces: list[Any]) -> Any:
+    if not pieces:
+        return None
+    return pieces[0] if len(pieces) == 1 else tf.concat(pieces, 0)
+
+
+def _loop(
+    segment: Segment,
+    offset: Any,
+    call: Callable[[Any, Any], Any],
+    route: Callable[[Any, Any], Output],
+    combine: Callable[[Any, Any], Any],
+    sums: Any,
+    first_rows: Sequence[Any],
+) -> tuple[Any, list[list[Any]]]:
+    """The micro-batches of a segment after its first, in a while-loop."""
+    present = [piece is not None for piece in first_rows]
+    arrays = [
+        tf.TensorArray(
+            piece.dtype,
+            size=segment.count,
+            infer_shape=False,
+            element_shape=[None, *piece.shape[1:]],
+        ).write(0, piece)
+        for piece in first_rows
+        if piece is not None
+    ]
+
+    def body(i: Any, carry: list[Any], arrays: list[Any]) -> tuple[Any, list[Any], list[Any]]:
+        output = route(offset + i, call(offset + i, segment.get(i)))
+        pieces = [piece for piece in output.rows if piece is not None]
+        written = [array.write(i, piece) for array, piece in zip(arrays, pieces, strict=True)]
+        return i + 1, _dense(combine(_packed(sums, carry), output.sums)), written
+
+    # One iteration at a time: the forward of the next micro-batch depends on no sum, so several
+    # would otherwise hold their activations at once.
+    _, carry, arrays = tf.while_loop(
+        lambda i, *_: i < segment.count,
+        body,
+        (tf.constant(1), _dense(sums), arrays),
+        parallel_iterations=1,
+    )
+    found = iter(arrays)
+    return _packed(sums, carry), [[next(found).concat() if there else None for there in present]]
+
+
+def _dense(structure: Any) -> list[Any]:
+    """The tensors of a structure; a loop cannot carry None."""
+    return [leaf for leaf in tf.nest.flatten(structure) if leaf is not None]
+
+
+def _packed(structure: Any, tensors: Sequence[Any]) -> Any:
+    """The structure again, with `tensors` where it held tensors."""
+    values = iter(tensors)
+    flat = [None if leaf is None else next(values) for leaf in tf.nest.flatten(structure)]
+    return tf.nest.pack_sequence_as(structure, flat)
