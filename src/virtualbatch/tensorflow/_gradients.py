@@ -107,6 +107,24 @@ def add(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
     ]
 
 
+def widened(gradient: Any, factor: Any) -> Any:
+    """A gradient times a scalar, multiplied in the dtype of the buffer.
+
+    Args:
+        gradient: tensor, IndexedSlices or None.
+        factor: scalar of a floating dtype.
+
+    Returns:
+        The same kind, in the dtype of the buffer.
+    """
+
+    def scale(x: Any) -> Any:
+        wide = tf.cast(x, accumulator_dtype(x.dtype.name))
+        return wide * tf.cast(factor, wide.dtype)
+
+    return _mapped(scale, gradient)
+
+
 def finished(dense: Sequence[Any], rows: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
     """The window's gradients in the form and dtype in which `tape.gradient` gives them.
 
@@ -153,15 +171,7 @@ def _backward(
         for term, share in zip(terms, shares, strict=True)
     ]
     gradients = tape.gradient(list(terms), list(variables), output_gradients=upstream)
-    return [_widened(gradient, largest) for gradient in gradients]
-
-
-def _widened(gradient: Any, factor: Any) -> Any:
-    def scale(x: Any) -> Any:
-        wide = tf.cast(x, accumulator_dtype(x.dtype.name))
-        return wide * tf.cast(factor, wide.dtype)
-
-    return _mapped(scale, gradient)
+    return [widened(gradient, largest) for gradient in gradients]
 
 
 def _mapped(fn: Any, gradient: Any) -> Any:

@@ -44,7 +44,10 @@ class Traced(NamedTuple):
 
 
 def trace(
-    segments: Sequence[Segment], step: Callable[[Any, Any], Any], jit_compile: bool = False
+    segments: Sequence[Segment],
+    step: Callable[..., Any],
+    jit_compile: bool = False,
+    extra: Sequence[Any] = (),
 ) -> list[Traced]:
     """Binds a step to each segment; in a graph it is traced here, once per shape.
 
@@ -52,6 +55,7 @@ def trace(
         segments: the window's segments.
         step: (number in the window, micro-batch) -> nested structure of tensors.
         jit_compile: whether XLA compiles the step. The loop around it stays a plain graph.
+        extra: TensorSpecs of further arguments of the step, which `bound` gives it later.
 
     Returns:
         One Traced per segment, in order.
@@ -62,10 +66,15 @@ def trace(
         if tf.executing_eagerly():
             result.append(Traced(segment, offset, step, None))
         else:
-            traced = function.get_concrete_function(_INDEX, specs(segment.get(tf.constant(0))))
+            traced = function.get_concrete_function(_INDEX, specs(segment.get(tf.constant(0))), *extra)
             result.append(Traced(segment, offset, traced, traced.structured_outputs))
         offset = offset + segment.count
     return result
+
+
+def bound(traced: Traced, *extra: Any) -> Traced:
+    """The same segment, with the further arguments of its step given."""
+    return traced._replace(call=lambda index, batch: traced.call(index, batch, *extra))
 
 
 def fold(

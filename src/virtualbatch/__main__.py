@@ -1,0 +1,5 @@
+"""`python -m virtualbatch`, the same as the command `virtualbatch`."""
+
+from virtualbatch.cli import app
+
+app()

@@ -1,0 +1,92 @@
+"""The command line: `virtualbatch demo` and `virtualbatch doctor`.
+
+No framework is imported here: whatever needs one runs in a child process.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from virtualbatch import __version__
+from virtualbatch.demo.parent import ChildFailure, run_demo
+from virtualbatch.demo.result import Settings
+from virtualbatch.doctor import diagnose
+
+# A bug must show Python's own traceback, and a mistake one plain line instead of a panel.
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Keep your batch; name the size that fits. Exact gradient accumulation.",
+)
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Keep your batch; name the size that fits. Exact gradient accumulation."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    epochs: Annotated[int, typer.Option(help="Passes over the training rows.")] = Settings.epochs,
+    batch_size: Annotated[int, typer.Option(help="Rows of the large batch.")] = Settings.batch_size,
+    microbatch_size: Annotated[
+        int, typer.Option(help="Rows of the small batch and of one micro-batch.")
+    ] = Settings.microbatch_size,
+    json: JsonFile = None,
+) -> None:
+    """Train on real digits: small batches, the whole batch, the same batch accumulated."""
+    _check_writable(json)
+    try:
+        settings = Settings(epochs=epochs, batch_size=batch_size, microbatch_size=microbatch_size)
+        result = run_demo(settings, Console())
+    except ValueError as mistake:
+        _exit(mistake, code=2)
+    except ChildFailure as failure:
+        _exit(failure, code=1)
+    if json is not None:
+        json.write_text(result.to_json())
+    if not result.weights_agree:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(json: JsonFile = None) -> None:
+    """Show what is installed, the devices, the memory limits, and what to run next."""
+    _check_writable(json)
+    diagnosis = diagnose()
+    print(diagnosis)
+    if json is not None:
+        json.write_text(diagnosis.to_json())
+
+
+def _check_writable(json: Path | None) -> None:
+    """Refuses a file that could not be written, before minutes are spent on its content."""
+    if json is None:
+        return
+    if not json.parent.is_dir():
+        _exit(
+            f"--json must name a file in an existing folder. Got --json {json}. "
+            f"Run: mkdir -p {json.parent}",
+            code=2,
+        )
+    if json.is_dir():
+        _exit(f"--json must name a file. Got the folder {json}. Pass {json}/result.json", code=2)
+
+
+def _exit(message: object, code: int) -> NoReturn:
+    print(f"Error: {message}", file=sys.stderr)
+    raise typer.Exit(code)

@@ -1,0 +1,219 @@
+"""The parent of the demo: spawns the runs, shows their progress, compares their weights."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from virtualbatch.demo.result import MODES, DemoResult, RunResult, Settings
+
+CHILD = ("-m", "virtualbatch.demo.digits")
+NEEDED = ("tensorflow", "keras", "sklearn")
+
+_CHILD_ENVIRONMENT = {
+    "KERAS_BACKEND": "tensorflow",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    # glibc keeps freed blocks for itself; with this, those of 64 KiB and more go back to the
+    # system at once, and the peak is what was in use together.
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+}
+_LINES_OF_STDERR = 20
+
+
+class ChildFailure(RuntimeError):
+    """A run's process ended without a result."""
+
+
+def run_demo(settings: Settings, console: Console, child: tuple[str, ...] = CHILD) -> DemoResult:
+    """Trains three times, each in a process of its own, and prints table and conclusion.
+
+    Args:
+        settings: what the runs have in common.
+        console: where progress and table go.
+        child: arguments for Python that start a child.
+
+    Returns:
+        The figures.
+
+    Raises:
+        ValueError: a package that the demo needs is not installed.
+        ChildFailure: a run ended without a result.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"The demo needs {', '.join(NEEDED)}. Got no {', '.join(missing)}. "
+            'Run: pip install "virtualbatch[demo]"'
+        )
+    with (
+        tempfile.TemporaryDirectory(prefix="virtualbatch-demo-") as folder,
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("epochs"),
+            TimeElapsedColumn(),
+            console=console,
+            # Redrawing must not take time from the run that is being measured.
+            refresh_per_second=2,
+        ) as progress,
+    ):
+        runs = {}
+        for mode in MODES:
+            task = progress.add_task(_title(mode, settings), total=settings.epochs)
+            runs[mode] = run_child(
+                mode,
+                settings,
+                _weights_file(folder, mode),
+                on_epoch=partial(_show_epoch, progress, task),
+                child=child,
+            )
+        result = DemoResult(
+            settings,
+            runs["small"],
+            runs["whole"],
+            runs["accumulated"],
+            small_difference=_largest_difference(folder, "small", "whole"),
+            accumulated_difference=_largest_difference(folder, "accumulated", "whole"),
+        )
+    console.print(_table(result))
+    console.print(result.conclusion)
+    return result
+
+
+def run_child(
+    mode: str,
+    settings: Settings,
+    weights: Path,
+    on_epoch: Callable[[int], object],
+    child: tuple[str, ...] = CHILD,
+) -> RunResult:
+    """One run in a process of its own.
+
+    Args:
+        mode: one of `virtualbatch.demo.result.MODES`.
+        settings: what the runs have in common.
+        weights: file that the child writes its weights to.
+        on_epoch: called with the number of epochs that are done.
+        child: arguments for Python that start a child.
+
+    Returns:
+        The child's figures.
+
+    Raises:
+        ChildFailure: the child ended without a result; holds its exit code and last lines.
+    """
+    command = [sys.executable, *child, "--mode", mode, "--weights", str(weights)]
+    for field, value in asdict(settings).items():
+        command += ["--" + field.replace("_", "-"), str(value)]
+    result: RunResult | None = None
+    with tempfile.TemporaryFile("w+") as stderr:
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=os.environ | _CHILD_ENVIRONMENT,
+        ) as process:
+            try:
+                for line in process.stdout or ():
+                    event = _event(line)
+                    if event.get("event") == "epoch":
+                        on_epoch(event["epoch"])
+                    elif event.get("event") == "result":
+                        del event["event"]
+                        result = RunResult(**event)
+            except BaseException:
+                # Without this, leaving the block would wait for the whole training.
+                process.kill()
+                raise
+        if process.returncode != 0 or result is None:
+            stderr.seek(0)
+            lines = stderr.read().splitlines()[-_LINES_OF_STDERR:]
+            raise ChildFailure(
+                f'The run "{_title(mode, settings)}" ended without a result. '
+                f"Got exit code {process.returncode}. Its last lines:\n" + "\n".join(lines)
+            )
+    return result
+
+
+def _show_epoch(progress: Progress, task: TaskID, epoch: int) -> None:
+    progress.update(task, completed=epoch)
+
+
+def _event(line: str) -> dict[str, Any]:
+    # Frameworks print to stdout too, now and then; such lines are not ours.
+    if not line.startswith('{"event"'):
+        return {}
+    event: dict[str, Any] = json.loads(line)
+    return event
+
+
+def _weights_file(folder: str, mode: str) -> Path:
+    return Path(folder) / f"{mode}.npz"
+
+
+def _largest_difference(folder: str, mode: str, other: str) -> float:
+    with (
+        np.load(_weights_file(folder, mode)) as ours,
+        np.load(_weights_file(folder, other)) as theirs,
+    ):
+        return max(float(np.abs(ours[name] - theirs[name]).max()) for name in theirs.files)
+
+
+def _title(mode: str, settings: Settings) -> str:
+    return {
+        "small": f"(a) small batches of {settings.microbatch_size}",
+        "whole": f"(b) whole batches of {settings.batch_size}",
+        "accumulated": f"(c) {settings.batch_size} accumulated from {settings.microbatch_size}",
+    }[mode]
+
+
+def _table(result: DemoResult) -> Table:
+    table = Table(
+        caption="Each run in a process of its own. Time: fit, tracing included. "
+        "Peak memory: of fit, above what the process held before "
+        f"({result.whole.peak_memory_method}).",
+        caption_justify="left",
+    )
+    table.add_column("run")
+    for heading in (
+        "updates",
+        "train loss",
+        "test accuracy",
+        "time",
+        "peak memory",
+        "weights differ\nfrom (b) by",
+    ):
+        table.add_column(heading, justify="right")
+    differences = (result.small_difference, 0.0, result.accumulated_difference)
+    for run, difference in zip(result.runs, differences, strict=True):
+        table.add_row(
+            _title(run.mode, result.settings),
+            f"{run.updates}",
+            f"{run.train_loss:.4f}",
+            f"{run.test_accuracy:.1%}",
+            f"{run.fit_seconds:.1f} s",
+            f"{run.peak_memory_bytes / 2**20:.0f} MiB",
+            "-" if run is result.whole else f"{difference:.1e}",
+        )
+    return table

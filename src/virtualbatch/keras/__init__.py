@@ -1,0 +1,149 @@
+"""The Keras engine: `fit` on large batches, on the memory of small ones.
+
+`accumulate` gives one model a `train_step` that runs each batch of `fit` as a window of
+micro-batches; everything around it (data, callbacks, optimizer, saving) stays Keras.
+"""
+
+import logging
+from typing import Any
+
+import keras
+
+from virtualbatch.split import check_sizes
+
+__all__ = ["accumulate", "restore"]
+
+_log = logging.getLogger("virtualbatch")
+
+# The attributes of a model that `accumulate` sets and `restore` removes.
+_ATTRIBUTES = ("train_step", "make_train_function")
+
+
+def accumulate(
+    model: keras.Model,
+    *,
+    microbatch_size: int | None = None,
+    accumulation_steps: int | None = None,
+) -> None:
+    """Makes every batch of `fit` and `train_on_batch` one update, computed in micro-batches.
+
+    Call it once, after `compile`, also after an earlier `fit`. A later `compile` keeps it; another
+    call changes the size; `restore` takes it back. A saved model does not know of it.
+
+    Args:
+        model: a compiled model.
+        microbatch_size: rows of one forward and backward.
+        accumulation_steps: micro-batches per batch: `microbatch_size = ceil(rows / steps)`. Given
+            both, they must agree for every batch but the last, short one of an epoch.
+
+    Raises:
+        TypeError: `model` is not a Keras model.
+        ValueError: the model is not compiled, has a `train_step` of its own, its optimizer
+            accumulates already, a layer keeps state per row, or a size is not a positive integer.
+        NotImplementedError: Keras runs on a backend that this version does not support.
+
+    Example:
+        >>> model.compile(optimizer="adam", loss="sparse_categorical_crossentropy")
+        >>> accumulate(model, microbatch_size=32)
+        >>> model.fit(x, y, batch_size=128)
+    """
+    check_sizes(microbatch_size, accumulation_steps)
+    _check_model(model)
+    if keras.backend.backend() != "tensorflow":
+        raise NotImplementedError(
+            "accumulate works on Keras' TensorFlow backend. "
+            f"Got the backend {keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow."
+        )
+    # The user's backend decides which engine is imported, and only that one.
+    from virtualbatch.keras._tensorflow import TrainStep, make_train_function  # noqa: PLC0415
+
+    restore(model)
+    _say_what_is_not_exact(model)
+    model.train_step = TrainStep(model, microbatch_size, accumulation_steps)
+    model.make_train_function = make_train_function(model)
+    model.train_function = None
+
+
+def restore(model: keras.Model) -> None:
+    """Takes back what `accumulate` did, so that the model is plain Keras again.
+
+    Does nothing to a model that does not accumulate. Weights, optimizer and compilation stay.
+
+    Args:
+        model: a Keras model.
+    """
+    if _accumulates(model):
+        for name in _ATTRIBUTES:
+            delattr(model, name)
+        model.train_function = None
+
+
+def refuse_accumulating_optimizer(optimizer: Any) -> None:
+    """Refuses an optimizer that accumulates by itself, which would cut every window again.
+
+    Raises:
+        ValueError: `gradient_accumulation_steps` is set.
+    """
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    steps = getattr(inner, "gradient_accumulation_steps", None)
+    if steps:
+        raise ValueError(
+            "Only one of Keras and virtualbatch can accumulate gradients. "
+            f"Got an optimizer with gradient_accumulation_steps={steps}. "
+            "Compile with an optimizer without it and pass the whole batch to fit."
+        )
+
+
+def _accumulates(model: keras.Model) -> bool:
+    return getattr(vars(model).get("train_step"), "is_virtualbatch", False)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"accumulate takes a Keras model. Got {type(model).__name__}. "
+            "For a loop of your own use virtualbatch.tensorflow.value_and_gradients."
+        )
+    if not model.compiled:
+        raise ValueError(
+            "A model must be compiled before it can accumulate. "
+            f"Got the model {model.name!r}, not compiled. Call model.compile(...) first."
+        )
+    own = type(model).train_step is not keras.Model.train_step
+    if own or ("train_step" in vars(model) and not _accumulates(model)):
+        raise ValueError(
+            "accumulate replaces the train_step of a model, so the model must use Keras' own. "
+            f"Got {type(model).__name__} with a train_step of its own. In that train_step, call "
+            "virtualbatch.tensorflow.value_and_gradients instead of the gradient tape."
+        )
+    refuse_accumulating_optimizer(model.optimizer)
+    stateful = [
+        layer.name for layer in model._flatten_layers() if getattr(layer, "stateful", False)
+    ]
+    if stateful:
+        raise ValueError(
+            "A layer that keeps state per row cannot be cut by rows. "
+            f"Got stateful=True in {', '.join(stateful)}. Use stateful=False."
+        )
+
+
+def _say_what_is_not_exact(model: keras.Model) -> None:
+    layers = list(model._flatten_layers())
+    batchnorm = [x for x in layers if isinstance(x, keras.layers.BatchNormalization)]
+    if batchnorm:
+        _log.warning(
+            "BatchNormalization (%s) normalises each micro-batch by its own statistics, as data "
+            "parallelism does; its moving averages are updated once per batch.",
+            ", ".join(layer.name for layer in batchnorm),
+        )
+    renorm = [layer.name for layer in batchnorm if layer.renorm]
+    if renorm:
+        _log.warning(
+            "BatchNormalization with renorm=True (%s) updates its statistics per micro-batch.",
+            ", ".join(renorm),
+        )
+    if type(model).compute_loss is not keras.Model.compute_loss:
+        _log.warning(
+            "%s overrides compute_loss: its result is taken for one mean over rows.",
+            type(model).__name__,
+        )

@@ -1,0 +1,102 @@
+"""BatchNorm statistics of a window: moments as they were seen, merged into one momentum update.
+
+Each micro-batch is normalised with its own statistics, as the replicas of data parallelism do. The
+moving averages, though, take one update per window, with the moments of all its rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+from keras import ops
+
+from virtualbatch.window import Moments, merge_moments
+
+
+def batchnorm_layers(model: keras.Model) -> list[Any]:
+    """The BatchNormalization layers whose statistics can be merged, nested ones included.
+
+    Renormalisation reads its moving statistics in the forward pass, so those cannot wait for the
+    end of the window and are not listed.
+    """
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization) and not layer.renorm
+    ]
+
+
+@contextmanager
+def recorded_moments(layers: Sequence[Any]) -> Iterator[list[tuple[Any, Moments]]]:
+    """Notes the moments that the layers compute inside the context, in the order of their calls.
+
+    Keras hands a layer's moments, and the mask they were taken under, to nobody, so for the
+    length of one forward pass each layer carries an attribute of its own that listens.
+
+    Yields:
+        A list that fills with (layer, moments). A layer called twice stands in it twice; one that
+        is frozen or called with `training=False` does not stand in it.
+    """
+    seen: list[tuple[Any, Moments]] = []
+
+    def listener(layer: Any) -> Any:
+        computed = type(layer)._moments
+
+        def moments(inputs: Any, mask: Any) -> Any:
+            mean, variance = computed(layer, inputs, mask)
+            if mask is None:
+                channels = inputs.shape[layer.axis]
+                weight = ops.cast(ops.size(inputs), "float64") / channels
+            else:
+                weight = ops.sum(ops.cast(mask, "float64"))
+            seen.append((layer, Moments(ops.cast(weight, mean.dtype), mean, variance)))
+            return mean, variance
+
+        return moments
+
+    for layer in layers:
+        vars(layer)["_moments"] = listener(layer)
+    try:
+        yield seen
+    finally:
+        for layer in layers:
+            del vars(layer)["_moments"]
+
+
+def merged(a: Sequence[Moments], b: Sequence[Moments]) -> list[Moments]:
+    """Moments of two groups of rows, layer call by layer call."""
+    return [
+        merge_moments(Moments(*x), Moments(*y), divide=ops.divide_no_nan)
+        for x, y in zip(a, b, strict=True)
+    ]
+
+
+def moving_statistics(layers: Sequence[Any]) -> dict[int, tuple[Any, Any]]:
+    """The moving mean and variance of each layer, by its id, before the window touches them."""
+    return {
+        id(layer): (ops.copy(layer.moving_mean), ops.copy(layer.moving_variance))
+        for layer in layers
+    }
+
+
+def assign_statistics(
+    layers: Sequence[Any], start: dict[int, tuple[Any, Any]], moments: Sequence[Moments]
+) -> None:
+    """Gives each layer one momentum update per call, from where its window began.
+
+    Args:
+        layers: one layer per recorded call, in the order of the calls.
+        start: what `moving_statistics` read before the window.
+        moments: the window's moments of those calls.
+    """
+    current = dict(start)
+    for layer, (_, mean, variance) in zip(layers, moments, strict=True):
+        moving_mean, moving_variance = current[id(layer)]
+        keep, take = layer.momentum, 1.0 - layer.momentum
+        current[id(layer)] = (
+            moving_mean * keep + ops.cast(mean, moving_mean.dtype) * take,
+            moving_variance * keep + ops.cast(variance, moving_variance.dtype) * take,
+        )
+        layer.moving_mean.assign(current[id(layer)][0])
+        layer.moving_variance.assign(current[id(layer)][1])
