@@ -20,7 +20,7 @@ def check_sizes(microbatch_size: Any, accumulation_steps: Any) -> None:
         ValueError: neither is given, or one is zero, negative, fractional or a boolean.
         NotImplementedError: `microbatch_size="auto"`, which this version does not plan yet.
     """
-    if microbatch_size == "auto":
+    if isinstance(microbatch_size, str) and microbatch_size == "auto":
         raise NotImplementedError(
             'microbatch_size="auto" is not planned by this version. '
             "Pass the number of rows that fit in memory at once."
@@ -46,10 +46,12 @@ def check_sizes(microbatch_size: Any, accumulation_steps: Any) -> None:
 
 
 def _is_positive_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
 
 
-def rows_per_microbatch(rows: Any, microbatch_size: int | None, accumulation_steps: int | None) -> Any:
+def rows_per_microbatch(
+    rows: Any, microbatch_size: int | None, accumulation_steps: int | None
+) -> Any:
     """Rows of one micro-batch, from whichever size was given.
 
     Args:
@@ -67,7 +69,9 @@ def rows_per_microbatch(rows: Any, microbatch_size: int | None, accumulation_ste
     if microbatch_size is None:
         if accumulation_steps is None:
             raise ValueError("internal: rows_per_microbatch needs one of the two sizes.")
-        return (rows + accumulation_steps - 1) // accumulation_steps
+        # NumPy integers would make the size a NumPy integer, which a graph does not know as static.
+        steps = int(accumulation_steps)
+        return (rows + steps - 1) // steps
     if accumulation_steps is not None and isinstance(rows, int):
         count = -(-rows // microbatch_size)
         if count != accumulation_steps:
@@ -132,6 +136,13 @@ def array_leaves(structure: Any, path: str = "batch") -> Iterator[tuple[str, Any
             yield from array_leaves(item, f"{path}[{index}]")
 
 
+def rank(array: Any) -> int | None:
+    """Number of axes of an array, or None where a traced shape leaves it open."""
+    # TensorFlow refuses the length of an open shape, but tells its rank.
+    open_shape = getattr(array.shape, "rank", 0) is None
+    return None if open_shape else len(array.shape)
+
+
 def common_rows(leaves: Iterable[tuple[str, Any]]) -> int | None:
     """Rows that all arrays of a batch share, as far as their shapes are known.
 
@@ -149,10 +160,10 @@ def common_rows(leaves: Iterable[tuple[str, Any]]) -> int | None:
     found = False
     for path, leaf in leaves:
         found = True
-        # An unknown rank is a TensorFlow shape whose length cannot be asked for.
-        if getattr(leaf.shape, "rank", 1) is None:
+        axes = rank(leaf)
+        if axes is None:
             continue
-        if len(leaf.shape) == 0:
+        if axes == 0:
             raise ValueError(
                 "Every array of a batch must have rows on its first axis. "
                 f"Got the scalar {path}. Give it one value per row, or pass it to the loss "

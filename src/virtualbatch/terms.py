@@ -7,6 +7,8 @@ its own. Everything that engines refuse about either is refused here, with the s
 from collections.abc import Mapping
 from typing import Any
 
+from virtualbatch.split import rank
+
 # Name of the only term of a loss that is not a dict.
 SINGLE = "loss"
 
@@ -39,7 +41,7 @@ def loss_terms(loss: Any) -> dict[Any, Any]:
                 f"Got {place} of type {type(term).__name__}. "
                 "If it returns (loss, aux), pass has_aux=True."
             )
-        if len(term.shape) != 0:
+        if rank(term) not in (0, None):
             raise ValueError(
                 "A loss must be a scalar mean. "
                 f"Got {place} with shape {tuple(term.shape)}. "
@@ -82,3 +84,25 @@ def check_same_terms(loss: Mapping[Any, Any], weight: Mapping[Any, Any]) -> None
             f"{sorted(map(str, weight))}. "
             "Return one weight for each term; None marks a term that does not depend on the rows."
         )
+
+
+def check_steady_weights(later: Mapping[Any, Any], first: Mapping[Any, Any]) -> None:
+    """Refuses weights whose names, or whose Nones, change within a window.
+
+    Args:
+        later: weights of a micro-batch by term name, as the weight function returned them.
+        first: the same of the window's first micro-batch.
+
+    Raises:
+        ValueError: the names differ, or a term is None in only one of them.
+    """
+    if _marked(later) != _marked(first):
+        raise ValueError(
+            "weight must return the same terms for every micro-batch, None for the same ones. "
+            f"Got {_marked(first)} and later {_marked(later)}. "
+            "Return 0.0 for a term without items in a micro-batch."
+        )
+
+
+def _marked(weight: Mapping[Any, Any]) -> dict[Any, str]:
+    return {name: "None" if value is None else "a weight" for name, value in weight.items()}

@@ -88,8 +88,9 @@ def merge_moments(
     total = a.weight + b.weight
     part = divide(b.weight, total) if divide else b.weight / total
     delta = b.mean - a.mean
+    between = delta * delta * (part * (1 - part))
     return Moments(
         weight=total,
         mean=a.mean + delta * part,
-        variance=a.variance + (b.variance - a.variance) * part + delta * delta * (part * (1 - part)),
+        variance=a.variance + (b.variance - a.variance) * part + between,
     )

@@ -21,6 +21,7 @@ from virtualbatch.demo.result import MODES, RunResult, Settings
 TEST_ROWS = 360
 # An 8x8 image is enlarged to 32x32, so that activations weigh more than the model's weights.
 ENLARGEMENT = 4
+LEARNING_RATE = 2e-3
 # The warm-up needs rows only to make the framework start its threads and kernels.
 WARM_UP_ROWS = 2
 
@@ -44,23 +45,29 @@ class Digits:
 
 
 def build_model(seed: int) -> keras.Model:
-    """A small CNN, compiled; the same weights for the same seed."""
+    """A small CNN, compiled; the same weights for the same seed.
+
+    It is smooth on purpose. ReLU and maximum pooling jump where two numbers tie, and the last
+    bit, which every other order of summation changes, decides a tie; Adam then makes an update
+    of full size from it. Measured here over 36 updates: run (c) ends 1e-6 from run (b), with
+    ReLU and maximum pooling 2e-4, with equal losses and accuracies in both cases.
+    """
     keras.utils.set_random_seed(seed)
     layers = keras.layers
     model = keras.Sequential(
         [
             keras.Input((8 * ENLARGEMENT, 8 * ENLARGEMENT, 1)),
-            layers.Conv2D(16, 3, padding="same", activation="relu"),
-            layers.Conv2D(16, 3, padding="same", activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Conv2D(32, 3, padding="same", activation="relu"),
-            layers.MaxPooling2D(),
+            layers.Conv2D(16, 3, padding="same", activation="silu"),
+            layers.Conv2D(16, 3, padding="same", activation="silu"),
+            layers.AveragePooling2D(2),
+            layers.Conv2D(32, 3, padding="same", activation="silu"),
+            layers.AveragePooling2D(2),
             layers.Flatten(),
             layers.Dense(10, activation="softmax"),
         ]
     )
     model.compile(
-        optimizer="adam",
+        optimizer=keras.optimizers.Adam(LEARNING_RATE),
         loss="sparse_categorical_crossentropy",
         metrics=["accuracy"],
         # All runs take the same kernels, and no compiler's memory counts as training memory.

@@ -142,10 +142,10 @@ def run_child(
                     elif event.get("event") == "result":
                         del event["event"]
                         result = RunResult(**event)
-            except BaseException:
-                # Without this, leaving the block would wait for the whole training.
+                process.wait()
+            finally:
+                # Without this, an interrupt would wait for the end of the training.
                 process.kill()
-                raise
         if process.returncode != 0 or result is None:
             stderr.seek(0)
             lines = stderr.read().splitlines()[-_LINES_OF_STDERR:]
@@ -182,29 +182,29 @@ def _largest_difference(folder: str, mode: str, other: str) -> float:
 
 def _title(mode: str, settings: Settings) -> str:
     return {
-        "small": f"(a) small batches of {settings.microbatch_size}",
-        "whole": f"(b) whole batches of {settings.batch_size}",
-        "accumulated": f"(c) {settings.batch_size} accumulated from {settings.microbatch_size}",
+        "small": f"(a) small, {settings.microbatch_size}",
+        "whole": f"(b) whole, {settings.batch_size}",
+        "accumulated": f"(c) {settings.batch_size} from {settings.microbatch_size}",
     }[mode]
 
 
 def _table(result: DemoResult) -> Table:
     table = Table(
-        caption="Each run in a process of its own. Time: fit, tracing included. "
-        "Peak memory: of fit, above what the process held before "
-        f"({result.whole.peak_memory_method}).",
+        caption="Each run in a process of its own. Time: of fit, tracing included. Peak memory: "
+        "of fit, above what Python, the framework, the data and the built model held before "
+        f"({result.whole.peak_memory_method}). Weights: largest difference from (b).",
         caption_justify="left",
     )
-    table.add_column("run")
+    table.add_column("run", no_wrap=True)
     for heading in (
         "updates",
-        "train loss",
-        "test accuracy",
+        "train\nloss",
+        "test\naccuracy",
         "time",
-        "peak memory",
-        "weights differ\nfrom (b) by",
+        "peak\nmemory",
+        "weights\nfrom (b)",
     ):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     differences = (result.small_difference, 0.0, result.accumulated_difference)
     for run, difference in zip(result.runs, differences, strict=True):
         table.add_row(

@@ -6,6 +6,7 @@ moments, and the optimizer, the trackers and the moving averages move once at th
 
 import warnings
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import keras
@@ -68,7 +69,13 @@ class TrainStep:
         """Trains on one batch, as Keras' `train_step` does."""
         model = self._model
         refuse_accumulating_optimizer(model.optimizer)
-        _build(model, data)
+        if tf.executing_eagerly():
+            # Losses, metrics and the optimizer are built where they are first used.
+            if not all(layer.built for layer in model._flatten_layers()):
+                model(keras.utils.unpack_x_y_sample_weight(data)[0], training=False)
+        else:
+            with tf.init_scope():
+                _build(model, data)
         batch = self._with_agreeing_sizes(keras.utils.unpack_x_y_sample_weight(data))
         cut = segments(
             batch,
@@ -123,6 +130,8 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
         run = model.train_function
 
         def train_function(iterator: Any) -> Any:
+            if not model.run_eagerly:
+                iterator = _build_before_trace(model, iterator)
             try:
                 return run(iterator)
             except tf.errors.InvalidArgumentError as error:
@@ -149,18 +158,42 @@ def _rows(batch: Any) -> Any:
 
 
 def _build(model: keras.Model, data: Any) -> None:
-    """Creates the variables of a model that has not seen data, outside any graph."""
-    if all(layer.built for layer in model._flatten_layers()):
-        return
-    symbolic = tree.map_structure(
-        lambda leaf: leaf if leaf is None else keras.KerasTensor(leaf.shape, _dtype(leaf)), data
+    """Creates every variable of the model, its losses, metrics and optimizer.
+
+    Args:
+        model: the model.
+        data: what `train_step` gets, as arrays or as their specs.
+    """
+    model._symbolic_build(data_batch=tree.map_structure(_symbolic, data))
+
+
+def _build_before_trace(model: keras.Model, iterator: Any) -> Any:
+    """Builds from the first batch what is not built, outside any graph.
+
+    A variable that a trace creates makes TensorFlow trace it all a second time.
+
+    Returns:
+        The iterator, with its first batch put back.
+    """
+    if isinstance(iterator, tf.data.Iterator):
+        _build(model, iterator.element_spec)
+    elif not isinstance(iterator, tf.distribute.DistributedIterator):
+        first = next(iterator)
+        _build(model, first)
+        return chain([first], iterator)
+    return iterator
+
+
+def _symbolic(leaf: Any) -> Any:
+    """A Keras tensor like this array or spec; None for what stands for no array."""
+    if not hasattr(leaf, "dtype"):
+        return None
+    return keras.KerasTensor(
+        leaf.shape,
+        keras.backend.standardize_dtype(leaf.dtype),
+        sparse=isinstance(leaf, tf.SparseTensor | tf.SparseTensorSpec),
+        ragged=isinstance(leaf, tf.RaggedTensor | tf.RaggedTensorSpec),
     )
-    with tf.init_scope():
-        model._symbolic_build(data_batch=symbolic)
-
-
-def _dtype(leaf: Any) -> str:
-    return keras.backend.standardize_dtype(leaf.dtype)
 
 
 class _Window:
@@ -183,11 +216,11 @@ class _Window:
         model = self._model
         start = moving_statistics(self._batchnorm)
         if tf.executing_eagerly():
-            traced = trace(self._cut, lambda _, batch: self._micro(batch, self._totals))
+            traced = trace(self._cut, lambda index, batch: self._micro(batch, self._totals))
         else:
             step = trace(
                 self._cut,
-                lambda _, batch, totals: self._micro(batch, lambda: totals),
+                lambda index, batch, totals: self._micro(batch, lambda: totals),
                 model.jit_compile,
                 (_TOTALS,),
             )
@@ -273,7 +306,7 @@ class _Window:
         In a graph everything but the masks is pruned from this forward.
         """
         if self._counted is None:
-            counting = trace(self._cut, lambda _, batch: self._count(batch))
+            counting = trace(self._cut, lambda index, batch: self._count(batch))
             sums, _ = fold(counting, lambda _, counted: Output([counted], []), add)
             self._counted = sums[0]
         return self._counted

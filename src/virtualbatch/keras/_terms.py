@@ -1,19 +1,17 @@
 """A compiled Keras loss as sums over a micro-batch, each divided by its window's weight.
 
 Keras divides every loss by a denominator of its own: elements, unmasked elements, or sample
-weights. Here the same `Loss` objects run with `reduction="sum"`, and the denominator is that of
+weights. Here the same `Loss` objects run without their reduction, and the denominator is that of
 the whole batch, so the contributions of all micro-batches add up to what Keras would compute.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 from keras.src import backend
 from keras.src.losses.loss import apply_mask
-
-_MEANS = ("sum_over_batch_size", "mean")
 
 
 class Rows(NamedTuple):
@@ -28,7 +26,7 @@ class Rows(NamedTuple):
     window: Any
 
     def share(self, dtype: str) -> Any:
-        """here / window as a scalar of the given dtype, formed in float64."""
+        """`here / window` as a scalar of the given dtype, formed in float64."""
         return ops.cast(ops.cast(self.here, "float64") / ops.cast(self.window, "float64"), dtype)
 
 
@@ -40,15 +38,19 @@ class Contribution(NamedTuple):
         tracked: values for the per-output loss metrics, in their order; empty if Keras keeps none.
         tracked_by_rows: whether Keras weights those metrics by rows (it does where the number of
             rows is static).
-        counted: float64 vector with the weight of each term, 0 where it is not counted.
-        needs_count: whether any term's weight had to be counted.
+        counted: float64 vector of what had to be counted because only the data or a forward
+            knows it; empty where every weight is proportional to the rows.
     """
 
     total: Any
     tracked: list[Any]
     tracked_by_rows: bool
     counted: Any
-    needs_count: bool
+
+    @property
+    def needs_count(self) -> bool:
+        """Whether any weight had to be counted."""
+        return self.counted.shape[0] > 0
 
 
 def contribution(
@@ -70,21 +72,29 @@ def contribution(
         y_pred: predictions of the micro-batch.
         sample_weight: sample weights of the micro-batch, or None.
         rows: rows of the micro-batch and the window.
-        totals: returns the window's weights, a float64 vector with one entry per term; called
-            only where a weight has to be counted.
+        totals: returns what the micro-batches of the window have `counted`, added up; called only
+            where a weight has to be counted.
 
     Returns:
         The contribution.
+
+    Raises:
+        ValueError: one of several losses has `reduction=None`.
     """
     counts: list[Any] = []
+
+    def over_window(value: Any) -> Any:
+        counts.append(ops.cast(value, "float64"))
+        return ops.cast(totals()[len(counts) - 1], value.dtype)
+
     metrics: list[_Recorded] = []
     run = _shallow_copy(compile_loss)
 
     def adopt() -> None:
         entries = compile_loss._flat_losses
+        _check_reduced(entries)
         run._flat_losses = [
-            entry._replace(loss=_summed(entry.loss, k, rows, totals, counts))
-            for k, entry in enumerate(entries)
+            entry._replace(loss=_summed(entry.loss, rows, over_window)) for entry in entries
         ]
         metrics.extend(_Recorded() for _ in compile_loss.metrics)
         run._metrics = metrics
@@ -106,9 +116,23 @@ def contribution(
         total=total,
         tracked=[metric.value for metric in seen],
         tracked_by_rows=any(metric.sample_weight is not None for metric in seen),
-        counted=ops.stack([ops.zeros((), "float64") if c is None else c for c in counts]),
-        needs_count=any(c is not None for c in counts),
+        counted=ops.stack(counts) if counts else ops.zeros((0,), "float64"),
     )
+
+
+def _check_reduced(entries: Sequence[Any]) -> None:
+    """Refuses what Keras adds up by broadcasting, so that one loss counts once per row of another.
+
+    Raises:
+        ValueError: one of several losses is not reduced.
+    """
+    unreduced = [entry.name for entry in entries if _is_unreduced(entry.loss)]
+    if unreduced and len(entries) > 1:
+        raise ValueError(
+            "Each of several losses must be reduced to a number of its own. "
+            f"Got reduction=None for {', '.join(map(str, unreduced))}. "
+            'Use reduction="sum", which has the same gradient.'
+        )
 
 
 def _shallow_copy(instance: Any) -> Any:
@@ -129,48 +153,80 @@ class _Recorded:
 
 
 def _summed(
-    loss: keras.losses.Loss, k: int, rows: Rows, totals: Callable[[], Any], counts: list[Any]
+    loss: keras.losses.Loss, rows: Rows, over_window: Callable[[Any], Any]
 ) -> Callable[..., Any]:
+    """A loss that gives its micro-batch's part of what it would be for the window.
+
+    Args:
+        loss: one loss of a compiled model.
+        rows: rows of the micro-batch and the window.
+        over_window: scalar of this micro-batch -> its sum over the window.
+
+    Returns:
+        A function of (y_true, y_pred, sample_weight), like the loss.
+    """
+    if type(loss).__call__ is not keras.losses.Loss.__call__:
+        return lambda *args: _part_of_mean(loss(*args), rows)
+
     def term(y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        total, values, weight = _total_and_weight(loss, y_true, y_pred, sample_weight)
-        counts.append(None if weight is None else ops.cast(weight, "float64"))
-        if weight is not None:
-            return ops.divide_no_nan(total, ops.cast(totals()[k], total.dtype))
-        if values is None:
-            return _part_of_mean(total, rows)
+        values, mask, product = _elements(loss, y_true, y_pred, sample_weight)
+        weights = _weights(loss, mask, sample_weight)
+        if len(values.shape) == 0:
+            mean = values * rows.share(values.dtype)
+            if weights is None:
+                return mean
+            # Keras spreads a loss that is a number already over the weights, and reduces that.
+            total = mean * over_window(ops.sum(weights))
+        else:
+            total = ops.sum(product)
         if loss.reduction == "sum":
             return total
-        per_row = ops.cast(ops.size(values), "float64") / ops.cast(rows.here, "float64")
-        return total / ops.cast(per_row * ops.cast(rows.window, "float64"), total.dtype)
+        if _is_unreduced(loss):
+            return _logged_as_mean(total, product, rows)
+        if loss.reduction == "mean_with_sample_weight" and weights is not None:
+            return ops.divide_no_nan(total, over_window(ops.sum(weights)))
+        if loss.reduction != "mean_with_sample_weight" and mask is not None:
+            # A position of the mask may stand for several elements.
+            elements = ops.cast(ops.size(product) / ops.size(mask), total.dtype)
+            valid = ops.sum(ops.cast(mask, total.dtype))
+            return ops.divide_no_nan(total, over_window(valid * elements))
+        return ops.divide_no_nan(total, _size_over_window(product, rows))
 
     return term
 
 
-def _part_of_mean(value: Any, rows: Rows) -> Any:
-    """A mean over rows as this micro-batch's part of it.
+def _is_unreduced(loss: keras.losses.Loss) -> bool:
+    return loss.reduction in (None, "none")
 
-    Keras sums the gradients of a loss that is not reduced, but logs its mean; so does this.
-    """
-    part = ops.mean(value) * rows.share(value.dtype)
+
+def _part_of_mean(value: Any, rows: Rows) -> Any:
+    """What a loss with a `__call__` of its own gave, taken for a mean over rows."""
     if len(value.shape) == 0:
-        return part
-    total = ops.sum(value)
+        return value * rows.share(value.dtype)
+    return _logged_as_mean(ops.sum(value), value, rows)
+
+
+def _logged_as_mean(total: Any, elements: Any, rows: Rows) -> Any:
+    """A loss that is not reduced: Keras sums its gradients but logs its mean."""
+    part = ops.divide_no_nan(total, _size_over_window(elements, rows))
     return total + ops.stop_gradient(part - total)
 
 
-def _total_and_weight(
+def _size_over_window(values: Any, rows: Rows) -> Any:
+    """Number of elements that the window has, from those of a micro-batch."""
+    per_row = ops.cast(ops.size(values), "float64") / ops.cast(rows.here, "float64")
+    return ops.cast(per_row * ops.cast(rows.window, "float64"), values.dtype)
+
+
+def _elements(
     loss: keras.losses.Loss, y_true: Any, y_pred: Any, sample_weight: Any
 ) -> tuple[Any, Any, Any]:
-    """Runs one loss.
+    """Runs one loss without its reduction.
 
     Returns:
-        (total, values, weight). `values` are the loss elements that were summed to `total`, or
-        None if the loss is a mean over rows as it stands: it returned a scalar, is not reduced,
-        or computes its reduction itself. `weight` is what Keras divides by where that has to be
-        counted, or None where it is proportional to the rows.
+        (values, mask, product): what the loss computed, the mask that Keras applies or None, and
+        the values times mask and sample weights.
     """
-    if type(loss).__call__ is not keras.losses.Loss.__call__ or loss.reduction in (None, "none"):
-        return loss(y_true, y_pred, sample_weight), None, None
     seen: list[Any] = []
 
     def call(y_true: Any, y_pred: Any) -> Any:
@@ -179,29 +235,16 @@ def _total_and_weight(
 
     run = _shallow_copy(loss)
     run.call = call
-    run.reduction = "sum"
-    total = run(y_true, y_pred, sample_weight)
-    values = seen[0]
-    if len(values.shape) == 0:
-        return total, None, None
-    if loss.reduction == "sum":
-        return total, values, None
-    mask = _mask(y_pred, values)
-    if loss.reduction in _MEANS:
-        if mask is None:
-            return total, values, None
-        valid = ops.sum(ops.cast(mask, loss.dtype))
-        if tuple(values.shape) != tuple(mask.shape):
-            ratio = ops.cast(ops.size(values), "float64") / ops.cast(ops.size(mask), "float64")
-            valid = valid * ops.cast(ratio, loss.dtype)
-        return total, values, valid
-    weights = apply_mask(
-        None if sample_weight is None else ops.convert_to_tensor(sample_weight, loss.dtype),
-        mask,
-        dtype=loss.dtype,
-        reduction=loss.reduction,
-    )
-    return total, values, None if weights is None else ops.sum(weights)
+    run.reduction = None
+    product = run(y_true, y_pred, sample_weight)
+    return ops.convert_to_tensor(seen[0], loss.dtype), _mask(y_pred, seen[0]), product
+
+
+def _weights(loss: keras.losses.Loss, mask: Any, sample_weight: Any) -> Any:
+    """Mask times sample weights as Keras merges them, or None where there is neither."""
+    if sample_weight is not None:
+        sample_weight = ops.convert_to_tensor(sample_weight, loss.dtype)
+    return apply_mask(sample_weight, mask, dtype=loss.dtype, reduction=None)
 
 
 def _mask(y_pred: Any, values: Any) -> Any:

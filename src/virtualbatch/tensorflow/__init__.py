@@ -16,9 +16,9 @@ from virtualbatch.tensorflow._aux import WindowAux
 from virtualbatch.tensorflow._batch import segments
 from virtualbatch.tensorflow._gradients import (
     add,
-    check_floating,
     finished,
     loss_dtype,
+    scalar_terms,
     scaled_gradients,
     selected_loss,
     split_sparse,
@@ -88,7 +88,7 @@ def value_and_gradients(
         >>> loss, gradients = value_and_gradients(loss_fn, (x, y), variables, microbatch_size=32)
         >>> optimizer.apply_gradients(zip(gradients, variables))
     """
-    _check_call(loss_fn, batch, microbatch_size, accumulation_steps, weight)
+    _check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
     # AutoGraph does not look into this library, but must go on converting what the user wrote.
     autograph = tf.__internal__.autograph
     status = autograph.control_status_ctx()
@@ -101,13 +101,25 @@ def value_and_gradients(
 
 
 def _check_call(
-    loss_fn: Any, batch: Any, microbatch_size: Any, accumulation_steps: Any, weight: Any
+    loss_fn: Any,
+    batch: Any,
+    variables: Any,
+    microbatch_size: Any,
+    accumulation_steps: Any,
+    weight: Any,
 ) -> None:
     for name, function in (("loss_fn", loss_fn), ("weight", weight)):
         if not callable(function) and not (name == "weight" and function is None):
             raise TypeError(
                 f"{name} must be a function of one batch. Got {name}={function!r}. "
                 f"Pass {name}=lambda batch: ..."
+            )
+    for variable in tf.nest.flatten(variables):
+        if not hasattr(variable, "dtype") or not hasattr(variable, "shape"):
+            raise TypeError(
+                "variables must be a nested structure of variables. "
+                f"Got one of type {type(variable).__name__}. "
+                "Pass for example model.trainable_variables."
             )
     if not isinstance(batch, Window):
         check_sizes(microbatch_size, accumulation_steps)
@@ -139,8 +151,7 @@ def _value_and_gradients(
         with tf.GradientTape(persistent=several) as tape:
             loss, aux = loss_and_aux(loss_fn(microbatch), has_aux)
             named = loss_terms(loss)
-            terms = list(named.values())
-            check_floating(terms)
+            terms = scalar_terms(named.values())
         dtypes.append(loss_dtype(terms))
         parts = shares.of(list(named), index)
         may_be_empty = weight is not None

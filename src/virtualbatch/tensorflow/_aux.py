@@ -11,14 +11,15 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.tensorflow._batch import Segment, is_array, map_rows, specs
+from virtualbatch.split import array_leaves, common_rows
+from virtualbatch.tensorflow._batch import Segment, as_tensor, specs
 from virtualbatch.tensorflow._loop import Traced
 from virtualbatch.window import accumulator_dtype
 
-_ROWS, _SUM, _MEAN = "rows", "sum", "mean"
+_ROWS, _SUM, _MEAN, _NOTHING = "rows", "sum", "mean", "nothing"
 
 # An eager loop asks the same question at every update, and the answer costs a trace.
-_shapes: weakref.WeakKeyDictionary[Any, dict[Any, list[Any]]] = weakref.WeakKeyDictionary()
+_shapes: weakref.WeakKeyDictionary[Any, dict[str, list[Any]]] = weakref.WeakKeyDictionary()
 
 
 class WindowAux:
@@ -75,65 +76,100 @@ class WindowAux:
             rows = [_joined(column) for column in zip(*(r for _, r in routed), strict=True)]
         leaves = [
             row if total is None else _cast_like(total, leaf)
-            for total, row, leaf in zip(
-                sums, rows, tf.nest.flatten(self._structure), strict=True
-            )
+            for total, row, leaf in zip(sums, rows, tf.nest.flatten(self._structure), strict=True)
         ]
         return tf.nest.pack_sequence_as(self._structure, leaves)
 
     def _traced_kinds(self) -> list[str]:
         microbatch = self._segments[0].get(tf.constant(0))
-        leaves = tf.nest.flatten(self._structure)
+        leaves = _tensors(self._structure)
         rows = _rows(microbatch)
         per_row = [_has_axis(leaf) and leaf.shape[0] == rows for leaf in leaves]
         if any(per_row):
             # With open rows the trace cannot tell one entry per row from any other open size.
             other = 2 if rows is None else rows + 1
-            per_row = self._confirmed(per_row, specs(microbatch, other), other)
+            per_row = self._confirmed(per_row, leaves, specs(microbatch, other), other)
         return [_kind(leaf, found) for leaf, found in zip(leaves, per_row, strict=True)]
 
     def _eager_kinds(self) -> list[str]:
         microbatches = [segment.get(0) for segment in self._segments]
         rows = [_rows(microbatch) for microbatch in microbatches]
-        flat = [[tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(x)] for x in self._kept]
+        flat = [_tensors(aux) for aux in self._kept]
         per_row = [
             all(
-                _has_axis(leaf) and leaf.shape[0] == n
-                for leaf, n in zip(column, rows, strict=True)
+                _has_axis(leaf) and leaf.shape[0] == n for leaf, n in zip(column, rows, strict=True)
             )
             for column in zip(*flat, strict=True)
         ]
         if any(per_row) and len(set(rows)) == 1:
             other = rows[0] + 1
-            spec = specs(map_rows(tf.convert_to_tensor, microbatches[0]), other)
-            per_row = self._confirmed(per_row, spec, other)
+            microbatch = tf.nest.map_structure(as_tensor, microbatches[0])
+            per_row = self._confirmed(per_row, flat[0], specs(microbatch, other), other)
         return [_kind(leaf, found) for leaf, found in zip(flat[0], per_row, strict=True)]
 
-    def _confirmed(self, per_row: list[bool], spec: Any, rows: int) -> list[bool]:
+    def _confirmed(
+        self, per_row: list[bool], leaves: list[Any], spec: Any, rows: int
+    ) -> list[bool]:
         """Which leaves still follow the rows when the loss is traced with another number."""
-        known = _shapes.setdefault(self._loss_fn, {})
-        key = tuple(map(str, tf.nest.flatten(spec)))
+        known = _known_shapes(self._loss_fn)
+        given = [None if leaf is None else (leaf.shape, leaf.dtype) for leaf in leaves]
+        key = str((getattr(self._loss_fn, "__name__", None), tf.nest.flatten(spec), given))
         if key not in known:
-            traced = tf.function(lambda microbatch: self._loss_fn(microbatch)[1])
-            outputs = traced.get_concrete_function(spec).structured_outputs
-            known[key] = [leaf.shape for leaf in tf.nest.flatten(outputs)]
+            known[key] = [
+                None if leaf is None else leaf.shape for leaf in self._traced_aux(spec, rows)
+            ]
         return [
             found and bool(shape.rank) and shape[0] == rows
             for found, shape in zip(per_row, known[key], strict=True)
         ]
 
+    def _traced_aux(self, spec: Any, rows: int) -> list[Any]:
+        traced = tf.function(lambda microbatch: self._loss_fn(microbatch)[1])
+        try:
+            outputs = traced.get_concrete_function(spec).structured_outputs
+        except Exception as error:
+            raise TypeError(
+                "With has_aux=True a loss function must be traceable with any number of rows, "
+                "which tells the leaves of aux that have one entry per row. "
+                f"Got {type(error).__name__} with {rows} rows: {error}. "
+                "Use TensorFlow operations instead of .numpy() and of a fixed number of rows."
+            ) from error
+        return tf.nest.flatten(outputs)
+
 
 def _routed(kinds: Sequence[str], share: Any, aux: Any) -> tuple[list[Any], list[Any]]:
     sums: list[Any] = []
     rows: list[Any] = []
-    for kind, leaf in zip(kinds, tf.nest.flatten(aux), strict=True):
-        value = tf.convert_to_tensor(leaf)
+    for kind, value in zip(kinds, _tensors(aux), strict=True):
         if kind == _MEAN:
             wide = tf.cast(value, accumulator_dtype(value.dtype.name))
-            value = wide * tf.cast(share, wide.dtype)
-        sums.append(None if kind == _ROWS else value)
+            sums.append(wide * tf.cast(share, wide.dtype))
+        else:
+            sums.append(value if kind == _SUM else None)
         rows.append(value if kind == _ROWS else None)
     return sums, rows
+
+
+def _tensors(aux: Any) -> list[Any]:
+    """The leaves of aux as dense tensors; None stays None."""
+    leaves = tf.nest.flatten(aux)
+    for leaf in leaves:
+        if isinstance(leaf, tf.RaggedTensor | tf.SparseTensor | tf.IndexedSlices):
+            raise TypeError(
+                "A leaf of aux must be a dense tensor, a number or None. "
+                f"Got {type(leaf).__name__}. Return its dense parts, such as to_tensor()."
+            )
+    return [None if leaf is None else tf.convert_to_tensor(leaf) for leaf in leaves]
+
+
+def _known_shapes(loss_fn: Any) -> dict[str, list[Any]]:
+    """What was found about aux of this loss function before; empty if it cannot be remembered."""
+    # A bound method is a new object at every access, but its instance is not.
+    owner = getattr(loss_fn, "__self__", loss_fn)
+    try:
+        return _shapes.setdefault(owner, {})
+    except TypeError:  # not hashable, or without weak references
+        return {}
 
 
 def _total(column: Sequence[Any]) -> Any:
@@ -149,14 +185,16 @@ def _cast_like(total: Any, leaf: Any) -> Any:
 
 
 def _rows(microbatch: Any) -> Any:
-    return next(leaf.shape[0] for leaf in tf.nest.flatten(microbatch) if is_array(leaf))
+    return common_rows(array_leaves(microbatch))
 
 
 def _has_axis(leaf: Any) -> bool:
-    return leaf.shape.rank is not None and leaf.shape.rank > 0
+    return leaf is not None and bool(leaf.shape.rank)
 
 
 def _kind(leaf: Any, per_row: bool) -> str:
+    if leaf is None:
+        return _NOTHING
     if per_row:
         return _ROWS
     if leaf.dtype.is_integer:

@@ -15,6 +15,7 @@ from virtualbatch.split import (
     check_window,
     common_rows,
     even_cut,
+    rank,
     rows_per_microbatch,
     sizes_disagree,
 )
@@ -25,13 +26,23 @@ class Segment(NamedTuple):
 
     Fields:
         count: how many; a Python int, or an int32 scalar where the rows are dynamic.
-        get: number within the segment -> micro-batch.
+        source: nested structure of arrays that they are cut from.
+        cut: (source, number within the segment) -> micro-batch.
         rows: number within the segment -> its rows, a Python int or an int32 scalar.
     """
 
     count: Any
-    get: Callable[[Any], Any]
+    source: Any
+    cut: Callable[[Any, Any], Any]
     rows: Callable[[Any], Any]
+
+    def get(self, i: Any) -> Any:
+        """The micro-batch of that number."""
+        return self.cut(self.source, i)
+
+    def after(self, operations: list[Any]) -> "Segment":
+        """The same micro-batches, which cannot be read before the operations have run."""
+        return self._replace(source=after(operations, self.source))
 
 
 def segments(
@@ -49,16 +60,21 @@ def segments(
 
     Raises:
         ValueError: rows differ or are missing, the two sizes disagree, or the window is empty.
+        TypeError: a batch that is still to be cut holds a SparseTensor.
     """
     if isinstance(batch, Window):
         return _window_segments(batch)
     rows = common_rows(array_leaves(batch))
+    _refuse_sparse(batch)
     if tf.executing_eagerly():
         size = rows_per_microbatch(_known(rows), microbatch_size, accumulation_steps)
         return [_piece(batch, start, stop) for start, stop in even_cut(_known(rows), size)]
-    batch = tf.nest.map_structure(_as_tensor, batch)
-    if rows is None:
-        return [_dynamic_run(batch, microbatch_size, accumulation_steps)]
+    batch = tf.nest.map_structure(as_tensor, batch)
+    if _is_open(batch):
+        counts = _counts(batch)
+        batch, counts = after([_equal_rows(counts)], (batch, counts))
+        if rows is None:
+            return [_dynamic_run(batch, counts[0], microbatch_size, accumulation_steps)]
     size = rows_per_microbatch(rows, microbatch_size, accumulation_steps)
     if size >= rows:
         return [_single(batch, rows)]
@@ -79,16 +95,56 @@ def map_rows(fn: Callable[[Any], Any], batch: Any) -> Any:
     return tf.nest.map_structure(lambda leaf: fn(leaf) if is_array(leaf) else leaf, batch)
 
 
+def as_tensor(leaf: Any) -> Any:
+    """An array as a tensor; ragged and sparse tensors and leaves without rows stay."""
+    if not is_array(leaf) or isinstance(leaf, tf.RaggedTensor | tf.SparseTensor):
+        return leaf
+    return tf.convert_to_tensor(leaf)
+
+
+def after(operations: list[Any], structure: Any) -> Any:
+    """The same arrays, which cannot be read before the operations have run."""
+    with tf.control_dependencies([found for found in operations if found is not None]):
+        return map_rows(tf.identity, structure)
+
+
 def specs(microbatch: Any, rows: int | None = None) -> Any:
-    """TensorSpecs of the arrays of a micro-batch, with another number of rows if one is given."""
+    """Specs of the arrays of a micro-batch, with another number of rows if one is given."""
 
     def spec(leaf: Any) -> Any:
         found = tf.type_spec_from_value(leaf)
-        if rows is None or not isinstance(found, tf.TensorSpec):
+        if rows is None:
             return found
-        return tf.TensorSpec([rows, *found.shape[1:]], found.dtype)
+        shape = tf.TensorShape([rows]).concatenate(found.shape[1:])
+        if isinstance(found, tf.RaggedTensorSpec):
+            return tf.RaggedTensorSpec(
+                shape, found.dtype, found.ragged_rank, found.row_splits_dtype
+            )
+        return type(found)(shape, found.dtype)
 
     return map_rows(spec, microbatch)
+
+
+def _arrays(batch: Any) -> list[Any]:
+    return [leaf for leaf in tf.nest.flatten(batch) if is_array(leaf)]
+
+
+def _is_open(batch: Any) -> bool:
+    """Whether a trace does not know the rows of some array."""
+    return any(rank(array) is None or array.shape[0] is None for array in _arrays(batch))
+
+
+def _counts(batch: Any) -> Any:
+    """Rows of every array of a batch, as an int32 vector in a graph."""
+
+    def count(array: Any) -> Any:
+        if isinstance(array, tf.RaggedTensor):
+            return array.nrows(tf.int32)
+        if isinstance(array, tf.SparseTensor):
+            return tf.cast(array.dense_shape[0], tf.int32)
+        return tf.shape(array)[0]
+
+    return tf.stack([count(array) for array in _arrays(batch)])
 
 
 def _known(rows: int | None) -> int:
@@ -97,29 +153,24 @@ def _known(rows: int | None) -> int:
     return rows
 
 
-def _as_tensor(leaf: Any) -> Any:
-    if not is_array(leaf) or isinstance(leaf, tf.RaggedTensor):
-        return leaf
-    if isinstance(leaf, tf.SparseTensor):
+def _refuse_sparse(batch: Any) -> None:
+    if any(isinstance(leaf, tf.SparseTensor) for leaf in _arrays(batch)):
         raise TypeError(
             "Arrays of a batch must be dense or ragged. Got a SparseTensor. "
             "Pass tf.sparse.to_dense(...), or a Window whose micro-batches you cut yourself."
         )
-    return tf.convert_to_tensor(leaf)
 
 
 def _piece(batch: Any, start: int, stop: int) -> Segment:
     def cut(leaf: Any) -> Any:
-        if isinstance(leaf, tf.SparseTensor):
-            return _as_tensor(leaf)
         # A frame is asked for rows by position; its own brackets mean columns.
         return leaf.iloc[start:stop] if hasattr(leaf, "iloc") else leaf[start:stop]
 
-    return Segment(1, lambda _: map_rows(cut, batch), lambda _: stop - start)
+    return Segment(1, batch, lambda source, _: map_rows(cut, source), lambda _: stop - start)
 
 
 def _single(microbatch: Any, rows: Any) -> Segment:
-    return Segment(1, lambda _: microbatch, lambda _: rows)
+    return Segment(1, microbatch, lambda source, _: source, lambda _: rows)
 
 
 def _slice(x: Any, start: Any, size: Any) -> Any:
@@ -136,89 +187,89 @@ def _slice(x: Any, start: Any, size: Any) -> Any:
 def _static_run(batch: Any, count: int, size: int) -> Segment:
     return Segment(
         count,
-        lambda i: map_rows(lambda x: _slice(x, i * size, size), batch),
+        batch,
+        lambda source, i: map_rows(lambda x: _slice(x, i * size, size), source),
         lambda _: size,
     )
 
 
+def _equal_rows(counts: Any) -> Any:
+    """Refuses, at run time, the rows that a trace leaves open; those it knows were compared."""
+    return tf.debugging.Assert(
+        tf.logical_and(tf.reduce_all(tf.equal(counts, counts[0])), counts[0] > 0),
+        [
+            "All arrays of a batch must have the same number of rows, at least one. Got rows",
+            counts,
+            "in the order of tf.nest.flatten(batch). Pass arrays that share their leading axis.",
+        ],
+    )
+
+
 def _dynamic_run(
-    batch: Any, microbatch_size: int | None, accumulation_steps: int | None
+    batch: Any, rows: Any, microbatch_size: int | None, accumulation_steps: int | None
 ) -> Segment:
     """Micro-batches of a batch whose rows are known at run time only.
 
     One shape with open rows serves the full micro-batches and the remainder, so the remainder is
     simply the last turn of the loop and nothing is traced for it.
     """
-    arrays = [leaf for leaf in tf.nest.flatten(batch) if is_array(leaf)]
-    counts = [x.nrows(tf.int32) if isinstance(x, tf.RaggedTensor) else tf.shape(x)[0] for x in arrays]
-    rows = counts[0]
-    same = tf.reduce_all(tf.equal(tf.stack(counts), rows))
-    checks = [
-        tf.debugging.Assert(
-            tf.logical_and(same, rows > 0),
-            [
-                "All arrays of a batch must have the same number of rows, at least one. Got rows",
-                tf.stack(counts),
-                "in the order of tf.nest.flatten(batch). Pass arrays that share their leading axis.",
-            ],
-        )
-    ]
     size = rows_per_microbatch(rows, microbatch_size, accumulation_steps)
     count = (rows + size - 1) // size
     if microbatch_size is not None and accumulation_steps is not None:
-        checks.append(
-            tf.debugging.Assert(
-                tf.equal(count, accumulation_steps),
-                [sizes_disagree("the batch", microbatch_size, accumulation_steps), "Got rows", rows],
-            )
+        disagree = sizes_disagree("the batch", microbatch_size, accumulation_steps)
+        check = tf.debugging.Assert(
+            tf.equal(count, accumulation_steps), [disagree, "Got rows", rows]
         )
-    # Everything reads the batch through these, so nothing can run before the checks.
-    with tf.control_dependencies([check for check in checks if check is not None]):
-        batch = map_rows(tf.identity, batch)
-        rows, size = tf.identity(rows), tf.identity(size)
+        batch, rows = after([check], (batch, rows))
 
     def rows_of(i: Any) -> Any:
         return tf.minimum(size, rows - i * size)
 
     return Segment(
-        count, lambda i: map_rows(lambda x: _slice(x, i * size, rows_of(i)), batch), rows_of
+        count,
+        batch,
+        lambda source, i: map_rows(lambda x: _slice(x, i * size, rows_of(i)), source),
+        rows_of,
     )
 
 
 def _window_segments(window: Window) -> list[Segment]:
     check_window(window)
+    rows = [
+        common_rows(array_leaves(microbatch, f"window[{index}]"))
+        for index, microbatch in enumerate(window)
+    ]
+    if tf.executing_eagerly():
+        return [_single(microbatch, n) for microbatch, n in zip(window, rows, strict=True)]
+    microbatches = [tf.nest.map_structure(as_tensor, microbatch) for microbatch in window]
+    checks = [_equal_rows(_counts(found)) for found in microbatches if _is_open(found)]
     result: list[Segment] = []
     run: list[Any] = []
-    run_spec = None
-    for index, microbatch in enumerate(window):
-        rows = common_rows(array_leaves(microbatch, f"window[{index}]"))
-        if tf.executing_eagerly():
-            result.append(_single(microbatch, rows))
-            continue
-        microbatch = tf.nest.map_structure(_as_tensor, microbatch)
-        spec = tf.nest.flatten(specs(microbatch)) if _stackable(microbatch) else None
-        if run and (spec is None or spec != run_spec):
+    for microbatch in after(checks, microbatches):
+        stackable = _stackable(microbatch)
+        if run and not (stackable and _alike(specs(run[0]), specs(microbatch))):
             result.append(_stacked(run))
             run = []
-        run.append(microbatch)
-        run_spec = spec
-        if spec is None:
-            result.append(_single(microbatch, _dynamic_rows(microbatch)))
-            run = []
+        if stackable:
+            run.append(microbatch)
+        else:
+            result.append(_single(microbatch, _counts(microbatch)[0]))
     return result + ([_stacked(run)] if run else [])
 
 
 def _stackable(microbatch: Any) -> bool:
     return all(
-        not isinstance(leaf, tf.RaggedTensor) and leaf.shape.is_fully_defined()
-        for leaf in tf.nest.flatten(microbatch)
-        if is_array(leaf)
+        isinstance(leaf, tf.Tensor) and leaf.shape.is_fully_defined()
+        for leaf in _arrays(microbatch)
     )
 
 
-def _dynamic_rows(microbatch: Any) -> Any:
-    leaf = next(leaf for leaf in tf.nest.flatten(microbatch) if is_array(leaf))
-    return leaf.nrows(tf.int32) if isinstance(leaf, tf.RaggedTensor) else tf.shape(leaf)[0]
+def _alike(a: Any, b: Any) -> bool:
+    try:
+        tf.nest.assert_same_structure(a, b)
+    except (TypeError, ValueError):
+        return False
+    return tf.nest.flatten(a) == tf.nest.flatten(b)
 
 
 def _stacked(run: list[Any]) -> Segment:
@@ -229,4 +280,9 @@ def _stacked(run: list[Any]) -> Segment:
     stacked = tf.nest.map_structure(
         lambda *leaves: tf.stack(leaves) if is_array(leaves[0]) else leaves[0], *run
     )
-    return Segment(len(run), lambda i: map_rows(lambda x: x[i], stacked), lambda _: rows)
+    return Segment(
+        len(run),
+        stacked,
+        lambda source, i: map_rows(lambda x: x[i], source),
+        lambda _: rows,
+    )

@@ -1,10 +1,10 @@
 """Each micro-batch's share of the gradient, and the sums turned back into gradients.
 
-Where every variable is float32 or wider, the share enters as the gradient of the loss itself and
-costs nothing. Half-precision gradients are taken unscaled and multiplied in the wide add.
+Where every variable and term is float32 or wider, the share enters as the gradient of the loss
+itself and costs nothing. Otherwise gradients are taken unscaled and multiplied in the wide add.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -67,18 +67,27 @@ def selected_loss(terms: Sequence[Any], shares: Sequence[Any], may_be_empty: boo
     return total
 
 
-def check_floating(terms: Sequence[Any]) -> None:
-    """Refuses terms that cannot be differentiated.
+def scalar_terms(terms: Iterable[Any]) -> list[tf.Tensor]:
+    """Terms as scalar tensors that can be differentiated; call it while the tape records.
 
     Raises:
-        TypeError: a term's dtype is not floating.
+        TypeError: a term is not a tensor of TensorFlow, or its dtype is not floating.
     """
+    terms = list(terms)
     for term in terms:
-        if not term.dtype.is_floating:
+        if not tf.is_tensor(term):
             raise TypeError(
-                f"A loss must have a floating dtype. Got {term.dtype.name}. "
+                f"A loss must be a tensor of TensorFlow. Got {type(term).__name__}. "
+                "Compute it with TensorFlow operations, or it has no gradient."
+            )
+        if not tf.as_dtype(term.dtype).is_floating:
+            raise TypeError(
+                f"A loss must have a floating dtype. Got {tf.as_dtype(term.dtype).name}. "
                 "Cast what it is computed from to a float."
             )
+    terms = [tf.convert_to_tensor(term) for term in terms]
+    # A trace may leave the rank open, as py_function does.
+    return [term if term.shape.rank == 0 else tf.ensure_shape(term, []) for term in terms]
 
 
 def loss_dtype(terms: Sequence[Any]) -> tf.DType:
@@ -102,9 +111,7 @@ def split_sparse(gradients: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
 def add(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
     """Sum of two lists of tensors, in which None adds nothing."""
-    return [
-        x if y is None else y if x is None else x + y for x, y in zip(a, b, strict=True)
-    ]
+    return [x if y is None else y if x is None else x + y for x, y in zip(a, b, strict=True)]
 
 
 def widened(gradient: Any, factor: Any) -> Any:
@@ -146,8 +153,11 @@ def finished(dense: Sequence[Any], rows: Sequence[Any], variables: Sequence[Any]
         if total is not None:
             result.append(tf.cast(total, dtype))
         elif values is not None:
-            shape = tf.constant(variable.shape.as_list() if hasattr(variable.shape, "as_list") else list(variable.shape))
-            result.append(tf.IndexedSlices(tf.cast(values, dtype), indices, shape))
+            if values.dtype != dtype:
+                # Whoever reads the slices adds those of one row, and in few bits that sum stalls.
+                indices, places = tf.unique(indices)
+                values = tf.math.unsorted_segment_sum(values, places, tf.size(indices))
+            result.append(tf.IndexedSlices(tf.cast(values, dtype), indices, tf.shape(variable)))
         else:
             result.append(None)
     return result
@@ -160,11 +170,11 @@ def _widest(terms: Sequence[Any]) -> tf.DType:
 def _backward(
     tape: tf.GradientTape, terms: Sequence[Any], shares: Sequence[Any], variables: Sequence[Any]
 ) -> list[Any]:
-    if not any(tf.as_dtype(variable.dtype) in _HALF for variable in variables):
+    if not any(tf.as_dtype(x.dtype) in _HALF for x in (*variables, *terms)):
         upstream = [tf.cast(share, term.dtype) for term, share in zip(terms, shares, strict=True)]
         return tape.gradient(list(terms), list(variables), output_gradients=upstream)
-    # Only the ratio of the shares goes through the backward pass, where it would be rounded to
-    # the variable's few bits and could underflow.
+    # Only the ratio of the shares goes through the backward pass, where a share would be rounded
+    # to few bits and could underflow.
     largest = tf.reduce_max(tf.stack([tf.cast(share, tf.float64) for share in shares]))
     upstream = [
         tf.cast(tf.math.divide_no_nan(tf.cast(share, tf.float64), largest), term.dtype)

@@ -66,7 +66,8 @@ def trace(
         if tf.executing_eagerly():
             result.append(Traced(segment, offset, step, None))
         else:
-            traced = function.get_concrete_function(_INDEX, specs(segment.get(tf.constant(0))), *extra)
+            spec = specs(segment.get(tf.constant(0)))
+            traced = function.get_concrete_function(_INDEX, spec, *extra)
             result.append(Traced(segment, offset, traced, traced.structured_outputs))
         offset = offset + segment.count
     return result
@@ -96,9 +97,17 @@ def fold(
     sums: Any = None
     pieces: list[list[Any]] = []
     for segment, offset, call, _ in traced:
-        first = route(_scalar(offset), call(_scalar(offset), segment.get(_scalar(0))))
+        # No forward needs the sums before it, but two at once would hold two activations.
+        if sums is not None:
+            segment = _waiting(segment, sums)
+        index, microbatch = _scalar(offset), segment.get(_scalar(0))
+        # A step may change state without reading a row; rows that are refused must stop it.
+        # Only a control edge does that: an input is waited for by its own readers alone.
+        with tf.control_dependencies(_ready(microbatch)):
+            found = call(index, microbatch)
+        first = route(index, found)
         sums = first.sums if sums is None else combine(sums, first.sums)
-        given = [first.rows]
+        given: list[Sequence[Any]] = [first.rows]
         if not (isinstance(segment.count, int) and segment.count == 1):
             sums, given = _loop(segment, offset, call, route, combine, sums, first.rows)
         pieces = pieces or [[] for _ in first.rows]
@@ -110,6 +119,20 @@ def fold(
 def _scalar(number: Any) -> Any:
     # A Python number would be a new signature of the step at every micro-batch.
     return number if tf.executing_eagerly() else tf.convert_to_tensor(number, tf.int32)
+
+
+def _waiting(segment: Segment, sums: Any) -> Segment:
+    return segment if tf.executing_eagerly() else segment.after(_ready(sums))
+
+
+def _ready(*structures: Any) -> list[Any]:
+    """An operation of the graph that runs once the structures can be read."""
+    if tf.executing_eagerly():
+        return []
+    leaves = tf.nest.flatten(structures, expand_composites=True)
+    # To wait for a function is to wait for its side effects, once it is inlined; only a reader of
+    # its results waits for those.
+    return [tf.group([tf.identity(leaf) for leaf in leaves if tf.is_tensor(leaf)])]
 
 
 def _concatenated(pieces: list[Any]) -> Any:
@@ -126,7 +149,7 @@ def _loop(
     combine: Callable[[Any, Any], Any],
     sums: Any,
     first_rows: Sequence[Any],
-) -> tuple[Any, list[list[Any]]]:
+) -> tuple[Any, list[Sequence[Any]]]:
     """The micro-batches of a segment after its first, in a while-loop."""
     present = [piece is not None for piece in first_rows]
     arrays = [
@@ -134,7 +157,7 @@ def _loop(
             piece.dtype,
             size=segment.count,
             infer_shape=False,
-            element_shape=[None, *piece.shape[1:]],
+            element_shape=tf.TensorShape([None]).concatenate(piece.shape[1:]),
         ).write(0, piece)
         for piece in first_rows
         if piece is not None
@@ -146,8 +169,9 @@ def _loop(
         written = [array.write(i, piece) for array, piece in zip(arrays, pieces, strict=True)]
         return i + 1, _dense(combine(_packed(sums, carry), output.sums)), written
 
-    # One iteration at a time: the forward of the next micro-batch depends on no sum, so several
-    # would otherwise hold their activations at once.
+    # One iteration at a time, and the first after what was summed before the loop. It is the rows
+    # that wait: TensorFlow folds a constant start of the loop and forgets what it waited for.
+    segment = _waiting(segment, sums)
     _, carry, arrays = tf.while_loop(
         lambda i, *_: i < segment.count,
         body,

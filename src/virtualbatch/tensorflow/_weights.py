@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from virtualbatch.split import rank
 from virtualbatch.tensorflow._batch import Segment
-from virtualbatch.terms import SINGLE, check_same_terms, weight_terms
+from virtualbatch.terms import SINGLE, check_same_terms, check_steady_weights, weight_terms
 from virtualbatch.window import shares
 
 
@@ -59,9 +60,7 @@ def window_shares(segments: Sequence[Segment], weight: Callable[[Any], Any] | No
         return Shares(rows, None)
     named = _eager_weights if tf.executing_eagerly() else _graph_weights
     terms = named(segments, lambda microbatch: _checked(weight(microbatch)))
-    return Shares(
-        rows, {name: rows if found is None else found for name, found in terms.items()}
-    )
+    return Shares(rows, {name: rows if found is None else found for name, found in terms.items()})
 
 
 def _checked(weight: Any) -> dict[Any, Any]:
@@ -69,9 +68,9 @@ def _checked(weight: Any) -> dict[Any, Any]:
     for name, value in terms.items():
         if value is None and name is not SINGLE:
             continue
-        shape = getattr(value, "shape", ())
-        if value is None or isinstance(value, str | bytes) or len(shape) != 0:
-            got = f"shape {tuple(shape)}" if len(shape) else repr(value)
+        axes = rank(value) if hasattr(value, "shape") else np.ndim(value)
+        if value is None or isinstance(value, str | bytes) or axes not in (0, None):
+            got = f"shape {tuple(np.shape(value))}" if axes else repr(value)
             raise ValueError(
                 "A weight must be one number per micro-batch and term. "
                 f"Got {got} for term {name!r}. "
@@ -86,13 +85,19 @@ def _eager_rows(segments: Sequence[Segment]) -> Any:
 
 def _graph_rows(segments: Sequence[Segment]) -> Any:
     parts = []
-    for count, _, rows in segments:
-        if isinstance(count, int) and count == 1:
-            parts.append(tf.cast(rows(0), tf.float64)[None])
+    for segment in segments:
+        if isinstance(segment.count, int) and segment.count == 1:
+            parts.append(tf.cast(segment.rows(0), tf.float64)[None])
         else:
-            numbers = tf.range(count)
-            parts.append(tf.cast(tf.zeros_like(numbers) + rows(numbers), tf.float64))
+            numbers = tf.range(segment.count)
+            parts.append(tf.cast(tf.zeros_like(numbers) + segment.rows(numbers), tf.float64))
     return _divided(tf.concat(parts, 0))
+
+
+def _wide(weight: Any) -> Any:
+    """A weight as a float64 scalar; TensorFlow itself reads a Python float as float32."""
+    number = weight if tf.is_tensor(weight) else np.asarray(weight, np.float64)
+    return tf.ensure_shape(tf.cast(number, tf.float64), [])
 
 
 def _divided(weights: Any) -> Any:
@@ -104,11 +109,11 @@ def _eager_weights(
 ) -> dict[Any, Any]:
     found = [weight(segment.get(0)) for segment in segments]
     for terms in found:
-        check_same_terms(terms, found[0])
+        check_steady_weights(terms, found[0])
     names = [name for name, value in found[0].items() if value is not None]
     result: dict[Any, Any] = dict.fromkeys(found[0])
     if names:
-        table = [[tf.cast(terms[name], tf.float64) for name in names] for terms in found]
+        table = [[_wide(terms[name]) for name in names] for terms in found]
         on_host = tf.stack(table).numpy()
         for k, name in enumerate(names):
             result[name] = np.asarray(shares(on_host[:, k].tolist()))
@@ -118,31 +123,31 @@ def _eager_weights(
 def _graph_weights(
     segments: Sequence[Segment], weight: Callable[[Any], dict[Any, Any]]
 ) -> dict[Any, Any]:
+    first: dict[Any, Any] = {}
     names: list[Any] = []
-    marked: dict[Any, Any] = {}
 
     def vector(microbatch: Any) -> Any:
         terms = weight(microbatch)
-        if marked:
-            check_same_terms(terms, marked)
-        marked.update((name, value is None) for name, value in terms.items())
-        names[:] = [name for name, independent in marked.items() if not independent]
-        return tf.stack([tf.cast(terms[name], tf.float64) for name in names] or [[]])
+        if not first:
+            first.update(terms)
+            names.extend(name for name, value in terms.items() if value is not None)
+        check_steady_weights(terms, first)
+        return tf.stack([_wide(terms[name]) for name in names] or tf.zeros([0], tf.float64))
 
     parts = []
-    for count, get, _ in segments:
-        if isinstance(count, int) and count == 1:
-            parts.append(vector(get(0))[None])
+    for segment in segments:
+        if isinstance(segment.count, int) and segment.count == 1:
+            parts.append(vector(segment.get(0))[None])
         else:
             parts.append(
                 tf.map_fn(
-                    lambda i, get=get: vector(get(i)),
-                    tf.range(count),
+                    lambda i, segment=segment: vector(segment.get(i)),
+                    tf.range(segment.count),
                     fn_output_signature=tf.TensorSpec(None, tf.float64),
                     parallel_iterations=1,
                 )
             )
     table = tf.concat(parts, 0)
-    result: dict[Any, Any] = dict.fromkeys(marked)
+    result: dict[Any, Any] = dict.fromkeys(first)
     result.update((name, _divided(table[:, k])) for k, name in enumerate(names))
     return result

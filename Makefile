@@ -1,0 +1,63 @@
+# All that is needed beforehand: Python 3.11 to 3.13 and make.
+# Every target creates .venv in this checkout when it is missing, and reuses it otherwise.
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+
+# TensorFlow has no wheels for other versions of Python.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	2>/dev/null && echo $$python && break; done)
+
+.PHONY: help setup demo test lint bench examples doctor clean
+
+help:
+	@echo "make setup      create .venv and install the package with its tools"
+	@echo "make demo       train on real digits: small batches, whole, accumulated"
+	@echo "make test       run the tests"
+	@echo "make lint       ruff, mypy, import contracts"
+	@echo "make bench      measure speed and memory"
+	@echo "make examples   run every file in examples/"
+	@echo "make doctor     what is installed, devices, memory limits"
+	@echo "make clean      remove .venv, caches and build outputs"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+ifeq ($(PYTHON),)
+	@echo "virtualbatch needs Python 3.11, 3.12 or 3.13. Got none on the PATH." \
+		"Run: make setup PYTHON=/path/to/python3.11" >&2; exit 1
+endif
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check \
+		--constraint constraints.txt --editable ".[demo,test,lint]"
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/virtualbatch demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/memory.py
+
+examples: setup
+	set -e; for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example; done
+
+doctor: setup
+	$(BIN)/virtualbatch doctor
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache \
+		.hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

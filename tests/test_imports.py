@@ -1,0 +1,116 @@
+"""What an import may bring along: no framework in the core, no tool in the training paths.
+
+Checked at run time in a fresh process, and statically by import-linter; each guard has a test
+that it can fail.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FRAMEWORKS = ("tensorflow", "keras", "torch", "jax")
+TOOLS = ("typer", "rich", "psutil", "pandas", "sklearn", "jinja2", "matplotlib")
+
+
+def assert_not_imported(program: str, forbidden: tuple[str, ...]) -> None:
+    """Runs a program in a fresh process and raises if it imported what is forbidden."""
+    report = f"import sys\nprint('|', *sorted(set({forbidden!r}) & set(sys.modules)))"
+    child = subprocess.run(
+        [sys.executable, "-c", f"{program}\n{report}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    imported = child.stdout.rsplit("|", 1)[1].split()
+    if imported:
+        raise AssertionError(f"{program!r} imported {imported}")
+
+
+def test_the_package_imports_no_framework_and_no_tool() -> None:
+    assert_not_imported("import virtualbatch", FRAMEWORKS + TOOLS)
+
+
+@pytest.mark.parametrize("module", ["window", "split", "terms"])
+def test_core_modules_import_no_framework_and_no_tool(module: str) -> None:
+    assert_not_imported(f"import virtualbatch.{module}", FRAMEWORKS + TOOLS)
+
+
+@pytest.mark.parametrize("module", ["cli", "doctor", "demo.parent", "__main__"])
+def test_the_command_line_imports_no_framework(module: str) -> None:
+    program = f"import virtualbatch.{module}"
+    if module == "__main__":
+        program = f"import sys\nsys.argv = ['virtualbatch', '--version']\ntry:\n    {program}"
+        program += "\nexcept SystemExit: pass"
+    assert_not_imported(program, FRAMEWORKS)
+
+
+def test_a_doctor_run_imports_no_framework() -> None:
+    program = "import virtualbatch.doctor\nprint(virtualbatch.doctor.diagnose())"
+    assert_not_imported(program, FRAMEWORKS)
+
+
+@pytest.mark.parametrize("engine", ["tensorflow", "keras"])
+def test_engines_import_no_tool_of_ours(engine: str) -> None:
+    # The other tools Keras imports itself where it finds them, by way of scikit-learn too.
+    assert_not_imported(f"import virtualbatch.{engine}", ("typer",))
+
+
+def test_the_guard_can_fail() -> None:
+    with pytest.raises(AssertionError, match=r"imported \['json'\]"):
+        assert_not_imported("import json", ("json",))
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    """import-linter with our contracts, on the package in `folder`/src."""
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder / "src")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def copied_package(tmp_path: Path) -> Path:
+    package = tmp_path / "src" / "virtualbatch"
+    shutil.copytree(
+        ROOT / "src" / "virtualbatch", package, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    return package
+
+
+def test_the_import_contracts_hold(copied_package: Path) -> None:
+    outcome = lint_imports(copied_package.parent.parent)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "poison", "contract"),
+    [
+        ("window.py", "import tensorflow", "The core imports no framework and no tool BROKEN"),
+        ("split.py", "import rich", "The core imports no framework and no tool BROKEN"),
+        ("window.py", "import virtualbatch.keras", "engines on the core BROKEN"),
+        ("tensorflow/__init__.py", "import torch", "its own framework only BROKEN"),
+        ("keras/__init__.py", "import psutil", "training paths import no tool BROKEN"),
+        ("cli.py", "import virtualbatch.keras", "names an engine as a string BROKEN"),
+        ("stray.py", "", "engines on the core BROKEN"),
+    ],
+)
+def test_each_import_contract_can_fail(
+    copied_package: Path, module: str, poison: str, contract: str
+) -> None:
+    with (copied_package / module).open("a") as file:
+        file.write(f"\n{poison}\n")
+    outcome = lint_imports(copied_package.parent.parent)
+    assert outcome.returncode != 0
+    assert contract in outcome.stdout
