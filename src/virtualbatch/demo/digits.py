@@ -47,10 +47,11 @@ class Digits:
 def build_model(seed: int) -> keras.Model:
     """A small CNN, compiled; the same weights for the same seed.
 
-    It is smooth on purpose. ReLU and maximum pooling jump where two numbers tie, and the last
-    bit, which every other order of summation changes, decides a tie; Adam then makes an update
-    of full size from it. Measured here over 36 updates: run (c) ends 1e-6 from run (b), with
-    ReLU and maximum pooling 2e-4, with equal losses and accuracies in both cases.
+    It is smooth on purpose. ReLU and maximum pooling jump where two numbers tie, enlarged images
+    make ties, and every other order of summation changes the last bit, which decides them; Adam
+    then makes an update of full size from it. Measured with ReLU and maximum pooling over 30
+    updates: run (c) ends 1e-3 from run (b) in float32 and 3e-15 in float64; with this model,
+    4e-7 in float32.
     """
     keras.utils.set_random_seed(seed)
     layers = keras.layers

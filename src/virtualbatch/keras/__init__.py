@@ -43,9 +43,13 @@ def accumulate(
         NotImplementedError: Keras runs on a backend that this version does not support.
 
     Example:
-        >>> model.compile(optimizer="adam", loss="sparse_categorical_crossentropy")
+        >>> model = keras.Sequential([keras.layers.Dense(1)])
+        >>> model.compile(optimizer="sgd", loss="mse")
         >>> accumulate(model, microbatch_size=32)
-        >>> model.fit(x, y, batch_size=128)
+        >>> x = keras.ops.ones((100, 3))
+        >>> history = model.fit(x, x[:, :1], batch_size=50, verbose=0)
+        >>> int(model.optimizer.iterations)
+        2
     """
     check_sizes(microbatch_size, accumulation_steps)
     _check_model(model)
@@ -55,7 +59,7 @@ def accumulate(
             f"Got the backend {keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow."
         )
     # The user's backend decides which engine is imported, and only that one.
-    from virtualbatch.keras._tensorflow import TrainStep, make_train_function  # noqa: PLC0415
+    from virtualbatch.keras._tensorflow import TrainStep, make_train_function
 
     restore(model)
     _say_what_is_not_exact(model)

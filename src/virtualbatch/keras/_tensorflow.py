@@ -75,7 +75,7 @@ class TrainStep:
                 model(keras.utils.unpack_x_y_sample_weight(data)[0], training=False)
         else:
             with tf.init_scope():
-                _build(model, data)
+                _build(model, _specs(data))
         batch = self._with_agreeing_sizes(keras.utils.unpack_x_y_sample_weight(data))
         cut = segments(
             batch,
@@ -157,14 +157,27 @@ def _rows(batch: Any) -> Any:
     return tf.shape(leaf)[0]
 
 
-def _build(model: keras.Model, data: Any) -> None:
+def _build(model: keras.Model, specs: Any) -> None:
     """Creates every variable of the model, its losses, metrics and optimizer.
 
     Args:
         model: the model.
-        data: what `train_step` gets, as arrays or as their specs.
+        specs: type specs of what `train_step` gets.
     """
-    model._symbolic_build(data_batch=tree.map_structure(_symbolic, data))
+    parts = [*model._flatten_layers(), model._compile_loss, model._compile_metrics]
+    if not all(part.built for part in parts if part is not None):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(specs)
+
+        def scratch(x: Any, y: Any, sample_weight: Any) -> None:
+            y_pred = model(x, training=False) if model._call_has_training_arg else model(x)
+            model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+            model._compute_loss(x, y, y_pred, sample_weight, training=False)
+
+        # Traced and thrown away: this creates the variables and changes none.
+        tf.function(scratch, autograph=False).get_concrete_function(x, y, sample_weight)
+        model._clear_losses()
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
 
 
 def _build_before_trace(model: keras.Model, iterator: Any) -> Any:
@@ -176,24 +189,23 @@ def _build_before_trace(model: keras.Model, iterator: Any) -> Any:
         The iterator, with its first batch put back.
     """
     if isinstance(iterator, tf.data.Iterator):
-        _build(model, iterator.element_spec)
+        _build(model, tree.map_structure(_array_spec, iterator.element_spec))
     elif not isinstance(iterator, tf.distribute.DistributedIterator):
         first = next(iterator)
-        _build(model, first)
+        _build(model, _specs(first))
         return chain([first], iterator)
     return iterator
 
 
-def _symbolic(leaf: Any) -> Any:
-    """A Keras tensor like this array or spec; None for what stands for no array."""
-    if not hasattr(leaf, "dtype"):
-        return None
-    return keras.KerasTensor(
-        leaf.shape,
-        keras.backend.standardize_dtype(leaf.dtype),
-        sparse=isinstance(leaf, tf.SparseTensor | tf.SparseTensorSpec),
-        ragged=isinstance(leaf, tf.RaggedTensor | tf.RaggedTensorSpec),
+def _specs(data: Any) -> Any:
+    return tree.map_structure(
+        lambda leaf: tf.type_spec_from_value(leaf) if is_array(leaf) else leaf, data
     )
+
+
+def _array_spec(spec: Any) -> Any:
+    """The spec, or None for one of no array: a dataset writes None as an empty optional."""
+    return spec if hasattr(spec, "dtype") else None
 
 
 class _Window:

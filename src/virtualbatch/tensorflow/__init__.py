@@ -85,8 +85,16 @@ def value_and_gradients(
         The law in docs/law.md.
 
     Example:
-        >>> loss, gradients = value_and_gradients(loss_fn, (x, y), variables, microbatch_size=32)
-        >>> optimizer.apply_gradients(zip(gradients, variables))
+        >>> weights = tf.Variable([1.0, 2.0])
+        >>> rows = tf.constant([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> loss, gradients = value_and_gradients(
+        ...     lambda batch: tf.reduce_mean(tf.linalg.matvec(batch, weights)),
+        ...     rows,
+        ...     [weights],
+        ...     microbatch_size=2,
+        ... )
+        >>> print(f"{loss:.3f}", gradients[0].numpy().round(3))
+        2.000 [0.667 0.667]
     """
     _check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
     # AutoGraph does not look into this library, but must go on converting what the user wrote.
