@@ -49,6 +49,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/memory.py
 
 examples: setup
