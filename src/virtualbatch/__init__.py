@@ -4,7 +4,8 @@ This module holds the framework-neutral names. Each engine is imported by the us
 `virtualbatch.tensorflow` for GradientTape loops, `virtualbatch.keras` for `fit`.
 """
 
-from virtualbatch.split import Window as Window
-from virtualbatch.split import windows as windows
+from virtualbatch.split import Window, windows
+
+__all__ = ["Window", "windows"]
 
 __version__ = "0.1.0"

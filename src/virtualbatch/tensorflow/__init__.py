@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from virtualbatch.split import Window as Window
-from virtualbatch.split import check_sizes
-from virtualbatch.split import windows as windows
+from virtualbatch.split import Window, check_sizes, windows
 from virtualbatch.tensorflow._aux import WindowAux
 from virtualbatch.tensorflow._batch import segments
 from virtualbatch.tensorflow._gradients import (

@@ -1,0 +1,66 @@
+"""The public names, signatures and commands. Whoever changes one changes it here, on purpose."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import virtualbatch
+import virtualbatch.keras
+import virtualbatch.tensorflow
+
+SIGNATURES = {
+    virtualbatch.Window: "(microbatches)",
+    virtualbatch.windows: "(stream, *, accumulation_steps)",
+    virtualbatch.tensorflow.value_and_gradients: (
+        "(loss_fn, batch, variables, *, microbatch_size=None, accumulation_steps=None, "
+        "weight=None, has_aux=False)"
+    ),
+    virtualbatch.keras.accumulate: "(model, *, microbatch_size=None, accumulation_steps=None)",
+    virtualbatch.keras.restore: "(model)",
+}
+
+NAMES = {
+    virtualbatch: {"Window", "windows"},
+    virtualbatch.tensorflow: {"Window", "value_and_gradients", "windows"},
+    virtualbatch.keras: {"accumulate", "restore"},
+}
+
+
+def signature_text(function: object) -> str:
+    """A signature without annotations, which may become more precise."""
+    parameters = [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in inspect.signature(function).parameters.values()
+    ]
+    return str(inspect.Signature(parameters))
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
+def test_signature(function: object) -> None:
+    assert signature_text(function) == SIGNATURES[function]
+
+
+@pytest.mark.parametrize("module", NAMES, ids=lambda module: module.__name__)
+def test_public_names(module: object) -> None:
+    assert set(module.__all__) == NAMES[module]
+
+
+def test_every_public_function_is_documented() -> None:
+    for function in SIGNATURES:
+        documentation = inspect.getdoc(function)
+        assert "Args:" in documentation, function
+        assert "Example:" in documentation or "Does nothing" in documentation, function
+
+
+def test_commands() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "virtualbatch", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
+    commands = found.partition("Commands:")[2].split("\n")
+    assert {line.split()[0] for line in commands if line.strip()} == {"demo", "doctor"}
