@@ -38,8 +38,9 @@ def accumulate(
 
     Raises:
         TypeError: `model` is not a Keras model.
-        ValueError: the model is not compiled, has a `train_step` of its own, its optimizer
-            accumulates already, a layer keeps state per row, or a size is not a positive integer.
+        ValueError: the model is not compiled, has a `train_step` of its own or several replicas,
+            its optimizer accumulates already, a layer keeps state per row, or a size is not a
+            positive integer.
         NotImplementedError: Keras runs on a backend that this version does not support.
 
     Example:
@@ -61,9 +62,10 @@ def accumulate(
     # The user's backend decides which engine is imported, and only that one.
     from virtualbatch.keras._tensorflow import TrainStep, make_train_function
 
+    step = TrainStep(model, microbatch_size, accumulation_steps)
     restore(model)
     _say_what_is_not_exact(model)
-    model.train_step = TrainStep(model, microbatch_size, accumulation_steps)
+    model.train_step = step
     model.make_train_function = make_train_function(model)
     model.train_function = None
 
@@ -98,6 +100,22 @@ def refuse_accumulating_optimizer(optimizer: Any) -> None:
         )
 
 
+def refuse_replicas(model: keras.Model) -> None:
+    """Refuses a model that is trained on several replicas.
+
+    Raises:
+        ValueError: a `tf.distribute` strategy of several replicas is in use.
+    """
+    strategy = getattr(model, "distribute_strategy", None)
+    replicas = getattr(strategy, "num_replicas_in_sync", 1)
+    if replicas > 1:
+        raise ValueError(
+            "accumulate works on one device; weights are not summed over replicas yet. "
+            f"Got a model of {type(strategy).__name__} with {replicas} replicas. "
+            "Build, compile and fit the model outside the strategy's scope."
+        )
+
+
 def _accumulates(model: keras.Model) -> bool:
     return getattr(vars(model).get("train_step"), "is_virtualbatch", False)
 
@@ -121,6 +139,7 @@ def _check_model(model: Any) -> None:
             "virtualbatch.tensorflow.value_and_gradients instead of the gradient tape."
         )
     refuse_accumulating_optimizer(model.optimizer)
+    refuse_replicas(model)
     stateful = [
         layer.name for layer in model._flatten_layers() if getattr(layer, "stateful", False)
     ]
@@ -133,18 +152,25 @@ def _check_model(model: Any) -> None:
 
 def _say_what_is_not_exact(model: keras.Model) -> None:
     layers = list(model._flatten_layers())
-    batchnorm = [x for x in layers if isinstance(x, keras.layers.BatchNormalization)]
-    if batchnorm:
+    batchnorm = [
+        layer
+        for layer in layers
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+    ]
+    merged = [layer.name for layer in batchnorm if not layer.renorm]
+    if merged:
         _log.warning(
             "BatchNormalization (%s) normalises each micro-batch by its own statistics, as data "
             "parallelism does; its moving averages are updated once per batch.",
-            ", ".join(layer.name for layer in batchnorm),
+            ", ".join(merged),
         )
-    renorm = [layer.name for layer in batchnorm if layer.renorm]
-    if renorm:
+    spectral = [x for x in layers if isinstance(x, keras.layers.SpectralNormalization)]
+    stepwise = [layer.name for layer in batchnorm if layer.renorm] + [x.name for x in spectral]
+    if stepwise:
         _log.warning(
-            "BatchNormalization with renorm=True (%s) updates its statistics per micro-batch.",
-            ", ".join(renorm),
+            "BatchNormalization with renorm=True and SpectralNormalization (%s) change with each "
+            "forward, so they change with each micro-batch.",
+            ", ".join(stepwise),
         )
     if type(model).compute_loss is not keras.Model.compute_loss:
         _log.warning(
