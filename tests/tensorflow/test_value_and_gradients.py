@@ -16,16 +16,18 @@ import virtualbatch.tensorflow as vb
 # Rows of the batch and of a micro-batch.
 CUTS = {
     "even": (12, 4),
-    "ragged": (11, 4),
     "lone last row": (9, 4),
     "one micro-batch": (5, 8),
-    "exactly one micro-batch": (5, 5),
     "one row each": (5, 1),
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("cut", CUTS)
+# XLA takes seconds per program; these two hold the loop, the remainder and empty micro-batches.
+ALL_CUTS = [(cut, mode) for cut in CUTS for mode in ("eager", "static", "dynamic")]
+XLA_CUTS = [("lone last row", "jit"), ("one row each", "jit")]
+
+
+@pytest.mark.parametrize(("cut", "mode"), ALL_CUTS + XLA_CUTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_law(name, cut, mode):
     rows, size = CUTS[cut]
@@ -45,7 +47,7 @@ def test_the_law(name, cut, mode):
     assert [gradient.dtype for gradient in gradients] == [tf.float64] * len(variables)
 
 
-@pytest.mark.parametrize("mode", ["eager", "static", "jit"])
+@pytest.mark.parametrize("mode", ["eager", "static"])
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_is_within_its_rounding(name, mode):
     wide, narrow = problem(name), problem(name, "float32")
@@ -65,7 +67,7 @@ def test_float32_is_within_its_rounding(name, mode):
 
 
 @pytest.mark.parametrize("mode", ["eager", "static", "dynamic"])
-@pytest.mark.parametrize("steps", [1, 3, 7, 8, 100])
+@pytest.mark.parametrize("steps", [1, 3, 8, 100])
 def test_accumulation_steps(steps, mode):
     loss_fn, weight, make_batch, variables, _ = problem("tokens")
     batch = make_batch(8)
@@ -86,13 +88,13 @@ def test_accumulation_steps(steps, mode):
     assert_all_close(arrays(gradients), expected)
     if mode == "eager":
         # microbatch_size = ceil(8 / steps), cut evenly.
-        assert sizes == {1: [8], 3: [3, 3, 2], 7: [2] * 4, 8: [1] * 8, 100: [1] * 8}[steps]
+        assert sizes == {1: [8], 3: [3, 3, 2], 8: [1] * 8, 100: [1] * 8}[steps]
 
 
 @pytest.mark.parametrize("mode", ["eager", "static", "dynamic"])
 @pytest.mark.parametrize("size", [4, np.int64(4)])
 def test_both_sizes_may_be_given_where_they_agree(size, mode):
-    loss_fn, weight, make_batch, variables, _ = problem("rows")
+    loss_fn, _, make_batch, variables, _ = problem("rows")
     batch = make_batch(11)
 
     def train(batch):
@@ -126,12 +128,28 @@ FRAME = pd.DataFrame(X, columns=list("abc"), index=range(20, 30))
 SERIES = pd.Series(Y[:, 0], index=range(5, 15))
 Row = namedtuple("Row", "image label")
 
+
+class Nested:
+    """A class that TensorFlow looks into by its nest protocol."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __tf_flatten__(self):
+        return (), (self.x, self.y)
+
+    @classmethod
+    def __tf_unflatten__(cls, metadata, components):
+        return cls(*components)
+
+
 BATCHES = {
     "tuple": ((X, Y), lambda b: b),
     "list": ([X, Y], lambda b: b),
     "dict": ({"y": Y, "x": X}, lambda b: (b["x"], b["y"])),
     "namedtuple": (Row(X, Y), lambda b: (b.image, b.label)),
     "nested": ({"in": [{"x": X}], "out": (Y,)}, lambda b: (b["in"][0]["x"], b["out"][0])),
+    "own class": (Nested(X, Y), lambda b: (b.x, b.y)),
     "one array": (np.concatenate([X, Y], 1), lambda b: (b[:, :3], b[:, 3:])),
     "tensors": ((tf.constant(X), tf.constant(Y)), lambda b: b),
     "frame and series": ((FRAME, SERIES), lambda b: (b[0], tf.reshape(b[1], [-1, 1]))),
@@ -163,6 +181,13 @@ def test_batches_of_any_structure(structure, mode):
     expected_loss, expected = uncut(loss_fn, batch, [kernel])
     assert_close(loss, expected_loss)
     assert_all_close(arrays(gradients), expected)
+
+
+def test_rows_are_compared_wherever_tensorflow_finds_them():
+    with pytest.raises(ValueError, match=r"10 rows in tf\.nest\.flatten\(batch\)\[0\] and 4 rows"):
+        vb.value_and_gradients(
+            lambda batch: tf.reduce_mean(batch[0].x), (Nested(X, Y[:4]), X), [], microbatch_size=2
+        )
 
 
 @pytest.mark.parametrize("mode", ["eager", "static", "dynamic"])
@@ -356,7 +381,7 @@ def test_dropout_draws_fresh_masks(mode):
     assert len(np.unique(masks, axis=0)) == 12
 
 
-@pytest.mark.parametrize("mode", ["eager", "static", "dynamic"])
+@pytest.mark.parametrize("mode", ["eager", "static"])
 def test_the_result_can_be_differentiated_again(mode):
     kernel = tf.Variable(np.ones((3, 1)))
 

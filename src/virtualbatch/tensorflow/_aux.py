@@ -11,8 +11,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.split import array_leaves, common_rows
-from virtualbatch.tensorflow._batch import Segment, as_tensor, specs
+from virtualbatch.split import common_rows
+from virtualbatch.tensorflow._batch import Segment, as_tensor, named_arrays, specs
 from virtualbatch.tensorflow._loop import Traced
 from virtualbatch.window import accumulator_dtype
 
@@ -185,7 +185,7 @@ def _cast_like(total: Any, leaf: Any) -> Any:
 
 
 def _rows(microbatch: Any) -> Any:
-    return common_rows(array_leaves(microbatch))
+    return common_rows(named_arrays(microbatch))
 
 
 def _has_axis(leaf: Any) -> bool:

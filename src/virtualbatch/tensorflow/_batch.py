@@ -64,7 +64,7 @@ def segments(
     """
     if isinstance(batch, Window):
         return _window_segments(batch)
-    rows = common_rows(array_leaves(batch))
+    rows = common_rows(named_arrays(batch))
     _refuse_sparse(batch)
     if tf.executing_eagerly():
         size = rows_per_microbatch(_known(rows), microbatch_size, accumulation_steps)
@@ -123,6 +123,16 @@ def specs(microbatch: Any, rows: int | None = None) -> Any:
         return type(found)(shape, found.dtype)
 
     return map_rows(spec, microbatch)
+
+
+def named_arrays(batch: Any, path: str = "batch") -> list[tuple[str, Any]]:
+    """Every array of a batch, with the expression that reaches it."""
+    named = list(array_leaves(batch, path))
+    if len(named) == len(_arrays(batch)):
+        return named
+    # TensorFlow also looks into attrs classes and into those with its nest protocol.
+    flat = tf.nest.flatten(batch)
+    return [(f"tf.nest.flatten({path})[{i}]", x) for i, x in enumerate(flat) if is_array(x)]
 
 
 def _arrays(batch: Any) -> list[Any]:
@@ -236,7 +246,7 @@ def _dynamic_run(
 def _window_segments(window: Window) -> list[Segment]:
     check_window(window)
     rows = [
-        common_rows(array_leaves(microbatch, f"window[{index}]"))
+        common_rows(named_arrays(microbatch, f"window[{index}]"))
         for index, microbatch in enumerate(window)
     ]
     if tf.executing_eagerly():
@@ -274,7 +284,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _stacked(run: list[Any]) -> Segment:
     """Equal micro-batches of a Window, stacked so that one loop can index them."""
-    rows = common_rows(array_leaves(run[0]))
+    rows = common_rows(named_arrays(run[0]))
     if len(run) == 1:
         return _single(run[0], rows)
     stacked = tf.nest.map_structure(

@@ -4,7 +4,7 @@ Eagerly the weights of all micro-batches come to the host in one copy and are ch
 graph they stay tensors. Either way a share is formed in float64.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,9 @@ import tensorflow as tf
 
 from virtualbatch.split import rank
 from virtualbatch.tensorflow._batch import Segment
-from virtualbatch.terms import SINGLE, check_same_terms, check_steady_weights, weight_terms
+from virtualbatch.tensorflow._gradients import add
+from virtualbatch.tensorflow._loop import Output, fold, trace
+from virtualbatch.terms import check_same_terms, check_steady_weights, weight_terms
 from virtualbatch.window import shares
 
 
@@ -66,7 +68,7 @@ def window_shares(segments: Sequence[Segment], weight: Callable[[Any], Any] | No
 def _checked(weight: Any) -> dict[Any, Any]:
     terms = weight_terms(weight)
     for name, value in terms.items():
-        if value is None and name is not SINGLE:
+        if value is None and isinstance(weight, Mapping):
             continue
         axes = rank(value) if hasattr(value, "shape") else np.ndim(value)
         if value is None or isinstance(value, str | bytes) or axes not in (0, None):
@@ -126,28 +128,16 @@ def _graph_weights(
     first: dict[Any, Any] = {}
     names: list[Any] = []
 
-    def vector(microbatch: Any) -> Any:
+    def row(index: Any, microbatch: Any) -> Any:
         terms = weight(microbatch)
         if not first:
             first.update(terms)
             names.extend(name for name, value in terms.items() if value is not None)
         check_steady_weights(terms, first)
-        return tf.stack([_wide(terms[name]) for name in names] or tf.zeros([0], tf.float64))
+        return tf.stack([_wide(terms[name]) for name in names] or tf.zeros([0], tf.float64))[None]
 
-    parts = []
-    for segment in segments:
-        if isinstance(segment.count, int) and segment.count == 1:
-            parts.append(vector(segment.get(0))[None])
-        else:
-            parts.append(
-                tf.map_fn(
-                    lambda i, segment=segment: vector(segment.get(i)),
-                    tf.range(segment.count),
-                    fn_output_signature=tf.TensorSpec(None, tf.float64),
-                    parallel_iterations=1,
-                )
-            )
-    table = tf.concat(parts, 0)
+    # Not tf.map_fn: an error of the user's function in it breaks later variable scopes.
+    (table,) = fold(trace(segments, row), lambda _, found: Output([], [found]), add).rows
     result: dict[Any, Any] = dict.fromkeys(first)
     result.update((name, _divided(table[:, k])) for k, name in enumerate(names))
     return result
