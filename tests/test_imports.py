@@ -55,10 +55,14 @@ def test_a_doctor_run_imports_no_framework() -> None:
     assert_not_imported(program, FRAMEWORKS)
 
 
-@pytest.mark.parametrize("engine", ["tensorflow", "keras"])
+@pytest.mark.parametrize("engine", ["tensorflow", "torch", "keras"])
 def test_engines_import_no_tool_of_ours(engine: str) -> None:
     # The other tools Keras imports itself where it finds them, by way of scikit-learn too.
     assert_not_imported(f"import virtualbatch.{engine}", ("typer",))
+
+
+def test_the_torch_engine_needs_no_other_framework() -> None:
+    assert_not_imported("import virtualbatch.torch", ("tensorflow", "keras", "jax"))
 
 
 def test_the_guard_can_fail() -> None:
@@ -101,6 +105,11 @@ def test_the_import_contracts_hold(copied_package: Path) -> None:
         ("split.py", "import rich", "The core imports no framework and no tool BROKEN"),
         ("window.py", "import virtualbatch.keras", "engines on the core BROKEN"),
         ("tensorflow/__init__.py", "import torch", "its own framework only BROKEN"),
+        (
+            "torch/__init__.py",
+            "import keras",
+            "PyTorch engine imports its own framework only BROKEN",
+        ),
         ("keras/__init__.py", "import psutil", "training paths import no tool BROKEN"),
         ("cli.py", "import virtualbatch.keras", "names an engine as a string BROKEN"),
         ("stray.py", "", "engines on the core BROKEN"),

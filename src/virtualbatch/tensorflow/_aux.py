@@ -127,7 +127,7 @@ class WindowAux:
         traced = tf.function(lambda microbatch: self._loss_fn(microbatch)[1])
         try:
             outputs = traced.get_concrete_function(spec).structured_outputs
-        except Exception as error:
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
             raise TypeError(
                 "With has_aux=True a loss function must be traceable with any number of rows, "
                 "which tells the leaves of aux that have one entry per row. "

@@ -1,0 +1,190 @@
+"""BatchNorm statistics of a window: moments as they were seen, merged into one momentum update.
+
+Each micro-batch is normalised with its own statistics, as the replicas of data parallelism do. The
+running statistics, though, take one update per window, with the moments of all its rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from virtualbatch.torch._state import Buffers
+
+
+class _Seen(NamedTuple):
+    """Moments of one call of a layer.
+
+    Fields:
+        values: how many per channel.
+        mean: their mean; one number per channel.
+        variance: their unbiased variance; one number per channel.
+    """
+
+    values: int
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+
+class MergedStatistics:
+    """Records what BatchNorm layers see, for the length of one window.
+
+    While it listens, a layer's momentum is 1: the kernel then leaves the moments of the call in
+    the running statistics, and reading them there costs no second pass over the inputs.
+
+    Args:
+        layers: modules, each once, of which those that track statistics are heard.
+        before: their buffers before the window.
+    """
+
+    def __init__(self, layers: Sequence[torch.nn.Module], before: Buffers):
+        self._before = before
+        self._layers: list[Any] = [layer for layer in layers if _is_tracked(layer)]
+        self._seen: dict[int, list[list[_Seen]]] = {id(layer): [] for layer in self._layers}
+        self._calls: dict[int, list[_Seen]] = {}
+        self._listening = False
+
+    def __bool__(self) -> bool:
+        return bool(self._layers)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Listens to the layers inside the context, and leaves no trace on them after it."""
+        momenta = [layer.momentum for layer in self._layers]
+        handles = [layer.register_forward_hook(self._heard) for layer in self._layers]
+        try:
+            for layer in self._layers:
+                layer.momentum = 1.0
+            yield
+        finally:
+            for layer, momentum in zip(self._layers, momenta, strict=True):
+                layer.momentum = momentum
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """The forward pass of one micro-batch; calls outside, as checkpointing makes, are not new.
+
+        Raises:
+            RuntimeError: a layer was not called as a module.
+        """
+        self._calls = {id(layer): [] for layer in self._layers}
+        versions = [_counted(layer) for layer in self._layers]
+        self._listening = True
+        try:
+            yield
+        finally:
+            self._listening = False
+        for layer, version in zip(self._layers, versions, strict=True):
+            calls = self._calls[id(layer)]
+            if not calls and _counted(layer) != version:
+                raise RuntimeError(_UNHEARD)
+            for k, seen in enumerate(calls):
+                merged = self._seen[id(layer)]
+                if k == len(merged):
+                    merged.append([])
+                merged[k].append(seen)
+
+    def commit(self) -> None:
+        """Gives each layer one momentum update per call of a forward pass, in call order.
+
+        Call it after `attached`, when the layers have their own momentum again.
+        """
+        coefficients = _Coefficients()
+        with torch.no_grad():
+            for layer in self._layers:
+                running = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+                for buffer in running:
+                    if buffer is not None:
+                        buffer.copy_(self._before.copy_of(buffer))
+                for calls in self._seen[id(layer)]:
+                    _update(layer, *_merged(calls, coefficients))
+
+    def _heard(self, layer: Any, args: Any, output: torch.Tensor) -> None:
+        del args
+        if self._listening and layer.training:
+            self._calls[id(layer)].append(
+                _Seen(
+                    output.numel() // output.shape[1],
+                    layer.running_mean.detach().clone(),
+                    layer.running_var.detach().clone(),
+                )
+            )
+
+
+_UNHEARD = (
+    "BatchNorm layers in training mode must be called as modules, so that what they saw can be "
+    "merged. Got one whose statistics changed without a call that could be heard. "
+    "Write layer(x) instead of layer.forward(x), or call its eval()."
+)
+
+
+def _is_tracked(module: torch.nn.Module) -> bool:
+    return (
+        isinstance(module, _BatchNorm)
+        and module.training
+        and module.track_running_stats
+        and module.running_mean is not None
+        and module.running_var is not None
+    )
+
+
+def _counted(layer: Any) -> int:
+    """How often `num_batches_tracked` was written; a number of the host, unlike what it holds."""
+    return 0 if layer.num_batches_tracked is None else layer.num_batches_tracked._version
+
+
+class _Coefficients:
+    """Factors of a merge as tensors; layers that see equally many values share them."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[torch.Tensor, ...]] = {}
+
+    def of(self, counts: tuple[int, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Per call, as columns: part of all values, and the factors of variance and distance."""
+        key = (counts, like.device, like.dtype)
+        if key not in self._known:
+            total = sum(counts)
+            table = [
+                [n / total for n in counts],
+                [(n - 1) / (total - 1) for n in counts],
+                [n / (total - 1) for n in counts],
+            ]
+            columns = torch.tensor(table, dtype=like.dtype, device=like.device)
+            self._known[key] = tuple(columns[:, :, None])
+        return self._known[key]
+
+
+def _merged(
+    calls: Sequence[_Seen], coefficients: _Coefficients
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and unbiased variance of all values that the calls saw.
+
+    All groups are there, so they are merged at once around the common mean instead of pair by
+    pair. That is what `virtualbatch.window.merge_moments` comes to, in a tenth of the kernels.
+    """
+    if len(calls) == 1:
+        return calls[0].mean, calls[0].variance
+    wide = torch.promote_types(calls[0].mean.dtype, torch.float32)
+    means = torch.stack([seen.mean for seen in calls]).to(wide)
+    variances = torch.stack([seen.variance for seen in calls]).to(wide)
+    part, within, between = coefficients.of(tuple(seen.values for seen in calls), means)
+    # Not a matrix product: those may be rounded to ten bits.
+    mean = (part * means).sum(0)
+    return mean, (within * variances + between * (means - mean) ** 2).sum(0)
+
+
+def _update(layer: Any, mean: torch.Tensor, variance: torch.Tensor) -> None:
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+    if layer.momentum is None and layer.num_batches_tracked is None:
+        return
+    for running, found in ((layer.running_mean, mean), (layer.running_var, variance)):
+        if layer.momentum is None:
+            # The count stays on its device: reading it would wait for the window.
+            running.add_((found - running) / layer.num_batches_tracked)
+        else:
+            running.mul_(1 - layer.momentum).add_(found.to(running.dtype), alpha=layer.momentum)

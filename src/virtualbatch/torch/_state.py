@@ -1,0 +1,42 @@
+"""Buffers of modules, copied before a window so that a failed one leaves them as they were."""
+
+from collections.abc import Sequence
+
+import torch
+
+# Running statistics are small. Whatever is larger, such as packed weights of a quantised layer,
+# would cost more memory than a micro-batch saves.
+LARGEST_COPIED = 64 * 2**20
+
+
+class Buffers:
+    """The buffers of modules as they are now.
+
+    Args:
+        layers: modules, each once; only their own buffers count, not those of submodules.
+    """
+
+    def __init__(self, layers: Sequence[torch.nn.Module]):
+        self._places = [
+            (layer, name, buffer) for layer in layers for name, buffer in layer._buffers.items()
+        ]
+        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for _, _, buffer in self._places:
+            if buffer is None or id(buffer) in self._copies:
+                continue
+            if buffer.numel() * buffer.element_size() <= LARGEST_COPIED:
+                self._copies[id(buffer)] = (buffer, buffer.detach().clone())
+
+    def copy_of(self, buffer: torch.Tensor) -> torch.Tensor:
+        """What the buffer held when this was made; a detached tensor."""
+        return self._copies[id(buffer)][1]
+
+    def restore(self) -> None:
+        """Puts back every buffer: the same objects with the same values."""
+        for layer, name, buffer in self._places:
+            if layer._buffers.get(name) is not buffer:
+                layer._buffers[name] = buffer
+        # All of them: the count of in-place changes does not see what BatchNorm's kernels write.
+        with torch.no_grad():
+            for buffer, copied in self._copies.values():
+                buffer.copy_(copied)
