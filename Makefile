@@ -50,6 +50,7 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/torch_loop.py
 	$(BIN)/python benchmarks/memory.py
 
 examples: setup

@@ -44,7 +44,7 @@ def update(window):
     (loss, aux), gradients = vb.value_and_gradients(
         loss_fn, window, model.trainable_variables, has_aux=True
     )
-    optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+    optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
     return loss, aux["correct"]
 
 
@@ -55,4 +55,5 @@ for epoch in range(5):
         rows += sum(len(labels) for _, labels in window)
         correct, updates = correct + int(right), updates + 1
     print(f"epoch {epoch}: {updates} updates, loss {loss:.3f}, accuracy {correct / rows:.3f}")
-    assert rows == len(x) and len(window) == 1, "the last, short window was not used"
+    assert rows == len(x), "rows were left out"
+    assert len(window) == 1, "the last window was not the short one"

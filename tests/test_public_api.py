@@ -9,6 +9,7 @@ import pytest
 import virtualbatch
 import virtualbatch.keras
 import virtualbatch.tensorflow
+import virtualbatch.torch
 
 SIGNATURES = {
     virtualbatch.Window: "(microbatches)",
@@ -19,12 +20,17 @@ SIGNATURES = {
     ),
     virtualbatch.keras.accumulate: "(model, *, microbatch_size=None, accumulation_steps=None)",
     virtualbatch.keras.restore: "(model)",
+    virtualbatch.torch.backward: (
+        "(loss_fn, batch, *, module, microbatch_size=None, accumulation_steps=None, weight=None, "
+        "has_aux=False, backward_fn=None)"
+    ),
 }
 
 NAMES = {
     virtualbatch: {"Window", "windows"},
     virtualbatch.tensorflow: {"Window", "value_and_gradients", "windows"},
     virtualbatch.keras: {"accumulate", "restore"},
+    virtualbatch.torch: {"Window", "backward", "windows"},
 }
 
 

@@ -4,16 +4,17 @@ A batch is cut, each micro-batch adds its part of the loss, of the gradients and
 moments, and the optimizer, the trackers and the moving averages move once at the end.
 """
 
+import logging
+import re
 import warnings
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 from keras import tree
 
-from virtualbatch.keras import refuse_accumulating_optimizer
+from virtualbatch.keras import refuse_accumulating_optimizer, refuse_replicas
 from virtualbatch.keras._batchnorm import (
     assign_statistics,
     batchnorm_layers,
@@ -23,10 +24,12 @@ from virtualbatch.keras._batchnorm import (
 )
 from virtualbatch.keras._terms import Contribution, Rows, contribution
 from virtualbatch.split import sizes_disagree
-from virtualbatch.tensorflow._batch import Segment, is_array, segments
+from virtualbatch.tensorflow._batch import Segment, is_array, segments, specs
 from virtualbatch.tensorflow._gradients import add, finished, split_sparse, widened
 from virtualbatch.tensorflow._loop import Output, bound, fold, trace
 from virtualbatch.window import accumulator_dtype
+
+_log = logging.getLogger("virtualbatch")
 
 _TOTALS = tf.TensorSpec([None], tf.float64)
 
@@ -64,25 +67,38 @@ class TrainStep:
         self._model = model
         self._microbatch_size = microbatch_size
         self._accumulation_steps = accumulation_steps
+        self._built = False
+        self._said: set[str] = set()
 
     def __call__(self, data: Any) -> dict[str, Any]:
         """Trains on one batch, as Keras' `train_step` does."""
         model = self._model
+        refuse_replicas(model)
         refuse_accumulating_optimizer(model.optimizer)
-        if tf.executing_eagerly():
-            # Losses, metrics and the optimizer are built where they are first used.
-            if not all(layer.built for layer in model._flatten_layers()):
-                model(keras.utils.unpack_x_y_sample_weight(data)[0], training=False)
-        else:
-            with tf.init_scope():
-                _build(model, _specs(data))
-        batch = self._with_agreeing_sizes(keras.utils.unpack_x_y_sample_weight(data))
-        cut = segments(
-            batch,
-            self._microbatch_size,
-            None if self._microbatch_size else self._accumulation_steps,
-        )
-        return _Window(model, cut, _rows(batch)).train()
+        batch = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.variable_creator_scope(_created_outside):
+            batch = self._with_agreeing_sizes(batch)
+            cut = segments(
+                batch,
+                self._microbatch_size,
+                None if self._microbatch_size else self._accumulation_steps,
+            )
+            if not self._built:
+                _build(model, cut[0].get(0)[0])
+                self._built = True
+            window = _Window(model, cut, _rows(batch))
+            results = window.train()
+            self._say(window.losses_of_one_number())
+        return results
+
+    def _say(self, losses: list[str]) -> None:
+        """Names losses that only their author knows how to cut, once per call of `accumulate`."""
+        for name in losses:
+            if name not in self._said:
+                _log.warning(
+                    "The loss %s returns one number: it is taken for one mean over rows.", name
+                )
+        self._said.update(losses)
 
     def _with_agreeing_sizes(self, batch: Any) -> Any:
         """The batch, readable only if both sizes agree for it.
@@ -103,7 +119,8 @@ class TrainStep:
             if not agree:
                 raise ValueError(sizes_disagree(int(rows), size, steps))
             return batch
-        check = tf.debugging.Assert(agree, [sizes_disagree("a batch of", size, steps), rows])
+        before, after = sizes_disagree("ROWS", size, steps).split("ROWS")
+        check = tf.debugging.Assert(agree, [before, rows, after])
         with tf.control_dependencies([check]):
             return tf.nest.map_structure(
                 lambda leaf: tf.identity(leaf) if is_array(leaf) else leaf, batch
@@ -117,8 +134,12 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
     devices (on CPU a convolution in it takes a thousand times longer), so only the micro-batch's
     forward and backward are compiled, and the loop around them stays a plain graph.
     """
+    # Keras asks for the function once per fit, so that is when the data may still be empty.
+    trained = False
 
     def make(force: bool = False) -> None:
+        nonlocal trained
+        trained = False
         if model.train_function is not None and not force:
             return
         jit_compile = model.jit_compile
@@ -130,23 +151,36 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
         run = model.train_function
 
         def train_function(iterator: Any) -> Any:
-            if not model.run_eagerly:
-                iterator = _build_before_trace(model, iterator)
+            nonlocal trained
             try:
-                return run(iterator)
+                results = run(iterator)
             except tf.errors.InvalidArgumentError as error:
-                raise _as_user_error(error) from error
+                text = _refusal(error)
+                if text is None:
+                    raise
+                raise ValueError(text) from error
+            except (tf.errors.OutOfRangeError, StopIteration) as error:
+                if trained:
+                    raise
+                raise ValueError(
+                    "fit needs at least one batch. Got no data. "
+                    "A generator can be read only once: pass a fresh one."
+                ) from error
+            trained = True
+            return results
 
         model.train_function = train_function
 
     return make
 
 
-def _as_user_error(error: tf.errors.InvalidArgumentError) -> Exception:
-    """The ValueError behind a check that could only run inside the graph."""
-    refusals = ("microbatch_size and accumulation_steps must", "All arrays of a batch must")
-    lines = [line for line in str(error).splitlines() if any(text in line for text in refusals)]
-    return ValueError(lines[0]) if lines else error
+def _refusal(error: tf.errors.InvalidArgumentError) -> str | None:
+    """Text of a check that could only run inside the graph, or None if it was none of ours."""
+    found = re.search(
+        r"assertion failed: \[((?:microbatch_size and|All arrays of).*)\]", str(error)
+    )
+    # What was printed is pieces of text and numbers, each in brackets.
+    return " ".join(re.split(r"\s*\] \[\s*", found[1])) if found else None
 
 
 def _rows(batch: Any) -> Any:
@@ -157,55 +191,39 @@ def _rows(batch: Any) -> Any:
     return tf.shape(leaf)[0]
 
 
-def _build(model: keras.Model, specs: Any) -> None:
-    """Creates every variable of the model, its losses, metrics and optimizer.
+def _build(model: keras.Model, x: Any) -> None:
+    """Creates the variables of layers and optimizer that have seen no data, and changes none.
+
+    The window reads some of them before its first forward. Losses and metrics wait for theirs.
 
     Args:
         model: the model.
-        specs: type specs of what `train_step` gets.
+        x: inputs of a micro-batch.
     """
-    parts = [*model._flatten_layers(), model._compile_loss, model._compile_metrics]
-    if not all(part.built for part in parts if part is not None):
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(specs)
 
-        def scratch(x: Any, y: Any, sample_weight: Any) -> None:
-            y_pred = model(x, training=False) if model._call_has_training_arg else model(x)
-            model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-            model._compute_loss(x, y, y_pred, sample_weight, training=False)
+    def forward(x: Any) -> Any:
+        return model(x, training=False) if model._call_has_training_arg else model(x)
 
-        # Traced and thrown away: this creates the variables and changes none.
-        tf.function(scratch, autograph=False).get_concrete_function(x, y, sample_weight)
-        model._clear_losses()
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
+    if not all(layer.built for layer in model._flatten_layers()):
+        if tf.executing_eagerly():
+            forward(x)
+        else:
+            with tf.init_scope():
+                tf.function(forward, autograph=False).get_concrete_function(specs(x))
+    optimizer = model.optimizer
+    if not optimizer.built and model.trainable_variables:
+        # The scope in which Keras builds an optimizer at its first update: it names the variables.
+        with tf.init_scope(), keras.name_scope(optimizer.name, caller=optimizer):
+            optimizer.build(model.trainable_variables)
 
 
-def _build_before_trace(model: keras.Model, iterator: Any) -> Any:
-    """Builds from the first batch what is not built, outside any graph.
+def _created_outside(next_creator: Callable[..., Any], **arguments: Any) -> Any:
+    """Creates a variable outside the graph that is being traced.
 
-    A variable that a trace creates makes TensorFlow trace it all a second time.
-
-    Returns:
-        The iterator, with its first batch put back.
+    Left in it, one variable makes TensorFlow trace the whole step once or twice more.
     """
-    if isinstance(iterator, tf.data.Iterator):
-        _build(model, tree.map_structure(_array_spec, iterator.element_spec))
-    elif not isinstance(iterator, tf.distribute.DistributedIterator):
-        first = next(iterator)
-        _build(model, _specs(first))
-        return chain([first], iterator)
-    return iterator
-
-
-def _specs(data: Any) -> Any:
-    return tree.map_structure(
-        lambda leaf: tf.type_spec_from_value(leaf) if is_array(leaf) else leaf, data
-    )
-
-
-def _array_spec(spec: Any) -> Any:
-    """The spec, or None for one of no array: a dataset writes None as an empty optional."""
-    return spec if hasattr(spec, "dtype") else None
+    with tf.init_scope():
+        return next_creator(**arguments | {"experimental_enable_variable_lifting": False})
 
 
 class _Window:
@@ -251,6 +269,10 @@ class _Window:
         if not self._own_metrics:
             return results
         return {name: results.get(name, value) for name, value in latest.items()}
+
+    def losses_of_one_number(self) -> list[str]:
+        """Names of losses that gave a number rather than one value per row; known after `train`."""
+        return [] if self._found is None else self._found.numbers
 
     def _micro(self, batch: Any, totals: Callable[[], Any]) -> _Micro:
         """Forward and backward of one micro-batch."""
@@ -342,17 +364,19 @@ class _Window:
         model = self._model
         tracked = 0 if self._found is None else len(self._found.tracked)
         loss, values, gradients = added[0], added[1 : 1 + tracked], added[1 + tracked :]
-        model._loss_tracker.update_state(loss, sample_weight=self._rows)
-        if tracked:
-            weight = self._rows if self._found.tracked_by_rows else None
-            for metric, value in zip(model._compile_loss.metrics, values, strict=True):
-                metric.update_state(value, sample_weight=weight)
-        variables = model.trainable_variables
-        if variables:
-            gradients = finished(gradients, sparse, variables)
-            model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
-        else:
-            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+        # Counters depend on no gradient: without this they would move although a batch is refused.
+        with tf.control_dependencies([loss]):
+            model._loss_tracker.update_state(loss, sample_weight=self._rows)
+            if tracked:
+                weight = self._rows if self._found.tracked_by_rows else None
+                for metric, value in zip(model._compile_loss.metrics, values, strict=True):
+                    metric.update_state(value, sample_weight=weight)
+            variables = model.trainable_variables
+            if variables:
+                gradients = finished(gradients, sparse, variables)
+                model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+            else:
+                warnings.warn("The model does not have any trainable weights.", stacklevel=2)
 
 
 class _Ones:

@@ -40,12 +40,14 @@ class Contribution(NamedTuple):
             rows is static).
         counted: float64 vector of what had to be counted because only the data or a forward
             knows it; empty where every weight is proportional to the rows.
+        numbers: names of losses that gave one number, rather than one value per row.
     """
 
     total: Any
     tracked: list[Any]
     tracked_by_rows: bool
     counted: Any
+    numbers: list[str]
 
     @property
     def needs_count(self) -> bool:
@@ -82,6 +84,7 @@ def contribution(
         ValueError: one of several losses has `reduction=None`.
     """
     counts: list[Any] = []
+    numbers: list[str] = []
 
     def over_window(value: Any) -> Any:
         counts.append(ops.cast(value, "float64"))
@@ -94,7 +97,8 @@ def contribution(
         entries = compile_loss._flat_losses
         _check_reduced(entries)
         run._flat_losses = [
-            entry._replace(loss=_summed(entry.loss, rows, over_window)) for entry in entries
+            entry._replace(loss=_summed(entry.loss, rows, over_window, numbers))
+            for entry in entries
         ]
         metrics.extend(_Recorded() for _ in compile_loss.metrics)
         run._metrics = metrics
@@ -117,6 +121,7 @@ def contribution(
         tracked=[metric.value for metric in seen],
         tracked_by_rows=any(metric.sample_weight is not None for metric in seen),
         counted=ops.stack(counts) if counts else ops.zeros((0,), "float64"),
+        numbers=numbers,
     )
 
 
@@ -153,7 +158,10 @@ class _Recorded:
 
 
 def _summed(
-    loss: keras.losses.Loss, rows: Rows, over_window: Callable[[Any], Any]
+    loss: keras.losses.Loss,
+    rows: Rows,
+    over_window: Callable[[Any], Any],
+    numbers: list[str],
 ) -> Callable[..., Any]:
     """A loss that gives its micro-batch's part of what it would be for the window.
 
@@ -161,18 +169,27 @@ def _summed(
         loss: one loss of a compiled model.
         rows: rows of the micro-batch and the window.
         over_window: scalar of this micro-batch -> its sum over the window.
+        numbers: takes the name of the loss if it gives one number.
 
     Returns:
         A function of (y_true, y_pred, sample_weight), like the loss.
     """
-    if type(loss).__call__ is not keras.losses.Loss.__call__:
-        return lambda *args: _part_of_mean(loss(*args), rows)
+
+    def part(mean: Any) -> Any:
+        numbers.append(loss.name)
+        return mean * rows.share(mean.dtype)
+
+    def own(y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        value = loss(y_true, y_pred, sample_weight)
+        if len(value.shape) == 0:
+            return part(value)
+        return _logged_as_mean(ops.sum(value), value, rows)
 
     def term(y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         values, mask, product = _elements(loss, y_true, y_pred, sample_weight)
         weights = _weights(loss, mask, sample_weight)
         if len(values.shape) == 0:
-            mean = values * rows.share(values.dtype)
+            mean = part(values)
             if weights is None:
                 return mean
             # Keras spreads a loss that is a number already over the weights, and reduces that.
@@ -192,18 +209,11 @@ def _summed(
             return ops.divide_no_nan(total, over_window(valid * elements))
         return ops.divide_no_nan(total, _size_over_window(product, rows))
 
-    return term
+    return term if type(loss).__call__ is keras.losses.Loss.__call__ else own
 
 
 def _is_unreduced(loss: keras.losses.Loss) -> bool:
     return loss.reduction in (None, "none")
-
-
-def _part_of_mean(value: Any, rows: Rows) -> Any:
-    """What a loss with a `__call__` of its own gave, taken for a mean over rows."""
-    if len(value.shape) == 0:
-        return value * rows.share(value.dtype)
-    return _logged_as_mean(ops.sum(value), value, rows)
 
 
 def _logged_as_mean(total: Any, elements: Any, rows: Rows) -> Any:

@@ -1,0 +1,199 @@
+"""BatchNorm: gradients of unsynchronised replicas, moments merged exactly, one momentum update.
+
+The reference is written out here: a loop over micro-batches for the gradients, and the moments of
+everything that a layer saw, taken together, for its moving averages.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from tests.keras import problems
+from tests.keras.problems import FEATURES, X, compiled, crossentropy
+from tests.keras.training import (
+    BATCH,
+    MICRO,
+    Case,
+    assert_equals_keras,
+    assert_same_variables,
+    names,
+    train,
+)
+from tests.oracle import assert_all_close, assert_close
+
+import virtualbatch.keras as vb
+
+LABELS, SERIES = problems.LABELS, problems.SERIES
+RATE = 0.5
+
+
+def still(**options):
+    """An optimizer that moves nothing, so that the statistics of both runs see the same weights."""
+    return compiled(optimizer=lambda: keras.optimizers.SGD(0.0), metrics=None, **options)
+
+
+def first(shape=(FEATURES,), **options):
+    def model():
+        norm = layers.BatchNormalization(momentum=0.7, **options)
+        return keras.Sequential([keras.Input(shape), norm, layers.Flatten(), layers.Dense(3)])
+
+    return model
+
+
+def shared():
+    """One layer called on two inputs: two momentum updates, in the order of the calls."""
+    norm = layers.BatchNormalization(momentum=0.7)
+    inputs = keras.Input((FEATURES,))
+    return keras.Model(inputs, layers.Dense(3)(norm(inputs) + norm(3 * inputs + 1)))
+
+
+def nested():
+    block = keras.Sequential([keras.Input((FEATURES,)), layers.BatchNormalization()])
+    inputs = keras.Input((FEATURES,))
+    return keras.Model(inputs, layers.Dense(3)(block(inputs)))
+
+
+class Late(layers.Layer):
+    """Makes its BatchNorm when it is built, so that no model knows of it before."""
+
+    def build(self, shape):
+        self.norm = layers.BatchNormalization()
+        self.norm.build(shape)
+
+    def call(self, inputs, training=False):
+        return self.norm(inputs, training=training)
+
+
+class Lazy(keras.Model):
+    """A subclassed model that is built by its first batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = Late(), layers.Dense(3)
+
+    def call(self, inputs, training=False):
+        return self.out(self.norm(inputs, training=training))
+
+
+def masked():
+    norm = layers.BatchNormalization(momentum=0.7)
+    shape = SERIES.shape[1:]
+    return keras.Sequential([keras.Input(shape), layers.Masking(), norm, layers.Dense(3)])
+
+
+FIRST = [
+    Case("rows", first(), still(), X, LABELS),
+    Case("images", first((6, 6, 2)), still(), problems.IMAGES, LABELS),
+    Case("another axis", first((6, 6, 2), axis=1), still(), problems.IMAGES, LABELS),
+    Case("eager", first(), still(run_eagerly=True), X, LABELS),
+    Case("jit", first(), still(jit_compile=True), X, LABELS),
+    Case("steps_per_execution", first(), still(steps_per_execution=2), X, LABELS),
+    Case("shared", shared, still(), X, LABELS),
+    Case("nested", nested, still(), X, LABELS),
+    Case("built late", Lazy, still(), X, LABELS),
+    Case("built late, eager", Lazy, still(run_eagerly=True), X, LABELS),
+    Case("without scale and centre", first(scale=False, center=False), still(), X, LABELS),
+]
+
+
+@pytest.mark.parametrize("case", FIRST, ids=names(FIRST))
+def test_the_statistics_of_the_first_batchnorm_are_those_of_the_whole_batch(case):
+    expected, actual = train(case, accumulated=False), train(case, accumulated=True)
+    assert_same_variables(actual.model.variables, expected.model.variables, 1e-12)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_masked_statistics_are_those_of_the_whole_batch(eager):
+    # Keras divides masked sums by their number plus 1e-7, in each micro-batch once.
+    case = Case("", masked, still(run_eagerly=eager), SERIES, problems.TOKEN_LABELS)
+    expected, actual = train(case, accumulated=False), train(case, accumulated=True)
+    assert_same_variables(actual.model.variables, expected.model.variables, 1e-7)
+
+
+def test_frozen_batchnorm_equals_keras(caplog):
+    assert_equals_keras(Case("", first(trainable=False), compiled(), X, LABELS))
+    assert not [record for record in caplog.records if record.name == "virtualbatch"]
+
+
+def two_norms(momentum=0.7):
+    return keras.Sequential(
+        [
+            keras.Input((FEATURES,)),
+            layers.BatchNormalization(momentum=momentum),
+            layers.Dense(4, activation="tanh"),
+            layers.BatchNormalization(momentum=momentum),
+            layers.Dense(3),
+        ]
+    )
+
+
+def replicas(model, x, y, sizes):
+    """One update by hand.
+
+    Returns:
+        Gradients of the trainable variables, and moving averages of the two BatchNorm layers.
+    """
+    start = [layer.get_weights()[2:] for layer in (model.layers[0], model.layers[2])]
+    loss = crossentropy(reduction="sum")
+    seen = [[], []]
+    gradients = [np.zeros(v.shape) for v in model.trainable_variables]
+    for rows in np.split(np.arange(len(x)), np.cumsum(sizes)[:-1]):
+        with tf.GradientTape() as tape:
+            value = tf.constant(x[rows])
+            for index, layer in enumerate(model.layers):
+                if index in (0, 2):
+                    seen[index // 2].append(value.numpy())
+                value = layer(value, training=True)
+            part = loss(y[rows], value) / len(x)
+        found = tape.gradient(part, model.trainable_variables)
+        gradients = [a + b.numpy() for a, b in zip(gradients, found, strict=True)]
+    moving = [
+        part * 0.7 + 0.3 * moment(np.concatenate(values), axis=0)
+        for (mean, variance), values in zip(start, seen, strict=True)
+        for part, moment in ((mean, np.mean), (variance, np.var))
+    ]
+    return gradients, moving
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [(slice(0, 50), [16, 16, 16, 2]), (slice(100, 130), [16, 14]), (slice(100, 101), [1])],
+)
+def test_gradients_are_those_of_replicas(rows, sizes):
+    keras.utils.set_random_seed(1)
+    model = two_norms()
+    model.compile(keras.optimizers.SGD(RATE), crossentropy())
+    before = [v.numpy() for v in model.trainable_variables]
+    statistics = [v.numpy() for v in model.non_trainable_variables]
+    gradients, moving = replicas(model, X[rows], LABELS[rows], sizes)
+    for variable, value in zip(model.non_trainable_variables, statistics, strict=True):
+        variable.assign(value)
+    vb.accumulate(model, microbatch_size=MICRO)
+    model.fit(X[rows], LABELS[rows], batch_size=BATCH, verbose=0, shuffle=False)
+
+    steps = [(a - v.numpy()) / RATE for a, v in zip(before, model.trainable_variables, strict=True)]
+    for found, due in zip(steps, gradients, strict=True):
+        # A bias before a BatchNorm has no gradient but the rounding.
+        assert_close(found + 1.0, due + 1.0, 1e-12)
+    assert_all_close([v.numpy() for v in model.non_trainable_variables], moving, 1e-12)
+
+
+def test_batchnorm_is_named(caplog):
+    train(Case("", two_norms, still(), X, LABELS), accumulated=True)
+    said = [record.getMessage() for record in caplog.records if record.name == "virtualbatch"]
+    assert len(said) == 1
+    assert "normalises each micro-batch by its own statistics" in said[0]
+
+
+def test_renorm_is_named(caplog):
+    train(Case("", first(renorm=True, name="again"), still(), X, LABELS), accumulated=True)
+    said = [record.getMessage() for record in caplog.records if record.name == "virtualbatch"]
+    assert len(said) == 1
+    assert "(again) change with each forward" in said[0]
+
+
+def test_inference_is_as_ever():
+    case = Case("", first(), still(), X, LABELS)
+    expected, actual = train(case, accumulated=False), train(case, accumulated=True)
+    assert_close(actual.model.predict(X, verbose=0), expected.model.predict(X, verbose=0), 1e-12)

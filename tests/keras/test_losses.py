@@ -1,0 +1,150 @@
+"""Every reduction, with every kind of weight and mask, equals plain Keras on the whole batch."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from tests.keras import problems
+from tests.keras.problems import compiled, crossentropy
+from tests.keras.training import MICRO, Case, assert_equals_keras, names, train
+
+REDUCTIONS = ["sum_over_batch_size", "sum", "mean_with_sample_weight", None]
+
+ROWS_DATA = (problems.X, problems.LABELS)
+TOKEN_DATA = (problems.WORD_IDS, problems.TOKEN_LABELS)
+
+# Unlike the others, this one makes a whole window weigh nothing.
+EMPTY_IDS = np.where(np.arange(len(problems.X))[:, None] < 50, 0, problems.WORD_IDS)
+
+
+def number(y_true, y_pred):
+    """A loss function that reduces by itself."""
+    return ops.mean(ops.square(y_pred - ops.cast(y_true, y_pred.dtype)[..., None]))
+
+
+class Number(keras.losses.Loss):
+    """The same as an object, which Keras weights and reduces once more."""
+
+    def call(self, y_true, y_pred):
+        return number(y_true, y_pred)
+
+
+class Matrix(keras.losses.Loss):
+    """One value per row and class."""
+
+    def call(self, y_true, y_pred):
+        return ops.square(y_pred - ops.cast(y_true, y_pred.dtype)[..., None])
+
+
+class Column(keras.losses.Loss):
+    """One value per row, in a column, which weights of shape (rows, 3) stretch."""
+
+    def call(self, y_true, y_pred):
+        values = ops.square(y_pred - ops.cast(y_true, y_pred.dtype)[..., None])
+        return ops.mean(values, -1, keepdims=True)
+
+
+class OwnCall(keras.losses.Loss):
+    """A loss that leaves nothing to Keras."""
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        return number(y_true, y_pred)
+
+
+class OwnCallPerRow(keras.losses.Loss):
+    """The same with one value per row, which nobody reduces."""
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        return keras.losses.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
+
+
+def weighted(weights):
+    return {"sample_weight": weights}
+
+
+def reduced(reduction, **options):
+    return compiled(loss=lambda: crossentropy(reduction=reduction, **options), metrics=None)
+
+
+def cases_of(reduction):
+    loss = reduced(reduction)
+    rows = (problems.classifier, loss, *ROWS_DATA)
+    tokens = (problems.tagger, loss, *TOKEN_DATA)
+    by_row, by_token = problems.ROW_WEIGHTS, problems.TOKEN_WEIGHTS
+    ignoring = reduced(reduction, ignore_class=0)
+    return [
+        Case(f"{reduction}", *rows),
+        Case(f"{reduction}, row weights", *rows, weighted(by_row)),
+        Case(f"{reduction}, masks", *tokens),
+        Case(f"{reduction}, masks, row weights", *tokens, weighted(by_row[:, None])),
+        Case(f"{reduction}, masks, token weights", *tokens, weighted(by_token)),
+        Case(f"{reduction}, masks, ignore_class", problems.tagger, ignoring, *TOKEN_DATA),
+    ]
+
+
+CASES = [
+    *(case for reduction in REDUCTIONS for case in cases_of(reduction)),
+    Case("mean, masks", problems.tagger, reduced("mean"), *TOKEN_DATA),
+    Case("class_weight", problems.classifier, compiled(), *ROWS_DATA,
+         {"class_weight": {0: 1.0, 1: 3.0, 2: 0.2}}),
+    Case("ignore_class, token weights", lambda: problems.tagger(False),
+         reduced("mean_with_sample_weight", ignore_class=1), *TOKEN_DATA,
+         weighted(problems.TOKEN_WEIGHTS)),
+    Case("a whole batch masked", problems.tagger, compiled(), EMPTY_IDS, problems.TOKEN_LABELS),
+    Case("a micro-batch of weight 0", problems.classifier, reduced("mean_with_sample_weight"),
+         *ROWS_DATA, weighted(problems.ROW_WEIGHTS * (np.arange(len(problems.X)) >= MICRO))),
+    Case("negative weights, masks", problems.tagger, reduced("mean_with_sample_weight"),
+         *TOKEN_DATA, weighted(problems.TOKEN_WEIGHTS - 0.3)),
+    Case("a loss by name", problems.classifier,
+         compiled(loss="mse", metrics=["mae"]), problems.X, np.eye(3)[problems.LABELS]),
+    Case("values in a matrix", problems.classifier,
+         compiled(loss=Matrix), *ROWS_DATA, weighted(problems.ROW_WEIGHTS[:, None])),
+    Case("weights wider than the values", problems.classifier,
+         compiled(loss=Column), *ROWS_DATA, weighted(problems.TOKEN_WEIGHTS[:, :3])),
+    Case("a function of one number", problems.classifier,
+         compiled(loss=lambda: number), *ROWS_DATA),
+    Case("a function of one number, row weights", problems.classifier,
+         compiled(loss=lambda: number), *ROWS_DATA, weighted(problems.ROW_WEIGHTS)),
+    Case("a function of one number, masks, token weights", problems.tagger,
+         compiled(loss=lambda: number), *TOKEN_DATA, weighted(problems.TOKEN_WEIGHTS)),
+    *(
+        Case(f"one number, {reduction}, masks, row weights", problems.tagger,
+             compiled(loss=lambda reduction=reduction: Number(reduction=reduction), metrics=None),
+             *TOKEN_DATA, weighted(problems.ROW_WEIGHTS[:, None]))
+        for reduction in ("sum", "mean_with_sample_weight", None)
+    ),
+    Case("a __call__ of its own", problems.classifier, compiled(loss=OwnCall), *ROWS_DATA),
+    Case("a __call__ of its own, per row", problems.classifier,
+         compiled(loss=OwnCallPerRow), *ROWS_DATA),
+    Case("mask from activations", lambda: masked_by_sign(), compiled(),
+         problems.SERIES, problems.TOKEN_LABELS),
+]  # fmt: skip
+
+
+class PositiveOnly(layers.Layer):
+    """Masks by what it is given."""
+
+    def compute_mask(self, inputs, mask=None):
+        return ops.mean(inputs, -1) > 0
+
+    def call(self, inputs):
+        return inputs
+
+
+def masked_by_sign():
+    return keras.Sequential([keras.Input((7, 4)), layers.Dense(4), PositiveOnly(), layers.Dense(3)])
+
+
+@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+def test_equals_keras(case):
+    assert_equals_keras(case)
+
+
+@pytest.mark.parametrize("loss", [lambda: number, OwnCall, lambda: keras.losses.Dice()])
+def test_a_loss_of_one_number_is_named_once(loss, caplog):
+    y = np.eye(3)[problems.LABELS] if isinstance(loss(), keras.losses.Dice) else problems.LABELS
+    case = Case("", problems.classifier, compiled(loss=loss, metrics=None), problems.X, y)
+    train(case, accumulated=True)
+    said = [record.getMessage() for record in caplog.records if record.name == "virtualbatch"]
+    assert len(said) == 1
+    assert "returns one number: it is taken for one mean over rows" in said[0]

@@ -1,0 +1,155 @@
+"""How Keras runs a model, and how a batch is cut, changes nothing."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from tests.keras import problems
+from tests.keras.problems import X, compiled
+from tests.keras.training import Case, assert_equals_keras, assert_same_run, names, train
+from tests.oracle import assert_close
+
+import virtualbatch.keras as vb
+
+LABELS = problems.LABELS
+MASKED = (problems.WORD_IDS, problems.TOKEN_LABELS)
+
+
+def tagged(name, **options):
+    return Case(name, problems.tagger, compiled(**options), *MASKED)
+
+
+def cut(name, rows=130, batch_size=50, **sizes):
+    x, y = X[:rows], LABELS[:rows]
+    return Case(name, problems.classifier, compiled(), x, y, {"batch_size": batch_size}, sizes)
+
+
+CASES = [
+    tagged("jit_compile=True", jit_compile=True),
+    tagged("jit_compile=False", jit_compile=False),
+    tagged("run_eagerly", run_eagerly=True),
+    tagged("steps_per_execution=2", steps_per_execution=2),
+    tagged("steps_per_execution=7, jit", steps_per_execution=7, jit_compile=True),
+    cut("micro-batches of one row", microbatch_size=1),
+    cut("micro-batches larger than the batch", microbatch_size=1000),
+    cut("micro-batches that divide the batch", microbatch_size=25),
+    cut("accumulation_steps", accumulation_steps=7),
+    cut("more accumulation_steps than rows", accumulation_steps=60),
+    cut("both sizes, a short last batch", microbatch_size=16, accumulation_steps=4),
+    cut("a last batch of one row", rows=101, microbatch_size=16),
+    cut("batches of one row", rows=5, batch_size=1, microbatch_size=16),
+    cut("sizes of NumPy", microbatch_size=np.int64(16)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+def test_equals_keras(case):
+    assert_equals_keras(case)
+
+
+@pytest.mark.timeout(120)
+def test_convolutions_do_not_hang_under_xla():
+    # A convolution in a loop inside an XLA program takes seconds per micro-batch on CPU.
+    def model():
+        shape = problems.IMAGES.shape[1:]
+        convolutions = [layers.Conv2D(8, 3, activation="relu") for _ in range(2)]
+        return keras.Sequential(
+            [keras.Input(shape), *convolutions, layers.Flatten(), layers.Dense(3)]
+        )
+
+    data = (problems.IMAGES, LABELS, {"batch_size": 130})
+    actual = train(Case("", model, compiled(jit_compile=True), *data), accumulated=True)
+    assert_same_run(actual, train(Case("", model, compiled(), *data), accumulated=False))
+
+
+# NumPy's word about TensorFlow, when Keras reads the learning rate.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
+def test_callbacks_steer_as_ever():
+    def callbacks():
+        return [
+            keras.callbacks.LearningRateScheduler(lambda epoch: 0.5 / (1 + epoch)),
+            keras.callbacks.EarlyStopping("loss", min_delta=10.0, patience=1),
+            keras.callbacks.TerminateOnNaN(),
+        ]
+
+    case = Case("", problems.classifier, compiled(), X, LABELS, {"callbacks": callbacks})
+    run = assert_equals_keras(case)
+    assert len(run.history["loss"]) == 2
+
+
+def test_functions_run_eagerly():
+    case = Case("", problems.classifier, compiled(), X, LABELS)
+    expected = train(case, accumulated=False)
+    tf.config.run_functions_eagerly(True)
+    try:
+        with pytest.warns(UserWarning, match="run_functions_eagerly"):
+            actual = train(case, accumulated=True)
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert_same_run(actual, expected)
+
+
+def per_row(y_true, y_pred):
+    return keras.ops.max(y_pred, -1)
+
+
+def life(accumulates):
+    """A model that is trained, accumulates, changes its size, is compiled again and restored."""
+    keras.utils.set_random_seed(3)
+    model = problems.classifier()
+    model.compile(**compiled(optimizer="adam")())
+    seen = []
+
+    def fit(**options):
+        history = model.fit(X, LABELS, batch_size=50, epochs=2, verbose=0, shuffle=False, **options)
+        seen.extend(history.history.values())
+
+    def change(function, **options):
+        if accumulates:
+            function(model, **options)
+
+    fit()
+    change(vb.accumulate, microbatch_size=16)
+    fit()
+    change(vb.accumulate, microbatch_size=7)
+    change(vb.accumulate, accumulation_steps=3)
+    fit(class_weight={0: 1.0, 1: 2.0, 2: 3.0})
+    model.compile(**compiled(optimizer="sgd", metrics=["accuracy", per_row], jit_compile=False)())
+    fit()
+    seen.append(model.evaluate(X, LABELS, verbose=0, batch_size=40))
+    seen.append(model.test_on_batch(X[:9], LABELS[:9]))
+    seen.append(model.predict(X, verbose=0))
+    for rows in (50, 50, 10, 1, 130):
+        seen.append(model.train_on_batch(X[:rows], LABELS[:rows]))
+    seen.append(model.train_on_batch(X, LABELS, class_weight={0: 1.0, 1: 2.0, 2: 3.0}))
+    weighted = model.train_on_batch(X, LABELS, problems.ROW_WEIGHTS, return_dict=True)
+    seen.extend(weighted.values())
+    change(vb.restore)
+    assert "train_step" not in vars(model)
+    assert "make_train_function" not in vars(model)
+    fit()
+    change(vb.restore)
+    return [*seen, *model.get_weights()]
+
+
+def test_a_model_may_change_its_mind():
+    for actual, expected in zip(life(True), life(False), strict=True):
+        assert_close(actual, expected, 1e-10)
+
+
+def test_train_on_batch_eagerly():
+    results = []
+    for accumulates in (True, False):
+        keras.utils.set_random_seed(3)
+        model = problems.tagger()
+        model.compile(**compiled(run_eagerly=True)())
+        if accumulates:
+            vb.accumulate(model, microbatch_size=16)
+        results.append(
+            [
+                model.train_on_batch(problems.WORD_IDS[:rows], problems.TOKEN_LABELS[:rows])
+                for rows in (50, 10, 1)
+            ]
+        )
+    assert_close(results[0], results[1], 1e-10)

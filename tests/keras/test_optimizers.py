@@ -1,0 +1,54 @@
+"""Clipping, decay, averages, constraints and schedules see the whole batch, once."""
+
+import keras
+import pytest
+from tests.keras import problems
+from tests.keras.problems import X, compiled
+from tests.keras.training import Case, assert_equals_keras, names
+
+optimizers = keras.optimizers
+LABELS = problems.LABELS
+
+
+def trained_with(name, make, **options):
+    model = options.pop("model", problems.classifier)
+    return Case(name, model, compiled(optimizer=make, **options), X, LABELS)
+
+
+def bounded():
+    return problems.classifier(
+        kernel_constraint=keras.constraints.MaxNorm(0.5), bias_constraint="non_neg"
+    )
+
+
+CASES = [
+    trained_with("clipnorm", lambda: optimizers.SGD(1.0, clipnorm=0.05)),
+    trained_with("clipvalue", lambda: optimizers.Adam(0.1, clipvalue=0.01)),
+    trained_with("global_clipnorm, momentum",
+                 lambda: optimizers.SGD(1.0, momentum=0.9, global_clipnorm=0.05)),
+    trained_with("weight decay", lambda: optimizers.AdamW(0.1, weight_decay=0.1)),
+    trained_with("EMA, overwriting", lambda: optimizers.Adam(
+        0.1, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=4)),
+    trained_with("EMA", lambda: optimizers.SGD(1.0, use_ema=True, ema_momentum=0.9)),
+    trained_with("constraints", lambda: optimizers.SGD(1.0), model=bounded),
+    trained_with("schedule", lambda: optimizers.SGD(
+        optimizers.schedules.PiecewiseConstantDecay([2, 4], [1.0, 2.0, 0.5]))),
+    trained_with("loss_scale_factor", lambda: optimizers.SGD(1.0, loss_scale_factor=8.0)),
+    # Nine updates, of which every second doubles the scale.
+    trained_with("LossScaleOptimizer", lambda: optimizers.LossScaleOptimizer(
+        optimizers.Adam(0.1, clipnorm=0.1), dynamic_growth_steps=2)),
+    trained_with("LossScaleOptimizer, eager", lambda: optimizers.LossScaleOptimizer(
+        optimizers.SGD(1.0), dynamic_growth_steps=2), run_eagerly=True),
+    trained_with("Lamb", lambda: optimizers.Lamb(0.1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+def test_equals_keras(case):
+    assert_equals_keras(case)
+
+
+def test_one_fit_batch_is_one_update():
+    run = assert_equals_keras(CASES[0])
+    assert int(run.model.optimizer.iterations) == 9
+    assert sum(event == "batch end" for event, _ in run.events) == 9
