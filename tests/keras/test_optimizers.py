@@ -5,6 +5,9 @@ import pytest
 from tests.keras import problems
 from tests.keras.problems import X, compiled
 from tests.keras.training import Case, assert_equals_keras, names
+from tests.oracle import assert_all_close
+
+import virtualbatch.keras as vb
 
 optimizers = keras.optimizers
 LABELS = problems.LABELS
@@ -46,6 +49,24 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=names(CASES))
 def test_equals_keras(case):
     assert_equals_keras(case)
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)
+def test_a_loss_scale_compiled_later_is_read_at_every_window(options):
+    weights = []
+    for accumulates in (True, False):
+        keras.utils.set_random_seed(1)
+        model = problems.classifier()
+        model.compile(**compiled()())
+        if accumulates:
+            vb.accumulate(model, microbatch_size=16)
+        model.fit(X, LABELS, batch_size=50, verbose=0, shuffle=False)
+        scaled = optimizers.LossScaleOptimizer(optimizers.SGD(1.0), dynamic_growth_steps=1)
+        model.compile(**compiled(optimizer=lambda scaled=scaled: scaled, **options)())
+        model.fit(X, LABELS, batch_size=50, verbose=0, shuffle=False)
+        assert float(scaled.dynamic_scale) == 2.0**18
+        weights.append(model.get_weights())
+    assert_all_close(*weights, 1e-10)
 
 
 def test_one_fit_batch_is_one_update():

@@ -67,7 +67,7 @@ class TrainStep:
         self._model = model
         self._microbatch_size = microbatch_size
         self._accumulation_steps = accumulation_steps
-        self._built = False
+        self._layers_built = False
         self._said: set[str] = set()
 
     def __call__(self, data: Any) -> dict[str, Any]:
@@ -83,9 +83,10 @@ class TrainStep:
                 self._microbatch_size,
                 None if self._microbatch_size else self._accumulation_steps,
             )
-            if not self._built:
-                _build(model, cut[0].get(0)[0])
-                self._built = True
+            if not self._layers_built:
+                _build_layers(model, cut[0].get(0)[0])
+                self._layers_built = True
+            _build_optimizer(model)
             window = _Window(model, cut, _rows(batch))
             results = window.train()
             self._say(window.losses_of_one_number())
@@ -191,10 +192,10 @@ def _rows(batch: Any) -> Any:
     return tf.shape(leaf)[0]
 
 
-def _build(model: keras.Model, x: Any) -> None:
-    """Creates the variables of layers and optimizer that have seen no data, and changes none.
+def _build_layers(model: keras.Model, x: Any) -> None:
+    """Creates the variables of layers that have seen no data, and changes none.
 
-    The window reads some of them before its first forward. Losses and metrics wait for theirs.
+    The window reads the statistics of a BatchNorm before its first forward.
 
     Args:
         model: the model.
@@ -204,12 +205,17 @@ def _build(model: keras.Model, x: Any) -> None:
     def forward(x: Any) -> Any:
         return model(x, training=False) if model._call_has_training_arg else model(x)
 
-    if not all(layer.built for layer in model._flatten_layers()):
-        if tf.executing_eagerly():
-            forward(x)
-        else:
-            with tf.init_scope():
-                tf.function(forward, autograph=False).get_concrete_function(specs(x))
+    if all(layer.built for layer in model._flatten_layers()):
+        return
+    if tf.executing_eagerly():
+        forward(x)
+    else:
+        with tf.init_scope():
+            tf.function(forward, autograph=False).get_concrete_function(specs(x))
+
+
+def _build_optimizer(model: keras.Model) -> None:
+    """Creates the optimizer's variables: it scales a loss by the first scale until it has one."""
     optimizer = model.optimizer
     if not optimizer.built and model.trainable_variables:
         # The scope in which Keras builds an optimizer at its first update: it names the variables.
