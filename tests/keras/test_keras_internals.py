@@ -20,10 +20,8 @@ def test_the_trainer_has_what_a_window_calls() -> None:
         "_compute_loss",
         "_flatten_layers",
         "_loss_tracker",
-        "_symbolic_build",
     ):
         assert hasattr(model, name), name
-    assert list(inspect.signature(model._symbolic_build).parameters) == ["iterator", "data_batch"]
     assert isinstance(model._compile_loss, CompileLoss)
     entry = model._compile_loss._flat_losses[0]
     assert entry._fields == ("path", "loss", "loss_weights", "name")
