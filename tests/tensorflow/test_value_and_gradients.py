@@ -107,6 +107,18 @@ def test_both_sizes_may_be_given_where_they_agree(size, mode):
     )
 
 
+def test_eager_micro_batches_are_even():
+    # 4, 4, 1 would hand a BatchNorm a single row.
+    sizes = []
+
+    def loss_fn(x):
+        sizes.append(x.shape[0])
+        return tf.reduce_sum(x)
+
+    vb.value_and_gradients(loss_fn, tf.ones([9, 2]), [], microbatch_size=4)
+    assert sizes == [3, 3, 3]
+
+
 def test_rows_may_come_in_any_order():
     loss_fn, weight, make_batch, variables, _ = problem("terms")
     batch = make_batch(11)
