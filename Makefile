@@ -32,7 +32,7 @@ ifeq ($(PYTHON),)
 endif
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check \
-		--constraint constraints.txt --editable ".[demo,test,lint]"
+		--constraint constraints.txt --editable ".[tensorflow,torch,jax,demo,examples,test,lint]"
 	touch $(STAMP)
 
 demo: setup
@@ -51,6 +51,7 @@ bench: setup
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/torch_loop.py
+	$(BIN)/python benchmarks/jax_loop.py
 	$(BIN)/python benchmarks/memory.py
 
 examples: setup

@@ -1,0 +1,129 @@
+"""The JAX engine: the gradient of a whole batch, computed a micro-batch at a time.
+
+A batch becomes segments of micro-batches, their weights become shares, one scan sums each
+micro-batch's share of the gradient, and the sums come back as `jax.value_and_grad` gives them.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import Any
+
+import jax
+
+from virtualbatch.jax._batch import cut_batch
+from virtualbatch.jax._checks import check_arguments, check_options
+from virtualbatch.jax._compiled import run_compiled
+from virtualbatch.jax._eager import run_eager
+from virtualbatch.jax._objective import Call
+from virtualbatch.jax._replicas import varying
+from virtualbatch.jax._weights import host_shares, traced_shares
+from virtualbatch.split import Window, windows
+
+__all__ = ["Window", "value_and_grad", "windows"]
+
+# So that a Window goes through jit, vmap and tree maps as its micro-batches.
+jax.tree_util.register_pytree_node(
+    Window, lambda window: (tuple(window), None), lambda _, microbatches: Window(microbatches)
+)
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    batch_argnum: int = 1,
+    microbatch_size: int | None = None,
+    accumulation_steps: int | None = None,
+    weight: Callable[[Any], Any] | None = None,
+    accumulator_dtype: Any = None,
+    key_argnum: int | None = None,
+    axis_name: Any = None,
+    grad_fn: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """`jax.value_and_grad` of a whole batch, on the memory of a micro-batch.
+
+    The function that it returns is pure. Under `jit`, and under any other trace, a window is one
+    `lax.scan`, and fun is traced once per micro-batch shape. Outside a trace the micro-batches run
+    one after another, as un-jitted JAX runs anything, and weights are checked.
+
+    Args:
+        fun: function of positional arguments, the batch among them, that returns a scalar mean,
+            or a dict of term names to scalar means whose sum is the loss. With `has_aux=True` it
+            returns (loss, aux).
+        argnums: which arguments to differentiate with respect to; not the batch.
+        has_aux: whether fun returns something beside the loss. Leaves of aux with one entry per
+            row come back concatenated in row order, other floating leaves averaged by rows,
+            integers summed.
+        batch_argnum: position of the batch: a pytree whose arrays share their leading axis, the
+            rows; or a `Window`, and then no size is given.
+        microbatch_size: rows of one forward and backward.
+        accumulation_steps: micro-batches per window: `microbatch_size = ceil(rows / steps)`.
+        weight: micro-batch -> what its mean was divided by, a scalar >= 0 (rows when None); for
+            a dict of terms a dict with the same keys, None marking a term that does not depend
+            on the rows.
+        accumulator_dtype: dtype of the buffer; None for promote(parameter dtype, float32).
+        key_argnum: position of an argument that holds PRNG keys, each of which is folded with the
+            number of the micro-batch, so that random numbers differ between micro-batches. A
+            window of one micro-batch uses the keys as they are.
+        axis_name: mesh axis, or axes, over which the rows are spread inside `shard_map` (or name
+            of a `vmap`). Value and gradients are then those of the rows of all devices, reduced
+            once per window.
+        grad_fn: what differentiates instead of `jax.value_and_grad`, such as
+            `equinox.filter_value_and_grad`. It is called as `grad_fn(function, has_aux=True)`,
+            with `argnums=` too unless that is 0.
+
+    Returns:
+        A function with fun's arguments that returns (value, gradients), or
+        ((value, aux), gradients), in the structure and dtypes that `jax.value_and_grad` gives.
+
+    Raises:
+        ValueError: sizes are not positive integers or disagree (at once); rows differ or are
+            missing, a weight is negative or not finite, the loss is not a scalar, or names of
+            terms differ (when called).
+        TypeError: the loss is not a floating array, or an argument is of the wrong kind.
+
+    Source:
+        The law in docs/law.md.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> rows = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> loss = lambda params, batch: jnp.mean(batch @ params)
+        >>> value, gradient = value_and_grad(loss, microbatch_size=2)(jnp.ones(2), rows)
+        >>> print(f"{value:.3f}", gradient.round(3))
+        1.333 [0.667 0.667]
+    """
+    check_options(
+        {"fun": fun, "weight": weight, "grad_fn": grad_fn},
+        {"argnums": argnums, "batch_argnum": batch_argnum, "key_argnum": key_argnum},
+        microbatch_size,
+        accumulation_steps,
+    )
+    options = {} if grad_fn is not None and argnums == 0 else {"argnums": argnums}
+    differentiate = partial(grad_fn or jax.value_and_grad, **options)
+    diff_argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    @wraps(fun)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        check_arguments(args, batch_argnum, key_argnum, microbatch_size, accumulation_steps)
+        batch = args[batch_argnum]
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
+        cut = cut_batch(batch, microbatch_size, accumulation_steps, compiled=traced)
+        if axis_name is not None:
+            # Numbers of axes mean nothing outside a trace: JAX names the axis that is missing.
+            jax.lax.axis_size(axis_name)
+            args = tuple(
+                varying(arg, axis_name) if k in diff_argnums else arg for k, arg in enumerate(args)
+            )
+        shares = traced_shares(cut, weight, axis_name) if traced else host_shares(cut, weight)
+        call = Call(
+            fun, args, kwargs, batch_argnum, key_argnum, has_aux, shares.terms, differentiate
+        )
+        if traced:
+            value, aux, gradients = run_compiled(call, cut, shares, accumulator_dtype, axis_name)
+        else:
+            value, aux, gradients = run_eager(call, cut, shares, accumulator_dtype)
+        return ((value, aux) if has_aux else value), gradients
+
+    return wrapper

@@ -1,0 +1,155 @@
+"""What a loss function gives beside its loss, put together again for the whole batch.
+
+A leaf with one entry per row is concatenated, an integer leaf is summed, any other is averaged by
+rows. Whether a leaf has one entry per row is judged by its shape at two numbers of rows, because
+a shape of 10 may be ten rows or ten classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from virtualbatch.jax._batch import Cut, specs
+from virtualbatch.jax._objective import Call, wide_dtype
+
+ROWS, SUM, MEAN = "rows", "sum", "mean"
+
+
+def kinds(call: Call, cut: Cut, auxes: Sequence[Any], rows: Sequence[int]) -> list[str]:
+    """How each leaf of aux is put together.
+
+    Args:
+        call: the call.
+        cut: the window.
+        auxes: aux of micro-batches; arrays, or anything else with their shapes and dtypes.
+        rows: rows of each of those micro-batches.
+
+    Returns:
+        One kind for each leaf.
+
+    Raises:
+        TypeError: a leaf can be neither concatenated, summed nor averaged, or the loss cannot be
+            traced where only that can tell rows from classes.
+        ValueError: the structure differs between micro-batches.
+    """
+    structure = jax.tree.structure(auxes[0])
+    if any(jax.tree.structure(aux) != structure for aux in auxes):
+        raise ValueError(
+            "aux must have the same structure for every micro-batch. "
+            "Got different ones. Return None for what a micro-batch lacks only if all lack it."
+        )
+    columns = list(zip(*map(jax.tree.leaves, auxes), strict=True))
+    per_row = [
+        all(_length(leaf) == n for leaf, n in zip(column, rows, strict=True)) for column in columns
+    ]
+    if any(per_row) and len(set(rows)) == 1:
+        other = rows[0] + 1
+        lengths = [_length(leaf) for leaf in jax.tree.leaves(_abstract(call, cut, other))]
+        per_row = [here and n == other for here, n in zip(per_row, lengths, strict=True)]
+    return [_kind(column[0], here) for column, here in zip(columns, per_row, strict=True)]
+
+
+def routed(kinds: Sequence[str], shares: Any, index: Any, aux: Any) -> tuple[list[Any], list[Any]]:
+    """One micro-batch's leaves of aux: (what is summed over the window, what is concatenated)."""
+    sums: list[Any] = []
+    rows: list[Any] = []
+    if not kinds:
+        return sums, rows
+    share = jnp.asarray(shares)[index]
+    for kind, leaf in zip(kinds, jax.tree.leaves(aux), strict=True):
+        if kind == ROWS:
+            rows.append(leaf)
+        elif kind == SUM:
+            sums.append(jnp.asarray(leaf))
+        else:
+            wide = jnp.asarray(leaf).astype(wide_dtype(leaf))
+            sums.append(wide * share.astype(wide.dtype))
+    return sums, rows
+
+
+def joined(
+    kinds: Sequence[str], example: Any, cut: Cut, sums: Sequence[Any], rows: Sequence[Any]
+) -> Any:
+    """The aux of the whole batch.
+
+    Args:
+        kinds: kind of each leaf.
+        example: aux of one micro-batch, for its structure and dtypes.
+        cut: the window.
+        sums: the window's sums, for the leaves that are summed or averaged.
+        rows: for each leaf with one entry per row, its pieces by segment: an array of shape
+            (micro-batches, rows, ...).
+    """
+    given, pieces = iter(sums), iter(rows)
+    leaves, structure = jax.tree.flatten(example)
+    result = []
+    for kind, leaf in zip(kinds, leaves, strict=True):
+        if kind == ROWS:
+            result.append(_in_order(next(pieces), cut))
+        else:
+            result.append(next(given).astype(jnp.result_type(leaf)))
+    return jax.tree.unflatten(structure, result)
+
+
+def _in_order(pieces: Sequence[Any], cut: Cut) -> Any:
+    """Pieces of the segments as rows in the caller's order."""
+    found = []
+    for number, piece in enumerate(pieces):
+        if cut.interleaved and number == 0:
+            piece = jnp.moveaxis(piece, 0, 1)
+        found.append(_merged_axes(piece))
+    return found[0] if len(found) == 1 else jnp.concatenate(found)
+
+
+def _merged_axes(piece: Any) -> Any:
+    """Axes 0 and 1 as one; where the type knows its sharding, that of whichever is sharded."""
+    shape = (piece.shape[0] * piece.shape[1], *piece.shape[2:])
+    sharding = jax.typeof(piece).sharding
+    spec: Sequence[Any] = getattr(sharding, "spec", ())
+    if all(entry is None for entry in spec):
+        return piece.reshape(shape)
+    first = spec[0] if spec[1] is None else spec[1]
+    return jnp.reshape(piece, shape, out_sharding=sharding.update(spec=P(first, *spec[2:])))
+
+
+def _length(leaf: Any) -> int | None:
+    shape = getattr(leaf, "shape", ())
+    return shape[0] if shape else None
+
+
+def _abstract(call: Call, cut: Cut, rows: int) -> Any:
+    """The aux of a micro-batch with another number of rows, without data."""
+    microbatch = jax.eval_shape(lambda: cut.segments[0].get(0))
+    try:
+        return jax.eval_shape(
+            lambda found: call.terms(call.arguments(found))[1], specs(microbatch, rows)
+        )
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "With has_aux=True a loss function must be traceable with any number of rows, "
+            "which tells the leaves of aux that have one entry per row. "
+            f"Got {type(error).__name__} with {rows} rows: {error}. "
+            "Use JAX operations instead of branches on values and of a fixed number of rows."
+        ) from error
+
+
+def _kind(leaf: Any, per_row: bool) -> str:
+    if per_row:
+        return ROWS
+    dtype = jnp.result_type(leaf) if hasattr(leaf, "dtype") or _is_number(leaf) else None
+    if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
+        return MEAN
+    if dtype is not None and jnp.issubdtype(dtype, jnp.integer):
+        return SUM
+    kind = type(leaf).__name__ if dtype is None else f"dtype {dtype}"
+    raise TypeError(
+        "A leaf of aux must have one entry per row, or be a number to sum or average. "
+        f"Got {kind}. Cast it to an integer or a float."
+    )
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, int | float | complex)

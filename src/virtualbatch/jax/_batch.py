@@ -1,0 +1,233 @@
+"""A batch as segments: runs of micro-batches of equal shape that one loop can go through.
+
+A micro-batch is made when it is asked for, by an index inside the loop, so that the batch is not
+copied. Un-jitted calls get segments of one micro-batch each.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from virtualbatch.split import (
+    Window,
+    check_window,
+    common_rows,
+    even_cut,
+    rows_per_microbatch,
+)
+
+
+class Segment(NamedTuple):
+    """Micro-batches of equal shape.
+
+    Fields:
+        count: how many.
+        rows: rows of each; a Python int.
+        get: (index, an int or a traced int32 scalar) -> that micro-batch.
+    """
+
+    count: int
+    rows: int
+    get: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A window, cut.
+
+    Fields:
+        segments: its micro-batches, in the order in which they run.
+        interleaved: whether micro-batch i of the first segment has every count-th row from row i
+            on, instead of the next rows.
+    """
+
+    segments: list[Segment]
+    interleaved: bool = False
+
+    @property
+    def count(self) -> int:
+        """Micro-batches of the window."""
+        return sum(segment.count for segment in self.segments)
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of each micro-batch."""
+        return [segment.rows for segment in self.segments for _ in range(segment.count)]
+
+    def microbatches(self) -> Iterator[Any]:
+        """The micro-batches, one after another, each made when it is asked for."""
+        for segment in self.segments:
+            for k in range(segment.count):
+                yield segment.get(k)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf of a batch has rows; other leaves belong to every row."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def map_arrays(fn: Callable[[Any], Any], batch: Any) -> Any:
+    """Applies fn to every array of a pytree; other leaves stay."""
+    return jax.tree.map(lambda leaf: fn(leaf) if is_array(leaf) else leaf, batch)
+
+
+def cut_batch(
+    batch: Any, microbatch_size: int | None, accumulation_steps: int | None, *, compiled: bool
+) -> Cut:
+    """Cuts a batch, or takes a Window as it is cut.
+
+    Args:
+        batch: pytree of arrays that share their leading axis, or a Window of such.
+        microbatch_size: checked rows of one micro-batch, or None; None for a Window.
+        accumulation_steps: checked micro-batches per window, or None; None for a Window.
+        compiled: whether the window becomes one program, which wants few shapes: equal
+            micro-batches and one remainder. Otherwise sizes differ by at most one row.
+
+    Returns:
+        The cut. It is contiguous, but for batches that are sharded over devices by rows: there
+        every micro-batch takes rows of every device.
+
+    Raises:
+        ValueError: rows differ or are missing, the two sizes disagree, or a window is empty or
+            holds micro-batches of different structures.
+    """
+    if isinstance(batch, Window):
+        return Cut(_window_segments(batch, compiled))
+    rows = _rows(batch, "batch")
+    size = min(rows_per_microbatch(rows, microbatch_size, accumulation_steps), rows)
+    if size == rows:
+        return Cut([Segment(1, rows, lambda _: batch)])
+    if any(_is_sharded(leaf) for leaf in jax.tree.leaves(batch)):
+        return _interleaved(batch, rows, size)
+    if compiled:
+        return _contiguous(batch, rows, size)
+    pieces = [(start, stop - start) for start, stop in even_cut(rows, size)]
+    return Cut([Segment(1, n, partial(_piece, batch, start, n)) for start, n in pieces])
+
+
+def specs(microbatch: Any, rows: int) -> Any:
+    """The shapes and dtypes of a micro-batch with another number of rows."""
+    return map_arrays(
+        lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), microbatch
+    )
+
+
+def _rows(batch: Any, path: str) -> int:
+    leaves, _ = tree_flatten_with_path(batch)
+    rows = common_rows((path + keystr(place), leaf) for place, leaf in leaves if is_array(leaf))
+    if rows is None:
+        raise ValueError("internal: an array has no number of rows.")
+    return rows
+
+
+def _is_sharded(leaf: Any) -> bool:
+    """Whether the rows of an array are spread over devices, as far as its type or value tells."""
+    if not isinstance(leaf, jax.Array):
+        return False
+    # Under jit a type knows its sharding only on meshes with explicit axes.
+    sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.core.Tracer) else leaf.sharding
+    spec: Sequence[Any] = getattr(sharding, "spec", ())
+    return len(spec) > 0 and spec[0] is not None
+
+
+def _contiguous(batch: Any, rows: int, size: int) -> Cut:
+    count, rest = divmod(rows, size)
+    segments = [Segment(count, size, lambda index: _piece(batch, index * size, size))]
+    if rest:
+        segments.append(Segment(1, rest, partial(_piece, batch, count * size, rest)))
+    return Cut(segments)
+
+
+def _interleaved(batch: Any, rows: int, size: int) -> Cut:
+    """Micro-batches that have rows of every device."""
+    count = -(-rows // size)
+    # Equal ones if that can be, else as large as asked for, and a remainder.
+    size, count = (size, rows // size) if rows % count else (rows // count, count)
+    whole = count * size
+
+    def get(index: Any) -> Any:
+        def pick(leaf: Any) -> Any:
+            grid = leaf[:whole].reshape(size, count, *leaf.shape[1:])
+            return lax.dynamic_index_in_dim(grid, index, axis=1, keepdims=False)
+
+        return map_arrays(pick, batch)
+
+    segments = [Segment(count, size, get)]
+    if rows > whole:
+        segments.append(Segment(1, rows - whole, partial(_piece, batch, whole, rows - whole)))
+    return Cut(segments, interleaved=True)
+
+
+def _piece(batch: Any, start: Any, rows: int, index: Any = None) -> Any:
+    del index
+
+    def cut(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray) and isinstance(start, int):
+            return leaf[start : start + rows]
+        return lax.dynamic_slice_in_dim(leaf, start, rows)
+
+    return map_arrays(cut, batch)
+
+
+def _window_segments(window: Window, compiled: bool) -> list[Segment]:
+    check_window(window)
+    rows = [_rows(found, f"window[{index}]") for index, found in enumerate(window)]
+    _check_alike(window)
+    if not compiled:
+        return [
+            Segment(1, n, partial(lambda found, _: found, found))
+            for n, found in zip(rows, window, strict=True)
+        ]
+    segments = []
+    for _, group in groupby(zip(rows, window, strict=True), key=lambda pair: _kinds(pair[1])):
+        numbers, run = zip(*group, strict=True)
+        segments.append(Segment(len(run), numbers[0], _stacked(run)))
+    return segments
+
+
+def _kinds(microbatch: Any) -> list[Any]:
+    """What micro-batches must have in common to be stacked; other leaves by identity."""
+    return [
+        (leaf.shape, str(leaf.dtype)) if is_array(leaf) else id(leaf)
+        for leaf in jax.tree.leaves(microbatch)
+    ]
+
+
+def _stacked(run: Sequence[Any]) -> Callable[[Any], Any]:
+    if len(run) == 1:
+        return lambda _: run[0]
+    stack = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves) if is_array(leaves[0]) else leaves[0], *run
+    )
+    return lambda index: map_arrays(
+        lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
+    )
+
+
+def _check_alike(window: Window) -> None:
+    first = _places(window[0])
+    for index, microbatch in enumerate(window):
+        found = _places(microbatch)
+        if found != first:
+            raise ValueError(
+                "All micro-batches of a window must have the same structure. "
+                f"Got {', '.join(first)} in window[0] and {', '.join(found)} in "
+                f"window[{index}]. Make them with the same collate function."
+            )
+
+
+def _places(microbatch: Any) -> list[str]:
+    leaves, _ = tree_flatten_with_path(microbatch)
+    return [
+        f"microbatch{keystr(place)} "
+        + ("an array" if is_array(leaf) else f"of type {type(leaf).__name__}")
+        for place, leaf in leaves
+    ]

@@ -1,0 +1,85 @@
+"""What is refused before anything of a window is computed."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from virtualbatch.jax._keys import check_keys
+from virtualbatch.split import Window, check_sizes
+
+
+def check_options(
+    functions: dict[str, Any],
+    positions: dict[str, Any],
+    microbatch_size: Any,
+    accumulation_steps: Any,
+) -> None:
+    """Refuses options of `value_and_grad` that no call could satisfy.
+
+    Args:
+        functions: argument name -> function, or None where it may be left out.
+        positions: `argnums`, `batch_argnum` and `key_argnum` as given.
+        microbatch_size: as given.
+        accumulation_steps: as given.
+
+    Raises:
+        TypeError: an argument is not a function, or a position not an integer.
+        ValueError: a size is not a positive integer, or the batch would be differentiated.
+    """
+    for name, function in functions.items():
+        if not callable(function) and not (name != "fun" and function is None):
+            raise TypeError(f"{name} must be a function. Got {name}={function!r}. Pass a function.")
+    if microbatch_size is not None or accumulation_steps is not None:
+        check_sizes(microbatch_size, accumulation_steps)
+    argnums, batch_argnum = positions["argnums"], positions["batch_argnum"]
+    key_argnum = positions["key_argnum"]
+    listed = list(argnums) if isinstance(argnums, Sequence) else [argnums]
+    for name, position in [
+        *(("argnums", k) for k in listed),
+        ("batch_argnum", batch_argnum),
+        ("key_argnum", 0 if key_argnum is None else key_argnum),
+    ]:
+        if isinstance(position, bool) or not hasattr(position, "__index__") or position < 0:
+            raise TypeError(
+                f"{name} must hold positions of arguments, 0 or more. "
+                f"Got {name}={positions[name]!r}. Count the arguments of fun from 0."
+            )
+    taken = [operator.index(position) for position in listed]
+    if batch_argnum in taken or key_argnum in taken or batch_argnum == key_argnum:
+        raise ValueError(
+            "argnums, batch_argnum and key_argnum must be different arguments. "
+            f"Got argnums={argnums}, batch_argnum={batch_argnum} and key_argnum={key_argnum}. "
+            "Differentiate with respect to parameters, which belong to every row."
+        )
+
+
+def check_arguments(
+    args: Sequence[Any],
+    batch_argnum: int,
+    key_argnum: int | None,
+    microbatch_size: Any,
+    accumulation_steps: Any,
+) -> None:
+    """Refuses a call whose arguments are not those that the options name.
+
+    Raises:
+        TypeError: the batch or the keys are no positional arguments, or the keys no keys.
+        ValueError: a size is missing, or comes with a Window.
+    """
+    for name, position in (("batch_argnum", batch_argnum), ("key_argnum", key_argnum)):
+        if position is not None and position >= len(args):
+            raise TypeError(
+                f"{name} must be the position of a positional argument. "
+                f"Got {name}={position} and {len(args)} positional arguments. "
+                "Pass that argument by position."
+            )
+    if key_argnum is not None:
+        check_keys(args[key_argnum])
+    if not isinstance(args[batch_argnum], Window):
+        check_sizes(microbatch_size, accumulation_steps)
+    elif microbatch_size is not None or accumulation_steps is not None:
+        raise ValueError(
+            "A Window is already cut. "
+            f"Got microbatch_size={microbatch_size} and accumulation_steps={accumulation_steps} "
+            "with a Window. Leave both out."
+        )

@@ -1,0 +1,156 @@
+"""A window inside a trace: one `lax.scan` over its equal micro-batches, one more call for the rest.
+
+The micro-batch's program is traced once per shape; its results tell the shapes of the buffer.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import jaxpr_as_fun
+
+from virtualbatch.jax._aux import joined, kinds, routed
+from virtualbatch.jax._batch import Cut, Segment
+from virtualbatch.jax._objective import Call, wide_dtype
+from virtualbatch.jax._replicas import over_devices
+from virtualbatch.jax._weights import Shares
+
+
+class _Micro(NamedTuple):
+    """A micro-batch's share of the loss and the gradients, in the buffer's dtype, and its aux."""
+
+    loss: Any
+    gradients: Any
+    aux: Any
+
+
+class _Traced(NamedTuple):
+    """A segment with its micro-batch's program.
+
+    Fields:
+        segment: the micro-batches.
+        offset: number of micro-batches in the window before this segment.
+        run: (number in the window, number in the segment) -> _Micro.
+        outputs: abstract _Micro.
+    """
+
+    segment: Segment
+    offset: int
+    run: Callable[[Any, Any], _Micro]
+    outputs: _Micro
+
+
+def run_compiled(
+    call: Call, cut: Cut, shares: Shares, accumulator_dtype: Any, axis_name: Any
+) -> tuple[Any, Any, Any]:
+    """The loss, aux and gradients of a window, inside a trace.
+
+    Args:
+        call: the call.
+        cut: the window.
+        shares: its shares.
+        accumulator_dtype: dtype of the buffer; None for promote(parameter dtype, float32).
+        axis_name: mesh axes over which the batch is spread, or None.
+
+    Returns:
+        (loss, aux, gradients); aux is None without has_aux.
+    """
+    alone = cut.count == 1
+    groups = shares.groups()
+    call = call.traced_once() if len(groups) > 1 else call
+    dtypes: dict[str, Any] = {}
+
+    def step(index: Any, microbatch: Any) -> _Micro:
+        args = call.arguments(microbatch, None if alone else index)
+        parts = []
+        for names in groups:
+            terms, aux, gradients = call.gradients(args, names)
+            dtypes["loss"] = jnp.result_type(*terms.values())
+            dtypes["gradients"] = jax.tree.map(lambda x: x.dtype, gradients)
+            found = [terms[name].astype(wide_dtype(terms[name])) for name in names or terms]
+            wide = jax.tree.map(lambda x: x.astype(wide_dtype(x, accumulator_dtype)), gradients)
+            parts.append(shares.scaled((reduce(jnp.add, found), wide), names, index))
+        loss, gradients = reduce(_added, parts)
+        return _Micro(loss, gradients, aux)
+
+    if alone:
+        loss, gradients, aux = step(0, cut.segments[0].get(0))
+    else:
+        traced = _traced(cut, step)
+        aux_kinds = []
+        if call.has_aux:
+            rows_of = [entry.segment.rows for entry in traced]
+            aux_kinds = kinds(call, cut, [entry.outputs.aux for entry in traced], rows_of)
+
+        def route(index: Any, found: _Micro) -> tuple[Any, list[Any]]:
+            sums, rows = routed(aux_kinds, shares.rows, index, found.aux)
+            return (found.loss, found.gradients, sums), rows
+
+        (loss, gradients, sums), rows = _folded(traced, route)
+        aux = joined(aux_kinds, traced[0].outputs.aux, cut, sums, rows)
+    if axis_name is not None:
+        loss, gradients = over_devices((loss, gradients), axis_name)
+    gradients = jax.tree.map(lambda x, dtype: x.astype(dtype), gradients, dtypes["gradients"])
+    return loss.astype(dtypes["loss"]), aux, gradients
+
+
+def _added(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _traced(cut: Cut, step: Callable[[Any, Any], _Micro]) -> list[_Traced]:
+    result, offset = [], 0
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    for segment in cut.segments:
+        program, outputs = jax.make_jaxpr(
+            lambda i, k, segment=segment: step(i, segment.get(k)), return_shape=True
+        )(number, number)
+        structure = jax.tree.structure(outputs)
+
+        def run(i: Any, k: Any, program: Any = program, structure: Any = structure) -> _Micro:
+            return jax.tree.unflatten(structure, jaxpr_as_fun(program)(_number(i), _number(k)))
+
+        result.append(_Traced(segment, offset, run, outputs))
+        offset += segment.count
+    return result
+
+
+def _number(index: Any) -> Any:
+    return jnp.asarray(index, jnp.int32)
+
+
+def _folded(
+    traced: Sequence[_Traced], route: Callable[[Any, _Micro], tuple[Any, list[Any]]]
+) -> tuple[Any, list[list[Any]]]:
+    """Runs the micro-batches one after another.
+
+    Returns:
+        The sums over the window, and for each leaf that is concatenated its pieces by segment, of
+        shape (micro-batches, rows, ...).
+    """
+    total: Any = None
+    pieces: list[list[Any]] = []
+    for segment, offset, run, _ in traced:
+
+        def one(k: Any, offset: int = offset, run: Any = run) -> tuple[Any, list[Any]]:
+            return route(offset + k, run(offset + k, k))
+
+        if segment.count == 1:
+            sums, rows = one(0)
+            total = sums if total is None else _added(total, sums)
+            pieces.append([row[None] for row in rows])
+            continue
+        if total is None:
+            # Zeros of the results' types: under shard_map those tell which axes they vary over.
+            total = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda one=one: one(0)[0]))
+
+        def body(total: Any, k: Any, one: Any = one) -> tuple[Any, list[Any]]:
+            sums, rows = one(k)
+            return _added(total, sums), rows
+
+        total, stacked = lax.scan(body, total, jnp.arange(segment.count, dtype=jnp.int32))
+        pieces.append(stacked)
+    return total, [list(leaf) for leaf in zip(*pieces, strict=True)]

@@ -1,0 +1,94 @@
+"""A window outside a trace: micro-batches one after another, as un-jitted JAX runs anything.
+
+Shares are numbers of the host here, so a micro-batch without weight is not differentiated at all.
+"""
+
+from functools import partial, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from virtualbatch.jax._aux import joined, kinds, routed
+from virtualbatch.jax._batch import Cut
+from virtualbatch.jax._objective import Call, wide_dtype
+from virtualbatch.jax._weights import Shares
+
+
+def run_eager(call: Call, cut: Cut, shares: Shares, accumulator_dtype: Any) -> tuple[Any, Any, Any]:
+    """The loss, aux and gradients of a window, outside a trace.
+
+    Args:
+        call: the call.
+        cut: the window.
+        shares: its shares, vectors of NumPy.
+        accumulator_dtype: dtype of the buffer; None for promote(parameter dtype, float32).
+
+    Returns:
+        (loss, aux, gradients); aux is None without has_aux.
+    """
+    alone = cut.count == 1
+    total: Any = None
+    dtypes: Any = None
+    auxes = []
+    for index, microbatch in enumerate(cut.microbatches()):
+        args = call.arguments(microbatch, None if alone else index)
+        part = shares.part(index)
+        if part is not None:
+            names, factors, largest = part
+            terms, aux, gradients = call.gradients(args, names, factors)
+            auxes.append(aux)
+            dtypes = _dtypes(terms, gradients)
+            loss = [
+                terms[name].astype(wide_dtype(terms[name])) * factors.get(name, 1.0)
+                for name in names or terms
+            ]
+            found = (reduce(jnp.add, loss), gradients)
+            total = _accumulated(total, found, largest, accumulator_dtype)
+        elif call.has_aux:
+            auxes.append(call.terms(args)[1])
+    if total is None:
+        args = call.arguments(cut.segments[0].get(0))
+        terms, _, gradients = jax.eval_shape(lambda: call.gradients(args, None))
+        dtypes = _dtypes(terms, gradients)
+        total = jax.tree.map(jnp.zeros_like, (next(iter(terms.values())), gradients))
+    loss, gradients = total
+    gradients = jax.tree.map(lambda x, dtype: x.astype(dtype), gradients, dtypes[1])
+    return loss.astype(dtypes[0]), _merged_aux(call, cut, shares, auxes), gradients
+
+
+def _dtypes(terms: dict[Any, Any], gradients: Any) -> tuple[Any, Any]:
+    return jnp.result_type(*terms.values()), jax.tree.map(lambda x: x.dtype, gradients)
+
+
+def _accumulated(total: Any, found: Any, factor: float, dtype: Any) -> Any:
+    """The sum so far plus factor times what a micro-batch gave, formed in the buffer's dtype."""
+    return _scaled(found, factor, dtype) if total is None else _added(total, found, factor, dtype)
+
+
+@partial(jax.jit, static_argnums=2)
+def _scaled(found: Any, factor: Any, dtype: Any) -> Any:
+    loss, gradients = found
+    wide = jax.tree.map(lambda x: x.astype(wide_dtype(x, dtype)) * factor, gradients)
+    return loss * factor, wide
+
+
+# The sum so far is nobody's but ours, so it is added to in place.
+@partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _added(total: Any, found: Any, factor: Any, dtype: Any) -> Any:
+    return jax.tree.map(jnp.add, total, _scaled(found, factor, dtype))
+
+
+def _merged_aux(call: Call, cut: Cut, shares: Shares, auxes: list[Any]) -> Any:
+    if not call.has_aux or len(auxes) == 1:
+        return auxes[0]
+    found = kinds(call, cut, auxes, cut.rows)
+    routes = [routed(found, shares.rows, index, aux) for index, aux in enumerate(auxes)]
+    sums = [reduce(jnp.add, column) for column in zip(*(s for s, _ in routes), strict=True)]
+    pieces = []
+    for column in zip(*(r for _, r in routes), strict=True):
+        given = iter(column)
+        pieces.append(
+            [jnp.stack([next(given) for _ in range(segment.count)]) for segment in cut.segments]
+        )
+    return joined(found, auxes[0], cut, sums, pieces)

@@ -1,0 +1,119 @@
+"""The user's function as a micro-batch meets it: with other arguments, checked, differentiated."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from virtualbatch.jax._keys import folded
+from virtualbatch.terms import check_same_terms, loss_and_aux, loss_terms
+from virtualbatch.window import accumulator_dtype
+
+
+class Call(NamedTuple):
+    """A call of the function that `value_and_grad` returned.
+
+    Fields:
+        fun: the user's function.
+        args: positional arguments, the batch among them.
+        kwargs: keyword arguments.
+        batch_argnum: position of the batch.
+        key_argnum: position of the argument with PRNG keys, or None.
+        has_aux: whether fun returns (loss, aux).
+        weighted: names of the terms that have weights, None if all weigh by rows.
+        differentiate: (function, has_aux=True) -> function that returns ((value, aux), gradients).
+    """
+
+    fun: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    batch_argnum: int
+    key_argnum: int | None
+    has_aux: bool
+    weighted: Mapping[Any, Any] | None
+    differentiate: Callable[..., Any]
+
+    def arguments(self, microbatch: Any, index: Any = None) -> tuple[Any, ...]:
+        """The positional arguments of one micro-batch; without an index keys stay as they are."""
+        args = list(self.args)
+        args[self.batch_argnum] = microbatch
+        if self.key_argnum is not None and index is not None:
+            args[self.key_argnum] = folded(args[self.key_argnum], index)
+        return tuple(args)
+
+    def terms(self, args: Sequence[Any]) -> tuple[dict[Any, Any], Any]:
+        """Terms of the loss and aux for some positional arguments."""
+        loss, aux = loss_and_aux(self.fun(*args, **self.kwargs), self.has_aux)
+        found = loss_terms(loss)
+        if self.weighted is not None:
+            check_same_terms(found, self.weighted)
+        for term in found.values():
+            if not jnp.issubdtype(term.dtype, jnp.floating):
+                raise TypeError(
+                    "A loss must have a floating dtype. "
+                    f"Got {term.dtype}. Cast what it is computed from to a float."
+                )
+        return found, aux
+
+    def traced_once(self) -> "Call":
+        """The same call with a function that JAX traces once per shape, however often it is used.
+
+        Several terms are differentiated one after another, each time through the same forward;
+        XLA sees that it is the same and computes it once.
+        """
+        compiled: dict[Any, Callable[..., Any]] = {}
+
+        def fun(*args: Any, **kwargs: Any) -> Any:
+            leaves, structure = jax.tree.flatten((args, kwargs))
+            arrays = [leaf if _is_data(leaf) else None for leaf in leaves]
+            others = [None if _is_data(leaf) else leaf for leaf in leaves]
+
+            def joined(arrays: Sequence[Any]) -> Any:
+                both = [x if y is None else y for x, y in zip(others, arrays, strict=True)]
+                args, kwargs = jax.tree.unflatten(structure, both)
+                return self.fun(*args, **kwargs)
+
+            key = (structure, tuple(map(id, others)))
+            if key not in compiled:
+                compiled[key] = jax.jit(joined)
+            return compiled[key](arrays)
+
+        return self._replace(fun=fun)
+
+    def gradients(
+        self, args: Sequence[Any], names: Sequence[Any] | None, factors: Mapping[Any, Any] = {}
+    ) -> tuple[dict[Any, Any], Any, Any]:
+        """Differentiates a sum of terms.
+
+        Args:
+            args: positional arguments of one micro-batch.
+            names: the terms of the sum; None for all.
+            factors: what terms of the sum are multiplied by, if not by 1.
+
+        Returns:
+            (terms, aux, gradients): all terms and aux undifferentiated, and the gradient of the
+            sum, in the structure and dtype that `differentiate` gives.
+        """
+
+        def objective(*args: Any, **kwargs: Any) -> Any:
+            terms, aux = self._replace(kwargs=kwargs).terms(args)
+            parts = [
+                terms[name] * factors[name] if name in factors else terms[name]
+                for name in (terms if names is None else names)
+            ]
+            return reduce(jnp.add, parts), (terms, aux)
+
+        differentiated = self.differentiate(objective, has_aux=True)
+        (_, (terms, aux)), gradients = differentiated(*args, **self.kwargs)
+        return terms, aux, gradients
+
+
+def wide_dtype(x: Any, named: Any = None) -> Any:
+    """Dtype of the buffer for an array: promote(its dtype, float32) unless one is named."""
+    return jnp.dtype(named or accumulator_dtype(str(jnp.result_type(x))))
+
+
+def _is_data(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

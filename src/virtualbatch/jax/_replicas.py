@@ -1,0 +1,43 @@
+"""Batches that are spread over the devices of a mesh axis (`shard_map`, or a named `vmap`)."""
+
+from typing import Any
+
+import jax
+from jax import lax
+
+
+def varying(args: Any, axis_name: Any) -> Any:
+    """Arguments whose gradients stay on each device until the window is done.
+
+    Inside `shard_map` JAX sums the gradient of a replicated parameter over the devices in every
+    backward pass. For one reduction per window each device differentiates by a value of its own.
+
+    Args:
+        args: pytree of the arguments that are differentiated.
+        axis_name: mesh axis, or a tuple of them.
+
+    Returns:
+        The same values.
+    """
+    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+
+    def own(x: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return x
+        missing = tuple(a for a in axes if a in manual and a not in _varies_over(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(own, args)
+
+
+def over_devices(total: Any, axis_name: Any) -> Any:
+    """Sums of a window, added up over the devices."""
+    return jax.tree.map(lambda x: lax.psum(x, axis_name), total)
+
+
+def _varies_over(x: Any) -> frozenset[Any]:
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)
+    # JAX before 0.10 keeps it under another name.
+    return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
