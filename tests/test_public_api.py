@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import virtualbatch
+import virtualbatch.jax
 import virtualbatch.keras
 import virtualbatch.tensorflow
 import virtualbatch.torch
@@ -24,12 +25,18 @@ SIGNATURES = {
         "(loss_fn, batch, *, module, microbatch_size=None, accumulation_steps=None, weight=None, "
         "has_aux=False, backward_fn=None)"
     ),
+    virtualbatch.jax.value_and_grad: (
+        "(fun, argnums=0, has_aux=False, *, batch_argnum=1, microbatch_size=None, "
+        "accumulation_steps=None, weight=None, accumulator_dtype=None, key_argnum=None, "
+        "axis_name=None, grad_fn=None)"
+    ),
 }
 
 NAMES = {
     virtualbatch: {"Window", "windows"},
     virtualbatch.tensorflow: {"Window", "value_and_gradients", "windows"},
     virtualbatch.keras: {"accumulate", "restore"},
+    virtualbatch.jax: {"Window", "value_and_grad", "windows"},
     virtualbatch.torch: {"Window", "backward", "windows"},
 }
 

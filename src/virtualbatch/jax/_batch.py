@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ from virtualbatch.split import (
 )
 
 
-class Segment(NamedTuple):
+@dataclass(frozen=True)
+class Segment:
     """Micro-batches of equal shape.
 
     Fields:
