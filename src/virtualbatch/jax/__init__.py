@@ -9,6 +9,7 @@ from functools import partial, wraps
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from virtualbatch.jax._batch import cut_batch
 from virtualbatch.jax._checks import check_arguments, check_options
@@ -102,13 +103,15 @@ def value_and_grad(
     )
     options = {} if grad_fn is not None and argnums == 0 else {"argnums": argnums}
     differentiate = partial(grad_fn or jax.value_and_grad, **options)
-    diff_argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    diff_argnums = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
 
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         check_arguments(args, batch_argnum, key_argnum, microbatch_size, accumulation_steps)
         batch = args[batch_argnum]
-        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
+        # Under jit new values are traced too, where a loss uses traced ones that are no arguments.
+        leaves = jax.tree.leaves((args, kwargs, jnp.zeros(())))
+        traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
         cut = cut_batch(batch, microbatch_size, accumulation_steps, compiled=traced)
         if axis_name is not None:
             # Numbers of axes mean nothing outside a trace: JAX names the axis that is missing.

@@ -143,7 +143,10 @@ def _contiguous(batch: Any, rows: int, size: int) -> Cut:
     count, rest = divmod(rows, size)
     segments = [Segment(count, size, lambda index: _piece(batch, index * size, size))]
     if rest:
-        segments.append(Segment(1, rest, partial(_piece, batch, count * size, rest)))
+        # A start that depends on the index, for whoever has to order the segments by it.
+        segments.append(
+            Segment(1, rest, lambda index: _piece(batch, count * size + index * rest, rest))
+        )
     return Cut(segments)
 
 

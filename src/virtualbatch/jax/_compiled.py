@@ -14,6 +14,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from virtualbatch.jax._aux import joined, kinds, routed
 from virtualbatch.jax._batch import Cut, Segment
+from virtualbatch.jax._convolution import with_fast_convolutions
 from virtualbatch.jax._objective import Call, wide_dtype
 from virtualbatch.jax._replicas import over_devices
 from virtualbatch.jax._weights import Shares
@@ -60,7 +61,10 @@ def run_compiled(
     """
     alone = cut.count == 1
     groups = shares.groups()
-    call = call.traced_once() if len(groups) > 1 else call
+    rows = {segment.rows for segment in cut.segments}
+    # Micro-batches of one shape may come in several runs.
+    repeated = len(groups) > 1 or len(cut.segments) > len(rows)
+    call = call.traced_once() if repeated else call
     dtypes: dict[str, Any] = {}
 
     def step(index: Any, microbatch: Any) -> _Micro:
@@ -108,6 +112,7 @@ def _traced(cut: Cut, step: Callable[[Any, Any], _Micro]) -> list[_Traced]:
         program, outputs = jax.make_jaxpr(
             lambda i, k, segment=segment: step(i, segment.get(k)), return_shape=True
         )(number, number)
+        program = with_fast_convolutions(program)
         structure = jax.tree.structure(outputs)
 
         def run(i: Any, k: Any, program: Any = program, structure: Any = structure) -> _Micro:
@@ -116,6 +121,14 @@ def _traced(cut: Cut, step: Callable[[Any, Any], _Micro]) -> list[_Traced]:
         result.append(_Traced(segment, offset, run, outputs))
         offset += segment.count
     return result
+
+
+def _zero_after(total: Any) -> Any:
+    """The number 0, which XLA cannot know before the window's sums so far.
+
+    It would else run the forward pass of a remainder beside the loop and keep both in memory.
+    """
+    return jnp.isneginf(jnp.abs(total[0])).astype(jnp.int32)
 
 
 def _number(index: Any) -> Any:
@@ -139,7 +152,7 @@ def _folded(
             return route(offset + k, run(offset + k, k))
 
         if segment.count == 1:
-            sums, rows = one(0)
+            sums, rows = one(0 if total is None else _zero_after(total))
             total = sums if total is None else _added(total, sums)
             pieces.append([row[None] for row in rows])
             continue

@@ -80,7 +80,9 @@ def _added(total: Any, found: Any, factor: Any, dtype: Any) -> Any:
 
 
 def _merged_aux(call: Call, cut: Cut, shares: Shares, auxes: list[Any]) -> Any:
-    if not call.has_aux or len(auxes) == 1:
+    if not call.has_aux:
+        return None
+    if len(auxes) == 1:
         return auxes[0]
     found = kinds(call, cut, auxes, cut.rows)
     routes = [routed(found, shares.rows, index, aux) for index, aux in enumerate(auxes)]

@@ -1,0 +1,114 @@
+"""Convolutions inside a loop, written so that XLA on CPU finds its fast kernel.
+
+XLA's CPU compiler brings a convolution to the axis order of that kernel only outside of loops
+(its pass goes through the entry computation alone). The backward pass of a convolution has another
+order, so in a loop it falls to a generic one that takes ten times as long. Here each convolution
+of a micro-batch's program is given transposed operands in the order of the kernel, which is what
+that pass would do.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+
+def with_fast_convolutions(program: ClosedJaxpr) -> ClosedJaxpr:
+    """The same program, its convolutions in the axis order batch, space, channels.
+
+    Args:
+        program: a traced function.
+
+    Returns:
+        A program of the same inputs and outputs; the same one if it has no other convolution, or
+        if JAX does not run on a CPU.
+    """
+    if jax.default_backend() != "cpu" or not any(_convolutions(program.jaxpr)):
+        return program
+    return jax.make_jaxpr(partial(_evaluated, program))(*program.in_avals)
+
+
+def _convolutions(program: Jaxpr) -> Iterator[Any]:
+    for equation in program.eqns:
+        if _is_slow(equation):
+            yield equation
+        for inner in _programs(equation.params):
+            yield from _convolutions(inner)
+
+
+def _programs(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
+
+
+def _is_slow(equation: Any) -> bool:
+    if equation.primitive.name != "conv_general_dilated":
+        return False
+    return not _is_canonical(equation.params["dimension_numbers"])
+
+
+def _is_canonical(numbers: Any) -> bool:
+    axes = len(numbers.lhs_spec)
+    last = (0, axes - 1, *range(1, axes - 1))
+    kernel = (axes - 1, axes - 2, *range(axes - 2))
+    return numbers.lhs_spec == last and numbers.out_spec == last and numbers.rhs_spec == kernel
+
+
+def _evaluated(program: ClosedJaxpr, *args: Any) -> list[Any]:
+    values: dict[Any, Any] = {}
+
+    def read(variable: Any) -> Any:
+        return variable.val if isinstance(variable, Literal) else values[variable]
+
+    values.update(zip(program.jaxpr.constvars, program.consts, strict=True))
+    values.update(zip(program.jaxpr.invars, args, strict=True))
+    for equation in program.jaxpr.eqns:
+        inputs = [read(variable) for variable in equation.invars]
+        if _is_slow(equation):
+            outputs = [_convolved(*inputs, equation.params)]
+        else:
+            params = {name: _rewritten(value) for name, value in equation.params.items()}
+            found = equation.primitive.get_bind_params(params)
+            # JAX before 0.10 gives the functions apart.
+            functions, params = found if isinstance(found, tuple) else ((), found)
+            with equation.ctx.manager:
+                outputs = equation.primitive.bind(*functions, *inputs, **params)
+            outputs = outputs if equation.primitive.multiple_results else [outputs]
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(variable) for variable in program.jaxpr.outvars]
+
+
+def _rewritten(value: Any) -> Any:
+    """A parameter of an operation, with the programs in it rewritten too."""
+    if isinstance(value, tuple | list) and any(isinstance(x, ClosedJaxpr) for x in value):
+        return type(value)(_rewritten(item) for item in value)
+    if isinstance(value, ClosedJaxpr):
+        return with_fast_convolutions(value)
+    if isinstance(value, Jaxpr):
+        found = with_fast_convolutions(ClosedJaxpr(value, ()))
+        return value if found.consts else found.jaxpr
+    return value
+
+
+def _convolved(lhs: Any, rhs: Any, params: dict[str, Any]) -> Any:
+    numbers = params["dimension_numbers"]
+    axes = lhs.ndim
+    space = range(2, axes)
+    # A spec lists where batch (or output) and channels (or input) are, then the space axes.
+    lhs = lax.transpose(lhs, [numbers.lhs_spec[k] for k in (0, *space, 1)])
+    rhs = lax.transpose(rhs, [numbers.rhs_spec[k] for k in (*space, 1, 0)])
+    last = (0, axes - 1, *range(1, axes - 1))
+    kernel = (axes - 1, axes - 2, *range(axes - 2))
+    canonical = lax.ConvDimensionNumbers(last, kernel, last)
+    found = lax.conv_general_dilated_p.bind(lhs, rhs, **params | {"dimension_numbers": canonical})
+    order = [0] * axes
+    for position, k in enumerate((0, *space, 1)):
+        order[numbers.out_spec[k]] = position
+    return lax.transpose(found, order)
