@@ -68,7 +68,30 @@ def transformer(random: np.random.Generator) -> tuple[Any, Callable[..., Any], t
     return params, logits, (32, 64)
 
 
-MODELS = {"MLP": mlp, "transformer": transformer}
+def cnn(random: np.random.Generator) -> tuple[Any, Callable[..., Any], tuple[int, ...]]:
+    """Three small convolutions on 16 x 16 images: XLA on CPU is slow where they are in a loop."""
+
+    def kernel(*sizes: int) -> jax.Array:
+        return jnp.asarray(random.normal(size=sizes) / np.sqrt(np.prod(sizes[:-1])), jnp.float32)
+
+    params = {
+        "kernels": [kernel(3, 3, 1, 16), kernel(3, 3, 16, 32), kernel(3, 3, 32, 32)],
+        "head": dense(random, 8 * 8 * 32, 10),
+    }
+
+    def logits(params: Any, x: Any) -> Any:
+        for k, found in enumerate(params["kernels"]):
+            numbers = ("NHWC", "HWIO", "NHWC")
+            x = lax.conv_general_dilated(x, found, (1, 1), "SAME", dimension_numbers=numbers)
+            x = jax.nn.relu(x)
+            if k == 1:
+                x = x.reshape(-1, 8, 2, 8, 2, 32).mean((2, 4))
+        return x.reshape(len(x), -1) @ params["head"]["w"] + params["head"]["b"]
+
+    return params, logits, (16, 16, 1)
+
+
+MODELS = {"MLP": mlp, "transformer": transformer, "CNN": cnn}
 
 
 class Problem:
