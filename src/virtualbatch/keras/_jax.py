@@ -65,9 +65,45 @@ class JaxStep(TrainStep):
 
 
 def make_train_function(model: keras.Model) -> Callable[..., Any]:
-    """Keras' own `make_train_function`, which compiles what `train_step` is."""
+    """Keras' own `make_train_function`, whose function loses nothing when a batch is refused.
+
+    `fit` takes the values out of the model's variables while it trains, and after an error in the
+    first batch would not put them back.
+    """
 
     def make(force: bool = False) -> None:
+        if model.train_function is not None and not force:
+            return
         type(model).make_train_function(model, force=force)
+        run = model.train_function
+
+        def train_function(state: Any, iterator: Any) -> Any:
+            try:
+                return run(state, iterator)
+            except BaseException:
+                _put_back(model, State(*state))
+                raise
+
+        model.train_function = train_function
 
     return make
+
+
+def _put_back(model: keras.Model, state: State) -> None:
+    pairs = [
+        *zip(model.trainable_variables, state.trainable, strict=True),
+        *zip(model.non_trainable_variables, state.non_trainable, strict=True),
+        *zip(model.optimizer.variables, state.optimizer, strict=True),
+        *zip(model.metrics_variables, state.metrics, strict=True),
+    ]
+    # A program that ran has taken its inputs.
+    if not any(value.is_deleted() for _, value in pairs):
+        for variable, value in pairs:
+            variable.assign(value)
+        # What `fit` assigns once more when it ends.
+        model._jax_state = {
+            "trainable_variables": state.trainable,
+            "non_trainable_variables": state.non_trainable,
+            "optimizer_variables": state.optimizer,
+            "metrics_variables": state.metrics,
+        }

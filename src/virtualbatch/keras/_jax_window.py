@@ -173,6 +173,9 @@ class WindowRun:
                     latest = window.update_metrics(batch, lax.stop_gradient(y_pred))
             finally:
                 model._losses_override = []
+            if window.unreduced:
+                # JAX' own error, as for the whole batch.
+                jax.grad(lambda _: jnp.broadcast_to(loss, (window.rows,)))(0.0)
             self._called = [layer for layer, _ in seen]
             after = _Carried(*self._changed(scope), latest)
             scaled = self._scaled(loss)
