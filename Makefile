@@ -11,12 +11,24 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: help setup demo test lint bench examples doctor clean
+# The tests of one engine, in an environment that has no other framework.
+ENGINE ?= torch
+ALONE := .venv-$(ENGINE)
+ALONE_EXTRAS_tensorflow := tensorflow,demo,test,lint
+ALONE_EXTRAS_torch := torch,test,lint
+ALONE_EXTRAS_jax := jax,examples,test,lint
+ALONE_PACKAGES_torch := scikit-learn
+ALONE_EXAMPLES_tensorflow := keras_fit tensorflow_loop
+ALONE_EXAMPLES_torch := torch_loop torch_language_model
+ALONE_EXAMPLES_jax := jax_optax flax_nnx equinox_model keras_jax
+
+.PHONY: help setup demo test test-alone lint bench examples doctor clean
 
 help:
 	@echo "make setup      create .venv and install the package with its tools"
 	@echo "make demo       train on real digits: small batches, whole, accumulated"
 	@echo "make test       run the tests"
+	@echo "make test-alone ENGINE=jax    the tests of one engine without the other frameworks"
 	@echo "make lint       ruff, mypy, import contracts"
 	@echo "make bench      measure speed and memory"
 	@echo "make examples   run every file in examples/"
@@ -38,8 +50,23 @@ endif
 demo: setup
 	$(BIN)/virtualbatch demo
 
+# Keras takes one backend per process. On JAX most of the time would go into optimising programs
+# that run once.
 test: setup
 	$(BIN)/python -m pytest
+	KERAS_BACKEND=torch $(BIN)/python -m pytest tests/keras
+	KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest tests/keras
+
+test-alone:
+	test -x $(ALONE)/bin/python || $(PYTHON) -m venv $(ALONE)
+	$(ALONE)/bin/python -m pip install --disable-pip-version-check \
+		--constraint constraints.txt --editable ".[$(ALONE_EXTRAS_$(ENGINE))]" \
+		$(ALONE_PACKAGES_$(ENGINE))
+	$(ALONE)/bin/mypy
+	$(ALONE)/bin/python -m pytest tests/core tests/$(ENGINE)
+	$(ALONE)/bin/python -m pytest tests/conformance --engine $(ENGINE)
+	set -e; for example in $(ALONE_EXAMPLES_$(ENGINE)); do \
+		echo "== $$example"; $(ALONE)/bin/python examples/$$example.py; done
 
 lint: setup
 	$(BIN)/ruff check .
@@ -52,6 +79,8 @@ bench: setup
 	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/torch_loop.py
 	$(BIN)/python benchmarks/jax_loop.py
+	$(BIN)/python benchmarks/keras_backends.py --backend torch
+	$(BIN)/python benchmarks/keras_backends.py --backend jax
 	$(BIN)/python benchmarks/memory.py
 
 examples: setup
@@ -61,6 +90,6 @@ doctor: setup
 	$(BIN)/virtualbatch doctor
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache \
+	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache \
 		.hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -55,7 +55,7 @@ def test_a_doctor_run_imports_no_framework() -> None:
     assert_not_imported(program, FRAMEWORKS)
 
 
-@pytest.mark.parametrize("engine", ["tensorflow", "torch", "keras"])
+@pytest.mark.parametrize("engine", ["tensorflow", "torch", "jax", "keras"])
 def test_engines_import_no_tool_of_ours(engine: str) -> None:
     # The other tools Keras imports itself where it finds them, by way of scikit-learn too.
     assert_not_imported(f"import virtualbatch.{engine}", ("typer",))
@@ -63,6 +63,28 @@ def test_engines_import_no_tool_of_ours(engine: str) -> None:
 
 def test_the_torch_engine_needs_no_other_framework() -> None:
     assert_not_imported("import virtualbatch.torch", ("tensorflow", "keras", "jax"))
+
+
+def test_the_jax_engine_needs_no_other_framework() -> None:
+    others = ("tensorflow", "keras", "torch", "optax", "flax", "equinox")
+    assert_not_imported("import virtualbatch.jax", others)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_keras_imports_the_engine_of_its_backend_only(backend: str) -> None:
+    # Keras itself imports other frameworks for its data adapters.
+    program = f"""
+import os
+os.environ["KERAS_BACKEND"] = "{backend}"
+import keras, virtualbatch.keras
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+model.compile("sgd", "mse")
+virtualbatch.keras.accumulate(model, microbatch_size=2)
+"""
+    engines = tuple(
+        f"virtualbatch.{name}" for name in ("tensorflow", "torch", "jax") if name != backend
+    )
+    assert_not_imported(program, engines)
 
 
 def test_the_guard_can_fail() -> None:
@@ -110,6 +132,7 @@ def test_the_import_contracts_hold(copied_package: Path) -> None:
             "import keras",
             "PyTorch engine imports its own framework only BROKEN",
         ),
+        ("jax/__init__.py", "import optax", "JAX engine imports its own framework only BROKEN"),
         ("keras/__init__.py", "import psutil", "training paths import no tool BROKEN"),
         ("cli.py", "import virtualbatch.keras", "names an engine as a string BROKEN"),
         ("stray.py", "", "engines on the core BROKEN"),

@@ -68,8 +68,9 @@ def value_and_grad(
             number of the micro-batch, so that random numbers differ between micro-batches. A
             window of one micro-batch uses the keys as they are.
         axis_name: mesh axis, or axes, over which the rows are spread inside `shard_map` (or name
-            of a `vmap`). Value and gradients are then those of the rows of all devices, reduced
-            once per window.
+            of a `vmap`). Value, gradients, and the means and sums of aux are then those of the
+            rows of all devices, reduced once per window; leaves of aux with one entry per row
+            are those of the device's own rows.
         grad_fn: what differentiates instead of `jax.value_and_grad`, such as
             `equinox.filter_value_and_grad`. It is called as `grad_fn(function, has_aux=True)`,
             with `argnums=` too unless that is 0.

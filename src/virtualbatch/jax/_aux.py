@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from virtualbatch.jax._batch import Cut, specs
+from virtualbatch.jax._batch import Cut, is_array, map_arrays, specs
 from virtualbatch.jax._objective import Call, wide_dtype
 
 ROWS, SUM, MEAN = "rows", "sum", "mean"
@@ -45,11 +45,16 @@ def kinds(call: Call, cut: Cut, auxes: Sequence[Any], rows: Sequence[int]) -> li
     per_row = [
         all(_length(leaf) == n for leaf, n in zip(column, rows, strict=True)) for column in columns
     ]
-    if any(per_row) and len(set(rows)) == 1:
-        other = rows[0] + 1
-        lengths = [_length(leaf) for leaf in jax.tree.leaves(_abstract(call, cut, other))]
-        per_row = [here and n == other for here, n in zip(per_row, lengths, strict=True)]
-    return [_kind(column[0], here) for column, here in zip(columns, per_row, strict=True)]
+    found = [ROWS if here else _kind(c[0]) for c, here in zip(columns, per_row, strict=True)]
+    if ROWS not in found or len(set(rows)) > 1:
+        return found
+    # Twice as many, because devices and groups of rows may divide the rows.
+    other = 2 * rows[0]
+    abstract = jax.tree.leaves(_abstract(call, cut, other))
+    return [
+        kind if kind != ROWS or _length(leaf) == other else _kind(leaf)
+        for kind, leaf in zip(found, abstract, strict=True)
+    ]
 
 
 def routed(kinds: Sequence[str], shares: Any, index: Any, aux: Any) -> tuple[list[Any], list[Any]]:
@@ -122,11 +127,14 @@ def _length(leaf: Any) -> int | None:
 
 def _abstract(call: Call, cut: Cut, rows: int) -> Any:
     """The aux of a micro-batch with another number of rows, without data."""
-    microbatch = jax.eval_shape(lambda: cut.segments[0].get(0))
+    microbatch = specs(cut, rows)
+
+    def aux(arrays: Sequence[Any]) -> Any:
+        given = iter(arrays)
+        return call.terms(call.arguments(map_arrays(lambda _: next(given), microbatch)))[1]
+
     try:
-        return jax.eval_shape(
-            lambda found: call.terms(call.arguments(found))[1], specs(microbatch, rows)
-        )
+        return jax.eval_shape(aux, [x for x in jax.tree.leaves(microbatch) if is_array(x)])
     except (TypeError, ValueError) as error:
         raise TypeError(
             "With has_aux=True a loss function must be traceable with any number of rows, "
@@ -136,9 +144,8 @@ def _abstract(call: Call, cut: Cut, rows: int) -> Any:
         ) from error
 
 
-def _kind(leaf: Any, per_row: bool) -> str:
-    if per_row:
-        return ROWS
+def _kind(leaf: Any) -> str:
+    """How a leaf that does not have one entry per row is put together."""
     dtype = jnp.result_type(leaf) if hasattr(leaf, "dtype") or _is_number(leaf) else None
     if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
         return MEAN

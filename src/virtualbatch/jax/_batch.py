@@ -97,8 +97,9 @@ def cut_batch(
         every micro-batch takes rows of every device.
 
     Raises:
-        ValueError: rows differ or are missing, the two sizes disagree, or a window is empty or
-            holds micro-batches of different structures.
+        ValueError: rows differ or are missing, the two sizes disagree, a window is empty or
+            holds micro-batches of different structures, or a micro-batch of a batch that is
+            sharded over an explicit mesh would have fewer rows than there are devices.
     """
     if isinstance(batch, Window):
         return Cut(_window_segments(batch, compiled))
@@ -107,18 +108,34 @@ def cut_batch(
     if size == rows:
         return Cut([Segment(1, rows, lambda _: batch)])
     if any(_is_sharded(leaf) for leaf in jax.tree.leaves(batch)):
-        return _interleaved(batch, rows, size)
+        devices = max(map(_explicit_devices, jax.tree.leaves(batch)))
+        if size < devices:
+            raise ValueError(
+                "A micro-batch of a sharded batch must have a row on every device. "
+                f"Got micro-batches of {size} rows and {devices} devices. "
+                f"Pass microbatch_size={devices} or a multiple of it."
+            )
+        # Rows of every device alike: no more than fit, or no more micro-batches than asked for.
+        missing = -size % devices
+        size += missing if microbatch_size is None else missing - devices if missing else 0
+        return _interleaved(batch, rows, size, devices)
     if compiled:
         return _contiguous(batch, rows, size)
     pieces = [(start, stop - start) for start, stop in even_cut(rows, size)]
     return Cut([Segment(1, n, partial(_piece, batch, start, n)) for start, n in pieces])
 
 
-def specs(microbatch: Any, rows: int) -> Any:
-    """The shapes and dtypes of a micro-batch with another number of rows."""
-    return map_arrays(
-        lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), microbatch
-    )
+def specs(cut: Cut, rows: int) -> Any:
+    """A micro-batch as it would be with another number of rows: types in place of its arrays."""
+
+    def spec(leaf: Any) -> Any:
+        found = jax.typeof(leaf)
+        return found.update(shape=(rows, *found.shape[1:]))
+
+    result: list[Any] = []
+    # Abstractly, so that no micro-batch is made for it.
+    jax.eval_shape(lambda: result.append(map_arrays(spec, cut.segments[0].get(0))))
+    return result[0]
 
 
 def _rows(batch: Any, path: str) -> int:
@@ -150,16 +167,29 @@ def _contiguous(batch: Any, rows: int, size: int) -> Cut:
     return Cut(segments)
 
 
-def _interleaved(batch: Any, rows: int, size: int) -> Cut:
+def _explicit_devices(leaf: Any) -> int:
+    """Over how many devices the rows of an array are spread, as far as its type tells.
+
+    On a mesh with explicit axes the rows of whatever is cut from it must be a multiple of that.
+    """
+    if not is_array(leaf):
+        return 1
+    kind = jax.typeof(leaf)
+    return kind.shape[0] // kind.sharding.shard_shape(kind.shape)[0]
+
+
+def _interleaved(batch: Any, rows: int, size: int, devices: int) -> Cut:
     """Micro-batches that have rows of every device."""
     count = -(-rows // size)
     # Equal ones if that can be, else as large as asked for, and a remainder.
-    size, count = (size, rows // size) if rows % count else (rows // count, count)
+    equal = rows % (count * devices) == 0
+    size, count = (rows // count, count) if equal else (size, rows // size)
     whole = count * size
 
     def get(index: Any) -> Any:
         def pick(leaf: Any) -> Any:
-            grid = leaf[:whole].reshape(size, count, *leaf.shape[1:])
+            whole_part = lax.slice_in_dim(leaf, 0, whole)
+            grid = whole_part.reshape(size, count, *leaf.shape[1:])
             return lax.dynamic_index_in_dim(grid, index, axis=1, keepdims=False)
 
         return map_arrays(pick, batch)

@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
 from virtualbatch.jax._aux import joined, kinds, routed
-from virtualbatch.jax._batch import Cut, Segment
+from virtualbatch.jax._batch import Cut, Segment, is_array
 from virtualbatch.jax._convolution import with_fast_convolutions
 from virtualbatch.jax._objective import Call, wide_dtype
 from virtualbatch.jax._replicas import over_devices
@@ -34,12 +34,14 @@ class _Traced(NamedTuple):
     Fields:
         segment: the micro-batches.
         offset: number of micro-batches in the window before this segment.
+        waits: whether its one micro-batch is to run after those before it.
         run: (number in the window, number in the segment) -> _Micro.
         outputs: abstract _Micro.
     """
 
     segment: Segment
     offset: int
+    waits: bool
     run: Callable[[Any, Any], _Micro]
     outputs: _Micro
 
@@ -61,10 +63,9 @@ def run_compiled(
     """
     alone = cut.count == 1
     groups = shares.groups()
-    rows = {segment.rows for segment in cut.segments}
     # Micro-batches of one shape may come in several runs.
-    repeated = len(groups) > 1 or len(cut.segments) > len(rows)
-    call = call.traced_once() if repeated else call
+    again = len(cut.segments) > len({segment.rows for segment in cut.segments})
+    call = call.traced_once() if again or len(groups) > 1 else call
     dtypes: dict[str, Any] = {}
 
     def step(index: Any, microbatch: Any) -> _Micro:
@@ -80,7 +81,7 @@ def run_compiled(
         loss, gradients = reduce(_added, parts)
         return _Micro(loss, gradients, aux)
 
-    if alone:
+    if alone and axis_name is None:
         loss, gradients, aux = step(0, cut.segments[0].get(0))
     else:
         traced = _traced(cut, step)
@@ -93,10 +94,10 @@ def run_compiled(
             sums, rows = routed(aux_kinds, shares.rows, index, found.aux)
             return (found.loss, found.gradients, sums), rows
 
-        (loss, gradients, sums), rows = _folded(traced, route)
+        total, rows = _folded(traced, route)
+        total = total if axis_name is None else over_devices(total, axis_name)
+        loss, gradients, sums = total
         aux = joined(aux_kinds, traced[0].outputs.aux, cut, sums, rows)
-    if axis_name is not None:
-        loss, gradients = over_devices((loss, gradients), axis_name)
     gradients = jax.tree.map(lambda x, dtype: x.astype(dtype), gradients, dtypes["gradients"])
     return loss.astype(dtypes["loss"]), aux, gradients
 
@@ -106,29 +107,49 @@ def _added(a: Any, b: Any) -> Any:
 
 
 def _traced(cut: Cut, step: Callable[[Any, Any], _Micro]) -> list[_Traced]:
-    result, offset = [], 0
-    number = jax.ShapeDtypeStruct((), jnp.int32)
+    result, offset, loss = [], 0, None
     for segment in cut.segments:
+        number: Any = jax.ShapeDtypeStruct((), jnp.int32)
+        waits = segment.count == 1 and loss is not None and _can_wait(segment, loss)
+        number = jax.eval_shape(_zero_after, loss) if waits else number
         program, outputs = jax.make_jaxpr(
             lambda i, k, segment=segment: step(i, segment.get(k)), return_shape=True
         )(number, number)
+        loss = outputs.loss if loss is None else jax.eval_shape(jnp.add, loss, outputs.loss)
         program = with_fast_convolutions(program)
         structure = jax.tree.structure(outputs)
 
         def run(i: Any, k: Any, program: Any = program, structure: Any = structure) -> _Micro:
             return jax.tree.unflatten(structure, jaxpr_as_fun(program)(_number(i), _number(k)))
 
-        result.append(_Traced(segment, offset, run, outputs))
+        result.append(_Traced(segment, offset, waits, run, outputs))
         offset += segment.count
     return result
 
 
-def _zero_after(total: Any) -> Any:
-    """The number 0, which XLA cannot know before the window's sums so far.
+def _zero_after(loss: Any) -> Any:
+    """The number 0, which XLA cannot know before it has the window's loss so far.
 
     It would else run the forward pass of a remainder beside the loop and keep both in memory.
     """
-    return jnp.isneginf(jnp.abs(total[0])).astype(jnp.int32)
+    return jnp.isneginf(jnp.abs(loss)).astype(jnp.int32)
+
+
+def _can_wait(segment: Segment, loss: Any) -> bool:
+    """Whether a micro-batch keeps its type if its number is `_zero_after`.
+
+    Under `shard_map` it may not: a batch that all devices share would vary over them.
+    """
+    return _types(segment, jax.eval_shape(_zero_after, loss)) == _types(segment, jnp.int32(0))
+
+
+def _types(segment: Segment, number: Any) -> list[Any]:
+    found: list[Any] = []
+    jax.eval_shape(
+        lambda k: found.extend(map(jax.typeof, filter(is_array, jax.tree.leaves(segment.get(k))))),
+        number,
+    )
+    return found
 
 
 def _number(index: Any) -> Any:
@@ -146,13 +167,13 @@ def _folded(
     """
     total: Any = None
     pieces: list[list[Any]] = []
-    for segment, offset, run, _ in traced:
+    for segment, offset, waits, run, _ in traced:
 
         def one(k: Any, offset: int = offset, run: Any = run) -> tuple[Any, list[Any]]:
             return route(offset + k, run(offset + k, k))
 
         if segment.count == 1:
-            sums, rows = one(0 if total is None else _zero_after(total))
+            sums, rows = one(_zero_after(total[0]) if waits else 0)
             total = sums if total is None else _added(total, sums)
             pieces.append([row[None] for row in rows])
             continue

@@ -72,7 +72,7 @@ def _evaluated(program: ClosedJaxpr, *args: Any) -> list[Any]:
     for equation in program.jaxpr.eqns:
         inputs = [read(variable) for variable in equation.invars]
         if _is_slow(equation):
-            outputs = [_convolved(*inputs, equation.params)]
+            outputs = [_convolved(inputs[0], inputs[1], equation.params)]
         else:
             params = {name: _rewritten(value) for name, value in equation.params.items()}
             found = equation.primitive.get_bind_params(params)

@@ -126,7 +126,7 @@ class WindowRun:
         for segment in self._cut.segments:
 
             def step(k: Any, first: Any, totals: Any, segment: Any = segment) -> Any:
-                carried = _Carried(*first, {})
+                carried = _Carried(first[0], first[1], {})
                 return self._micro(segment.get(k), segment.rows, carried, lambda: totals)
 
             program, outputs = jax.make_jaxpr(step, return_shape=True)(number, first, totals)
