@@ -1,0 +1,310 @@
+"""The search for a micro-batch that fits and is fast; it never runs a model itself.
+
+An engine asks what to try, measures, and tells. Peak memory is taken for affine in the rows of a
+micro-batch above a knee, peak = max(c, a + b * rows), so two measurements predict every size; the
+size that follows is confirmed by a third. Then a few sizes are timed.
+"""
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+# A smaller micro-batch is as good as the fastest one if it takes at most this much longer.
+NEARLY_AS_FAST = 1.05
+# Rows of the first micro-batch tried: above the knee of most models, and small enough to fit.
+_FIRST = 8
+# Where a peak is no straight line, so many measurements have to do.
+_MOST_PEAKS = 8
+# Below this growth of the peak two sizes are both under the knee.
+_FLAT = 1.02
+# Smaller micro-batches only get slower from where they take this much longer than the fastest.
+_HOPELESS = 1.3
+
+_UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+class Question(NamedTuple):
+    """What the search wants to know next.
+
+    Fields:
+        kind: "memory", peak bytes of a window; or "time", seconds for the whole batch.
+        microbatch_size: rows of the micro-batches.
+    """
+
+    kind: Literal["memory", "time"]
+    microbatch_size: int
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One size that was tried, or that follows from those that were.
+
+    Args:
+        microbatch_size: rows of one micro-batch.
+        peak_bytes: peak memory of a window.
+        measured: whether the peak was measured (or compiled), not predicted.
+        seconds_per_batch: time of the whole batch; None where it was not timed.
+    """
+
+    microbatch_size: int
+    peak_bytes: int
+    measured: bool
+    seconds_per_batch: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to cut a batch so that it fits and is fast.
+
+    Args:
+        microbatch_size: rows of one forward and backward.
+        accumulation_steps: micro-batches per window.
+        memory_limit: bytes that the window may take.
+        reason: why this size, in a sentence.
+        rows: one entry per size tried, smallest first.
+    """
+
+    microbatch_size: int
+    accumulation_steps: int
+    memory_limit: int
+    reason: str
+    rows: tuple[PlanRow, ...]
+
+    def __str__(self) -> str:
+        lines = ["  ".join(cell.rjust(12) for cell in cells).rstrip() for cells in self._table()]
+        return "\n".join([self._headline(), self.reason, *lines])
+
+    def to_json(self) -> str:
+        """The plan as one JSON object, sizes in bytes and times in seconds."""
+        return json.dumps(asdict(self), indent=2)
+
+    def _repr_html_(self) -> str:
+        lines = ["".join(f"<td>{cell}</td>" for cell in cells) for cells in self._table()]
+        table = "".join(f"<tr>{line}</tr>" for line in lines)
+        return f"<p><b>{self._headline()}</b><br>{self.reason}</p><table>{table}</table>"
+
+    def _headline(self) -> str:
+        return (
+            f"microbatch_size={self.microbatch_size} (accumulation_steps="
+            f"{self.accumulation_steps}), memory limit {readable_bytes(self.memory_limit)}"
+        )
+
+    def _table(self) -> list[tuple[str, ...]]:
+        lines: list[tuple[str, ...]] = [("micro-batch", "peak memory", "", "s per batch", "")]
+        for row in self.rows:
+            seconds = row.seconds_per_batch
+            lines.append(
+                (
+                    str(row.microbatch_size),
+                    readable_bytes(row.peak_bytes),
+                    "measured" if row.measured else "predicted",
+                    "" if seconds is None else f"{seconds:.4g}",
+                    "<- chosen" if row.microbatch_size == self.microbatch_size else "",
+                )
+            )
+        return lines
+
+
+class Search:
+    """Finds the size for one batch, by questions and answers.
+
+    Args:
+        rows: rows of the batch, >= 1.
+        memory_limit: bytes that a window may take.
+
+    Example:
+        >>> search = Search(rows=256, memory_limit=1_000)
+        >>> while (question := search.ask()) is not None:
+        ...     m = question.microbatch_size
+        ...     search.tell(question, 100 + 10 * m if question.kind == "memory" else 1 + 8 / m)
+        >>> search.plan().microbatch_size
+        90
+    """
+
+    def __init__(self, rows: int, memory_limit: int):
+        self._rows = rows
+        self._limit = memory_limit
+        self._peaks: dict[int, float] = {}
+        self._failed: set[int] = set()
+        self._seconds: dict[int, float] = {}
+        self._stopped = False
+
+    def ask(self) -> Question | None:
+        """What to measure next; None when nothing more is needed.
+
+        Raises:
+            ValueError: not even one row fits.
+        """
+        size = self._next_memory()
+        if size is not None:
+            return Question("memory", size)
+        size = self._next_time()
+        return None if size is None else Question("time", size)
+
+    def tell(self, question: Question, answer: float | None) -> None:
+        """Takes the answer.
+
+        Args:
+            question: what `ask` gave.
+            answer: peak bytes or seconds; None if memory ran out.
+        """
+        size = question.microbatch_size
+        if answer is None:
+            # It ran out although it was to fit: whatever was told of this size is wrong.
+            self._peaks.pop(size, None)
+            self._seconds.pop(size, None)
+            self._failed.add(size)
+        elif question.kind == "memory":
+            self._peaks[size] = answer
+        else:
+            self._seconds[size] = answer
+
+    def stop_timing(self) -> None:
+        """Asks for no more times, because those so far have taken long enough."""
+        self._stopped = True
+
+    def plan(self) -> Plan:
+        """The plan, once `ask` has given None."""
+        largest = self._largest_fitting()
+        sizes = sorted(self._seconds)
+        if sizes:
+            best = min(self._seconds.values())
+            size = next(m for m in sizes if self._seconds[m] <= NEARLY_AS_FAST * best)
+            fastest = min(sizes, key=lambda m: self._seconds[m])
+            reason = (
+                f"{largest} rows fit at once; {size} is the smallest size within "
+                f"{NEARLY_AS_FAST - 1:.0%} of the fastest, {fastest}."
+            )
+        else:
+            size = largest
+            reason = f"{largest} is the largest size that fits; none was timed."
+        tried = sorted({*self._peaks, *self._seconds})
+        rows = [
+            PlanRow(m, math.ceil(self._peak(m)), m in self._peaks, self._seconds.get(m))
+            for m in tried
+        ]
+        return Plan(size, -(-self._rows // size), self._limit, reason, tuple(rows))
+
+    def _smallest_failing(self) -> int:
+        """The smallest size known not to fit; one more than the batch if none is."""
+        failing = [size for size, peak in self._peaks.items() if peak > self._limit]
+        return min([*failing, *self._failed, self._rows + 1])
+
+    def _largest_fitting(self) -> int:
+        """The largest size below all that do not fit; 0 if none is known."""
+        ceiling = self._smallest_failing()
+        return max((size for size in self._peaks if size < ceiling), default=0)
+
+    def _peak(self, size: int) -> float:
+        """The peak as measured, or as the model has it."""
+        if size in self._peaks:
+            return self._peaks[size]
+        line = self._line()
+        smallest = min(self._peaks.values())
+        return smallest if line is None else max(smallest, line[0] + line[1] * size)
+
+    def _line(self) -> tuple[float, float] | None:
+        """(a, b) of peak = a + b * rows through the two largest sizes above the knee."""
+        sizes = sorted(self._peaks)
+        for low, high in reversed(list(pairwise(sizes))):
+            if self._peaks[high] > _FLAT * self._peaks[low]:
+                slope = (self._peaks[high] - self._peaks[low]) / (high - low)
+                return self._peaks[low] - slope * low, slope
+        return None
+
+    def _next_memory(self) -> int | None:
+        floor, ceiling = self._largest_fitting(), self._smallest_failing()
+        if ceiling == 1:
+            raise ValueError(self._nothing_fits())
+        if floor == 0:
+            # Down from what did not fit, four at a time.
+            return min(self._rows, _FIRST) if ceiling > self._rows else max(1, ceiling // 4)
+        if floor + 1 >= ceiling or len(self._peaks) + len(self._failed) >= _MOST_PEAKS:
+            return None
+        line = self._line()
+        # Below the knee the peak says nothing about the rows.
+        predicted = self._rows if line is None else int((self._limit - line[0]) / line[1])
+        wanted = min(predicted, self._rows)
+        if wanted >= ceiling:
+            # The prediction has failed.
+            wanted = (floor + ceiling) // 2
+        elif line is None or len(self._peaks) < 2:
+            # Small sizes may be far from the line, so it is not trusted far ahead.
+            wanted = min(4 * floor, wanted)
+        # The last rows would not be worth their measurement.
+        return wanted if wanted > 1.02 * floor else None
+
+    def _next_time(self) -> int | None:
+        if self._stopped:
+            return None
+        size = self._largest_fitting()
+        best = math.inf
+        while size >= 1:
+            seconds = self._seconds.get(size)
+            if seconds is None:
+                return size
+            best = min(best, seconds)
+            if seconds > _HOPELESS * best or size == 1:
+                return None
+            size = size // 2
+        return None
+
+    def _nothing_fits(self) -> str:
+        limit = readable_bytes(self._limit)
+        needed = self._peaks.get(1)
+        got = "ran out of memory" if needed is None else f"needs {readable_bytes(needed)}"
+        return (
+            "memory_limit must hold a micro-batch of one row, with parameters, optimizer state and "
+            f"the accumulation buffer. Got a limit of {limit}, and one row {got}. "
+            "Raise the limit, or make the model or its rows smaller."
+        )
+
+
+def parse_limit(limit: int | str | None, usable: int) -> int:
+    """A memory limit in bytes.
+
+    Args:
+        limit: bytes, a text such as "2GiB" or "80%", or None for all that is usable.
+        usable: bytes that the device or the container really has left.
+
+    Raises:
+        ValueError: the text does not parse, or the limit is not positive.
+        TypeError: the limit is something else.
+    """
+    if limit is None:
+        return usable
+    if isinstance(limit, bool) or not isinstance(limit, int | str):
+        raise TypeError(
+            "memory_limit must be a number of bytes, a text or None. "
+            f"Got {type(limit).__name__}. Pass for example 2 * 2**30, '2GiB' or '80%'."
+        )
+    found = limit if isinstance(limit, int) else _parsed(limit, usable)
+    if found is None or found <= 0:
+        raise ValueError(
+            "memory_limit must be a positive number of bytes, or a text of a number and a unit. "
+            f"Got memory_limit={limit!r}. Pass for example '2GiB', '500MB' or '80%'."
+        )
+    return found
+
+
+def _parsed(text: str, usable: int) -> int | None:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]+)\s*", text)
+    if match is None:
+        return None
+    number, unit = float(match[1]), match[2].lower()
+    if unit == "%":
+        return int(usable * number / 100) if number <= 100 else None
+    return int(number * _UNITS[unit]) if unit in _UNITS else None
+
+
+def readable_bytes(size: float) -> str:
+    """Bytes as a text such as "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024 or unit == "GiB":
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise RuntimeError("internal: no unit.")
