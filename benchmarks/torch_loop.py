@@ -1,12 +1,15 @@
-"""What the PyTorch engine costs beside the loop that one would write by hand.
+"""What the PyTorch engine costs beside the loop written by hand, and beside Accelerate.
 
-The same gradient of 8 micro-batches of 32, three ways, in turns in one process: our call; the
-plain loop, which scales each micro-batch's loss by its part of the rows; and the whole batch.
+The same update of 8 micro-batches of 32, in turns in one process: our call; the plain loop, which
+scales each micro-batch's loss by its part of the rows; Accelerate's `accumulate`, if it is
+installed; and the whole batch. Each does `zero_grad`, its gradients and one SGD update.
 
 Usage: python benchmarks/torch_loop.py [--models MLP CNN] [--rounds 100] [--json FILE]
 """
 
 import argparse
+import copy
+import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -20,12 +23,13 @@ from torch import nn
 import virtualbatch.torch as vb
 
 MICROBATCH_SIZE, ACCUMULATION_STEPS = 32, 8
+ROWS = MICROBATCH_SIZE * ACCUMULATION_STEPS
 
 
-def mlp() -> nn.Module:
-    """Three small dense layers on 64 features: the time is mostly overhead."""
-    layers = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)]
-    return nn.Sequential(*layers)
+def mlp(width: int) -> nn.Module:
+    """Three dense layers on 64 features; small ones take no longer than what surrounds them."""
+    layers = [nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
 def cnn(norm: type[nn.Module] = nn.Identity) -> nn.Module:
@@ -39,51 +43,119 @@ def cnn(norm: type[nn.Module] = nn.Identity) -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "MLP": (mlp, (64,)),
+    "MLP": (lambda: mlp(128), (64,)),
+    "wide MLP": (lambda: mlp(1024), (64,)),
     "CNN": (cnn, (1, 16, 16)),
     "CNN with BatchNorm": (lambda: cnn(nn.BatchNorm2d), (1, 16, 16)),
 }
 
 
-def ways(name: str, device: str) -> dict[str, Callable[[], Any]]:
-    torch.manual_seed(0)
-    make, shape = MODELS[name]
-    model = make().to(device)
-    rows = MICROBATCH_SIZE * ACCUMULATION_STEPS
-    x = torch.randn(rows, *shape, device=device)
-    y = torch.randint(10, (rows,), device=device)
+class Problem:
+    """A model with an optimizer and one batch."""
 
-    def loss_fn(batch: Any) -> torch.Tensor:
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+    def __init__(self, name: str, device: str):
+        torch.manual_seed(0)
+        make, shape = MODELS[name]
+        self.model = make().to(device)
+        self.optimizer: Any = torch.optim.SGD(self.model.parameters(), 1e-3)
+        self.x = torch.randn(ROWS, *shape, device=device)
+        self.y = torch.randint(10, (ROWS,), device=device)
 
-    def ours() -> torch.Tensor:
-        model.zero_grad()
-        return vb.backward(loss_fn, (x, y), module=model, microbatch_size=MICROBATCH_SIZE)
+    def loss(self, batch: Any) -> torch.Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self.model(x), y)
 
-    def plain() -> Any:
-        model.zero_grad()
+    def pieces(self) -> Any:
+        for start in range(0, ROWS, MICROBATCH_SIZE):
+            stop = start + MICROBATCH_SIZE
+            yield self.x[start:stop], self.y[start:stop]
+
+
+def ours(problem: Problem) -> Callable[[], Any]:
+    def update() -> torch.Tensor:
+        problem.optimizer.zero_grad()
+        loss = vb.backward(
+            problem.loss,
+            (problem.x, problem.y),
+            module=problem.model,
+            microbatch_size=MICROBATCH_SIZE,
+        )
+        problem.optimizer.step()
+        return loss
+
+    return update
+
+
+def plain(problem: Problem) -> Callable[[], Any]:
+    def update() -> Any:
+        problem.optimizer.zero_grad()
         total: Any = 0.0
-        for i in range(0, rows, MICROBATCH_SIZE):
-            part = (x[i : i + MICROBATCH_SIZE], y[i : i + MICROBATCH_SIZE])
-            loss = loss_fn(part) * (len(part[0]) / rows)
+        for piece in problem.pieces():
+            loss = problem.loss(piece) * (len(piece[0]) / ROWS)
             loss.backward()
             total += loss.detach()
+        problem.optimizer.step()
         return total
 
-    def whole() -> torch.Tensor:
-        model.zero_grad()
-        loss = loss_fn((x, y))
+    return update
+
+
+def whole(problem: Problem) -> Callable[[], Any]:
+    def update() -> torch.Tensor:
+        problem.optimizer.zero_grad()
+        loss = problem.loss((problem.x, problem.y))
         loss.backward()
+        problem.optimizer.step()
         return loss.detach()
 
-    return {"virtualbatch": ours, "plain loop": plain, "whole batch at once": whole}
+    return update
 
 
-def measure(name: str, rounds: int, device: str) -> tuple[dict[str, float], float]:
-    """Median milliseconds of each way, and the median ratio of ours to the plain loop."""
+def accelerate(problem: Problem) -> Callable[[], Any]:
+    """Its documented loop, which is right for micro-batches of equal rows."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=problem.x.device.type == "cpu")
+    problem.model, problem.optimizer = accelerator.prepare(problem.model, problem.optimizer)
+
+    def update() -> Any:
+        # All Accelerators share this number, and ours refuses to run beside one above 1.
+        accelerator.gradient_accumulation_steps = ACCUMULATION_STEPS
+        total: Any = 0.0
+        for piece in problem.pieces():
+            with accelerator.accumulate(problem.model):
+                loss = problem.loss(piece)
+                accelerator.backward(loss)
+                problem.optimizer.step()
+                problem.optimizer.zero_grad()
+            total += loss.detach()
+        accelerator.gradient_accumulation_steps = 1
+        return total / ACCUMULATION_STEPS
+
+    return update
+
+
+def ways(name: str, device: str) -> dict[str, Callable[[], Any]]:
+    """Every way of doing the update, each on a model of its own."""
+    problem = Problem(name, device)
+    makers = {"virtualbatch": ours, "plain loop": plain, "whole batch at once": whole}
+    if importlib.util.find_spec("accelerate"):
+        makers["Accelerate"] = accelerate
+    return {label: make(copy.deepcopy(problem)) for label, make in makers.items()}
+
+
+def check(runs: dict[str, Callable[[], Any]], updates: int = 5) -> None:
+    """Raises unless all ways have the same losses, update after update."""
+    for _ in range(updates):
+        losses = [float(run()) for run in runs.values()]
+        np.testing.assert_allclose(losses, losses[0], rtol=1e-4)
+
+
+def measure(name: str, rounds: int, device: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Median milliseconds of each way, and the median ratio of ours to each other one."""
     runs = ways(name, device)
-    for run in list(runs.values()) * 5:
-        run()
+    # With BatchNorm, the whole batch is normalised by itself.
+    check({label: run for label, run in runs.items() if label != "whole batch at once"})
     times: dict[str, list[float]] = {label: [] for label in runs}
     for turn in range(rounds):
         # Whoever comes first in a round may find other caches.
@@ -91,8 +163,11 @@ def measure(name: str, rounds: int, device: str) -> tuple[dict[str, float], floa
             start = time.perf_counter()
             float(runs[label]())
             times[label].append((time.perf_counter() - start) * 1e3)
-    ratios = np.divide(times["virtualbatch"], times["plain loop"])
-    return {label: float(np.median(found)) for label, found in times.items()}, np.median(ratios)
+    mine = times["virtualbatch"]
+    return (
+        {label: float(np.median(found)) for label, found in times.items()},
+        {label: float(np.median(np.divide(mine, found))) for label, found in times.items()},
+    )
 
 
 def main() -> None:
@@ -105,14 +180,15 @@ def main() -> None:
     arguments = parser.parse_args()
     # Threads that wait for each other on a shared machine measure the machine.
     torch.set_num_threads(arguments.threads)
+    if not importlib.util.find_spec("accelerate"):
+        print("Accelerate is not installed and not compared: pip install accelerate")
     result = {}
     for name in arguments.models:
-        found, ratio = measure(name, arguments.rounds, arguments.device)
-        result[name] = {"ms": found, "ratio": float(ratio)}
+        found, ratios = measure(name, arguments.rounds, arguments.device)
+        result[name] = {"ms": found, "ours_to": ratios}
         print(f"\n{name}: {ACCUMULATION_STEPS} micro-batches of {MICROBATCH_SIZE}")
         for label, milliseconds in found.items():
-            print(f"{label:20} {milliseconds:8.2f} ms")
-        print(f"ours / plain loop    {ratio:8.3f} (median of the rounds)")
+            print(f"{label:20} {milliseconds:8.2f} ms   ours / this {ratios[label]:6.3f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2))
 

@@ -133,6 +133,23 @@ def test_batches_of_a_loader():
         assert_all_close(taken(model), expected)
 
 
+def test_a_loss_function_may_take_its_micro_batch_apart():
+    model = nn.Linear(3, 1).double()
+    batch = {"x": X, "y": Y}
+
+    def loss_fn(batch):
+        y = batch.pop("y")
+        return (model(**{"input": batch.pop("x")}) - y).square().mean()
+
+    def weight(batch):
+        return batch.pop("x").shape[0]
+
+    expected = uncut(loss_fn, dict(batch), model)[1]
+    vb.backward(loss_fn, batch, module=model, microbatch_size=4, weight=weight)
+    assert_all_close(taken(model), expected)
+    assert list(batch) == ["x", "y"]
+
+
 def test_rows_are_not_copied():
     model = nn.Linear(3, 1).double()
     seen = []
@@ -179,6 +196,21 @@ def test_micro_batches_are_copied_to_the_device_of_the_model_one_at_a_time(monke
     monkeypatch.undo()
     assert events == [("copy", 5, False), ("loss", 5), ("copy", 5, False), ("loss", 5)]
     assert loss.device.type == model.layer.weight.grad.device.type == "meta"
+
+
+def test_aux_of_micro_batches_that_are_copied():
+    # Two rows and two classes: telling them apart takes a run on shapes, on the device.
+    layer = nn.Linear(3, 2, device="meta", dtype=torch.float64)
+    seen = []
+
+    def loss_fn(x):
+        seen.append((len(x), x.device.type))
+        logits = layer(x)
+        return logits.mean(), (logits, logits.mean(0))
+
+    _, (logits, per_class) = vb.backward(loss_fn, X, module=layer, microbatch_size=2, has_aux=True)
+    assert (logits.shape, per_class.shape) == ((10, 2), (2,))
+    assert seen == [(2, "meta")] * 5 + [(3, "meta")]
 
 
 def test_a_model_on_several_devices_moves_its_inputs_itself():

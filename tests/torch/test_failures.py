@@ -193,6 +193,25 @@ def test_a_failing_weight():
     before.check()
 
 
+def test_random_generators_go_on_from_where_they_are():
+    # A loss may draw from any generator, of which PyTorch knows only its own.
+    module = nn.Linear(3, 1)
+    drawn = []
+
+    def loss_fn(x):
+        drawn.append(torch.rand(2))
+        if len(drawn) == 2:
+            raise Mine
+        return module(x).mean()
+
+    torch.manual_seed(3)
+    with pytest.raises(Mine):
+        vb.backward(loss_fn, X, module=module, microbatch_size=2)
+    drawn.append(torch.rand(2))
+    torch.manual_seed(3)
+    assert torch.equal(torch.cat(drawn), torch.cat([torch.rand(2) for _ in range(3)]))
+
+
 def test_buffers_of_a_window_that_succeeds_are_the_users():
     module = model()
     vb.backward(lambda x: module[:5](x).mean(), X, module=module, microbatch_size=2)

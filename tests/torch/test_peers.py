@@ -122,6 +122,31 @@ def test_f6_a_schedule_counts_updates():
     assert moved == [1.0, 1.0, 0.0, 0.0]
 
 
+def test_f7_an_average_of_weights_moves_once_per_update():
+    # Momentum 0.9, gradient 1, rate 1: due is -1.29 after three updates, not -1.5095.
+    model = OneHot(1)
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
+    for _ in range(3):
+        model.update(torch.ones(4, 1).double(), accumulation_steps=4)
+        average.update_parameters(model)
+    assert_close(average.module.weight.detach(), [-1.29])
+
+
+def test_f7_every_micro_batch_of_a_window_sees_the_same_weights():
+    model = OneHot(1)
+    seen = []
+
+    def loss_fn(rows):
+        seen.append(float(model.weight.detach()[0]))
+        return model(rows).mean()
+
+    for _ in range(3):
+        model.update(torch.ones(4, 1).double(), loss_fn, accumulation_steps=4)
+    assert seen == [0.0] * 4 + [-1.0] * 4 + [-2.0] * 4
+
+
 def test_f9_one_nan_spoils_its_own_window_only():
     model = OneHot(1)
 

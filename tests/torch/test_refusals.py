@@ -1,5 +1,6 @@
 """Bad input: a clear error, before anything is computed or changed."""
 
+import copy
 import sys
 import types
 
@@ -20,6 +21,7 @@ class Call:
         self.model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
         self.kept = torch.ones(1, 2)
         self.model[1].weight.grad = self.kept
+        self.before = copy.deepcopy(self.model.state_dict())
         self.calls = 0
         self.arguments = {
             "loss_fn": self.loss,
@@ -40,8 +42,9 @@ class Call:
         assert self.model[1].weight.grad is self.kept
         assert (self.kept == 1).all()
         assert self.model[1].bias.grad is None
-        assert self.model[0].num_batches_tracked == 0
-        assert (self.model[0].running_mean == 0).all()
+        assert (self.model[0].momentum, len(self.model[0]._forward_hooks)) == (0.1, 0)
+        for name, value in self.model.state_dict().items():
+            assert torch.equal(value, self.before[name]), name
 
 
 def test_the_call_works_unchanged():
@@ -56,6 +59,7 @@ SIZES = {
     "negative": ({"microbatch_size": -1}, r"Got microbatch_size=-1\."),
     "fraction": ({"microbatch_size": 2.5}, r"Got microbatch_size=2\.5\."),
     "boolean": ({"microbatch_size": True}, r"Got microbatch_size=True\."),
+    "text": ({"microbatch_size": "big"}, r"Got microbatch_size='big'\."),
     "tensor": ({"microbatch_size": torch.tensor(2)}, r"Got microbatch_size=tensor\(2\)\."),
     "no steps": ({"accumulation_steps": 0}, r"accumulation_steps must be a positive integer\."),
     "disagree": (
@@ -68,6 +72,7 @@ SIZES = {
     ),
     "no rows": ({"batch": X[:0]}, r"at least one row\. Got 0 rows in batch\."),
     "scalar": ({"batch": {"x": X, "s": torch.tensor(1)}}, r"Got the scalar batch\['s'\]\."),
+    "no batch": ({"batch": None}, r"must hold at least one array\. Got none\."),
     "no array": ({"batch": {"a": None, "b": 3}}, r"must hold at least one array\. Got none\."),
     "wrong axis": ({"batch": (X, torch.ones(3, 6))}, r"Got 6 rows in batch\[0\] and 3 rows"),
     "empty window": (
@@ -75,6 +80,22 @@ SIZES = {
         r"must hold at least one micro-batch\. Got an empty Window\.",
     ),
     "window and size": ({"batch": vb.Window([X])}, r"A Window is already cut\. Got microbatch_s"),
+    "window and steps": (
+        {
+            "batch": vb.Window([X]),
+            "microbatch_size": None,
+            "accumulation_steps": 2,
+        },
+        r"Got microbatch_size=None and accumulation_steps=2 with a Window\. Leave both out\.",
+    ),
+    "window of nothing": (
+        {"batch": vb.Window([X, None]), "microbatch_size": None},
+        r"at least one array\. Got none\.",
+    ),
+    "no rows in a window": (
+        {"batch": vb.Window([X, X[:0]]), "microbatch_size": None},
+        r"at least one row\. Got 0 rows in window\[1\]\.",
+    ),
     "rows differ in a window": (
         {"batch": vb.Window([(X, X), (X, X[:4])]), "microbatch_size": None},
         r"Got 6 rows in window\[1\]\[0\] and 4 rows in window\[1\]\[1\]\.",
@@ -180,12 +201,23 @@ WEIGHTS = {
     "negative": (lambda x: x.sum() - 5, r"0 or more\. Got weight=-1\.0 for micro-batch 0\."),
     "NaN": (lambda x: x.sum() * torch.nan, r"Got weight=nan for micro-batch 0\."),
     "infinite": (lambda x: float("inf"), r"Got weight=inf for micro-batch 0\."),
+    "later negative": (
+        iter([2.0, -3.0, 2.0]).__next__,
+        r"Got weight=-3\.0 for micro-batch 1\. Return what the loss of that micro-batch was",
+    ),
     "vector": (lambda x: x.sum(1), r"Got shape \(2,\) for term 'loss'\. Reduce it"),
+    "NumPy vector": (lambda x: np.ones(3), r"Got shape \(3,\) for term 'loss'\."),
+    "vector of a term": (lambda x: {"a": torch.ones(2)}, r"Got shape \(2,\) for term 'a'\."),
+    "list": (lambda x: [1, 2], r"Got \[1, 2\] for term 'loss'\."),
     "None": (lambda x: None, r"one number per micro-batch and term\. Got None for term 'loss'"),
     "text": (lambda x: "3", r"Got '3' for term 'loss'"),
     "unsteady": (
         iter([{"a": 1}, {"b": 1}, {"b": 1}]).__next__,
         r"same terms for every micro-batch.* Return 0\.0",
+    ),
+    "None later": (
+        iter([{"a": 1}, {"a": None}, {"a": 1}]).__next__,
+        r"None for the same ones\. Got .* and later .*Return 0\.0",
     ),
 }
 
@@ -193,7 +225,8 @@ WEIGHTS = {
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_weights(name):
     weight, text = WEIGHTS[name]
-    call = Call(weight=(lambda x: weight()) if name == "unsteady" else weight)
+    in_turn = not isinstance(weight, types.FunctionType)
+    call = Call(weight=(lambda x: weight()) if in_turn else weight)
     call.refused(ValueError, text)
 
 
@@ -212,8 +245,28 @@ def test_weights_of_other_terms(weight, text):
     call.refused(ValueError, text, calls=1)
 
 
+def test_weights_of_terms_for_a_loss_without_terms():
+    Call(weight=lambda batch: {"a": 1}).refused(
+        ValueError, r"Got loss terms \['loss'\] and weight terms \['a'\]\.", calls=1
+    )
+
+
 LOSSES = {
     "vector": (lambda m: m(X)[:, 0], ValueError, r"scalar mean\. Got loss_fn\(batch\) with shape"),
+    "one row": (lambda m: m(X)[0], ValueError, r"with shape \(1,\)\. Reduce it to one number"),
+    "one in a list": (lambda m: [m(X).mean()], TypeError, r"Got loss_fn\(batch\) of type list"),
+    "nothing": (lambda m: None, TypeError, r"of type NoneType"),
+    "term of rows": (
+        lambda m: {"a": m(X).mean(), "b": m(X)[:, 0]},
+        ValueError,
+        r"Got loss_fn\(batch\)\['b'\] with shape \(6,\)",
+    ),
+    "boolean": (lambda m: m(X).mean() > 0, TypeError, r"a floating dtype\. Got bool\."),
+    "complex": (
+        lambda m: m(X).mean() * 1j,
+        TypeError,
+        r"a floating dtype\. Got complex64\. Cast what it is computed from to a float",
+    ),
     "number": (lambda m: 3.0, TypeError, r"must be a scalar tensor.* Got loss_fn\(batch\) of type"),
     "NumPy": (lambda m: np.float32(3), TypeError, r"must be a tensor of PyTorch\. Got float32\."),
     "pair": (lambda m: (m(X).mean(), 1), TypeError, r"of type tuple\. .*pass has_aux=True"),
@@ -236,31 +289,45 @@ def test_losses_that_are_no_mean(name):
     call.refused(error, text)
 
 
-def test_aux_without_a_pair():
-    Call(has_aux=True).refused(
-        TypeError, r"must return \(loss, aux\)\. Got Tensor\. Return a pair", calls=1
-    )
+@pytest.mark.parametrize(
+    ("result", "got"), [(lambda loss: loss, "Tensor"), (lambda loss: (loss, 1, 2), "tuple")]
+)
+def test_aux_without_a_pair(result, got):
+    call = Call(has_aux=True)
+    call.arguments["loss_fn"] = lambda batch: result(call.loss(batch))
+    call.refused(TypeError, rf"must return \(loss, aux\)\. Got {got}\. Return a pair", calls=1)
 
 
 def test_a_size_that_is_planned_later():
     Call(microbatch_size="auto").refused(NotImplementedError, "is not planned by this version")
 
 
-# Loops of others that accumulate themselves. They are not installed here: what is looked up is
-# what their releases of 2026 keep.
+# Loops of others that accumulate themselves. They need not be installed: what is looked up is
+# what Accelerate 1.15.0, Transformers 5.23.0 and Lightning 2.6.6 keep.
+
+ACCELERATE = {
+    "unused": ({}, None),
+    "ours": ({"plugin_kwargs": {"num_steps": 1}, "sync_gradients": True}, None),
+    "accumulating": (
+        {"plugin_kwargs": {"num_steps": 4}, "sync_gradients": True},
+        r"Accelerate must leave accumulation .*gradient_accumulation_steps=4 in its GradientState",
+    ),
+    "Trainer of Hugging Face": (
+        {"plugin_kwargs": {"num_steps": 1}, "sync_gradients": False},
+        r"the Hugging Face Trainer must leave .*Got a call inside a window of theirs.*Train with g",
+    ),
+}
 
 
-@pytest.mark.parametrize("steps", [4, 1, None])
-def test_accelerate_that_accumulates_itself(steps, monkeypatch):
+@pytest.mark.parametrize("name", ACCELERATE)
+def test_accelerate_that_accumulates_itself(name, monkeypatch):
+    shared, text = ACCELERATE[name]
     state = types.ModuleType("accelerate.state")
-    plugin = {} if steps is None else {"plugin_kwargs": {"num_steps": steps}}
-    state.GradientState = type("GradientState", (), {"_shared_state": plugin})
+    state.GradientState = type("GradientState", (), {"_shared_state": shared})
     monkeypatch.setitem(sys.modules, "accelerate.state", state)
     call = Call()
-    if steps == 4:
-        call.refused(
-            ValueError, r"Accelerate must leave accumulation .*gradient_accumulation_steps=4 in its"
-        )
+    if text:
+        call.refused(ValueError, text)
     else:
         vb.backward(**call.arguments)
 

@@ -6,6 +6,7 @@ import torch
 from tests.oracle import assert_all_close, assert_close
 from tests.torch.problems import taken
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import virtualbatch.torch as vb
@@ -14,7 +15,7 @@ X = torch.as_tensor(np.random.default_rng(0).normal(size=(6, 3)))
 
 
 class Refusing(TorchDispatchMode):
-    """Refuses whatever would wait for a device to hand over a value."""
+    """Refuses whatever would wait for a device: to hand over a value, or to take a copy."""
 
     READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero)
 
@@ -25,12 +26,31 @@ class Refusing(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if function.overloadpacket in self.READS:
             raise RuntimeError(f"{function} reads a value")
+        result = function(*arguments, **(options or {}))
+        if function.overloadpacket is torch.ops.aten._to_copy:
+            moved = result.device != arguments[0].device
+            if moved and not (options or {}).get("non_blocking"):
+                raise RuntimeError(f"{function} copies between devices")
+        return result
+
+
+class RefusingTables(TorchFunctionMode):
+    """Refuses to make tensors of numbers on a device, a copy that `Refusing` does not see."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        device = torch.device((options or {}).get("device") or "cpu")
+        if function is torch.tensor and device.type != "cpu":
+            raise RuntimeError("torch.tensor copies numbers to a device")
         return function(*arguments, **(options or {}))
 
 
 def test_the_refusing_mode_can_refuse():
     with pytest.raises(RuntimeError, match="reads a value"), Refusing():
         float(torch.ones(()))
+    with pytest.raises(RuntimeError, match="copies between devices"), Refusing():
+        torch.ones(()).to("meta")
+    with pytest.raises(RuntimeError, match="copies numbers"), RefusingTables():
+        torch.tensor([1.0], device="meta")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -69,6 +89,34 @@ def test_no_value_is_read_after_the_weights(momentum, has_aux, dtype):
         mode.__exit__(None, None, None)
     # With aux, one more run on shapes.
     assert forwards[:3] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize("rows", [9, 8])
+def test_a_device_is_not_waited_for(rows, has_aux, dtype):
+    # Tensors of the meta device hold no data: whoever reads one fails.
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    model = model.to(dtype).to("meta")
+    model[0].weight.grad = torch.empty_like(model[0].weight)
+    x = torch.empty(rows, 3, device="meta", dtype=dtype)
+
+    def loss_fn(x):
+        output = model(x)
+        terms = {"rows": output.mean(), "penalty": model[2].weight.square().sum()}
+        return (terms, output.mean()) if has_aux else terms
+
+    with Refusing(), RefusingTables():
+        result = vb.backward(
+            loss_fn,
+            x,
+            module=model,
+            microbatch_size=3,
+            weight=lambda x: {"rows": len(x), "penalty": None},
+            has_aux=has_aux,
+        )
+    loss = result[0] if has_aux else result
+    assert loss.device.type == model[2].weight.grad.device.type == "meta"
 
 
 def test_the_weights_come_in_one_copy(monkeypatch):

@@ -5,23 +5,20 @@ differentiated in turn, and the sum is added to `.grad` once all of them have su
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from virtualbatch.split import Window, windows
-from virtualbatch.terms import loss_and_aux, loss_terms
+from virtualbatch.terms import loss_and_aux
 from virtualbatch.torch._aux import detached, merged_aux
-from virtualbatch.torch._batch import Microbatch, accelerator_of, microbatches, on_device
+from virtualbatch.torch._batch import Microbatch, microbatches, on_device
 from virtualbatch.torch._batchnorm import MergedStatistics
-from virtualbatch.torch._checks import (
-    check_call,
-    checked_layers,
-    refuse_foreign_accumulation,
-    trainable_parameters,
-)
+from virtualbatch.torch._checks import check_call, refuse_foreign_accumulation
 from virtualbatch.torch._gradients import WindowGradients
+from virtualbatch.torch._loss import WindowLoss, checked_terms
+from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._state import Buffers
 from virtualbatch.torch._weights import Shares, window_shares
 
@@ -87,27 +84,28 @@ def backward(
     """
     functions = {"loss_fn": loss_fn, "weight": weight, "backward_fn": backward_fn}
     check_call(functions, batch, microbatch_size, accumulation_steps)
-    layers = checked_layers(module)
-    parameters = trainable_parameters(layers)
-    refuse_foreign_accumulation(layers)
+    found = inventory(module)
+    refuse_foreign_accumulation()
     cut = microbatches(batch, microbatch_size, accumulation_steps)
     shares = window_shares(cut, weight)
-    device = accelerator_of(layers)
-    cut = [on_device(microbatch, device) for microbatch in cut]
+    if found.accelerator is not None:
+        cut = [on_device(microbatch, found.accelerator) for microbatch in cut]
 
-    buffers = Buffers(layers)
-    statistics = MergedStatistics(layers, buffers)
-    with ExitStack() as on_failure:
-        on_failure.callback(buffers.restore)
-        gradients = WindowGradients(parameters, backward_fn)
-        on_failure.callback(gradients.restore)
-        with statistics.attached():
+    buffers = Buffers(found.with_buffers)
+    statistics = MergedStatistics(found.with_buffers, buffers)
+    gradients = WindowGradients(found.parameters, backward_fn)
+    try:
+        gradients.start()
+        with statistics.attached() if statistics else nullcontext():
             run = _Run(loss_fn, has_aux, statistics, gradients)
             loss, aux = run.window(cut, shares)
             result = (loss, merged_aux(loss_fn, cut, aux, shares.rows)) if has_aux else loss
         statistics.commit()
         gradients.commit()
-        on_failure.pop_all()
+    except BaseException:
+        gradients.restore()
+        buffers.restore()
+        raise
     return result
 
 
@@ -121,52 +119,39 @@ class _Run(NamedTuple):
 
     def window(self, cut: Sequence[Microbatch], shares: Shares) -> tuple[torch.Tensor, list[Any]]:
         """The loss of the window, and the aux of each micro-batch if it is asked for."""
-        empty = [shares.is_empty(index) for index in range(len(cut))]
+        loss_fn, has_aux, statistics, gradients = self
+        forward = statistics.heard(loss_fn) if statistics else loss_fn
+        empty = shares.empty()
         # A window without any weight has the loss 0 and, where one micro-batch reaches a
         # parameter, the gradient 0.
         nothing = all(empty)
-        total: torch.Tensor | None = None
-        found: list[Any] = []
+        # Rows without weight still meet aux and BatchNorm, as they do in the whole batch.
+        run_all = has_aux or bool(statistics)
+        loss = WindowLoss()
+        auxes: list[Any] = []
         for index, microbatch in enumerate(cut):
             counts = not empty[index] or (nothing and index == 0)
-            # Rows without weight still meet aux and BatchNorm, as they do in the whole batch.
-            if not (counts or self.has_aux or self.statistics):
+            if not (counts or run_all):
                 continue
-            terms, aux = self._forward(microbatch)
-            found.append(aux)
-            parts = shares.of(list(terms), index)
+            result = forward(microbatch.get())
+            if has_aux:
+                result, aux = loss_and_aux(result, has_aux)
+                auxes.append(detached(aux))
+                del aux
+            terms = checked_terms(result)
+            parts = shares.of(terms, index)
             if counts:
                 parts = [1.0] * len(parts) if nothing else parts
-                part = self.gradients.add(list(terms.values()), parts)
-                total = part if total is None else total + part
+                gradients.add(terms.values(), parts)
+                loss.add(terms.values(), parts)
             # Two graphs at once would hold two sets of activations.
-            del terms
-        if total is None:
-            raise RuntimeError("internal: a window ran no micro-batch.")
-        if not self.gradients.found_any:
+            del result, terms
+        if not gradients.found_any:
             raise ValueError(
                 "A loss must depend on a trainable parameter. Got one without a gradient. "
                 "Compute it from the output of the module, without detach() or item()."
             )
-        if nothing:
-            self.gradients.zero()
-            total = torch.zeros_like(total)
-        return total.to(self.gradients.loss_dtype), found
-
-    def _forward(self, microbatch: Microbatch) -> tuple[dict[Any, torch.Tensor], Any]:
-        with self.statistics.forward() if self.statistics else nullcontext():
-            loss, aux = loss_and_aux(self.loss_fn(microbatch.get()), self.has_aux)
-        terms = loss_terms(loss)
-        for term in terms.values():
-            if not isinstance(term, torch.Tensor):
-                raise TypeError(
-                    f"A loss must be a tensor of PyTorch. Got {type(term).__name__}. "
-                    "Compute it with PyTorch operations, or it has no gradient."
-                )
-            if not term.is_floating_point():
-                raise TypeError(
-                    "A loss must have a floating dtype. "
-                    f"Got {str(term.dtype).removeprefix('torch.')}. "
-                    "Cast what it is computed from to a float."
-                )
-        return terms, detached(aux) if self.has_aux else None
+        if not nothing:
+            return loss.mean(), auxes
+        gradients.zero()
+        return torch.zeros_like(loss.mean()), auxes

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from virtualbatch.torch._batch import Microbatch, map_tensors
+from virtualbatch.torch._batch import Microbatch
 from virtualbatch.window import accumulator_dtype
 
 # A loop asks the same question at every update, and the answer costs a run of the loss on shapes.
@@ -104,11 +104,11 @@ def _lengths_at(
     known = _known(loss_fn)
     key = (microbatch.rows, *(getattr(leaf, "shape", None) for leaf in leaves))
     if key not in known:
-        known[key] = [_length(leaf) for leaf in _fake_leaves(loss_fn, microbatch.get(), rows)]
+        known[key] = [_length(leaf) for leaf in _fake_leaves(loss_fn, microbatch, rows)]
     return known[key]
 
 
-def _fake_leaves(loss_fn: Callable[[Any], Any], microbatch: Any, rows: int) -> list[Any]:
+def _fake_leaves(loss_fn: Callable[[Any], Any], microbatch: Microbatch, rows: int) -> list[Any]:
     # Autocast keeps casts of parameters: true ones do not fit here, nor false ones afterwards.
     torch.clear_autocast_cache()
     # Tensors without data: nothing is computed, and parameters, buffers and generators stay.
@@ -117,8 +117,8 @@ def _fake_leaves(loss_fn: Callable[[Any], Any], microbatch: Any, rows: int) -> l
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),
     ):
-        fake = map_tensors(
-            lambda x: torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device), microbatch
+        fake = microbatch.mapped(
+            lambda x: torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
         )
         try:
             return pytree.tree_leaves(loss_fn(fake)[1])

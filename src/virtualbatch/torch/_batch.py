@@ -1,6 +1,7 @@
 """A batch as micro-batches: nested structures of tensors, cut by rows without copying them.
 
-A micro-batch is made when it is asked for. Where the batch is on the host and the model on a
+A structure is looked at once per window: its leaves are found, checked and cut. A micro-batch is
+built of its pieces when it is asked for. Where the batch is on the host and the model on a
 device, that is when it is copied there.
 """
 
@@ -9,8 +10,8 @@ import dataclasses
 import numbers
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from enum import Enum
-from functools import partial
-from typing import Any, NamedTuple, cast
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,19 +23,37 @@ from virtualbatch.split import (
     rows_per_microbatch,
 )
 
-_WHOLE = (numbers.Number, str, bytes, Enum, torch.dtype, torch.device, torch.Generator, type(None))
+_SHARED = (numbers.Number, str, bytes, Enum, torch.dtype, torch.device, torch.Generator, type(None))
+
+# A PackedSequence is a tuple, but its data has the rows in another order.
+_ONE_LEAF = (torch.Tensor, torch.nn.utils.rnn.PackedSequence)
+
+# Leaves, in the order of the structure -> the structure.
+_Builder = Callable[[Sequence[Any]], Any]
 
 
 class Microbatch(NamedTuple):
-    """One micro-batch of a window, not yet cut.
+    """One micro-batch of a window.
 
     Fields:
         rows: its rows; a Python int.
-        get: () -> the micro-batch, where the batch is.
+        leaves: its pieces of the batch's leaves, where the batch is; tensors are views.
+        build: leaves -> the structure that the loss function takes.
+        given: the structure itself where the caller gave it as it is, else None.
     """
 
     rows: int
-    get: Callable[[], Any]
+    leaves: Sequence[Any]
+    build: _Builder
+    given: Any = None
+
+    def get(self) -> Any:
+        """The structure. What was cut is built anew each time, so that it may be taken apart."""
+        return self.build(self.leaves) if self.given is None else self.given
+
+    def mapped(self, fn: Callable[[torch.Tensor], Any]) -> Any:
+        """The structure with fn applied to every tensor where the batch is."""
+        return self.build([fn(x) if isinstance(x, torch.Tensor) else x for x in self.leaves])
 
 
 def microbatches(
@@ -58,65 +77,56 @@ def microbatches(
     """
     if isinstance(batch, Window):
         check_window(batch)
-        rows_of = [_rows(found, f"window[{index}]") for index, found in enumerate(batch)]
-        _check_alike([_places(found) for found in batch])
-        return [
-            Microbatch(rows, partial(_same, found))
-            for rows, found in zip(rows_of, batch, strict=True)
-        ]
-    rows = _rows(batch, "batch")
-    size = rows_per_microbatch(rows, microbatch_size, accumulation_steps)
-    cut = even_cut(rows, size)
+        found = [_uncut(given, f"window[{index}]") for index, given in enumerate(batch)]
+        _check_alike([leaves for leaves, _ in found])
+        return [microbatch for _, microbatch in found]
+    _, uncut = _uncut(batch, "batch")
+    cut = even_cut(uncut.rows, rows_per_microbatch(uncut.rows, microbatch_size, accumulation_steps))
     if len(cut) == 1:
-        return [Microbatch(rows, partial(_same, batch))]
+        return [uncut]
+    columns = [_pieces(leaf, uncut.rows, cut) for leaf in uncut.leaves]
     return [
-        Microbatch(stop - start, partial(_cut, batch, rows, start, stop)) for start, stop in cut
+        Microbatch(stop - start, leaves, uncut.build)
+        for (start, stop), leaves in zip(cut, zip(*columns, strict=True), strict=True)
     ]
 
 
-def map_tensors(fn: Callable[[torch.Tensor], Any], batch: Any) -> Any:
-    """Applies fn to every tensor of a nested structure; other leaves stay."""
-    return _mapped(lambda _, leaf: fn(leaf) if isinstance(leaf, torch.Tensor) else leaf, batch, "")
-
-
-def on_device(microbatch: Microbatch, device: torch.device | None) -> Microbatch:
+def on_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
     """The micro-batch with its host tensors copied to a device, each time that it is asked for.
 
     Copies from pinned memory do not wait for the device.
 
     Args:
         microbatch: a micro-batch.
-        device: where to; None leaves everything where it is.
+        device: where to.
     """
-    if device is None:
-        return microbatch
+    build = microbatch.build
 
-    def copied(x: torch.Tensor) -> torch.Tensor:
-        return x.to(device, non_blocking=x.is_pinned()) if x.device.type == "cpu" else x
+    def copied(leaf: Any) -> Any:
+        on_host = isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu"
+        return leaf.to(device, non_blocking=leaf.is_pinned()) if on_host else leaf
 
-    return Microbatch(microbatch.rows, lambda: map_tensors(copied, microbatch.get()))
-
-
-def accelerator_of(layers: Sequence[torch.nn.Module]) -> torch.device | None:
-    """The device that all parameters are on, or None if that is the host or they are on several."""
-    devices = {
-        parameter.device
-        for layer in layers
-        for parameter in layer._parameters.values()
-        if parameter is not None
-    }
-    device = devices.pop() if len(devices) == 1 else None
-    return None if device is None or device.type == "cpu" else device
+    return microbatch._replace(build=lambda leaves: build(list(map(copied, leaves))), given=None)
 
 
-def _rows(batch: Any, path: str) -> int:
+def _uncut(structure: Any, path: str) -> tuple[list[tuple[str, Any]], Microbatch]:
+    """A structure as one micro-batch, and its leaves with the expressions that reach them."""
     found: list[tuple[str, Any]] = []
-    _mapped(lambda place, leaf: found.append((place, leaf)), batch, path)
-    arrays = [(place, leaf) for place, leaf in found if _is_tensor(place, leaf)]
-    rows = common_rows(arrays)
+    build = _builder(structure, path, found)
+    rows = common_rows([(place, leaf) for place, leaf in found if _is_tensor(place, leaf)])
     if rows is None:
         raise ValueError("internal: a tensor has no number of rows.")
-    return rows
+    return found, Microbatch(rows, [leaf for _, leaf in found], build, structure)
+
+
+def _pieces(leaf: Any, rows: int, cut: Sequence[tuple[int, int]]) -> Sequence[Any]:
+    """What each micro-batch has of a leaf: its rows, or all of what belongs to every row."""
+    if isinstance(leaf, torch.Tensor):
+        # Slices, all in one call.
+        return leaf.tensor_split([stop for _, stop in cut[:-1]])
+    if _is_text(leaf) and len(leaf) == rows:
+        return [leaf[start:stop] for start, stop in cut]
+    return [leaf] * len(cut)
 
 
 def _is_tensor(path: str, leaf: Any) -> bool:
@@ -134,7 +144,7 @@ def _is_tensor(path: str, leaf: Any) -> bool:
             "Arrays of a batch must be tensors of PyTorch. "
             f"Got {path} of type {type(leaf).__name__}. Pass torch.as_tensor({path})."
         )
-    if not isinstance(leaf, _WHOLE) and not _is_text(leaf):
+    if not isinstance(leaf, _SHARED) and not _is_text(leaf):
         raise TypeError(
             "A batch must be made of tensors, mappings, lists, tuples, dataclasses, numbers and "
             f"text. Got {path} of type {type(leaf).__name__}. "
@@ -152,67 +162,86 @@ def _is_text(leaf: Any) -> bool:
     )
 
 
-def _same(microbatch: Any) -> Any:
-    return microbatch
+def _builder(structure: Any, path: str, leaves: list[tuple[str, Any]]) -> _Builder:
+    """Finds the leaves of a structure, and what makes the same structure of others.
+
+    Args:
+        structure: a nested structure, or a part of one.
+        path: the expression that reaches it.
+        leaves: takes the expression and the leaf of every leaf found.
+    """
+    if isinstance(structure, _ONE_LEAF):
+        pass
+    elif isinstance(structure, list | tuple):
+        if not _is_text(structure):
+            return _sequence_builder(structure, path, leaves)
+    elif isinstance(structure, Mapping):
+        return _mapping_builder(structure, path, leaves)
+    elif dataclasses.is_dataclass(structure) and not isinstance(structure, type):
+        return _dataclass_builder(structure, path, leaves)
+    leaves.append((path, structure))
+    return itemgetter(len(leaves) - 1)
 
 
-def _cut(batch: Any, rows: int, start: int, stop: int) -> Any:
-    def piece(_: str, leaf: Any) -> Any:
-        per_row = isinstance(leaf, torch.Tensor) or (_is_text(leaf) and len(leaf) == rows)
-        return leaf[start:stop] if per_row else leaf
+def _sequence_builder(
+    structure: Sequence[Any], path: str, leaves: list[tuple[str, Any]]
+) -> _Builder:
+    kind: Any = type(structure)
+    if hasattr(structure, "_fields"):
+        fields = [_builder(getattr(structure, n), f"{path}.{n}", leaves) for n in structure._fields]
+        return lambda found: kind(*[build(found) for build in fields])
+    items = [_builder(item, f"{path}[{i}]", leaves) for i, item in enumerate(structure)]
+    return lambda found: kind([build(found) for build in items])
 
-    return _mapped(piece, batch, "")
 
+def _mapping_builder(
+    structure: Mapping[Any, Any], path: str, leaves: list[tuple[str, Any]]
+) -> _Builder:
+    items = {key: _builder(structure[key], f"{path}[{key!r}]", leaves) for key in structure}
+    if type(structure) is dict or not isinstance(structure, MutableMapping):
+        return lambda found: {key: build(found) for key, build in items.items()}
 
-def _mapped(fn: Callable[[str, Any], Any], structure: Any, path: str) -> Any:
-    """Applies fn(path, leaf) to every leaf and builds the same structure of the results."""
-    if isinstance(structure, torch.Tensor) or _is_text(structure):
-        return fn(path, structure)
-    if isinstance(structure, Mapping):
-        items = {key: _mapped(fn, structure[key], f"{path}[{key!r}]") for key in structure}
-        if type(structure) is dict or not isinstance(structure, MutableMapping):
-            return items
+    def mapping(found: Sequence[Any]) -> Any:
         # Constructors of other mappings take who knows what.
         result = copy.copy(structure)
-        for key, item in items.items():
-            result[key] = item
+        for key, build in items.items():
+            result[key] = build(found)
         return result
-    # A PackedSequence is a tuple, but its data has the rows in another order.
-    if isinstance(structure, torch.nn.utils.rnn.PackedSequence):
-        return fn(path, structure)
-    if isinstance(structure, tuple) and hasattr(structure, "_fields"):
-        fields = structure._fields
-        return type(structure)(
-            *(_mapped(fn, getattr(structure, name), f"{path}.{name}") for name in fields)
-        )
-    if isinstance(structure, list | tuple):
-        found = [_mapped(fn, item, f"{path}[{i}]") for i, item in enumerate(structure)]
-        return found if type(structure) is list else type(structure)(found)
-    if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
-        result = copy.copy(cast(Any, structure))
-        for field in dataclasses.fields(structure):
-            item = _mapped(fn, getattr(structure, field.name), f"{path}.{field.name}")
+
+    return mapping
+
+
+def _dataclass_builder(structure: Any, path: str, leaves: list[tuple[str, Any]]) -> _Builder:
+    fields = {
+        field.name: _builder(getattr(structure, field.name), f"{path}.{field.name}", leaves)
+        for field in dataclasses.fields(structure)
+    }
+
+    def instance(found: Sequence[Any]) -> Any:
+        result = copy.copy(structure)
+        for name, build in fields.items():
             # A frozen dataclass refuses plain assignment.
-            object.__setattr__(result, field.name, item)
+            object.__setattr__(result, name, build(found))
         return result
-    return fn(path, structure)
+
+    return instance
 
 
-def _places(batch: Any) -> list[str]:
-    found: list[str] = []
-    _mapped(lambda place, leaf: found.append(f"{place} {_kind(leaf)}"), batch, "microbatch")
-    return found
+def _check_alike(window: Sequence[Sequence[tuple[str, Any]]]) -> None:
+    first = _places(window[0], "window[0]")
+    for index, leaves in enumerate(window):
+        found = _places(leaves, f"window[{index}]")
+        if sorted(found) != sorted(first):
+            raise ValueError(
+                "All micro-batches of a window must have the same structure. "
+                f"Got {', '.join(first)} in window[0] and {', '.join(found)} in "
+                f"window[{index}]. Make them with the same collate function."
+            )
+
+
+def _places(leaves: Sequence[tuple[str, Any]], path: str) -> list[str]:
+    return [f"microbatch{place.removeprefix(path)} {_kind(leaf)}" for place, leaf in leaves]
 
 
 def _kind(leaf: Any) -> str:
     return "a tensor" if isinstance(leaf, torch.Tensor) else f"of type {type(leaf).__name__}"
-
-
-def _check_alike(window: Sequence[list[str]]) -> None:
-    for index, found in enumerate(window):
-        if sorted(found) != sorted(window[0]):
-            raise ValueError(
-                "All micro-batches of a window must have the same structure. "
-                f"Got {', '.join(window[0])} in window[0] and {', '.join(found)} in "
-                f"window[{index}]. Make them with the same collate function."
-            )

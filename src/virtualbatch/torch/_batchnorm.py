@@ -4,7 +4,7 @@ Each micro-batch is normalised with its own statistics, as the replicas of data 
 running statistics, though, take one update per window, with the moments of all its rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,13 +19,11 @@ class _Seen(NamedTuple):
 
     Fields:
         values: how many per channel.
-        mean: their mean; one number per channel.
-        variance: their unbiased variance; one number per channel.
+        moments: their mean and their unbiased variance; shape (2, channels).
     """
 
     values: int
-    mean: torch.Tensor
-    variance: torch.Tensor
+    moments: torch.Tensor
 
 
 class MergedStatistics:
@@ -88,31 +86,40 @@ class MergedStatistics:
                     merged.append([])
                 merged[k].append(seen)
 
+    def heard(self, loss_fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The loss function, its calls heard as forward passes of micro-batches."""
+
+        def listening(microbatch: Any) -> Any:
+            with self.forward():
+                return loss_fn(microbatch)
+
+        return listening
+
     def commit(self) -> None:
         """Gives each layer one momentum update per call of a forward pass, in call order.
 
         Call it after `attached`, when the layers have their own momentum again.
         """
+        if not self._layers:
+            return
         coefficients = _Coefficients()
         with torch.no_grad():
             for layer in self._layers:
-                running = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
-                for buffer in running:
-                    if buffer is not None:
-                        buffer.copy_(self._before.copy_of(buffer))
+                buffers = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+                state = [b if b is None else self._before.copy_of(b) for b in buffers]
                 for calls in self._seen[id(layer)]:
-                    _update(layer, *_merged(calls, coefficients))
+                    state = _updated(state, _merged(calls, coefficients), layer.momentum)
+                for buffer, value in zip(buffers, state, strict=True):
+                    if buffer is not None:
+                        buffer.copy_(value)
 
     def _heard(self, layer: Any, args: Any, output: torch.Tensor) -> None:
         del args
         if self._listening and layer.training:
-            self._calls[id(layer)].append(
-                _Seen(
-                    output.numel() // output.shape[1],
-                    layer.running_mean.detach().clone(),
-                    layer.running_var.detach().clone(),
-                )
-            )
+            # One copy of both, because a small layer takes no longer than a few operations.
+            moments = torch.stack((layer.running_mean, layer.running_var))
+            values = output.numel() // output.shape[1]
+            self._calls[id(layer)].append(_Seen(values, moments))
 
 
 _UNHEARD = (
@@ -153,7 +160,9 @@ class _Coefficients:
                 [(n - 1) / (total - 1) for n in counts],
                 [n / (total - 1) for n in counts],
             ]
-            columns = torch.tensor(table, dtype=like.dtype, device=like.device)
+            # From pinned memory the host need not wait for the window to end.
+            host = torch.tensor(table, dtype=like.dtype, pin_memory=like.is_cuda)
+            columns = host.to(like.device, non_blocking=True)
             self._known[key] = tuple(columns[:, :, None])
         return self._known[key]
 
@@ -167,24 +176,25 @@ def _merged(
     pair. That is what `virtualbatch.window.merge_moments` comes to, in a tenth of the kernels.
     """
     if len(calls) == 1:
-        return calls[0].mean, calls[0].variance
-    wide = torch.promote_types(calls[0].mean.dtype, torch.float32)
-    means = torch.stack([seen.mean for seen in calls]).to(wide)
-    variances = torch.stack([seen.variance for seen in calls]).to(wide)
+        mean, variance = calls[0].moments
+        return mean, variance
+    wide = torch.promote_types(calls[0].moments.dtype, torch.float32)
+    means, variances = torch.stack([seen.moments for seen in calls], 1).to(wide)
     part, within, between = coefficients.of(tuple(seen.values for seen in calls), means)
     # Not a matrix product: those may be rounded to ten bits.
     mean = (part * means).sum(0)
     return mean, (within * variances + between * (means - mean) ** 2).sum(0)
 
 
-def _update(layer: Any, mean: torch.Tensor, variance: torch.Tensor) -> None:
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(1)
-    if layer.momentum is None and layer.num_batches_tracked is None:
-        return
-    for running, found in ((layer.running_mean, mean), (layer.running_var, variance)):
-        if layer.momentum is None:
-            # The count stays on its device: reading it would wait for the window.
-            running.add_((found - running) / layer.num_batches_tracked)
-        else:
-            running.mul_(1 - layer.momentum).add_(found.to(running.dtype), alpha=layer.momentum)
+def _updated(state: Sequence[Any], found: Sequence[torch.Tensor], momentum: float | None) -> Any:
+    """Running mean, running variance and their count after one update with what was found."""
+    *running, count = state
+    count = None if count is None else count + 1
+
+    def moved(before: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        if momentum is not None:
+            return before.lerp(found.to(before.dtype), momentum)
+        # The count stays on its device: reading it would wait for the window.
+        return before if count is None else before + (found - before) / count
+
+    return [*map(moved, running, found), count]

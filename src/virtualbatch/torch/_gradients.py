@@ -1,19 +1,21 @@
 """Gradients of a window: summed beside what `.grad` held, and added to it only at the end.
 
-Where every parameter and term is float32 or wider, each micro-batch's share multiplies its loss
-and PyTorch itself sums into a fresh `.grad`: no buffer, no extra arithmetic. Otherwise gradients
-are taken unscaled and multiplied in the add to a float32 buffer.
+Where every parameter and term is float32 or wider, each backward pass starts from the
+micro-batch's share and PyTorch itself sums into a fresh `.grad`: no buffer, no extra arithmetic.
+Otherwise gradients are taken unscaled and multiplied in the add to a float32 buffer.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
 from virtualbatch.window import accumulator_dtype
 
-_HALF = (torch.float16, torch.bfloat16)
+_HALF = {torch.float16, torch.bfloat16}
+
+# (terms, factors): adds the gradient of their weighted sum to every `.grad`.
+_Differentiate = Callable[[Sequence[torch.Tensor], Sequence[float]], None]
 
 
 class WindowGradients:
@@ -30,46 +32,39 @@ class WindowGradients:
         backward_fn: Callable[[torch.Tensor], Any] | None,
     ):
         self._parameters = parameters
-        self._backward = backward_fn or torch.Tensor.backward
+        self._backward_fn = backward_fn
         self._before = [parameter.grad for parameter in parameters]
         self._sums: list[torch.Tensor | None] = [None] * len(parameters)
-        self._half = any(parameter.dtype in _HALF for parameter in parameters)
-        self._in_buffer: bool | None = None
+        self._differentiate: _Differentiate | None = None
+        self._in_place = True
         self.found_any = False
-        self.loss_dtype: torch.dtype | None = None
-        # What is there stays untouched until the window has succeeded.
-        for parameter in parameters:
-            parameter.grad = None
 
-    def add(self, terms: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
+    def start(self) -> None:
+        """Puts what `.grad` holds aside, untouched until the window has succeeded."""
+        for parameter, before in zip(self._parameters, self._before, strict=True):
+            if before is not None:
+                parameter.grad = None
+                self._in_place = False
+
+    def add(self, terms: Collection[torch.Tensor], shares: Sequence[float]) -> None:
         """Differentiates one micro-batch and adds its share of the gradient.
 
         Args:
-            terms: scalar losses; those without a gradient only add to the loss.
-            shares: one number per term. A term of share 0 is left out of what is differentiated,
-                because its gradient may be NaN, and 0 times NaN is NaN.
-
-        Returns:
-            The micro-batch's share of the loss, detached; at least float32.
+            terms: scalar losses; those without a gradient add nothing.
+            shares: one number per term. A term of share 0 is left out, because its gradient may
+                be NaN, and 0 times NaN is NaN.
         """
-        for term in terms:
-            if self.loss_dtype is not term.dtype:
-                self.loss_dtype = torch.promote_types(self.loss_dtype or term.dtype, term.dtype)
-        kept = [(term, share) for term, share in zip(terms, shares, strict=True) if share]
-        if self._in_buffer is None:
-            self._in_buffer = self._half or any(term.dtype in _HALF for term in terms)
-            if self._in_buffer:
-                self._check_leaves(terms)
-        if not self._in_buffer:
-            objective = _total(_times(term, share) for term, share in kept)
-            self._differentiate(objective)
-            return objective.detach()
-        # Only the ratio of the shares goes through the backward pass, where a share would be
-        # rounded to few bits and could underflow.
-        largest = max(share for _, share in kept)
-        self._differentiate(_total(_times(term, share / largest) for term, share in kept))
-        self._collect(largest)
-        return _total(_widened(term.detach()) * share for term, share in kept)
+        if self._differentiate is None:
+            self._differentiate = self._chosen(terms)
+        reached, factors = [], []
+        for term, share in zip(terms, shares, strict=True):
+            # A branch may leave a micro-batch without parameters: its gradient is zero.
+            if share and term.requires_grad:
+                reached.append(term)
+                factors.append(share)
+        if reached:
+            self.found_any = True
+            self._differentiate(reached, factors)
 
     def zero(self) -> None:
         """Makes every gradient found so far zero, NaN included."""
@@ -80,6 +75,8 @@ class WindowGradients:
 
     def commit(self) -> None:
         """Adds the window's gradients to what `.grad` held before it."""
+        if self._in_place:
+            return
         with torch.no_grad():
             for parameter, before, total in zip(
                 self._parameters, self._before, self._sums, strict=True
@@ -92,12 +89,27 @@ class WindowGradients:
         for parameter, before in zip(self._parameters, self._before, strict=True):
             parameter.grad = before
 
-    def _differentiate(self, objective: torch.Tensor) -> None:
-        # A branch may leave a micro-batch without parameters: its gradient is zero.
-        if objective.requires_grad:
-            self.found_any = True
-            with _outside_autocast(objective.device.type):
-                self._backward(objective)
+    def _chosen(self, terms: Collection[torch.Tensor]) -> _Differentiate:
+        """How the window is differentiated, by its first losses."""
+        chosen = _from_factors if self._backward_fn is None else _through(self._backward_fn)
+        device = next(iter(terms)).device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            chosen = _outside_autocast(chosen, device)
+        if not _HALF.isdisjoint([x.dtype for x in (*self._parameters, *terms)]):
+            self._check_leaves(terms)
+            self._in_place = False
+            chosen = self._in_buffers(chosen)
+        return chosen
+
+    def _in_buffers(self, differentiate: _Differentiate) -> _Differentiate:
+        def buffered(terms: Sequence[torch.Tensor], shares: Sequence[float]) -> None:
+            # Only the ratio of the shares goes through the backward pass, where a share would be
+            # rounded to few bits and could underflow.
+            largest = max(shares)
+            differentiate(terms, [share / largest for share in shares])
+            self._collect(largest)
+
+        return buffered
 
     def _collect(self, factor: float) -> None:
         """Moves each `.grad` times factor into its buffer; the product is formed there, wide."""
@@ -115,7 +127,7 @@ class WindowGradients:
                 else:
                     total.add_(gradient, alpha=factor)
 
-    def _check_leaves(self, terms: Sequence[torch.Tensor]) -> None:
+    def _check_leaves(self, terms: Collection[torch.Tensor]) -> None:
         """Refuses leaves that would be given gradients without their share.
 
         PyTorch adds to the `.grad` of every leaf that a loss reaches, and the buffer sees those
@@ -139,16 +151,32 @@ class WindowGradients:
             stack.extend(following for following, _ in node.next_functions)
 
 
-def _times(term: torch.Tensor, factor: float) -> torch.Tensor:
-    # A window of one micro-batch is the ordinary computation, to the bit.
-    return term if factor == 1.0 else term * factor
+def _from_factors(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
+    # Where the backward pass starts, factors cost no multiplication of their own.
+    starts = [torch.full_like(term, factor) for term, factor in zip(terms, factors, strict=True)]
+    torch.autograd.backward(terms, starts)
 
 
-def _total(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    first, *others = parts
-    for part in others:
-        first = first + part
-    return first
+def _through(backward_fn: Callable[[torch.Tensor], Any]) -> _Differentiate:
+    def differentiate(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
+        first, *others = (
+            # A window of one micro-batch is the ordinary computation, to the bit.
+            term if factor == 1.0 else term * factor
+            for term, factor in zip(terms, factors, strict=True)
+        )
+        backward_fn(sum(others, first))
+
+    return differentiate
+
+
+def _outside_autocast(differentiate: _Differentiate, device: str) -> _Differentiate:
+    """Backward operations take the dtypes of their forward; autocast must not choose again."""
+
+    def outside(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
+        with torch.autocast(device, enabled=False):
+            differentiate(terms, factors)
+
+    return outside
 
 
 def _widened(x: torch.Tensor) -> torch.Tensor:
@@ -178,10 +206,3 @@ def _committed(
     if not total.is_sparse:
         return before.copy_(total)
     return total.coalesce().to(before.dtype)
-
-
-def _outside_autocast(device_type: str) -> Any:
-    """Backward operations take the dtypes of their forward; autocast must not choose again."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -27,20 +27,25 @@ class Shares(NamedTuple):
     rows: list[float]
     terms: dict[Any, list[float]] | None
 
-    def of(self, names: Sequence[Any], index: int) -> list[float]:
-        """Shares of the named terms for one micro-batch.
+    def of(self, terms: Mapping[Any, Any], index: int) -> list[float]:
+        """Shares of a micro-batch for each of its terms.
 
         Raises:
             ValueError: the names are not those of the weights.
         """
         if self.terms is None:
-            return [self.rows[index]] * len(names)
-        check_same_terms(dict.fromkeys(names), self.terms)
-        return [self.terms[name][index] for name in names]
+            return [self.rows[index]] * len(terms)
+        check_same_terms(terms, self.terms)
+        return [self.terms[name][index] for name in terms]
 
-    def is_empty(self, index: int) -> bool:
-        """Whether the micro-batch contributes nothing to any term."""
-        return self.terms is not None and not any(found[index] for found in self.terms.values())
+    def empty(self) -> list[bool]:
+        """For each micro-batch, whether it contributes nothing to any term."""
+        if self.terms is None:
+            return [False] * len(self.rows)
+        return [
+            not any(found[index] for found in self.terms.values())
+            for index in range(len(self.rows))
+        ]
 
 
 def window_shares(

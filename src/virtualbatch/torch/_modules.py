@@ -1,0 +1,121 @@
+"""What the modules of a window hold, found in one walk, and what is refused about them."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+
+class Inventory(NamedTuple):
+    """What a window needs of its modules, submodules included.
+
+    Fields:
+        parameters: those that take a gradient, each once; at least one.
+        with_buffers: modules that have buffers of their own, each once.
+        accelerator: the device that all parameters are on, or None if that is the host or they
+            are on several.
+    """
+
+    parameters: list[torch.nn.Parameter]
+    with_buffers: list[torch.nn.Module]
+    accelerator: torch.device | None
+
+
+def inventory(module: Any) -> Inventory:
+    """Walks through modules and all their submodules.
+
+    Args:
+        module: one module or an iterable of them.
+
+    Raises:
+        TypeError: something is not a module.
+        NotImplementedError: a module is a DistributedDataParallel.
+        ValueError: no parameter is trainable, one has a hook that could step an optimizer in the
+            middle of the window, a module is not initialised yet, or a Lightning trainer divides
+            by micro-batches of its own.
+    """
+    roots = _roots(module)
+    layers = list(roots.values())
+    seen = set(roots)
+    parameters: dict[int, torch.nn.Parameter] = {}
+    with_buffers = []
+    devices = set()
+    # The list grows while it is walked. `Module.modules()` would build a name for each layer.
+    for layer in layers:
+        _check_layer(layer)
+        for name, parameter in layer._parameters.items():
+            if parameter is None:
+                continue
+            _check_parameter(layer, name, parameter)
+            devices.add("cpu" if parameter.is_cpu else parameter.device)
+            if parameter.requires_grad:
+                parameters[id(parameter)] = parameter
+        if layer._buffers:
+            with_buffers.append(layer)
+        for child in layer._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                layers.append(child)
+    if not parameters:
+        names = ", ".join(type(root).__name__ for root in roots.values()) or "no module"
+        raise ValueError(
+            "module must have at least one trainable parameter. "
+            f"Got {names} without any. Pass the model that the loss uses, not frozen."
+        )
+    device = devices.pop() if len(devices) == 1 else "cpu"
+    return Inventory(list(parameters.values()), with_buffers, None if device == "cpu" else device)
+
+
+def _roots(module: Any) -> dict[int, torch.nn.Module]:
+    """The modules that were given, by identity."""
+    if isinstance(module, torch.nn.Module):
+        return {id(module): module}
+    roots = list(module) if isinstance(module, Iterable) else [module]
+    for root in roots:
+        if not isinstance(root, torch.nn.Module):
+            raise TypeError(
+                "module must be a torch.nn.Module or an iterable of them. "
+                f"Got {type(root).__name__}. Pass the model whose parameters the loss uses."
+            )
+    return {id(root): root for root in roots}
+
+
+def _check_layer(layer: torch.nn.Module) -> None:
+    if isinstance(layer, DistributedDataParallel):
+        raise NotImplementedError(
+            "DistributedDataParallel is not supported by this version, which sums no weights "
+            "over replicas. Got module of type DistributedDataParallel. "
+            "Train on one device, or accumulate without virtualbatch."
+        )
+    for name, buffer in layer._buffers.items():
+        _check_initialised(layer, name, buffer)
+    # A LightningModule keeps its trainer here. Its property would complain if there is none.
+    steps = getattr(vars(layer).get("_trainer"), "accumulate_grad_batches", None)
+    if isinstance(steps, int) and steps > 1:
+        raise ValueError(
+            "Lightning must leave accumulation to virtualbatch. "
+            f"Got a trainer with accumulate_grad_batches={steps}. "
+            "Make the Trainer with accumulate_grad_batches=1 and give it whole batches."
+        )
+
+
+def _check_parameter(layer: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
+    _check_initialised(layer, name, parameter)
+    if parameter.requires_grad and parameter._post_accumulate_grad_hooks:
+        raise ValueError(
+            "A parameter must have no post-accumulate-grad hook, which runs at every "
+            "micro-batch and may step an optimizer in the middle of the window. "
+            f"Got one on {name} of {type(layer).__name__}. "
+            "Remove it, and do its work after the call."
+        )
+
+
+def _check_initialised(layer: torch.nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+    if is_lazy(tensor):
+        raise ValueError(
+            "module must be initialised. "
+            f"Got {name} without a shape in {type(layer).__name__}. "
+            "Run its forward once on a small input."
+        )
