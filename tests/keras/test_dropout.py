@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 from tests.keras import problems
+from tests.keras.backends import modes
 from tests.keras.problems import FEATURES, X, compiled
 from tests.keras.training import Case, assert_equals_keras, train
 
@@ -49,7 +50,7 @@ def gradients_of_kept_features(mode, features=64):
     return found
 
 
-@pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}, {"jit_compile": True}], ids=str)
+@pytest.mark.parametrize("mode", modes(), ids=str)
 def test_masks_are_fresh(mode):
     first, second, third = gradients_of_kept_features(mode)
     # Were the masks of both micro-batches one, only 0 and 2 would be seen.

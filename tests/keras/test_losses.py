@@ -5,10 +5,15 @@ import numpy as np
 import pytest
 from keras import layers, ops
 from tests.keras import problems
+from tests.keras.backends import supported
 from tests.keras.problems import compiled, crossentropy
 from tests.keras.training import MICRO, Case, assert_equals_keras, names, train
 
+import virtualbatch.keras as vb
+
 REDUCTIONS = ["sum_over_batch_size", "sum", "mean_with_sample_weight", None]
+
+NARROW = ("weights narrower than the mask",)
 
 ROWS_DATA = (problems.X, problems.LABELS)
 TOKEN_DATA = (problems.WORD_IDS, problems.TOKEN_LABELS)
@@ -72,17 +77,19 @@ def cases_of(reduction):
     tokens = (problems.tagger, loss, *TOKEN_DATA)
     by_row, by_token = problems.ROW_WEIGHTS, problems.TOKEN_WEIGHTS
     ignoring = reduced(reduction, ignore_class=0)
-    return [
+    cases = [
         Case(f"{reduction}", *rows),
         Case(f"{reduction}, row weights", *rows, weighted(by_row)),
         Case(f"{reduction}, masks", *tokens),
-        Case(f"{reduction}, masks, row weights", *tokens, weighted(by_row[:, None])),
+        Case(f"{reduction}, masks, row weights", *tokens, weighted(by_row[:, None]), needs=NARROW),
         Case(f"{reduction}, masks, token weights", *tokens, weighted(by_token)),
         Case(f"{reduction}, masks, ignore_class", problems.tagger, ignoring, *TOKEN_DATA),
     ]
+    unreduced = () if reduction else ("unreduced losses",)
+    return [case._replace(needs=case.needs + unreduced) for case in cases]
 
 
-CASES = [
+CASES = supported([
     *(case for reduction in REDUCTIONS for case in cases_of(reduction)),
     Case("mean, masks", problems.tagger, reduced("mean"), *TOKEN_DATA),
     Case("class_weight", problems.classifier, compiled(), *ROWS_DATA,
@@ -110,15 +117,16 @@ CASES = [
     *(
         Case(f"one number, {reduction}, masks, row weights", problems.tagger,
              compiled(loss=lambda reduction=reduction: Number(reduction=reduction), metrics=None),
-             *TOKEN_DATA, weighted(problems.ROW_WEIGHTS[:, None]))
-        for reduction in ("sum", "mean_with_sample_weight", None)
+             *TOKEN_DATA, weighted(problems.ROW_WEIGHTS[:, None]), needs=needs)
+        for reduction, needs in [("sum", NARROW), ("mean_with_sample_weight", NARROW),
+                                 (None, (*NARROW, "unreduced losses"))]
     ),
     Case("a __call__ of its own", problems.classifier, compiled(loss=OwnCall), *ROWS_DATA),
     Case("a __call__ of its own, per row", problems.classifier,
-         compiled(loss=OwnCallPerRow), *ROWS_DATA),
+         compiled(loss=OwnCallPerRow), *ROWS_DATA, needs=("unreduced losses",)),
     Case("mask from activations", lambda: masked_by_sign(), compiled(),
          problems.SERIES, problems.TOKEN_LABELS),
-]  # fmt: skip
+])  # fmt: skip
 
 
 class PositiveOnly(layers.Layer):
@@ -148,3 +156,13 @@ def test_a_loss_of_one_number_is_named_once(loss, caplog):
     said = [record.getMessage() for record in caplog.records if record.name == "virtualbatch"]
     assert len(said) == 1
     assert "returns one number: it is taken for one mean over rows" in said[0]
+
+
+@pytest.mark.parametrize("loss", ["circle", keras.losses.circle, keras.losses.Circle()])
+def test_a_loss_that_couples_rows_is_named(loss, caplog):
+    model = problems.classifier()
+    model.compile("sgd", loss)
+    vb.accumulate(model, microbatch_size=16)
+    said = [record.getMessage() for record in caplog.records if record.name == "virtualbatch"]
+    assert len(said) == 1
+    assert "Circle loss compares the rows of a batch with each other" in said[0]

@@ -3,11 +3,10 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from keras import layers
 from tests.keras import problems
+from tests.keras.backends import supported
 from tests.keras.problems import X, compiled
-from tests.keras.training import Case, assert_equals_keras, assert_same_run, names, train
+from tests.keras.training import Case, assert_equals_keras, names
 from tests.oracle import assert_close
 
 import virtualbatch.keras as vb
@@ -16,8 +15,8 @@ LABELS = problems.LABELS
 MASKED = (problems.WORD_IDS, problems.TOKEN_LABELS)
 
 
-def tagged(name, **options):
-    return Case(name, problems.tagger, compiled(**options), *MASKED)
+def tagged(name, *needs, **options):
+    return Case(name, problems.tagger, compiled(**options), *MASKED, needs=needs)
 
 
 def cut(name, rows=130, batch_size=50, **sizes):
@@ -25,12 +24,13 @@ def cut(name, rows=130, batch_size=50, **sizes):
     return Case(name, problems.classifier, compiled(), x, y, {"batch_size": batch_size}, sizes)
 
 
-CASES = [
-    tagged("jit_compile=True", jit_compile=True),
+CASES = supported([
+    tagged("jit_compile=True", "jit_compile", jit_compile=True),
     tagged("jit_compile=False", jit_compile=False),
     tagged("run_eagerly", run_eagerly=True),
-    tagged("steps_per_execution=2", steps_per_execution=2),
-    tagged("steps_per_execution=7, jit", steps_per_execution=7, jit_compile=True),
+    tagged("steps_per_execution=2", "steps_per_execution", steps_per_execution=2),
+    tagged("steps_per_execution=7, jit", "steps_per_execution", "jit_compile",
+           steps_per_execution=7, jit_compile=True),
     cut("micro-batches of one row", microbatch_size=1),
     cut("micro-batches larger than the batch", microbatch_size=1000),
     cut("micro-batches that divide the batch", microbatch_size=25),
@@ -40,7 +40,7 @@ CASES = [
     cut("a last batch of one row", rows=101, microbatch_size=16),
     cut("batches of one row", rows=5, batch_size=1, microbatch_size=16),
     cut("sizes of NumPy", microbatch_size=np.int64(16)),
-]
+])  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=names(CASES))
@@ -48,23 +48,6 @@ def test_equals_keras(case):
     assert_equals_keras(case)
 
 
-@pytest.mark.timeout(120)
-def test_convolutions_do_not_hang_under_xla():
-    # A convolution in a loop inside an XLA program takes seconds per micro-batch on CPU.
-    def model():
-        shape = problems.IMAGES.shape[1:]
-        convolutions = [layers.Conv2D(8, 3, activation="relu") for _ in range(2)]
-        return keras.Sequential(
-            [keras.Input(shape), *convolutions, layers.Flatten(), layers.Dense(3)]
-        )
-
-    data = (problems.IMAGES, LABELS, {"batch_size": 130})
-    actual = train(Case("", model, compiled(jit_compile=True), *data), accumulated=True)
-    assert_same_run(actual, train(Case("", model, compiled(), *data), accumulated=False))
-
-
-# NumPy's word about TensorFlow, when Keras reads the learning rate.
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
 def test_callbacks_steer_as_ever():
     def callbacks():
         return [
@@ -76,18 +59,6 @@ def test_callbacks_steer_as_ever():
     case = Case("", problems.classifier, compiled(), X, LABELS, {"callbacks": callbacks})
     run = assert_equals_keras(case)
     assert len(run.history["loss"]) == 2
-
-
-def test_functions_run_eagerly():
-    case = Case("", problems.classifier, compiled(), X, LABELS)
-    expected = train(case, accumulated=False)
-    tf.config.run_functions_eagerly(True)
-    try:
-        with pytest.warns(UserWarning, match="run_functions_eagerly"):
-            actual = train(case, accumulated=True)
-    finally:
-        tf.config.run_functions_eagerly(False)
-    assert_same_run(actual, expected)
 
 
 def per_row(y_true, y_pred):

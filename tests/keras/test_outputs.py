@@ -1,13 +1,12 @@
 """Several outputs, each with a loss, mask, weights and metrics of its own, equal plain Keras."""
 
 import keras
-import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers
 from tests.keras import problems
+from tests.keras.backends import supported
 from tests.keras.problems import FEATURES, TOKENS, WORDS, X, compiled, crossentropy
-from tests.keras.training import BATCH, Case, assert_equals_keras, names, train
+from tests.keras.training import Batches, Case, assert_equals_keras, names, train
 
 LABELS, TARGETS = problems.LABELS, problems.TARGETS
 WEIGHTS = [problems.ROW_WEIGHTS, problems.ROW_WEIGHTS[::-1].copy()]
@@ -59,15 +58,9 @@ def by_name(values):
     return dict(zip("ab", values, strict=True))
 
 
-def rows_known():
-    rows = tf.data.Dataset.from_tensor_slices((X, {"a": LABELS, "b": TARGETS}))
-    return rows.batch(BATCH, drop_remainder=True)
-
-
 def nested_rows():
     inputs = {"p": X, "q": (2 * X,)}
-    outputs = {"u": (LABELS,), "v": (TARGETS, -TARGETS)}
-    return tf.data.Dataset.from_tensor_slices((inputs, outputs)).batch(BATCH)
+    return Batches(inputs, {"u": (LABELS,), "v": (TARGETS, -TARGETS)})
 
 
 IDS = [problems.WORD_IDS, problems.OTHER_IDS]
@@ -84,7 +77,9 @@ def tagging(*reductions):
     )
 
 
-CASES = [
+DOUBLE = ("masked weights in metrics",)
+
+CASES = supported([
     Case("lists, loss_weights, metrics", two_in_a_list,
          compiled(loss=losses, loss_weights=[0.3, 2.0], metrics=[["accuracy"], ["mse", "mae"]]),
          X, [LABELS, TARGETS]),
@@ -102,11 +97,6 @@ CASES = [
     Case("dict of losses for a list", two_in_a_list,
          compiled(loss=lambda: by_name(losses()), metrics=None),
          X, {"a": LABELS, "b": TARGETS}),
-    # Where rows are known, Keras weights the losses per output by them in History.
-    Case("rows known when traced", two_in_a_dict,
-         compiled(loss=lambda: by_name(losses()), metrics=None), rows_known),
-    Case("rows known when run eagerly", two_in_a_dict,
-         compiled(loss=lambda: by_name(losses()), metrics=None, run_eagerly=True), rows_known),
     Case("deeply nested", Nested,
          compiled(loss=lambda: {"u": (crossentropy(),), "v": ["mse", "mae"]}, metrics=None),
          nested_rows),
@@ -114,10 +104,10 @@ CASES = [
          tagging("mean", "sum", "mean_with_sample_weight"), IDS, TAGS),
     Case("masks apart, token weights", two_masks,
          tagging("mean_with_sample_weight", "mean", "sum"), IDS, TAGS,
-         {"sample_weight": TAG_WEIGHTS}),
+         {"sample_weight": TAG_WEIGHTS}, needs=DOUBLE),
     Case("masks apart, eager", two_masks, lambda: tagging("mean", "mean", "mean")()
-         | {"run_eagerly": True}, IDS, TAGS, {"sample_weight": TAG_WEIGHTS}),
-]  # fmt: skip
+         | {"run_eagerly": True}, IDS, TAGS, {"sample_weight": TAG_WEIGHTS}, needs=DOUBLE),
+])  # fmt: skip
 
 
 WITHOUT_A_LOSS = [
@@ -146,13 +136,3 @@ def test_one_of_several_losses_must_not_be_unreduced():
     with pytest.raises(ValueError, match="Got reduction=None for a") as refusal:
         train(case, accumulated=True)
     assert 'Use reduction="sum", which has the same gradient' in str(refusal.value)
-
-
-def test_the_suggested_sum_has_the_same_gradient():
-    weights = []
-    for reduction in (None, "sum"):
-        arguments = {"optimizer": "sgd", "loss": crossentropy(reduction=reduction)}
-        case = Case("", problems.classifier, arguments.copy, X, LABELS)
-        weights.append(train(case, accumulated=True).model.get_weights())
-    for unreduced, summed in zip(*weights, strict=True):
-        np.testing.assert_allclose(unreduced, summed, rtol=1e-12)

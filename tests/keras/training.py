@@ -5,14 +5,17 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+from tests.keras.backends import BACKEND
 from tests.oracle import assert_close
 
 import virtualbatch.keras as vb
+from virtualbatch.split import even_cut
 
 # What issue 2 asks of float64 after several updates; what was seen is 1e-15.
 RTOL = 1e-10
 
-# 130 rows are batches of 50, 50 and 30, which are cut into 16 16 16 2, the same, and 16 14.
+# 130 rows are batches of 50, 50 and 30, which are cut into 16 16 16 2, the same, and 16 14; on an
+# eager backend into 13 13 12 12, the same, and 15 15.
 ROWS, BATCH, MICRO, EPOCHS = 130, 50, 16, 3
 
 
@@ -65,6 +68,7 @@ class Case(NamedTuple):
         y: second argument of `fit`.
         fit: further arguments of `fit`.
         sizes: arguments of `accumulate`.
+        needs: what plain Keras must be able to do on the backend; names of `backends.LACKING`.
     """
 
     name: str
@@ -74,6 +78,29 @@ class Case(NamedTuple):
     y: Any = None
     fit: dict[str, Any] = {}  # noqa: RUF012
     sizes: dict[str, Any] = {"microbatch_size": MICRO}  # noqa: RUF012
+    needs: tuple[str, ...] = ()
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches of nested arrays, which `fit` reads by number on every backend."""
+
+    def __init__(self, *arrays):
+        super().__init__()
+        self._arrays = arrays
+
+    def __len__(self):
+        return -(-ROWS // BATCH)
+
+    def __getitem__(self, index):
+        rows = slice(index * BATCH, (index + 1) * BATCH)
+        return keras.tree.map_structure(lambda array: array[rows], self._arrays)
+
+
+def sizes_of(rows):
+    """Rows of the micro-batches that a batch is cut into on the backend under test."""
+    if BACKEND == "torch":
+        return [stop - start for start, stop in even_cut(rows, MICRO)]
+    return [min(MICRO, rows - start) for start in range(0, rows, MICRO)]
 
 
 def names(cases):

@@ -54,15 +54,8 @@ def accumulate(
     """
     check_sizes(microbatch_size, accumulation_steps)
     _check_model(model)
-    if keras.backend.backend() != "tensorflow":
-        raise NotImplementedError(
-            "accumulate works on Keras' TensorFlow backend. "
-            f"Got the backend {keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow."
-        )
-    # The user's backend decides which engine is imported, and only that one.
-    from virtualbatch.keras._tensorflow import TrainStep, make_train_function
-
-    step = TrainStep(model, microbatch_size, accumulation_steps)
+    step, make_train_function = _engine()
+    step = step(model, microbatch_size, accumulation_steps)
     restore(model)
     _say_what_is_not_exact(model)
     model.train_step = step
@@ -114,6 +107,34 @@ def refuse_replicas(model: keras.Model) -> None:
             f"Got a model of {type(strategy).__name__} with {replicas} replicas. "
             "Build, compile and fit the model outside the strategy's scope."
         )
+
+
+def _engine() -> tuple[Any, Any]:
+    """The train step and the `make_train_function` of Keras' backend.
+
+    That is the one framework that is imported.
+
+    Raises:
+        NotImplementedError: this version does not support the backend.
+    """
+    match keras.backend.backend():
+        case "tensorflow":
+            from virtualbatch.keras._tensorflow import TensorFlowStep, make_train_function
+
+            return TensorFlowStep, make_train_function
+        case "torch":
+            from virtualbatch.keras._torch import TorchStep, make_train_function
+
+            return TorchStep, make_train_function
+        case "jax":
+            from virtualbatch.keras._jax import JaxStep, make_train_function
+
+            return JaxStep, make_train_function
+        case other:
+            raise NotImplementedError(
+                "accumulate works on Keras' TensorFlow, JAX and PyTorch backends. "
+                f"Got the backend {other!r}. Set KERAS_BACKEND to tensorflow, jax or torch."
+            )
 
 
 def _accumulates(model: keras.Model) -> bool:
@@ -172,8 +193,22 @@ def _say_what_is_not_exact(model: keras.Model) -> None:
             "forward, so they change with each micro-batch.",
             ", ".join(stepwise),
         )
+    if any(_couples_rows(loss) for loss in keras.tree.flatten(model.loss)):
+        _log.warning(
+            "The Circle loss compares the rows of a batch with each other, so it sees those of a "
+            "micro-batch only."
+        )
     if type(model).compute_loss is not keras.Model.compute_loss:
         _log.warning(
             "%s overrides compute_loss: its result is taken for one mean over rows.",
             type(model).__name__,
         )
+
+
+def _couples_rows(loss: Any) -> bool:
+    """Whether this is a loss of Keras with one value per row that depends on other rows."""
+    return (
+        isinstance(loss, keras.losses.Circle)
+        or loss is keras.losses.circle
+        or (isinstance(loss, str) and loss.lower() == "circle")
+    )

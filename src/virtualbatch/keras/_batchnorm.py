@@ -4,6 +4,7 @@ Each micro-batch is normalised with its own statistics, as the replicas of data 
 moving averages, though, take one update per window, with the moments of all its rows.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,8 +36,9 @@ def recorded_moments(layers: Sequence[Any]) -> Iterator[list[tuple[Any, Moments]
     length of one forward pass each layer carries an attribute of its own that listens.
 
     Yields:
-        A list that fills with (layer, moments). A layer called twice stands in it twice; one that
-        is frozen or called with `training=False` does not stand in it.
+        A list that fills with (layer, moments), which hold no graph. Their weight is a float where
+        shapes are known, else a scalar. A layer called twice stands in it twice; one that is
+        frozen or called with `training=False` does not stand in it.
     """
     seen: list[tuple[Any, Moments]] = []
 
@@ -45,12 +47,16 @@ def recorded_moments(layers: Sequence[Any]) -> Iterator[list[tuple[Any, Moments]
 
         def moments(inputs: Any, mask: Any) -> Any:
             mean, variance = computed(layer, inputs, mask)
-            if mask is None:
-                channels = inputs.shape[layer.axis]
-                weight = ops.cast(ops.size(inputs), "float64") / channels
+            if mask is not None:
+                weight = ops.sum(ops.cast(mask, mean.dtype))
+            elif None not in inputs.shape:
+                weight = math.prod(inputs.shape) / inputs.shape[layer.axis]
             else:
-                weight = ops.sum(ops.cast(mask, "float64"))
-            seen.append((layer, Moments(ops.cast(weight, mean.dtype), mean, variance)))
+                values = ops.cast(ops.size(inputs), "float64") / inputs.shape[layer.axis]
+                weight = ops.cast(values, mean.dtype)
+            # Else each micro-batch's activations would be held until the window ends.
+            found = Moments(weight, ops.stop_gradient(mean), ops.stop_gradient(variance))
+            seen.append((layer, found))
             return mean, variance
 
         return moments
@@ -67,9 +73,14 @@ def recorded_moments(layers: Sequence[Any]) -> Iterator[list[tuple[Any, Moments]
 def merged(a: Sequence[Moments], b: Sequence[Moments]) -> list[Moments]:
     """Moments of two groups of rows, layer call by layer call."""
     return [
-        merge_moments(Moments(*x), Moments(*y), divide=ops.divide_no_nan)
-        for x, y in zip(a, b, strict=True)
+        merge_moments(Moments(*x), Moments(*y), divide=_divided) for x, y in zip(a, b, strict=True)
     ]
+
+
+def _divided(a: Any, b: Any) -> Any:
+    if isinstance(b, float):
+        return a / (b or 1.0)
+    return ops.divide_no_nan(a, b)
 
 
 def moving_statistics(layers: Sequence[Any]) -> dict[int, tuple[Any, Any]]:

@@ -4,7 +4,6 @@ The batch is checked and cut, what is not built is built outside the graph, and 
 train function around it keeps XLA inside the loop over micro-batches.
 """
 
-import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,40 +11,21 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from virtualbatch.keras import refuse_accumulating_optimizer, refuse_replicas
-from virtualbatch.keras._window import WindowRun, rows_of
+from virtualbatch.keras._tensorflow_window import WindowRun, rows_of
+from virtualbatch.keras._train_step import TrainStep, uncompiled
 from virtualbatch.split import sizes_disagree
 from virtualbatch.tensorflow._batch import is_array, segments, specs
 
-_log = logging.getLogger("virtualbatch")
 
+class TensorFlowStep(TrainStep):
+    """The `train_step` of a model that accumulates on TensorFlow."""
 
-class TrainStep:
-    """The `train_step` of a model that accumulates.
-
-    Args:
-        model: the model.
-        microbatch_size: rows of one micro-batch, or None.
-        accumulation_steps: micro-batches per window, or None.
-    """
-
-    is_virtualbatch = True
-
-    def __init__(
-        self, model: keras.Model, microbatch_size: int | None, accumulation_steps: int | None
-    ):
-        self._model = model
-        self._microbatch_size = microbatch_size
-        self._accumulation_steps = accumulation_steps
-        self._layers_built = False
-        self._said: set[str] = set()
+    _layers_built = False
 
     def __call__(self, data: Any) -> dict[str, Any]:
         """Trains on one batch, as Keras' `train_step` does."""
         model = self._model
-        refuse_replicas(model)
-        refuse_accumulating_optimizer(model.optimizer)
-        batch = keras.utils.unpack_x_y_sample_weight(data)
+        batch = self._unpacked(data)
         with tf.variable_creator_scope(_created_outside):
             batch = self._with_agreeing_sizes(batch)
             cut = segments(
@@ -59,17 +39,8 @@ class TrainStep:
             _build_optimizer(model)
             window = WindowRun(model, cut, rows_of(batch))
             results = window.train()
-            self._say(window.losses_of_one_number())
+            self._say(window.losses_of_one_number)
         return results
-
-    def _say(self, losses: list[str]) -> None:
-        """Names losses that only their author knows how to cut, once per call of `accumulate`."""
-        for name in losses:
-            if name not in self._said:
-                _log.warning(
-                    "The loss %s returns one number: it is taken for one mean over rows.", name
-                )
-        self._said.update(losses)
 
     def _with_agreeing_sizes(self, batch: Any) -> Any:
         """The batch, readable only if both sizes agree for it.
@@ -113,12 +84,8 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
         trained = False
         if model.train_function is not None and not force:
             return
-        jit_compile = model.jit_compile
-        model.jit_compile = False
-        try:
+        with uncompiled(model):
             type(model).make_train_function(model, force=force)
-        finally:
-            model.jit_compile = jit_compile
         run = model.train_function
 
         def train_function(iterator: Any) -> Any:

@@ -5,7 +5,9 @@ weights. Here the same `Loss` objects run without their reduction, and the denom
 the whole batch, so the contributions of all micro-batches add up to what Keras would compute.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import keras
@@ -13,21 +15,7 @@ from keras import ops
 from keras.src import backend
 from keras.src.losses.loss import apply_mask
 
-
-class Rows(NamedTuple):
-    """Rows of a micro-batch and of its window.
-
-    Fields:
-        here: rows of the micro-batch; int or integer scalar.
-        window: rows of the whole batch; int or integer scalar.
-    """
-
-    here: Any
-    window: Any
-
-    def share(self, dtype: str) -> Any:
-        """`here / window` as a scalar of the given dtype, formed in float64."""
-        return ops.cast(ops.cast(self.here, "float64") / ops.cast(self.window, "float64"), dtype)
+from virtualbatch.keras._rows import Rows
 
 
 class Contribution(NamedTuple):
@@ -38,9 +26,10 @@ class Contribution(NamedTuple):
         tracked: values for the per-output loss metrics, in their order; empty if Keras keeps none.
         tracked_by_rows: whether Keras weights those metrics by rows (it does where the number of
             rows is static).
-        counted: float64 vector of what had to be counted because only the data or a forward
-            knows it; empty where every weight is proportional to the rows.
+        counted: vector, at least float32, of what had to be counted because only the data or a
+            forward knows it; None where every weight is proportional to the rows.
         numbers: names of losses that gave one number, rather than one value per row.
+        unreduced: whether the loss is one that Keras does not reduce. Its gradients are summed.
     """
 
     total: Any
@@ -48,11 +37,12 @@ class Contribution(NamedTuple):
     tracked_by_rows: bool
     counted: Any
     numbers: list[str]
+    unreduced: bool
 
     @property
     def needs_count(self) -> bool:
         """Whether any weight had to be counted."""
-        return self.counted.shape[0] > 0
+        return self.counted is not None
 
 
 def contribution(
@@ -74,8 +64,8 @@ def contribution(
         y_pred: predictions of the micro-batch.
         sample_weight: sample weights of the micro-batch, or None.
         rows: rows of the micro-batch and the window.
-        totals: returns what the micro-batches of the window have `counted`, added up; called only
-            where a weight has to be counted.
+        totals: returns what the micro-batches of the window have `counted`, added up (or floats
+            that stand for it); called only where a weight has to be counted.
 
     Returns:
         The contribution.
@@ -84,11 +74,12 @@ def contribution(
         ValueError: one of several losses has `reduction=None`.
     """
     counts: list[Any] = []
-    numbers: list[str] = []
+    notes = _Notes([])
 
     def over_window(value: Any) -> Any:
-        counts.append(ops.cast(value, "float64"))
-        return ops.cast(totals()[len(counts) - 1], value.dtype)
+        counts.append(value)
+        total = totals()[len(counts) - 1]
+        return total if isinstance(total, float) else ops.cast(total, value.dtype)
 
     metrics: list[_Recorded] = []
     run = _shallow_copy(compile_loss)
@@ -97,8 +88,7 @@ def contribution(
         entries = compile_loss._flat_losses
         _check_reduced(entries)
         run._flat_losses = [
-            entry._replace(loss=_summed(entry.loss, rows, over_window, numbers))
-            for entry in entries
+            entry._replace(loss=_summed(entry.loss, rows, over_window, notes)) for entry in entries
         ]
         metrics.extend(_Recorded() for _ in compile_loss.metrics)
         run._metrics = metrics
@@ -120,8 +110,9 @@ def contribution(
         total=total,
         tracked=[metric.value for metric in seen],
         tracked_by_rows=any(metric.sample_weight is not None for metric in seen),
-        counted=ops.stack(counts) if counts else ops.zeros((0,), "float64"),
-        numbers=numbers,
+        counted=_vector(counts) if counts else None,
+        numbers=notes.numbers,
+        unreduced=notes.unreduced,
     )
 
 
@@ -147,6 +138,19 @@ def _shallow_copy(instance: Any) -> Any:
     return twin
 
 
+def _vector(counts: Sequence[Any]) -> Any:
+    dtype = keras.backend.result_type("float32", *(count.dtype for count in counts))
+    return ops.stack([ops.cast(count, dtype) for count in counts])
+
+
+@dataclass
+class _Notes:
+    """What a loss turns out to be when it runs."""
+
+    numbers: list[str]
+    unreduced: bool = False
+
+
 class _Recorded:
     """Stands where Keras updates a per-output loss metric, which happens once per window."""
 
@@ -161,7 +165,7 @@ def _summed(
     loss: keras.losses.Loss,
     rows: Rows,
     over_window: Callable[[Any], Any],
-    numbers: list[str],
+    notes: "_Notes",
 ) -> Callable[..., Any]:
     """A loss that gives its micro-batch's part of what it would be for the window.
 
@@ -169,25 +173,26 @@ def _summed(
         loss: one loss of a compiled model.
         rows: rows of the micro-batch and the window.
         over_window: scalar of this micro-batch -> its sum over the window.
-        numbers: takes the name of the loss if it gives one number.
+        notes: takes what is found out about the loss.
 
     Returns:
         A function of (y_true, y_pred, sample_weight), like the loss.
     """
 
     def part(mean: Any) -> Any:
-        numbers.append(loss.name)
+        notes.numbers.append(loss.name)
         return mean * rows.share(mean.dtype)
 
     def own(y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         value = loss(y_true, y_pred, sample_weight)
         if len(value.shape) == 0:
             return part(value)
+        notes.unreduced = True
         return _logged_as_mean(ops.sum(value), value, rows)
 
     def term(y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        values, mask, product = _elements(loss, y_true, y_pred, sample_weight)
-        weights = _weights(loss, mask, sample_weight)
+        values, mask, product = _elements(loss, y_true, y_pred, _copy(sample_weight))
+        weights = _weights(loss, mask, _copy(sample_weight))
         if len(values.shape) == 0:
             mean = part(values)
             if weights is None:
@@ -199,17 +204,21 @@ def _summed(
         if loss.reduction == "sum":
             return total
         if _is_unreduced(loss):
+            notes.unreduced = True
             return _logged_as_mean(total, product, rows)
         if loss.reduction == "mean_with_sample_weight" and weights is not None:
-            return ops.divide_no_nan(total, over_window(ops.sum(weights)))
+            return _divided(total, over_window(ops.sum(weights)))
         if loss.reduction != "mean_with_sample_weight" and mask is not None:
-            # A position of the mask may stand for several elements.
-            elements = ops.cast(ops.size(product) / ops.size(mask), total.dtype)
             valid = ops.sum(ops.cast(mask, total.dtype))
-            return ops.divide_no_nan(total, over_window(valid * elements))
-        return ops.divide_no_nan(total, _size_over_window(product, rows))
+            return _divided(total, over_window(valid * _elements_per_position(product, mask)))
+        return _divided(total, _size_over_window(product, rows))
 
     return term if type(loss).__call__ is keras.losses.Loss.__call__ else own
+
+
+def _copy(sample_weight: Any) -> Any:
+    """Weights that Keras may multiply by a mask, which it does in place on PyTorch."""
+    return None if sample_weight is None else ops.copy(sample_weight)
 
 
 def _is_unreduced(loss: keras.losses.Loss) -> bool:
@@ -218,14 +227,30 @@ def _is_unreduced(loss: keras.losses.Loss) -> bool:
 
 def _logged_as_mean(total: Any, elements: Any, rows: Rows) -> Any:
     """A loss that is not reduced: Keras sums its gradients but logs its mean."""
-    part = ops.divide_no_nan(total, _size_over_window(elements, rows))
+    part = _divided(total, _size_over_window(elements, rows))
     return total + ops.stop_gradient(part - total)
 
 
 def _size_over_window(values: Any, rows: Rows) -> Any:
-    """Number of elements that the window has, from those of a micro-batch."""
+    """Number of elements that the window has, from those of a micro-batch; a float or a scalar."""
+    if rows.on_host and None not in values.shape:
+        return math.prod(values.shape) * rows.window / rows.here
     per_row = ops.cast(ops.size(values), "float64") / ops.cast(rows.here, "float64")
     return ops.cast(per_row * ops.cast(rows.window, "float64"), values.dtype)
+
+
+def _elements_per_position(values: Any, mask: Any) -> Any:
+    """A position of the mask may stand for several elements; a float or a scalar."""
+    if None not in values.shape and None not in mask.shape:
+        return math.prod(values.shape) / (math.prod(mask.shape) or 1)
+    return ops.cast(ops.size(values) / ops.size(mask), values.dtype)
+
+
+def _divided(total: Any, weight: Any) -> Any:
+    """A sum over its weight, 0 where there is no weight."""
+    if isinstance(weight, float):
+        return total / (weight or 1.0)
+    return ops.divide_no_nan(total, weight)
 
 
 def _elements(

@@ -1,0 +1,60 @@
+"""What plain Keras does not do on every backend, and so accumulation need not either.
+
+A case names what it needs; `supported` keeps those that the backend under test can run. What only
+makes sense on one backend at all is in the folder of its name.
+"""
+
+import keras
+
+BACKEND = keras.backend.backend()
+
+# What a case may need -> backend without it -> why.
+LACKING = {
+    "steps_per_execution": {
+        "torch": "raises: `steps_per_execution` must be 1 with the PyTorch backend",
+    },
+    "jit_compile": {
+        "torch": "compiles the reference for half a minute; see torch/test_modes.py",
+    },
+    "values in call": {
+        "jax": "differentiates a trace of the model, also where it runs eagerly",
+    },
+    "unreduced losses": {
+        "torch": "raises: grad can be implicitly created only for scalar outputs",
+        "jax": "raises: gradient only defined for scalar-output functions",
+    },
+    "weights narrower than the mask": {
+        "torch": "raises: it multiplies sample weights by the mask in place",
+    },
+    "masked weights in metrics": {
+        "torch": "counts the mask twice, for the same reason; see torch/test_peculiarities.py",
+    },
+    "metrics in layers": {
+        "jax": "raises: a layer cannot update a metric while it is traced without it",
+    },
+    "string tensors": {
+        "torch": "has no tensors of text",
+        "jax": "has no tensors of text",
+    },
+}
+
+
+def available(*needs):
+    """Whether the backend under test has all of these."""
+    return not any(BACKEND in LACKING[need] for need in needs)
+
+
+def supported(cases):
+    """The cases that plain Keras can run on the backend under test."""
+    return [case for case in cases if available(*case.needs)]
+
+
+def modes():
+    """Arguments of `compile` for every way in which Keras runs a step on this backend."""
+    compiled = [{"jit_compile": True}] if available("jit_compile") else []
+    return [{}, {"run_eagerly": True}, *compiled]
+
+
+def ignored(backend):
+    """Folders of tests that belong to other backends."""
+    return [name for name in ("tensorflow", "torch", "jax") if name != backend]
