@@ -154,3 +154,28 @@ def test_a_resource_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_usable_memory_without_limits_is_the_machines() -> None:
     assert HostMemory(total_bytes=5, available_bytes=3, limits=()).usable_bytes == 5
+
+
+def test_what_is_left_is_the_least_of_all_that_is_left(tmp_path: Path) -> None:
+    kib = {"MemTotal": 4096, "MemFree": 1, "MemAvailable": 3072}
+    write(tmp_path, "proc/meminfo", "".join(f"{name}: {n} kB\n" for name, n in kib.items()))
+    write(tmp_path, "proc/self/cgroup", "0::/box\n")
+    write(tmp_path, "sys/fs/cgroup/box/memory.max", f"{2**21}\n")
+    write(tmp_path, "sys/fs/cgroup/box/memory.current", f"{2**20}\n")
+    write(tmp_path, "sys/fs/cgroup/box/memory.stat", "anon 5\ninactive_file 1000\n")
+    memory = host_memory(tmp_path)
+    assert (memory.total_bytes, memory.available_bytes) == (2**22, 3 * 2**20)
+    # What holds files is given back when it is needed.
+    assert memory.left_bytes == 2**20 + 1000
+    assert HostMemory(total_bytes=9, available_bytes=3, limits=()).left_bytes == 3
+    full = MemoryLimit("RLIMIT_AS", 5, used_bytes=7)
+    assert HostMemory(total_bytes=9, available_bytes=3, limits=(full,)).left_bytes == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no resource limits")
+def test_a_resource_limit_is_used_by_what_the_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (2**33, 2**33))
+    (limit,) = (limit for limit in host_memory().limits if limit.source == "RLIMIT_AS")
+    assert 2**20 < limit.used_bytes < limit.limit_bytes

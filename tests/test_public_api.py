@@ -25,6 +25,10 @@ SIGNATURES = {
         "(loss_fn, batch, *, module, microbatch_size=None, accumulation_steps=None, weight=None, "
         "has_aux=False, backward_fn=None)"
     ),
+    virtualbatch.jax.plan: (
+        "(fun, argnums=0, has_aux=False, *, batch_argnum=1, weight=None, accumulator_dtype=None, "
+        "key_argnum=None, grad_fn=None, memory_limit=None)"
+    ),
     virtualbatch.jax.value_and_grad: (
         "(fun, argnums=0, has_aux=False, *, batch_argnum=1, microbatch_size=None, "
         "accumulation_steps=None, weight=None, accumulator_dtype=None, key_argnum=None, "
@@ -36,7 +40,7 @@ NAMES = {
     virtualbatch: {"Window", "windows"},
     virtualbatch.tensorflow: {"Window", "value_and_gradients", "windows"},
     virtualbatch.keras: {"accumulate", "restore"},
-    virtualbatch.jax: {"Window", "value_and_grad", "windows"},
+    virtualbatch.jax: {"Window", "plan", "value_and_grad", "windows"},
     virtualbatch.torch: {"Window", "backward", "windows"},
 }
 

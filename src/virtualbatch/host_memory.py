@@ -4,11 +4,10 @@ A container is shown the whole machine's memory, while a control group (cgroup) 
 limit may grant it less. The smallest of them is what counts.
 """
 
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import psutil
 
 
 @dataclass(frozen=True)
@@ -18,10 +17,12 @@ class MemoryLimit:
     Args:
         source: the file or resource that sets it.
         limit_bytes: what it grants, in bytes.
+        used_bytes: what is taken of it now.
     """
 
     source: str
     limit_bytes: int
+    used_bytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class HostMemory:
         """The least of the machine's memory and every limit, in bytes."""
         return min([self.total_bytes, *(limit.limit_bytes for limit in self.limits)])
 
+    @property
+    def left_bytes(self) -> int:
+        """What this process may still take, in bytes."""
+        left = (limit.limit_bytes - limit.used_bytes for limit in self.limits)
+        return max(0, min([self.available_bytes, *left]))
+
 
 def host_memory(root: Path = Path("/")) -> HostMemory:
     """Reads the machine's memory and the limits on this process.
@@ -50,19 +57,34 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
     Args:
         root: folder that holds `proc` and `sys`.
     """
-    memory = psutil.virtual_memory()
-    limits = [*_cgroup_limits(root), *_resource_limits()]
+    total, available = _machine_memory(root)
+    limits = [*_cgroup_limits(root), *_resource_limits(root)]
     return HostMemory(
-        total_bytes=memory.total,
-        available_bytes=memory.available,
+        total_bytes=total,
+        available_bytes=available,
         limits=tuple(
             sorted(
                 # "No limit" is written as a number near 2**63 in cgroup v1.
-                (limit for limit in limits if limit.limit_bytes < memory.total),
+                (limit for limit in limits if limit.limit_bytes < total),
                 key=lambda limit: limit.limit_bytes,
             )
         ),
     )
+
+
+def _machine_memory(root: Path) -> tuple[int, int]:
+    """Total and available bytes of the machine."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        # Not Linux. Imported here, because engines that ask for memory import no tool.
+        import psutil
+
+        memory = psutil.virtual_memory()
+        return memory.total, memory.available
+    found = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
+    # Written as kB, meant as 1,024 bytes.
+    return found["MemTotal"] * 1024, found["MemAvailable"] * 1024
 
 
 def _cgroup_limits(root: Path) -> list[MemoryLimit]:
@@ -75,32 +97,51 @@ def _cgroup_limits(root: Path) -> list[MemoryLimit]:
     for line in lines:
         _, controllers, group = line.split(":", 2)
         if controllers == "":
-            mount, name = root / "sys/fs/cgroup", "memory.max"
+            mount, name, used = root / "sys/fs/cgroup", "memory.max", "memory.current"
         elif "memory" in controllers.split(","):
             mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            used = "memory.usage_in_bytes"
         else:
             continue
         folder = mount / group.lstrip("/")
         for level in (folder, *folder.parents):
-            limits += _limit_in(level / name)
+            limit, taken = _number_in(level / name), _number_in(level / used) or 0
+            if limit is not None:
+                limits.append(MemoryLimit(str(level / name), limit, taken - _cache(level)))
             if level == mount:
                 break
     return limits
 
 
-def _limit_in(file: Path) -> list[MemoryLimit]:
+def _number_in(file: Path) -> int | None:
     # Inside a container the group's own path may not be mounted; the levels above it still are.
     try:
         content = file.read_text().strip()
     except OSError:
-        return []
-    return [MemoryLimit(str(file), int(content))] if content.isdecimal() else []
+        return None
+    return int(content) if content.isdecimal() else None
 
 
-def _resource_limits() -> list[MemoryLimit]:
+def _cache(group: Path) -> int:
+    """Bytes of a group that hold files read lately, which the kernel gives up when asked."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    found = dict(line.split() for line in lines)
+    return int(found.get("total_inactive_file", found.get("inactive_file", 0)))
+
+
+def _resource_limits(root: Path) -> list[MemoryLimit]:
     if sys.platform == "win32":
         return []
     import resource
 
     soft, _hard = resource.getrlimit(resource.RLIMIT_AS)
-    return [] if soft == resource.RLIM_INFINITY else [MemoryLimit("RLIMIT_AS", soft)]
+    if soft == resource.RLIM_INFINITY:
+        return []
+    try:
+        pages = int((root / "proc/self/statm").read_text().split()[0])
+    except OSError:
+        pages = 0
+    return [MemoryLimit("RLIMIT_AS", soft, pages * os.sysconf("SC_PAGE_SIZE"))]

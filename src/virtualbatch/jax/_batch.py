@@ -103,7 +103,7 @@ def cut_batch(
     """
     if isinstance(batch, Window):
         return Cut(_window_segments(batch, compiled))
-    rows = _rows(batch, "batch")
+    rows = rows_of(batch, "batch")
     size = min(rows_per_microbatch(rows, microbatch_size, accumulation_steps), rows)
     if size == rows:
         return Cut([Segment(1, rows, lambda _: batch)])
@@ -125,6 +125,23 @@ def cut_batch(
     return Cut([Segment(1, n, partial(_piece, batch, start, n)) for start, n in pieces])
 
 
+def rows_of(batch: Any, path: str) -> int:
+    """Rows that all arrays of a batch share.
+
+    Args:
+        batch: pytree.
+        path: what errors call it.
+
+    Raises:
+        ValueError: rows differ or are missing.
+    """
+    leaves, _ = tree_flatten_with_path(batch)
+    rows = common_rows((path + keystr(place), leaf) for place, leaf in leaves if is_array(leaf))
+    if rows is None:
+        raise ValueError("internal: an array has no number of rows.")
+    return rows
+
+
 def specs(cut: Cut, rows: int) -> Any:
     """A micro-batch as it would be with another number of rows: types in place of its arrays."""
 
@@ -136,14 +153,6 @@ def specs(cut: Cut, rows: int) -> Any:
     # Abstractly, so that no micro-batch is made for it.
     jax.eval_shape(lambda: result.append(map_arrays(spec, cut.segments[0].get(0))))
     return result[0]
-
-
-def _rows(batch: Any, path: str) -> int:
-    leaves, _ = tree_flatten_with_path(batch)
-    rows = common_rows((path + keystr(place), leaf) for place, leaf in leaves if is_array(leaf))
-    if rows is None:
-        raise ValueError("internal: an array has no number of rows.")
-    return rows
 
 
 def _is_sharded(leaf: Any) -> bool:
@@ -213,7 +222,7 @@ def _piece(batch: Any, start: Any, rows: int, index: Any = None) -> Any:
 
 def _window_segments(window: Window, compiled: bool) -> list[Segment]:
     check_window(window)
-    rows = [_rows(found, f"window[{index}]") for index, found in enumerate(window)]
+    rows = [rows_of(found, f"window[{index}]") for index, found in enumerate(window)]
     _check_alike(window)
     if not compiled:
         return [

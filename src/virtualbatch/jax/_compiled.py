@@ -109,12 +109,12 @@ def _added(a: Any, b: Any) -> Any:
 def _traced(cut: Cut, step: Callable[[Any, Any], _Micro]) -> list[_Traced]:
     result, offset, loss = [], 0, None
     for segment in cut.segments:
-        number: Any = jax.ShapeDtypeStruct((), jnp.int32)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
         waits = segment.count == 1 and loss is not None and _can_wait(segment, loss)
-        number = jax.eval_shape(_zero_after, loss) if waits else number
+        within = jax.eval_shape(_zero_after, loss) if waits else number
         program, outputs = jax.make_jaxpr(
             lambda i, k, segment=segment: step(i, segment.get(k)), return_shape=True
-        )(number, number)
+        )(number, within)
         loss = outputs.loss if loss is None else jax.eval_shape(jnp.add, loss, outputs.loss)
         program = with_fast_convolutions(program)
         structure = jax.tree.structure(outputs)
@@ -173,7 +173,7 @@ def _folded(
             return route(offset + k, run(offset + k, k))
 
         if segment.count == 1:
-            sums, rows = one(_zero_after(total[0]) if waits else 0)
+            sums, rows = route(offset, run(offset, _zero_after(total[0]) if waits else 0))
             total = sums if total is None else _added(total, sums)
             pieces.append([row[None] for row in rows])
             continue

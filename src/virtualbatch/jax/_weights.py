@@ -60,7 +60,8 @@ class Shares(NamedTuple):
         alone: list[list[Any] | None] = [
             [n] for n, found in self.terms.items() if found is not None
         ]
-        return ([steady] if steady else []) + alone
+        # Without any name the loss is still asked for its own, which are then refused.
+        return ([steady] if steady else []) + alone or [None]
 
     def part(self, index: int) -> tuple[list[Any] | None, dict[Any, float], float] | None:
         """What to differentiate of a micro-batch, where shares can be read.

@@ -1,0 +1,108 @@
+"""Planning on JAX: what XLA says of a window's memory, and how long the window takes.
+
+A window is compiled, not run, to know its memory. Only then are a few sizes timed, each with the
+program that was compiled, if there is data to run it on.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from virtualbatch.host_memory import host_memory
+from virtualbatch.jax._batch import is_array, rows_of
+from virtualbatch.plan import Plan, Question, Search, parse_limit
+
+# Seconds after which no further size is timed.
+TIME_TO_SPEND = 10.0
+
+
+def planned(
+    window: Callable[[int], Callable[..., Any]],
+    batch: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    memory_limit: int | str | None,
+) -> Plan:
+    """The plan for one call.
+
+    Args:
+        window: microbatch_size -> the function that computes a window with it.
+        batch: the argument that is the batch.
+        args: positional arguments of the call; arrays, or `jax.ShapeDtypeStruct`s in their place.
+        kwargs: keyword arguments likewise.
+        memory_limit: bytes, a text, or None.
+
+    Raises:
+        ValueError: see `virtualbatch.jax.plan`.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
+        raise ValueError(
+            "A plan is made outside of programs, because it compiles and runs some. "
+            "Got a call inside jit or another trace. "
+            "Call it before, with arrays or jax.ShapeDtypeStruct."
+        )
+    rows = rows_of(batch, "batch")
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = [leaf if is_array(leaf) else None for leaf in leaves]
+    can_run = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    programs: dict[int, Any] = {}
+
+    def compiled(size: int) -> Any:
+        def run(arrays: list[Any]) -> Any:
+            given = [x if y is None else y for x, y in zip(leaves, arrays, strict=True)]
+            args, kwargs = jax.tree.unflatten(structure, given)
+            return window(size)(*args, **kwargs)
+
+        if size not in programs:
+            programs[size] = jax.jit(run).lower(arrays).compile()
+        return programs[size]
+
+    limit = parse_limit(memory_limit, _left_bytes(arrays))
+    search = Search(rows, limit)
+    begin = time.perf_counter()
+    while (question := search.ask()) is not None:
+        if question.kind == "time" and not (
+            can_run and time.perf_counter() - begin < TIME_TO_SPEND
+        ):
+            search.stop_timing()
+            continue
+        program = compiled(question.microbatch_size)
+        peak = _peak_bytes(program)
+        search.tell(Question("memory", question.microbatch_size), peak)
+        # A remainder may take a little more than the straight line through other sizes.
+        if question.kind == "time" and peak <= limit:
+            search.tell(question, _seconds(program, arrays))
+    return search.plan()
+
+
+def _peak_bytes(program: Any) -> int:
+    """Arguments, results and temporaries of a program."""
+    found = program.memory_analysis()
+    return int(
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        + found.temp_size_in_bytes
+        - found.alias_size_in_bytes
+    )
+
+
+def _seconds(program: Any, arrays: list[Any]) -> float:
+    """The shortest of three runs, after one that loads what the first run loads."""
+    jax.block_until_ready(program(arrays))
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        jax.block_until_ready(program(arrays))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _left_bytes(arrays: list[Any]) -> int:
+    """What a window may take: what the device has left, and what the arguments hold of it."""
+    held = sum(leaf.nbytes for leaf in arrays if isinstance(leaf, jax.Array))
+    statistics = jax.devices()[0].memory_stats()
+    if statistics is None:
+        return host_memory().left_bytes + held
+    return int(statistics["bytes_limit"] - statistics["bytes_in_use"]) + held

@@ -1,0 +1,44 @@
+"""Batches that are spread over four devices: `shard_map`, named axes, sharded arrays."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# In few processes: each of them loads JAX.
+CHECKS = [
+    ["one_reduction_of_all_rows"],
+    [
+        "a_device_without_tokens",
+        "aux_of_all_rows",
+        "without_axis_name_like_jax",
+        "a_model_per_device_on_one_batch",
+        "named_vmap_and_pmap",
+        "two_axes",
+    ],
+    ["sharded_batches", "rows_of_every_device"],
+]
+
+
+@pytest.mark.parametrize("checks", CHECKS, ids=lambda checks: checks[0])
+def test_on_four_devices(checks):
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.jax.four_devices", *checks],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    if child.returncode != 0:
+        raise AssertionError(f"{child.stdout[-1000:]}\n{child.stderr[-4000:]}")
+    assert child.stdout.split() == [word for name in checks for word in ("ok", name)]
