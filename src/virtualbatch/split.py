@@ -136,6 +136,24 @@ def array_leaves(structure: Any, path: str = "batch") -> Iterator[tuple[str, Any
             yield from array_leaves(item, f"{path}[{index}]")
 
 
+def check_alike(places: Sequence[Sequence[str]]) -> None:
+    """Refuses a window whose micro-batches differ in structure.
+
+    Args:
+        places: for each micro-batch its leaves in words, in any order.
+
+    Raises:
+        ValueError: a micro-batch has other leaves than the first.
+    """
+    for index, found in enumerate(places):
+        if sorted(found) != sorted(places[0]):
+            raise ValueError(
+                "All micro-batches of a window must have the same structure. "
+                f"Got {', '.join(places[0])} in window[0] and {', '.join(found)} in "
+                f"window[{index}]. Make them with the same collate function."
+            )
+
+
 def rank(array: Any) -> int | None:
     """Number of axes of an array, or None where a traced shape leaves it open."""
     # TensorFlow refuses the length of an open shape, but tells its rank.

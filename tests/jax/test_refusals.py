@@ -120,7 +120,11 @@ POSITION = r"must hold positions of arguments, 0 or more\. Got {}\. Count the ar
 OPTIONS = {
     "fun": ({"fun": 3}, TypeError, r"fun must be a function\. Got fun=3\. Pass a function\."),
     "no fun": ({"fun": None}, TypeError, r"fun must be a function\. Got fun=None\."),
-    "weight": ({"weight": 4.0}, TypeError, r"weight must be a function\. Got weight=4\.0\."),
+    "weight": (
+        {"weight": 4.0},
+        TypeError,
+        r"weight must be a function of one batch\. Got weight=4\.0\.",
+    ),
     "grad_fn": ({"grad_fn": True}, TypeError, r"grad_fn must be a function\. Got grad_fn=True\."),
     "negative": ({"argnums": -1}, TypeError, POSITION.format("argnums=-1")),
     "one is negative": ({"argnums": (0, -1)}, TypeError, POSITION.format(r"argnums=\(0, -1\)")),

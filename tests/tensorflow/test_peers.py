@@ -204,6 +204,26 @@ def test_r4_each_micro_batch_has_its_own_dropout_mask(mode):
     assert len(np.unique(masks.numpy(), axis=0)) == 4
 
 
+@pytest.mark.parametrize("mode", ["eager", "static", "jit"])
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [2, 2, 1], [1, 2, 1]])
+def test_r4_masks_differ_under_a_seed_too(mode, sizes):
+    # Every trace of a graph draws the same numbers under a seed, wherever it is called.
+    tf.random.set_seed(5)
+    rows = tf.split(tf.ones([sum(sizes), 64]), sizes)
+    variable = tf.Variable(1.0)
+
+    def train(batch):
+        def loss_fn(rows):
+            mask = tf.cast(tf.random.uniform([1, 64]) < 0.5, tf.float32)
+            return tf.reduce_mean(rows * mask * variable), rows * mask
+
+        return vb.value_and_gradients(loss_fn, batch, [variable], has_aux=True)
+
+    batch = vb.Window(rows)
+    ((_, masks), _) = compiled(mode, train, batch)(batch)
+    assert len(np.unique(masks.numpy(), axis=0)) == len(sizes)
+
+
 def test_r9_a_field_with_fewer_rows_is_not_truncated():
     model = OneHot(2)
     for batch in ({"x": np.ones((4, 2)), "y": np.ones(8)}, {"x": np.ones((8, 2)), "y": np.ones(4)}):

@@ -18,6 +18,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.split import (
     Window,
+    check_alike,
     check_window,
     common_rows,
     even_cut,
@@ -223,7 +224,7 @@ def _piece(batch: Any, start: Any, rows: int, index: Any = None) -> Any:
 def _window_segments(window: Window, compiled: bool) -> list[Segment]:
     check_window(window)
     rows = [rows_of(found, f"window[{index}]") for index, found in enumerate(window)]
-    _check_alike(window)
+    check_alike([_places(found) for found in window])
     if not compiled:
         return [
             Segment(1, n, partial(lambda found, _: found, found))
@@ -253,18 +254,6 @@ def _stacked(run: Sequence[Any]) -> Callable[[Any], Any]:
     return lambda index: map_arrays(
         lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
     )
-
-
-def _check_alike(window: Window) -> None:
-    first = _places(window[0])
-    for index, microbatch in enumerate(window):
-        found = _places(microbatch)
-        if found != first:
-            raise ValueError(
-                "All micro-batches of a window must have the same structure. "
-                f"Got {', '.join(first)} in window[0] and {', '.join(found)} in "
-                f"window[{index}]. Make them with the same collate function."
-            )
 
 
 def _places(microbatch: Any) -> list[str]:

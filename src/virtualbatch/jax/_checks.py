@@ -28,7 +28,11 @@ def check_options(
     """
     for name, function in functions.items():
         if not callable(function) and not (name != "fun" and function is None):
-            raise TypeError(f"{name} must be a function. Got {name}={function!r}. Pass a function.")
+            of_what = " of one batch" if name == "weight" else ""
+            fix = f"{name}=lambda batch: ..." if name == "weight" else "a function."
+            raise TypeError(
+                f"{name} must be a function{of_what}. Got {name}={function!r}. Pass {fix}"
+            )
     if microbatch_size is not None or accumulation_steps is not None:
         check_sizes(microbatch_size, accumulation_steps)
     argnums, batch_argnum = positions["argnums"], positions["batch_argnum"]

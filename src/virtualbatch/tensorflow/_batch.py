@@ -12,6 +12,7 @@ import tensorflow as tf
 from virtualbatch.split import (
     Window,
     array_leaves,
+    check_alike,
     check_window,
     common_rows,
     even_cut,
@@ -245,10 +246,14 @@ def _dynamic_run(
 
 def _window_segments(window: Window) -> list[Segment]:
     check_window(window)
-    rows = [
-        common_rows(named_arrays(microbatch, f"window[{index}]"))
-        for index, microbatch in enumerate(window)
-    ]
+    arrays = [named_arrays(microbatch, f"window[{i}]") for i, microbatch in enumerate(window)]
+    rows = [common_rows(found) for found in arrays]
+    check_alike(
+        [
+            [f"microbatch{name.removeprefix(f'window[{i}]')} an array" for name, _ in found]
+            for i, found in enumerate(arrays)
+        ]
+    )
     if tf.executing_eagerly():
         return [_single(microbatch, n) for microbatch, n in zip(window, rows, strict=True)]
     microbatches = [tf.nest.map_structure(as_tensor, microbatch) for microbatch in window]

@@ -33,12 +33,15 @@ class Traced(NamedTuple):
     Fields:
         segment: the micro-batches.
         offset: number of micro-batches in the window before this segment.
-        call: (number in the window, micro-batch) -> whatever the step returns.
+        first: (number in the window, micro-batch) -> whatever the step returns, for the first
+            micro-batch of the segment.
+        call: the same for its other micro-batches.
         outputs: abstract result of the step in a graph; None eagerly.
     """
 
     segment: Segment
     offset: Any
+    first: Callable[[Any, Any], Any]
     call: Callable[[Any, Any], Any]
     outputs: Any
 
@@ -51,6 +54,10 @@ def trace(
 ) -> list[Traced]:
     """Binds a step to each segment; in a graph it is traced here, once per shape.
 
+    Under a seed (`tf.random.set_seed`) every trace of a graph draws the same random numbers, and
+    so does every place that calls one. A step that draws is therefore traced once per place, each
+    with a seed of its own, or micro-batches would share their dropout masks.
+
     Args:
         segments: the window's segments.
         step: (number in the window, micro-batch) -> nested structure of tensors.
@@ -60,22 +67,35 @@ def trace(
     Returns:
         One Traced per segment, in order.
     """
-    function = tf.function(step, autograph=False, jit_compile=jit_compile or None)
-    result, offset = [], 0
-    for segment in segments:
+
+    def function(place: int) -> Any:
+        return tf.function(_reseeded(step, place), autograph=False, jit_compile=jit_compile or None)
+
+    shared = function(0)
+    result: list[Traced] = []
+    offset: Any = 0
+    for number, segment in enumerate(segments):
         if tf.executing_eagerly():
-            result.append(Traced(segment, offset, step, None))
+            result.append(Traced(segment, offset, step, step, None))
         else:
             spec = specs(segment.get(tf.constant(0)))
-            traced = function.get_concrete_function(_INDEX, spec, *extra)
-            result.append(Traced(segment, offset, traced, traced.structured_outputs))
+            first = rest = shared.get_concrete_function(_INDEX, spec, *extra)
+            if _draws_from_a_seed(first):
+                if number > 0:
+                    first = function(2 * number).get_concrete_function(_INDEX, spec, *extra)
+                if not _is_one(segment.count):
+                    rest = function(2 * number + 1).get_concrete_function(_INDEX, spec, *extra)
+            result.append(Traced(segment, offset, first, rest, first.structured_outputs))
         offset = offset + segment.count
     return result
 
 
 def bound(traced: Traced, *extra: Any) -> Traced:
     """The same segment, with the further arguments of its step given."""
-    return traced._replace(call=lambda index, batch: traced.call(index, batch, *extra))
+    return traced._replace(
+        first=lambda index, batch: traced.first(index, batch, *extra),
+        call=lambda index, batch: traced.call(index, batch, *extra),
+    )
 
 
 def fold(
@@ -96,7 +116,7 @@ def fold(
     """
     sums: Any = None
     pieces: list[list[Any]] = []
-    for segment, offset, call, _ in traced:
+    for segment, offset, call_first, call, _ in traced:
         # No forward needs the sums before it, but two at once would hold two activations.
         if sums is not None:
             segment = _waiting(segment, sums)
@@ -104,16 +124,42 @@ def fold(
         # A step may change state without reading a row; rows that are refused must stop it.
         # Only a control edge does that: an input is waited for by its own readers alone.
         with tf.control_dependencies(_ready(microbatch)):
-            found = call(index, microbatch)
+            found = call_first(index, microbatch)
         first = route(index, found)
         sums = first.sums if sums is None else combine(sums, first.sums)
         given: list[Sequence[Any]] = [first.rows]
-        if not (isinstance(segment.count, int) and segment.count == 1):
+        if not _is_one(segment.count):
             sums, given = _loop(segment, offset, call, route, combine, sums, first.rows)
         pieces = pieces or [[] for _ in first.rows]
         for kept, *new in zip(pieces, *given, strict=True):
             kept.extend(piece for piece in new if piece is not None)
     return Output(sums, [_concatenated(kept) for kept in pieces])
+
+
+def _is_one(count: Any) -> bool:
+    """Whether a segment is known to have one micro-batch only."""
+    return isinstance(count, int) and count == 1
+
+
+def _reseeded(step: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """The step, traced with a seed of its own for each place that calls it."""
+
+    def seeded(*args: Any) -> Any:
+        graph = tf.compat.v1.get_default_graph()
+        if graph.seed is not None:
+            graph.seed += place
+        return step(*args)
+
+    return seeded
+
+
+def _draws_from_a_seed(traced: Any) -> bool:
+    """Whether a traced step holds an operation whose random numbers follow from a seed."""
+    if traced.graph.seed is None:
+        return False
+    found = traced.graph.as_graph_def()
+    nodes = [*found.node, *(node for f in found.library.function for node in f.node_def)]
+    return any("seed2" in node.attr for node in nodes)
 
 
 def _scalar(number: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 
 from virtualbatch.split import (
     Window,
+    check_alike,
     check_window,
     common_rows,
     even_cut,
@@ -78,7 +79,7 @@ def microbatches(
     if isinstance(batch, Window):
         check_window(batch)
         found = [_uncut(given, f"window[{index}]") for index, given in enumerate(batch)]
-        _check_alike([leaves for leaves, _ in found])
+        check_alike([_places(leaves, f"window[{i}]") for i, (leaves, _) in enumerate(found)])
         return [microbatch for _, microbatch in found]
     _, uncut = _uncut(batch, "batch")
     cut = even_cut(uncut.rows, rows_per_microbatch(uncut.rows, microbatch_size, accumulation_steps))
@@ -225,18 +226,6 @@ def _dataclass_builder(structure: Any, path: str, leaves: list[tuple[str, Any]])
         return result
 
     return instance
-
-
-def _check_alike(window: Sequence[Sequence[tuple[str, Any]]]) -> None:
-    first = _places(window[0], "window[0]")
-    for index, leaves in enumerate(window):
-        found = _places(leaves, f"window[{index}]")
-        if sorted(found) != sorted(first):
-            raise ValueError(
-                "All micro-batches of a window must have the same structure. "
-                f"Got {', '.join(first)} in window[0] and {', '.join(found)} in "
-                f"window[{index}]. Make them with the same collate function."
-            )
 
 
 def _places(leaves: Sequence[tuple[str, Any]], path: str) -> list[str]:

@@ -1,0 +1,131 @@
+"""Every case of the suite: laws and what they are run on, by the feature that they prove."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tests.conformance import laws, peers, refusals
+from tests.conformance.problems import NAMES
+
+MODES = {"eager": False, "compiled": True}
+DTYPES = ["float64", "float32", "bfloat16"]
+
+
+class Case(NamedTuple):
+    """A law on one engine, in one mode, with its arguments.
+
+    Fields:
+        feature: row of the table in docs/conformance.md.
+        name: the case within its feature; "" where there is only one.
+        law: raises AssertionError where the engine breaks it.
+        mode: one of `MODES`, or None for a law that has no modes.
+        arguments: further arguments of the law.
+    """
+
+    feature: str
+    name: str
+    law: Callable[..., None]
+    mode: str | None
+    arguments: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return ", ".join(part for part in (self.feature, self.name, self.mode) if part)
+
+    def run(self, engine: Any) -> None:
+        """Runs the law.
+
+        Raises:
+            AssertionError: the engine breaks it.
+        """
+        if self.mode is None:
+            self.law(engine, **self.arguments)
+        else:
+            self.law(engine, MODES[self.mode], **self.arguments)
+
+
+CONSTANT = "JAX differentiates constants, to zeros"
+# (feature, engine, mode) -> why a case is not run there. The only list of its kind.
+DOES_NOT_APPLY = {
+    ("nothing is read after the weights", "tensorflow", "eager"): (
+        "TensorFlow has no guard against reading; in a graph nothing can be read"
+    ),
+    ("nothing is read after the weights", "jax", "eager"): (
+        "JAX's transfer guard sees no copy on a CPU; under jit nothing can be read"
+    ),
+    ("values of weights are refused", "tensorflow", "compiled"): "traced values are not read",
+    ("values of weights are refused", "jax", "compiled"): "traced values are not read",
+    ("a loss of another library is refused", "jax", "eager"): CONSTANT,
+    ("a loss of another library is refused", "jax", "compiled"): CONSTANT,
+}
+
+
+def _named(law: Callable[..., None]) -> str:
+    number, *words = law.__name__.split("_")
+    if law.__module__ == peers.__name__:
+        return f"peers' {number.upper()}: {' '.join(words)}"
+    return law.__name__.replace("_", " ")
+
+
+def _in_modes(
+    law: Callable[..., None],
+    feature: str = "",
+    name: str = "",
+    arguments: dict[str, Any] | None = None,
+) -> list[Case]:
+    arguments = arguments or {}
+    return [Case(feature or _named(law), name, law, mode, arguments) for mode in MODES]
+
+
+def _all() -> list[Case]:
+    found: list[Case] = []
+    for name in NAMES:
+        for cut in laws.CUTS:
+            for dtype in DTYPES:
+                arguments = {"name": name, "cut": cut, "dtype": dtype}
+                found += _in_modes(
+                    laws.equals_the_uncut_batch,
+                    f"equals the uncut batch: {name}",
+                    f"{cut}, {dtype}",
+                    arguments,
+                )
+    for law in (
+        laws.order_of_rows_does_not_matter,
+        laws.any_cut_is_the_same,
+        laws.terms_by_rows_are_means_over_rows,
+        laws.an_empty_micro_batch_adds_nothing,
+        laws.an_empty_term_adds_nothing,
+        laws.a_window_without_weight_is_zero,
+        laws.a_term_without_weight_counts_once,
+        laws.gradients_are_like_the_parameters,
+        laws.a_parameter_may_be_unused_in_some,
+        laws.aux_is_that_of_the_whole_batch,
+        laws.the_loss_runs_once_per_micro_batch,
+        laws.nothing_is_read_after_the_weights,
+        laws.a_call_leaves_no_trace_of_itself,
+        *(law for name, law in vars(peers).items() if name[:1] in "fr" and name[1:2].isdigit()),
+    ):
+        found += _in_modes(law)
+    for dtype, microbatches in (("bfloat16", 1024), ("float16", 4096)):
+        found += _in_modes(
+            laws.half_precision_sums_in_float32,
+            name=f"{microbatches} micro-batches in {dtype}",
+            arguments={"dtype": dtype, "microbatches": microbatches},
+        )
+    for name in NAMES:
+        for law in (
+            laws.uncut_is_the_reference,
+            laws.one_micro_batch_is_the_ordinary_computation,
+        ):
+            found.append(Case(_named(law), name, law, None, {"name": name}))
+    for name, refusal in refusals.REFUSALS.items():
+        feature = "values of weights are refused" if refusal.reads else refusal.feature
+        found += _in_modes(refusals.bad_input_is_refused, feature, name, {"name": name})
+    return found
+
+
+CASES = _all()
+
+
+def applies(case: Case, engine: str) -> bool:
+    """Whether a case is run on an engine."""
+    return (case.feature, engine, case.mode) not in DOES_NOT_APPLY

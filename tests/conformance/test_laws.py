@@ -1,0 +1,23 @@
+"""Every law on every engine."""
+
+import pytest
+from tests.conformance.adapters.base import selected
+from tests.conformance.cases import CASES, applies
+
+
+def pytest_generate_tests(metafunc):
+    # One engine after another, so that each framework is loaded when its own turn comes.
+    metafunc.parametrize(
+        ("engine_name", "case"),
+        [
+            pytest.param(name, case, id=f"{name}: {case.id}")
+            for name in selected(metafunc.config)
+            for case in CASES
+            if applies(case, name)
+        ],
+        scope="session",
+    )
+
+
+def test_law(engine, case):
+    case.run(engine)
