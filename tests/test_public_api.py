@@ -37,7 +37,7 @@ SIGNATURES = {
 }
 
 NAMES = {
-    virtualbatch: {"Window", "windows"},
+    virtualbatch: {"Auto", "Window", "windows"},
     virtualbatch.tensorflow: {"Window", "value_and_gradients", "windows"},
     virtualbatch.keras: {"accumulate", "restore"},
     virtualbatch.jax: {"Window", "plan", "value_and_grad", "windows"},

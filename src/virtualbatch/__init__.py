@@ -1,12 +1,13 @@
 """Exact gradient accumulation: keep your batch; name the size that fits.
 
 This module holds the framework-neutral names. Each engine is imported by the user:
-`virtualbatch.tensorflow` for GradientTape loops, `virtualbatch.keras` for `fit`, and
-`virtualbatch.torch` for PyTorch loops.
+`virtualbatch.tensorflow` for GradientTape loops, `virtualbatch.keras` for `fit`,
+`virtualbatch.torch` for PyTorch loops and `virtualbatch.jax` for JAX.
 """
 
+from virtualbatch.sizes import Auto
 from virtualbatch.split import Window, windows
 
-__all__ = ["Window", "windows"]
+__all__ = ["Auto", "Window", "windows"]
 
 __version__ = "0.1.0"

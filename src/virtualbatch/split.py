@@ -8,23 +8,27 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, overload
 
+from virtualbatch.sizes import Auto
+
 
 def check_sizes(microbatch_size: Any, accumulation_steps: Any) -> None:
     """Refuses size arguments that no batch could satisfy.
 
     Args:
-        microbatch_size: rows of one forward and backward, or None.
+        microbatch_size: rows of one forward and backward, "auto", an `Auto`, or None.
         accumulation_steps: micro-batches per window, or None.
 
     Raises:
-        ValueError: neither is given, or one is zero, negative, fractional or a boolean.
-        NotImplementedError: `microbatch_size="auto"`, which this version does not plan yet.
+        ValueError: neither is given, one is zero, negative, fractional or a boolean, or both are
+            given and one is automatic.
     """
-    if isinstance(microbatch_size, str) and microbatch_size == "auto":
-        raise NotImplementedError(
-            'microbatch_size="auto" is not planned by this version. '
-            "Pass the number of rows that fit in memory at once."
-        )
+    if is_automatic(microbatch_size):
+        if accumulation_steps is not None:
+            raise ValueError(
+                'microbatch_size="auto" finds the number of micro-batches itself. '
+                f"Got accumulation_steps={accumulation_steps!r} with it. Leave one of them out."
+            )
+        return
     if microbatch_size is None and accumulation_steps is None:
         raise ValueError(
             "A batch needs a size to be cut by. Got neither microbatch_size nor "
@@ -43,6 +47,14 @@ def check_sizes(microbatch_size: Any, accumulation_steps: Any) -> None:
             f"Got accumulation_steps={accumulation_steps!r}. "
             "Pass the number of micro-batches per update."
         )
+
+
+def is_automatic(microbatch_size: Any) -> bool:
+    """Whether a size is to be planned."""
+    # Compared as text only: arrays would compare themselves element by element.
+    return isinstance(microbatch_size, Auto) or (
+        isinstance(microbatch_size, str) and microbatch_size == "auto"
+    )
 
 
 def _is_positive_integer(value: Any) -> bool:

@@ -61,10 +61,11 @@ REFUSALS = {
         r"number of micro-batches per update\.$",
         NO_SIZE | {"accumulation_steps": 0},
     ),
-    "planned later": Refusal(
-        NotImplementedError,
-        r'microbatch_size="auto" is not planned by this version\. Pass the number of rows that ',
-        {"microbatch_size": "auto"},
+    "automatic and counted": Refusal(
+        ValueError,
+        r'microbatch_size="auto" finds the number of micro-batches itself\. Got '
+        r"accumulation_steps=3 with it\. Leave one of them out\.$",
+        {"microbatch_size": "auto", "accumulation_steps": 3},
     ),
     "no size": Refusal(
         ValueError,
