@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virtualbatch import Window, windows
+from virtualbatch.sizes import Auto
 from virtualbatch.split import (
     array_leaves,
     check_sizes,
@@ -73,9 +74,11 @@ def test_one_size_is_needed():
         check_sizes(None, None)
 
 
-def test_auto_is_not_planned_yet():
-    with pytest.raises(NotImplementedError, match=r"not planned by this version\. Pass the number"):
-        check_sizes("auto", None)
+def test_automatic_sizes_are_legal_alone():
+    for size in ("auto", Auto()):
+        check_sizes(size, None)
+        with pytest.raises(ValueError, match=r"Got accumulation_steps=2 with it\. Leave one"):
+            check_sizes(size, 2)
 
 
 @given(ROWS, SIZE)

@@ -1,0 +1,39 @@
+"""What is said when memory runs out."""
+
+import pytest
+
+from virtualbatch.recovery import bytes_asked, no_smaller_size
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes.", 400),
+        ("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity", 2.5 * 2**30),
+        ("MPS backend out of memory (MPS allocated: 1 GB). Tried to allocate 96 B on", 96),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 4096 bytes.", 4096),
+        ("Unable to allocate 7.00 KiB for an array with shape (7, 1024)", 7 * 1024),
+        ("OOM when allocating tensor with shape[10,10] and type float", None),
+        ("", None),
+    ],
+)
+def test_bytes_are_read_from_the_text(text, asked):
+    assert bytes_asked(text) == asked
+
+
+def test_the_error_says_what_was_asked_for_and_what_to_do():
+    error = no_smaller_size(
+        RuntimeError("you tried to allocate 1048576 bytes"), 2**19, [("head.weight", 2**21)]
+    )
+    assert isinstance(error, MemoryError)
+    text = str(error)
+    assert text.startswith("A micro-batch of one row must fit in memory. Got one row, and 1.0 MiB ")
+    assert "more were asked for with 512.0 KiB left. " in text
+    assert "head.weight (2.0 MiB)" in text
+    assert "checkpointing" in text
+
+
+def test_what_is_not_known_is_not_said():
+    text = str(no_smaller_size(MemoryError(), None, []))
+    assert "Got one row, and memory ran out. Nothing" in text
+    assert "The largest parameters are none." in text
