@@ -1,7 +1,6 @@
 """Flax NNX: a model with dropout, trained on batches of 120 on the memory of 32 rows.
 
-The model is split into parameters and the rest, and merged inside the loss. Dropout draws from a
-key that is an argument, so that every micro-batch has a mask of its own.
+The model is split, and merged inside the loss; dropout's key is folded for each micro-batch.
 """
 
 import jax
