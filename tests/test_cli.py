@@ -33,6 +33,10 @@ def test_commands_and_options_are_these() -> None:
         ("demo", "--batch-size"),
         ("demo", "--microbatch-size"),
         ("demo", "--json"),
+        ("plan", "target"),
+        ("plan", "--batch-size"),
+        ("plan", "--memory-limit"),
+        ("plan", "--json"),
         ("doctor", "--json"),
     }
 

@@ -1,19 +1,26 @@
-"""The command line: `virtualbatch demo` and `virtualbatch doctor`.
+"""The command line: `virtualbatch demo`, `virtualbatch plan` and `virtualbatch doctor`.
 
-No framework is imported here: whatever needs one runs in a child process.
+No framework is imported here: the demo runs in child processes, and a plan is made in the
+user's own program.
 """
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.status import Status
 
 from virtualbatch import __version__
 from virtualbatch.demo.parent import ChildFailure, run_demo
 from virtualbatch.demo.result import Settings
 from virtualbatch.doctor import diagnose
+from virtualbatch.plan import Plan
+from virtualbatch.target import load
 
 # A bug must show Python's own traceback, and a mistake one plain line instead of a panel.
 app = typer.Typer(
@@ -61,6 +68,62 @@ def demo(
         json.write_text(result.to_json())
     if not result.weights_agree:
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="file.py:function or module:function; the function takes the rows of a batch and "
+            "returns the arguments of an engine's plan as a dict."
+        ),
+    ],
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of the batch to plan for.")],
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(help='Such as "2GiB", or "80%" of what is left; all of that if left out.'),
+    ] = None,
+    json: JsonFile = None,
+) -> None:
+    """Find the micro-batch that fits and is fast, before anything is trained."""
+    _check_writable(json)
+    try:
+        found = load(target, batch_size)
+        with _progress():
+            result = found.plan(memory_limit)
+    except (ValueError, TypeError, MemoryError) as mistake:
+        _exit(mistake, code=2)
+    print(result)
+    print(f"\nWrite: {found.engine.line.format(result.microbatch_size)}")
+    if json is not None:
+        json.write_text(result.to_json())
+
+
+class _Shown(logging.Handler):
+    """Shows the latest record in a status line."""
+
+    def __init__(self, status: Status):
+        super().__init__()
+        self._status = status
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._status.update(record.getMessage())
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """Shows what a search asks, where somebody is looking."""
+    logger = logging.getLogger(Plan.__module__)
+    with Console(stderr=True).status("planning") as status:
+        handler = _Shown(status)
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(logging.NOTSET)
 
 
 @app.command()

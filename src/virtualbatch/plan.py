@@ -6,11 +6,14 @@ size that follows is confirmed by a third. Then a few sizes are timed.
 """
 
 import json
+import logging
 import math
 import re
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
+
+_log = logging.getLogger(__name__)
 
 # A smaller micro-batch is as good as the fastest one if it takes at most this much longer.
 NEARLY_AS_FAST = 1.05
@@ -153,6 +156,7 @@ class Search:
             answer: peak bytes or seconds; None if memory ran out.
         """
         size = question.microbatch_size
+        _log.debug("%s of micro-batches of %d rows: %s", question.kind, size, answer)
         if answer is None:
             # It ran out although it was to fit: whatever was told of this size is wrong.
             self._peaks.pop(size, None)
