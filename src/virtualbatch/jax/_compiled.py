@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
 from virtualbatch.jax._aux import joined, kinds, routed
-from virtualbatch.jax._batch import Cut, Segment, is_array
+from virtualbatch.jax._batch import Cut, Segment
 from virtualbatch.jax._convolution import with_fast_convolutions
 from virtualbatch.jax._objective import Call, wide_dtype
 from virtualbatch.jax._replicas import over_devices
@@ -34,14 +34,12 @@ class _Traced(NamedTuple):
     Fields:
         segment: the micro-batches.
         offset: number of micro-batches in the window before this segment.
-        waits: whether its one micro-batch is to run after those before it.
         run: (number in the window, number in the segment) -> _Micro.
         outputs: abstract _Micro.
     """
 
     segment: Segment
     offset: int
-    waits: bool
     run: Callable[[Any, Any], _Micro]
     outputs: _Micro
 
@@ -107,48 +105,51 @@ def _added(a: Any, b: Any) -> Any:
 
 
 def _traced(cut: Cut, step: Callable[[Any, Any], _Micro]) -> list[_Traced]:
-    result, offset, loss = [], 0, None
+    result, offset = [], 0
     for segment in cut.segments:
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        waits = segment.count == 1 and loss is not None and _can_wait(segment, loss)
-        within = jax.eval_shape(_zero_after, loss) if waits else number
         program, outputs = jax.make_jaxpr(
             lambda i, k, segment=segment: step(i, segment.get(k)), return_shape=True
-        )(number, within)
-        loss = outputs.loss if loss is None else jax.eval_shape(jnp.add, loss, outputs.loss)
+        )(number, number)
         program = with_fast_convolutions(program)
         structure = jax.tree.structure(outputs)
 
         def run(i: Any, k: Any, program: Any = program, structure: Any = structure) -> _Micro:
             return jax.tree.unflatten(structure, jaxpr_as_fun(program)(_number(i), _number(k)))
 
-        result.append(_Traced(segment, offset, waits, run, outputs))
+        result.append(_Traced(segment, offset, run, outputs))
         offset += segment.count
     return result
 
 
-def _zero_after(loss: Any) -> Any:
-    """The number 0, which XLA cannot know before it has the window's loss so far.
+def _after(total: Any, add: Callable[[Any], tuple[Any, list[Any]]]) -> tuple[Any, list[Any]]:
+    """Adds a micro-batch inside the program once the sums so far are complete.
 
-    It would else run the forward pass of a remainder beside the loop and keep both in memory.
+    XLA would else run the forward pass of a remainder beside what comes before it and keep both
+    in memory; only a branch that it cannot foresee has to wait.
+
+    Args:
+        total: the sums so far.
+        add: sums so far -> (sums with the micro-batch, its rows).
     """
-    return jnp.isneginf(jnp.abs(loss)).astype(jnp.int32)
+    first = [jnp.real(jnp.ravel(x)[0]) for x in jax.tree.leaves(total) if x.size]
+    # Never true, which XLA does not know.
+    never = jnp.isneginf(jnp.abs(sum(first)))
+
+    def nothing(total: Any) -> tuple[Any, list[Any]]:
+        return total, jax.tree.map(jnp.zeros_like, jax.eval_shape(add, total)[1])
+
+    def branched(total: Any) -> tuple[Any, list[Any]]:
+        found: tuple[Any, list[Any]] = lax.cond(never, nothing, add, total)
+        return found
+
+    # Under `shard_map` a branch may change a type: then all devices share the batch.
+    return branched(total) if _types(branched, total) == _types(add, total) else add(total)
 
 
-def _can_wait(segment: Segment, loss: Any) -> bool:
-    """Whether a micro-batch keeps its type if its number is `_zero_after`.
-
-    Under `shard_map` it may not: a batch that all devices share would vary over them.
-    """
-    return _types(segment, jax.eval_shape(_zero_after, loss)) == _types(segment, jnp.int32(0))
-
-
-def _types(segment: Segment, number: Any) -> list[Any]:
+def _types(fn: Callable[[Any], Any], total: Any) -> list[Any]:
     found: list[Any] = []
-    jax.eval_shape(
-        lambda k: found.extend(map(jax.typeof, filter(is_array, jax.tree.leaves(segment.get(k))))),
-        number,
-    )
+    jax.eval_shape(lambda x: found.extend(map(jax.typeof, jax.tree.leaves(fn(x)))), total)
     return found
 
 
@@ -167,24 +168,22 @@ def _folded(
     """
     total: Any = None
     pieces: list[list[Any]] = []
-    for segment, offset, waits, run, _ in traced:
+    for segment, offset, run, _ in traced:
 
         def one(k: Any, offset: int = offset, run: Any = run) -> tuple[Any, list[Any]]:
             return route(offset + k, run(offset + k, k))
 
+        def add(total: Any, k: Any = 0, one: Any = one) -> tuple[Any, list[Any]]:
+            sums, rows = one(k)
+            return _added(total, sums), rows
+
         if segment.count == 1:
-            sums, rows = route(offset, run(offset, _zero_after(total[0]) if waits else 0))
-            total = sums if total is None else _added(total, sums)
+            total, rows = one(0) if total is None else _after(total, add)
             pieces.append([row[None] for row in rows])
             continue
         if total is None:
             # Zeros of the results' types: under shard_map those tell which axes they vary over.
             total = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda one=one: one(0)[0]))
-
-        def body(total: Any, k: Any, one: Any = one) -> tuple[Any, list[Any]]:
-            sums, rows = one(k)
-            return _added(total, sums), rows
-
-        total, stacked = lax.scan(body, total, jnp.arange(segment.count, dtype=jnp.int32))
+        total, stacked = lax.scan(add, total, jnp.arange(segment.count, dtype=jnp.int32))
         pieces.append(stacked)
     return total, [list(leaf) for leaf in zip(*pieces, strict=True)]
