@@ -41,7 +41,7 @@ NAMES = {
     virtualbatch.tensorflow: {"Window", "value_and_gradients", "windows"},
     virtualbatch.keras: {"accumulate", "restore"},
     virtualbatch.jax: {"Window", "plan", "value_and_grad", "windows"},
-    virtualbatch.torch: {"Window", "backward", "windows"},
+    virtualbatch.torch: {"Window", "backward", "plan", "windows"},
 }
 
 

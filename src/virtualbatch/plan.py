@@ -199,7 +199,10 @@ class Search:
         return min([*failing, *self._failed, self._rows + 1])
 
     def _largest_fitting(self) -> int:
-        """The largest size below all that do not fit; 0 if none is known."""
+        """The largest size below all that do not fit, or the whole batch; 0 if none is known."""
+        # Uncut, no gradient stands beside their sum: that may fit where small sizes do not.
+        if self._rows not in self._failed and self._peaks.get(self._rows, math.inf) <= self._limit:
+            return self._rows
         ceiling = self._smallest_failing()
         return max((size for size in self._peaks if size < ceiling), default=0)
 
@@ -222,8 +225,12 @@ class Search:
 
     def _next_memory(self) -> int | None:
         floor, ceiling = self._largest_fitting(), self._smallest_failing()
+        if floor == self._rows:
+            return None
         if ceiling == 1:
-            raise ValueError(self._nothing_fits())
+            if self._rows in self._peaks or self._rows in self._failed:
+                raise ValueError(self._nothing_fits())
+            return self._rows
         if floor == 0:
             # Down from what did not fit, four at a time.
             return min(self._rows, _FIRST) if ceiling > self._rows else max(1, ceiling // 4)
@@ -248,6 +255,9 @@ class Search:
         size = self._largest_fitting()
         best = math.inf
         while size >= 1:
+            if size < self._rows and size >= self._smallest_failing():
+                size //= 2
+                continue
             seconds = self._seconds.get(size)
             if seconds is None:
                 return size

@@ -87,6 +87,32 @@ def test_a_larger_limit_never_gives_a_smaller_micro_batch(small, more, rows, slo
         assert larger.microbatch_size >= 0.97 * less.microbatch_size - 1
 
 
+@given(
+    rows=st.integers(2, 3000),
+    base=st.integers(1, 1000),
+    buffer=st.integers(0, 1000),
+    slope=st.integers(1, 20),
+    limit=st.integers(1, 4000),
+    seconds=st.sampled_from([lambda m: 1 / m, lambda m: m]),
+)
+def test_the_whole_batch_may_need_less_than_its_parts(rows, base, buffer, slope, limit, seconds):
+    # Uncut, there is no sum of gradients beside those of a micro-batch.
+    def peak(m):
+        return base + slope * m + (buffer if m < rows else 0)
+
+    if min(peak(1), peak(rows)) > limit:
+        with pytest.raises(ValueError, match="memory_limit must hold a micro-batch of one row"):
+            searched(rows, limit, peak, seconds)
+        return
+    plan, questions = searched(rows, limit, peak, seconds)
+    assert peak(plan.microbatch_size) <= limit
+    assert len({(q.kind, q.microbatch_size) for q in questions}) == len(questions)
+    # Never timed where it is known not to fit.
+    known = {row.microbatch_size: row.peak_bytes for row in plan.rows if row.measured}
+    timed = [row.microbatch_size for row in plan.rows if row.seconds_per_batch is not None]
+    assert all(known.get(m, 0) <= limit for m in timed)
+
+
 def test_two_peaks_predict_the_third():
     plan, questions = searched(256, 1000, lambda m: 100 + 10 * m, lambda m: 1 / m)
     assert [q.microbatch_size for q in questions if q.kind == "memory"] == [8, 32, 90]

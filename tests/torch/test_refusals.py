@@ -298,8 +298,8 @@ def test_aux_without_a_pair(result, got):
     call.refused(TypeError, rf"must return \(loss, aux\)\. Got {got}\. Return a pair", calls=1)
 
 
-def test_a_size_that_is_planned_later():
-    Call(microbatch_size="auto").refused(NotImplementedError, "is not planned by this version")
+def test_an_automatic_size_with_a_number_of_micro_batches():
+    Call(microbatch_size="auto", accumulation_steps=2).refused(ValueError, "Leave one of them out")
 
 
 # Loops of others that accumulate themselves. They need not be installed: what is looked up is

@@ -4,25 +4,26 @@ A batch becomes micro-batches, their weights become shares, each micro-batch's s
 differentiated in turn, and the sum is added to `.grad` once all of them have succeeded.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
-from virtualbatch.split import Window, windows
-from virtualbatch.terms import loss_and_aux
-from virtualbatch.torch._aux import detached, merged_aux
-from virtualbatch.torch._batch import Microbatch, microbatches, on_device
-from virtualbatch.torch._batchnorm import MergedStatistics
+from virtualbatch.plan import Plan
+from virtualbatch.recovery import no_smaller_size
+from virtualbatch.sizes import Auto, SizeInForce
+from virtualbatch.split import Window, is_automatic, windows
+from virtualbatch.torch._batch import microbatches
 from virtualbatch.torch._checks import check_call, refuse_foreign_accumulation
-from virtualbatch.torch._gradients import WindowGradients
-from virtualbatch.torch._loss import WindowLoss, checked_terms
+from virtualbatch.torch._memory import is_out_of_memory, largest_parameters, left_bytes
 from virtualbatch.torch._modules import inventory
-from virtualbatch.torch._state import Buffers
-from virtualbatch.torch._weights import Shares, window_shares
+from virtualbatch.torch._plan import planned
+from virtualbatch.torch._random import RandomState
+from virtualbatch.torch._sizes import kept_sizes, signature
+from virtualbatch.torch._window import Program
 
-__all__ = ["Window", "backward", "windows"]
+__all__ = ["Window", "backward", "plan", "windows"]
 
 
 def backward(
@@ -30,7 +31,7 @@ def backward(
     batch: Any,
     *,
     module: torch.nn.Module | Iterable[torch.nn.Module],
-    microbatch_size: int | None = None,
+    microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
     weight: Callable[[Any], Any] | None = None,
     has_aux: bool = False,
@@ -40,7 +41,8 @@ def backward(
 
     Gradients are added to `.grad`, as PyTorch adds them. BatchNorm layers of the modules take one
     momentum update. If anything raises, every `.grad`, buffer, momentum and hook of the modules
-    is as before the call.
+    is as before the call. If memory runs out, the same window runs again with smaller
+    micro-batches, from the same random state, and the smaller size is kept for the module.
 
     Args:
         loss_fn: batch -> scalar mean, or a dict of term names to scalar means whose sum is the
@@ -49,7 +51,8 @@ def backward(
             axis, the rows; or a `Window`, and then no size is given. Tensors on the host are
             copied to the device of the modules, one micro-batch at a time.
         module: the module, or all modules, whose parameters and buffers the loss uses.
-        microbatch_size: rows of one forward and backward.
+        microbatch_size: rows of one forward and backward; or "auto" or an `Auto`, which plan it
+            at the first batch.
         accumulation_steps: micro-batches per window: `microbatch_size = ceil(rows / steps)`.
         weight: micro-batch -> what its mean was divided by, a scalar >= 0 (rows when None); for
             a dict of terms a dict with the same keys, None marking a term that does not depend
@@ -70,6 +73,7 @@ def backward(
             of terms differ, there is no trainable parameter, or another library accumulates too.
         TypeError: the loss is not a floating tensor, or an argument is of the wrong kind.
         RuntimeError: a BatchNorm layer in training mode was not called as a module.
+        MemoryError: not even a micro-batch of one row fits.
 
     Source:
         The law in docs/law.md.
@@ -86,72 +90,92 @@ def backward(
     check_call(functions, batch, microbatch_size, accumulation_steps)
     found = inventory(module)
     refuse_foreign_accumulation()
-    cut = microbatches(batch, microbatch_size, accumulation_steps)
-    shares = window_shares(cut, weight)
-    if found.accelerator is not None:
-        cut = [on_device(microbatch, found.accelerator) for microbatch in cut]
+    program = Program(loss_fn, weight, has_aux, backward_fn, found)
+    given: Any = microbatch_size
+    if is_automatic(given):
+        size = _planned_size(program, batch, given)
+        given = size.rows
+        cut = microbatches(batch, given, None)
+    else:
+        cut = microbatches(batch, given, accumulation_steps)
+        asked = given or max(microbatch.rows for microbatch in cut)
+        size = kept_sizes(found.roots[0]).asked(asked)
+        if size.rows < asked:
+            cut = microbatches(batch, given, accumulation_steps, size.rows)
+    random = RandomState(found.accelerator)
+    while True:
+        try:
+            result = program.run(cut, program.shares(cut))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = error
+        else:
+            size.succeeded()
+            return result
+        random.restore()
+        # Its frames hold the tensors of the window.
+        traceback.clear_frames(failed.__traceback__)
+        if not size.shrink(max(microbatch.rows for microbatch in cut)):
+            left = left_bytes(found.accelerator)
+            raise no_smaller_size(failed, left, largest_parameters(found.roots[0])) from failed
+        cut = microbatches(batch, given, accumulation_steps, size.rows)
 
-    buffers = Buffers(found.with_buffers)
-    statistics = MergedStatistics(found.with_buffers, buffers)
-    gradients = WindowGradients(found.parameters, backward_fn)
-    try:
-        gradients.start()
-        with statistics.attached() if statistics else nullcontext():
-            run = _Run(loss_fn, has_aux, statistics, gradients)
-            loss, aux = run.window(cut, shares)
-            result = (loss, merged_aux(loss_fn, cut, aux, shares.rows)) if has_aux else loss
-        statistics.commit()
-        gradients.commit()
-    except BaseException:
-        gradients.restore()
-        buffers.restore()
-        raise
-    return result
+
+def plan(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    *,
+    module: torch.nn.Module | Iterable[torch.nn.Module],
+    weight: Callable[[Any], Any] | None = None,
+    has_aux: bool = False,
+    backward_fn: Callable[[torch.Tensor], Any] | None = None,
+    memory_limit: int | str | None = None,
+) -> Plan:
+    """Finds the micro-batch that fits and is fast, before anything is trained.
+
+    Peak memory comes from a window on fake tensors, which have shapes and hold nothing; where a
+    loss needs values, from a window that is run. It is a straight line in the rows of a
+    micro-batch, so about three windows tell every size. Then a few sizes are timed, the whole
+    batch each, for ten seconds at the most; the smallest within 5 % of the fastest is chosen.
+    Parameters, `.grad`s, buffers and random states are as before the call.
+
+    Args:
+        loss_fn: as in `backward`, like all arguments that are not explained here.
+        batch: a batch, not a Window.
+        module: see there.
+        weight: see there.
+        has_aux: see there.
+        backward_fn: see there.
+        memory_limit: what parameters, buffers, gradients, the batch and activations may take
+            together, such as the 2 * 2**30 or "2GiB" that a budget leaves beside optimizer
+            state, or "80%" of what they may take now; None for all that the device, or the
+            container that this process is in, has left besides what is held already.
+
+    Returns:
+        The plan. Peaks count tensors, not what an allocator rounds up or kernels take in passing.
+
+    Raises:
+        ValueError: not even one row fits, a limit does not parse, or the batch is already cut.
+        TypeError: see `backward`.
+
+    Example:
+        >>> model = torch.nn.Linear(64, 256)
+        >>> batch = torch.ones(512, 64)
+        >>> found = plan(lambda x: model(x).mean(), batch, module=model, memory_limit="400KiB")
+        >>> found.microbatch_size < 512
+        True
+    """
+    functions = {"loss_fn": loss_fn, "weight": weight, "backward_fn": backward_fn}
+    check_call(functions, batch, 1, None)
+    found = inventory(module)
+    refuse_foreign_accumulation()
+    return planned(Program(loss_fn, weight, has_aux, backward_fn, found), batch, memory_limit)
 
 
-class _Run(NamedTuple):
-    """The micro-batches of one window, one after another."""
-
-    loss_fn: Callable[[Any], Any]
-    has_aux: bool
-    statistics: MergedStatistics
-    gradients: WindowGradients
-
-    def window(self, cut: Sequence[Microbatch], shares: Shares) -> tuple[torch.Tensor, list[Any]]:
-        """The loss of the window, and the aux of each micro-batch if it is asked for."""
-        loss_fn, has_aux, statistics, gradients = self
-        forward = statistics.heard(loss_fn) if statistics else loss_fn
-        empty = shares.empty()
-        # A window without any weight has the loss 0 and, where one micro-batch reaches a
-        # parameter, the gradient 0.
-        nothing = all(empty)
-        # Rows without weight still meet aux and BatchNorm, as they do in the whole batch.
-        run_all = has_aux or bool(statistics)
-        loss = WindowLoss()
-        auxes: list[Any] = []
-        for index, microbatch in enumerate(cut):
-            counts = not empty[index] or (nothing and index == 0)
-            if not (counts or run_all):
-                continue
-            result = forward(microbatch.get())
-            if has_aux:
-                result, aux = loss_and_aux(result, has_aux)
-                auxes.append(detached(aux))
-                del aux
-            terms = checked_terms(result)
-            parts = shares.of(terms, index)
-            if counts:
-                parts = [1.0] * len(parts) if nothing else parts
-                gradients.add(terms.values(), parts)
-                loss.add(terms.values(), parts)
-            # Two graphs at once would hold two sets of activations.
-            del result, terms
-        if not gradients.found_any:
-            raise ValueError(
-                "A loss must depend on a trainable parameter. Got one without a gradient. "
-                "Compute it from the output of the module, without detach() or item()."
-            )
-        if not nothing:
-            return loss.mean(), auxes
-        gradients.zero()
-        return torch.zeros_like(loss.mean()), auxes
+def _planned_size(program: Program, batch: Any, automatic: Any) -> SizeInForce:
+    found = program.found
+    sizes = automatic if isinstance(automatic, Auto) else kept_sizes(found.roots[0])
+    return sizes.planned(
+        signature(batch, found), lambda: planned(program, batch, sizes.memory_limit)
+    )

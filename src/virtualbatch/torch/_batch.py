@@ -56,9 +56,17 @@ class Microbatch(NamedTuple):
         """The structure with fn applied to every tensor where the batch is."""
         return self.build([fn(x) if isinstance(x, torch.Tensor) else x for x in self.leaves])
 
+    def faked(self, fake: Callable[[torch.Tensor], Any]) -> "Microbatch":
+        """The micro-batch with fake tensors for its tensors."""
+        leaves = [fake(x) if isinstance(x, torch.Tensor) else x for x in self.leaves]
+        return self._replace(leaves=leaves, given=None)
+
 
 def microbatches(
-    batch: Any, microbatch_size: int | None, accumulation_steps: int | None
+    batch: Any,
+    microbatch_size: int | None,
+    accumulation_steps: int | None,
+    most: int | None = None,
 ) -> list[Microbatch]:
     """Cuts a batch evenly, or takes a Window as it is cut.
 
@@ -66,6 +74,7 @@ def microbatches(
         batch: nested structure of tensors that share their leading axis, or a Window of such.
         microbatch_size: checked rows of one micro-batch, or None; None for a Window.
         accumulation_steps: checked micro-batches per window, or None; None for a Window.
+        most: rows that no micro-batch may exceed, those of a Window neither; None for any.
 
     Returns:
         The micro-batches in row order. Sizes differ by at most one row, unless a Window says
@@ -80,9 +89,20 @@ def microbatches(
         check_window(batch)
         found = [_uncut(given, f"window[{index}]") for index, given in enumerate(batch)]
         check_alike([_places(leaves, f"window[{i}]") for i, (leaves, _) in enumerate(found)])
-        return [microbatch for _, microbatch in found]
+        given = [microbatch for _, microbatch in found]
+        return given if most is None else [piece for one in given for piece in _cut(one, most)]
     _, uncut = _uncut(batch, "batch")
-    cut = even_cut(uncut.rows, rows_per_microbatch(uncut.rows, microbatch_size, accumulation_steps))
+    size = rows_per_microbatch(uncut.rows, microbatch_size, accumulation_steps)
+    return _cut(uncut, size if most is None else min(size, most))
+
+
+def named_leaves(batch: Any) -> list[tuple[str, Any]]:
+    """The leaves of a batch with the expressions that reach them."""
+    return _uncut(batch, "batch")[0]
+
+
+def _cut(uncut: Microbatch, size: int) -> list[Microbatch]:
+    cut = even_cut(uncut.rows, size)
     if len(cut) == 1:
         return [uncut]
     columns = [_pieces(leaf, uncut.rows, cut) for leaf in uncut.leaves]

@@ -77,10 +77,11 @@ class WindowGradients:
         """Adds the window's gradients to what `.grad` held before it."""
         if self._in_place:
             return
+        entries = list(zip(self._parameters, self._before, self._sums, strict=True))
+        # What allocates comes first: if memory runs out, nothing that `.grad` held has changed.
+        entries.sort(key=lambda entry: entry[1] is not None)
         with torch.no_grad():
-            for parameter, before, total in zip(
-                self._parameters, self._before, self._sums, strict=True
-            ):
+            for parameter, before, total in entries:
                 found = parameter.grad if total is None else total
                 parameter.grad = _committed(parameter, before, found)
 
@@ -202,6 +203,8 @@ def _committed(
         return _sum(before, found).to(before.dtype)
     if before.dtype == found.dtype:
         return before.add_(found)
+    if not found.is_sparse and torch.promote_types(before.dtype, found.dtype) == found.dtype:
+        return before.copy_(found.add_(before))
     total = _sum(_widened(before), found)
     if not total.is_sparse:
         return before.copy_(total)

@@ -12,12 +12,14 @@ class Inventory(NamedTuple):
     """What a window needs of its modules, submodules included.
 
     Fields:
+        roots: the modules themselves, each once.
         parameters: those that take a gradient, each once; at least one.
         with_buffers: modules that have buffers of their own, each once.
         accelerator: the device that all parameters are on, or None if that is the host or they
             are on several.
     """
 
+    roots: list[torch.nn.Module]
     parameters: list[torch.nn.Parameter]
     with_buffers: list[torch.nn.Module]
     accelerator: torch.device | None
@@ -65,7 +67,8 @@ def inventory(module: Any) -> Inventory:
             f"Got {names} without any. Pass the model that the loss uses, not frozen."
         )
     device = devices.pop() if len(devices) == 1 else "cpu"
-    return Inventory(list(parameters.values()), with_buffers, None if device == "cpu" else device)
+    accelerator = None if device == "cpu" else device
+    return Inventory(list(roots.values()), list(parameters.values()), with_buffers, accelerator)
 
 
 def _roots(module: Any) -> dict[int, torch.nn.Module]:

@@ -1,0 +1,114 @@
+"""Peak memory of a window, counted tensor by tensor as PyTorch makes and drops them."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most bytes that tensors made by a function held at once, on any device.
+
+    Args:
+        run: called once.
+    """
+    with _Counted() as counted:
+        run()
+    return counted.peak
+
+
+class _Counted(TorchDispatchMode):
+    """Counts the bytes of storages that operations make while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._held = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = {
+            x.untyped_storage()._cdata
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor) and x.layout == torch.strided
+        }
+        for found in tree_leaves(result):
+            # Sparse gradients are few bytes, and have no storage of their own.
+            if isinstance(found, torch.Tensor) and found.layout == torch.strided:
+                self._count(found.untyped_storage(), given)
+        return result
+
+    def _count(self, storage: Any, given: set[int]) -> None:
+        key = storage._cdata
+        if key in self._known or key in given:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self._held += size
+        self.peak = max(self.peak, self._held)
+        weakref.finalize(storage, self._dropped, key, size)
+
+    def _dropped(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._held -= size
+
+
+def can_fake(modules: list[torch.nn.Module]) -> bool:
+    """Whether fake tensors are as large as real ones would be.
+
+    Recurrent layers run in a kernel whose workspace has a size that PyTorch knows of real tensors
+    only.
+    """
+    return not any(isinstance(x, torch.nn.RNNBase) for root in modules for x in root.modules())
+
+
+@contextmanager
+def faked(modules: list[torch.nn.Module]) -> Iterator[Callable[[Any], Any]]:
+    """Gives modules fake parameters and buffers, which hold nothing, for the length of a context.
+
+    Whatever else the modules have as attributes is put back with them.
+
+    Args:
+        modules: with their submodules.
+
+    Yields:
+        tensor -> fake tensor, for the tensors of a batch.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    layers = list({id(layer): layer for module in modules for layer in module.modules()}.values())
+    before = [
+        (layer, dict(vars(layer)), dict(layer._parameters), dict(layer._buffers))
+        for layer in layers
+    ]
+    fakes: dict[int, FakeTensor] = {}
+
+    def fake(tensor: torch.Tensor) -> Any:
+        if id(tensor) not in fakes:
+            found = mode.from_tensor(tensor, static_shapes=True)
+            if isinstance(tensor, torch.nn.Parameter):
+                found = torch.nn.Parameter(found, requires_grad=tensor.requires_grad)
+            fakes[id(tensor)] = found
+        return fakes[id(tensor)]
+
+    try:
+        for layer in layers:
+            for tensors in (layer._parameters, layer._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        tensors[name] = fake(tensor)
+        with mode:
+            yield fake
+    finally:
+        for layer, attributes, parameters, buffers in before:
+            layer.__dict__.clear()
+            layer.__dict__.update(attributes)
+            layer._parameters.update(parameters)
+            layer._buffers.clear()
+            layer._buffers.update(buffers)

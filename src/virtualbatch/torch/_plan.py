@@ -1,0 +1,109 @@
+"""Planning on PyTorch: what a window holds at its peak, and how long it takes."""
+
+import logging
+import time
+from typing import Any
+
+import torch
+
+from virtualbatch.plan import Plan, Question, Search, parse_limit
+from virtualbatch.torch._batch import Microbatch, microbatches, named_leaves
+from virtualbatch.torch._memory import is_out_of_memory, left_bytes
+from virtualbatch.torch._modules import inventory
+from virtualbatch.torch._peak import can_fake, faked, peak_bytes
+from virtualbatch.torch._random import RandomState
+from virtualbatch.torch._weights import Shares
+from virtualbatch.torch._window import Program
+
+# Seconds after which no further size is timed.
+TIME_TO_SPEND = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Plan:
+    """The plan for a batch.
+
+    Args:
+        program: what is to be run.
+        batch: a batch, not a Window.
+        memory_limit: bytes, a text, or None.
+
+    Raises:
+        ValueError: not even one row fits, or a limit does not parse.
+    """
+    found = program.found
+    (whole,) = microbatches(batch, None, 1)
+    held = _held_bytes(program, batch)
+    limit = parse_limit(memory_limit, left_bytes(found.accelerator) + held)
+    search = Search(whole.rows, limit)
+    random = RandomState(found.accelerator)
+    begin = time.perf_counter()
+    try:
+        while (question := search.ask()) is not None:
+            if question.kind == "time" and time.perf_counter() - begin > TIME_TO_SPEND:
+                search.stop_timing()
+                continue
+            cut = microbatches(batch, question.microbatch_size, None)
+            try:
+                shares = program.shares(cut)
+                peak = held + _peak(program, cut, shares)
+                search.tell(Question("memory", question.microbatch_size), peak)
+                # A size that was only predicted to fit may need a little more.
+                if question.kind == "time" and peak <= limit:
+                    search.tell(question, _seconds(program, cut, shares))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                search.tell(question, None)
+    finally:
+        random.restore()
+    return search.plan()
+
+
+def _peak(program: Program, cut: list[Microbatch], shares: Shares) -> int:
+    """The most bytes that a window makes, beside what is held before it."""
+    # The window's largest micro-batches are its first; one more shows what stays between them.
+    some = slice(0, 3)
+    few = Shares(shares.rows[some], shares.terms and {k: v[some] for k, v in shares.terms.items()})
+    roots = program.found.roots
+    if can_fake(roots):
+        try:
+            with faked(roots) as fake:
+                on_fakes = program._replace(found=inventory(roots))
+                pieces = [microbatch.faked(fake) for microbatch in cut[some]]
+                return peak_bytes(lambda: on_fakes.run(pieces, few, commit=False))
+        except Exception as error:
+            # Values may be needed, or an operation may not know its shapes. Whatever is wrong with
+            # the loss function itself is raised again by the window that is run instead.
+            _log.debug("No plan on fake tensors: %s", error)
+    return peak_bytes(lambda: program.run(cut[some], few, commit=False))
+
+
+def _seconds(program: Program, cut: list[Microbatch], shares: Shares) -> float:
+    """The shortest of three runs of a window, after one that loads what the first run loads."""
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        program.run(cut, shares, commit=False)
+        if program.found.accelerator is not None:
+            torch.accelerator.synchronize(program.found.accelerator)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _held_bytes(program: Program, batch: Any) -> int:
+    """Bytes of parameters, their gradients, buffers and the batch, where the modules are."""
+    device = program.found.accelerator or torch.device("cpu")
+    tensors: list[Any] = [leaf for _, leaf in named_leaves(batch)]
+    for root in program.found.roots:
+        tensors += [*root.parameters(), *root.buffers()]
+        tensors += [parameter.grad for parameter in root.parameters()]
+    storages = {
+        found.untyped_storage()._cdata: found.untyped_storage().nbytes()
+        for found in tensors
+        if isinstance(found, torch.Tensor)
+        and found.layout == torch.strided
+        and found.device.type == device.type
+    }
+    return sum(storages.values())

@@ -1,0 +1,28 @@
+"""The state of PyTorch's random generators, so that a window can be run again."""
+
+from typing import Any
+
+import torch
+
+
+class RandomState:
+    """The default generators of the host and of one device, as they are now.
+
+    Args:
+        device: a device beside the host whose numbers a window draws, or None.
+    """
+
+    def __init__(self, device: torch.device | None):
+        self._host = torch.get_rng_state()
+        # Meta tensors hold nothing, and nothing is drawn for them.
+        drawn = device is not None and device.type != "meta"
+        self._module: Any = torch.get_device_module(device) if drawn else None
+        # Apple's GPU is one, and is not named.
+        self._place = () if device is None or device.type == "mps" else (device,)
+        self._on_device = self._module and self._module.get_rng_state(*self._place)
+
+    def restore(self) -> None:
+        """Lets the generators go on from where they were."""
+        torch.set_rng_state(self._host)
+        if self._module is not None:
+            self._module.set_rng_state(self._on_device, *self._place)

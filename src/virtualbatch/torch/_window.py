@@ -1,0 +1,125 @@
+"""One window: micro-batches, one after another, whose gradients are committed together or not."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+from virtualbatch.terms import loss_and_aux
+from virtualbatch.torch._aux import detached, merged_aux
+from virtualbatch.torch._batch import Microbatch, on_device
+from virtualbatch.torch._batchnorm import MergedStatistics
+from virtualbatch.torch._gradients import WindowGradients
+from virtualbatch.torch._loss import WindowLoss, checked_terms
+from virtualbatch.torch._modules import Inventory
+from virtualbatch.torch._state import Buffers
+from virtualbatch.torch._weights import Shares, window_shares
+
+
+class Program(NamedTuple):
+    """What `backward` was given beside the batch and its size.
+
+    Fields:
+        loss_fn: micro-batch -> loss, or (loss, aux).
+        weight: micro-batch -> weight, or None.
+        has_aux: whether `loss_fn` returns aux.
+        backward_fn: scalar loss -> None, or None.
+        found: what its modules hold.
+    """
+
+    loss_fn: Callable[[Any], Any]
+    weight: Callable[[Any], Any] | None
+    has_aux: bool
+    backward_fn: Callable[[torch.Tensor], Any] | None
+    found: Inventory
+
+    def shares(self, cut: Sequence[Microbatch]) -> Shares:
+        """The shares of a window's micro-batches."""
+        return window_shares(cut, self.weight)
+
+    def run(self, cut: Sequence[Microbatch], shares: Shares, *, commit: bool = True) -> Any:
+        """Runs a window.
+
+        If anything raises, every `.grad`, buffer, momentum and hook is as before the call.
+
+        Args:
+            cut: the micro-batches.
+            shares: their shares.
+            commit: whether gradients and statistics are kept; else all is put back.
+
+        Returns:
+            The mean loss, or (loss, aux).
+        """
+        if self.found.accelerator is not None:
+            cut = [on_device(microbatch, self.found.accelerator) for microbatch in cut]
+        buffers = Buffers(self.found.with_buffers)
+        statistics = MergedStatistics(self.found.with_buffers, buffers)
+        gradients = WindowGradients(self.found.parameters, self.backward_fn)
+        try:
+            gradients.start()
+            with statistics.attached() if statistics else nullcontext():
+                run = _Run(self.loss_fn, self.has_aux, statistics, gradients)
+                loss, aux = run.window(cut, shares)
+                result = loss
+                if self.has_aux:
+                    result = (loss, merged_aux(self.loss_fn, cut, aux, shares.rows))
+            if commit:
+                statistics.commit()
+                gradients.commit()
+            else:
+                gradients.restore()
+                buffers.restore()
+        except BaseException:
+            gradients.restore()
+            buffers.restore()
+            raise
+        return result
+
+
+class _Run(NamedTuple):
+    """The micro-batches of one window, one after another."""
+
+    loss_fn: Callable[[Any], Any]
+    has_aux: bool
+    statistics: MergedStatistics
+    gradients: WindowGradients
+
+    def window(self, cut: Sequence[Microbatch], shares: Shares) -> tuple[torch.Tensor, list[Any]]:
+        """The loss of the window, and the aux of each micro-batch if it is asked for."""
+        loss_fn, has_aux, statistics, gradients = self
+        forward = statistics.heard(loss_fn) if statistics else loss_fn
+        empty = shares.empty()
+        # A window without any weight has the loss 0 and, where one micro-batch reaches a
+        # parameter, the gradient 0.
+        nothing = all(empty)
+        # Rows without weight still meet aux and BatchNorm, as they do in the whole batch.
+        run_all = has_aux or bool(statistics)
+        loss = WindowLoss()
+        auxes: list[Any] = []
+        for index, microbatch in enumerate(cut):
+            counts = not empty[index] or (nothing and index == 0)
+            if not (counts or run_all):
+                continue
+            result = forward(microbatch.get())
+            if has_aux:
+                result, aux = loss_and_aux(result, has_aux)
+                auxes.append(detached(aux))
+                del aux
+            terms = checked_terms(result)
+            parts = shares.of(terms, index)
+            if counts:
+                parts = [1.0] * len(parts) if nothing else parts
+                gradients.add(terms.values(), parts)
+                loss.add(terms.values(), parts)
+            # Two graphs at once would hold two sets of activations.
+            del result, terms
+        if not gradients.found_any:
+            raise ValueError(
+                "A loss must depend on a trainable parameter. Got one without a gradient. "
+                "Compute it from the output of the module, without detach() or item()."
+            )
+        if not nothing:
+            return loss.mean(), auxes
+        gradients.zero()
+        return torch.zeros_like(loss.mean()), auxes
