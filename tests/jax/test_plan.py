@@ -63,13 +63,15 @@ def test_an_unseen_size_is_predicted_within_three_percent():
 
 @pytest.mark.parametrize("room", [0.2, 0.5, 0.9])
 def test_the_size_is_the_largest_that_fits_a_limit(room):
-    params, batch = problem()
-    least, most = peak(1, params, batch), peak(ROWS, params, batch)
+    # Enough rows that one more set of gradients, for a remainder, does not matter.
+    rows = 4096
+    params, batch = problem(rows)
+    least, most = peak(1, params, batch), peak(rows, params, batch)
     limit = int(least + room * (most - least))
     found = vb.plan(loss, memory_limit=limit)(abstract(params), abstract(batch))
     size = found.microbatch_size
     assert found.memory_limit == limit
-    assert found.accumulation_steps == -(-ROWS // size)
+    assert found.accumulation_steps == -(-rows // size)
     assert peak(size, params, batch) <= limit
     assert peak(int(1.1 * size) + 2, params, batch) > limit
 

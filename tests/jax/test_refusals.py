@@ -110,9 +110,9 @@ def test_sizes_and_rows(name, mode):
     Call(**changes).refused(mode, ValueError, text)
 
 
-def test_a_size_that_is_planned_later():
-    Call(microbatch_size="auto").refused(
-        "eager", NotImplementedError, "not planned by this version"
+def test_an_automatic_size_with_a_number_of_micro_batches():
+    Call(microbatch_size="auto", accumulation_steps=2).refused(
+        "eager", ValueError, "Leave one of them out"
     )
 
 

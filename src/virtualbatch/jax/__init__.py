@@ -4,6 +4,7 @@ A batch becomes segments of micro-batches, their weights become shares, one scan
 micro-batch's share of the gradient, and the sums come back as `jax.value_and_grad` gives them.
 """
 
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any
@@ -11,16 +12,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from virtualbatch.jax._batch import cut_batch
+from virtualbatch.jax._batch import Cut, cut_batch, cut_further
 from virtualbatch.jax._checks import check_arguments, check_options
 from virtualbatch.jax._compiled import run_compiled
 from virtualbatch.jax._eager import run_eager
+from virtualbatch.jax._memory import KINDS, is_out_of_memory, largest_arrays, left_bytes
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._plan import planned
 from virtualbatch.jax._replicas import varying
+from virtualbatch.jax._sizes import needs_values, signature, stand_ins
 from virtualbatch.jax._weights import host_shares, traced_shares
 from virtualbatch.plan import Plan
-from virtualbatch.split import Window, windows
+from virtualbatch.recovery import no_smaller_size
+from virtualbatch.sizes import Auto, SizeInForce
+from virtualbatch.split import Window, is_automatic, windows
 
 __all__ = ["Window", "plan", "value_and_grad", "windows"]
 
@@ -36,7 +41,7 @@ def value_and_grad(
     has_aux: bool = False,
     *,
     batch_argnum: int = 1,
-    microbatch_size: int | None = None,
+    microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
     weight: Callable[[Any], Any] | None = None,
     accumulator_dtype: Any = None,
@@ -60,7 +65,8 @@ def value_and_grad(
             integers summed.
         batch_argnum: position of the batch: a pytree whose arrays share their leading axis, the
             rows; or a `Window`, and then no size is given.
-        microbatch_size: rows of one forward and backward.
+        microbatch_size: rows of one forward and backward; or "auto" or an `Auto`, which plan it at
+            the first call, under `jit` while it is traced, and remember it with this function.
         accumulation_steps: micro-batches per window: `microbatch_size = ceil(rows / steps)`.
         weight: micro-batch -> what its mean was divided by, a scalar >= 0 (rows when None); for
             a dict of terms a dict with the same keys, None marking a term that does not depend
@@ -108,14 +114,11 @@ def value_and_grad(
     differentiate = partial(grad_fn or jax.value_and_grad, **options)
     diff_argnums = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
 
-    @wraps(fun)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        check_arguments(args, batch_argnum, key_argnum, microbatch_size, accumulation_steps)
-        batch = args[batch_argnum]
-        # Under jit new values are traced too, where a loss uses traced ones that are no arguments.
-        leaves = jax.tree.leaves((args, kwargs, jnp.zeros(())))
-        traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
-        cut = cut_batch(batch, microbatch_size, accumulation_steps, compiled=traced)
+    sizes = microbatch_size if isinstance(microbatch_size, Auto) else Auto()
+
+    def in_micro_batches(
+        args: tuple[Any, ...], kwargs: dict[str, Any], cut: Cut, traced: bool
+    ) -> Any:
         if axis_name is not None:
             # Numbers of axes mean nothing outside a trace: JAX names the axis that is missing.
             jax.lax.axis_size(axis_name)
@@ -132,7 +135,76 @@ def value_and_grad(
             value, aux, gradients = run_eager(call, cut, shares, accumulator_dtype)
         return ((value, aux) if has_aux else value), gradients
 
+    def planned_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SizeInForce:
+        reason = "a call with axis_name" if axis_name is not None else needs_values((args, kwargs))
+        if reason is not None:
+            raise ValueError(
+                'microbatch_size="auto" plans one device outside of shard_map. '
+                f"Got {reason}. Call plan with the shapes of one device, and pass what it finds."
+            )
+
+        def window(size: int) -> Callable[..., Any]:
+            return value_and_grad(
+                fun,
+                argnums,
+                has_aux,
+                batch_argnum=batch_argnum,
+                microbatch_size=size,
+                weight=weight,
+                accumulator_dtype=accumulator_dtype,
+                key_argnum=key_argnum,
+                grad_fn=grad_fn,
+            )
+
+        def make() -> Plan:
+            given, named = stand_ins((args, kwargs))
+            return planned(window, given[batch_argnum], given, named, sizes.memory_limit)
+
+        return sizes.planned(signature(args, kwargs, batch_argnum), make)
+
+    @wraps(fun)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        check_arguments(args, batch_argnum, key_argnum, microbatch_size, accumulation_steps)
+        # Under jit new values are traced too, where a loss uses traced ones that are no arguments.
+        leaves = jax.tree.leaves((args, kwargs, jnp.zeros(())))
+        traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+        batch = args[batch_argnum]
+        given: Any = microbatch_size
+        size: SizeInForce | None = None
+        if is_automatic(given):
+            size = planned_size(args, kwargs)
+            given = size.rows
+        cut = cut_batch(batch, given, accumulation_steps, compiled=traced)
+        if traced:
+            return in_micro_batches(args, kwargs, cut, traced)
+        asked = given or max(cut.rows)
+        size = size or sizes.asked(asked)
+        while True:
+            if size.rows < asked:
+                cut = _cut_smaller(batch, size.rows)
+            try:
+                # Errors arrive late in JAX; waiting once per window costs what its caller waits.
+                result = jax.block_until_ready(in_micro_batches(args, kwargs, cut, traced))
+            except KINDS as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = error
+            else:
+                size.succeeded()
+                return result
+            # Its frames hold the arrays of the window.
+            traceback.clear_frames(failed.__traceback__)
+            if not size.shrink(max(cut.rows)):
+                largest = largest_arrays([args[k] for k in diff_argnums])
+                raise no_smaller_size(failed, left_bytes(), largest) from failed
+
     return wrapper
+
+
+def _cut_smaller(batch: Any, most: int) -> Cut:
+    if isinstance(batch, Window):
+        return cut_batch(cut_further(batch, most), None, None, compiled=False)
+    return cut_batch(batch, most, None, compiled=False)
 
 
 def plan(

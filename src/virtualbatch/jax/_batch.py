@@ -126,6 +126,15 @@ def cut_batch(
     return Cut([Segment(1, n, partial(_piece, batch, start, n)) for start, n in pieces])
 
 
+def cut_further(window: Window, most: int) -> Window:
+    """A Window of micro-batches that have no more rows than that, in the same order."""
+    return Window(
+        _piece(microbatch, start, stop - start)
+        for index, microbatch in enumerate(window)
+        for start, stop in even_cut(rows_of(microbatch, f"window[{index}]"), most)
+    )
+
+
 def rows_of(batch: Any, path: str) -> int:
     """Rows that all arrays of a batch share.
 
@@ -170,10 +179,7 @@ def _contiguous(batch: Any, rows: int, size: int) -> Cut:
     count, rest = divmod(rows, size)
     segments = [Segment(count, size, lambda index: _piece(batch, index * size, size))]
     if rest:
-        # A start that depends on the index, for whoever has to order the segments by it.
-        segments.append(
-            Segment(1, rest, lambda index: _piece(batch, count * size + index * rest, rest))
-        )
+        segments.append(Segment(1, rest, partial(_piece, batch, count * size, rest)))
     return Cut(segments)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from virtualbatch.host_memory import host_memory
 from virtualbatch.jax._batch import is_array, rows_of
+from virtualbatch.jax._memory import KINDS, is_out_of_memory, left_bytes
 from virtualbatch.plan import Plan, Question, Search, parse_limit
 
 # Seconds after which no further size is timed.
@@ -68,12 +68,18 @@ def planned(
         ):
             search.stop_timing()
             continue
-        program = compiled(question.microbatch_size)
-        peak = _peak_bytes(program)
-        search.tell(Question("memory", question.microbatch_size), peak)
-        # A remainder may take a little more than the straight line through other sizes.
-        if question.kind == "time" and peak <= limit:
-            search.tell(question, _seconds(program, arrays))
+        size = question.microbatch_size
+        try:
+            program = compiled(size)
+            peak = _peak_bytes(program)
+            search.tell(Question("memory", size), peak)
+            # A remainder may take a little more than the straight line through other sizes.
+            if question.kind == "time" and peak <= limit:
+                search.tell(question, _seconds(program, arrays))
+        except KINDS as error:
+            if not is_out_of_memory(error):
+                raise
+            search.tell(question, None)
     return search.plan()
 
 
@@ -89,10 +95,11 @@ def _peak_bytes(program: Any) -> int:
 
 
 def _seconds(program: Any, arrays: list[Any]) -> float:
-    """The shortest of three runs, after one that loads what the first run loads."""
+    """The shortest of some runs, after one that loads what the first run loads."""
     jax.block_until_ready(program(arrays))
-    times = []
-    for _ in range(3):
+    times: list[float] = []
+    # A window of microseconds needs many runs before one of them is undisturbed.
+    while len(times) < 3 or sum(times) < 0.05:
         start = time.perf_counter()
         jax.block_until_ready(program(arrays))
         times.append(time.perf_counter() - start)
@@ -101,8 +108,4 @@ def _seconds(program: Any, arrays: list[Any]) -> float:
 
 def _left_bytes(arrays: list[Any]) -> int:
     """What a window may take: what the device has left, and what the arguments hold of it."""
-    held = sum(leaf.nbytes for leaf in arrays if isinstance(leaf, jax.Array))
-    statistics = jax.devices()[0].memory_stats()
-    if statistics is None:
-        return host_memory().left_bytes + held
-    return int(statistics["bytes_limit"] - statistics["bytes_in_use"]) + held
+    return left_bytes() + sum(leaf.nbytes for leaf in arrays if isinstance(leaf, jax.Array))
