@@ -19,6 +19,13 @@ SIGNATURES = {
         "(loss_fn, batch, variables, *, microbatch_size=None, accumulation_steps=None, "
         "weight=None, has_aux=False)"
     ),
+    virtualbatch.tensorflow.plan: (
+        "(loss_fn, batch, variables, *, weight=None, has_aux=False, memory_limit=None)"
+    ),
+    virtualbatch.torch.plan: (
+        "(loss_fn, batch, *, module, weight=None, has_aux=False, backward_fn=None, "
+        "memory_limit=None)"
+    ),
     virtualbatch.keras.accumulate: "(model, *, microbatch_size=None, accumulation_steps=None)",
     virtualbatch.keras.restore: "(model)",
     virtualbatch.torch.backward: (
@@ -38,7 +45,7 @@ SIGNATURES = {
 
 NAMES = {
     virtualbatch: {"Auto", "Window", "windows"},
-    virtualbatch.tensorflow: {"Window", "value_and_gradients", "windows"},
+    virtualbatch.tensorflow: {"Window", "plan", "value_and_gradients", "windows"},
     virtualbatch.keras: {"accumulate", "restore"},
     virtualbatch.jax: {"Window", "plan", "value_and_grad", "windows"},
     virtualbatch.torch: {"Window", "backward", "plan", "windows"},

@@ -59,7 +59,11 @@ BEFORE_ANYTHING = {
         r"accumulation_steps must be a positive integer\. Got accumulation_steps=0\.",
     ),
     "no size": ({"microbatch_size": None}, ValueError, r"Got neither microbatch_size nor"),
-    "auto": ({"microbatch_size": "auto"}, NotImplementedError, r"not planned by this version"),
+    "auto and counted": (
+        {"microbatch_size": "auto", "accumulation_steps": 2},
+        ValueError,
+        r"Leave one of them out\.",
+    ),
     "sizes disagree": (
         {"accumulation_steps": 2},
         ValueError,

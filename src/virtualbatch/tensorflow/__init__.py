@@ -4,14 +4,24 @@ A batch becomes segments of micro-batches, their weights become shares, one loop
 micro-batch's share of the gradient, and the sums come back as `tape.gradient` would give them.
 """
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from virtualbatch.split import Window, check_sizes, windows
+from virtualbatch.plan import Plan
+from virtualbatch.recovery import no_smaller_size
+from virtualbatch.sizes import Auto, SizeInForce
+from virtualbatch.split import Window, check_sizes, common_rows, is_automatic, windows
 from virtualbatch.tensorflow._aux import WindowAux
-from virtualbatch.tensorflow._batch import segments
+from virtualbatch.tensorflow._batch import (
+    Segment,
+    as_tensor,
+    named_arrays,
+    segments,
+    smaller_segments,
+)
 from virtualbatch.tensorflow._gradients import (
     add,
     finished,
@@ -22,10 +32,18 @@ from virtualbatch.tensorflow._gradients import (
     split_sparse,
 )
 from virtualbatch.tensorflow._loop import Output, fold, trace
+from virtualbatch.tensorflow._memory import (
+    KINDS,
+    is_out_of_memory,
+    largest_variables,
+    left_bytes,
+)
+from virtualbatch.tensorflow._plan import held_bytes, planned
+from virtualbatch.tensorflow._sizes import kept_sizes, signature, stand_in
 from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.terms import loss_and_aux, loss_terms
 
-__all__ = ["Window", "value_and_gradients", "windows"]
+__all__ = ["Window", "plan", "value_and_gradients", "windows"]
 
 
 class _Micro(NamedTuple):
@@ -42,7 +60,7 @@ def value_and_gradients(
     batch: Any,
     variables: Any,
     *,
-    microbatch_size: int | None = None,
+    microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
     weight: Callable[[Any], Any] | None = None,
     has_aux: bool = False,
@@ -58,7 +76,8 @@ def value_and_gradients(
         batch: nested structure whose arrays share their leading axis, the rows; or a `Window`,
             and then no size is given.
         variables: what to differentiate with respect to, in any nested structure.
-        microbatch_size: rows of one forward and backward.
+        microbatch_size: rows of one forward and backward; or "auto" or an `Auto`, which plan it at
+            the first batch, in a graph while it is traced.
         accumulation_steps: micro-batches per window: `microbatch_size = ceil(rows / steps)`.
         weight: micro-batch -> what its mean was divided by, a scalar >= 0 (rows when None); for
             a dict of terms a dict with the same keys, None marking a term that does not depend
@@ -95,15 +114,150 @@ def value_and_gradients(
         2.000 [0.667 0.667]
     """
     _check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
-    # AutoGraph does not look into this library, but must go on converting what the user wrote.
-    autograph = tf.__internal__.autograph
-    status = autograph.control_status_ctx()
     if not tf.executing_eagerly():
+        # AutoGraph does not look into this library, but must go on converting what the user wrote.
+        autograph = tf.__internal__.autograph
+        status = autograph.control_status_ctx()
         loss_fn = autograph.tf_convert(loss_fn, status)
         weight = weight and autograph.tf_convert(weight, status)
-    return _value_and_gradients(
+    return _in_micro_batches(
         loss_fn, batch, variables, microbatch_size, accumulation_steps, weight, has_aux
     )
+
+
+@tf.autograph.experimental.do_not_convert
+def _in_micro_batches(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    variables: Any,
+    microbatch_size: Any,
+    accumulation_steps: int | None,
+    weight: Callable[[Any], Any] | None,
+    has_aux: bool,
+) -> tuple[Any, Any]:
+    """A window of the size in force; eagerly once more with a smaller one if memory runs out."""
+    size: SizeInForce | None = None
+    if is_automatic(microbatch_size):
+        size = _planned_size(loss_fn, batch, variables, microbatch_size, weight, has_aux)
+        microbatch_size = size.rows
+    cut = segments(batch, microbatch_size, accumulation_steps)
+    if not tf.executing_eagerly():
+        return _window(loss_fn, cut, variables, weight, has_aux)
+    asked = microbatch_size or max(segment.rows(0) for segment in cut)
+    size = size or kept_sizes(variables).asked(asked)
+    while True:
+        if size.rows < asked:
+            cut = smaller_segments(batch, size.rows)
+        try:
+            result = _window(loss_fn, cut, variables, weight, has_aux)
+        except KINDS as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = error
+        else:
+            size.succeeded()
+            return result
+        # Its frames hold the tensors of the window.
+        traceback.clear_frames(failed.__traceback__)
+        if not size.shrink(max(segment.rows(0) for segment in cut)):
+            largest = largest_variables(variables)
+            raise no_smaller_size(failed, left_bytes(), largest) from failed
+
+
+def plan(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    variables: Any,
+    *,
+    weight: Callable[[Any], Any] | None = None,
+    has_aux: bool = False,
+    memory_limit: int | str | None = None,
+) -> Plan:
+    """Finds the micro-batch that fits and is fast, before anything is trained.
+
+    TensorFlow cannot tell a window's memory beforehand, so windows are run in a graph, smallest
+    first, and their peak is measured; it is a straight line in the rows of a micro-batch, so few
+    are needed. Then a few sizes are timed, the whole batch each, for ten seconds at the most; the
+    smallest within 5 % of the fastest is chosen. Variables are as before the call.
+
+    Args:
+        loss_fn: as in `value_and_gradients`, like all arguments that are not explained here.
+        batch: a batch, not a Window.
+        variables: see there.
+        weight: see there.
+        has_aux: see there.
+        memory_limit: what variables, the batch, gradients and activations may take together, such
+            as the 2 * 2**30 or "2GiB" that a budget leaves beside optimizer state, or "80%" of
+            what they may take now; None for all that the device, or the container that this
+            process is in, has left besides what is held already.
+
+    Returns:
+        The plan. On the host a peak is that of the resident memory, and is off by some MiB.
+
+    Raises:
+        ValueError: not even one row fits, a limit does not parse, the batch is already cut, or
+            the call is inside a graph.
+        TypeError: see `value_and_gradients`.
+        NotImplementedError: neither a GPU nor the operating system tells a peak.
+
+    Example:
+        >>> kernel = tf.Variable(tf.ones([64, 32]))
+        >>> found = plan(lambda x: tf.reduce_mean(x @ kernel), tf.ones([128, 64]), [kernel])
+        >>> found.microbatch_size <= 128
+        True
+    """
+    _check_call(loss_fn, batch, variables, 1, None, weight)
+    if not tf.executing_eagerly():
+        raise ValueError(
+            "A plan is made outside of graphs, because it runs some. Got a call inside "
+            "tf.function. Call it before."
+        )
+
+    def window(microbatch_size: int) -> Callable[[Any], Any]:
+        def run(batch: Any) -> Any:
+            return value_and_gradients(
+                loss_fn,
+                batch,
+                variables,
+                microbatch_size=microbatch_size,
+                weight=weight,
+                has_aux=has_aux,
+            )
+
+        return run
+
+    rows = common_rows(named_arrays(batch))
+    if rows is None:
+        raise ValueError("internal: an eager batch has no number of rows.")
+    batch = tf.nest.map_structure(as_tensor, batch)
+    return planned(window, batch, rows, held_bytes(variables, batch), memory_limit)
+
+
+def _planned_size(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    variables: Any,
+    automatic: Any,
+    weight: Callable[[Any], Any] | None,
+    has_aux: bool,
+) -> SizeInForce:
+    sizes = automatic if isinstance(automatic, Auto) else kept_sizes(variables)
+    found = signature(batch, variables)
+    graph = not tf.executing_eagerly()
+
+    def make() -> Plan:
+        # Out of the user's graph, if there is one; then without its values.
+        with tf.init_scope():
+            return plan(
+                loss_fn,
+                stand_in(batch) if graph else batch,
+                variables,
+                weight=weight,
+                has_aux=has_aux,
+                memory_limit=sizes.memory_limit,
+            )
+
+    return sizes.planned(found, make)
 
 
 def _check_call(
@@ -137,18 +291,14 @@ def _check_call(
         )
 
 
-@tf.autograph.experimental.do_not_convert
-def _value_and_gradients(
+def _window(
     loss_fn: Callable[[Any], Any],
-    batch: Any,
+    cut: Sequence[Segment],
     variables: Any,
-    microbatch_size: int | None,
-    accumulation_steps: int | None,
     weight: Callable[[Any], Any] | None,
     has_aux: bool,
 ) -> tuple[Any, Any]:
     flat_variables = tf.nest.flatten(variables)
-    cut = segments(batch, microbatch_size, accumulation_steps)
     shares = window_shares(cut, weight)
     several = shares.terms is not None and len(shares.terms) > 1
     dtypes: list[tf.DType] = []

@@ -86,6 +86,18 @@ def segments(
     return result
 
 
+def smaller_segments(batch: Any, most: int) -> list[Segment]:
+    """The same micro-batches, eagerly, with no more rows than that; those of a Window are cut.
+
+    Args:
+        batch: a batch or a Window.
+        most: rows of a micro-batch, >= 1.
+    """
+    if not isinstance(batch, Window):
+        return segments(batch, most, None)
+    return [piece for microbatch in batch for piece in segments(microbatch, most, None)]
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf of a batch has rows, rather than belonging to all of them."""
     return hasattr(leaf, "shape")

@@ -1,0 +1,54 @@
+"""Memory as TensorFlow sees it: what is left, and which errors mean that it ran out."""
+
+import re
+from typing import Any
+
+import tensorflow as tf
+
+from virtualbatch.host_memory import host_memory
+
+# What TensorFlow raises for an allocation; on a GPU some come as errors of the device.
+KINDS = (MemoryError, tf.errors.ResourceExhaustedError, tf.errors.InternalError)
+
+# The codes stand for quotas, messages that are too long and broken kernels as well.
+_TEXT = re.compile(
+    r"\bOOM\b|out of memory|out_of_memory|fail\w* to allocate|allocating \d|alloc_failed",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed; by its class, then by its text.
+
+    Args:
+        error: what was raised.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, KINDS) and bool(_TEXT.search(str(error)))
+
+
+def left_bytes() -> int:
+    """Bytes that a window may still take on the first GPU, or on the host if there is none."""
+    gpus = tf.config.list_logical_devices("GPU")
+    if not gpus:
+        return host_memory().left_bytes
+    limits = tf.config.get_logical_device_configuration(tf.config.list_physical_devices("GPU")[0])
+    limit = limits[0].memory_limit if limits else None
+    details = tf.config.experimental.get_memory_info(gpus[0].name)
+    if limit is None:
+        # TensorFlow does not say what a GPU has; its allocator takes nearly all of it.
+        raise ValueError(
+            "memory_limit must be given on a GPU without a limit of its own. "
+            "Got memory_limit=None. Pass for example memory_limit='10GiB'."
+        )
+    return int(limit * 2**20 - details["current"])
+
+
+def largest_variables(variables: Any) -> list[tuple[str, int]]:
+    """Names and bytes of the three largest variables, largest first."""
+    sizes = [
+        (found.name, found.shape.num_elements() * tf.as_dtype(found.dtype).size)
+        for found in tf.nest.flatten(variables)
+    ]
+    return sorted(sizes, key=lambda found: -found[1])[:3]

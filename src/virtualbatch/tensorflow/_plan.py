@@ -1,0 +1,115 @@
+"""Planning on TensorFlow: windows are run, in a graph, and their peak and time are measured."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from virtualbatch.plan import Plan, Search, parse_limit
+from virtualbatch.tensorflow._memory import KINDS, is_out_of_memory, left_bytes
+from virtualbatch.tensorflow._peak import PeakMemory
+
+# Seconds after which no further size is timed.
+TIME_TO_SPEND = 10.0
+
+# size -> function of a batch that computes a window, to be made a graph.
+Window = Callable[[int], Callable[[Any], Any]]
+
+
+def planned(
+    window: Window, batch: Any, rows: int, held: int, memory_limit: int | str | None
+) -> Plan:
+    """The plan for a batch.
+
+    Args:
+        window: microbatch_size -> the function that computes a window with it.
+        batch: nested structure of tensors and other leaves.
+        rows: its rows.
+        held: bytes of what exists before a window: variables and the batch.
+        memory_limit: bytes, a text, or None.
+
+    Raises:
+        ValueError: not even one row fits, or a limit does not parse.
+        NotImplementedError: neither a GPU nor the kernel tells a peak.
+    """
+    search = Search(rows, parse_limit(memory_limit, _usable(memory_limit) + held))
+    programs: dict[int, _Program] = {}
+
+    def program(size: int) -> _Program:
+        if size not in programs:
+            programs[size] = _Program(window(size), batch)
+        return programs[size]
+
+    # What TensorFlow loads once, and what its allocator keeps of a window, is no window's need.
+    program(1).run()
+    peak = PeakMemory()
+    begin = time.perf_counter()
+    while (question := search.ask()) is not None:
+        if question.kind == "time" and time.perf_counter() - begin > TIME_TO_SPEND:
+            search.stop_timing()
+            continue
+        try:
+            found = program(question.microbatch_size)
+            if question.kind == "time":
+                search.tell(question, found.seconds())
+            else:
+                # The first run of a graph needs more than those that train.
+                found.run()
+                search.tell(question, held + peak.of(found.run))
+        except KINDS as error:
+            if not is_out_of_memory(error):
+                raise
+            search.tell(question, None)
+    return search.plan()
+
+
+def _usable(memory_limit: int | str | None) -> int:
+    # A GPU may not tell what is left, and then a number will do.
+    asks = memory_limit is None or "%" in str(memory_limit)
+    return left_bytes() if asks else 0
+
+
+def held_bytes(variables: Any, batch: Any) -> int:
+    """Bytes of variables and of the arrays of a batch."""
+    found = [x for x in tf.nest.flatten((variables, batch)) if hasattr(x, "dtype")]
+    shapes = [(tf.TensorShape(x.shape), tf.as_dtype(x.dtype)) for x in found]
+    return sum(shape.num_elements() * dtype.size for shape, dtype in shapes)
+
+
+class _Program:
+    """A window as a graph, and the variables that it could change."""
+
+    def __init__(self, window: Callable[[Any], Any], batch: Any):
+        self._batch = batch
+        self._function = tf.function(window)
+        graph = self._function.get_concrete_function(batch).graph
+        self._changed = list(graph.variables) if _assigns(graph) else []
+
+    def run(self) -> None:
+        """Runs the window and waits for it; every variable is as before."""
+        before = [variable.numpy() for variable in self._changed]
+        try:
+            loss = tf.nest.flatten(self._function(self._batch))[0]
+            np.asarray(loss)
+        finally:
+            for variable, value in zip(self._changed, before, strict=True):
+                variable.assign(value)
+
+    def seconds(self) -> float:
+        """The shortest of some runs, after one that loads what the first run loads."""
+        times: list[float] = []
+        # A window of microseconds needs many runs before one of them is undisturbed.
+        while len(times) < 4 or sum(times) < 0.05:
+            start = time.perf_counter()
+            self.run()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+
+def _assigns(graph: Any) -> bool:
+    """Whether a graph writes to variables."""
+    found = graph.as_graph_def()
+    nodes = [*found.node, *(node for f in found.library.function for node in f.node_def)]
+    return any("Assign" in node.op or "ScatterUpdate" in node.op for node in nodes)

@@ -1,0 +1,170 @@
+"""Planning: peaks near those of real windows, nothing changed, automatic sizes."""
+
+import logging
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tests.tensorflow.modes import compiled
+
+import virtualbatch.tensorflow as vb
+from virtualbatch import Auto
+from virtualbatch.plan import Search
+from virtualbatch.tensorflow._peak import PeakMemory
+
+ROWS = 256
+
+
+def program(rows=ROWS, length=1024):
+    """A loss with an activation of 2 MiB per row, which BatchNorm and dropout change state for."""
+    keras.utils.set_random_seed(0)
+    norm, dropout = keras.layers.BatchNormalization(), keras.layers.Dropout(0.3)
+    first, last = keras.layers.Dense(256, activation="tanh"), keras.layers.Dense(1)
+    x = tf.random.normal([rows, length, 8], seed=1)
+    for layer, width in ((first, 8), (norm, 256), (last, 256)):
+        layer.build([None, length, width])
+
+    def loss_fn(x):
+        return tf.reduce_mean(last(dropout(norm(first(x), training=True), training=True)) ** 2)
+
+    layers = (norm, dropout, first, last)
+    variables = [v for layer in layers for v in layer.trainable_variables]
+    return loss_fn, x, [v.value for v in variables], layers
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """The plans that are made, by a search that asks for little."""
+    made = []
+    plan = Search.plan
+
+    def counted(self):
+        made.append(plan(self))
+        return made[-1]
+
+    monkeypatch.setattr(Search, "plan", counted)
+    return made
+
+
+def small(rows=24):
+    rng = np.random.default_rng(0)
+    variable = tf.Variable(rng.normal(size=(6, 3)))
+    x = tf.constant(rng.normal(size=(rows, 6)))
+    return lambda x: tf.reduce_mean(tf.tanh(x @ variable) ** 2), x, [variable]
+
+
+def test_a_line_predicts_peaks_within_fifteen_percent():
+    loss_fn, x, variables, _ = program(64)
+    found = vb.plan(loss_fn, x, variables)
+    rows = {row.microbatch_size: row.peak_bytes for row in found.rows if row.measured}
+    assert sorted(rows) == [8, 32, 64]
+    slope = (rows[32] - rows[8]) / 24
+    # Each of tanh, BatchNorm, dropout and the loss keeps or needs some MiB per row.
+    assert slope > 3 * 2**20
+    assert abs((rows[32] + 32 * slope) / rows[64] - 1) < 0.15
+
+
+def test_a_limit_is_kept():
+    loss_fn, x, variables, _ = program(64)
+    rows = vb.plan(loss_fn, x, variables).rows
+    limit = (rows[0].peak_bytes + rows[-1].peak_bytes) // 2
+    found = vb.plan(loss_fn, x, variables, memory_limit=limit)
+    assert found.microbatch_size < 64
+    window = tf.function(
+        lambda x: vb.value_and_gradients(
+            loss_fn, x, variables, microbatch_size=found.microbatch_size
+        )
+    )
+    held = sum(v.shape.num_elements() * 4 for v in variables) + x.shape.num_elements() * 4
+    window(x)
+    assert held + PeakMemory().of(lambda: window(x)[0].numpy()) < 1.15 * limit
+
+
+def test_planning_changes_nothing():
+    loss_fn, x, variables, layers = program(16, 64)
+    state = [v.numpy() for layer in layers for v in layer.variables]
+    vb.plan(loss_fn, x, variables)
+    after = [v.numpy() for layer in layers for v in layer.variables]
+    for a, b in zip(state, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+    # Which is not because a window would change nothing.
+    vb.value_and_gradients(loss_fn, x, variables, microbatch_size=8)
+    changed = [v.numpy() for layer in layers for v in layer.variables]
+    assert sum((a != b).any() for a, b in zip(state, changed, strict=True)) == 3
+
+
+def test_an_impossible_limit_is_refused():
+    with pytest.raises(ValueError, match=r"must hold a micro-batch of one row"):
+        vb.plan(*small(), memory_limit="10B")
+
+
+def test_a_graph_and_a_window_are_refused():
+    loss_fn, x, variables = small()
+    with pytest.raises(ValueError, match=r"Got a call inside tf\.function\. Call it before"):
+        tf.function(lambda: vb.plan(loss_fn, x, variables))()
+    with pytest.raises(ValueError, match="A Window is already cut"):
+        vb.plan(loss_fn, vb.Window([x]), variables)
+
+
+@pytest.mark.parametrize("mode", ["eager", "static", "jit"])
+def test_a_planned_call_is_that_of_the_same_size(mode, plans, caplog):
+    loss_fn, x, variables = small()
+
+    def run(size):
+        call = compiled(
+            mode,
+            lambda x: vb.value_and_gradients(loss_fn, x, variables, microbatch_size=size),
+            x,
+        )
+        loss, gradients = call(x)
+        return loss.numpy(), gradients[0].numpy()
+
+    with caplog.at_level(logging.INFO, "virtualbatch"):
+        found = run("auto")
+    (plan,) = plans
+    assert f"microbatch_size={plan.microbatch_size} for batches of up to 24 rows" in caplog.text
+    for a, b in zip(found, run(plan.microbatch_size), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_signature_is_planned_once(plans):
+    loss_fn, x, variables = small()
+    for rows in (20, 20, 3, 24, 20):
+        vb.value_and_gradients(loss_fn, x[:rows], variables, microbatch_size="auto")
+    assert len(plans) == 2
+    size = Auto(memory_limit="1GiB")
+    vb.value_and_gradients(loss_fn, x, variables, microbatch_size=size)
+    assert plans[2].memory_limit == 2**30
+
+
+def test_sizes_are_forgotten_with_the_variables():
+    from virtualbatch.tensorflow import _sizes
+
+    loss_fn, x, variables = small()
+    vb.value_and_gradients(loss_fn, x, variables, microbatch_size=8)
+    key = id(variables[0])
+    assert key in _sizes._KEPT
+    del loss_fn, variables
+    assert key not in _sizes._KEPT
+
+
+def test_open_shapes_are_refused_in_a_graph():
+    loss_fn, x, variables = small()
+    run = compiled(
+        "dynamic",
+        lambda x: vb.value_and_gradients(loss_fn, x, variables, microbatch_size="auto"),
+        x,
+    )
+    with pytest.raises(ValueError, match=r"Got shape \(None, 6\) in batch\. Call plan on a batch"):
+        run(x)
+    ragged = tf.RaggedTensor.from_row_lengths(tf.ones([6, 2]), [1, 2, 3])
+    with pytest.raises(ValueError, match=r"Got a ragged array in batch\. Call plan"):
+        tf.function(
+            lambda x: vb.value_and_gradients(
+                lambda x: tf.reduce_mean(x.flat_values) * variables[0][0, 0],
+                x,
+                variables,
+                microbatch_size="auto",
+            )
+        )(ragged)
