@@ -27,6 +27,7 @@ SIGNATURES = {
         "memory_limit=None)"
     ),
     virtualbatch.keras.accumulate: "(model, *, microbatch_size=None, accumulation_steps=None)",
+    virtualbatch.keras.plan: "(model, batch, *, memory_limit=None)",
     virtualbatch.keras.restore: "(model)",
     virtualbatch.torch.backward: (
         "(loss_fn, batch, *, module, microbatch_size=None, accumulation_steps=None, weight=None, "
@@ -46,7 +47,7 @@ SIGNATURES = {
 NAMES = {
     virtualbatch: {"Auto", "Window", "windows"},
     virtualbatch.tensorflow: {"Window", "plan", "value_and_gradients", "windows"},
-    virtualbatch.keras: {"accumulate", "restore"},
+    virtualbatch.keras: {"accumulate", "plan", "restore"},
     virtualbatch.jax: {"Window", "plan", "value_and_grad", "windows"},
     virtualbatch.torch: {"Window", "backward", "plan", "windows"},
 }

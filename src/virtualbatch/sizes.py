@@ -71,7 +71,7 @@ class SizeInForce:
     """
 
     def __init__(self, most: int, grow_after: int | None):
-        self._most = most
+        self.most = most
         self._grow_after = grow_after
         self._in_a_row = 0
         self.rows = most
@@ -97,12 +97,12 @@ class SizeInForce:
 
     def succeeded(self) -> None:
         """Counts a window that fitted."""
-        if self.rows == self._most or self._grow_after is None:
+        if self.rows == self.most or self._grow_after is None:
             return
         self._in_a_row += 1
         if self._in_a_row >= self._grow_after:
             self._in_a_row = 0
-            self.rows = min(2 * self.rows, self._most)
+            self.rows = min(2 * self.rows, self.most)
             _log.info("Micro-batches grow again, to %d rows.", self.rows)
 
 

@@ -55,7 +55,11 @@ SIZES = {
     "none": ({}, ValueError, "Got neither microbatch_size nor accumulation_steps"),
     "zero steps": ({"accumulation_steps": 0}, ValueError, "Got accumulation_steps=0"),
     "half a step": ({"accumulation_steps": 0.5}, ValueError, "Got accumulation_steps=0.5"),
-    "auto": ({"microbatch_size": "auto"}, NotImplementedError, "is not planned by this version"),
+    "auto and counted": (
+        {"microbatch_size": "auto", "accumulation_steps": 2},
+        ValueError,
+        "Leave one of them out",
+    ),
 }
 
 MODELS = {

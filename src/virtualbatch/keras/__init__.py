@@ -5,13 +5,16 @@ micro-batches; everything around it (data, callbacks, optimizer, saving) stays K
 """
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
 
+from virtualbatch.plan import Plan
+from virtualbatch.sizes import Auto
 from virtualbatch.split import check_sizes
 
-__all__ = ["accumulate", "restore"]
+__all__ = ["accumulate", "plan", "restore"]
 
 _log = logging.getLogger("virtualbatch")
 
@@ -22,7 +25,7 @@ _ATTRIBUTES = ("train_step", "make_train_function")
 def accumulate(
     model: keras.Model,
     *,
-    microbatch_size: int | None = None,
+    microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
 ) -> None:
     """Makes every batch of `fit` and `train_on_batch` one update, computed in micro-batches.
@@ -32,7 +35,8 @@ def accumulate(
 
     Args:
         model: a compiled model.
-        microbatch_size: rows of one forward and backward.
+        microbatch_size: rows of one forward and backward; or "auto" or an `Auto`, which plan it
+            at the first batch of `fit` or `train_on_batch`.
         accumulation_steps: micro-batches per batch: `microbatch_size = ceil(rows / steps)`. Given
             both, they must agree for every batch but the last, short one of an epoch.
 
@@ -54,13 +58,51 @@ def accumulate(
     """
     check_sizes(microbatch_size, accumulation_steps)
     _check_model(model)
-    step, make_train_function = _engine()
-    step = step(model, microbatch_size, accumulation_steps)
+    engine = _engine()
+    step = engine.step(model, microbatch_size, accumulation_steps)
     restore(model)
     _say_what_is_not_exact(model)
     model.train_step = step
-    model.make_train_function = make_train_function(model)
+    model.make_train_function = engine.make_train_function(model)
     model.train_function = None
+
+
+def plan(model: keras.Model, batch: Any, *, memory_limit: int | str | None = None) -> Plan:
+    """Finds the micro-batch that fits and is fast, before anything is trained.
+
+    Peak memory is that of a whole update, the optimizer included: on JAX as XLA tells it without
+    running it; on PyTorch counted, and on TensorFlow measured, while updates run that are taken
+    back. It is a straight line in the rows of a micro-batch, so few are needed. Then a few sizes
+    are timed, the whole batch each, for ten seconds at the most; the smallest within 5 % of the
+    fastest is chosen. All values of the model, its optimizer and its metrics are as before.
+
+    Args:
+        model: a compiled model; it need not accumulate. It is built if it is not.
+        batch: a batch as `fit` yields it: x, (x, y) or (x, y, sample_weight).
+        memory_limit: what weights, optimizer state, the batch, gradients and activations may take
+            together: bytes, or a text such as "2GiB" or "80%" of what they may take now; None for
+            all that the device, or the container that this process is in, has left besides what
+            is held already.
+
+    Raises:
+        TypeError: `model` is not a Keras model.
+        ValueError: not even one row fits, a limit does not parse, or the model is one that
+            `accumulate` refuses.
+        NotImplementedError: this version does not support the backend, or nothing tells a peak.
+
+    Example:
+        >>> model = keras.Sequential([keras.layers.Dense(1)])
+        >>> model.compile(optimizer="sgd", loss="mse")
+        >>> found = plan(model, (keras.ops.ones((64, 3)), keras.ops.ones((64, 1))))
+        >>> found.microbatch_size <= 64
+        True
+    """
+    _check_model(model)
+    engine = _engine()
+    given = batch if isinstance(batch, tuple) else (batch,)
+    model._symbolic_build(data_batch=keras.utils.unpack_x_y_sample_weight(given))
+    found: Plan = engine.plan(model, given, memory_limit)
+    return found
 
 
 def restore(model: keras.Model) -> None:
@@ -109,27 +151,41 @@ def refuse_replicas(model: keras.Model) -> None:
         )
 
 
-def _engine() -> tuple[Any, Any]:
-    """The train step and the `make_train_function` of Keras' backend.
+class _Engine(NamedTuple):
+    """What a backend of Keras needs to accumulate.
 
-    That is the one framework that is imported.
+    Fields:
+        step: (model, microbatch_size, accumulation_steps) -> train step.
+        make_train_function: model -> its `make_train_function`.
+        plan: (model, batch, memory limit) -> plan.
+    """
+
+    step: Callable[..., Any]
+    make_train_function: Callable[..., Any]
+    plan: Callable[..., Plan]
+
+
+def _engine() -> _Engine:
+    """The engine of Keras' backend; that is the one framework that is imported.
 
     Raises:
         NotImplementedError: this version does not support the backend.
     """
     match keras.backend.backend():
         case "tensorflow":
-            from virtualbatch.keras._tensorflow import TensorFlowStep, make_train_function
+            from virtualbatch.keras import _tensorflow
 
-            return TensorFlowStep, make_train_function
+            return _Engine(
+                _tensorflow.TensorFlowStep, _tensorflow.make_train_function, _tensorflow.plan
+            )
         case "torch":
-            from virtualbatch.keras._torch import TorchStep, make_train_function
+            from virtualbatch.keras import _torch
 
-            return TorchStep, make_train_function
+            return _Engine(_torch.TorchStep, _torch.make_train_function, _torch.plan)
         case "jax":
-            from virtualbatch.keras._jax import JaxStep, make_train_function
+            from virtualbatch.keras import _jax
 
-            return JaxStep, make_train_function
+            return _Engine(_jax.JaxStep, _jax.make_train_function, _jax.plan)
         case other:
             raise NotImplementedError(
                 "accumulate works on Keras' TensorFlow, JAX and PyTorch backends. "

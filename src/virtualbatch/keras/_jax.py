@@ -5,23 +5,26 @@ the window is one scan in the program.
 """
 
 from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
 import keras
 
 from virtualbatch.jax._batch import cut_batch
+from virtualbatch.keras._guard import Guard
+from virtualbatch.keras._jax_plan import MEMORY, copied, planned
 from virtualbatch.keras._jax_window import State, WindowRun
 from virtualbatch.keras._train_step import TrainStep
+from virtualbatch.plan import Plan
 from virtualbatch.split import array_leaves, common_rows, rows_per_microbatch, sizes_disagree
 
 
 class JaxStep(TrainStep):
     """The `train_step` of a model that accumulates on JAX."""
 
-    def __init__(
-        self, model: keras.Model, microbatch_size: int | None, accumulation_steps: int | None
-    ):
+    def __init__(self, model: keras.Model, microbatch_size: Any, accumulation_steps: int | None):
         super().__init__(model, microbatch_size, accumulation_steps)
         if keras.config.is_nnx_enabled():
             raise NotImplementedError(
@@ -54,37 +57,82 @@ class JaxStep(TrainStep):
             ValueError: two sizes disagree. The last batch of an epoch may be short; a batch that
                 comes before any whole one is not the last.
         """
-        size, steps = self._microbatch_size, self._accumulation_steps
+        size, steps = self._asked()
+        if size is None and steps is None:
+            return self._in_force(rows, None)
         if size is None or steps is None:
-            return rows_per_microbatch(rows, size, steps)
+            return self._in_force(rows, rows_per_microbatch(rows, size, steps))
         count = -(-rows // size)
         if count > steps or (count < steps and not self._seen_whole):
             raise ValueError(sizes_disagree(rows, size, steps))
         self._seen_whole = self._seen_whole or count == steps
-        return size
+        return self._in_force(rows, size)
 
 
 def make_train_function(model: keras.Model) -> Callable[..., Any]:
-    """Keras' own `make_train_function`, whose function loses nothing when a batch is refused.
+    """Keras' own `make_train_function`, whose function loses nothing.
 
     `fit` takes the values out of the model's variables while it trains, and after an error in the
-    first batch would not put them back.
+    first batch would not put them back. And a program overwrites the state that it is given: until
+    a window of some shape has fitted once, it is given a copy, so that it can run again.
     """
+    step = model.train_step
+    guard = Guard(model, step, MEMORY)
 
     def make(force: bool = False) -> None:
         if model.train_function is not None and not force:
             return
-        type(model).make_train_function(model, force=force)
-        run = model.train_function
+        run = compiled()
 
         def train_function(state: Any, iterator: Any) -> Any:
+            nonlocal run
+            # What `next` raises is for Keras, which ends the epoch by it.
+            batches = [next(iterator), *islice(iterator, model.steps_per_execution - 1)]
+            shapes = tuple(
+                (x.shape, x.dtype) if hasattr(x, "shape") else None
+                for x in jax.tree.leaves(batches)
+            )
             try:
-                return run(state, iterator)
+                if guard.fitted(shapes):
+                    result = run(state, iter(batches))
+                else:
+                    result = first_of_its_shape(state, batches)
+                    guard.remember(shapes)
             except BaseException:
                 _put_back(model, State(*state))
                 raise
+            if guard.succeeded():
+                run = compiled()
+            return result
+
+        def first_of_its_shape(state: Any, batches: list[Any]) -> Any:
+            largest = max(batches, key=lambda batch: (_rows(batch), _size(batch)))
+
+            def attempt() -> Any:
+                # Errors arrive late in JAX.
+                return jax.block_until_ready(run(copied(state), iter(batches)))
+
+            def make_again() -> None:
+                nonlocal run
+                run = compiled()
+
+            return guard.run(
+                keras.utils.unpack_x_y_sample_weight(largest),
+                _rows(largest),
+                attempt,
+                lambda: None,
+                make_again,
+                lambda limit: planned(partial(_step_of, model), state, largest, limit),
+            )
 
         model.train_function = train_function
+
+    def compiled() -> Any:
+        """Keras' own train function, traced anew; the model keeps ours."""
+        ours = model.train_function
+        type(model).make_train_function(model, force=True)
+        found, model.train_function = model.train_function, ours
+        return found
 
     return make
 
@@ -107,3 +155,28 @@ def _put_back(model: keras.Model, state: State) -> None:
             "optimizer_variables": state.optimizer,
             "metrics_variables": state.metrics,
         }
+
+
+def _step_of(model: keras.Model, size: int) -> Callable[[Any, Any], Any]:
+    """The step of a model with micro-batches of so many rows."""
+    return JaxStep(model, size, None)
+
+
+def _rows(batch: Any) -> int:
+    return common_rows(array_leaves(batch)) or 0
+
+
+def _size(batch: Any) -> int:
+    return sum(array.size for _, array in array_leaves(batch))
+
+
+def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
+    """The plan for a batch, for a model that need not accumulate; see `virtualbatch.keras.plan`."""
+    state = model._get_jax_state(
+        trainable_variables=True,
+        non_trainable_variables=True,
+        optimizer_variables=True,
+        metrics_variables=True,
+        purge_model_variables=False,
+    )
+    return planned(partial(_step_of, model), state, batch, memory_limit)

@@ -4,17 +4,28 @@ The batch is checked and cut, what is not built is built outside the graph, and 
 train function around it keeps XLA inside the loop over micro-batches.
 """
 
+import math
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Hashable
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from virtualbatch.keras._guard import Guard
+from virtualbatch.keras._snapshot import Snapshot
+from virtualbatch.keras._tensorflow_data import given_back, has_open_rows_only, taken
+from virtualbatch.keras._tensorflow_plan import MEMORY, planned
 from virtualbatch.keras._tensorflow_window import WindowRun, rows_of
 from virtualbatch.keras._train_step import TrainStep, uncompiled
-from virtualbatch.split import sizes_disagree
+from virtualbatch.plan import Plan
+from virtualbatch.split import array_leaves, common_rows, sizes_disagree
 from virtualbatch.tensorflow._batch import is_array, segments, specs
+
+_MANY = sys.maxsize
 
 
 class TensorFlowStep(TrainStep):
@@ -28,11 +39,7 @@ class TensorFlowStep(TrainStep):
         batch = self._unpacked(data)
         with tf.variable_creator_scope(_created_outside):
             batch = self._with_agreeing_sizes(batch)
-            cut = segments(
-                batch,
-                self._microbatch_size,
-                None if self._microbatch_size else self._accumulation_steps,
-            )
+            cut = segments(batch, *self._cut_by())
             if not self._layers_built:
                 _build_layers(model, cut[0].get(0)[0])
                 self._layers_built = True
@@ -42,13 +49,21 @@ class TensorFlowStep(TrainStep):
             self._say(window.losses_of_one_number)
         return results
 
+    def _cut_by(self) -> tuple[int | None, int | None]:
+        """One of the two sizes: the one in force, or that which was asked for."""
+        size, steps = self._asked()
+        if self.most is None and size is None and steps is not None:
+            return None, steps
+        # Rows may not be known here; no micro-batch has more than there are.
+        return self._in_force(_MANY, size), None
+
     def _with_agreeing_sizes(self, batch: Any) -> Any:
         """The batch, readable only if both sizes agree for it.
 
         The last batch of an epoch may be short. Which one that is only the data knows, but the
         first of an epoch, where the loss tracker has counted nothing yet, is not.
         """
-        size, steps = self._microbatch_size, self._accumulation_steps
+        size, steps = self._asked()
         if size is None or steps is None:
             return batch
         rows = rows_of(batch)
@@ -75,7 +90,11 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
     Keras would compile the whole `train_step`. A loop inside an XLA program is slow on some
     devices (on CPU a convolution in it takes a thousand times longer), so only the micro-batch's
     forward and backward are compiled, and the loop around them stays a plain graph.
+
+    A graph writes metrics and seeds while it runs. Until a window of some shape has fitted once,
+    everything is copied before it, so that it can run again.
     """
+    guard = Guard(model, model.train_step, MEMORY)
     # Keras asks for the function once per fit, so that is when the data may still be empty.
     trained = False
 
@@ -84,14 +103,12 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
         trained = False
         if model.train_function is not None and not force:
             return
-        with uncompiled(model):
-            type(model).make_train_function(model, force=force)
-        run = model.train_function
+        run = compiled()
 
         def train_function(iterator: Any) -> Any:
-            nonlocal trained
+            nonlocal trained, run
             try:
-                results = run(iterator)
+                results = guarded(iterator)
             except tf.errors.InvalidArgumentError as error:
                 text = _refusal(error)
                 if text is None:
@@ -105,11 +122,83 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                     "A generator can be read only once: pass a fresh one."
                 ) from error
             trained = True
+            if guard.succeeded():
+                run = compiled()
             return results
+
+        def guarded(iterator: Any) -> Any:
+            """The results of the next batches, on a path that costs nothing once they fitted."""
+            shapes: Hashable
+            from_dataset = isinstance(iterator, tf.data.Iterator)
+            spec = iterator.element_spec if from_dataset else None
+            if from_dataset and has_open_rows_only(spec):
+                shapes = tuple(tf.nest.flatten(spec))
+                if guard.fitted(shapes):
+                    return run(iterator)
+                batches = taken(iterator, model.steps_per_execution)
+            else:
+                if from_dataset:
+                    batches = taken(iterator, model.steps_per_execution)
+                else:
+                    batches = list(islice(iterator, model.steps_per_execution))
+                shapes = tuple(getattr(x, "shape", None) for x in tf.nest.flatten(batches))
+            if not batches:
+                return run(iterator)
+            feed = partial(given_back, batches, spec) if from_dataset else partial(iter, batches)
+            if guard.fitted(shapes):
+                return run(feed())
+            results = first_of_its_shape(batches, feed)
+            guard.remember(shapes)
+            return results
+
+        def first_of_its_shape(batches: list[Any], feed: Callable[[], Any]) -> Any:
+            largest = max(batches, key=lambda batch: (_rows(batch), _size(batch)))
+            snapshot = Snapshot(model)
+
+            def make_again() -> None:
+                nonlocal run
+                run = compiled()
+
+            return guard.run(
+                keras.utils.unpack_x_y_sample_weight(largest),
+                _rows(largest),
+                lambda: run(feed()),
+                snapshot.restore,
+                make_again,
+                lambda limit: planned(partial(_step_of, model), model, largest, limit),
+            )
 
         model.train_function = train_function
 
+    def compiled() -> Any:
+        """Keras' own train function, traced anew; the model keeps ours."""
+        ours = model.train_function
+        with uncompiled(model):
+            type(model).make_train_function(model, force=True)
+        found, model.train_function = model.train_function, ours
+        return found
+
     return make
+
+
+def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
+    """The plan for a batch, for a model that need not accumulate; see `virtualbatch.keras.plan`."""
+    return planned(partial(_step_of, model), model, batch, memory_limit)
+
+
+def _step_of(model: keras.Model, size: int) -> Callable[[Any], Any]:
+    """The step of a model with micro-batches of so many rows."""
+    return TensorFlowStep(model, size, None)
+
+
+def _rows(batch: Any) -> int:
+    return common_rows(array_leaves(batch)) or 0
+
+
+def _size(batch: Any) -> int:
+    # A ragged array does not know all its lengths; its rows decide then.
+    lengths = [tf.TensorShape(array.shape).as_list() for _, array in array_leaves(batch)]
+    return sum(math.prod(length or 1 for length in found) for found in lengths)
 
 
 def _refusal(error: tf.errors.InvalidArgumentError) -> str | None:

@@ -5,17 +5,16 @@ raises.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import keras
-import numpy as np
-import torch
-from keras import ops, tree
 
+from virtualbatch.keras._guard import Guard
+from virtualbatch.keras._torch_batch import place, window_of
+from virtualbatch.keras._torch_plan import MEMORY, planned
 from virtualbatch.keras._torch_state import State
-from virtualbatch.keras._torch_window import Microbatch, WindowRun
 from virtualbatch.keras._train_step import TrainStep, uncompiled
+from virtualbatch.plan import Plan
 from virtualbatch.split import (
     array_leaves,
     common_rows,
@@ -23,34 +22,42 @@ from virtualbatch.split import (
     rows_per_microbatch,
     sizes_disagree,
 )
-
-# What `numpy.dtype.kind` calls booleans, integers, floats and complex numbers.
-_NUMBERS = "biufc"
+from virtualbatch.torch._random import RandomState
 
 
 class TorchStep(TrainStep):
     """The `train_step` of a model that accumulates on PyTorch."""
 
+    def __init__(self, model: keras.Model, microbatch_size: Any, accumulation_steps: int | None):
+        super().__init__(model, microbatch_size, accumulation_steps)
+        self._guard = Guard(model, self, MEMORY)
+
     def __call__(self, data: Any) -> dict[str, Any]:
         """Trains on one batch, as Keras' `train_step` does."""
-        model = self._model
         batch = self._unpacked(data)
         rows = common_rows(array_leaves(batch))
         if rows is None:
             raise ValueError("internal: a batch of PyTorch has no number of rows.")
+        random = RandomState(place())
+        results: dict[str, Any] = self._guard.run(
+            batch,
+            rows,
+            lambda: self._trained(data, batch, rows),
+            random.restore,
+            lambda: None,
+            lambda limit: planned(self._model, batch, limit),
+        )
+        self._guard.succeeded()
+        return results
+
+    def _trained(self, data: Any, batch: Any, rows: int) -> dict[str, Any]:
+        model = self._model
         cut = even_cut(rows, self._size(rows))
         with State(model).kept_on_failure():
             if len(cut) == 1:
-                return type(model).train_step(model, data)
-            batch = tree.map_structure(_tensor, batch)
-            run = WindowRun(
-                model,
-                rows,
-                [
-                    Microbatch(stop - start, partial(_cut, batch, start, stop))
-                    for start, stop in cut
-                ],
-            )
+                results: dict[str, Any] = type(model).train_step(model, data)
+                return results
+            run = window_of(model, batch, rows, cut)
             results = run.train()
         self._say(run.losses_of_one_number)
         return results
@@ -62,13 +69,15 @@ class TorchStep(TrainStep):
             ValueError: two sizes disagree. Which batch of an epoch is the last, short one only
                 the data knows; but the first, where the loss tracker has counted nothing, is not.
         """
-        size, steps = self._microbatch_size, self._accumulation_steps
+        size, steps = self._asked()
+        if size is None and steps is None:
+            return self._in_force(rows, None)
         if size is None or steps is None:
-            return rows_per_microbatch(rows, size, steps)
+            return self._in_force(rows, rows_per_microbatch(rows, size, steps))
         count = -(-rows // size)
         if count > steps or (count < steps and float(self._model._loss_tracker.count) == 0):
             raise ValueError(sizes_disagree(rows, size, steps))
-        return size
+        return self._in_force(rows, size)
 
 
 def make_train_function(model: keras.Model) -> Callable[..., Any]:
@@ -85,31 +94,6 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
     return make
 
 
-def _tensor(leaf: Any) -> Any:
-    """An array of a batch on Keras' device, as Keras' own step copies it: at once.
-
-    Copied by micro-batch, each would wait for the one before, except from pinned memory.
-    """
-    if not hasattr(leaf, "shape"):
-        return leaf
-    if isinstance(leaf, torch.Tensor):
-        return leaf if leaf.is_pinned() else ops.convert_to_tensor(leaf)
-    array = np.asarray(leaf)
-    return ops.convert_to_tensor(array) if array.dtype.kind in _NUMBERS else array
-
-
-def _cut(batch: Any, start: int, stop: int) -> Any:
-    def piece(leaf: Any) -> Any:
-        if not hasattr(leaf, "shape"):
-            return leaf
-        rows = leaf[start:stop]
-        if isinstance(rows, torch.Tensor) and rows.is_pinned():
-            return rows.to(_device(), non_blocking=True)
-        return rows
-
-    return tree.map_structure(piece, batch)
-
-
-def _device() -> torch.device:
-    """The device that Keras puts tensors on."""
-    return ops.zeros(()).device
+def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
+    """The plan for a batch, for a model that need not accumulate; see `virtualbatch.keras.plan`."""
+    return planned(model, keras.utils.unpack_x_y_sample_weight(batch), memory_limit)

@@ -41,12 +41,16 @@ class State:
         try:
             yield
         except BaseException:
-            for variable, value in self._variables:
-                variable.assign(value)
-            for parameter, gradient in self._gradients:
-                parameter.grad = gradient
-            self._buffers.restore()
+            self.restore()
             raise
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        for variable, value in self._variables:
+            variable.assign(value)
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        self._buffers.restore()
 
 
 def _changed_by_forward(model: keras.Model) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from virtualbatch.keras import refuse_accumulating_optimizer, refuse_replicas
+from virtualbatch.split import is_automatic, rows_per_microbatch
 
 _log = logging.getLogger("virtualbatch")
 
@@ -17,19 +18,54 @@ class TrainStep:
 
     Args:
         model: the model.
-        microbatch_size: rows of one micro-batch, or None.
+        microbatch_size: rows of one micro-batch, "auto", an `Auto`, or None.
         accumulation_steps: micro-batches per window, or None.
+
+    Attributes:
+        microbatch_size: as given.
+        most: rows of a micro-batch where they were planned, or made fewer than asked for; else
+            None.
     """
 
     is_virtualbatch = True
 
-    def __init__(
-        self, model: keras.Model, microbatch_size: int | None, accumulation_steps: int | None
-    ):
+    def __init__(self, model: keras.Model, microbatch_size: Any, accumulation_steps: int | None):
         self._model = model
-        self._microbatch_size = microbatch_size
+        self.microbatch_size = microbatch_size
         self._accumulation_steps = accumulation_steps
+        self.most: int | None = None
         self._said: set[str] = set()
+
+    def rows_asked_for(self, rows: int) -> int:
+        """Rows of one micro-batch as asked for, for a batch of so many."""
+        if self.microbatch_size is not None:
+            return int(self.microbatch_size)
+        return int(rows_per_microbatch(rows, None, self._accumulation_steps))
+
+    def _asked(self) -> tuple[int | None, int | None]:
+        """The two sizes as asked for; (None, None) where they are planned."""
+        if is_automatic(self.microbatch_size):
+            return None, None
+        return self.microbatch_size, self._accumulation_steps
+
+    def _in_force(self, rows: int, asked: int | None) -> int:
+        """Rows of one micro-batch for a batch of so many.
+
+        Args:
+            rows: of the batch.
+            asked: rows of one micro-batch as asked for; None where they are planned.
+
+        Raises:
+            ValueError: they are to be planned, but nothing has planned them.
+        """
+        if self.most is not None:
+            return min(self.most, rows if asked is None else asked)
+        if asked is None:
+            raise ValueError(
+                'microbatch_size="auto" is planned by fit and train_on_batch. '
+                "Got a call of train_step itself. Call plan, and accumulate with what it finds."
+            )
+        return asked
 
     def _unpacked(self, data: Any) -> tuple[Any, Any, Any]:
         """(x, y, sample_weight) of a batch, for a model that may still be trained by windows.

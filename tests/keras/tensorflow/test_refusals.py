@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
@@ -46,10 +47,10 @@ TRAINING = {
         fit(lambda: as_open_dataset(*SHORT), steps_per_epoch=1),
         "Got 20 rows in batch[0] and 19 rows in batch[1]",
     ),
-    "rows differ, found at run time": (
+    "rows differ, known when they come": (
         {"microbatch_size": 8}, {},
         fit(lambda: as_open_dataset(*SHORT), steps_per_epoch=1),
-        "All arrays of a batch must have the same number of rows, at least one. Got rows 20 19",
+        "Got 20 rows in batch[0] and 19 rows in batch[1]",
     ),
     "sizes disagree, steps_per_execution": (
         BOTH, {"steps_per_execution": 2},
@@ -61,6 +62,20 @@ TRAINING = {
 @pytest.mark.parametrize(("sizes", "mode", "act", "text"), TRAINING.values(), ids=TRAINING)
 def test_batches_that_are_refused(sizes, mode, act, text):
     assert_refused(sizes, mode, act, text)
+
+
+def test_rows_that_differ_later_are_found_at_run_time():
+    # Once a window of some shape has fitted, no batch is looked at before it runs.
+    model = compiled_model()
+    vb.accumulate(model, microbatch_size=8)
+    good = (SHORT[0][:19], SHORT[1])
+    model.fit(as_open_dataset(*good), steps_per_epoch=1, verbose=0)
+    before = model.get_weights()
+    text = r"All arrays of a batch must have the same number of rows, at least one\. Got rows 20 19"
+    with pytest.raises(ValueError, match=text):
+        model.fit(as_open_dataset(*SHORT), steps_per_epoch=1, verbose=0)
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}, {"steps_per_execution": 2}], ids=str)

@@ -1,0 +1,170 @@
+"""Windows that are planned before they run and run again if memory runs out.
+
+Which size is in force stands in the train step; a guard changes it between two attempts at the
+same batch, with everything that an attempt writes put back.
+"""
+
+import traceback
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import keras
+
+from virtualbatch.keras._train_step import TrainStep
+from virtualbatch.plan import Plan
+from virtualbatch.recovery import no_smaller_size
+from virtualbatch.sizes import Auto, Leaf, Signature, SizeInForce
+from virtualbatch.split import array_leaves, common_rows, is_automatic
+
+
+class Memory(NamedTuple):
+    """What a backend knows of memory.
+
+    Fields:
+        kinds: classes of errors among which those of allocators are.
+        is_out_of_memory: error -> whether it is one.
+        left_bytes: () -> what is left.
+    """
+
+    kinds: tuple[type[BaseException], ...]
+    is_out_of_memory: Callable[[BaseException], bool]
+    left_bytes: Callable[[], int]
+
+
+class Guard:
+    """The sizes of one model's windows.
+
+    Args:
+        model: the model.
+        step: its train step.
+        memory: what the backend knows of memory.
+    """
+
+    def __init__(self, model: keras.Model, step: TrainStep, memory: Memory):
+        self._model = model
+        self._step = step
+        self._memory = memory
+        given = step.microbatch_size
+        self._sizes = given if isinstance(given, Auto) else Auto()
+        self._fitted: set[Hashable] = set()
+        self._latest: SizeInForce | None = None
+        self._program = ""
+
+    def fitted(self, shape: Hashable) -> bool:
+        """Whether a window of this shape has run with the size that is in force."""
+        return shape in self._fitted
+
+    def remember(self, shape: Hashable) -> None:
+        """Remembers that one has."""
+        self._fitted.add(shape)
+
+    def succeeded(self) -> bool:
+        """Counts a window that fitted; whether a size grew again, so that a program is outdated."""
+        size = self._latest
+        if size is None:
+            return False
+        size.succeeded()
+        return self._take(size)
+
+    def run(
+        self,
+        batch: Any,
+        rows: int,
+        attempt: Callable[[], Any],
+        put_back: Callable[[], None],
+        make_again: Callable[[], None],
+        plan: Callable[[int | str | None], Plan],
+    ) -> Any:
+        """Runs a window, again with smaller micro-batches as long as memory runs out.
+
+        Args:
+            batch: the batch, or the largest of those that run in one call.
+            rows: its rows.
+            attempt: runs the window once and waits for it.
+            put_back: undoes whatever a failed attempt wrote.
+            make_again: makes a program for another size.
+            plan: memory limit -> plan for this batch.
+
+        Raises:
+            MemoryError: not even a micro-batch of one row fits.
+        """
+        if is_automatic(self._step.microbatch_size):
+            found = self._signature(batch)
+            size = self._sizes.planned(found, lambda: plan(self._sizes.memory_limit))
+        else:
+            size = self._sizes.asked(self._step.rows_asked_for(rows))
+        self._latest = size
+        if self._take(size):
+            make_again()
+        while True:
+            try:
+                result = attempt()
+            except self._memory.kinds as error:
+                out_of_memory = self._memory.is_out_of_memory(error)
+                if not out_of_memory or _in_the_update(error, self._model.optimizer):
+                    raise
+                failed = error
+            else:
+                return result
+            put_back()
+            # Its frames hold the tensors of the window.
+            traceback.clear_frames(failed.__traceback__)
+            if not size.shrink(min(size.rows, rows)):
+                left = self._memory.left_bytes()
+                raise no_smaller_size(failed, left, _largest(self._model)) from failed
+            self._take(size)
+            make_again()
+
+    def _take(self, size: SizeInForce) -> bool:
+        """Puts a size in force; whether it is another one than before."""
+        planned = is_automatic(self._step.microbatch_size)
+        most = size.rows if planned or size.rows < size.most else None
+        changed = most != self._step.most
+        if changed:
+            self._step.most = most
+            self._fitted = set()
+        return changed
+
+    def _signature(self, batch: Any) -> Signature:
+        arrays = list(array_leaves(batch))
+        rows = common_rows(arrays)
+        if rows is None:
+            raise ValueError("internal: a batch has no number of rows.")
+        if not self._program:
+            variables = ", ".join(
+                f"{variable.dtype}{list(variable.shape)}" for variable in self._model.variables
+            )
+            self._program = f"keras on {keras.backend.backend()}, variables {variables}"
+        return Signature(
+            self._program,
+            rows,
+            tuple(
+                Leaf(place, tuple(array.shape[1:]), keras.backend.standardize_dtype(array.dtype))
+                for place, array in arrays
+            ),
+        )
+
+
+def _in_the_update(error: BaseException, optimizer: Any) -> bool:
+    """Whether an error comes from an optimizer that may have moved some weights already."""
+    return any(
+        frame.f_code.co_name in ("apply", "apply_gradients")
+        and frame.f_locals.get("self") is optimizer
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
+def _largest(model: keras.Model) -> list[tuple[str, int]]:
+    """Names and bytes of the three largest variables, largest first."""
+    sizes = [
+        (variable.path, _bytes(variable.shape, variable.dtype)) for variable in model.variables
+    ]
+    return sorted(sizes, key=lambda found: -found[1])[:3]
+
+
+def _bytes(shape: Any, dtype: str) -> int:
+    bits = 8 if dtype == "bool" else int("".join(filter(str.isdigit, dtype)))
+    count = 1
+    for length in shape:
+        count *= length
+    return count * bits // 8

@@ -1,0 +1,77 @@
+"""Planning for Keras: a search over sizes, whatever the backend measures with."""
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from virtualbatch.keras._guard import Memory
+from virtualbatch.plan import Plan, Search, parse_limit
+
+# Seconds after which no further size is timed.
+TIME_TO_SPEND = 10.0
+
+
+class Program(Protocol):
+    """The window of one size; neither method changes the model."""
+
+    def peak_bytes(self) -> int:
+        """The most bytes that it needs beyond what is held before it."""
+
+    def seconds(self) -> float:
+        """How long it takes."""
+
+
+def searched(
+    program: Callable[[int], Program],
+    rows: int,
+    held: int,
+    memory: Memory,
+    memory_limit: int | str | None,
+) -> Plan:
+    """The plan for a batch.
+
+    Args:
+        program: microbatch_size -> its program.
+        rows: rows of the batch.
+        held: bytes of weights, optimizer, metrics and the batch.
+        memory: what the backend knows of memory.
+        memory_limit: bytes, a text, or None.
+
+    Raises:
+        ValueError: not even one row fits, or a limit does not parse.
+    """
+    asks = memory_limit is None or "%" in str(memory_limit)
+    limit = parse_limit(memory_limit, memory.left_bytes() + held if asks else 0)
+    search = Search(rows, limit)
+    programs: dict[int, Any] = {}
+    begin = time.perf_counter()
+    while (question := search.ask()) is not None:
+        size = question.microbatch_size
+        if question.kind == "time" and time.perf_counter() - begin > TIME_TO_SPEND:
+            search.stop_timing()
+            continue
+        try:
+            if size not in programs:
+                programs[size] = program(size)
+            if question.kind == "time":
+                search.tell(question, programs[size].seconds())
+            else:
+                search.tell(question, held + programs[size].peak_bytes())
+        except memory.kinds as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            search.tell(question, None)
+    return search.plan()
+
+
+def shortest(run: Callable[[], float]) -> float:
+    """The shortest of some runs, after one that loads what the first run loads.
+
+    Args:
+        run: () -> seconds that it took.
+    """
+    times: list[float] = []
+    # A window of microseconds needs many runs before one of them is undisturbed.
+    while len(times) < 4 or sum(times) < 0.05:
+        times.append(run())
+    return min(times[1:])

@@ -1,0 +1,32 @@
+"""All values of a model, its optimizer and its metrics, copied to the host and put back."""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+
+class Snapshot:
+    """What the variables of a model hold now.
+
+    Args:
+        model: a model that is built and compiled.
+    """
+
+    def __init__(self, model: keras.Model):
+        found: list[Any] = [*model.variables, *model.metrics_variables]
+        if model.optimizer is not None:
+            found += model.optimizer.variables
+        self._values = [
+            (variable, np.array(keras.ops.convert_to_numpy(variable.value)))
+            for variable in {id(variable): variable for variable in found}.values()
+        ]
+
+    def restore(self) -> None:
+        """Puts every value back."""
+        for variable, value in self._values:
+            variable.assign(value)
+
+    def nbytes(self) -> int:
+        """Bytes of all values."""
+        return sum(value.nbytes for _, value in self._values)

@@ -1,0 +1,59 @@
+"""Batches taken out of an iterator of tf.data, and given back in one like it."""
+
+from typing import Any
+
+import tensorflow as tf
+
+
+def taken(iterator: Any, most: int) -> list[Any]:
+    """The next batches of an iterator, fewer where it ends.
+
+    Args:
+        iterator: a `tf.data.Iterator`.
+        most: how many at the most.
+    """
+    batches: list[Any] = []
+    while len(batches) < most:
+        found = iterator.get_next_as_optional()
+        if not found.has_value():
+            break
+        batches.append(found.get_value())
+    return batches
+
+
+def given_back(batches: list[Any], spec: Any) -> Any:
+    """A fresh iterator over batches, of the spec that they were taken with if that can be.
+
+    A function is traced for the spec of its iterator, and one batch alone has a spec that knows
+    its rows. So a longer one is put behind it that is never read.
+
+    Args:
+        batches: at least one.
+        spec: `element_spec` of the iterator that they were taken from.
+    """
+    first, *others = batches
+    dataset = tf.data.Dataset.from_tensors(first)
+    for batch in others:
+        dataset = dataset.concatenate(tf.data.Dataset.from_tensors(batch))
+    if dataset.element_spec != spec:
+        longer = tf.nest.map_structure(_longer, first, spec)
+        dataset = dataset.concatenate(tf.data.Dataset.from_tensors(longer))
+    return iter(dataset.take(len(batches)))
+
+
+def has_open_rows_only(spec: Any) -> bool:
+    """Whether all batches of a spec differ in their number of rows at the most."""
+    return all(
+        isinstance(found, tf.TensorSpec) and None not in found.shape.as_list()[1:]
+        for found in tf.nest.flatten(spec)
+        if not isinstance(found, tf.NoneTensorSpec | tf.OptionalSpec)
+    )
+
+
+def _longer(tensor: Any, spec: Any) -> Any:
+    if not isinstance(spec, tf.TensorSpec) or spec.shape.rank is None:
+        return tensor
+    for axis, length in enumerate(spec.shape):
+        if length is None:
+            tensor = tf.concat([tensor, tf.gather(tensor, [0], axis=axis)], axis)
+    return tensor

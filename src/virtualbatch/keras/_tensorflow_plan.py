@@ -1,0 +1,81 @@
+"""Planning for Keras on TensorFlow: whole updates are run, measured and taken back."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from virtualbatch.keras._guard import Memory
+from virtualbatch.keras._plan import searched, shortest
+from virtualbatch.keras._snapshot import Snapshot
+from virtualbatch.plan import Plan
+from virtualbatch.split import array_leaves, common_rows
+from virtualbatch.tensorflow._memory import KINDS, is_out_of_memory, left_bytes
+from virtualbatch.tensorflow._peak import PeakMemory
+
+MEMORY = Memory(KINDS, is_out_of_memory, left_bytes)
+
+
+def planned(
+    step: Callable[[int], Callable[[Any], Any]],
+    model: keras.Model,
+    batch: Any,
+    memory_limit: int | str | None,
+) -> Plan:
+    """The plan for a batch.
+
+    Args:
+        step: microbatch_size -> train step, a function of a batch.
+        model: a model that is built and compiled, its optimizer too.
+        batch: the batch as the step takes it.
+        memory_limit: bytes, a text, or None.
+    """
+    batch = tf.nest.map_structure(
+        lambda x: tf.convert_to_tensor(x) if hasattr(x, "shape") else x, batch
+    )
+    rows = common_rows(array_leaves(batch))
+    if rows is None:
+        raise ValueError("internal: a batch has no number of rows.")
+    snapshot = Snapshot(model)
+    held = snapshot.nbytes() + sum(
+        array.shape.num_elements() * array.dtype.size for _, array in array_leaves(batch)
+    )
+    # What TensorFlow loads once, and what its allocator keeps of an update, is no update's need.
+    _Update(step(1), batch, snapshot, None).run()
+    peak = PeakMemory()
+    return searched(
+        lambda size: _Update(step(size), batch, snapshot, peak), rows, held, MEMORY, memory_limit
+    )
+
+
+class _Update:
+    """The update of one size, in a graph."""
+
+    def __init__(
+        self, step: Callable[[Any], Any], batch: Any, snapshot: Snapshot, peak: PeakMemory | None
+    ):
+        self._step = tf.function(step, autograph=False)
+        self._batch = batch
+        self._snapshot = snapshot
+        self._peak = peak
+
+    def run(self) -> float:
+        """Seconds that an update took; it is taken back."""
+        start = time.perf_counter()
+        try:
+            tf.nest.map_structure(float, self._step(self._batch))
+            return time.perf_counter() - start
+        finally:
+            self._snapshot.restore()
+
+    def peak_bytes(self) -> int:
+        if self._peak is None:
+            raise ValueError("internal: no peak is measured.")
+        # The first run of a graph needs more than those that train.
+        self.run()
+        return self._peak.of(self.run)
+
+    def seconds(self) -> float:
+        return shortest(self.run)

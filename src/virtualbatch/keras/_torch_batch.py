@@ -1,0 +1,67 @@
+"""A batch of `fit` on PyTorch: on Keras' device, and cut into the micro-batches of a window."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from keras import ops, tree
+
+from virtualbatch.keras._torch_window import Microbatch, WindowRun
+
+# What `numpy.dtype.kind` calls booleans, integers, floats and complex numbers.
+_NUMBERS = "biufc"
+
+
+def window_of(
+    model: keras.Model, batch: Any, rows: int, cut: Sequence[tuple[int, int]]
+) -> WindowRun:
+    """A window of one batch.
+
+    Args:
+        model: the model.
+        batch: (x, y, sample_weight) as Keras' loaders give them.
+        rows: its rows.
+        cut: (start, stop) of each micro-batch.
+    """
+    batch = tree.map_structure(_tensor, batch)
+    pieces = [Microbatch(stop - start, partial(_cut, batch, start, stop)) for start, stop in cut]
+    return WindowRun(model, rows, pieces)
+
+
+def _tensor(leaf: Any) -> Any:
+    """An array of a batch on Keras' device, as Keras' own step copies it: at once.
+
+    Copied by micro-batch, each would wait for the one before, except from pinned memory.
+    """
+    if not hasattr(leaf, "shape"):
+        return leaf
+    if isinstance(leaf, torch.Tensor):
+        return leaf if leaf.is_pinned() else ops.convert_to_tensor(leaf)
+    array = np.asarray(leaf)
+    return ops.convert_to_tensor(array) if array.dtype.kind in _NUMBERS else array
+
+
+def _cut(batch: Any, start: int, stop: int) -> Any:
+    def piece(leaf: Any) -> Any:
+        if not hasattr(leaf, "shape"):
+            return leaf
+        rows = leaf[start:stop]
+        if isinstance(rows, torch.Tensor) and rows.is_pinned():
+            return rows.to(device(), non_blocking=True)
+        return rows
+
+    return tree.map_structure(piece, batch)
+
+
+def device() -> torch.device:
+    """The device that Keras puts tensors on."""
+    return ops.zeros(()).device
+
+
+def place() -> torch.device | None:
+    """The same; None for the host."""
+    found = device()
+    return None if found.type == "cpu" else found

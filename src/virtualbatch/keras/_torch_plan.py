@@ -1,0 +1,83 @@
+"""Planning for Keras on PyTorch: whole updates on the batch, each taken back."""
+
+import time
+from typing import Any
+
+import keras
+
+from virtualbatch.keras._guard import Memory
+from virtualbatch.keras._plan import searched, shortest
+from virtualbatch.keras._snapshot import Snapshot
+from virtualbatch.keras._torch_batch import place, window_of
+from virtualbatch.keras._torch_state import State
+from virtualbatch.plan import Plan
+from virtualbatch.split import array_leaves, common_rows, even_cut
+from virtualbatch.torch._memory import is_out_of_memory, left_bytes
+from virtualbatch.torch._peak import peak_bytes
+from virtualbatch.torch._random import RandomState
+
+MEMORY = Memory((RuntimeError, MemoryError), is_out_of_memory, lambda: left_bytes(place()))
+
+
+def planned(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
+    """The plan for a batch.
+
+    Args:
+        model: a model that is built and compiled, its optimizer too.
+        batch: (x, y, sample_weight).
+        memory_limit: bytes, a text, or None.
+    """
+    rows = common_rows(array_leaves(batch))
+    if rows is None:
+        raise ValueError("internal: a batch of PyTorch has no number of rows.")
+    snapshot = Snapshot(model)
+    held = snapshot.nbytes() + sum(array.nbytes for _, array in array_leaves(batch))
+    return searched(
+        lambda size: _Update(model, batch, rows, size, snapshot), rows, held, MEMORY, memory_limit
+    )
+
+
+class _Update:
+    """The update of one size."""
+
+    def __init__(self, model: keras.Model, batch: Any, rows: int, size: int, snapshot: Snapshot):
+        self._model, self._batch, self._rows = model, batch, rows
+        self._cut = even_cut(rows, size)
+        self._snapshot = snapshot
+
+    def peak_bytes(self) -> int:
+        found: list[int] = []
+        self._taken_back(lambda: found.append(peak_bytes(self._run)))
+        return found[0]
+
+    def seconds(self) -> float:
+        return shortest(self._timed)
+
+    def _timed(self) -> float:
+        start = time.perf_counter()
+        seconds: list[float] = []
+
+        def run() -> None:
+            self._run()
+            seconds.append(time.perf_counter() - start)
+
+        self._taken_back(run)
+        return seconds[0]
+
+    def _run(self) -> None:
+        model = self._model
+        if len(self._cut) == 1:
+            logs = type(model).train_step(model, self._batch)
+        else:
+            logs = window_of(model, self._batch, self._rows, self._cut).train()
+        # The device has finished once a value of the logs is here.
+        keras.tree.map_structure(float, logs)
+
+    def _taken_back(self, run: Any) -> None:
+        random, state = RandomState(place()), State(self._model)
+        try:
+            run()
+        finally:
+            state.restore()
+            self._snapshot.restore()
+            random.restore()
