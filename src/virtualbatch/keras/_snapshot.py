@@ -14,6 +14,7 @@ class Snapshot:
     """
 
     def __init__(self, model: keras.Model):
+        self._model = model
         found: list[Any] = [*model.variables, *model.metrics_variables]
         if model.optimizer is not None:
             found += model.optimizer.variables
@@ -26,6 +27,11 @@ class Snapshot:
         """Puts every value back."""
         for variable, value in self._values:
             variable.assign(value)
+        known = {id(variable) for variable, _ in self._values}
+        for metric in self._model.metrics:
+            # Made by what is taken back: a metric without variables had counted nothing.
+            if any(id(variable) not in known for variable in metric.variables):
+                metric.reset_state()
 
     def nbytes(self) -> int:
         """Bytes of all values."""

@@ -153,6 +153,9 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
 
         def first_of_its_shape(batches: list[Any], feed: Callable[[], Any]) -> Any:
             largest = max(batches, key=lambda batch: (_rows(batch), _size(batch)))
+            # What the first window would make has to be there before it can be copied.
+            _build_layers(model, keras.utils.unpack_x_y_sample_weight(largest)[0])
+            _build_optimizer(model)
             snapshot = Snapshot(model)
 
             def make_again() -> None:
