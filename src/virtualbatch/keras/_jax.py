@@ -130,7 +130,12 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
     def compiled() -> Any:
         """Keras' own train function, traced anew; the model keeps ours."""
         ours = model.train_function
-        type(model).make_train_function(model, force=True)
+        # JAX remembers what it traced by the function, whatever size is in force.
+        model.train_step = partial(JaxStep.__call__, step)
+        try:
+            type(model).make_train_function(model, force=True)
+        finally:
+            model.train_step = step
         found, model.train_function = model.train_function, ours
         return found
 
