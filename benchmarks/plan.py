@@ -1,9 +1,9 @@
 """How well a plan predicts memory, and whether the size that it chooses is fast.
 
-Ten models for each engine, each in a process of its own. A plan is made under 60 % of the memory of
-the whole batch: the largest peak that it measured is compared with the straight line through the
-two sizes measured before. Another is made without a limit; then all sizes are timed, in turns, and
-the chosen one is compared with the fastest.
+Ten models for each engine, each in a process of its own. Two plans are made, one without a limit
+and one in which 60 % of the batch's activations fit. Every larger peak that they measured is
+compared with the straight line through those of 8 and 32 rows. Then all sizes are timed, in turns,
+and the chosen one is compared with the fastest.
 
 Usage: python benchmarks/plan.py [--engines torch jax] [--models MLP CNN] [--json FILE]
 """
@@ -131,7 +131,8 @@ def measured(engine: str, name: str) -> dict[str, Any]:
     plan, window = globals()[f"on_{engine}"](name)
     found = plan(None)
     spent = time.perf_counter() - begin
-    limited = plan(int(LIMIT * max(row.peak_bytes for row in found.rows)))
+    small, whole = found.rows[0].peak_bytes, found.rows[-1].peak_bytes
+    limited = plan(int(max(small, small + LIMIT * (whole - small))))
     sizes = [size for size in (4, 8, 16, 32, 64, 128, 256) if size <= ROWS]
     sizes = sorted({*sizes, found.microbatch_size})
     programs = {size: window(size) for size in sizes}
@@ -149,7 +150,7 @@ def measured(engine: str, name: str) -> dict[str, Any]:
         "fastest": fastest,
         "throughput": seconds[fastest] / seconds[found.microbatch_size],
         "against_uncut": seconds[ROWS] / seconds[found.microbatch_size],
-        "error": prediction_error(limited),
+        "error": prediction_error([found, limited]),
         "limited_to": limited.memory_limit,
         "limited_rows": [[r.microbatch_size, r.peak_bytes, r.measured] for r in limited.rows],
         "seconds_to_plan": spent,
@@ -157,14 +158,21 @@ def measured(engine: str, name: str) -> dict[str, Any]:
     }
 
 
-def prediction_error(plan: Any) -> float | None:
-    """Error of the largest measured peak by the two before it; None for less than three."""
-    known = [(row.microbatch_size, row.peak_bytes) for row in plan.rows if row.measured]
-    if len(known) < 3:
+def prediction_error(plans: list[Any]) -> float | None:
+    """The largest error of the line through 8 and 32 rows; None without a larger measured size.
+
+    The whole batch does not count: uncut, no sum of gradients stands beside those of a part.
+    """
+    known = {r.microbatch_size: r.peak_bytes for plan in plans for r in plan.rows if r.measured}
+    if not {8, 32} <= set(known):
         return None
-    (m0, p0), (m1, p1), (size, peak) = known[-3:]
-    predicted = max(p1, p1 + (p1 - p0) / (m1 - m0) * (size - m1))
-    return abs(predicted - peak) / peak
+    slope = (known[32] - known[8]) / 24
+    errors = [
+        abs((known[32] + slope * (size - 32)) / peak - 1)
+        for size, peak in known.items()
+        if 32 < size < ROWS
+    ]
+    return max(errors, default=None)
 
 
 def main() -> None:
