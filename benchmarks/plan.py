@@ -2,14 +2,15 @@
 
 Ten models for each engine, each in a process of its own. Two plans are made, one without a limit
 and one in which 60 % of the batch's activations fit. Every larger peak that they measured is
-compared with the straight line through those of 8 and 32 rows. Then all sizes are timed, in turns,
-and the chosen one is compared with the fastest.
+compared with what the search predicts from those of 8 and 32 rows. Then all sizes are timed, in
+turns, and the chosen one is compared with the fastest.
 
 Usage: python benchmarks/plan.py [--engines torch jax] [--models MLP CNN] [--json FILE]
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from plan_models import MODELS, ROWS, data, in_keras, in_torch
+
+from virtualbatch.plan import Question, Search
 
 ENGINES = ["jax", "torch", "tensorflow", "keras"]
 # What the project promises: largest error of a predicted peak, and least share of the throughput.
@@ -150,7 +153,7 @@ def measured(engine: str, name: str) -> dict[str, Any]:
         "fastest": fastest,
         "throughput": seconds[fastest] / seconds[found.microbatch_size],
         "against_uncut": seconds[ROWS] / seconds[found.microbatch_size],
-        "error": prediction_error([found, limited]),
+        "error": prediction_error(engine, [found, limited]),
         "limited_to": limited.memory_limit,
         "limited_rows": [[r.microbatch_size, r.peak_bytes, r.measured] for r in limited.rows],
         "seconds_to_plan": spent,
@@ -158,21 +161,31 @@ def measured(engine: str, name: str) -> dict[str, Any]:
     }
 
 
-def prediction_error(plans: list[Any]) -> float | None:
-    """The largest error of the line through 8 and 32 rows; None without a larger measured size.
+def prediction_error(engine: str, plans: list[Any]) -> float | None:
+    """The largest error of what the search predicts once it was told the peaks of 8 and 32 rows.
 
     The whole batch does not count: uncut, no sum of gradients stands beside those of a part.
+
+    Returns:
+        A share of the measured peak; None where no larger size was measured.
     """
     known = {r.microbatch_size: r.peak_bytes for plan in plans for r in plan.rows if r.measured}
     if not {8, 32} <= set(known):
         return None
-    slope = (known[32] - known[8]) / 24
+    search = Search(ROWS, memory_limit=2**60)
+    for size in (8, 32):
+        search.tell(Question("memory", size), known[size])
     errors = [
-        abs((known[32] + slope * (size - 32)) / peak - 1)
+        abs(search.predicted(largest_piece(engine, size)) / peak - 1)
         for size, peak in known.items()
         if 32 < size < ROWS
     ]
     return max(errors, default=None)
+
+
+def largest_piece(engine: str, size: int) -> int:
+    """Rows of the largest micro-batch; eager engines cut a batch evenly."""
+    return math.ceil(ROWS / math.ceil(ROWS / size)) if engine == "torch" else size
 
 
 def main() -> None:
@@ -208,7 +221,8 @@ def in_a_process(engine: str, name: str) -> dict[str, Any]:
     """A process of its own, so that no peak is that of another model."""
     child = subprocess.run(
         [sys.executable, __file__, "--one", engine, name],
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
+        # The allocator that counts, as `virtualbatch plan` chooses it.
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_CPU_ALLOCATOR_USE_BFC": "true"},
         capture_output=True,
         text=True,
         timeout=600,

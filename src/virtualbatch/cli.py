@@ -5,6 +5,7 @@ user's own program.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,6 +89,8 @@ def plan(
 ) -> None:
     """Find the micro-batch that fits and is fast, before anything is trained."""
     _check_writable(json)
+    # With this allocator TensorFlow counts its bytes on a CPU too. It is chosen at the import.
+    os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
     try:
         found = load(target, batch_size)
         with _progress():

@@ -10,7 +10,6 @@ import logging
 import math
 import re
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
 _log = logging.getLogger(__name__)
@@ -23,9 +22,6 @@ _FIRST = 8
 _MOST_PEAKS = 8
 # Below this growth of the peak two sizes are both under the knee.
 _FLAT = 1.02
-# Smaller micro-batches only get slower from where they take this much longer than the fastest.
-_HOPELESS = 1.3
-
 _UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -188,7 +184,7 @@ class Search:
             reason = f"{largest} is the largest size that fits; none was timed."
         tried = sorted({*self._peaks, *self._seconds})
         rows = [
-            PlanRow(m, math.ceil(self._peak(m)), m in self._peaks, self._seconds.get(m))
+            PlanRow(m, math.ceil(self.predicted(m)), m in self._peaks, self._seconds.get(m))
             for m in tried
         ]
         return Plan(size, -(-self._rows // size), self._limit, reason, tuple(rows))
@@ -206,21 +202,34 @@ class Search:
         ceiling = self._smallest_failing()
         return max((size for size in self._peaks if size < ceiling), default=0)
 
-    def _peak(self, size: int) -> float:
-        """The peak as measured, or as the model has it."""
+    def predicted(self, size: int) -> float:
+        """The peak of a size in bytes: as it was told, or as it follows from what was told.
+
+        Between two sizes that were told it lies on the straight line between them; beyond them on
+        the line of the largest ones, and never below the smallest peak.
+
+        Args:
+            size: rows of a micro-batch. At least one peak must have been told.
+        """
         if size in self._peaks:
             return self._peaks[size]
+        below = max((m for m in self._peaks if m < size), default=None)
+        above = min((m for m in self._peaks if m > size), default=None)
+        if below is not None and above is not None:
+            part = (size - below) / (above - below)
+            return self._peaks[below] + part * (self._peaks[above] - self._peaks[below])
         line = self._line()
         smallest = min(self._peaks.values())
         return smallest if line is None else max(smallest, line[0] + line[1] * size)
 
     def _line(self) -> tuple[float, float] | None:
-        """(a, b) of peak = a + b * rows through the two largest sizes above the knee."""
-        sizes = sorted(self._peaks)
-        for low, high in reversed(list(pairwise(sizes))):
-            if self._peaks[high] > _FLAT * self._peaks[low]:
-                slope = (self._peaks[high] - self._peaks[low]) / (high - low)
-                return self._peaks[low] - slope * low, slope
+        """(a, b) of peak = a + b * rows through the largest size and one far enough below it."""
+        for high in sorted(self._peaks, reverse=True):
+            for low in sorted(self._peaks, reverse=True):
+                # What is measured is not exact, and a small step would magnify that.
+                if 3 * low <= 2 * high and self._peaks[high] > _FLAT * self._peaks[low]:
+                    slope = (self._peaks[high] - self._peaks[low]) / (high - low)
+                    return self._peaks[low] - slope * low, slope
         return None
 
     def _next_memory(self) -> int | None:
@@ -252,20 +261,35 @@ class Search:
     def _next_time(self) -> int | None:
         if self._stopped:
             return None
-        size = self._largest_fitting()
-        best = math.inf
-        while size >= 1:
-            if size < self._rows and size >= self._smallest_failing():
-                size //= 2
-                continue
-            seconds = self._seconds.get(size)
-            if seconds is None:
+        # Small sizes first: where they are slow they are still done soonest.
+        for size in self._far_apart():
+            if size not in self._seconds:
                 return size
-            best = min(best, seconds)
-            if seconds > _HOPELESS * best or size == 1:
-                return None
-            size = size // 2
+        timed = self._seconds
+        if not timed:
+            return None
+        fastest = min(timed, key=lambda m: timed[m])
+        smallest = min(m for m in timed if timed[m] <= NEARLY_AS_FAST * timed[fastest])
+        largest = self._largest_fitting()
+        # Then on from there both ways, as long as it gets faster or stays as good.
+        above = 2 * fastest if 3 * fastest <= largest else largest
+        for size in (smallest // 2, above):
+            if size >= 1 and size not in timed and self._may_fit(size):
+                return size
         return None
+
+    def _far_apart(self) -> list[int]:
+        """Sizes whose peaks are known and fit, at least a factor two apart, smallest first."""
+        found: list[int] = []
+        for size in sorted(self._peaks, reverse=True):
+            if self._may_fit(size) and (not found or 2 * size <= found[-1]):
+                found.append(size)
+        return found[::-1]
+
+    def _may_fit(self, size: int) -> bool:
+        if size == self._rows:
+            return self._largest_fitting() == size
+        return size < self._smallest_failing()
 
     def _nothing_fits(self) -> str:
         limit = readable_bytes(self._limit)

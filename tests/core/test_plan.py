@@ -134,7 +134,7 @@ def test_small_micro_batches_may_be_the_fastest():
     seconds = {256: 61, 128: 52, 64: 46, 32: 43, 16: 44, 8: 50, 4: 70}
     plan, questions = searched(256, 10**9, lambda m: 100 + m, seconds.__getitem__)
     assert plan.microbatch_size == 16
-    assert min(q.microbatch_size for q in questions if q.kind == "time") == 4
+    assert 4 not in {q.microbatch_size for q in questions if q.kind == "time"}
 
 
 def test_memory_that_runs_out_lowers_the_size():

@@ -72,6 +72,6 @@ def shortest(run: Callable[[], float]) -> float:
     """
     times: list[float] = []
     # A window of microseconds needs many runs before one of them is undisturbed.
-    while len(times) < 4 or sum(times) < 0.05:
+    while len(times) < 3 or sum(times) < 0.3:
         times.append(run())
     return min(times[1:])

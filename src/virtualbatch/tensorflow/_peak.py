@@ -1,8 +1,9 @@
 """Peak memory of a window, measured: TensorFlow cannot tell it beforehand.
 
-On a GPU its allocator counts. On the host the kernel keeps the peak of the resident memory and
-resets it on request; memory that an allocator keeps after a window counts as the next window's,
-so sizes are measured from small to large.
+On a GPU its allocator counts, and on the host too where a process was started with
+TF_CPU_ALLOCATOR_USE_BFC=true. Elsewhere the kernel keeps the peak of the resident memory and resets
+it on request. What the allocator kept of an earlier window is then not seen to be used again, so
+sizes are measured from small to large.
 """
 
 import ctypes
@@ -27,8 +28,7 @@ class PeakMemory:
     """
 
     def __init__(self) -> None:
-        gpus = tf.config.list_logical_devices("GPU")
-        self._device = gpus[0].name if gpus else None
+        self._device = _device_that_counts()
         if self._device is None and not _kernel_tells():
             raise NotImplementedError(
                 "A plan on TensorFlow needs a GPU, or Linux that shows VmHWM and clear_refs. "
@@ -67,6 +67,17 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         run: called once; it must wait for its result.
     """
     return PeakMemory().of(run)
+
+
+def _device_that_counts() -> str | None:
+    """A device whose allocator tells what it holds and held."""
+    gpus = tf.config.list_logical_devices("GPU")
+    if gpus:
+        return str(gpus[0].name)
+    # The constant is held while the question is asked.
+    held = tf.fill((1024,), 1.0)
+    counted = tf.config.experimental.get_memory_info("CPU:0")["current"]
+    return "CPU:0" if counted >= held.shape[0] else None
 
 
 def _trim() -> None:

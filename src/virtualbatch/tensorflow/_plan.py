@@ -101,7 +101,7 @@ class _Program:
         """The shortest of some runs, after one that loads what the first run loads."""
         times: list[float] = []
         # A window of microseconds needs many runs before one of them is undisturbed.
-        while len(times) < 4 or sum(times) < 0.05:
+        while len(times) < 3 or sum(times) < 0.3:
             start = time.perf_counter()
             self.run()
             times.append(time.perf_counter() - start)

@@ -84,7 +84,7 @@ def _seconds(program: Program, cut: list[Microbatch], shares: Shares) -> float:
     """The shortest of some runs of a window, after one that loads what the first run loads."""
     times: list[float] = []
     # A window of microseconds needs many runs before one of them is undisturbed.
-    while len(times) < 4 or sum(times) < 0.05:
+    while len(times) < 3 or sum(times) < 0.3:
         start = time.perf_counter()
         program.run(cut, shares, commit=False)
         if program.found.accelerator is not None:
