@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from virtualbatch.certify import Certificate
 from virtualbatch.plan import Plan
 from virtualbatch.recovery import no_smaller_size
 from virtualbatch.sizes import Auto, SizeInForce
 from virtualbatch.split import Window, is_automatic, windows
 from virtualbatch.torch._batch import microbatches
+from virtualbatch.torch._certify import certificate, check_cut
 from virtualbatch.torch._checks import check_call, refuse_foreign_accumulation
 from virtualbatch.torch._memory import is_out_of_memory, largest_parameters, left_bytes
 from virtualbatch.torch._modules import inventory
@@ -23,7 +25,7 @@ from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._sizes import kept_sizes, signature
 from virtualbatch.torch._window import Program
 
-__all__ = ["Window", "backward", "plan", "windows"]
+__all__ = ["Window", "backward", "certify", "plan", "windows"]
 
 
 def backward(
@@ -171,6 +173,54 @@ def plan(
     found = inventory(module)
     refuse_foreign_accumulation()
     return planned(Program(loss_fn, weight, has_aux, backward_fn, found), batch, memory_limit)
+
+
+def certify(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    *,
+    module: torch.nn.Module | Iterable[torch.nn.Module],
+    microbatch_size: int | None = None,
+    accumulation_steps: int | None = None,
+    weight: Callable[[Any], Any] | None = None,
+    has_aux: bool = False,
+) -> Certificate:
+    """Proves that accumulation gives the gradient of the whole batch, or names what breaks it.
+
+    The batch runs uncut and in micro-batches, in float64 where the model can, with the same random
+    numbers for the same rows; so it must fit in memory uncut. Parameters, buffers, `.grad`s,
+    attributes of layers and random states are as before the call.
+
+    Args:
+        loss_fn: as in `backward`, like all arguments that are not explained here.
+        batch: a batch, not a Window.
+        module: see there.
+        microbatch_size: rows of one forward and backward.
+        accumulation_steps: micro-batches per window.
+        weight: see there.
+        has_aux: see there.
+
+    Returns:
+        The certificate, with the error of each parameter and named findings.
+
+    Raises:
+        ValueError: there is only one row or one micro-batch; else see `backward`.
+        TypeError: see `backward`.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> batch = {"x": torch.ones(6, 2), "mask": torch.tensor([1.0, 1, 1, 1, 0, 0])}
+        >>> def loss_fn(batch):
+        ...     return (model(batch["x"])[:, 0] ** 2 * batch["mask"]).sum() / batch["mask"].sum()
+        >>> certify(loss_fn, batch, module=model, microbatch_size=3).findings[0].fix
+        "Pass weight=lambda batch: batch['mask'].sum()."
+    """
+    check_call({"loss_fn": loss_fn, "weight": weight}, batch, microbatch_size, accumulation_steps)
+    found = inventory(module)
+    refuse_foreign_accumulation()
+    check_cut(batch, microbatch_size, accumulation_steps)
+    program = Program(loss_fn, weight, has_aux, None, found)
+    return certificate(program, batch, microbatch_size, accumulation_steps)
 
 
 def _planned_size(program: Program, batch: Any, automatic: Any) -> SizeInForce:

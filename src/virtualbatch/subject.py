@@ -1,0 +1,64 @@
+"""What an engine observes of a training step so that the step can be certified."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from virtualbatch.rowwise import Record
+
+
+class Observed(NamedTuple):
+    """One run of the loss and its gradient.
+
+    Fields:
+        terms: term name -> its value.
+        gradients: parameter name -> its gradient, of the parameter's shape; None where the loss
+            does not reach the parameter.
+        state: name -> value of what layers keep, such as running means, after the run.
+    """
+
+    terms: Mapping[Any, float]
+    gradients: Mapping[str, np.ndarray | None]
+    state: Mapping[str, np.ndarray]
+
+
+class Subject(Protocol):
+    """A training step of the user's; every method leaves it as it was.
+
+    Attributes:
+        rows: rows of the batch.
+        pieces: row numbers of each micro-batch.
+        epsilon: of the dtype that everything is computed in.
+        leaves: expression -> array of the batch, with rows on its first axis.
+        parameters: parameter name -> value.
+        narrow: what is summed in half precision, in words, each a place.
+        notes: how it is observed, in sentences.
+    """
+
+    rows: int
+    pieces: Sequence[np.ndarray]
+    epsilon: float
+    leaves: Mapping[str, np.ndarray]
+    parameters: Mapping[str, np.ndarray]
+    narrow: Sequence[str]
+    notes: Sequence[str]
+
+    def accumulated(self) -> Observed:
+        """The whole batch by the engine, in micro-batches; one term, the loss."""
+
+    def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:
+        """Some rows in one piece, by the framework alone, with the same random numbers per row.
+
+        Args:
+            rows: row numbers.
+            term: the only term to differentiate; None for their sum.
+            again: whether to run twice, the second time from the state that the first one left,
+                and to observe the second run.
+        """
+
+    def weights(self) -> Mapping[Any, Sequence[float]] | None:
+        """Term name -> the weights of the pieces as the user gives them; None for rows."""
+
+    def records(self, rows: np.ndarray, again: bool = False) -> list[Record]:
+        """The values that the loss computes of some rows, in order; see `alone`."""

@@ -1,0 +1,119 @@
+"""Random numbers that belong to rows: whatever rows run together, each draws what it drew before.
+
+Dropout draws one number per element, in the order of the batch. Cut into micro-batches the same
+rows would draw others. Here the numbers of one run on the whole batch are kept, and every other run
+is given those of its own rows.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class RowwiseRandom(TorchDispatchMode):
+    """Keeps random numbers by row, or gives constants instead where that cannot be done.
+
+    Args:
+        rows: rows of the whole batch.
+    """
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self._rows = rows
+        self._kept: list[torch.Tensor] = []
+        self._axes: list[int | None] = []
+        self._probe: list[torch.Size] = []
+        self._chosen: torch.Tensor | None = None
+        # Generator's state before a draw -> which draw it is.
+        self._seen: dict[bytes, int] = {}
+        self._phase = "probe"
+
+    @property
+    def draws(self) -> int:
+        """How many times the whole batch draws."""
+        return len(self._kept)
+
+    def probe(self) -> None:
+        """Looks only: the next run is on fewer rows than the batch has."""
+        self._phase, self._probe = "probe", []
+
+    def keep(self) -> None:
+        """Keeps what the next run draws; it is on the whole batch."""
+        self._phase, self._kept = "keep", []
+
+    def learn(self, some: int) -> bool:
+        """Finds the axis of rows in every draw, from the two runs before.
+
+        Args:
+            some: rows of the run that looked only.
+
+        Returns:
+            Whether the numbers of some rows can be told; else constants are given from now on.
+        """
+        known: list[int | None] = [_axis(kept.shape, seen, self._rows, some) for kept, seen in self._pairs()]
+        if len(known) == len(self._kept) == len(self._probe) and -1 not in known:
+            self._axes, self._phase = known, "replay"
+            return True
+        self._phase = "constant"
+        return False
+
+    def choose(self, rows: torch.Tensor | np.ndarray) -> None:
+        """Says which rows of the batch run next."""
+        self._chosen = torch.as_tensor(np.ascontiguousarray(rows))
+        self._seen = {}
+
+    def _pairs(self) -> Any:
+        return zip(self._kept, self._probe, strict=False)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        before = torch.get_rng_state().numpy().tobytes()
+        result = func(*args, **(kwargs or {}))
+        drawn = result[1] if isinstance(result, tuple) else result
+        if not isinstance(drawn, torch.Tensor) or not _draws(func, args, kwargs or {}):
+            return result
+        if self._phase == "probe":
+            self._probe.append(drawn.shape)
+        elif self._phase == "keep":
+            self._kept.append(drawn.clone())
+        elif self._phase == "constant":
+            drawn.fill_(1 if "bernoulli" in func.name() or "dropout" in func.name() else 0.5)
+        else:
+            drawn.copy_(self._of_rows(drawn, before))
+        if func.overloadpacket is torch.ops.aten.native_dropout:
+            p = args[1]
+            result[0].copy_(args[0] * drawn / (1 - p))
+        return result
+
+    def _of_rows(self, drawn: torch.Tensor, before: bytes) -> torch.Tensor:
+        # A forward that is computed again, as checkpoints do, starts from the state it had.
+        index = self._seen.setdefault(before, len(self._seen))
+        kept, axis = self._kept[index], self._axes[index]
+        if axis is None or self._chosen is None:
+            return kept.expand_as(drawn)
+        each = kept.shape[axis] // self._rows
+        rows = self._chosen.to(kept.device)
+        places = (rows[:, None] * each + torch.arange(each, device=kept.device)).reshape(-1)
+        return kept.index_select(axis, places)
+
+
+def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation really draws; attention without dropout does not."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return bool(given.get("dropout_p", 1.0) != 0.0)
+
+
+def _axis(whole: torch.Size, part: torch.Size, rows: int, some: int) -> int | None:
+    """The axis of rows; None if there is none, -1 if it cannot be told."""
+    if len(whole) != len(part):
+        return -1
+    axes = [axis for axis, (a, b) in enumerate(zip(whole, part, strict=True)) if a != b]
+    if not axes:
+        return None
+    if len(axes) == 1 and whole[axes[0]] * some == part[axes[0]] * rows:
+        return axes[0] if whole[axes[0]] % rows == 0 else -1
+    return -1

@@ -1,0 +1,253 @@
+"""Which weights turn the means of micro-batches into the mean of the batch.
+
+Each hypothesis is arithmetic on the gradients of parts: the right one reproduces the gradient of
+the whole batch to rounding, the others miss it by far.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from virtualbatch.certify import Finding
+from virtualbatch.subject import Observed, Subject
+from virtualbatch.window import shares
+
+# Coordinates of the gradient that hypotheses are tried on.
+_COORDINATES = 4096
+# Hypotheses add up several gradients, so a few roundings more than the verdict are granted.
+_SLACK = 64
+# Gradients of this many numbers cannot be fitted by chance.
+_ENOUGH = 8
+
+
+class Weight(NamedTuple):
+    """One way in which a batch can be counted.
+
+    Fields:
+        text: in words.
+        code: the expression to paste.
+        per_row: weight of each row.
+    """
+
+    text: str
+    code: str
+    per_row: np.ndarray
+
+
+class Explanation(NamedTuple):
+    """What is known about one term.
+
+    Fields:
+        right: whether the given weights are right for it.
+        finding: its cause, or None where no weights explain it.
+    """
+
+    right: bool
+    finding: Finding | None
+
+
+def explained(
+    subject: Subject, term: Any, where: str, scales: Any, tolerance: float
+) -> Explanation:
+    """Looks for the weights of a term.
+
+    Args:
+        subject: the training step.
+        term: name of the term.
+        where: its place, in words.
+        scales: what gradients and losses are measured in; see `virtualbatch.diagnosis`.
+        tolerance: of the certificate.
+    """
+    sketch = _Sketch(subject.parameters, scales, tolerance)
+
+    def value(rows: np.ndarray) -> np.ndarray:
+        return sketch.of(subject.alone(rows, term), term)
+
+    pieces = subject.pieces
+    whole = value(np.arange(subject.rows))
+    parts = np.stack([value(piece) for piece in pieces])
+    rows = shares([float(len(piece)) for piece in pieces])
+    weights = subject.weights()
+    weight = rows if weights is None else shares(weights.get(term) or [1.0] * len(pieces))
+    if sketch.fits(np.dot(weight, parts), whole):
+        return Explanation(True, None)
+    given = "rows" if weights is None else "what weight returned"
+    if weights is not None and sketch.fits(np.dot(rows, parts), whole):
+        return _wrong_weight(subject, where, given, Weight("rows", "", np.ones(subject.rows)))
+    if sketch.fits(parts.sum(0), whole):
+        return Explanation(
+            False,
+            Finding(
+                "sum_loss",
+                where,
+                "The loss is a sum over rows, not a mean: micro-batches add up instead of "
+                "averaging.",
+                "Divide it by what it counts, such as the rows, and scale the learning rate "
+                "instead if you mean a sum.",
+            ),
+        )
+    for candidate in _candidates(subject):
+        counted = [float(candidate.per_row[piece].sum()) for piece in pieces]
+        if sketch.fits(np.dot(shares(counted), parts), whole):
+            return _wrong_weight(subject, where, given, candidate)
+    return _of_other_parts(subject, where, value, sketch, whole)
+
+
+def _wrong_weight(subject: Subject, where: str, given: str, right: Weight) -> Explanation:
+    if subject.narrow and right.code:
+        return Explanation(
+            False,
+            Finding(
+                "low_precision",
+                ", ".join(subject.narrow),
+                f"The loss divides by {right.text}, counted in half precision, where large "
+                "counts are rounded.",
+                f"Count in float32: weight=lambda batch: {right.code}.",
+            ),
+        )
+    fix = f"Pass weight=lambda batch: {right.code}." if right.code else "Leave weight out."
+    why = (
+        f"The mean of each micro-batch is weighted by {given}, but the loss divides by "
+        f"{right.text}: a mean of means."
+    )
+    return Explanation(False, Finding("weight", where, why, fix))
+
+
+def _of_other_parts(
+    subject: Subject, where: str, value: Any, sketch: "_Sketch", whole: np.ndarray
+) -> Explanation:
+    """Hypotheses that need other cuts than the user's."""
+    every = np.arange(subject.rows)
+    halves = [value(half) for half in np.array_split(every, 2)]
+    if subject.rows >= 3:
+        thirds = [value(third) for third in np.array_split(every, 3)]
+        once, twice = sum(halves) - whole, (sum(thirds) - whole) / 2
+        # What each part has once more than the batch, however many parts there are.
+        if sketch.fits(once, twice) and not sketch.fits(once, np.zeros_like(once)):
+            return Explanation(
+                False,
+                Finding(
+                    "regulariser",
+                    where,
+                    "A part of the loss does not depend on the rows and is counted once per "
+                    "micro-batch, because the rest is a sum over rows.",
+                    "Return a dict of terms, the rest divided by what it counts, and a weight "
+                    "of None for the regulariser.",
+                ),
+            )
+    away = halves[0] - halves[1]
+    part = float(np.dot(whole - halves[1], away) / np.dot(away, away)) if np.any(away) else 0.5
+    guess = halves[1] + part * away
+    if sketch.known >= _ENOUGH and 0 <= part <= 1 and sketch.fits(guess, whole):
+        return Explanation(
+            False,
+            Finding(
+                "weight",
+                where,
+                f"The loss is a mean of something that is not counted by the weights given: the "
+                f"first half of the batch carries {part:.1%} of it.",
+                "Pass weight=..., what your mean was divided by.",
+            ),
+        )
+    if subject.rows >= 4:
+        pair = _two_means(subject, value, sketch, np.array_split(every, 4))
+        if pair is not None:
+            return Explanation(
+                False,
+                Finding(
+                    "weight",
+                    where,
+                    f"The loss is a sum of two means, one over {pair[0].text} and one over "
+                    f"{pair[1].text}; no single weight is right for both.",
+                    "Return a dict of two terms, and from weight a dict with the same names.",
+                ),
+            )
+    return Explanation(False, None)
+
+
+def _two_means(
+    subject: Subject, value: Any, sketch: "_Sketch", quarters: Sequence[np.ndarray]
+) -> tuple[Weight, Weight] | None:
+    """The weights of two means whose sum the loss is.
+
+    Each union of quarters gives one equation: its loss is the first mean's sum over its count, and
+    the second's over its own. Fifteen unions overdetermine the eight sums.
+    """
+    unions = [
+        chosen for count in range(1, 5) for chosen in combinations(range(len(quarters)), count)
+    ]
+    values = np.stack([value(np.concatenate([quarters[q] for q in union])) for union in unions])
+    rows = Weight("rows", "", np.ones(subject.rows))
+    for first, second in combinations([rows, *_candidates(subject)], 2):
+        table = np.zeros((len(unions), 8))
+        for index, union in enumerate(unions):
+            for k, weight in enumerate((first, second)):
+                count = sum(float(weight.per_row[quarters[q]].sum()) for q in union)
+                for q in union:
+                    table[index, 4 * k + q] = 1 / count if count else 0.0
+        solved, *_ = np.linalg.lstsq(table, values, rcond=None)
+        if sketch.fits(table @ solved, values):
+            return first, second
+    return None
+
+
+def _candidates(subject: Subject) -> Iterator[Weight]:
+    """Ways to count the batch by its own arrays; those that count alike only once."""
+    seen = [np.ones(subject.rows)]
+    for path, leaf in subject.leaves.items():
+        for text, code, counted in _counts(path, leaf):
+            per_row = counted.reshape(len(leaf), -1).sum(1).astype(float)
+            total = per_row.sum()
+            if not (np.all(np.isfinite(per_row)) and np.all(per_row >= 0) and total > 0):
+                continue
+            if any(np.allclose(per_row / total, known / known.sum()) for known in seen):
+                continue
+            seen.append(per_row)
+            yield Weight(text, code, per_row)
+
+
+def _counts(path: str, leaf: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
+    if leaf.dtype.kind in "fc":
+        yield f"the sum of {path}", f"{path}.sum()", leaf
+    yield f"the entries of {path} that are not 0", f"({path} != 0).sum()", leaf != 0
+    if leaf.dtype.kind in "iu":
+        # Padding is most often the smallest or the last value; -100 is what PyTorch ignores.
+        for pad in dict.fromkeys([-100, int(leaf.min()), int(leaf.reshape(-1)[-1])]):
+            code = f"({path} != {pad}).sum()"
+            yield f"the entries of {path} that are not {pad}", code, leaf != pad
+            if leaf.ndim > 1:
+                code = f"({path}[:, 1:] != {pad}).sum()"
+                text = f"the entries of {path}[:, 1:] that are not {pad}"
+                yield text, code, leaf[:, 1:] != pad
+    if leaf.dtype.kind in "iu" and leaf.ndim == 1:
+        yield f"the sum of {path}", f"{path}.sum()", leaf
+
+
+class _Sketch:
+    """Some coordinates of a gradient and the loss, in units of the tolerance."""
+
+    def __init__(self, parameters: Mapping[str, np.ndarray], scales: Any, tolerance: float):
+        self._scales = scales
+        self._tolerance = tolerance
+        each = max(1, _COORDINATES // max(1, len(parameters)))
+        self._places = {
+            name: np.linspace(0, value.size - 1, min(each, value.size)).astype(int)
+            for name, value in parameters.items()
+        }
+        self.known = sum(map(len, self._places.values()))
+
+    def of(self, found: Observed, term: Any) -> np.ndarray:
+        parts = [np.array([found.terms[term] / self._scales.terms])]
+        for name, places in self._places.items():
+            gradient = found.gradients[name]
+            if gradient is None:
+                parts.append(np.zeros(len(places)))
+            else:
+                parts.append(gradient.reshape(-1)[places] / self._scales.gradients[name])
+        return np.concatenate(parts) / self._tolerance
+
+    @staticmethod
+    def fits(guess: np.ndarray, truth: np.ndarray) -> bool:
+        return bool(np.max(np.abs(guess - truth), initial=0.0) <= _SLACK)
