@@ -109,8 +109,7 @@ class Certificate:
             for found in self.findings
         )
         rows = "".join(
-            f"<tr><td>{escape(name)}</td><td>{error:.2e}</td></tr>"
-            for name, error in self._worst()
+            f"<tr><td>{escape(name)}</td><td>{error:.2e}</td></tr>" for name, error in self._worst()
         )
         return (
             f"<p><b>{escape(self._headline())}</b></p><ul>{findings}</ul><table>{rows}</table>"

@@ -212,18 +212,14 @@ def _advice(subject: Subject, whole: Observed) -> Iterator[Finding]:
             )
 
 
-def _scales(
-    whole: Observed, alike: Sequence[Observed], tolerance: float, largest: float
-) -> Scales:
+def _scales(whole: Observed, alike: Sequence[Observed], tolerance: float, largest: float) -> Scales:
     gradients = {}
     for name, gradient in whole.gradients.items():
         noise = max(
             (_largest(_minus(gradient, other.gradients[name])) for other in alike), default=0.0
         )
         # A gradient that should be 0 is the rounding of far larger numbers.
-        gradients[name] = (
-            _largest(gradient) + _ROUNDING * noise / tolerance + 1e-4 * largest or 1.0
-        )
+        gradients[name] = _largest(gradient) + _ROUNDING * noise / tolerance + 1e-4 * largest or 1.0
     loss = sum(whole.terms.values())
     noise = max((abs(loss - sum(other.terms.values())) for other in alike), default=0.0)
     size = max((abs(term) for term in whole.terms.values()), default=0.0)

@@ -93,9 +93,7 @@ def first_not_finite(records: Sequence[Record], rows: int) -> tuple[Record, list
 
 def same_values(first: Record, second: Record, tolerance: float) -> bool:
     """Whether two runs on the same rows computed the same value."""
-    return first.value.shape == second.value.shape and _close(
-        first.value, second.value, tolerance
-    )
+    return first.value.shape == second.value.shape and _close(first.value, second.value, tolerance)
 
 
 def _agree(whole: np.ndarray, parts: list[np.ndarray], tolerance: float) -> bool:
@@ -123,9 +121,7 @@ def _agree(whole: np.ndarray, parts: list[np.ndarray], tolerance: float) -> bool
 
 
 def _inner(parts: list[np.ndarray], axis: int, outer: int) -> np.ndarray:
-    split = [
-        part.reshape(*part.shape[:axis], outer, -1, *part.shape[axis + 1 :]) for part in parts
-    ]
+    split = [part.reshape(*part.shape[:axis], outer, -1, *part.shape[axis + 1 :]) for part in parts]
     joined = np.concatenate(split, axis + 1)
     return joined.reshape(*joined.shape[:axis], -1, *joined.shape[axis + 2 :])
 

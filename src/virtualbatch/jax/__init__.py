@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from virtualbatch.certify import Certificate
 from virtualbatch.jax._batch import Cut, cut_batch, cut_further
+from virtualbatch.jax._certify import certificate, check_cut
 from virtualbatch.jax._checks import check_arguments, check_options
 from virtualbatch.jax._compiled import run_compiled
 from virtualbatch.jax._eager import run_eager
@@ -27,7 +29,7 @@ from virtualbatch.recovery import no_smaller_size
 from virtualbatch.sizes import Auto, SizeInForce
 from virtualbatch.split import Window, is_automatic, windows
 
-__all__ = ["Window", "plan", "value_and_grad", "windows"]
+__all__ = ["Window", "certify", "plan", "value_and_grad", "windows"]
 
 # So that a Window goes through jit, vmap and tree maps as its micro-batches.
 jax.tree_util.register_pytree_node(
@@ -274,5 +276,87 @@ def plan(
     def wrapper(*args: Any, **kwargs: Any) -> Plan:
         check_arguments(args, batch_argnum, key_argnum, 1, None)
         return planned(window, args[batch_argnum], args, kwargs, memory_limit)
+
+    return wrapper
+
+
+def certify(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    batch_argnum: int = 1,
+    microbatch_size: int | None = None,
+    accumulation_steps: int | None = None,
+    weight: Callable[[Any], Any] | None = None,
+    accumulator_dtype: Any = None,
+    key_argnum: int | None = None,
+    grad_fn: Callable[..., Any] | None = None,
+) -> Callable[..., Certificate]:
+    """Proves that accumulation gives the gradient of the whole batch, or names what breaks it.
+
+    The batch runs uncut and in micro-batches, in float64 where the function can, with the same
+    random bits for the same rows; so it must fit in memory uncut. It runs equation by equation, and
+    not compiled.
+
+    Args:
+        fun: as in `value_and_grad`, like all arguments that are not explained here.
+        argnums: see there.
+        has_aux: see there.
+        batch_argnum: see there.
+        microbatch_size: rows of one forward and backward.
+        accumulation_steps: micro-batches per window.
+        weight: see there.
+        accumulator_dtype: see there.
+        key_argnum: see there; keys are not folded here, since rows keep their random numbers.
+        grad_fn: see there.
+
+    Returns:
+        A function with fun's arguments that returns a `Certificate`, with the error of each
+        parameter and named findings.
+
+    Raises:
+        ValueError: there is only one row or one micro-batch, or random numbers are drawn in a
+            loop; else see `value_and_grad`.
+        TypeError: see `value_and_grad`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> loss = lambda params, batch: jnp.sum((batch @ params) ** 2)
+        >>> found = certify(loss, microbatch_size=2)(jnp.ones(2), jnp.ones((6, 2)))
+        >>> found.exact, found.findings[0].kind
+        (False, 'sum_loss')
+    """
+    options = {"fun": fun, "weight": weight, "grad_fn": grad_fn}
+    positions = {"argnums": argnums, "batch_argnum": batch_argnum, "key_argnum": key_argnum}
+    check_options(options, positions, microbatch_size, accumulation_steps)
+
+    def engine(function: Callable[..., Any], weight: Any) -> Callable[..., Any]:
+        return value_and_grad(
+            function,
+            argnums,
+            has_aux,
+            batch_argnum=batch_argnum,
+            microbatch_size=microbatch_size,
+            accumulation_steps=accumulation_steps,
+            weight=weight,
+            accumulator_dtype=accumulator_dtype,
+            grad_fn=grad_fn,
+        )
+
+    @wraps(fun)
+    def wrapper(*args: Any, **kwargs: Any) -> Certificate:
+        check_arguments(args, batch_argnum, key_argnum, microbatch_size, accumulation_steps)
+        check_cut(args[batch_argnum], microbatch_size, accumulation_steps)
+        differentiate = partial(
+            grad_fn or jax.value_and_grad,
+            **({} if grad_fn is not None and argnums == 0 else {"argnums": argnums}),
+        )
+        call = Call(fun, args, kwargs, batch_argnum, None, has_aux, None, differentiate)
+        half = accumulator_dtype is not None and jnp.finfo(accumulator_dtype).bits < 32
+        narrow = [f"accumulator_dtype={jnp.dtype(accumulator_dtype)}"] if half else []
+        return certificate(
+            call, argnums, weight, engine, microbatch_size, accumulation_steps, narrow
+        )
 
     return wrapper
