@@ -42,10 +42,10 @@ def certified(subject: Subject) -> Certificate:
     every = np.arange(subject.rows)
     whole = subject.alone(every)
     if not _finite(whole):
-        findings = (_not_finite(subject, every),)
+        broken = (_not_finite(subject, every),)
         infinite = dict.fromkeys(subject.parameters, float("inf"))
         notes = tuple(subject.notes)
-        return Certificate(False, float("inf"), tolerance, infinite, findings, float("inf"), notes)
+        return Certificate(False, float("inf"), tolerance, infinite, broken, float("inf"), notes)
     coarse = _COARSE * subject.epsilon**0.5
     again = subject.alone(every, again=True)
     turned = subject.alone(every[::-1])
@@ -62,7 +62,7 @@ def certified(subject: Subject) -> Certificate:
     state_error = _state_error(whole, accumulated)
     max_error = max(errors.values(), default=0.0)
     exact = max_error <= tolerance and loss_error <= tolerance and state_error <= coarse
-    findings = []
+    findings: list[Finding] = []
     if not exact:
         findings = _causes(subject, whole, scales, tolerance, coarse, stateful)
     elif stateful:
@@ -93,6 +93,9 @@ def _causes(
     parts = [subject.records(piece) for piece in subject.pieces[:2]]
     if stateful:
         return [_stateful(subject, np.arange(subject.rows), coarse)]
+    different = first_difference(records, parts, coarse)
+    if different is not None and subject.weighs_itself:
+        return [_coupled(different, different.where)]
     reduced = reduced_at(records, parts)
     place = reduced.where if reduced else "loss_fn"
     findings = []
@@ -107,7 +110,7 @@ def _causes(
             findings.append(found.finding)
     if findings or not wrong:
         return findings or [_unexplained(subject)]
-    return [_coupled(first_difference(records, parts, coarse), place)]
+    return [_coupled(different, place)]
 
 
 def _coupled(record: Any, place: str) -> Finding:

@@ -1,7 +1,8 @@
 """What an engine observes of a training step so that the step can be certified."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class Observed(NamedTuple):
     state: Mapping[str, np.ndarray]
 
 
-class Subject(Protocol):
+class Subject(ABC):
     """A training step of the user's; every method leaves it as it was.
 
     Attributes:
@@ -34,6 +35,7 @@ class Subject(Protocol):
         parameters: parameter name -> value.
         narrow: what is summed in half precision, in words, each a place.
         notes: how it is observed, in sentences.
+        weighs_itself: whether the engine finds the weights of a loss by itself.
     """
 
     rows: int
@@ -43,10 +45,13 @@ class Subject(Protocol):
     parameters: Mapping[str, np.ndarray]
     narrow: Sequence[str]
     notes: Sequence[str]
+    weighs_itself = False
 
+    @abstractmethod
     def accumulated(self) -> Observed:
         """The whole batch by the engine, in micro-batches; one term, the loss."""
 
+    @abstractmethod
     def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:
         """Some rows in one piece, by the framework alone, with the same random numbers per row.
 
@@ -57,8 +62,10 @@ class Subject(Protocol):
                 and to observe the second run.
         """
 
+    @abstractmethod
     def weights(self) -> Mapping[Any, Sequence[float]] | None:
         """Term name -> the weights of the pieces as the user gives them; None for rows."""
 
+    @abstractmethod
     def records(self, rows: np.ndarray, again: bool = False) -> list[Record]:
         """The values that the loss computes of some rows, in order; see `alone`."""

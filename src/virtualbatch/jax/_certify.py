@@ -31,7 +31,7 @@ def certificate(
             call, argnums, weight, engine, microbatch_size, accumulation_steps, narrow
         )
         if note:
-            subject.notes.append(note)
+            subject.notes = [*subject.notes, note]
         return certified(subject)
 
     try:

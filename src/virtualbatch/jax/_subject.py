@@ -12,14 +12,14 @@ from virtualbatch.jax._batch import cut_batch, is_array, map_arrays
 from virtualbatch.jax._jaxpr import Traced, drawn_shapes, evaluate, traced
 from virtualbatch.jax._objective import Call
 from virtualbatch.rowwise import Record
-from virtualbatch.subject import Observed
+from virtualbatch.subject import Observed, Subject
 from virtualbatch.terms import weight_terms
 
 # (function, weight) -> what `value_and_grad` makes of them, with the rest as the user gave it.
 Engine = Callable[[Callable[..., Any], Any], Callable[..., Any]]
 
 
-class JaxSubject:
+class JaxSubject(Subject):
     """See `virtualbatch.subject.Subject`.
 
     Args:
@@ -68,11 +68,10 @@ class JaxSubject:
         dtype = next(iter(loss.values())).dtype
         wide = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
         self.epsilon = float(jnp.finfo(wide).eps)
-        self.notes = [f"Compared in {dtype}."]
+        notes = [f"Compared in {dtype}."]
         if self._bits:
-            self.notes.append(
-                "Random numbers were kept by row, so that every cut drew the same ones."
-            )
+            notes.append("Random numbers were kept by row, so that every cut drew the same ones.")
+        self.notes = notes
         self.narrow = [*narrow, *self._half_weights()]
 
     def accumulated(self) -> Observed:

@@ -35,7 +35,7 @@ def _observed(
     try:
         subject = TorchSubject(program, batch, size, steps, state)
         if note:
-            subject.notes.append(note)
+            subject.notes = [*subject.notes, note]
         return certified(subject)
     finally:
         state.restore()

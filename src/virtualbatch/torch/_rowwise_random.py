@@ -66,9 +66,6 @@ class RowwiseRandom(TorchDispatchMode):
         self._chosen = torch.as_tensor(np.ascontiguousarray(rows))
         self._seen = {}
 
-    def _pairs(self) -> Any:
-        return zip(self._kept, self._probe, strict=False)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from virtualbatch.rowwise import Record
-from virtualbatch.subject import Observed
+from virtualbatch.subject import Observed, Subject
 from virtualbatch.terms import loss_and_aux
 from virtualbatch.torch._batch import Microbatch, microbatches, named_leaves, on_device
 from virtualbatch.torch._loss import checked_terms
@@ -20,7 +20,7 @@ from virtualbatch.torch._window import Program
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class TorchSubject:
+class TorchSubject(Subject):
     """See `virtualbatch.subject.Subject`.
 
     Args:
@@ -55,7 +55,7 @@ class TorchSubject:
         }
         self._names = _parameter_names(program)
         self.parameters = {name: _numpy(p) for name, p in self._names.items()}
-        self.notes: list[str] = []
+        notes = []
         self._random = RowwiseRandom(self.rows)
         with self._random:
             self._random.probe()
@@ -64,7 +64,7 @@ class TorchSubject:
             loss = self._forward(np.arange(self.rows))
             told = self._random.learn(len(self.pieces[0]))
         if self._random.draws:
-            self.notes.append(
+            notes.append(
                 "Random numbers were kept by row, so that every cut drew the same ones."
                 if told
                 else "Randomness was replaced by constants, because its numbers do not belong to "
@@ -72,15 +72,16 @@ class TorchSubject:
             )
         dtype = next(iter(checked_terms(loss).values())).dtype
         self.epsilon = torch.finfo(torch.float32 if dtype in _HALF else dtype).eps
-        self.notes.append(f"Compared in {str(dtype).removeprefix('torch.')}.")
+        notes.append(f"Compared in {str(dtype).removeprefix('torch.')}.")
+        self.notes = notes
         self.narrow = self._half_weights()
 
     def accumulated(self) -> Observed:
         """See `Subject`."""
-        program = self._program
+        program, weight = self._program, self._program.weight
         seen = program._replace(
             loss_fn=lambda pair: self._chosen(pair)(pair[0]),
-            weight=program.weight and (lambda pair: program.weight(pair[0])),
+            weight=weight and (lambda pair: weight(pair[0])),
             found=inventory(self._roots),
         )
         self._fresh()
