@@ -52,9 +52,8 @@ class RowwiseRandom(TorchDispatchMode):
         Returns:
             Whether the numbers of some rows can be told; else constants are given from now on.
         """
-        known: list[int | None] = [
-            _axis(kept.shape, seen, self._rows, some) for kept, seen in self._pairs()
-        ]
+        pairs = zip(self._kept, self._probe, strict=False)
+        known = [_axis(kept.shape, seen, self._rows, some) for kept, seen in pairs]
         if len(known) == len(self._kept) == len(self._probe) and -1 not in known:
             self._axes, self._phase = known, "replay"
             return True
