@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from virtualbatch.certify import Certificate
 from virtualbatch.plan import Plan
 from virtualbatch.recovery import no_smaller_size
 from virtualbatch.sizes import Auto, SizeInForce
@@ -22,6 +23,7 @@ from virtualbatch.tensorflow._batch import (
     segments,
     smaller_segments,
 )
+from virtualbatch.tensorflow._certify import certificate
 from virtualbatch.tensorflow._gradients import (
     add,
     finished,
@@ -43,7 +45,7 @@ from virtualbatch.tensorflow._sizes import kept_sizes, signature, stand_in
 from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.terms import loss_and_aux, loss_terms
 
-__all__ = ["Window", "plan", "value_and_gradients", "windows"]
+__all__ = ["Window", "certify", "plan", "value_and_gradients", "windows"]
 
 
 class _Micro(NamedTuple):
@@ -231,6 +233,68 @@ def plan(
         raise ValueError("internal: an eager batch has no number of rows.")
     batch = tf.nest.map_structure(as_tensor, batch)
     return planned(window, batch, rows, held_bytes(variables, batch), memory_limit)
+
+
+def certify(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    variables: Any,
+    *,
+    microbatch_size: int | None = None,
+    accumulation_steps: int | None = None,
+    weight: Callable[[Any], Any] | None = None,
+    has_aux: bool = False,
+) -> Certificate:
+    """Proves that accumulation gives the gradient of the whole batch, or names what breaks it.
+
+    The batch runs uncut and in micro-batches, with the same random numbers for the same rows; so
+    it must fit in memory uncut. It runs eagerly, functions of `tf.function` too. Variables are as
+    before the call; TensorFlow's global random generator has gone on.
+
+    Args:
+        loss_fn: as in `value_and_gradients`, like all arguments that are not explained here.
+        batch: a batch, not a Window.
+        variables: see there.
+        microbatch_size: rows of one forward and backward.
+        accumulation_steps: micro-batches per window.
+        weight: see there.
+        has_aux: see there.
+
+    Returns:
+        The certificate, with the error of each variable and named findings.
+
+    Raises:
+        ValueError: there is only one row or one micro-batch, random numbers do not belong to
+            rows, or the call is inside a graph; else see `value_and_gradients`.
+        TypeError: see `value_and_gradients`.
+
+    Example:
+        >>> weights = tf.Variable([1.0, 2.0])
+        >>> found = certify(
+        ...     lambda batch: tf.reduce_sum(tf.linalg.matvec(batch, weights)),
+        ...     tf.ones([6, 2]),
+        ...     [weights],
+        ...     microbatch_size=2,
+        ... )
+        >>> found.exact, found.findings[0].kind
+        (False, 'sum_loss')
+    """
+    _check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
+
+    def engine(loss_fn: Callable[[Any], Any], pair: Any, weight: Any) -> tuple[Any, Any]:
+        return value_and_gradients(
+            loss_fn,
+            pair,
+            variables,
+            microbatch_size=microbatch_size,
+            accumulation_steps=accumulation_steps,
+            weight=weight,
+            has_aux=has_aux,
+        )
+
+    return certificate(
+        loss_fn, batch, variables, weight, has_aux, engine, microbatch_size, accumulation_steps
+    )
 
 
 def _planned_size(
