@@ -167,7 +167,7 @@ class TensorFlowSubject(Subject):
 
 def _names(variables: Sequence[Any]) -> list[str]:
     """A name for each variable, with its number where another one is called the same."""
-    names = [getattr(v, "path", None) or getattr(v, "name", "variable") for v in variables]
+    names = [str(getattr(v, "path", "") or getattr(v, "name", "variable")) for v in variables]
     return [
         f"{name}[{index}]" if names.count(name) > 1 else name for index, name in enumerate(names)
     ]
