@@ -100,7 +100,8 @@ def watched(random: RowwiseRandom, records: list[Record] | None = None) -> Itera
     ) -> None:
         if graph is not None:
             return
-        if any(text in op_type for text in _DRAWS):
+        name = op_type.decode() if isinstance(op_type, bytes) else op_type
+        if any(text in name for text in _DRAWS):
             # Eagerly the list is what the operation returns.
             outputs[:] = [random.drawn(output) for output in outputs]
             draws.extend(np.array(output) for output in outputs)
