@@ -4,32 +4,26 @@ The errors come first. Only if there are any, causes are tried on the gradients 
 micro-batches: the cause is the one whose arithmetic reproduces the whole batch's gradient.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from virtualbatch.certify import Certificate, Finding, derived_tolerance
+from virtualbatch.combining import miscombined, stale
+from virtualbatch.differences import (
+    Scales,
+    all_finite,
+    differ,
+    gradient_errors,
+    measured_scales,
+    norm_of_sum,
+    state_error,
+    total_loss,
+)
 from virtualbatch.rowwise import first_difference, first_not_finite, reduced_at, same_values
 from virtualbatch.subject import Observed, Subject
-from virtualbatch.weighting import explained
-
-# Measured rounding is multiplied by this: two runs may happen to round alike.
-_ROUNDING = 16
-# What counts as a difference between values inside a model, in square roots of epsilon.
-_COARSE = 1.0
-
-
-class Scales(NamedTuple):
-    """What a difference is measured in, so that the tolerance is the same for everything.
-
-    Fields:
-        gradients: parameter name -> its largest gradient, and its measured rounding.
-        terms: the same of the loss.
-    """
-
-    gradients: dict[str, float]
-    terms: float
+from virtualbatch.weighting import Sketch, explained, given_shares
 
 
 def certified(subject: Subject) -> Certificate:
@@ -41,30 +35,34 @@ def certified(subject: Subject) -> Certificate:
     tolerance = derived_tolerance(subject.epsilon, subject.rows)
     every = np.arange(subject.rows)
     whole = subject.alone(every)
-    if not _finite(whole):
+    if not all_finite(whole):
         broken = (_not_finite(subject, every),)
         infinite = dict.fromkeys(subject.parameters, float("inf"))
         notes = tuple(subject.notes)
         return Certificate(False, float("inf"), tolerance, infinite, broken, float("inf"), notes)
-    coarse = _COARSE * subject.epsilon**0.5
+    coarse = subject.epsilon**0.5
     again = subject.alone(every, again=True)
     turned = subject.alone(every[::-1])
     mixed = subject.alone(np.random.default_rng(0).permutation(subject.rows))
-    largest = max((_largest(g) for g in whole.gradients.values()), default=0.0)
-    stateful = _differ(whole, again, coarse)
-    ordered = _differ(whole, turned, coarse) or _differ(whole, mixed, coarse)
+    stateful = differ(whole, again, coarse)
+    ordered = differ(whole, turned, coarse) or differ(whole, mixed, coarse)
     # What depends on the order of rows is no rounding.
     alike = [] if stateful or ordered else [again, turned, mixed]
-    scales = _scales(whole, alike, tolerance, largest)
+    scales = measured_scales(whole, alike, tolerance)
+    # What a window leaves behind shows in the one after it.
+    subject.accumulated()
     accumulated = subject.accumulated()
-    errors = _errors(whole, accumulated, scales)
-    loss_error = abs(sum(whole.terms.values()) - sum(accumulated.terms.values())) / scales.terms
-    state_error = _state_error(whole, accumulated)
+    errors = gradient_errors(whole, accumulated, scales)
+    loss_error = abs(total_loss(whole) - total_loss(accumulated)) / scales.loss
     max_error = max(errors.values(), default=0.0)
-    exact = max_error <= tolerance and loss_error <= tolerance and state_error <= coarse
+    exact = (
+        max_error <= tolerance
+        and loss_error <= tolerance
+        and state_error(whole, accumulated) <= coarse
+    )
     findings: list[Finding] = []
     if not exact:
-        findings = _causes(subject, whole, scales, tolerance, coarse, stateful)
+        findings = _causes(subject, whole, accumulated, scales, tolerance, coarse, stateful)
     elif stateful:
         findings = [_stateful(subject, every, coarse)]
     findings += _advice(subject, whole)
@@ -82,6 +80,7 @@ def certified(subject: Subject) -> Certificate:
 def _causes(
     subject: Subject,
     whole: Observed,
+    accumulated: Observed,
     scales: Scales,
     tolerance: float,
     coarse: float,
@@ -108,8 +107,10 @@ def _causes(
         wrong = True
         if found.finding is not None:
             findings.append(found.finding)
-    if findings or not wrong:
-        return findings or [_unexplained(subject)]
+    if findings:
+        return findings
+    if not wrong:
+        return [_of_the_sum(subject, whole, accumulated, scales, tolerance)]
     return [_coupled(different, place)]
 
 
@@ -150,6 +151,35 @@ def _stateful(subject: Subject, rows: np.ndarray, coarse: float) -> Finding:
         "The same rows give another result the second time: it keeps something between calls.",
         "Freeze that state during the window, or update it once after the window.",
     )
+
+
+def _of_the_sum(
+    subject: Subject, whole: Observed, accumulated: Observed, scales: Scales, tolerance: float
+) -> Finding:
+    """Why the sum is wrong although each micro-batch is right."""
+    errors = gradient_errors(accumulated, subject.accumulated(), scales)
+    if max(errors.values()) > tolerance:
+        return stale("the accumulation")
+    sketch = Sketch(subject.parameters, scales, tolerance)
+    shares = {term: np.asarray(given_shares(subject, term)) for term in whole.terms}
+    # Terms are in one sum: each counts relative to the first one's shares.
+    first = next(iter(shares.values()))
+    parts, norms = [], []
+    for index, piece in enumerate(subject.pieces):
+        runs = {term: subject.alone(piece, term) for term in shares}
+        relative = {term: shares[term][index] / (first[index] or 1.0) for term in shares}
+        parts.append(sum(relative[term] * sketch.gradient(run) for term, run in runs.items()))
+        norms.append(norm_of_sum([(relative[term], run) for term, run in runs.items()]))
+    found = miscombined(
+        sketch,
+        sketch.gradient(accumulated),
+        np.stack(parts),
+        np.asarray(norms),
+        first.tolist(),
+        gradient_errors(whole, accumulated, scales),
+        tolerance,
+    )
+    return _unexplained(subject) if found is None else found
 
 
 def _unexplained(subject: Subject) -> Finding:
@@ -213,63 +243,6 @@ def _advice(subject: Subject, whole: Observed) -> Iterator[Finding]:
                 "The loss does not depend on this parameter.",
                 "Freeze it if that is meant; else look for detach(), item() or an unused layer.",
             )
-
-
-def _scales(whole: Observed, alike: Sequence[Observed], tolerance: float, largest: float) -> Scales:
-    gradients = {}
-    for name, gradient in whole.gradients.items():
-        noise = max(
-            (_largest(_minus(gradient, other.gradients[name])) for other in alike), default=0.0
-        )
-        # A gradient that should be 0 is the rounding of far larger numbers.
-        gradients[name] = _largest(gradient) + _ROUNDING * noise / tolerance + 1e-4 * largest or 1.0
-    loss = sum(whole.terms.values())
-    noise = max((abs(loss - sum(other.terms.values())) for other in alike), default=0.0)
-    size = max((abs(term) for term in whole.terms.values()), default=0.0)
-    return Scales(gradients, size + _ROUNDING * noise / tolerance or 1.0)
-
-
-def _errors(whole: Observed, other: Observed, scales: Scales) -> dict[str, float]:
-    return {
-        name: _largest(_minus(gradient, other.gradients[name])) / scales.gradients[name]
-        for name, gradient in whole.gradients.items()
-    }
-
-
-def _state_error(whole: Observed, other: Observed) -> float:
-    return max(
-        (
-            _largest(_minus(value, other.state[name])) / (_largest(value) or 1.0)
-            for name, value in whole.state.items()
-            if name in other.state
-        ),
-        default=0.0,
-    )
-
-
-def _differ(a: Observed, b: Observed, relative: float) -> bool:
-    largest = max((_largest(g) for g in a.gradients.values()), default=0.0)
-    loss, other = sum(a.terms.values()), sum(b.terms.values())
-    return abs(loss - other) > relative * max(abs(loss), 1e-30) or any(
-        _largest(_minus(gradient, b.gradients[name])) > relative * largest
-        for name, gradient in a.gradients.items()
-    )
-
-
-def _finite(found: Observed) -> bool:
-    return bool(np.all(np.isfinite(list(found.terms.values())))) and all(
-        g is None or bool(np.all(np.isfinite(g))) for g in found.gradients.values()
-    )
-
-
-def _minus(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
-    if a is None:
-        return b
-    return a if b is None else a - b
-
-
-def _largest(a: np.ndarray | None) -> float:
-    return 0.0 if a is None else float(np.max(np.abs(a), initial=0.0))
 
 
 def _rows(rows: list[int]) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from virtualbatch.certify import Finding
+from virtualbatch.differences import Scales
 from virtualbatch.subject import Observed, Subject
 from virtualbatch.window import shares
 
@@ -49,7 +50,7 @@ class Explanation(NamedTuple):
 
 
 def explained(
-    subject: Subject, term: Any, where: str, scales: Any, tolerance: float
+    subject: Subject, term: Any, where: str, scales: Scales, tolerance: float
 ) -> Explanation:
     """Looks for the weights of a term.
 
@@ -57,10 +58,10 @@ def explained(
         subject: the training step.
         term: name of the term.
         where: its place, in words.
-        scales: what gradients and losses are measured in; see `virtualbatch.diagnosis`.
+        scales: what gradients and losses are measured in.
         tolerance: of the certificate.
     """
-    sketch = _Sketch(subject.parameters, scales, tolerance)
+    sketch = Sketch(subject.parameters, scales, tolerance)
 
     def value(rows: np.ndarray) -> np.ndarray:
         return sketch.of(subject.alone(rows, term), term)
@@ -70,7 +71,7 @@ def explained(
     parts = np.stack([value(piece) for piece in pieces])
     rows = shares([float(len(piece)) for piece in pieces])
     weights = subject.weights()
-    weight = rows if weights is None else shares(weights.get(term) or [1.0] * len(pieces))
+    weight = given_shares(subject, term)
     if sketch.fits(np.dot(weight, parts), whole):
         return Explanation(True, None)
     given = "rows" if weights is None else "what weight returned"
@@ -95,6 +96,13 @@ def explained(
     return _of_other_parts(subject, where, value, sketch, whole)
 
 
+def given_shares(subject: Subject, term: Any) -> list[float]:
+    """The shares of the pieces as the user has them weighed."""
+    weights = subject.weights()
+    rows = [float(len(piece)) for piece in subject.pieces]
+    return shares(rows if weights is None else weights.get(term, rows))
+
+
 def _wrong_weight(subject: Subject, where: str, given: str, right: Weight) -> Explanation:
     if subject.narrow and right.code:
         return Explanation(
@@ -116,7 +124,7 @@ def _wrong_weight(subject: Subject, where: str, given: str, right: Weight) -> Ex
 
 
 def _of_other_parts(
-    subject: Subject, where: str, value: Any, sketch: "_Sketch", whole: np.ndarray
+    subject: Subject, where: str, value: Any, sketch: "Sketch", whole: np.ndarray
 ) -> Explanation:
     """Hypotheses that need other cuts than the user's."""
     every = np.arange(subject.rows)
@@ -168,7 +176,7 @@ def _of_other_parts(
 
 
 def _two_means(
-    subject: Subject, value: Any, sketch: "_Sketch", quarters: Sequence[np.ndarray]
+    subject: Subject, value: Any, sketch: "Sketch", quarters: Sequence[np.ndarray]
 ) -> tuple[Weight, Weight] | None:
     """The weights of two means whose sum the loss is.
 
@@ -225,10 +233,16 @@ def _counts(path: str, leaf: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]
         yield f"the sum of {path}", f"{path}.sum()", leaf
 
 
-class _Sketch:
-    """Some coordinates of a gradient and the loss, in units of the tolerance."""
+class Sketch:
+    """Some coordinates of a gradient and the loss, in units of the tolerance.
 
-    def __init__(self, parameters: Mapping[str, np.ndarray], scales: Any, tolerance: float):
+    Args:
+        parameters: parameter name -> its value.
+        scales: what gradients and losses are measured in.
+        tolerance: of the certificate.
+    """
+
+    def __init__(self, parameters: Mapping[str, np.ndarray], scales: Scales, tolerance: float):
         self._scales = scales
         self._tolerance = tolerance
         each = max(1, _COORDINATES // max(1, len(parameters)))
@@ -239,15 +253,20 @@ class _Sketch:
         self.known = sum(map(len, self._places.values()))
 
     def of(self, found: Observed, term: Any) -> np.ndarray:
-        parts = [np.array([found.terms[term] / self._scales.terms])]
-        for name, places in self._places.items():
+        """The sketch of a run, with the loss of one term first."""
+        loss = found.terms[term] / self._scales.loss / self._tolerance
+        return np.concatenate([[loss], self.gradient(found)])
+
+    def gradient(self, found: Observed) -> np.ndarray:
+        """The sketch of a run without its loss."""
+        parts = [np.zeros(len(places)) for places in self._places.values()]
+        for part, (name, places) in zip(parts, self._places.items(), strict=True):
             gradient = found.gradients[name]
-            if gradient is None:
-                parts.append(np.zeros(len(places)))
-            else:
-                parts.append(gradient.reshape(-1)[places] / self._scales.gradients[name])
+            if gradient is not None:
+                part += gradient.reshape(-1)[places] / self._scales.gradients[name]
         return np.concatenate(parts) / self._tolerance
 
     @staticmethod
     def fits(guess: np.ndarray, truth: np.ndarray) -> bool:
+        """Whether a guess is what was observed, but for rounding."""
         return bool(np.max(np.abs(guess - truth), initial=0.0) <= _SLACK)

@@ -72,7 +72,11 @@ class JaxSubject(Subject):
         if self._bits:
             notes.append("Random numbers were kept by row, so that every cut drew the same ones.")
         self.notes = notes
-        self.narrow = [*narrow, *self._half_weights()]
+        dtypes = self._weight_dtypes()
+        half = {dtype for dtype in dtypes if jnp.finfo(dtype).bits < 32}
+        self.narrow = [*narrow, *(f"what weight returns ({dtype})" for dtype in half)]
+        # Weights that the user counts in float32 are no better than that.
+        self.epsilon = max([self.epsilon, *(float(jnp.finfo(d).eps) for d in dtypes - half)])
 
     def accumulated(self) -> Observed:
         """See `Subject`."""
@@ -171,17 +175,13 @@ class JaxSubject(Subject):
             for name in self._names
         }
 
-    def _half_weights(self) -> list[str]:
+    def _weight_dtypes(self) -> set[Any]:
+        """Floating dtypes of what weight returns."""
         if self._weight is None:
-            return []
+            return set()
         values = weight_terms(self._weight(self._microbatches[0])).values()
-        return [
-            f"what weight returns ({value.dtype})"
-            for value in values
-            if hasattr(value, "dtype")
-            and jnp.issubdtype(value.dtype, jnp.floating)
-            and jnp.finfo(value.dtype).bits < 32
-        ]
+        dtypes = {value.dtype for value in values if hasattr(value, "dtype")}
+        return {dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)}
 
 
 def _as_program(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Traced, list[Any]]:

@@ -17,7 +17,7 @@ from virtualbatch.torch._records import recorded
 from virtualbatch.torch._rowwise_random import RowwiseRandom
 from virtualbatch.torch._window import Program
 
-_HALF = (torch.float16, torch.bfloat16)
+_HALF = {torch.float16, torch.bfloat16}
 
 
 class TorchSubject(Subject):
@@ -72,9 +72,13 @@ class TorchSubject(Subject):
             )
         dtype = next(iter(checked_terms(loss).values())).dtype
         self.epsilon = torch.finfo(torch.float32 if dtype in _HALF else dtype).eps
-        notes.append(f"Compared in {str(dtype).removeprefix('torch.')}.")
+        notes.append(f"Compared in {_name(dtype)}.")
         self.notes = notes
-        self.narrow = self._half_weights()
+        dtypes = self._weight_dtypes()
+        self.narrow = [f"what weight returns ({_name(dtype)})" for dtype in dtypes & _HALF]
+        # Weights that the user counts in float32 are no better than that.
+        wide = [torch.finfo(dtype).eps for dtype in dtypes - _HALF]
+        self.epsilon = max([self.epsilon, *wide])
 
     def accumulated(self) -> Observed:
         """See `Subject`."""
@@ -158,16 +162,14 @@ class TorchSubject(Subject):
         }
         return Observed(terms, gradients, state)
 
-    def _half_weights(self) -> list[str]:
+    def _weight_dtypes(self) -> set[torch.dtype]:
+        """Floating dtypes of what weight returns."""
         if self._program.weight is None:
-            return []
+            return set()
         found = self._program.weight(self._cut[0].get()[0])
         values = found.values() if isinstance(found, Mapping) else [found]
-        return [
-            f"what weight returns ({str(value.dtype).removeprefix('torch.')})"
-            for value in values
-            if isinstance(value, torch.Tensor) and value.dtype in _HALF
-        ]
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        return {value.dtype for value in tensors if value.is_floating_point()}
 
 
 class LayerState:
@@ -238,6 +240,10 @@ def _parameter_names(program: Program) -> dict[str, torch.nn.Parameter]:
         for name, parameter in root.named_parameters():
             names.setdefault(id(parameter), prefix + name)
     return {names[id(parameter)]: parameter for parameter in program.found.parameters}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
