@@ -1,5 +1,6 @@
 """Differences between two runs, in units in which one tolerance serves every parameter."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -104,7 +105,7 @@ def norm_of_sum(runs: Sequence[tuple[float, Observed]]) -> float:
             if gradient is not None:
                 total = total + factor * gradient
         squares += float(np.sum(total**2))
-    return squares**0.5
+    return math.sqrt(squares)
 
 
 def _minus(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
