@@ -88,3 +88,16 @@ def of_other_names(batch_size):
 
 
 not_a_function = 3
+
+
+def sum_program(batch_size):
+    found = jax_program(batch_size)
+    mean = found["fun"]
+    return found | {"fun": lambda params, batch: mean(params, batch) * len(batch[0])}
+
+
+def failing_program(batch_size):
+    def fun(params, batch):
+        raise KeyError("no such column")
+
+    return jax_program(batch_size) | {"fun": fun}

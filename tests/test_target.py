@@ -1,4 +1,4 @@
-"""`virtualbatch plan TARGET`: what it prints for each engine, and what it refuses."""
+"""`virtualbatch plan` and `check TARGET`: what they print for each engine, and refuse."""
 
 import json
 import re
@@ -107,3 +107,39 @@ def test_a_file_that_cannot_be_written_is_refused_first():
 def test_no_two_engines_are_told_by_the_same_names():
     for engine in ENGINES:
         assert not any(other.arguments <= engine.arguments for other in ENGINES if other != engine)
+
+
+def check(program, *arguments, size=4):
+    target = f"{PROGRAMS}:{program}"
+    given = [target, "--batch-size", 16, "--microbatch-size", size, *arguments]
+    return CliRunner().invoke(cli.app, ["check", *map(str, given)])
+
+
+@pytest.mark.parametrize("program", LINES)
+def test_a_check_of_each_engine(program, tmp_path):
+    file = tmp_path / "check.json"
+    outcome = check(program, "--json", file)
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.stdout.startswith("exact: largest error")
+    found = json.loads(file.read_text())
+    assert found["exact"] is True
+    assert found["max_error"] <= found["tolerance"]
+    assert len(found["parameters"]) in (2, 4)
+
+
+def test_a_check_that_is_inexact_exits_with_1(tmp_path):
+    file = tmp_path / "check.json"
+    outcome = check("sum_program", "--json", file)
+    assert outcome.exit_code == 1
+    assert outcome.stdout.startswith("NOT exact")
+    assert "sum_loss at programs.py:" in outcome.stdout
+    assert json.loads(file.read_text())["findings"][0]["kind"] == "sum_loss"
+
+
+def test_a_check_that_cannot_run_exits_with_2():
+    outcome = check("failing_program")
+    assert outcome.exit_code == 2
+    assert "KeyError: 'no such column'" in outcome.stderr
+    outcome = check("jax_program", size=16)
+    assert outcome.exit_code == 2
+    assert outcome.stderr.startswith("Error: certify needs a batch that is cut into two")

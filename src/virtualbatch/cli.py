@@ -1,12 +1,13 @@
-"""The command line: `virtualbatch demo`, `virtualbatch plan` and `virtualbatch doctor`.
+"""The command line: `virtualbatch demo`, `plan`, `check` and `doctor`.
 
-No framework is imported here: the demo runs in child processes, and a plan is made in the
+No framework is imported here: the demo runs in child processes; plans and checks are made in the
 user's own program.
 """
 
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,15 @@ app = typer.Typer(
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
+]
+
+TargetName = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        help="file.py:function or module:function; the function takes the rows of a batch and "
+        "returns the arguments of an engine's plan as a dict.",
+    ),
 ]
 
 
@@ -73,13 +83,7 @@ def demo(
 
 @app.command()
 def plan(
-    target: Annotated[
-        str,
-        typer.Argument(
-            help="file.py:function or module:function; the function takes the rows of a batch and "
-            "returns the arguments of an engine's plan as a dict."
-        ),
-    ],
+    target: TargetName,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of the batch to plan for.")],
     memory_limit: Annotated[
         str | None,
@@ -101,6 +105,33 @@ def plan(
     print(f"\nWrite: {found.engine.line.format(result.microbatch_size)}")
     if json is not None:
         json.write_text(result.to_json())
+
+
+@app.command()
+def check(
+    target: TargetName,
+    batch_size: Annotated[int, typer.Option(min=2, help="Rows of the batch.")],
+    microbatch_size: Annotated[int, typer.Option(min=1, help="Rows of one micro-batch.")],
+    json: JsonFile = None,
+) -> None:
+    """Prove that accumulation gives the gradient of the whole batch, or name what breaks it.
+
+    The exit code is 0 if it is exact, 1 if it is not, 2 if it could not be run.
+    """
+    _check_writable(json)
+    try:
+        found = load(target, batch_size).certify(microbatch_size)
+    except (ValueError, TypeError, MemoryError) as mistake:
+        _exit(mistake, code=2)
+    except Exception:
+        # Python's own exit code for an error is 1, which here would say that it is not exact.
+        traceback.print_exc()
+        raise typer.Exit(2) from None
+    print(found)
+    if json is not None:
+        json.write_text(found.to_json())
+    if not found.exact:
+        raise typer.Exit(1)
 
 
 class _Shown(logging.Handler):

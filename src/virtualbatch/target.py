@@ -1,4 +1,4 @@
-"""What `virtualbatch plan TARGET` plans: a function of the user's that returns a program.
+"""What `virtualbatch plan` and `check` work on: a function of the user's that returns a program.
 
 The function takes the rows of a batch and returns the arguments of an engine's `plan`, by name.
 Which engine that is follows from the names.
@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from virtualbatch.certify import Certificate
 from virtualbatch.plan import Plan
 from virtualbatch.split import array_leaves, common_rows
 
@@ -55,11 +56,11 @@ ENGINES = (
 
 
 class Target(NamedTuple):
-    """A program to plan.
+    """A program to plan or to check.
 
     Fields:
-        engine: whose `plan` takes it.
-        arguments: of that `plan`, by name.
+        engine: whose `plan` and `certify` take it.
+        arguments: of these, by name.
     """
 
     engine: Engine
@@ -75,14 +76,29 @@ class Target(NamedTuple):
             ValueError: not even one row fits, or an argument is wrong.
             TypeError: an argument is of the wrong kind.
         """
-        plan = importlib.import_module(self.engine.module).plan
-        arguments = dict(self.arguments) | {"memory_limit": memory_limit}
+        found: Plan = self._called("plan", memory_limit=memory_limit)
+        return found
+
+    def certify(self, microbatch_size: int) -> Certificate:
+        """Compares the accumulated with the uncut gradient.
+
+        Args:
+            microbatch_size: rows of one micro-batch.
+
+        Raises:
+            ValueError: there is nothing to compare, or an argument is wrong.
+            TypeError: an argument is of the wrong kind.
+        """
+        found: Certificate = self._called("certify", microbatch_size=microbatch_size)
+        return found
+
+    def _called(self, name: str, **more: Any) -> Any:
+        function = getattr(importlib.import_module(self.engine.module), name)
+        arguments = dict(self.arguments) | more
         if "args" in arguments:
             args = arguments.pop("args")
-            found: Plan = plan(**arguments)(*args)
-        else:
-            found = plan(**arguments)
-        return found
+            return function(**arguments)(*args)
+        return function(**arguments)
 
     def batch(self) -> Any:
         """The batch among the arguments."""
@@ -106,7 +122,7 @@ def load(target: str, batch_size: int) -> Target:
         found = function(batch_size)
     except Exception as error:
         raise ValueError(
-            f"TARGET must return what is to be planned. Got {_in_words(error)} from "
+            f"TARGET must return a program. Got {_in_words(error)} from "
             f"{target}({batch_size}). Try it in Python first."
         ) from error
     names = " or ".join(
