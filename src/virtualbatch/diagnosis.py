@@ -96,7 +96,7 @@ def _causes(
     if different is not None and subject.weighs_itself:
         return [_coupled(different, different.where)]
     reduced = reduced_at(records, parts)
-    place = reduced.where if reduced else "loss_fn"
+    place = reduced.where if reduced else subject.place
     findings = []
     wrong = False
     for term in whole.terms:
@@ -140,7 +140,7 @@ def _coupled(record: Any, place: str) -> Finding:
 
 def _stateful(subject: Subject, rows: np.ndarray, coarse: float) -> Finding:
     first, second = subject.records(rows), subject.records(rows, again=True)
-    where = "loss_fn"
+    where = subject.place
     for a, b in zip(first, second, strict=False):
         if not same_values(a, b, coarse):
             where = a.where

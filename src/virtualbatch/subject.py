@@ -35,6 +35,7 @@ class Subject(ABC):
         parameters: parameter name -> value.
         narrow: what is summed in half precision, in words, each a place.
         notes: how it is observed, in sentences.
+        place: the loss in words, where no line of it is known.
         weighs_itself: whether the engine finds the weights of a loss by itself.
     """
 
@@ -45,6 +46,7 @@ class Subject(ABC):
     parameters: Mapping[str, np.ndarray]
     narrow: Sequence[str]
     notes: Sequence[str]
+    place = "loss_fn"
     weighs_itself = False
 
     @abstractmethod

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import keras
 
+from virtualbatch.certify import Certificate
 from virtualbatch.plan import Plan
 from virtualbatch.sizes import Auto
 from virtualbatch.split import check_sizes
 
-__all__ = ["accumulate", "plan", "restore"]
+__all__ = ["accumulate", "certify", "plan", "restore"]
 
 _log = logging.getLogger("virtualbatch")
 
@@ -103,6 +104,53 @@ def plan(model: keras.Model, batch: Any, *, memory_limit: int | str | None = Non
     model._symbolic_build(data_batch=keras.utils.unpack_x_y_sample_weight(given))
     found: Plan = engine.plan(model, given, memory_limit)
     return found
+
+
+def certify(
+    model: keras.Model,
+    batch: Any,
+    *,
+    microbatch_size: int | None = None,
+    accumulation_steps: int | None = None,
+) -> Certificate:
+    """Proves that accumulation gives the update of the whole batch, or names what breaks it.
+
+    The batch runs as Keras' own update, so it must fit in memory uncut, and as that of
+    `accumulate`; both eagerly, without dropout and noise, in the model's own dtype. Loss,
+    gradients, metrics and what layers keep are compared. All values of the model, its optimizer
+    and its metrics are as before.
+
+    Args:
+        model: a compiled model; it need not accumulate. It is built if it is not.
+        batch: a batch as `fit` yields it: x, (x, y) or (x, y, sample_weight).
+        microbatch_size: rows of one forward and backward.
+        accumulation_steps: micro-batches per batch.
+
+    Returns:
+        The certificate, with the error of each variable and named findings.
+
+    Raises:
+        TypeError: `model` is not a Keras model.
+        ValueError: there is only one row or one micro-batch, or the model is one that
+            `accumulate` refuses.
+        NotImplementedError: this version does not support the backend.
+
+    Example:
+        >>> model = keras.Sequential([keras.layers.Dense(4), keras.layers.BatchNormalization()])
+        >>> model.compile(optimizer="sgd", loss="mse")
+        >>> x = keras.random.normal((16, 3), seed=0)
+        >>> found = certify(model, (x, x[:, :1]), microbatch_size=4)
+        >>> found.exact, found.findings[0].kind
+        (False, 'batchnorm')
+    """
+    check_sizes(microbatch_size, accumulation_steps)
+    _check_model(model)
+    _engine()
+    from virtualbatch.keras._certify import certificate
+
+    given = keras.utils.unpack_x_y_sample_weight(batch if isinstance(batch, tuple) else (batch,))
+    model._symbolic_build(data_batch=given)
+    return certificate(model, given, microbatch_size, accumulation_steps)
 
 
 def restore(model: keras.Model) -> None:
