@@ -10,6 +10,9 @@ from typer.testing import CliRunner
 from virtualbatch import cli
 from virtualbatch.target import ENGINES
 
+# NumPy's word about variables of Keras, which Keras itself reads through NumPy.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
+
 PROGRAMS = Path(__file__).with_name("programs.py")
 LINES = {
     "keras_program": "vb.accumulate(model, microbatch_size={})",

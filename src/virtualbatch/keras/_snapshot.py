@@ -19,7 +19,7 @@ class Snapshot:
         if model.optimizer is not None:
             found += model.optimizer.variables
         self._values = [
-            (variable, np.array(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))))
+            (variable, np.array(keras.ops.convert_to_numpy(variable.value)))
             for variable in {id(variable): variable for variable in found}.values()
         ]
 
