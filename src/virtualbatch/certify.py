@@ -124,20 +124,24 @@ class Certificate:
         return sorted(self.parameters.items(), key=lambda item: -item[1])[:_MOST_SHOWN]
 
 
-def derived_tolerance(epsilon: float, rows: int) -> float:
+def derived_tolerance(epsilon: float, narrowest: float, rows: int) -> float:
     """What rounding may make of the error of a sum over rows.
 
     Sums of n terms in two orders differ by about sqrt(n) roundings of their terms. The factor 64
     stands for the roundings inside a term; what a model adds to that is measured, not guessed.
+    Where a model computes some values in fewer bits, those are rounded once each, whatever is
+    summed: a share of a micro-batch is no power of two.
 
     Args:
-        epsilon: distance from 1 to the next number of the dtype that is computed in.
+        epsilon: distance from 1 to the next number of the dtype that sums are computed in.
+        narrowest: the same of the narrowest dtype inside.
         rows: number of summands.
 
     Source:
         Higham: Accuracy and Stability of Numerical Algorithms, section 4.2 (2002).
     """
-    return 64 * epsilon * math.sqrt(rows)
+    inside = 4 * narrowest if narrowest > epsilon else 0.0
+    return 64 * epsilon * math.sqrt(rows) + inside
 
 
 def _number(value: float) -> float | None:

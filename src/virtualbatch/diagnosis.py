@@ -32,7 +32,7 @@ def certified(subject: Subject) -> Certificate:
     Args:
         subject: see there.
     """
-    tolerance = derived_tolerance(subject.epsilon, subject.rows)
+    tolerance = derived_tolerance(subject.epsilon, subject.narrowest, subject.rows)
     every = np.arange(subject.rows)
     whole = subject.alone(every)
     if not all_finite(whole):
@@ -40,7 +40,7 @@ def certified(subject: Subject) -> Certificate:
         infinite = dict.fromkeys(subject.parameters, float("inf"))
         notes = tuple(subject.notes)
         return Certificate(False, float("inf"), tolerance, infinite, broken, float("inf"), notes)
-    coarse = subject.epsilon**0.5
+    coarse = max(subject.epsilon**0.5, tolerance)
     again = subject.alone(every, again=True)
     turned = subject.alone(every[::-1])
     mixed = subject.alone(np.random.default_rng(0).permutation(subject.rows))

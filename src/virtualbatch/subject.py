@@ -30,7 +30,9 @@ class Subject(ABC):
     Attributes:
         rows: rows of the batch.
         pieces: row numbers of each micro-batch.
-        epsilon: of the dtype that everything is computed in.
+        epsilon: of the dtype that gradients are summed in.
+        narrowest: of the narrowest dtype of the values inside, of weights and of a buffer, as far
+            as those are meant to be exact.
         leaves: expression -> array of the batch, with rows on its first axis.
         parameters: parameter name -> value.
         narrow: what is summed in half precision, in words, each a place.
@@ -42,6 +44,7 @@ class Subject(ABC):
     rows: int
     pieces: Sequence[np.ndarray]
     epsilon: float
+    narrowest: float
     leaves: Mapping[str, np.ndarray]
     parameters: Mapping[str, np.ndarray]
     narrow: Sequence[str]

@@ -353,10 +353,14 @@ def certify(
             **({} if grad_fn is not None and argnums == 0 else {"argnums": argnums}),
         )
         call = Call(fun, args, kwargs, batch_argnum, None, has_aux, None, differentiate)
-        half = accumulator_dtype is not None and jnp.finfo(accumulator_dtype).bits < 32
-        narrow = [f"accumulator_dtype={jnp.dtype(accumulator_dtype)}"] if half else []
         return certificate(
-            call, argnums, weight, engine, microbatch_size, accumulation_steps, narrow
+            call,
+            argnums,
+            weight,
+            engine,
+            microbatch_size,
+            accumulation_steps,
+            accumulator_dtype,
         )
 
     return wrapper

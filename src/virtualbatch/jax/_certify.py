@@ -22,13 +22,13 @@ def certificate(
     engine: Engine,
     microbatch_size: int | None,
     accumulation_steps: int | None,
-    narrow: Sequence[str],
+    accumulator_dtype: Any,
 ) -> Certificate:
     """The certificate of a call; see `virtualbatch.jax.certify` and `JaxSubject`."""
 
     def observed(call: Call, note: str) -> Certificate:
         subject = JaxSubject(
-            call, argnums, weight, engine, microbatch_size, accumulation_steps, narrow
+            call, argnums, weight, engine, microbatch_size, accumulation_steps, accumulator_dtype
         )
         if note:
             subject.notes = [*subject.notes, note]

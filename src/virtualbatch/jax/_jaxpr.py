@@ -67,6 +67,17 @@ def drawn_shapes(program: Any) -> list[tuple[int, ...]]:
     return found
 
 
+def floating_dtypes(program: Any) -> set[Any]:
+    """The floating dtypes of all values of a program, those of programs within it too."""
+    found: set[Any] = set()
+    for equation in program.jaxpr.eqns:
+        dtypes = {getattr(variable.aval, "dtype", None) for variable in equation.outvars}
+        found |= {x for x in dtypes if x is not None and jnp.issubdtype(x, jnp.floating)}
+        for inner in jex.jaxprs_in_params(equation.params):
+            found |= floating_dtypes(jex.ClosedJaxpr(inner, ()))
+    return found
+
+
 def evaluate(
     found: Traced,
     arrays: Sequence[Any],

@@ -9,7 +9,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.jax._batch import cut_batch, is_array, map_arrays
-from virtualbatch.jax._jaxpr import Traced, drawn_shapes, evaluate, traced
+from virtualbatch.jax._jaxpr import Traced, drawn_shapes, evaluate, floating_dtypes, traced
 from virtualbatch.jax._objective import Call
 from virtualbatch.rowwise import Record
 from virtualbatch.subject import Observed, Subject
@@ -29,7 +29,7 @@ class JaxSubject(Subject):
         engine: see there.
         microbatch_size: checked rows of one micro-batch, or None.
         accumulation_steps: checked micro-batches per window, or None.
-        narrow: what the user sums in half precision, in words.
+        accumulator_dtype: the user's dtype of the buffer, or None.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class JaxSubject(Subject):
         engine: Engine,
         microbatch_size: int | None,
         accumulation_steps: int | None,
-        narrow: Sequence[str],
+        accumulator_dtype: Any,
     ):
         self._call = call
         self._weight = weight
@@ -74,9 +74,13 @@ class JaxSubject(Subject):
         self.notes = notes
         dtypes = self._weight_dtypes()
         half = {dtype for dtype in dtypes if jnp.finfo(dtype).bits < 32}
-        self.narrow = [*narrow, *(f"what weight returns ({dtype})" for dtype in half)]
-        # Weights that the user counts in float32 are no better than that.
-        self.epsilon = max([self.epsilon, *(float(jnp.finfo(d).eps) for d in dtypes - half)])
+        self.narrow = [f"what weight returns ({dtype})" for dtype in half]
+        buffers = [] if accumulator_dtype is None else [jnp.dtype(accumulator_dtype)]
+        self.narrow += [f"accumulator_dtype={d}" for d in buffers if jnp.finfo(d).bits < 32]
+        inside = [d for d in (*dtypes, *buffers) if jnp.finfo(d).bits >= 32]
+        program, _ = _as_program(call.fun, call.arguments(self._microbatches[0]), call.kwargs)
+        inside += [dtype, *floating_dtypes(program.program)]
+        self.narrowest = max(float(jnp.finfo(d).eps) for d in inside)
 
     def accumulated(self) -> Observed:
         """See `Subject`."""

@@ -64,6 +64,7 @@ class KerasSubject(Subject):
         self.parameters = {name: _numpy(variable) for name, variable in values}
         wide = {layer.compute_dtype for layer in model._flatten_layers()} == {"float64"}
         self.epsilon = float(np.finfo("float64" if wide else "float32").eps)
+        self.narrowest = self.epsilon
         self.notes = [f"Compared in {'float64' if wide else 'float32'}."]
         if _random_attributes(model):
             self.notes = [*self.notes, "Compared without dropout and noise."]

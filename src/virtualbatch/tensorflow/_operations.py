@@ -36,6 +36,8 @@ class RowwiseRandom:
         self._axes: list[int | None] = []
         self._count = 0
         self._chosen: np.ndarray | None = None
+        # Floating dtypes of all results.
+        self.dtypes: set[Any] = set()
 
     @property
     def draws(self) -> int:
@@ -105,7 +107,10 @@ def watched(random: RowwiseRandom, records: list[Record] | None = None) -> Itera
             # Eagerly the list is what the operation returns.
             outputs[:] = [random.drawn(output) for output in outputs]
             draws.extend(np.array(output) for output in outputs)
-        elif records is not None:
+            return
+        found = [getattr(output, "dtype", None) for output in outputs]
+        random.dtypes |= {dtype for dtype in found if dtype is not None and dtype.is_floating}
+        if records is not None:
             records.extend(_floating(outputs))
 
     op_callbacks.add_op_callback(seen)

@@ -67,8 +67,8 @@ class TensorFlowSubject(Subject):
             terms = self._terms(np.arange(self.rows))
         self._random.keep(whole, part)
         dtype = next(iter(terms.values())).dtype
-        wide = tf.float32 if dtype.size < 4 else dtype
-        self.epsilon = float(np.finfo(wide.as_numpy_dtype).eps)
+        self.epsilon = _epsilon(tf.float32 if dtype.size < 4 else dtype)
+        self.narrowest = max(map(_epsilon, [dtype, *self._random.dtypes]))
         self.notes = [f"Compared in {dtype.name}: variables of TensorFlow keep their dtype."]
         if self._random.draws:
             self.notes = [
@@ -171,6 +171,10 @@ def _names(variables: Sequence[Any]) -> list[str]:
     return [
         f"{name}[{index}]" if names.count(name) > 1 else name for index, name in enumerate(names)
     ]
+
+
+def _epsilon(dtype: Any) -> float:
+    return float(tf.experimental.numpy.finfo(dtype.as_numpy_dtype).eps)
 
 
 def _numpy(found: Any) -> np.ndarray:

@@ -29,6 +29,8 @@ class RowwiseRandom(TorchDispatchMode):
         # Generator's state before a draw -> which draw it is.
         self._seen: dict[bytes, int] = {}
         self._phase = "probe"
+        # Floating dtypes of all results.
+        self.dtypes: set[torch.dtype] = set()
 
     @property
     def draws(self) -> int:
@@ -67,7 +69,10 @@ class RowwiseRandom(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.is_floating_point():
+                self.dtypes.add(result.dtype)
+            return result
         before = torch.get_rng_state().numpy().tobytes()
         result = func(*args, **(kwargs or {}))
         drawn = result[1] if isinstance(result, tuple) else result

@@ -76,9 +76,8 @@ class TorchSubject(Subject):
         self.notes = notes
         dtypes = self._weight_dtypes()
         self.narrow = [f"what weight returns ({_name(dtype)})" for dtype in dtypes & _HALF]
-        # Weights that the user counts in float32 are no better than that.
-        wide = [torch.finfo(dtype).eps for dtype in dtypes - _HALF]
-        self.epsilon = max([self.epsilon, *wide])
+        wide = [dtype for dtype in dtypes if dtype not in _HALF]
+        self.narrowest = max(torch.finfo(x).eps for x in [dtype, *wide, *self._random.dtypes])
 
     def accumulated(self) -> Observed:
         """See `Subject`."""
