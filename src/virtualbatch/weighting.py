@@ -222,6 +222,9 @@ def _counts(path: str, leaf: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]
     if leaf.dtype.kind in "fc":
         yield f"the sum of {path}", f"{path}.sum()", leaf
     yield f"the entries of {path} that are not 0", f"({path} != 0).sum()", leaf != 0
+    if leaf.dtype.kind == "b":
+        # A mask may mark what is left out.
+        yield f"the entries of {path} that are False", f"(~{path}).sum()", ~leaf
     if leaf.dtype.kind in "iu":
         # Padding is most often the smallest or the last value; -100 is what PyTorch ignores.
         for pad in dict.fromkeys([-100, int(leaf.min()), int(leaf.reshape(-1)[-1])]):

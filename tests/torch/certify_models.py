@@ -320,6 +320,17 @@ def masked(**given):
     }
 
 
+def padded():
+    module, padding = nn.Linear(8, 1), torch.rand(ROWS, 6) > 0.6
+
+    def loss_fn(batch):
+        valid = ~batch["padding"]
+        return (module(batch["x"]) ** 2 * valid).sum() / valid.sum()
+
+    batch = {"x": features(8), "padding": padding}
+    return {"loss_fn": loss_fn, "batch": batch, "module": module}
+
+
 def long_masks():
     found = masked(weight=lambda b: (b["mask"] != 0).to(torch.bfloat16).sum())
     mask = (torch.arange(100) < torch.arange(51, 51 + 2 * ROWS, 2)[:, None]).float()
@@ -445,6 +456,12 @@ WRONG = {
         "weight",
         "certify_models.py:",
         "weight=lambda batch: batch['mask'].sum()",
+    ),
+    "padding counted by rows": (
+        padded,
+        "weight",
+        "certify_models.py:",
+        "weight=lambda batch: (~batch['padding']).sum()",
     ),
     "rows counted by a mask": (
         lambda: classifier(mlp(), weight=lambda b: b[1].sum()),
