@@ -37,6 +37,10 @@ def test_commands_and_options_are_these() -> None:
         ("plan", "--batch-size"),
         ("plan", "--memory-limit"),
         ("plan", "--json"),
+        ("check", "target"),
+        ("check", "--batch-size"),
+        ("check", "--microbatch-size"),
+        ("check", "--json"),
         ("doctor", "--json"),
     }
 

@@ -29,6 +29,22 @@ SIGNATURES = {
     virtualbatch.keras.accumulate: "(model, *, microbatch_size=None, accumulation_steps=None)",
     virtualbatch.keras.plan: "(model, batch, *, memory_limit=None)",
     virtualbatch.keras.restore: "(model)",
+    virtualbatch.keras.certify: (
+        "(model, batch, *, microbatch_size=None, accumulation_steps=None)"
+    ),
+    virtualbatch.tensorflow.certify: (
+        "(loss_fn, batch, variables, *, microbatch_size=None, accumulation_steps=None, "
+        "weight=None, has_aux=False)"
+    ),
+    virtualbatch.torch.certify: (
+        "(loss_fn, batch, *, module, microbatch_size=None, accumulation_steps=None, weight=None, "
+        "has_aux=False)"
+    ),
+    virtualbatch.jax.certify: (
+        "(fun, argnums=0, has_aux=False, *, batch_argnum=1, microbatch_size=None, "
+        "accumulation_steps=None, weight=None, accumulator_dtype=None, key_argnum=None, "
+        "grad_fn=None)"
+    ),
     virtualbatch.torch.backward: (
         "(loss_fn, batch, *, module, microbatch_size=None, accumulation_steps=None, weight=None, "
         "has_aux=False, backward_fn=None)"
@@ -46,10 +62,10 @@ SIGNATURES = {
 
 NAMES = {
     virtualbatch: {"Auto", "Window", "windows"},
-    virtualbatch.tensorflow: {"Window", "plan", "value_and_gradients", "windows"},
-    virtualbatch.keras: {"accumulate", "plan", "restore"},
-    virtualbatch.jax: {"Window", "plan", "value_and_grad", "windows"},
-    virtualbatch.torch: {"Window", "backward", "plan", "windows"},
+    virtualbatch.tensorflow: {"Window", "certify", "plan", "value_and_gradients", "windows"},
+    virtualbatch.keras: {"accumulate", "certify", "plan", "restore"},
+    virtualbatch.jax: {"Window", "certify", "plan", "value_and_grad", "windows"},
+    virtualbatch.torch: {"Window", "backward", "certify", "plan", "windows"},
 }
 
 
@@ -88,4 +104,9 @@ def test_commands() -> None:
         timeout=120,
     ).stdout
     commands = found.partition("Commands:")[2].split("\n")
-    assert {line.split()[0] for line in commands if line.strip()} == {"demo", "doctor"}
+    assert {line.split()[0] for line in commands if line.strip()} == {
+        "check",
+        "demo",
+        "doctor",
+        "plan",
+    }

@@ -76,7 +76,11 @@ def _device_that_counts() -> str | None:
         return str(gpus[0].name)
     # The constant is held while the question is asked.
     held = tf.fill((1024,), 1.0)
-    counted = tf.config.experimental.get_memory_info("CPU:0")["current"]
+    try:
+        counted = tf.config.experimental.get_memory_info("CPU:0")["current"]
+    except ValueError:
+        # This allocator keeps no count.
+        return None
     return "CPU:0" if counted >= held.shape[0] else None
 
 

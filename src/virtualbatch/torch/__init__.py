@@ -209,7 +209,8 @@ def certify(
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
-        >>> batch = {"x": torch.ones(6, 2), "mask": torch.tensor([1.0, 1, 1, 1, 0, 0])}
+        >>> x = torch.arange(12.0).reshape(6, 2)
+        >>> batch = {"x": x, "mask": torch.tensor([1.0, 1, 1, 1, 0, 0])}
         >>> def loss_fn(batch):
         ...     return (model(batch["x"])[:, 0] ** 2 * batch["mask"]).sum() / batch["mask"].sum()
         >>> certify(loss_fn, batch, module=model, microbatch_size=3).findings[0].fix
