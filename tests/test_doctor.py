@@ -176,6 +176,6 @@ def test_what_is_left_is_the_least_of_all_that_is_left(tmp_path: Path) -> None:
 def test_a_resource_limit_is_used_by_what_the_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
     import resource
 
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (2**33, 2**33))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (2**50, 2**50))
     (limit,) = (limit for limit in host_memory().limits if limit.source == "RLIMIT_AS")
     assert 2**20 < limit.used_bytes < limit.limit_bytes
