@@ -129,6 +129,8 @@ def test_autocast_and_a_micro_batch_without_weight():
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_module_is_not_compiled_again(backend, norm):
     torch._dynamo.reset()
+    # What other tests compiled is counted too.
+    torch._dynamo.utils.counters.clear()
     eager = mlp(norm=norm)
     model = copy.deepcopy(eager)
     compiled = torch.compile(model, backend=backend)
