@@ -59,11 +59,13 @@ def certified(subject: Subject) -> Certificate:
     accumulated = subject.accumulated()
     errors = _errors(whole, accumulated, scales)
     loss_error = abs(sum(whole.terms.values()) - sum(accumulated.terms.values())) / scales.terms
-    state_error = _state_error(whole, accumulated)
+    state_error = max(_state_errors(whole, accumulated).values(), default=0.0)
     max_error = max(errors.values(), default=0.0)
     exact = max_error <= tolerance and loss_error <= tolerance and state_error <= coarse
     findings: list[Finding] = []
-    if not exact:
+    if max_error <= tolerance and loss_error <= tolerance and not exact:
+        findings = [_kept(whole, accumulated)]
+    elif not exact:
         findings = _causes(subject, whole, scales, tolerance, coarse, stateful)
     elif stateful:
         findings = [_stateful(subject, every, coarse)]
@@ -99,18 +101,17 @@ def _causes(
     reduced = reduced_at(records, parts)
     place = reduced.where if reduced else "loss_fn"
     findings = []
-    wrong = False
-    for term in whole.terms:
-        name = place if len(whole.terms) == 1 else f"term {term!r}, {place}"
+    wrong = []
+    for term, name in subject.places(place, whole.terms).items():
         found = explained(subject, term, name, scales, tolerance)
         if found.right:
             continue
-        wrong = True
+        wrong.append(name)
         if found.finding is not None:
             findings.append(found.finding)
     if findings or not wrong:
         return findings or [_unexplained(subject)]
-    return [_coupled(different, place)]
+    return [_coupled(different, wrong[0])]
 
 
 def _coupled(record: Any, place: str) -> Finding:
@@ -149,6 +150,17 @@ def _stateful(subject: Subject, rows: np.ndarray, coarse: float) -> Finding:
         where,
         "The same rows give another result the second time: it keeps something between calls.",
         "Freeze that state during the window, or update it once after the window.",
+    )
+
+
+def _kept(whole: Observed, accumulated: Observed) -> Finding:
+    errors = _state_errors(whole, accumulated)
+    return Finding(
+        "stateful",
+        max(errors, key=lambda name: errors[name]),
+        "Gradient and loss are those of the whole batch, but this value is not: each micro-batch "
+        "changes it, and the whole batch changes it once.",
+        "Compute it from sums over rows, or update it once after the window.",
     )
 
 
@@ -236,15 +248,12 @@ def _errors(whole: Observed, other: Observed, scales: Scales) -> dict[str, float
     }
 
 
-def _state_error(whole: Observed, other: Observed) -> float:
-    return max(
-        (
-            _largest(_minus(value, other.state[name])) / (_largest(value) or 1.0)
-            for name, value in whole.state.items()
-            if name in other.state
-        ),
-        default=0.0,
-    )
+def _state_errors(whole: Observed, other: Observed) -> dict[str, float]:
+    return {
+        name: _largest(_minus(value, other.state[name])) / (_largest(value) or 1.0)
+        for name, value in whole.state.items()
+        if name in other.state
+    }
 
 
 def _differ(a: Observed, b: Observed, relative: float) -> bool:

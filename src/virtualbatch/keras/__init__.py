@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import keras
 
+from virtualbatch.certify import Certificate
 from virtualbatch.plan import Plan
 from virtualbatch.sizes import Auto
-from virtualbatch.split import check_sizes
+from virtualbatch.split import check_sizes, is_automatic
 
-__all__ = ["accumulate", "plan", "restore"]
+__all__ = ["accumulate", "certify", "plan", "restore"]
 
 _log = logging.getLogger("virtualbatch")
 
@@ -105,6 +106,56 @@ def plan(model: keras.Model, batch: Any, *, memory_limit: int | str | None = Non
     return found
 
 
+def certify(
+    model: keras.Model,
+    batch: Any,
+    *,
+    microbatch_size: int | None = None,
+    accumulation_steps: int | None = None,
+) -> Certificate:
+    """Proves that `accumulate` gives the update of the whole batch, or names what breaks it.
+
+    Keras' own train step runs on the uncut batch, and the one that `accumulate` would install runs
+    in micro-batches; gradients, loss, metrics and what layers keep are compared before the
+    optimizer sees them. So the batch must fit in memory uncut. What draws random numbers (dropout,
+    noise) is turned off, and half precision is replaced by float32. All values of the model, its
+    optimizer, its metrics and its random numbers are as before the call.
+
+    Args:
+        model: a compiled model; it need not accumulate. It is built if it is not.
+        batch: a batch as `fit` yields it: x, (x, y) or (x, y, sample_weight).
+        microbatch_size: rows of one forward and backward.
+        accumulation_steps: micro-batches per batch.
+
+    Returns:
+        The certificate, with the error of each parameter and named findings.
+
+    Raises:
+        TypeError: `model` is not a Keras model.
+        ValueError: there is only one row or one micro-batch, or the model is one that `accumulate`
+            refuses.
+        NotImplementedError: this version does not support the backend.
+
+    Example:
+        >>> model = keras.Sequential([keras.layers.Dense(2), keras.layers.BatchNormalization()])
+        >>> model.compile(optimizer="sgd", loss="mse")
+        >>> batch = keras.random.normal((8, 3), seed=1), keras.ops.ones((8, 2))
+        >>> certify(model, batch, microbatch_size=4).findings[0].kind
+        'batchnorm'
+    """
+    check_sizes(microbatch_size, accumulation_steps)
+    if is_automatic(microbatch_size):
+        raise ValueError(
+            "certify compares one cut. Got microbatch_size=\"auto\". "
+            "Pass the rows of a micro-batch, such as those that plan found."
+        )
+    _check_model(model)
+    engine = _engine()
+    given = keras.utils.unpack_x_y_sample_weight(batch if isinstance(batch, tuple) else (batch,))
+    found: Certificate = engine.certify(model, given, microbatch_size, accumulation_steps)
+    return found
+
+
 def restore(model: keras.Model) -> None:
     """Takes back what `accumulate` did, so that the model is plain Keras again.
 
@@ -158,11 +209,13 @@ class _Engine(NamedTuple):
         step: (model, microbatch_size, accumulation_steps) -> train step.
         make_train_function: model -> its `make_train_function`.
         plan: (model, batch, memory limit) -> plan.
+        certify: (model, batch, microbatch_size, accumulation_steps) -> certificate.
     """
 
     step: Callable[..., Any]
     make_train_function: Callable[..., Any]
     plan: Callable[..., Plan]
+    certify: Callable[..., Certificate]
 
 
 def _engine() -> _Engine:
@@ -176,16 +229,21 @@ def _engine() -> _Engine:
             from virtualbatch.keras import _tensorflow
 
             return _Engine(
-                _tensorflow.TensorFlowStep, _tensorflow.make_train_function, _tensorflow.plan
+                _tensorflow.TensorFlowStep,
+                _tensorflow.make_train_function,
+                _tensorflow.plan,
+                _tensorflow.certify,
             )
         case "torch":
             from virtualbatch.keras import _torch
 
-            return _Engine(_torch.TorchStep, _torch.make_train_function, _torch.plan)
+            return _Engine(
+                _torch.TorchStep, _torch.make_train_function, _torch.plan, _torch.certify
+            )
         case "jax":
             from virtualbatch.keras import _jax
 
-            return _Engine(_jax.JaxStep, _jax.make_train_function, _jax.plan)
+            return _Engine(_jax.JaxStep, _jax.make_train_function, _jax.plan, _jax.certify)
         case other:
             raise NotImplementedError(
                 "accumulate works on Keras' TensorFlow, JAX and PyTorch backends. "

@@ -1,0 +1,257 @@
+"""A Keras train step as `certify` observes it: Keras' own on some rows, and that of `accumulate`."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple, Protocol
+
+import keras
+import numpy as np
+
+from virtualbatch.keras._layer_records import recorded
+from virtualbatch.keras._loss_parts import LossParts
+from virtualbatch.keras._snapshot import Snapshot
+from virtualbatch.keras._untouched import Attributes
+from virtualbatch.rowwise import Record
+from virtualbatch.split import array_leaves
+from virtualbatch.subject import Observed, Subject
+
+
+class Ran(NamedTuple):
+    """What a train step did; nothing was updated by it.
+
+    Fields:
+        gradients: of each trainable variable, as the optimizer gets them; None where there is none.
+        logs: what the step returned.
+        metrics: values of the model's metric variables.
+        non_trainable: values of its non-trainable variables.
+    """
+
+    gradients: list[Any]
+    logs: Any
+    metrics: list[Any]
+    non_trainable: list[Any]
+
+
+class Program(Protocol):
+    """A train step that is observed instead of trained with."""
+
+    def __call__(self, batch: Any, times: int) -> Ran:
+        """Runs it, each time from the state that the last one left, and observes the last one."""
+
+
+class Backend(NamedTuple):
+    """How a backend of Keras runs a train step.
+
+    Fields:
+        program: (model, step) -> a program of the step.
+        step: (model, microbatch_size) -> the step that accumulates.
+        cut: (rows, microbatch_size) -> rows of each micro-batch.
+        is_concrete: whether a tensor has a value that can be read.
+    """
+
+    program: Callable[[keras.Model, Any], Program]
+    step: Callable[[keras.Model, int], Any]
+    cut: Callable[[int, int], Sequence[int]]
+    is_concrete: Callable[[Any], bool]
+
+
+class KerasSubject(Subject):
+    """See `virtualbatch.subject.Subject`.
+
+    Args:
+        model: a model that is built and compiled, without randomness.
+        batch: (x, y, sample_weight), arrays of NumPy.
+        rows: rows of the batch.
+        size: rows of one micro-batch, fewer than the batch has.
+        backend: see there.
+        notes: what was done to the model before, in sentences.
+    """
+
+    weighs_itself = True
+
+    def __init__(
+        self,
+        model: keras.Model,
+        batch: Any,
+        rows: int,
+        size: int,
+        backend: Backend,
+        notes: Sequence[str],
+    ):
+        self._model = model
+        self._batch = batch
+        self._backend = backend
+        self._size = size
+        self._snapshot, self._attributes = Snapshot(model), Attributes(model)
+        self._scale = float(keras.ops.convert_to_numpy(model.optimizer.scale_loss(1.0)))
+        # One for each part of the loss: a compiled one keeps the part that it was traced with.
+        self._programs: dict[Any, Program] = {}
+        self._found_parts: LossParts | None = None
+        self.rows = rows
+        stops = np.cumsum(backend.cut(rows, size))
+        self.pieces = np.split(np.arange(rows), stops[:-1])
+        self.leaves = {
+            path.removeprefix("batch."): leaf
+            for name, part in zip(("x", "y", "sample_weight"), batch, strict=True)
+            for path, leaf in array_leaves(part, name)
+        }
+        self._names = _names(model.trainable_variables)
+        self.parameters = {
+            name: _numpy(variable.value)
+            for name, variable in zip(self._names, model.trainable_variables, strict=True)
+        }
+        self.narrow: Sequence[str] = ()
+        dtype = _coarsest(model)
+        self.epsilon = float(np.finfo(dtype).eps)
+        self.notes = [*notes, f"Compared in {dtype}."]
+
+    def accumulated(self) -> Observed:
+        """See `Subject`."""
+        return self.accumulated_term(None)
+
+    def accumulated_term(self, term: Any) -> Observed:
+        """See `Subject`."""
+        step = self._backend.step(self._model, self._size)
+        return self._ran(("accumulated", term), step, np.arange(self.rows), term, 1)
+
+    def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:
+        """See `Subject`."""
+        model = self._model
+
+        def step(*given: Any) -> Any:
+            return type(model).train_step(model, *given)
+
+        return self._ran(("alone", term), step, rows, term, 2 if again else 1)
+
+    def weights(self) -> None:
+        """See `Subject`. A loss that gives one number is taken for a mean over rows."""
+
+    def places(self, place: str, terms: Collection[Any]) -> Mapping[Any, str]:
+        """See `Subject`. The places are known by themselves."""
+        del place, terms
+        return self._parts.places
+
+    def records(self, rows: np.ndarray, again: bool = False) -> list[Record]:
+        """See `Subject`."""
+        self._fresh()
+        if again:
+            self._forward(rows)
+        with recorded(self._model, self._backend.is_concrete) as found:
+            self._forward(rows)
+        self._fresh()
+        return found
+
+    @property
+    def _parts(self) -> LossParts:
+        if self._found_parts is None:
+            self._fresh()
+            self._forward(self.pieces[0])
+            self._found_parts = LossParts(self._model)
+            self._fresh()
+        return self._found_parts
+
+    def _forward(self, rows: np.ndarray) -> None:
+        """The loss of some rows without its gradient, outside any trace."""
+        model = self._model
+        x, y, sample_weight = self._some(rows)
+        y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
+        model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+
+    def _ran(self, key: Any, step: Any, rows: np.ndarray, term: Any, times: int) -> Observed:
+        part = nullcontext() if term is None else self._parts.only(term)
+        self._fresh()
+        with part:
+            if key not in self._programs:
+                self._programs[key] = self._backend.program(self._model, step)
+            found = self._observed(self._programs[key](self._some(rows), times), term or "loss")
+        self._fresh()
+        return found
+
+    def _observed(self, ran: Ran, term: Any) -> Observed:
+        model = self._model
+        gradients = {
+            name: None if gradient is None else _numpy(gradient) / self._scale
+            for name, gradient in zip(self._names, ran.gradients, strict=True)
+        }
+        logs = _named("metric ", ran.logs)
+        # The tracker's own, because a model may log what it likes.
+        logs.pop("metric loss", None)
+        tracked = dict(zip(map(id, model.metrics_variables), ran.metrics, strict=True))
+        tracker = model._loss_tracker
+        total, count = (_numpy(tracked[id(v)]) for v in (tracker.total, tracker.count))
+        return Observed({term: float(total / count)}, gradients, logs | self._kept(ran))
+
+    def _kept(self, ran: Ran) -> dict[str, np.ndarray]:
+        """What layers keep, but for how often a seed was drawn."""
+        variables = self._model.non_trainable_variables
+        seeds = {
+            id(generator.state)
+            for layer in self._model._flatten_layers()
+            for generator in layer._seed_generators
+        }
+        return {
+            name: _numpy(value)
+            for name, variable, value in zip(
+                _names(variables), variables, ran.non_trainable, strict=True
+            )
+            if id(variable) not in seeds and variable.dtype != "string"
+        }
+
+    def _some(self, rows: np.ndarray) -> Any:
+        return keras.tree.map_structure(
+            lambda leaf: (
+                keras.ops.convert_to_tensor(leaf[rows])
+                if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc"
+                else leaf[rows]
+                if isinstance(leaf, np.ndarray)
+                else leaf
+            ),
+            self._batch,
+        )
+
+    def _fresh(self) -> None:
+        self._attributes.restore()
+        self._snapshot.restore()
+        self._model.reset_metrics()
+
+
+def _names(variables: Sequence[Any]) -> list[str]:
+    """Paths of variables; two that share one are numbered."""
+    found: dict[str, int] = {}
+    names = []
+    for variable in variables:
+        found[variable.path] = found.get(variable.path, 0) + 1
+        again = found[variable.path]
+        names.append(variable.path if again == 1 else f"{variable.path} ({again})")
+    return names
+
+
+def _named(prefix: str, logs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for name, value in logs.items():
+        if isinstance(value, Mapping):
+            found |= _named(f"{prefix}{name}/", value)
+        else:
+            found[f"{prefix}{name}"] = _numpy(value)
+    return found
+
+
+def _coarsest(model: keras.Model) -> str:
+    """The widest rounding that a gradient goes through: of weights, layers, losses or of Keras.
+
+    Outside TensorFlow, Keras rounds to float32 inside means and divisions of float64 models.
+    """
+    entries = getattr(model._compile_loss, "_flat_losses", None) or []
+    dtypes = {
+        *(variable.dtype for variable in model.trainable_variables),
+        *(layer.compute_dtype for layer in model._flatten_layers()),
+        *(getattr(entry.loss, "_dtype", "float32") for entry in entries),
+    }
+    for dtype in ("bfloat16", "float16", "float32", "float64"):
+        if any(keras.backend.result_type(found, "float32") == dtype for found in dtypes if found):
+            return dtype
+    return "float32"
+
+
+def _numpy(value: Any) -> np.ndarray:
+    return np.asarray(keras.ops.convert_to_numpy(value), np.float64)
