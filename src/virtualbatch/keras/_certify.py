@@ -12,7 +12,7 @@ from virtualbatch.diagnosis import certified
 from virtualbatch.keras._full_precision import in_full_precision
 from virtualbatch.keras._quiet import without_randomness
 from virtualbatch.keras._snapshot import Snapshot
-from virtualbatch.keras._subject import Backend, KerasSubject
+from virtualbatch.keras._subject import NUMBERS, Backend, KerasSubject
 from virtualbatch.keras._untouched import Attributes, RandomNumbers
 from virtualbatch.split import Window, array_leaves, common_rows, rows_per_microbatch
 
@@ -113,6 +113,8 @@ def _arrays(batch: Any) -> Any:
         found = np.asarray(
             keras.ops.convert_to_numpy(leaf) if keras.ops.is_tensor(leaf) else leaf
         )
+        if found.dtype.kind not in NUMBERS:
+            return leaf
         return found.astype(keras.config.floatx()) if found.dtype.kind == "f" else found
 
     return keras.tree.map_structure(array, batch)

@@ -16,6 +16,10 @@ from virtualbatch.split import array_leaves
 from virtualbatch.subject import Observed, Subject
 
 
+# What `numpy.dtype.kind` calls booleans, integers, floats and complex numbers.
+NUMBERS = "biufc"
+
+
 class Ran(NamedTuple):
     """What a train step did; nothing was updated by it.
 
@@ -91,9 +95,10 @@ class KerasSubject(Subject):
         stops = np.cumsum(backend.cut(rows, size))
         self.pieces = np.split(np.arange(rows), stops[:-1])
         self.leaves = {
-            path.removeprefix("batch."): leaf
+            path: leaf
             for name, part in zip(("x", "y", "sample_weight"), batch, strict=True)
             for path, leaf in array_leaves(part, name)
+            if isinstance(leaf, np.ndarray)
         }
         self._names = _names(model.trainable_variables)
         self.parameters = {
@@ -198,16 +203,15 @@ class KerasSubject(Subject):
         }
 
     def _some(self, rows: np.ndarray) -> Any:
-        return keras.tree.map_structure(
-            lambda leaf: (
-                keras.ops.convert_to_tensor(leaf[rows])
-                if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc"
-                else leaf[rows]
-                if isinstance(leaf, np.ndarray)
-                else leaf
-            ),
-            self._batch,
-        )
+        def chosen(leaf: Any) -> Any:
+            if not hasattr(leaf, "shape"):
+                return leaf
+            if not isinstance(leaf, np.ndarray):
+                return keras.ops.take(leaf, rows, axis=0)
+            some = leaf[rows]
+            return keras.ops.convert_to_tensor(some) if leaf.dtype.kind in NUMBERS else some
+
+        return keras.tree.map_structure(chosen, self._batch)
 
     def _fresh(self) -> None:
         self._attributes.restore()

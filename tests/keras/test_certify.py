@@ -1,0 +1,344 @@
+"""Certificates of Keras models: right ones pass, wrong ones are named, and nothing is changed.
+
+They run in float32, as users' models do, unlike the other tests of this folder.
+"""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from tests.keras.backends import BACKEND
+from tests.keras.certified_models import (
+    EXACT,
+    LABELS,
+    TARGETS,
+    WORD_LABELS,
+    WORDS,
+    X,
+    crossentropy,
+    dense,
+    made,
+    sequential,
+    two_outputs,
+)
+
+import virtualbatch.keras as vb
+from virtualbatch import Window
+from virtualbatch.keras._rows import Rows
+
+
+@pytest.fixture(autouse=True)
+def _float32(_float64):
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+class Centred(layers.Layer):
+    def call(self, x):
+        return x - ops.mean(x, axis=0)
+
+
+class Growing(layers.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(), initializer="ones", trainable=False, name="scale")
+
+    def call(self, x):
+        self.scale.assign(self.scale * 1.5)
+        return x * self.scale
+
+
+class Counting(layers.Layer):
+    def build(self, shape):
+        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False, name="calls")
+
+    def call(self, x):
+        self.calls.assign(self.calls + 1.0)
+        return x
+
+
+class BatchMean(layers.Layer):
+    def call(self, x):
+        self.add_loss(ops.square(ops.mean(x)))
+        return x
+
+
+class Log(layers.Layer):
+    def call(self, x):
+        return ops.log(x)
+
+
+class Unused(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = layers.Dense(2), layers.Dense(3, name="unused")
+
+    def call(self, x):
+        self.unused(x)
+        return self.used(x)
+
+
+class Between(keras.Model):
+    """Couples rows between its layers, in its own code."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = layers.Dense(4), layers.Dense(2, name="last")
+
+    def call(self, x):
+        x = self.first(x)
+        return self.last(x / (1 + ops.std(x, axis=0)))
+
+
+class OwnLoss(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(2)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return ops.sum(ops.square(ops.cast(y, y_pred.dtype) - y_pred))
+
+
+def functional():
+    inputs = keras.Input((6,))
+    x = layers.Dense(4)(inputs)
+    return keras.Model(inputs, layers.Dense(2)(x - ops.mean(x, axis=0, keepdims=True)))
+
+
+def batch_sum(y_true, y_pred):
+    return ops.sum(ops.square(y_true - y_pred))
+
+
+def token_mean(y_true, y_pred):
+    known = ops.cast(y_true != 0, y_pred.dtype)
+    each = ops.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
+    return ops.sum(each * known) / ops.sum(known)
+
+
+def similarities(y_pred):
+    return ops.log_softmax(3 * y_pred @ ops.transpose(y_pred), axis=-1)
+
+
+def contrastive(y_true, y_pred):
+    return -ops.mean(ops.diagonal(similarities(y_pred)))
+
+
+def contrastive_rows(y_true, y_pred):
+    return -ops.diagonal(similarities(y_pred))
+
+
+def broken():
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(4), layers.Dense(2)])
+    model.layers[0].kernel.assign(np.full((6, 4), np.nan))
+    return model
+
+
+def largest_error(y_true, y_pred):
+    return ops.max(ops.abs(y_true - y_pred))
+
+
+FIRST = dense(4, "tanh")
+SPOILT = X.copy()
+SPOILT[[3, 17], 2] = np.nan
+BAD = [
+    ("batchnorm", "batch_normalization", sequential(FIRST, layers.BatchNormalization, dense(2))),
+    ("coupled_rows", "centred (Centred)", sequential(FIRST, Centred, dense(2))),
+    ("coupled_rows", "the input of between/last (Dense)", Between),
+    ("coupled_rows", "subtract (Subtract)", functional),
+    ("coupled_rows", "add_loss of sequential/batch_mean", sequential(FIRST, BatchMean, dense(2))),
+    ("stateful", "growing (Growing)", sequential(FIRST, Growing, dense(2))),
+    ("stateful", "counting/calls", sequential(FIRST, Counting, dense(2))),
+    ("sum_loss", "compute_loss of OwnLoss", OwnLoss),
+    ("non_finite", "parameter sequential/dense/kernel", broken),
+    ("no_gradient", "unused/unused/kernel", Unused),
+]
+PLAIN = sequential(FIRST, dense(2))
+BAD_OPTIONS = [
+    ("sum_loss", "the loss batch_sum", {"loss": batch_sum}),
+    ("coupled_rows", "the loss contrastive", {"loss": contrastive}),
+    ("coupled_rows", "the loss contrastive_rows", {"loss": contrastive_rows}),
+    ("stateful", "metric largest_error", {"metrics": [largest_error]}),
+]
+
+
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
+def test_exact(case):
+    found = vb.certify(made(case.model, **case.options()), case.batch, microbatch_size=8)
+    assert found.findings == ()
+    assert found.exact
+    assert found.parameters
+    assert found.max_error < found.tolerance < 1e-4
+    found.raise_if_inexact()
+
+
+@pytest.mark.parametrize(("kind", "where", "model"), BAD, ids=lambda x: str(x)[:24])
+def test_wrong_models(kind, where, model):
+    found = vb.certify(made(model), (X, TARGETS), microbatch_size=8)
+    assert (found.findings[0].kind, found.exact) == (kind, kind == "no_gradient")
+    assert where in found.findings[0].where
+
+
+@pytest.mark.parametrize(("kind", "where", "options"), BAD_OPTIONS, ids=lambda x: str(x)[:24])
+def test_wrong_losses_and_metrics(kind, where, options):
+    found = vb.certify(made(PLAIN, **options), (X, TARGETS), microbatch_size=8)
+    assert not found.exact
+    assert [finding.kind for finding in found.findings] == [kind]
+    assert found.findings[0].where == where
+    with pytest.raises(ValueError, match=f"{kind} at {where}"):
+        found.raise_if_inexact()
+
+
+def test_the_weight_of_a_mean_over_tokens():
+    model = sequential(lambda: layers.Embedding(9, 4), dense(3))
+    found = vb.certify(made(model, loss=token_mean), (WORDS, WORD_LABELS), microbatch_size=8)
+    assert not found.exact
+    assert found.findings[0].kind == "weight"
+    assert "the entries of y that are not 0" in found.findings[0].why
+    assert "one value per row or token" in found.findings[0].fix
+
+
+def test_the_one_wrong_output_is_named():
+    model = made(two_outputs, loss={"a": batch_sum, "b": crossentropy()})
+    found = vb.certify(model, (X, {"a": TARGETS, "b": LABELS}), microbatch_size=8)
+    (finding,) = found.findings
+    assert (finding.kind, finding.where) == ("sum_loss", "the loss batch_sum of the output a")
+
+
+def test_rows_of_data_that_is_not_finite():
+    found = vb.certify(made(PLAIN), (SPOILT, TARGETS), microbatch_size=8)
+    assert not found.exact
+    assert found.findings[0].kind == "non_finite"
+    assert found.findings[0].where == "x, rows 3, 17"
+
+
+def test_the_layer_that_is_not_finite():
+    model = sequential(FIRST, Log, dense(2))
+    found = vb.certify(made(model), (X, TARGETS), microbatch_size=8)
+    assert found.findings[0].kind == "non_finite"
+    assert "log (Log)" in found.findings[0].where
+
+
+def everything(model):
+    """All that a user may see change: values, attributes of layers, generators, `.grad`s."""
+    variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+    values = {id(v): (v.dtype, np.array(ops.convert_to_numpy(v.value))) for v in variables}
+    layered = [dict(vars(layer)) for layer in model._flatten_layers()]
+    grads = [getattr(v.value, "grad", None) for v in variables] if BACKEND == "torch" else []
+    others = [dict(vars(model.optimizer)), dict(vars(model._compile_loss)), np.random.get_state()]
+    return values, layered, grads, others
+
+
+def assert_same(before, after):
+    assert list(before[0]) == list(after[0])
+    for (dtype, a), (same, b) in zip(before[0].values(), after[0].values(), strict=True):
+        assert dtype == same
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(before[1] + before[3][:2], after[1] + after[3][:2], strict=True):
+        assert list(a) == list(b)
+        # Scratch of Keras itself, which any call changes.
+        scratch = ("_losses", "_loss_ids", "_losses_override")
+        assert [name for name in a if a[name] is not b[name] and name not in scratch] == []
+    assert [id(grad) for grad in before[2]] == [id(grad) for grad in after[2]]
+    np.testing.assert_array_equal(before[3][2][1], after[3][2][1])
+
+
+def busy(policy="float32"):
+    """A model with everything that training changes."""
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(4, "tanh", dtype=policy),
+            layers.BatchNormalization(dtype=policy),
+            layers.Dropout(0.3, dtype=policy),
+            Growing(dtype=policy),
+            layers.Dense(2, dtype=policy),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "policy"),
+    [(False, "float32"), (True, "float32"), (True, "mixed_bfloat16"), (False, "bfloat16")],
+)
+def test_nothing_is_changed(accumulated, policy):
+    def trained(certified):
+        model = made(lambda: busy(policy), metrics=["mae"])
+        if accumulated:
+            vb.accumulate(model, microbatch_size=8)
+        # What is not there yet is built, and would be missing before.
+        model.train_on_batch(X, TARGETS)
+        histories = []
+        for _ in range(2):
+            if certified:
+                before, data = everything(model), (X.copy(), TARGETS.copy())
+                assert not vb.certify(model, data, microbatch_size=8).exact
+                assert_same(before, everything(model))
+                np.testing.assert_array_equal(data[0], X)
+                np.testing.assert_array_equal(data[1], TARGETS)
+            histories.append(model.fit(X, TARGETS, batch_size=11, epochs=2, verbose=0).history)
+        return histories, everything(model)
+
+    (plain, after), (same, again) = trained(False), trained(True)
+    assert plain == same
+    for (_, a), (_, b) in zip(after[0].values(), again[0].values(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_model_that_is_not_built_trains_as_if_not_certified():
+    histories = []
+    for certified in (False, True):
+        model = made(PLAIN)
+        if certified:
+            assert vb.certify(model, (X, TARGETS), microbatch_size=8).exact
+        # Of a model that is not built, Keras on PyTorch shuffles the data once more.
+        options = {"batch_size": 11, "shuffle": False, "verbose": 0}
+        histories.append(model.fit(X, TARGETS, **options).history)
+    assert histories[0] == histories[1]
+
+
+def test_an_engine_that_is_wrong_is_caught(monkeypatch):
+    # Weight regularisers counted once per micro-batch.
+    monkeypatch.setattr(Rows, "share", lambda self, dtype: 1.0)
+    model = sequential(dense(4, "tanh", kernel_regularizer="l2"), dense(2))
+    found = vb.certify(made(model), (X, TARGETS), microbatch_size=8)
+    assert not found.exact
+    wrong = [name for name, error in found.parameters.items() if error > found.tolerance]
+    assert wrong == ["sequential/dense/kernel"]
+
+
+def test_randomness_is_named():
+    model = sequential(dense(4), lambda: layers.Dropout(0.5, name="drop"), dense(2))
+    notes = vb.certify(made(model), (X, TARGETS), microbatch_size=8).notes
+    assert any("turned off for the comparison (drop)" in note for note in notes)
+    notes = vb.certify(made(PLAIN), (X, TARGETS), microbatch_size=8).notes
+    assert not any("turned off" in note for note in notes)
+
+
+@pytest.mark.parametrize("sizes", [{"accumulation_steps": 3}, {"microbatch_size": 1}])
+def test_sizes(sizes):
+    assert vb.certify(made(PLAIN), (X, TARGETS), **sizes).exact
+
+
+@pytest.mark.parametrize(
+    ("batch", "sizes", "text"),
+    [
+        ((X[:1], TARGETS[:1]), {"microbatch_size": 1}, "Got 1 rows in one"),
+        ((X, TARGETS), {"microbatch_size": 22}, "Got 22 rows in one"),
+        ((X, TARGETS), {}, "microbatch_size"),
+        ((X, TARGETS), {"microbatch_size": "auto"}, 'Got microbatch_size="auto"'),
+        (Window([(X, TARGETS)]), {"microbatch_size": 8}, "Got a Window"),
+        ((X, TARGETS[:4]), {"microbatch_size": 8}, "Got 22 rows in .* and 4 rows"),
+    ],
+)
+def test_refused_batches(batch, sizes, text):
+    with pytest.raises(ValueError, match=text):
+        vb.certify(made(PLAIN), batch, **sizes)
+
+
+def test_refused_models():
+    with pytest.raises(TypeError, match="takes a Keras model"):
+        vb.certify(object(), (X, TARGETS), microbatch_size=8)
+    with pytest.raises(ValueError, match=r"Call model\.compile"):
+        vb.certify(PLAIN(), (X, TARGETS), microbatch_size=8)
