@@ -27,6 +27,9 @@ SIGNATURES = {
         "memory_limit=None)"
     ),
     virtualbatch.keras.accumulate: "(model, *, microbatch_size=None, accumulation_steps=None)",
+    virtualbatch.keras.certify: (
+        "(model, batch, *, microbatch_size=None, accumulation_steps=None)"
+    ),
     virtualbatch.keras.plan: "(model, batch, *, memory_limit=None)",
     virtualbatch.keras.restore: "(model)",
     virtualbatch.torch.backward: (
@@ -47,7 +50,7 @@ SIGNATURES = {
 NAMES = {
     virtualbatch: {"Auto", "Window", "windows"},
     virtualbatch.tensorflow: {"Window", "plan", "value_and_gradients", "windows"},
-    virtualbatch.keras: {"accumulate", "plan", "restore"},
+    virtualbatch.keras: {"accumulate", "certify", "plan", "restore"},
     virtualbatch.jax: {"Window", "plan", "value_and_grad", "windows"},
     virtualbatch.torch: {"Window", "backward", "plan", "windows"},
 }

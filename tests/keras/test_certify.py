@@ -56,6 +56,15 @@ class Counting(layers.Layer):
         return x
 
 
+class Sampling(layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.seeds = keras.random.SeedGenerator(1)
+
+    def call(self, x):
+        return x + keras.random.normal(ops.shape(x), seed=self.seeds)
+
+
 class BatchMean(layers.Layer):
     def call(self, x):
         self.add_loss(ops.square(ops.mean(x)))
@@ -314,6 +323,14 @@ def test_randomness_is_named():
     assert any("turned off for the comparison (drop)" in note for note in notes)
     notes = vb.certify(made(PLAIN), (X, TARGETS), microbatch_size=8).notes
     assert not any("turned off" in note for note in notes)
+
+
+def test_randomness_that_cannot_be_turned_off_is_named():
+    found = vb.certify(made(sequential(dense(4), Sampling)), (X, X[:, :4]), microbatch_size=8)
+    assert not found.exact
+    assert found.findings[0].kind == "stateful"
+    assert "sampling" in found.findings[0].where
+    assert any("What sampling may draw could not be turned off" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("sizes", [{"accumulation_steps": 3}, {"microbatch_size": 1}])

@@ -146,7 +146,7 @@ def certify(
     check_sizes(microbatch_size, accumulation_steps)
     if is_automatic(microbatch_size):
         raise ValueError(
-            "certify compares one cut. Got microbatch_size=\"auto\". "
+            'certify compares one cut. Got microbatch_size="auto". '
             "Pass the rows of a micro-batch, such as those that plan found."
         )
     _check_model(model)

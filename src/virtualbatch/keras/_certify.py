@@ -66,10 +66,15 @@ def certificate(
         held.enter_context(_untouched(model, engine))
         notes = []
         drawing = held.enter_context(without_randomness(model))
-        if drawing:
+        if drawing.quieted:
             notes.append(
-                f"Randomness was turned off for the comparison ({', '.join(drawing)}): every "
-                "micro-batch draws its own."
+                f"Randomness was turned off for the comparison ({', '.join(drawing.quieted)}): "
+                "every micro-batch draws its own."
+            )
+        if drawing.left:
+            notes.append(
+                f"What {', '.join(drawing.left)} may draw could not be turned off, and counts as a "
+                "difference."
             )
         if held.enter_context(in_full_precision(model)):
             notes.append("Half precision was replaced by float32 for the comparison.")
@@ -110,9 +115,7 @@ def _arrays(batch: Any) -> Any:
                 "certify compares arrays row by row, so rows must have one length. "
                 "Got a RaggedTensor. Pass it padded, and masked, as fit may take it too."
             )
-        found = np.asarray(
-            keras.ops.convert_to_numpy(leaf) if keras.ops.is_tensor(leaf) else leaf
-        )
+        found = np.asarray(keras.ops.convert_to_numpy(leaf) if keras.ops.is_tensor(leaf) else leaf)
         if found.dtype.kind not in NUMBERS:
             return leaf
         return found.astype(keras.config.floatx()) if found.dtype.kind == "f" else found

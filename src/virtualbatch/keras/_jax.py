@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import keras
 
-from virtualbatch.jax._batch import cut_batch
 from virtualbatch.certify import Certificate
+from virtualbatch.jax._batch import cut_batch
 from virtualbatch.keras._certify import Engine, certificate
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._jax_plan import MEMORY, copied, planned
-from virtualbatch.keras._jax_window import State, WindowRun
 from virtualbatch.keras._jax_program import JaxProgram
+from virtualbatch.keras._jax_window import State, WindowRun
 from virtualbatch.keras._subject import Backend
 from virtualbatch.keras._train_step import TrainStep
 from virtualbatch.plan import Plan

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -10,8 +10,20 @@ import keras
 _AMOUNTS = ("rate", "drop", "stddev")
 
 
+class Drawing(NamedTuple):
+    """Names of layers that draw random numbers.
+
+    Fields:
+        quieted: those that were turned off.
+        left: those of which nothing tells how.
+    """
+
+    quieted: list[str]
+    left: list[str]
+
+
 @contextmanager
-def without_randomness(model: keras.Model) -> Iterator[list[str]]:
+def without_randomness(model: keras.Model) -> Iterator[Drawing]:
     """Turns off what layers draw, by attributes of their own that are put back.
 
     A layer that draws holds a seed generator. How much it draws stands in a number (`rate`,
@@ -19,10 +31,10 @@ def without_randomness(model: keras.Model) -> Iterator[list[str]]:
     as in inference.
 
     Yields:
-        Names of the layers that were quieted.
+        What draws.
     """
     changed: list[tuple[Any, str, Any]] = []
-    named: list[str] = []
+    drawing = Drawing([], [])
 
     def set_to(owner: Any, name: str, value: Any) -> None:
         changed.append((owner, name, vars(owner).get(name)))
@@ -40,9 +52,11 @@ def without_randomness(model: keras.Model) -> Iterator[list[str]]:
                 if "Dropout" in type(module).__name__ and module.p:
                     set_to(module, "p", 0.0)
         if len(changed) > before:
-            named.append(layer.name)
+            drawing.quieted.append(layer.name)
+        elif layer._seed_generators:
+            drawing.left.append(layer.name)
     try:
-        yield named
+        yield drawing
     finally:
         for owner, name, value in reversed(changed):
             if name == "call":

@@ -1,4 +1,4 @@
-"""A Keras train step as `certify` observes it: Keras' own on some rows, and that of `accumulate`."""
+"""A Keras train step as `certify` observes it: Keras' own, and that of `accumulate`."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,7 +14,6 @@ from virtualbatch.keras._untouched import Attributes
 from virtualbatch.rowwise import Record
 from virtualbatch.split import array_leaves
 from virtualbatch.subject import Observed, Subject
-
 
 # What `numpy.dtype.kind` calls booleans, integers, floats and complex numbers.
 NUMBERS = "biufc"
@@ -241,7 +240,7 @@ def _named(prefix: str, logs: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _coarsest(model: keras.Model) -> str:
-    """The widest rounding that a gradient goes through: of weights, layers, losses or of Keras.
+    """The coarsest dtype that a gradient goes through: of weights, layers, losses or in Keras.
 
     Outside TensorFlow, Keras rounds to float32 inside means and divisions of float64 models.
     """
@@ -251,10 +250,11 @@ def _coarsest(model: keras.Model) -> str:
         *(layer.compute_dtype for layer in model._flatten_layers()),
         *(getattr(entry.loss, "_dtype", "float32") for entry in entries),
     }
-    for dtype in ("bfloat16", "float16", "float32", "float64"):
-        if any(keras.backend.result_type(found, "float32") == dtype for found in dtypes if found):
-            return dtype
-    return "float32"
+    for half in ("bfloat16", "float16"):
+        if half in dtypes:
+            return half
+    floats = {dtype for dtype in dtypes if dtype in ("float32", "float64")}
+    return str(keras.backend.result_type(min(floats, default="float32"), "float32"))
 
 
 def _numpy(value: Any) -> np.ndarray:
