@@ -1,4 +1,4 @@
-"""Models whose accumulation is exact, and the data for them, as `certify` is to find."""
+"""Models for `certify`: those whose accumulation is exact, their data, and one with state."""
 
 from typing import Any, NamedTuple
 
@@ -128,6 +128,15 @@ class Mixture(layers.Layer):
         return ops.where(x[:, :1] > 0, x @ self.one, x @ self.two)
 
 
+class Growing(layers.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(), initializer="ones", trainable=False, name="scale")
+
+    def call(self, x):
+        self.scale.assign(self.scale * 1.5)
+        return x * self.scale
+
+
 EXACT = [
     Case("mlp", sequential(dense(5, "relu"), dense(2)), (X, TARGETS), lambda: {"metrics": ["mae"]}),
     Case("convolutions", convolutional, (IMAGES, LABELS), classes),
@@ -166,6 +175,13 @@ EXACT = [
             "loss": crossentropy(reduction="mean_with_sample_weight"),
             "weighted_metrics": ["accuracy"],
         },
+    ),
+    # Keras on PyTorch multiplies these weights by the mask in place.
+    Case(
+        "masked token weights",
+        sequential(lambda: layers.Embedding(9, 4, mask_zero=True), dense(3)),
+        (WORDS, WORD_LABELS, RNG.random((ROWS, 7))),
+        lambda: {"loss": crossentropy()},
     ),
     Case(
         "sum",

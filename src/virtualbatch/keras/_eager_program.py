@@ -1,5 +1,6 @@
 """A train step of TensorFlow or PyTorch, run eagerly, whose optimizer only looks on."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -19,7 +20,7 @@ class EagerProgram:
         self._model = model
         self._step = step
 
-    def __call__(self, batch: Any, times: int) -> Ran:
+    def __call__(self, batch: Callable[[], Any], times: int) -> Ran:
         """See `Program`."""
         model = self._model
         gradients: list[Any] = [None] * len(model.trainable_variables)
@@ -33,7 +34,7 @@ class EagerProgram:
         try:
             for _ in range(times):
                 model.reset_metrics()
-                logs = self._step(batch)
+                logs = self._step(batch())
         finally:
             del vars(model.optimizer)["apply"]
         return Ran(

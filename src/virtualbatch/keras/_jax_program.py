@@ -1,5 +1,6 @@
 """A train step of JAX, compiled as Keras compiles it, whose optimizer only looks on."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,9 +28,9 @@ class JaxProgram:
         self._program = jax.jit(self._run)
         self._reached: list[bool] | None = None
 
-    def __call__(self, batch: Any, times: int) -> Ran:
+    def __call__(self, batch: Callable[[], Any], times: int) -> Ran:
         """See `Program`."""
-        model = self._model
+        model, data = self._model, batch()
         start = State(
             *model._get_jax_state(
                 trainable_variables=True,
@@ -40,12 +41,12 @@ class JaxProgram:
             )
         )
         if self._reached is None:
-            program = self._program.trace(start, batch).jaxpr
+            program = self._program.trace(start, data).jaxpr
             self._reached = _depends(program)[: len(start.trainable)]
-        gradients, logs, after = self._program(start, batch)
+        gradients, logs, after = self._program(start, data)
         for _ in range(times - 1):
             given = start._replace(non_trainable=after.non_trainable)
-            gradients, logs, after = self._program(given, batch)
+            gradients, logs, after = self._program(given, data)
         found = [g if there else None for g, there in zip(gradients, self._reached, strict=True)]
         return Ran(found, logs, after.metrics, after.non_trainable)
 

@@ -38,8 +38,13 @@ class Ran(NamedTuple):
 class Program(Protocol):
     """A train step that is observed instead of trained with."""
 
-    def __call__(self, batch: Any, times: int) -> Ran:
-        """Runs it, each time from the state that the last one left, and observes the last one."""
+    def __call__(self, batch: Callable[[], Any], times: int) -> Ran:
+        """Runs it, each time from the state that the last one left, and observes the last one.
+
+        Args:
+            batch: makes the batch anew, because some of Keras' own code writes to it.
+            times: how often.
+        """
 
 
 class Backend(NamedTuple):
@@ -167,7 +172,9 @@ class KerasSubject(Subject):
         with part:
             if key not in self._programs:
                 self._programs[key] = self._backend.program(self._model, step)
-            found = self._observed(self._programs[key](self._some(rows), times), term or "loss")
+            found = self._observed(
+                self._programs[key](lambda: self._some(rows), times), term or "loss"
+            )
         self._fresh()
         return found
 
