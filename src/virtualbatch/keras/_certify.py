@@ -30,10 +30,17 @@ class Engine(NamedTuple):
     Fields:
         backend: how it runs a step.
         kept: model -> what else is put back at the end.
+        build: (model, batch) -> nothing; makes what `fit` would make at its first batch.
     """
 
     backend: Backend
     kept: Callable[[keras.Model], Sequence[Kept]]
+    build: Callable[[keras.Model, Any], None]
+
+
+def build_symbolically(model: keras.Model, batch: Any) -> None:
+    """Builds model, losses, metrics and optimizer without running them."""
+    model._symbolic_build(data_batch=batch)
 
 
 def certificate(
@@ -61,7 +68,7 @@ def certificate(
             "certify needs a batch that is cut into two micro-batches or more. "
             f"Got {rows} rows in one. Pass more rows, or a smaller microbatch_size."
         )
-    model._symbolic_build(data_batch=batch)
+    engine.build(model, batch)
     with ExitStack() as held:
         held.enter_context(_untouched(model, engine))
         notes = []

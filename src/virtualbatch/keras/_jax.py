@@ -14,7 +14,7 @@ import keras
 
 from virtualbatch.certify import Certificate
 from virtualbatch.jax._batch import cut_batch
-from virtualbatch.keras._certify import Engine, certificate
+from virtualbatch.keras._certify import Engine, build_symbolically, certificate
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._jax_plan import MEMORY, copied, planned
 from virtualbatch.keras._jax_program import JaxProgram
@@ -198,7 +198,9 @@ def certify(model: keras.Model, batch: Any, size: int | None, steps: int | None)
         return not isinstance(value, jax.core.Tracer)
 
     backend = Backend(JaxProgram, _step_of, _sizes, is_concrete)
-    return certificate(model, batch, size, steps, Engine(backend, lambda model: []))
+    return certificate(
+        model, batch, size, steps, Engine(backend, lambda model: [], build_symbolically)
+    )
 
 
 def _sizes(rows: int, size: int) -> list[int]:

@@ -16,7 +16,7 @@ import keras
 import tensorflow as tf
 
 from virtualbatch.certify import Certificate
-from virtualbatch.keras._certify import Engine, certificate
+from virtualbatch.keras._certify import Engine, build_symbolically, certificate
 from virtualbatch.keras._eager_program import EagerProgram
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._snapshot import Snapshot
@@ -196,7 +196,16 @@ def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan
 def certify(model: keras.Model, batch: Any, size: int | None, steps: int | None) -> Certificate:
     """The certificate of a model; see `virtualbatch.keras.certify`."""
     backend = Backend(EagerProgram, _step_of, _sizes, lambda value: hasattr(value, "numpy"))
-    return certificate(model, batch, size, steps, Engine(backend, lambda model: []))
+    return certificate(model, batch, size, steps, Engine(backend, lambda model: [], _build))
+
+
+def _build(model: keras.Model, batch: Any) -> None:
+    """Builds a model; one that asks for values in its `call` cannot be built without any."""
+    if not model.run_eagerly:
+        build_symbolically(model, batch)
+        return
+    _build_layers(model, tf.nest.map_structure(tf.convert_to_tensor, batch[0]))
+    _build_optimizer(model)
 
 
 def _sizes(rows: int, size: int) -> list[int]:

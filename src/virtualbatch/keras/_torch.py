@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from virtualbatch.certify import Certificate
-from virtualbatch.keras._certify import Engine, certificate
+from virtualbatch.keras._certify import Engine, build_symbolically, certificate
 from virtualbatch.keras._eager_program import EagerProgram
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._subject import Backend
@@ -116,4 +116,4 @@ def certify(model: keras.Model, batch: Any, size: int | None, steps: int | None)
         return [State(model), RandomState(place())]
 
     backend = Backend(EagerProgram, step, sizes, lambda value: True)
-    return certificate(model, batch, size, steps, Engine(backend, kept))
+    return certificate(model, batch, size, steps, Engine(backend, kept, build_symbolically))
