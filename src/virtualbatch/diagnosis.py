@@ -18,7 +18,7 @@ from virtualbatch.differences import (
     gradient_errors,
     measured_scales,
     norm_of_sum,
-    state_error,
+    state_errors,
     total_loss,
 )
 from virtualbatch.rowwise import first_difference, first_not_finite, reduced_at, same_values
@@ -55,13 +55,13 @@ def certified(subject: Subject) -> Certificate:
     errors = gradient_errors(whole, accumulated, scales)
     loss_error = abs(total_loss(whole) - total_loss(accumulated)) / scales.loss
     max_error = max(errors.values(), default=0.0)
-    exact = (
-        max_error <= tolerance
-        and loss_error <= tolerance
-        and state_error(whole, accumulated) <= coarse
-    )
+    same_gradient = max_error <= tolerance and loss_error <= tolerance
+    kept = state_errors(whole, accumulated)
+    exact = same_gradient and max(kept.values(), default=0.0) <= coarse
     findings: list[Finding] = []
-    if not exact:
+    if same_gradient and not exact:
+        findings = [_kept(max(kept, key=lambda name: kept[name]))]
+    elif not exact:
         findings = _causes(subject, whole, accumulated, scales, tolerance, coarse, stateful)
     elif stateful:
         findings = [_stateful(subject, every, coarse)]
@@ -98,20 +98,19 @@ def _causes(
     reduced = reduced_at(records, parts)
     place = reduced.where if reduced else subject.place
     findings = []
-    wrong = False
-    for term in whole.terms:
-        name = place if len(whole.terms) == 1 else f"term {term!r}, {place}"
+    wrong = []
+    for term, name in subject.places(place, whole.terms).items():
         found = explained(subject, term, name, scales, tolerance)
         if found.right:
             continue
-        wrong = True
+        wrong.append(name)
         if found.finding is not None:
             findings.append(found.finding)
     if findings:
         return findings
     if not wrong:
         return [_of_the_sum(subject, whole, accumulated, scales, tolerance)]
-    return [_coupled(different, place)]
+    return [_coupled(different, wrong[0])]
 
 
 def _coupled(record: Any, place: str) -> Finding:
@@ -153,6 +152,16 @@ def _stateful(subject: Subject, rows: np.ndarray, coarse: float) -> Finding:
     )
 
 
+def _kept(name: str) -> Finding:
+    return Finding(
+        "stateful",
+        name,
+        "Gradient and loss are those of the whole batch, but this value is not: each micro-batch "
+        "changes it, and the whole batch changes it once.",
+        "Compute it from sums over rows, or update it once after the window.",
+    )
+
+
 def _of_the_sum(
     subject: Subject, whole: Observed, accumulated: Observed, scales: Scales, tolerance: float
 ) -> Finding:
@@ -166,7 +175,8 @@ def _of_the_sum(
     first = next(iter(shares.values()))
     parts, norms = [], []
     for index, piece in enumerate(subject.pieces):
-        runs = {term: subject.alone(piece, term) for term in shares}
+        only = len(shares) == 1
+        runs = {term: subject.alone(piece, None if only else term) for term in shares}
         relative = {term: shares[term][index] / (first[index] or 1.0) for term in shares}
         parts.append(sum(relative[term] * sketch.gradient(run) for term, run in runs.items()))
         norms.append(norm_of_sum([(relative[term], run) for term, run in runs.items()]))

@@ -54,14 +54,13 @@ def gradient_errors(whole: Observed, other: Observed, scales: Scales) -> dict[st
     }
 
 
-def state_error(whole: Observed, other: Observed) -> float:
-    """The largest relative difference of what layers keep."""
-    errors = [
-        _largest(value - other.state[name]) / (_largest(value) or 1.0)
+def state_errors(whole: Observed, other: Observed) -> dict[str, float]:
+    """Name -> relative difference of what layers keep."""
+    return {
+        name: _largest(value - other.state[name]) / (_largest(value) or 1.0)
         for name, value in whole.state.items()
         if name in other.state
-    ]
-    return max(errors, default=0.0)
+    }
 
 
 def differ(a: Observed, b: Observed, relative: float) -> bool:

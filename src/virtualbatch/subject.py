@@ -1,7 +1,7 @@
 """What an engine observes of a training step so that the step can be certified."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,3 +74,16 @@ class Subject(ABC):
     @abstractmethod
     def records(self, rows: np.ndarray, again: bool = False) -> list[Record]:
         """The values that the loss computes of some rows, in order; see `alone`."""
+
+    def places(self, place: str, terms: Collection[Any]) -> Mapping[Any, str]:
+        """Term name -> where it is, in words: the terms that can be differentiated alone.
+
+        Args:
+            place: where values of rows become one number.
+            terms: the terms that the whole batch was observed with.
+        """
+        return {t: place if len(terms) == 1 else f"term {t!r}, {place}" for t in terms}
+
+    def accumulated_term(self, term: Any) -> Observed:
+        """The whole batch by the engine, one of its terms; of an engine that `weighs_itself`."""
+        raise NotImplementedError(term)

@@ -19,8 +19,15 @@ from virtualbatch.window import shares
 _COORDINATES = 4096
 # Hypotheses add up several gradients, so a few roundings more than the verdict are granted.
 _SLACK = 64
+# A term that is small beside the others is judged by its own size, but for this part of theirs.
+_SMALLEST = 1e-2
 # Gradients of this many numbers cannot be fitted by chance.
 _ENOUGH = 8
+# What to do where the engine divides by itself.
+_ELEMENTS = (
+    "Return what is averaged, one value per row or token, and let the framework divide: the "
+    "engine finds its weights then."
+)
 
 
 class Weight(NamedTuple):
@@ -67,7 +74,11 @@ def explained(
         return sketch.of(subject.alone(rows, term), term)
 
     pieces = subject.pieces
-    whole = value(np.arange(subject.rows))
+    whole = sketch.zoomed(value(np.arange(subject.rows)))
+    if subject.weighs_itself:
+        found = sketch.of(subject.accumulated_term(term), term)
+        if sketch.fits(found, whole):
+            return Explanation(True, None)
     parts = np.stack([value(piece) for piece in pieces])
     rows = shares([float(len(piece)) for piece in pieces])
     weights = subject.weights()
@@ -116,6 +127,7 @@ def _wrong_weight(subject: Subject, where: str, given: str, right: Weight) -> Ex
             ),
         )
     fix = f"Pass weight=lambda batch: {right.code}." if right.code else "Leave weight out."
+    fix = _ELEMENTS if subject.weighs_itself else fix
     why = (
         f"The mean of each micro-batch is weighted by {given}, but the loss divides by "
         f"{right.text}: a mean of means."
@@ -141,7 +153,9 @@ def _of_other_parts(
                     where,
                     "A part of the loss does not depend on the rows and is counted once per "
                     "micro-batch, because the rest is a sum over rows.",
-                    "Return a dict of terms, the rest divided by what it counts, and a weight "
+                    "Divide the rest by what it counts, and leave this part to add_loss."
+                    if subject.weighs_itself
+                    else "Return a dict of terms, the rest divided by what it counts, and a weight "
                     "of None for the regulariser.",
                 ),
             )
@@ -156,7 +170,9 @@ def _of_other_parts(
                 where,
                 f"The loss is a mean of something that is not counted by the weights given: the "
                 f"first half of the batch carries {part:.1%} of it.",
-                "Pass weight=..., what your mean was divided by.",
+                _ELEMENTS
+                if subject.weighs_itself
+                else "Pass weight=..., what your mean was divided by.",
             ),
         )
     if subject.rows >= 4:
@@ -171,7 +187,9 @@ def _of_other_parts(
                     where,
                     f"The loss is a sum of two means, one over {pair[0].text} and one over "
                     f"{pair[1].text}; no single weight is right for both.",
-                    "Return a dict of two terms, and from weight a dict with the same names.",
+                    _ELEMENTS
+                    if subject.weighs_itself
+                    else "Return a dict of two terms, and from weight a dict with the same names.",
                 ),
             )
     return Explanation(False, None)
@@ -270,6 +288,13 @@ class Sketch:
             if gradient is not None:
                 part += gradient.reshape(-1)[places] / self._scales.gradients[name]
         return np.concatenate(parts) / self._tolerance
+
+    def zoomed(self, whole: np.ndarray) -> np.ndarray:
+        """Takes the size of a term for the unit from now on; returns the term in that unit."""
+        size = float(np.max(np.abs(whole), initial=0.0)) * self._tolerance
+        unit = min(1.0, max(size, _SMALLEST))
+        self._tolerance *= unit
+        return whole / unit
 
     @staticmethod
     def fits(guess: np.ndarray, truth: np.ndarray) -> bool:

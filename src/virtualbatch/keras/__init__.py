@@ -4,20 +4,18 @@
 micro-batches; everything around it (data, callbacks, optimizer, saving) stays Keras.
 """
 
-import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 
 from virtualbatch.certify import Certificate
+from virtualbatch.keras._inexact import say_what_is_not_exact
 from virtualbatch.plan import Plan
 from virtualbatch.sizes import Auto
-from virtualbatch.split import check_sizes
+from virtualbatch.split import check_sizes, is_automatic
 
 __all__ = ["accumulate", "certify", "plan", "restore"]
-
-_log = logging.getLogger("virtualbatch")
 
 # The attributes of a model that `accumulate` sets and `restore` removes.
 _ATTRIBUTES = ("train_step", "make_train_function")
@@ -62,7 +60,7 @@ def accumulate(
     engine = _engine()
     step = engine.step(model, microbatch_size, accumulation_steps)
     restore(model)
-    _say_what_is_not_exact(model)
+    say_what_is_not_exact(model)
     model.train_step = step
     model.make_train_function = engine.make_train_function(model)
     model.train_function = None
@@ -113,12 +111,13 @@ def certify(
     microbatch_size: int | None = None,
     accumulation_steps: int | None = None,
 ) -> Certificate:
-    """Proves that accumulation gives the update of the whole batch, or names what breaks it.
+    """Proves that `accumulate` gives the update of the whole batch, or names what breaks it.
 
-    The batch runs as Keras' own update, so it must fit in memory uncut, and as that of
-    `accumulate`; both eagerly, without dropout and noise, in the model's own dtype. Loss,
-    gradients, metrics and what layers keep are compared. All values of the model, its optimizer
-    and its metrics are as before.
+    Keras' own train step runs on the uncut batch, and the one that `accumulate` would install runs
+    in micro-batches; gradients, loss, metrics and what layers keep are compared before the
+    optimizer sees them. So the batch must fit in memory uncut. What draws random numbers (dropout,
+    noise) is turned off, and half precision is replaced by float32. All values of the model, its
+    optimizer, its metrics and its random numbers are as before the call.
 
     Args:
         model: a compiled model; it need not accumulate. It is built if it is not.
@@ -127,30 +126,32 @@ def certify(
         accumulation_steps: micro-batches per batch.
 
     Returns:
-        The certificate, with the error of each variable and named findings.
+        The certificate, with the error of each parameter and named findings.
 
     Raises:
         TypeError: `model` is not a Keras model.
-        ValueError: there is only one row or one micro-batch, or the model is one that
-            `accumulate` refuses.
+        ValueError: there is only one row or one micro-batch, or the model is one that `accumulate`
+            refuses.
         NotImplementedError: this version does not support the backend.
 
     Example:
-        >>> model = keras.Sequential([keras.layers.Dense(4), keras.layers.BatchNormalization()])
+        >>> model = keras.Sequential([keras.layers.Dense(2), keras.layers.BatchNormalization()])
         >>> model.compile(optimizer="sgd", loss="mse")
-        >>> x = keras.random.normal((16, 3), seed=0)
-        >>> found = certify(model, (x, x[:, :1]), microbatch_size=4)
-        >>> found.exact, found.findings[0].kind
-        (False, 'batchnorm')
+        >>> batch = keras.random.normal((8, 3), seed=1), keras.ops.ones((8, 2))
+        >>> certify(model, batch, microbatch_size=4).findings[0].kind
+        'batchnorm'
     """
     check_sizes(microbatch_size, accumulation_steps)
+    if is_automatic(microbatch_size):
+        raise ValueError(
+            'certify compares one cut. Got microbatch_size="auto". '
+            "Pass the rows of a micro-batch, such as those that plan found."
+        )
     _check_model(model)
-    _engine()
-    from virtualbatch.keras._certify import certificate
-
+    engine = _engine()
     given = keras.utils.unpack_x_y_sample_weight(batch if isinstance(batch, tuple) else (batch,))
-    model._symbolic_build(data_batch=given)
-    return certificate(model, given, microbatch_size, accumulation_steps)
+    found: Certificate = engine.certify(model, given, microbatch_size, accumulation_steps)
+    return found
 
 
 def restore(model: keras.Model) -> None:
@@ -206,11 +207,13 @@ class _Engine(NamedTuple):
         step: (model, microbatch_size, accumulation_steps) -> train step.
         make_train_function: model -> its `make_train_function`.
         plan: (model, batch, memory limit) -> plan.
+        certify: (model, batch, microbatch_size, accumulation_steps) -> certificate.
     """
 
     step: Callable[..., Any]
     make_train_function: Callable[..., Any]
     plan: Callable[..., Plan]
+    certify: Callable[..., Certificate]
 
 
 def _engine() -> _Engine:
@@ -224,16 +227,21 @@ def _engine() -> _Engine:
             from virtualbatch.keras import _tensorflow
 
             return _Engine(
-                _tensorflow.TensorFlowStep, _tensorflow.make_train_function, _tensorflow.plan
+                _tensorflow.TensorFlowStep,
+                _tensorflow.make_train_function,
+                _tensorflow.plan,
+                _tensorflow.certify,
             )
         case "torch":
             from virtualbatch.keras import _torch
 
-            return _Engine(_torch.TorchStep, _torch.make_train_function, _torch.plan)
+            return _Engine(
+                _torch.TorchStep, _torch.make_train_function, _torch.plan, _torch.certify
+            )
         case "jax":
             from virtualbatch.keras import _jax
 
-            return _Engine(_jax.JaxStep, _jax.make_train_function, _jax.plan)
+            return _Engine(_jax.JaxStep, _jax.make_train_function, _jax.plan, _jax.certify)
         case other:
             raise NotImplementedError(
                 "accumulate works on Keras' TensorFlow, JAX and PyTorch backends. "
@@ -273,46 +281,3 @@ def _check_model(model: Any) -> None:
             "A layer that keeps state per row cannot be cut by rows. "
             f"Got stateful=True in {', '.join(stateful)}. Use stateful=False."
         )
-
-
-def _say_what_is_not_exact(model: keras.Model) -> None:
-    layers = list(model._flatten_layers())
-    batchnorm = [
-        layer
-        for layer in layers
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
-    ]
-    merged = [layer.name for layer in batchnorm if not layer.renorm]
-    if merged:
-        _log.warning(
-            "BatchNormalization (%s) normalises each micro-batch by its own statistics, as data "
-            "parallelism does; its moving averages are updated once per batch.",
-            ", ".join(merged),
-        )
-    spectral = [x for x in layers if isinstance(x, keras.layers.SpectralNormalization)]
-    stepwise = [layer.name for layer in batchnorm if layer.renorm] + [x.name for x in spectral]
-    if stepwise:
-        _log.warning(
-            "BatchNormalization with renorm=True and SpectralNormalization (%s) change with each "
-            "forward, so they change with each micro-batch.",
-            ", ".join(stepwise),
-        )
-    if any(_couples_rows(loss) for loss in keras.tree.flatten(model.loss)):
-        _log.warning(
-            "The Circle loss compares the rows of a batch with each other, so it sees those of a "
-            "micro-batch only."
-        )
-    if type(model).compute_loss is not keras.Model.compute_loss:
-        _log.warning(
-            "%s overrides compute_loss: its result is taken for one mean over rows.",
-            type(model).__name__,
-        )
-
-
-def _couples_rows(loss: Any) -> bool:
-    """Whether this is a loss of Keras with one value per row that depends on other rows."""
-    return (
-        isinstance(loss, keras.losses.Circle)
-        or loss is keras.losses.circle
-        or (isinstance(loss, str) and loss.lower() == "circle")
-    )

@@ -1,117 +1,130 @@
-"""Certifying a Keras model: how each backend runs one update eagerly."""
+"""Certifying a Keras model's train step, and leaving the model as it was."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import keras
 import numpy as np
 
 from virtualbatch.certify import Certificate
 from virtualbatch.diagnosis import certified
-from virtualbatch.keras._subject import Backend, KerasSubject
-from virtualbatch.split import array_leaves, common_rows, even_cut, rows_per_microbatch
+from virtualbatch.keras._full_precision import in_full_precision
+from virtualbatch.keras._quiet import without_randomness
+from virtualbatch.keras._snapshot import Snapshot
+from virtualbatch.keras._subject import NUMBERS, Backend, KerasSubject
+from virtualbatch.keras._untouched import Attributes, RandomNumbers
+from virtualbatch.split import Window, array_leaves, common_rows, rows_per_microbatch
+
+
+class Kept(Protocol):
+    """What else a backend puts back."""
+
+    def restore(self) -> None:
+        """Puts everything back."""
+
+
+class Engine(NamedTuple):
+    """What certifying needs of a backend.
+
+    Fields:
+        backend: how it runs a step.
+        kept: model -> what else is put back at the end.
+        build: (model, batch) -> nothing; makes what `fit` would make at its first batch.
+    """
+
+    backend: Backend
+    kept: Callable[[keras.Model], Sequence[Kept]]
+    build: Callable[[keras.Model, Any], None]
+
+
+def build_symbolically(model: keras.Model, batch: Any) -> None:
+    """Builds model, losses, metrics and optimizer without running them."""
+    model._symbolic_build(data_batch=batch)
 
 
 def certificate(
-    model: keras.Model, batch: Any, microbatch_size: int | None, accumulation_steps: int | None
+    model: keras.Model, batch: Any, size: int | None, steps: int | None, engine: Engine
 ) -> Certificate:
-    """The certificate of a model; see `virtualbatch.keras.certify`.
+    """The certificate of a compiled model; see `virtualbatch.keras.certify`.
 
     Args:
-        model: a model that is built and compiled.
-        batch: (x, y, sample_weight) of arrays.
-        microbatch_size: checked rows of one micro-batch, or None.
-        accumulation_steps: checked micro-batches per window, or None.
+        model: the model.
+        batch: (x, y, sample_weight) as the user gives them.
+        size: checked rows of one micro-batch, or None.
+        steps: checked micro-batches per window, or None.
+        engine: of the backend.
+
+    Raises:
+        ValueError: there is one row, or one micro-batch, or the batch is no batch of arrays.
     """
-    batch = keras.tree.map_structure(
-        lambda leaf: None if leaf is None else np.asarray(keras.ops.convert_to_numpy(leaf)), batch
-    )
+    batch = _arrays(batch)
     rows = common_rows(array_leaves(batch))
     if rows is None:
-        raise ValueError("internal: arrays have no number of rows.")
-    cut = even_cut(rows, rows_per_microbatch(rows, microbatch_size, accumulation_steps))
-    if len(cut) < 2:
+        raise ValueError("internal: a batch of arrays has no number of rows.")
+    size = rows_per_microbatch(rows, size, steps)
+    if size >= rows:
         raise ValueError(
             "certify needs a batch that is cut into two micro-batches or more. "
             f"Got {rows} rows in one. Pass more rows, or a smaller microbatch_size."
         )
-    pieces = [np.arange(start, stop) for start, stop in cut]
-    match keras.backend.backend():
-        case "tensorflow":
-            import tensorflow as tf
-
-            eagerly = tf.config.functions_run_eagerly()
-            tf.config.run_functions_eagerly(True)
-            try:
-                return certified(KerasSubject(model, batch, pieces, _on_tensorflow()))
-            finally:
-                tf.config.run_functions_eagerly(eagerly)
-        case "torch":
-            gradients = [(v.value, v.value.grad) for v in model.trainable_variables]
-            try:
-                return certified(KerasSubject(model, batch, pieces, _on_torch()))
-            finally:
-                for parameter, gradient in gradients:
-                    parameter.grad = gradient
-        case _:
-            return certified(KerasSubject(model, batch, pieces, _on_jax()))
+    engine.build(model, batch)
+    with ExitStack() as held:
+        held.enter_context(_untouched(model, engine))
+        notes = []
+        drawing = held.enter_context(without_randomness(model))
+        if drawing.quieted:
+            notes.append(
+                f"Randomness was turned off for the comparison ({', '.join(drawing.quieted)}): "
+                "every micro-batch draws its own."
+            )
+        if drawing.left:
+            notes.append(
+                f"What {', '.join(drawing.left)} may draw could not be turned off, and counts as a "
+                "difference."
+            )
+        if held.enter_context(in_full_precision(model)):
+            notes.append("Half precision was replaced by float32 for the comparison.")
+        return certified(KerasSubject(model, batch, rows, size, engine.backend, notes))
 
 
-def _on_tensorflow() -> Backend:
-    import tensorflow as tf
-
-    from virtualbatch.keras._tensorflow import TensorFlowStep
-
-    return Backend(
-        update=lambda step, model, batch: step(batch),
-        accumulating=lambda model, size: TensorFlowStep(model, size, None),
-        apply="apply_gradients",
-        gradients=lambda pairs: [
-            gradient if gradient is None else tf.convert_to_tensor(gradient)
-            for gradient, _ in pairs
-        ],
-        applied=lambda pairs: None,
-        array=tf.convert_to_tensor,
-    )
+@contextmanager
+def _untouched(model: keras.Model, engine: Engine) -> Iterator[None]:
+    """Puts back all values, attributes of layers, gradients and random numbers."""
+    attributes, random = Attributes(model), RandomNumbers()
+    kept = [Snapshot(model), *engine.kept(model)]
+    try:
+        yield
+    finally:
+        attributes.restore()
+        for each in kept:
+            each.restore()
+        random.restore()
 
 
-def _on_torch() -> Backend:
-    from virtualbatch.keras._torch import TorchStep
+def _arrays(batch: Any) -> Any:
+    """The batch as arrays of NumPy, numbers as `fit` would cast them.
 
-    return Backend(
-        update=lambda step, model, batch: step(batch),
-        accumulating=lambda model, size: TorchStep(model, size, None),
-        apply="apply",
-        gradients=lambda gradients, variables: list(gradients),
-        applied=lambda gradients, variables: None,
-        array=keras.ops.convert_to_tensor,
-    )
+    Raises:
+        ValueError: it is a Window, or an array whose rows differ in length.
+    """
+    if isinstance(batch, Window) or any(isinstance(part, Window) for part in batch):
+        raise ValueError(
+            "certify cuts the batch itself. Got a Window. "
+            "Pass the batch that the window was cut from."
+        )
 
+    def array(leaf: Any) -> Any:
+        if not hasattr(leaf, "shape"):
+            return leaf
+        if hasattr(leaf, "row_splits"):
+            raise ValueError(
+                "certify compares arrays row by row, so rows must have one length. "
+                "Got a RaggedTensor. Pass it padded, and masked, as fit may take it too."
+            )
+        found = np.asarray(keras.ops.convert_to_numpy(leaf) if keras.ops.is_tensor(leaf) else leaf)
+        if found.dtype.kind not in NUMBERS:
+            return leaf
+        return found.astype(keras.config.floatx()) if found.dtype.kind == "f" else found
 
-def _on_jax() -> Backend:
-    from virtualbatch.keras._jax import JaxStep
-
-    return Backend(
-        update=_update_on_jax,
-        accumulating=lambda model, size: JaxStep(model, size, None),
-        apply="stateless_apply",
-        gradients=lambda optimizer, gradients, variables: list(gradients),
-        applied=lambda optimizer, gradients, variables: (variables, optimizer),
-        array=keras.ops.convert_to_tensor,
-    )
-
-
-def _update_on_jax(step: Any, model: keras.Model, batch: Any) -> Mapping[str, Any]:
-    """One update as a function of the model's values, which are then put into it."""
-    variables: Sequence[Sequence[Any]] = (
-        model.trainable_variables,
-        model.non_trainable_variables,
-        model.optimizer.variables,
-        model.metrics_variables,
-    )
-    logs, state = step(tuple([v.value for v in group] for group in variables), batch)
-    for group, values in zip(variables, state, strict=True):
-        for variable, value in zip(group, values, strict=True):
-            variable.assign(value)
-    found: Mapping[str, Any] = logs
-    return found
+    return keras.tree.map_structure(array, batch)

@@ -12,10 +12,14 @@ from typing import Any
 import jax
 import keras
 
+from virtualbatch.certify import Certificate
 from virtualbatch.jax._batch import cut_batch
+from virtualbatch.keras._certify import Engine, build_symbolically, certificate
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._jax_plan import MEMORY, copied, planned
+from virtualbatch.keras._jax_program import JaxProgram
 from virtualbatch.keras._jax_window import State, WindowRun
+from virtualbatch.keras._subject import Backend
 from virtualbatch.keras._train_step import TrainStep
 from virtualbatch.plan import Plan
 from virtualbatch.split import array_leaves, common_rows, rows_per_microbatch, sizes_disagree
@@ -185,3 +189,20 @@ def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan
         purge_model_variables=False,
     )
     return planned(partial(_step_of, model), state, batch, memory_limit)
+
+
+def certify(model: keras.Model, batch: Any, size: int | None, steps: int | None) -> Certificate:
+    """The certificate of a model; see `virtualbatch.keras.certify`."""
+
+    def is_concrete(value: Any) -> bool:
+        return not isinstance(value, jax.core.Tracer)
+
+    backend = Backend(JaxProgram, _step_of, _sizes, is_concrete)
+    return certificate(
+        model, batch, size, steps, Engine(backend, lambda model: [], build_symbolically)
+    )
+
+
+def _sizes(rows: int, size: int) -> list[int]:
+    """Rows of each micro-batch: of one size, and a remainder."""
+    return [min(size, rows - start) for start in range(0, rows, size)]

@@ -1,206 +1,269 @@
-"""A Keras model as `certify` observes it: whole updates, run eagerly and taken back."""
+"""A Keras train step as `certify` observes it: Keras' own, and that of `accumulate`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import keras
 import numpy as np
 
+from virtualbatch.keras._layer_records import recorded
+from virtualbatch.keras._loss_parts import LossParts
 from virtualbatch.keras._snapshot import Snapshot
+from virtualbatch.keras._untouched import Attributes
 from virtualbatch.rowwise import Record
 from virtualbatch.split import array_leaves
 from virtualbatch.subject import Observed, Subject
 
-# What layers call the size of their randomness; nothing is drawn where it is 0.
-_RANDOM = ("rate", "stddev", "dropout", "recurrent_dropout")
+# What `numpy.dtype.kind` calls booleans, integers, floats and complex numbers.
+NUMBERS = "biufc"
+
+
+class Ran(NamedTuple):
+    """What a train step did; nothing was updated by it.
+
+    Fields:
+        gradients: of each trainable variable, as the optimizer gets them; None where there is none.
+        logs: what the step returned.
+        metrics: values of the model's metric variables.
+        non_trainable: values of its non-trainable variables.
+    """
+
+    gradients: list[Any]
+    logs: Any
+    metrics: list[Any]
+    non_trainable: list[Any]
+
+
+class Program(Protocol):
+    """A train step that is observed instead of trained with."""
+
+    def __call__(self, batch: Callable[[], Any], times: int) -> Ran:
+        """Runs it, each time from the state that the last one left, and observes the last one.
+
+        Args:
+            batch: makes the batch anew, because some of Keras' own code writes to it.
+            times: how often.
+        """
 
 
 class Backend(NamedTuple):
-    """How a backend of Keras runs one update eagerly.
+    """How a backend of Keras runs a train step.
 
     Fields:
-        update: (train step, model, batch) -> logs. The optimizer is asked to apply gradients, and
-            what the update leaves is in the model's variables.
-        accumulating: (model, microbatch_size) -> train step.
-        apply: name of the optimizer's method that it is asked by.
-        gradients: arguments of that method -> gradients of the trainable variables.
-        applied: arguments of that method -> what to return without having changed anything.
-        array: array of NumPy -> array of the backend.
+        program: (model, step) -> a program of the step.
+        step: (model, microbatch_size) -> the step that accumulates.
+        cut: (rows, microbatch_size) -> rows of each micro-batch.
+        is_concrete: whether a tensor has a value that can be read.
     """
 
-    update: Callable[[Callable[..., Any], keras.Model, Any], Mapping[str, Any]]
-    accumulating: Callable[[keras.Model, int], Callable[..., Any]]
-    apply: str
-    gradients: Callable[..., Sequence[Any]]
-    applied: Callable[..., Any]
-    array: Callable[[np.ndarray], Any]
+    program: Callable[[keras.Model, Any], Program]
+    step: Callable[[keras.Model, int], Any]
+    cut: Callable[[int, int], Sequence[int]]
+    is_concrete: Callable[[Any], bool]
 
 
 class KerasSubject(Subject):
     """See `virtualbatch.subject.Subject`.
 
     Args:
-        model: a model that is built and compiled.
-        batch: (x, y, sample_weight) of arrays of NumPy.
-        pieces: row numbers of each micro-batch.
-        backend: how its updates run.
+        model: a model that is built and compiled, without randomness.
+        batch: (x, y, sample_weight), arrays of NumPy.
+        rows: rows of the batch.
+        size: rows of one micro-batch, fewer than the batch has.
+        backend: see there.
+        notes: what was done to the model before, in sentences.
     """
 
     weighs_itself = True
     place = "the loss"
-    narrow: Sequence[str] = ()
 
     def __init__(
-        self, model: keras.Model, batch: Any, pieces: Sequence[np.ndarray], backend: Backend
+        self,
+        model: keras.Model,
+        batch: Any,
+        rows: int,
+        size: int,
+        backend: Backend,
+        notes: Sequence[str],
     ):
-        self._model, self._batch, self._backend = model, batch, backend
-        self._snapshot = Snapshot(model)
-        self.pieces = pieces
-        self.rows = sum(map(len, pieces))
-        self.leaves = dict(array_leaves(batch))
+        self._model = model
+        self._batch = batch
+        self._backend = backend
+        self._size = size
+        self._snapshot, self._attributes = Snapshot(model), Attributes(model)
+        self._scale = float(keras.ops.convert_to_numpy(model.optimizer.scale_loss(1.0)))
+        # One for each part of the loss: a compiled one keeps the part that it was traced with.
+        self._programs: dict[Any, Program] = {}
+        self._found_parts: LossParts | None = None
+        self.rows = rows
+        stops = np.cumsum(backend.cut(rows, size))
+        self.pieces = np.split(np.arange(rows), stops[:-1])
+        self.leaves = {
+            path: leaf
+            for name, part in zip(("x", "y", "sample_weight"), batch, strict=True)
+            for path, leaf in array_leaves(part, name)
+            if isinstance(leaf, np.ndarray)
+        }
         self._names = _names(model.trainable_variables)
-        values = zip(self._names, model.trainable_variables, strict=True)
-        self.parameters = {name: _numpy(variable) for name, variable in values}
-        wide = {layer.compute_dtype for layer in model._flatten_layers()} == {"float64"}
-        self.epsilon = float(np.finfo("float64" if wide else "float32").eps)
-        self.narrowest = self.epsilon
-        self.notes = [f"Compared in {'float64' if wide else 'float32'}."]
-        if _random_attributes(model):
-            self.notes = [*self.notes, "Compared without dropout and noise."]
+        self.parameters = {
+            name: _numpy(variable.value)
+            for name, variable in zip(self._names, model.trainable_variables, strict=True)
+        }
+        self.narrow: Sequence[str] = ()
+        dtype = _coarsest(model)
+        self.epsilon = self.narrowest = float(np.finfo(dtype).eps)
+        self.notes = [*notes, f"Compared in {dtype}."]
 
     def accumulated(self) -> Observed:
         """See `Subject`."""
-        step = self._backend.accumulating(self._model, max(map(len, self.pieces)))
-        return self._observed(step, np.arange(self.rows), again=False)
+        return self.accumulated_term(None)
+
+    def accumulated_term(self, term: Any) -> Observed:
+        """See `Subject`."""
+        step = self._backend.step(self._model, self._size)
+        return self._ran(("accumulated", term), step, np.arange(self.rows), term, 1)
 
     def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:
         """See `Subject`."""
-        return self._observed(type(self._model).train_step.__get__(self._model), rows, again)
+        model = self._model
+
+        def step(*given: Any) -> Any:
+            return type(model).train_step(model, *given)
+
+        return self._ran(("alone", term), step, rows, term, 2 if again else 1)
 
     def weights(self) -> None:
-        """See `Subject`."""
+        """See `Subject`. A loss that gives one number is taken for a mean over rows."""
+
+    def places(self, place: str, terms: Collection[Any]) -> Mapping[Any, str]:
+        """See `Subject`. The places are known by themselves."""
+        del place, terms
+        return self._parts.places
 
     def records(self, rows: np.ndarray, again: bool = False) -> list[Record]:
-        """See `Subject`. The outputs of layers, in the order in which they are called."""
-        found: list[Record] = []
-        x, _, _ = self._some(rows)
-        try:
-            with _comparable(self._model):
-                for _ in range(1 + again):
-                    with _recorded(self._model, found):
-                        found.clear()
-                        training = {"training": True} if self._model._call_has_training_arg else {}
-                        self._model(x, **training)
-        finally:
-            self._snapshot.restore()
+        """See `Subject`."""
+        self._fresh()
+        if again:
+            self._forward(rows)
+        with recorded(self._model, self._backend.is_concrete) as found:
+            self._forward(rows)
+        self._fresh()
         return found
 
+    @property
+    def _parts(self) -> LossParts:
+        if self._found_parts is None:
+            self._fresh()
+            self._forward(self.pieces[0])
+            self._found_parts = LossParts(self._model)
+            self._fresh()
+        return self._found_parts
+
+    def _forward(self, rows: np.ndarray) -> None:
+        """The loss of some rows without its gradient, outside any trace."""
+        model = self._model
+        x, y, sample_weight = self._some(rows)
+        y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
+        model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+
+    def _ran(self, key: Any, step: Any, rows: np.ndarray, term: Any, times: int) -> Observed:
+        part = nullcontext() if term is None else self._parts.only(term)
+        self._fresh()
+        with part:
+            if key not in self._programs:
+                self._programs[key] = self._backend.program(self._model, step)
+            found = self._observed(
+                self._programs[key](lambda: self._some(rows), times), term or "loss"
+            )
+        self._fresh()
+        return found
+
+    def _observed(self, ran: Ran, term: Any) -> Observed:
+        model = self._model
+        gradients = {
+            name: None if gradient is None else _numpy(gradient) / self._scale
+            for name, gradient in zip(self._names, ran.gradients, strict=True)
+        }
+        logs = _named("metric ", ran.logs)
+        # The tracker's own, because a model may log what it likes.
+        logs.pop("metric loss", None)
+        tracked = dict(zip(map(id, model.metrics_variables), ran.metrics, strict=True))
+        tracker = model._loss_tracker
+        total, count = (_numpy(tracked[id(v)]) for v in (tracker.total, tracker.count))
+        return Observed({term: float(total / count)}, gradients, logs | self._kept(ran))
+
+    def _kept(self, ran: Ran) -> dict[str, np.ndarray]:
+        """What layers keep, but for how often a seed was drawn."""
+        variables = self._model.non_trainable_variables
+        seeds = {
+            id(generator.state)
+            for layer in self._model._flatten_layers()
+            for generator in layer._seed_generators
+        }
+        return {
+            name: _numpy(value)
+            for name, variable, value in zip(
+                _names(variables), variables, ran.non_trainable, strict=True
+            )
+            if id(variable) not in seeds and variable.dtype != "string"
+        }
+
     def _some(self, rows: np.ndarray) -> Any:
-        index = np.ascontiguousarray(rows)
-        return keras.tree.map_structure(
-            lambda leaf: None if leaf is None else self._backend.array(leaf[index]),
-            self._batch,
-        )
+        def chosen(leaf: Any) -> Any:
+            if not hasattr(leaf, "shape"):
+                return leaf
+            if not isinstance(leaf, np.ndarray):
+                return keras.ops.take(leaf, rows, axis=0)
+            some = leaf[rows]
+            return keras.ops.convert_to_tensor(some) if leaf.dtype.kind in NUMBERS else some
 
-    def _observed(self, step: Callable[..., Any], rows: np.ndarray, again: bool) -> Observed:
-        model, backend = self._model, self._backend
-        seen: list[Any] = []
+        return keras.tree.map_structure(chosen, self._batch)
 
-        def apply(*args: Any, **kwargs: Any) -> Any:
-            seen[:] = backend.gradients(*args, **kwargs)
-            return backend.applied(*args, **kwargs)
-
-        batch = self._some(rows)
-        try:
-            with _comparable(model), _replaced(model.optimizer, backend.apply, apply):
-                for _ in range(1 + again):
-                    model.reset_metrics()
-                    logs = dict(backend.update(step, model, batch))
-            loss = float(_numpy(logs.pop("loss")))
-            gradients = {
-                name: None if gradient is None else _numpy(gradient)
-                for name, gradient in zip(self._names, seen, strict=True)
-            }
-            kept = [v for v in model.non_trainable_variables if "float" in str(v.dtype)]
-            state = dict(zip(_names(kept), map(_numpy, kept), strict=True))
-            state |= {f"metric {name}": _numpy(value) for name, value in logs.items()}
-            return Observed({"loss": loss}, gradients, state)
-        finally:
-            self._snapshot.restore()
-
-
-@contextmanager
-def _comparable(model: keras.Model) -> Iterator[None]:
-    """Layers draw no random numbers in this context, and compute in no less than float32."""
-    with ExitStack() as stack:
-        for layer, name in _random_attributes(model):
-            stack.enter_context(_replaced(layer, name, 0.0))
-        for layer in model._flatten_layers():
-            if layer.compute_dtype in ("float16", "bfloat16"):
-                full = keras.DTypePolicy("float32")
-                stack.enter_context(_replaced(layer, "_dtype_policy", full))
-        yield
-
-
-def _random_attributes(model: keras.Model) -> list[tuple[Any, str]]:
-    return [
-        (layer, name)
-        for layer in model._flatten_layers()
-        for name in _RANDOM
-        if isinstance(vars(layer).get(name), float) and vars(layer)[name] > 0
-    ]
-
-
-@contextmanager
-def _recorded(model: keras.Model, records: list[Record]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for layer in model._flatten_layers(include_self=False):
-            stack.enter_context(_replaced(layer, "call", _recording(layer, records)))
-        yield
-
-
-def _recording(layer: Any, records: list[Record]) -> Callable[..., Any]:
-    call, kind = layer.call, type(layer).__name__
-
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        outputs = call(*args, **kwargs)
-        for output in keras.tree.flatten(outputs):
-            if "float" in str(getattr(output, "dtype", "")):
-                records.append(Record(f"{layer.path} ({kind})", kind, _numpy(output)))
-        return outputs
-
-    return recording
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of one object; what Keras or PyTorch would track of it stays out of it."""
-    attributes = vars(owner)
-    had, before = name in attributes, attributes.get(name)
-    attributes[name] = value
-    try:
-        yield
-    finally:
-        if had:
-            attributes[name] = before
-        else:
-            del attributes[name]
+    def _fresh(self) -> None:
+        self._attributes.restore()
+        self._snapshot.restore()
+        self._model.reset_metrics()
 
 
 def _names(variables: Sequence[Any]) -> list[str]:
-    """Paths, with a number where another variable has the same one."""
-    paths = [variable.path for variable in variables]
-    return [
-        f"{path}[{index}]" if paths.count(path) > 1 else path for index, path in enumerate(paths)
-    ]
+    """Paths of variables; two that share one are numbered."""
+    found: dict[str, int] = {}
+    names = []
+    for variable in variables:
+        found[variable.path] = found.get(variable.path, 0) + 1
+        again = found[variable.path]
+        names.append(variable.path if again == 1 else f"{variable.path} ({again})")
+    return names
+
+
+def _named(prefix: str, logs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for name, value in logs.items():
+        if isinstance(value, Mapping):
+            found |= _named(f"{prefix}{name}/", value)
+        else:
+            found[f"{prefix}{name}"] = _numpy(value)
+    return found
+
+
+def _coarsest(model: keras.Model) -> str:
+    """The coarsest dtype that a gradient goes through: of weights, layers, losses or in Keras.
+
+    Outside TensorFlow, Keras rounds to float32 inside means and divisions of float64 models.
+    """
+    entries = getattr(model._compile_loss, "_flat_losses", None) or []
+    dtypes = {
+        *(variable.dtype for variable in model.trainable_variables),
+        *(layer.compute_dtype for layer in model._flatten_layers()),
+        *(getattr(entry.loss, "_dtype", "float32") for entry in entries),
+    }
+    for half in ("bfloat16", "float16"):
+        if half in dtypes:
+            return half
+    floats = {dtype for dtype in dtypes if dtype in ("float32", "float64")}
+    return str(keras.backend.result_type(min(floats, default="float32"), "float32"))
 
 
 def _numpy(value: Any) -> np.ndarray:
-    if isinstance(value, float | int | np.number):
-        return np.array(value, np.float64)
-    found = keras.ops.convert_to_tensor(value)
-    if "16" in keras.backend.standardize_dtype(found.dtype):
-        # NumPy does not know bfloat16.
-        found = keras.ops.cast(found, "float32")
-    return np.array(keras.ops.convert_to_numpy(found), np.float64)
+    return np.asarray(keras.ops.convert_to_numpy(value), np.float64)

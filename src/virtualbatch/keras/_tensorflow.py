@@ -15,8 +15,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from virtualbatch.certify import Certificate
+from virtualbatch.keras._certify import Engine, build_symbolically, certificate
+from virtualbatch.keras._eager_program import EagerProgram
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._snapshot import Snapshot
+from virtualbatch.keras._subject import Backend
 from virtualbatch.keras._tensorflow_data import given_back, has_open_rows_only, taken
 from virtualbatch.keras._tensorflow_plan import MEMORY, planned
 from virtualbatch.keras._tensorflow_window import WindowRun, rows_of
@@ -187,6 +191,26 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
 def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
     """The plan for a batch, for a model that need not accumulate; see `virtualbatch.keras.plan`."""
     return planned(partial(_step_of, model), model, batch, memory_limit)
+
+
+def certify(model: keras.Model, batch: Any, size: int | None, steps: int | None) -> Certificate:
+    """The certificate of a model; see `virtualbatch.keras.certify`."""
+    backend = Backend(EagerProgram, _step_of, _sizes, lambda value: hasattr(value, "numpy"))
+    return certificate(model, batch, size, steps, Engine(backend, lambda model: [], _build))
+
+
+def _build(model: keras.Model, batch: Any) -> None:
+    """Builds a model; one that asks for values in its `call` cannot be built without any."""
+    if not model.run_eagerly:
+        build_symbolically(model, batch)
+        return
+    _build_layers(model, tf.nest.map_structure(tf.convert_to_tensor, batch[0]))
+    _build_optimizer(model)
+
+
+def _sizes(rows: int, size: int) -> list[int]:
+    """Rows of each micro-batch: of one size, and a remainder."""
+    return [min(size, rows - start) for start in range(0, rows, size)]
 
 
 def _step_of(model: keras.Model, size: int) -> Callable[[Any], Any]:

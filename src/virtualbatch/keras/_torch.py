@@ -9,7 +9,11 @@ from typing import Any
 
 import keras
 
+from virtualbatch.certify import Certificate
+from virtualbatch.keras._certify import Engine, build_symbolically, certificate
+from virtualbatch.keras._eager_program import EagerProgram
 from virtualbatch.keras._guard import Guard
+from virtualbatch.keras._subject import Backend
 from virtualbatch.keras._torch_batch import place, window_of
 from virtualbatch.keras._torch_plan import MEMORY, planned
 from virtualbatch.keras._torch_state import State
@@ -97,3 +101,19 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
 def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
     """The plan for a batch, for a model that need not accumulate; see `virtualbatch.keras.plan`."""
     return planned(model, keras.utils.unpack_x_y_sample_weight(batch), memory_limit)
+
+
+def certify(model: keras.Model, batch: Any, size: int | None, steps: int | None) -> Certificate:
+    """The certificate of a model; see `virtualbatch.keras.certify`."""
+
+    def step(model: keras.Model, size: int) -> TorchStep:
+        return TorchStep(model, size, None)
+
+    def sizes(rows: int, size: int) -> list[int]:
+        return [stop - start for start, stop in even_cut(rows, size)]
+
+    def kept(model: keras.Model) -> list[Any]:
+        return [State(model), RandomState(place())]
+
+    backend = Backend(EagerProgram, step, sizes, lambda value: True)
+    return certificate(model, batch, size, steps, Engine(backend, kept, build_symbolically))

@@ -1,0 +1,77 @@
+"""A model without randomness: dropout and noise off for the length of a context."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import keras
+
+# What an attribute that says how much a layer draws is named after.
+_AMOUNTS = ("rate", "drop", "stddev")
+
+
+class Drawing(NamedTuple):
+    """Names of layers that draw random numbers.
+
+    Fields:
+        quieted: those that were turned off.
+        left: those of which nothing tells how.
+    """
+
+    quieted: list[str]
+    left: list[str]
+
+
+@contextmanager
+def without_randomness(model: keras.Model) -> Iterator[Drawing]:
+    """Turns off what layers draw, by attributes of their own that are put back.
+
+    A layer that draws holds a seed generator. How much it draws stands in a number (`rate`,
+    `recurrent_dropout`, `drop_path_rate`, `stddev`); augmentations of Keras, which have none, run
+    as in inference.
+
+    Yields:
+        What draws.
+    """
+    changed: list[tuple[Any, str, Any]] = []
+    drawing = Drawing([], [])
+
+    def set_to(owner: Any, name: str, value: Any) -> None:
+        changed.append((owner, name, vars(owner).get(name)))
+        vars(owner)[name] = value
+
+    for layer in model._flatten_layers():
+        before = len(changed)
+        if layer._seed_generators:
+            for name in [name for name, value in vars(layer).items() if _is_amount(name, value)]:
+                set_to(layer, name, 0.0)
+            if len(changed) == before and type(layer).__module__.startswith("keras."):
+                set_to(layer, "call", _as_in_inference(layer))
+        elif isinstance(layer, keras.layers.TorchModuleWrapper):
+            for module in layer.module.modules():
+                if "Dropout" in type(module).__name__ and module.p:
+                    set_to(module, "p", 0.0)
+        if len(changed) > before:
+            drawing.quieted.append(layer.name)
+        elif layer._seed_generators:
+            drawing.left.append(layer.name)
+    try:
+        yield drawing
+    finally:
+        for owner, name, value in reversed(changed):
+            if name == "call":
+                del vars(owner)[name]
+            else:
+                vars(owner)[name] = value
+
+
+def _is_amount(name: str, value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and value != 0 and any(amount in name for amount in _AMOUNTS)
+
+
+def _as_in_inference(layer: Any) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        return type(layer).call(layer, *args, **options | {"training": False})
+
+    return call
