@@ -2,7 +2,8 @@
 
 An engine asks what to try, measures, and tells. Peak memory is taken for affine in the rows of a
 micro-batch above a knee, peak = max(c, a + b * rows), so two measurements predict every size; the
-size that follows is confirmed by a third. Then a few sizes are timed.
+size that follows is confirmed by a third. Then a few sizes are timed. Where nothing can tell a
+peak, sizes are tried instead, smallest first.
 """
 
 import json
@@ -14,6 +15,10 @@ from typing import Literal, NamedTuple
 
 _log = logging.getLogger(__name__)
 
+# Less than this, and what engines load to learn of peaks would take all that is left: 38 MiB for
+# the fake tensors of PyTorch, and stacks for the threads of a graph of TensorFlow.
+ROOM_FOR_TOOLS = 64 * 2**20
+
 # A smaller micro-batch is as good as the fastest one if it takes at most this much longer.
 NEARLY_AS_FAST = 1.05
 # Rows of the first micro-batch tried: above the knee of most models, and small enough to fit.
@@ -21,7 +26,9 @@ _FIRST = 8
 # Where a peak is no straight line, so many measurements have to do.
 _MOST_PEAKS = 8
 # Below this growth of the peak two sizes are both under the knee.
-_FLAT = 1.02
+_FLAT = 1.02  # Sizes that are only tried grow until one takes this much longer than the fastest.
+_HOPELESS = 1.3
+
 _UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -30,12 +37,18 @@ class Question(NamedTuple):
     """What the search wants to know next.
 
     Fields:
-        kind: "memory", peak bytes of a window; or "time", seconds for the whole batch.
+        kind: "memory", peak bytes of a window; "time", seconds for the whole batch; or "trial",
+            the same of a size of which no peak is known, with nothing loaded for it.
         microbatch_size: rows of the micro-batches.
     """
 
-    kind: Literal["memory", "time"]
+    kind: Literal["memory", "time", "trial"]
     microbatch_size: int
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether there can be a plan without the answer, where time is short."""
+        return self.kind == "time" or (self.kind == "trial" and self.microbatch_size > 1)
 
 
 @dataclass(frozen=True)
@@ -44,15 +57,22 @@ class PlanRow:
 
     Args:
         microbatch_size: rows of one micro-batch.
-        peak_bytes: peak memory of a window.
+        peak_bytes: peak memory of a window; None where nothing could tell it.
         measured: whether the peak was measured (or compiled), not predicted.
         seconds_per_batch: time of the whole batch; None where it was not timed.
     """
 
     microbatch_size: int
-    peak_bytes: int
+    peak_bytes: int | None
     measured: bool
     seconds_per_batch: float | None
+
+    @property
+    def source(self) -> str:
+        """Where the peak comes from, in a word."""
+        if self.peak_bytes is None:
+            return "tried"
+        return "measured" if self.measured else "predicted"
 
 
 @dataclass(frozen=True)
@@ -99,8 +119,8 @@ class Plan:
             lines.append(
                 (
                     str(row.microbatch_size),
-                    readable_bytes(row.peak_bytes),
-                    "measured" if row.measured else "predicted",
+                    "unknown" if row.peak_bytes is None else readable_bytes(row.peak_bytes),
+                    row.source,
                     "" if seconds is None else f"{seconds:.4g}",
                     "<- chosen" if row.microbatch_size == self.microbatch_size else "",
                 )
@@ -131,6 +151,7 @@ class Search:
         self._failed: set[int] = set()
         self._seconds: dict[int, float] = {}
         self._stopped = False
+        self._trial = False
 
     def ask(self) -> Question | None:
         """What to measure next; None when nothing more is needed.
@@ -138,6 +159,11 @@ class Search:
         Raises:
             ValueError: not even one row fits.
         """
+        if not self._trial and self._has_failed_everywhere():
+            self.only_try()
+        if self._trial:
+            size = self._next_trial()
+            return None if size is None else Question("trial", size)
         size = self._next_memory()
         if size is not None:
             return Question("memory", size)
@@ -163,14 +189,25 @@ class Search:
         else:
             self._seconds[size] = answer
 
+    def only_try(self) -> None:
+        """Asks for no peaks, because what tells them does not fit in the memory that is left."""
+        _log.warning(
+            "Memory is too short for what tells peaks: sizes are tried from the smallest, and the "
+            "limit of %s is not checked.",
+            readable_bytes(self._limit),
+        )
+        self._trial = True
+        # Those failures may be of the tool alone.
+        self._failed = set()
+
     def stop_timing(self) -> None:
-        """Asks for no more times, because those so far have taken long enough."""
+        """Asks for no more runs: those so far have taken long enough, or none can be made."""
         self._stopped = True
 
     def plan(self) -> Plan:
         """The plan, once `ask` has given None."""
-        largest = self._largest_fitting()
         sizes = sorted(self._seconds)
+        largest = max(sizes) if self._trial else self._largest_fitting()
         if sizes:
             best = min(self._seconds.values())
             size = next(m for m in sizes if self._seconds[m] <= NEARLY_AS_FAST * best)
@@ -179,14 +216,13 @@ class Search:
                 f"{largest} rows fit at once; {size} is the smallest size within "
                 f"{NEARLY_AS_FAST - 1:.0%} of the fastest, {fastest}."
             )
+            if self._trial:
+                reason += " Sizes were tried, because memory was too short for what tells peaks."
         else:
             size = largest
             reason = f"{largest} is the largest size that fits; none was timed."
         tried = sorted({*self._peaks, *self._seconds})
-        rows = [
-            PlanRow(m, math.ceil(self.predicted(m)), m in self._peaks, self._seconds.get(m))
-            for m in tried
-        ]
+        rows = [PlanRow(m, self._peak(m), m in self._peaks, self._seconds.get(m)) for m in tried]
         return Plan(size, -(-self._rows // size), self._limit, reason, tuple(rows))
 
     def _smallest_failing(self) -> int:
@@ -201,6 +237,10 @@ class Search:
             return self._rows
         ceiling = self._smallest_failing()
         return max((size for size in self._peaks if size < ceiling), default=0)
+
+    def _peak(self, size: int) -> int | None:
+        """The peak as measured, or as the model has it; None if no peak is known."""
+        return math.ceil(self.predicted(size)) if self._peaks else None
 
     def predicted(self, size: int) -> float:
         """The peak of a size in bytes: as it was told, or as it follows from what was told.
@@ -257,6 +297,21 @@ class Search:
             wanted = min(4 * floor, wanted)
         # The last rows would not be worth their measurement.
         return wanted if wanted > 1.02 * floor else None
+
+    def _has_failed_everywhere(self) -> bool:
+        """Whether memory ran out wherever a peak was asked for, so that the tool may be why."""
+        return not self._peaks and {1, self._rows} <= self._failed
+
+    def _next_trial(self) -> int | None:
+        if 1 in self._failed or (self._stopped and not self._seconds):
+            raise ValueError(self._nothing_fits())
+        if not self._seconds:
+            return 1
+        largest = max(self._seconds)
+        hopeless = self._seconds[largest] > _HOPELESS * min(self._seconds.values())
+        if self._stopped or self._failed or hopeless or largest == self._rows:
+            return None
+        return min(2 * largest, self._rows)
 
     def _next_time(self) -> int | None:
         if self._stopped:

@@ -268,6 +268,27 @@ class Window(Sequence[Any]):
         return cls(components)
 
 
+def check_cut(batch: Any, microbatch_size: Any, accumulation_steps: Any) -> None:
+    """Refuses sizes that no batch could satisfy, and any size for what is already cut.
+
+    Args:
+        batch: a batch or a Window.
+        microbatch_size: rows of one forward and backward, "auto", an `Auto`, or None.
+        accumulation_steps: micro-batches per window, or None.
+
+    Raises:
+        ValueError: a size comes with a Window, or `check_sizes` refuses it for a batch.
+    """
+    if not isinstance(batch, Window):
+        check_sizes(microbatch_size, accumulation_steps)
+    elif microbatch_size is not None or accumulation_steps is not None:
+        raise ValueError(
+            "A Window is already cut. "
+            f"Got microbatch_size={microbatch_size} and accumulation_steps={accumulation_steps} "
+            "with a Window. Leave both out. Only a whole batch can be planned."
+        )
+
+
 def check_window(window: Window) -> None:
     """Refuses a window without micro-batches.
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from virtualbatch.plan import NEARLY_AS_FAST, Plan, Search, parse_limit, readable_bytes
 
 
-def searched(rows, limit, peak, seconds):
+def searched(rows, limit, peak, seconds, trial=lambda rows: None):
     """Runs a search to its end; returns the plan and the questions."""
     search, questions = Search(rows, limit), []
     while (question := search.ask()) is not None:
         questions.append(question)
         assert 1 <= question.microbatch_size <= rows
-        answer = peak if question.kind == "memory" else seconds
+        answer = {"memory": peak, "time": seconds, "trial": trial}[question.kind]
         search.tell(question, answer(question.microbatch_size))
         assert len(questions) <= 40
     return search.plan(), questions
@@ -176,6 +176,66 @@ def test_one_row_that_does_not_fit_says_what_it_needs():
         searched(64, 100, constant(150), constant(1.0))
     with pytest.raises(ValueError, match="one row ran out of memory"):
         searched(64, 100, constant(None), constant(1.0))
+
+
+@given(rows=st.integers(1, 3000), fits=st.integers(0, 3000), best=st.integers(1, 3000))
+def test_where_nothing_tells_a_peak_sizes_are_tried_from_the_smallest(rows, fits, best):
+    def trial(m):
+        return 1 + abs(m - best) / best if m <= fits else None
+
+    if fits == 0:
+        with pytest.raises(ValueError, match="one row ran out of memory"):
+            searched(rows, 100, constant(None), constant(1.0), trial)
+        return
+    plan, questions = searched(rows, 100, constant(None), constant(1.0), trial)
+    tried = [q.microbatch_size for q in questions if q.kind == "trial"]
+    assert tried == sorted(set(tried))
+    assert tried[0] == 1
+    # None after the first that did not fit.
+    assert all(m <= fits for m in tried[:-1])
+    assert plan.microbatch_size <= fits
+    seconds = [trial(m) for m in tried if m <= fits]
+    assert trial(plan.microbatch_size) <= NEARLY_AS_FAST * min(seconds)
+    assert {row.peak_bytes for row in plan.rows} == {None}
+
+
+def test_a_trial_is_said_once_and_can_be_read(caplog):
+    search = Search(64, 3 * 2**20)
+    search.only_try()
+    while (question := search.ask()) is not None:
+        assert question.kind == "trial"
+        search.tell(question, 1 / question.microbatch_size)
+    (line,) = caplog.messages
+    assert "sizes are tried from the smallest, and the limit of 3.0 MiB is not checked" in line
+    plan = search.plan()
+    assert plan.microbatch_size == 64
+    assert "Sizes were tried" in plan.reason
+    assert str(plan).splitlines()[-1].split() == [
+        "64",
+        "unknown",
+        "tried",
+        "0.01562",
+        "<-",
+        "chosen",
+    ]
+    assert json.loads(plan.to_json())["rows"][0]["peak_bytes"] is None
+
+
+def test_a_trial_stops_when_time_is_short_or_nothing_can_run():
+    search = Search(64, 100)
+    search.only_try()
+    first = search.ask()
+    assert not first.is_optional
+    search.tell(first, 1.0)
+    assert search.ask().is_optional
+    search.stop_timing()
+    assert search.ask() is None
+    assert search.plan().microbatch_size == 1
+    search = Search(64, 100)
+    search.only_try()
+    search.stop_timing()
+    with pytest.raises(ValueError, match="one row ran out of memory"):
+        search.ask()
 
 
 def test_a_plan_can_be_read_and_stored():

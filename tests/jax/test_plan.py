@@ -1,5 +1,7 @@
 """Plans: what XLA says of memory is what is compiled, limits hold, and nothing runs for it."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,3 +140,41 @@ def test_refusals():
         vb.plan(3)
     with pytest.raises(ValueError, match=r"A Window is already cut"):
         vb.plan(loss)(params, vb.Window([batch]))
+
+
+@pytest.fixture
+def nothing_compiles(monkeypatch):
+    """As where the compiler itself does not get the memory that it needs."""
+
+    def compile(self, *args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+
+
+@pytest.mark.usefixtures("nothing_compiles")
+def test_sizes_are_tried_where_nothing_compiles(caplog):
+    seen = []
+
+    def counted(params, batch):
+        rows = len(batch["x"])
+        seen.append(rows)
+        if rows > 8:
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."
+            )
+        return loss(params, batch)
+
+    with caplog.at_level(logging.INFO, "virtualbatch"):
+        found = vb.plan(counted)(*problem(32))
+    assert [row.microbatch_size for row in found.rows] == [1, 2, 4, 8]
+    assert found.microbatch_size <= 8
+    (line,) = caplog.messages
+    assert "sizes are tried from the smallest" in line
+
+
+@pytest.mark.usefixtures("nothing_compiles")
+def test_without_data_nothing_can_be_tried():
+    params, batch = problem()
+    with pytest.raises(ValueError, match="one row ran out of memory"):
+        vb.plan(loss)(params, abstract(batch))

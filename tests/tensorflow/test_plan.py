@@ -10,7 +10,9 @@ from tests.tensorflow.modes import compiled
 
 import virtualbatch.tensorflow as vb
 from virtualbatch import Auto
+from virtualbatch.host_memory import HostMemory
 from virtualbatch.plan import Search
+from virtualbatch.tensorflow import _plan
 from virtualbatch.tensorflow._peak import PeakMemory
 
 ROWS = 256
@@ -168,3 +170,41 @@ def test_open_shapes_are_refused_in_a_graph():
                 microbatch_size="auto",
             )
         )(ragged)
+
+
+def no_room(monkeypatch):
+    little = HostMemory(total_bytes=2**30, available_bytes=12 * 2**20, limits=())
+    monkeypatch.setattr(_plan, "host_memory", lambda: little)
+
+
+def no_graph(monkeypatch):
+    def run(self):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+    monkeypatch.setattr(_plan._Program, "run", run, raising=True)
+
+
+def test_sizes_are_tried_eagerly_where_there_is_no_room_for_a_graph(monkeypatch, caplog):
+    no_room(monkeypatch)
+    count = tf.Variable(0)
+    kernel = tf.Variable(tf.ones([8, 4]))
+
+    def loss_fn(x):
+        count.assign_add(1)
+        if tf.executing_eagerly() and len(x) > 4:
+            raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+        return tf.reduce_mean(x @ kernel)
+
+    with caplog.at_level(logging.INFO, "virtualbatch"):
+        found = vb.plan(loss_fn, tf.ones([24, 8]), [kernel])
+    assert [row.microbatch_size for row in found.rows] == [1, 2, 4]
+    assert found.microbatch_size <= 4
+    (line,) = caplog.messages
+    assert "sizes are tried from the smallest" in line
+    assert int(count) == 0
+
+
+def test_a_first_window_that_runs_out_is_no_raw_error(monkeypatch):
+    no_graph(monkeypatch)
+    with pytest.raises(ValueError, match="one row ran out of memory"):
+        vb.plan(*small())

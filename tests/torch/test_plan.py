@@ -1,6 +1,11 @@
 """Planning: peaks against those of a real window, nothing changed, automatic sizes."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,3 +276,26 @@ def test_a_plan_is_read_from_the_file_of_another_run(tmp_path, monkeypatch):
         module, loss_fn, batch = program("MLP")
         vb.backward(loss_fn, batch, module=module, microbatch_size=Auto(file=file))
         monkeypatch.setattr(Search, "plan", lambda self: pytest.fail("planned again"))
+
+
+def test_sizes_are_tried_where_fake_tensors_do_not_fit():
+    script = Path(__file__).with_name("tight.py")
+    # Else the C library keeps what is freed, and what fits is a matter of luck.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    child = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
+    )
+    assert child.returncode == 0, child.stderr
+    found = json.loads(child.stdout)
+    tried = [row["microbatch_size"] for row in found["plan"]["rows"]]
+    assert tried[:2] == [1, 2]
+    assert tried[-1] < 256
+    assert found["plan"]["microbatch_size"] in tried
+    (line,) = found["log"]
+    assert "sizes are tried from the smallest" in line
+    assert found["intact"]

@@ -7,7 +7,7 @@ micro-batch's share of the gradient, and the sums come back as `jax.value_and_gr
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,30 +112,18 @@ def value_and_grad(
         microbatch_size,
         accumulation_steps,
     )
-    options = {} if grad_fn is not None and argnums == 0 else {"argnums": argnums}
-    differentiate = partial(grad_fn or jax.value_and_grad, **options)
-    diff_argnums = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
-
+    options = _Options(
+        fun,
+        argnums,
+        has_aux,
+        batch_argnum,
+        weight,
+        accumulator_dtype,
+        key_argnum,
+        axis_name,
+        grad_fn,
+    )
     sizes = microbatch_size if isinstance(microbatch_size, Auto) else Auto()
-
-    def in_micro_batches(
-        args: tuple[Any, ...], kwargs: dict[str, Any], cut: Cut, traced: bool
-    ) -> Any:
-        if axis_name is not None:
-            # Numbers of axes mean nothing outside a trace: JAX names the axis that is missing.
-            jax.lax.axis_size(axis_name)
-            args = tuple(
-                varying(arg, axis_name) if k in diff_argnums else arg for k, arg in enumerate(args)
-            )
-        shares = traced_shares(cut, weight, axis_name) if traced else host_shares(cut, weight)
-        call = Call(
-            fun, args, kwargs, batch_argnum, key_argnum, has_aux, shares.terms, differentiate
-        )
-        if traced:
-            value, aux, gradients = run_compiled(call, cut, shares, accumulator_dtype, axis_name)
-        else:
-            value, aux, gradients = run_eager(call, cut, shares, accumulator_dtype)
-        return ((value, aux) if has_aux else value), gradients
 
     def planned_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SizeInForce:
         reason = "a call with axis_name" if axis_name is not None else needs_values((args, kwargs))
@@ -145,21 +133,9 @@ def value_and_grad(
                 f"Got {reason}. Call plan with the shapes of one device, and pass what it finds."
             )
 
-        def window(size: int) -> Callable[..., Any]:
-            return value_and_grad(
-                fun,
-                argnums,
-                has_aux,
-                batch_argnum=batch_argnum,
-                microbatch_size=size,
-                weight=weight,
-                accumulator_dtype=accumulator_dtype,
-                key_argnum=key_argnum,
-                grad_fn=grad_fn,
-            )
-
         def make() -> Plan:
             given, named = stand_ins((args, kwargs))
+            window = partial(_window, options)
             return planned(window, given[batch_argnum], given, named, sizes.memory_limit)
 
         return sizes.planned(signature(args, kwargs, batch_argnum), make)
@@ -167,9 +143,7 @@ def value_and_grad(
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         check_arguments(args, batch_argnum, key_argnum, microbatch_size, accumulation_steps)
-        # Under jit new values are traced too, where a loss uses traced ones that are no arguments.
-        leaves = jax.tree.leaves((args, kwargs, jnp.zeros(())))
-        traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+        traced = _is_traced(args, kwargs)
         batch = args[batch_argnum]
         given: Any = microbatch_size
         size: SizeInForce | None = None
@@ -178,7 +152,7 @@ def value_and_grad(
             given = size.rows
         cut = cut_batch(batch, given, accumulation_steps, compiled=traced)
         if traced:
-            return in_micro_batches(args, kwargs, cut, traced)
+            return _in_micro_batches(options, args, kwargs, cut, traced)
         asked = given or max(cut.rows)
         size = size or sizes.asked(asked)
         while True:
@@ -186,7 +160,9 @@ def value_and_grad(
                 cut = _cut_smaller(batch, size.rows)
             try:
                 # Errors arrive late in JAX; waiting once per window costs what its caller waits.
-                result = jax.block_until_ready(in_micro_batches(args, kwargs, cut, traced))
+                result = jax.block_until_ready(
+                    _in_micro_batches(options, args, kwargs, cut, traced)
+                )
             except KINDS as error:
                 if not is_out_of_memory(error):
                     raise
@@ -197,10 +173,81 @@ def value_and_grad(
             # Its frames hold the arrays of the window.
             traceback.clear_frames(failed.__traceback__)
             if not size.shrink(max(cut.rows)):
-                largest = largest_arrays([args[k] for k in diff_argnums])
+                largest = largest_arrays([args[k] for k in options.differentiated()])
                 raise no_smaller_size(failed, left_bytes(), largest) from failed
 
     return wrapper
+
+
+class _Options(NamedTuple):
+    """Arguments of `value_and_grad` that are not sizes."""
+
+    fun: Callable[..., Any]
+    argnums: int | Sequence[int]
+    has_aux: bool
+    batch_argnum: int
+    weight: Callable[[Any], Any] | None
+    accumulator_dtype: Any
+    key_argnum: int | None
+    axis_name: Any
+    grad_fn: Callable[..., Any] | None
+
+    def differentiated(self) -> tuple[int, ...]:
+        """Positions of the arguments to differentiate with respect to."""
+        return tuple(self.argnums) if isinstance(self.argnums, Sequence) else (self.argnums,)
+
+    def differentiate(self) -> Callable[..., Any]:
+        """What differentiates, called with a function and has_aux."""
+        plain = self.grad_fn is not None and self.argnums == 0
+        options = {} if plain else {"argnums": self.argnums}
+        return partial(self.grad_fn or jax.value_and_grad, **options)
+
+
+def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    # Under jit new values are traced too, where a loss uses traced ones that are no arguments.
+    leaves = jax.tree.leaves((args, kwargs, jnp.zeros(())))
+    return any(isinstance(x, jax.core.Tracer) for x in leaves)
+
+
+def _in_micro_batches(
+    options: _Options, args: tuple[Any, ...], kwargs: dict[str, Any], cut: Cut, traced: bool
+) -> Any:
+    axis_name, weight = options.axis_name, options.weight
+    if axis_name is not None:
+        # Numbers of axes mean nothing outside a trace: JAX names the axis that is missing.
+        jax.lax.axis_size(axis_name)
+        positions = options.differentiated()
+        args = tuple(
+            varying(arg, axis_name) if k in positions else arg for k, arg in enumerate(args)
+        )
+    shares = traced_shares(cut, weight, axis_name) if traced else host_shares(cut, weight)
+    call = Call(
+        options.fun,
+        args,
+        kwargs,
+        options.batch_argnum,
+        options.key_argnum,
+        options.has_aux,
+        shares.terms,
+        options.differentiate(),
+    )
+    dtype = options.accumulator_dtype
+    if traced:
+        value, aux, gradients = run_compiled(call, cut, shares, dtype, axis_name)
+    else:
+        value, aux, gradients = run_eager(call, cut, shares, dtype)
+    return ((value, aux) if options.has_aux else value), gradients
+
+
+def _window(options: _Options, size: int) -> Callable[..., Any]:
+    """A window of one size, without recovery: a search is to know that memory ran out."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        traced = _is_traced(args, kwargs)
+        cut = cut_batch(args[options.batch_argnum], size, None, compiled=traced)
+        return _in_micro_batches(options, args, kwargs, cut, traced)
+
+    return run
 
 
 def _cut_smaller(batch: Any, most: int) -> Cut:
@@ -256,25 +303,20 @@ def plan(
         >>> found.microbatch_size * found.accumulation_steps >= 512
         True
     """
-
-    def window(microbatch_size: int) -> Callable[..., Any]:
-        return value_and_grad(
-            fun,
-            argnums,
-            has_aux,
-            batch_argnum=batch_argnum,
-            microbatch_size=microbatch_size,
-            weight=weight,
-            accumulator_dtype=accumulator_dtype,
-            key_argnum=key_argnum,
-            grad_fn=grad_fn,
-        )
-
-    window(1)
+    check_options(
+        {"fun": fun, "weight": weight, "grad_fn": grad_fn},
+        {"argnums": argnums, "batch_argnum": batch_argnum, "key_argnum": key_argnum},
+        "auto",
+        None,
+    )
+    options = _Options(
+        fun, argnums, has_aux, batch_argnum, weight, accumulator_dtype, key_argnum, None, grad_fn
+    )
 
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Plan:
-        check_arguments(args, batch_argnum, key_argnum, 1, None)
+        check_arguments(args, batch_argnum, key_argnum, "auto", None)
+        window = partial(_window, options)
         return planned(window, args[batch_argnum], args, kwargs, memory_limit)
 
     return wrapper

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from virtualbatch.jax._keys import check_keys
-from virtualbatch.split import Window, check_sizes
+from virtualbatch.split import check_cut, check_sizes
 
 
 def check_options(
@@ -79,11 +79,4 @@ def check_arguments(
             )
     if key_argnum is not None:
         check_keys(args[key_argnum])
-    if not isinstance(args[batch_argnum], Window):
-        check_sizes(microbatch_size, accumulation_steps)
-    elif microbatch_size is not None or accumulation_steps is not None:
-        raise ValueError(
-            "A Window is already cut. "
-            f"Got microbatch_size={microbatch_size} and accumulation_steps={accumulation_steps} "
-            "with a Window. Leave both out."
-        )
+    check_cut(args[batch_argnum], microbatch_size, accumulation_steps)

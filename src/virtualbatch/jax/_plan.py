@@ -6,6 +6,7 @@ program that was compiled, if there is data to run it on.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -63,19 +64,21 @@ def planned(
     search = Search(rows, limit)
     begin = time.perf_counter()
     while (question := search.ask()) is not None:
-        if question.kind == "time" and not (
-            can_run and time.perf_counter() - begin < TIME_TO_SPEND
-        ):
+        late = question.is_optional and time.perf_counter() - begin > TIME_TO_SPEND
+        if late or (question.kind != "memory" and not can_run):
             search.stop_timing()
             continue
         size = question.microbatch_size
         try:
+            if question.kind == "trial":
+                search.tell(question, _seconds(partial(window(size), *args, **kwargs)))
+                continue
             program = compiled(size)
             peak = _peak_bytes(program)
             search.tell(Question("memory", size), peak)
             # A remainder may take a little more than the straight line through other sizes.
             if question.kind == "time" and peak <= limit:
-                search.tell(question, _seconds(program, arrays))
+                search.tell(question, _seconds(partial(program, arrays)))
         except KINDS as error:
             if not is_out_of_memory(error):
                 raise
@@ -94,14 +97,14 @@ def _peak_bytes(program: Any) -> int:
     )
 
 
-def _seconds(program: Any, arrays: list[Any]) -> float:
+def _seconds(run: Callable[[], Any]) -> float:
     """The shortest of some runs, after one that loads what the first run loads."""
-    jax.block_until_ready(program(arrays))
+    jax.block_until_ready(run())
     times: list[float] = []
     # A window of microseconds needs many runs before one of them is undisturbed.
     while len(times) < 2 or sum(times) < 0.3:
         start = time.perf_counter()
-        jax.block_until_ready(program(arrays))
+        jax.block_until_ready(run())
         times.append(time.perf_counter() - start)
     return min(times)
 

@@ -101,7 +101,7 @@ class Guard:
                 result = attempt()
             except self._memory.kinds as error:
                 out_of_memory = self._memory.is_out_of_memory(error)
-                if not out_of_memory or _in_the_update(error, self._model.optimizer):
+                if not out_of_memory or _has_moved(error, self._model):
                     raise
                 failed = error
             else:
@@ -145,12 +145,20 @@ class Guard:
         )
 
 
-def _in_the_update(error: BaseException, optimizer: Any) -> bool:
-    """Whether an error comes from an optimizer that may have moved some weights already."""
-    return any(
-        frame.f_code.co_name in ("apply", "apply_gradients")
-        and frame.f_locals.get("self") is optimizer
-        for frame, _ in traceback.walk_tb(error.__traceback__)
+def _has_moved(error: BaseException, model: keras.Model) -> bool:
+    """Whether some weights may have moved already, in Python, when an error was raised.
+
+    They may have in the optimizer, and have in the metrics of Keras' own step, which come after it.
+    """
+
+    def called(names: tuple[str, ...], owner: Any) -> bool:
+        return any(
+            frame.f_code.co_name in names and frame.f_locals.get("self") is owner
+            for frame, _ in traceback.walk_tb(error.__traceback__)
+        )
+
+    return called(("apply", "apply_gradients"), model.optimizer) or (
+        called(("train_step",), model) and called(("compute_metrics",), model)
     )
 
 

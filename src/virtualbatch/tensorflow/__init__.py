@@ -14,7 +14,7 @@ from virtualbatch.certify import Certificate
 from virtualbatch.plan import Plan
 from virtualbatch.recovery import no_smaller_size
 from virtualbatch.sizes import Auto, SizeInForce
-from virtualbatch.split import Window, check_sizes, common_rows, is_automatic, windows
+from virtualbatch.split import Window, check_cut, common_rows, is_automatic, windows
 from virtualbatch.tensorflow._aux import WindowAux
 from virtualbatch.tensorflow._batch import (
     Segment,
@@ -208,7 +208,7 @@ def plan(
         >>> found.microbatch_size <= 128
         True
     """
-    _check_call(loss_fn, batch, variables, 1, None, weight)
+    _check_call(loss_fn, batch, variables, "auto", None, weight)
     if not tf.executing_eagerly():
         raise ValueError(
             "A plan is made outside of graphs, because it runs some. Got a call inside "
@@ -217,6 +217,10 @@ def plan(
 
     def window(microbatch_size: int) -> Callable[[Any], Any]:
         def run(batch: Any) -> Any:
+            if tf.executing_eagerly():
+                # Without recovery: the search is to know that memory ran out.
+                cut = segments(batch, microbatch_size, None)
+                return _window(loss_fn, cut, variables, weight, has_aux)
             return value_and_gradients(
                 loss_fn,
                 batch,
@@ -345,14 +349,7 @@ def _check_call(
                 f"Got one of type {type(variable).__name__}. "
                 "Pass for example model.trainable_variables."
             )
-    if not isinstance(batch, Window):
-        check_sizes(microbatch_size, accumulation_steps)
-    elif microbatch_size is not None or accumulation_steps is not None:
-        raise ValueError(
-            "A Window is already cut. "
-            f"Got microbatch_size={microbatch_size} and accumulation_steps={accumulation_steps} "
-            "with a Window. Leave both out."
-        )
+    check_cut(batch, microbatch_size, accumulation_steps)
 
 
 def _window(

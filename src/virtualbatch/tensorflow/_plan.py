@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from virtualbatch.plan import Plan, Search, parse_limit
+from virtualbatch.host_memory import host_memory
+from virtualbatch.plan import ROOM_FOR_TOOLS, Plan, Search, parse_limit
 from virtualbatch.tensorflow._memory import KINDS, is_out_of_memory, left_bytes
 from virtualbatch.tensorflow._peak import PeakMemory
 
@@ -42,27 +43,46 @@ def planned(
             programs[size] = _Program(window(size), batch)
         return programs[size]
 
-    # What TensorFlow loads once, and what its allocator keeps of a window, is no window's need.
-    program(1).run()
-    peak = PeakMemory()
+    peak = _measuring(lambda: program(1).run())
+    if peak is None:
+        search.only_try()
     begin = time.perf_counter()
     while (question := search.ask()) is not None:
-        if question.kind == "time" and time.perf_counter() - begin > TIME_TO_SPEND:
+        if question.is_optional and time.perf_counter() - begin > TIME_TO_SPEND:
             search.stop_timing()
             continue
         try:
-            found = program(question.microbatch_size)
-            if question.kind == "time":
-                search.tell(question, found.seconds())
+            if question.kind == "trial":
+                found = _Program(window(question.microbatch_size), batch, eager=True)
             else:
+                found = program(question.microbatch_size)
+            if question.kind == "memory" and peak is not None:
                 # The first run of a graph needs more than those that train.
                 found.run()
                 search.tell(question, held + peak.of(found.run))
+            else:
+                search.tell(question, found.seconds())
         except KINDS as error:
             if not is_out_of_memory(error):
                 raise
             search.tell(question, None)
     return search.plan()
+
+
+def _measuring(first: Callable[[], None]) -> PeakMemory | None:
+    """What measures windows, after a first one; None where memory is too short for either.
+
+    What TensorFlow loads once, and what its allocator keeps of a window, is no window's need.
+    """
+    if host_memory().left_bytes < ROOM_FOR_TOOLS:
+        return None
+    try:
+        first()
+    except KINDS as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return PeakMemory()
 
 
 def _usable(memory_limit: int | str | None) -> int:
@@ -79,12 +99,13 @@ def held_bytes(variables: Any, batch: Any) -> int:
 
 
 class _Program:
-    """A window as a graph, and the variables that it could change."""
+    """A window as a graph, or run eagerly, and the variables that it could change."""
 
-    def __init__(self, window: Callable[[Any], Any], batch: Any):
+    def __init__(self, window: Callable[[Any], Any], batch: Any, eager: bool = False):
         self._batch = batch
-        self._function = tf.function(window)
-        graph = self._function.get_concrete_function(batch).graph
+        function = tf.function(window)
+        self._function = window if eager else function
+        graph = function.get_concrete_function(batch).graph
         self._changed = list(graph.variables) if _assigns(graph) else []
 
     def run(self) -> None:

@@ -169,7 +169,7 @@ def plan(
         True
     """
     functions = {"loss_fn": loss_fn, "weight": weight, "backward_fn": backward_fn}
-    check_call(functions, batch, 1, None)
+    check_call(functions, batch, "auto", None)
     found = inventory(module)
     refuse_foreign_accumulation()
     return planned(Program(loss_fn, weight, has_aux, backward_fn, found), batch, memory_limit)

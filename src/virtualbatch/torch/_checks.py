@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from virtualbatch.split import Window, check_sizes
+from virtualbatch.split import check_cut
 
 
 def check_call(
@@ -31,14 +31,7 @@ def check_call(
                 f"{name} must be a function of one {of_what}. Got {name}={function!r}. "
                 f"Pass {name}=lambda {of_what}: ..."
             )
-    if not isinstance(batch, Window):
-        check_sizes(microbatch_size, accumulation_steps)
-    elif microbatch_size is not None or accumulation_steps is not None:
-        raise ValueError(
-            "A Window is already cut. "
-            f"Got microbatch_size={microbatch_size} and accumulation_steps={accumulation_steps} "
-            "with a Window. Leave both out."
-        )
+    check_cut(batch, microbatch_size, accumulation_steps)
     if not torch.is_grad_enabled():
         raise ValueError(
             "backward must be called where PyTorch records gradients. Got a call under "

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from virtualbatch.plan import Plan, Question, Search, parse_limit
+from virtualbatch.host_memory import host_memory
+from virtualbatch.plan import ROOM_FOR_TOOLS, Plan, Question, Search, parse_limit
 from virtualbatch.torch._batch import Microbatch, microbatches, named_leaves
 from virtualbatch.torch._memory import is_out_of_memory, left_bytes
 from virtualbatch.torch._modules import inventory
@@ -37,16 +38,21 @@ def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
     held = _held_bytes(program, batch)
     limit = parse_limit(memory_limit, left_bytes(found.accelerator) + held)
     search = Search(whole.rows, limit)
+    if host_memory().left_bytes < ROOM_FOR_TOOLS:
+        search.only_try()
     random = RandomState(found.accelerator)
     begin = time.perf_counter()
     try:
         while (question := search.ask()) is not None:
-            if question.kind == "time" and time.perf_counter() - begin > TIME_TO_SPEND:
+            if question.is_optional and time.perf_counter() - begin > TIME_TO_SPEND:
                 search.stop_timing()
                 continue
             cut = microbatches(batch, question.microbatch_size, None)
             try:
                 shares = program.shares(cut)
+                if question.kind == "trial":
+                    search.tell(question, _seconds(program, cut, shares))
+                    continue
                 peak = held + _peak(program, cut, shares)
                 search.tell(Question("memory", question.microbatch_size), peak)
                 # A size that was only predicted to fit may need a little more.
