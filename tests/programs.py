@@ -79,6 +79,10 @@ def that_raises(batch_size):
     raise RuntimeError("no\n  data here")
 
 
+def that_exits(batch_size):
+    raise SystemExit("no data here")
+
+
 def of_nothing(batch_size):
     return None
 

@@ -120,7 +120,7 @@ def load(target: str, batch_size: int) -> Target:
     function = _function(target)
     try:
         found = function(batch_size)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"TARGET must return a program. Got {_in_words(error)} from "
             f"{target}({batch_size}). Try it in Python first."
@@ -163,7 +163,7 @@ def _function(target: str) -> Callable[[int], Any]:
         )
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else _from_path(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"TARGET must name a module that can be imported. Got {_in_words(error)} from "
             f"{place!r}. Run: python {place if place.endswith('.py') else f'-m {place}'}"
@@ -195,6 +195,6 @@ def _from_path(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: BaseException) -> str:
     """An error on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

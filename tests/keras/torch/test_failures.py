@@ -96,3 +96,19 @@ def test_an_optimizer_that_raises_leaves_metrics_and_statistics():
         model.train_step((torch.tensor(X[:50]), torch.tensor(LABELS[:50])))
     for found, due in zip(everything(model), before, strict=True):
         np.testing.assert_array_equal(found, due)
+
+
+def test_an_update_that_was_made_is_not_made_again():
+    # Of a whole batch, Keras counts metrics after the update.
+    class Failing(keras.metrics.Mean):
+        def update_state(self, y, found, sample_weight=None):
+            # Keras first tries it on tensors without values.
+            if isinstance(found, torch.Tensor) and found.device.type != "meta":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile(optimizer="sgd", loss="mse", metrics=[Failing()])
+    vb.accumulate(model, microbatch_size=8)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.train_on_batch(np.ones((8, 3)), np.ones((8, 1)))
+    assert int(model.optimizer.iterations) == 1
