@@ -15,6 +15,9 @@ import virtualbatch.torch
 SIGNATURES = {
     virtualbatch.Window: "(microbatches)",
     virtualbatch.windows: "(stream, *, accumulation_steps)",
+    virtualbatch.certify_loop: "(loop, batches, *, microbatch_size, save, load)",
+    virtualbatch.torch.certify_loop: "(loop, batches, *, microbatch_size, **state)",
+    virtualbatch.jax.certify_loop: "(loop, state, batches, *, microbatch_size)",
     virtualbatch.tensorflow.value_and_gradients: (
         "(loss_fn, batch, variables, *, microbatch_size=None, accumulation_steps=None, "
         "weight=None, has_aux=False)"
@@ -61,11 +64,11 @@ SIGNATURES = {
 }
 
 NAMES = {
-    virtualbatch: {"Auto", "Window", "windows"},
+    virtualbatch: {"Auto", "Window", "certify_loop", "windows"},
     virtualbatch.tensorflow: {"Window", "certify", "plan", "value_and_gradients", "windows"},
     virtualbatch.keras: {"accumulate", "certify", "plan", "restore"},
-    virtualbatch.jax: {"Window", "certify", "plan", "value_and_grad", "windows"},
-    virtualbatch.torch: {"Window", "backward", "certify", "plan", "windows"},
+    virtualbatch.jax: {"Window", "certify", "certify_loop", "plan", "value_and_grad", "windows"},
+    virtualbatch.torch: {"Window", "backward", "certify", "certify_loop", "plan", "windows"},
 }
 
 

@@ -5,9 +5,10 @@ This module holds the framework-neutral names. Each engine is imported by the us
 `virtualbatch.torch` for PyTorch loops and `virtualbatch.jax` for JAX.
 """
 
+from virtualbatch.loops import certify_loop
 from virtualbatch.sizes import Auto
 from virtualbatch.split import Window, windows
 
-__all__ = ["Auto", "Window", "windows"]
+__all__ = ["Auto", "Window", "certify_loop", "windows"]
 
 __version__ = "0.1.0"

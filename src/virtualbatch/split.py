@@ -285,7 +285,7 @@ def check_cut(batch: Any, microbatch_size: Any, accumulation_steps: Any) -> None
         raise ValueError(
             "A Window is already cut. "
             f"Got microbatch_size={microbatch_size} and accumulation_steps={accumulation_steps} "
-            "with a Window. Leave both out. Only a whole batch can be planned."
+            "with a Window. Leave both out."
         )
 
 

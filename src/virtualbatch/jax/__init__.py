@@ -18,6 +18,7 @@ from virtualbatch.jax._certify import certificate, check_cut
 from virtualbatch.jax._checks import check_arguments, check_options
 from virtualbatch.jax._compiled import run_compiled
 from virtualbatch.jax._eager import run_eager
+from virtualbatch.jax._loops import certify_loop
 from virtualbatch.jax._memory import KINDS, is_out_of_memory, largest_arrays, left_bytes
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._plan import planned
@@ -29,7 +30,7 @@ from virtualbatch.recovery import no_smaller_size
 from virtualbatch.sizes import Auto, SizeInForce
 from virtualbatch.split import Window, is_automatic, windows
 
-__all__ = ["Window", "certify", "plan", "value_and_grad", "windows"]
+__all__ = ["Window", "certify", "certify_loop", "plan", "value_and_grad", "windows"]
 
 # So that a Window goes through jit, vmap and tree maps as its micro-batches.
 jax.tree_util.register_pytree_node(

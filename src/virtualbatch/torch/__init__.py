@@ -18,6 +18,7 @@ from virtualbatch.split import Window, is_automatic, windows
 from virtualbatch.torch._batch import microbatches
 from virtualbatch.torch._certify import certificate, check_cut
 from virtualbatch.torch._checks import check_call, refuse_foreign_accumulation
+from virtualbatch.torch._loops import certify_loop
 from virtualbatch.torch._memory import is_out_of_memory, largest_parameters, left_bytes
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._plan import planned
@@ -25,7 +26,7 @@ from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._sizes import kept_sizes, signature
 from virtualbatch.torch._window import Program
 
-__all__ = ["Window", "backward", "certify", "plan", "windows"]
+__all__ = ["Window", "backward", "certify", "certify_loop", "plan", "windows"]
 
 
 def backward(
