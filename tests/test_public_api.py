@@ -16,6 +16,8 @@ SIGNATURES = {
     virtualbatch.Window: "(microbatches)",
     virtualbatch.windows: "(stream, *, accumulation_steps)",
     virtualbatch.certify_loop: "(loop, batches, *, microbatch_size, save, load)",
+    virtualbatch.tensorflow.certify_loop: "(loop, batches, *, microbatch_size, **state)",
+    virtualbatch.keras.certify_loop: "(loop, batches, *, microbatch_size, **state)",
     virtualbatch.torch.certify_loop: "(loop, batches, *, microbatch_size, **state)",
     virtualbatch.jax.certify_loop: "(loop, state, batches, *, microbatch_size)",
     virtualbatch.tensorflow.value_and_gradients: (
@@ -65,8 +67,15 @@ SIGNATURES = {
 
 NAMES = {
     virtualbatch: {"Auto", "Window", "certify_loop", "windows"},
-    virtualbatch.tensorflow: {"Window", "certify", "plan", "value_and_gradients", "windows"},
-    virtualbatch.keras: {"accumulate", "certify", "plan", "restore"},
+    virtualbatch.tensorflow: {
+        "Window",
+        "certify",
+        "certify_loop",
+        "plan",
+        "value_and_gradients",
+        "windows",
+    },
+    virtualbatch.keras: {"accumulate", "certify", "certify_loop", "plan", "restore"},
     virtualbatch.jax: {"Window", "certify", "certify_loop", "plan", "value_and_grad", "windows"},
     virtualbatch.torch: {"Window", "backward", "certify", "certify_loop", "plan", "windows"},
 }

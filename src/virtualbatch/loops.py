@@ -27,7 +27,8 @@ def certify_loop(
 
     The loop runs on micro-batches, two full windows and a short one, and on the same rows as whole
     batches with `accumulation_steps=1`, which is ordinary training. The state is as before when
-    it returns. Causes are told best of plain SGD; the verdict holds for any optimizer.
+    it returns. Causes are told best of plain SGD; the verdict holds for any optimizer. What is
+    wrong on whole batches too is not seen.
 
     Args:
         loop: (list of micro-batches, accumulation_steps) -> anything. It trains in place, and must

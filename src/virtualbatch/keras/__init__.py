@@ -11,11 +11,12 @@ import keras
 
 from virtualbatch.certify import Certificate
 from virtualbatch.keras._inexact import say_what_is_not_exact
+from virtualbatch.keras._loops import certify_loop
 from virtualbatch.plan import Plan
 from virtualbatch.sizes import Auto
 from virtualbatch.split import check_sizes, is_automatic
 
-__all__ = ["accumulate", "certify", "plan", "restore"]
+__all__ = ["accumulate", "certify", "certify_loop", "plan", "restore"]
 
 # The attributes of a model that `accumulate` sets and `restore` removes.
 _ATTRIBUTES = ("train_step", "make_train_function")

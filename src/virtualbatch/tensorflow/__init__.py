@@ -34,6 +34,7 @@ from virtualbatch.tensorflow._gradients import (
     split_sparse,
 )
 from virtualbatch.tensorflow._loop import Output, fold, trace
+from virtualbatch.tensorflow._loops import certify_loop
 from virtualbatch.tensorflow._memory import (
     KINDS,
     is_out_of_memory,
@@ -45,7 +46,7 @@ from virtualbatch.tensorflow._sizes import kept_sizes, signature, stand_in
 from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.terms import loss_and_aux, loss_terms
 
-__all__ = ["Window", "certify", "plan", "value_and_gradients", "windows"]
+__all__ = ["Window", "certify", "certify_loop", "plan", "value_and_gradients", "windows"]
 
 
 class _Micro(NamedTuple):
