@@ -22,7 +22,7 @@ SIGNATURES = {
     virtualbatch.jax.certify_loop: "(loop, state, batches, *, microbatch_size)",
     virtualbatch.tensorflow.value_and_gradients: (
         "(loss_fn, batch, variables, *, microbatch_size=None, accumulation_steps=None, "
-        "weight=None, has_aux=False)"
+        "weight=None, has_aux=False, stats=False)"
     ),
     virtualbatch.tensorflow.plan: (
         "(loss_fn, batch, variables, *, weight=None, has_aux=False, memory_limit=None)"
@@ -52,7 +52,7 @@ SIGNATURES = {
     ),
     virtualbatch.torch.backward: (
         "(loss_fn, batch, *, module, microbatch_size=None, accumulation_steps=None, weight=None, "
-        "has_aux=False, backward_fn=None)"
+        "has_aux=False, backward_fn=None, stats=False)"
     ),
     virtualbatch.jax.plan: (
         "(fun, argnums=0, has_aux=False, *, batch_argnum=1, weight=None, accumulator_dtype=None, "
@@ -61,12 +61,12 @@ SIGNATURES = {
     virtualbatch.jax.value_and_grad: (
         "(fun, argnums=0, has_aux=False, *, batch_argnum=1, microbatch_size=None, "
         "accumulation_steps=None, weight=None, accumulator_dtype=None, key_argnum=None, "
-        "axis_name=None, grad_fn=None)"
+        "axis_name=None, grad_fn=None, stats=False)"
     ),
 }
 
 NAMES = {
-    virtualbatch: {"Auto", "Window", "certify_loop", "windows"},
+    virtualbatch: {"Auto", "NoiseScale", "Window", "WindowStats", "certify_loop", "windows"},
     virtualbatch.tensorflow: {
         "Window",
         "certify",

@@ -6,9 +6,10 @@ This module holds the framework-neutral names. Each engine is imported by the us
 """
 
 from virtualbatch.loops import certify_loop
+from virtualbatch.noise import NoiseScale, WindowStats
 from virtualbatch.sizes import Auto
 from virtualbatch.split import Window, windows
 
-__all__ = ["Auto", "Window", "certify_loop", "windows"]
+__all__ = ["Auto", "NoiseScale", "Window", "WindowStats", "certify_loop", "windows"]
 
 __version__ = "0.1.0"

@@ -51,6 +51,7 @@ def value_and_grad(
     key_argnum: int | None = None,
     axis_name: Any = None,
     grad_fn: Callable[..., Any] | None = None,
+    stats: bool = False,
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` of a whole batch, on the memory of a micro-batch.
 
@@ -85,10 +86,13 @@ def value_and_grad(
         grad_fn: what differentiates instead of `jax.value_and_grad`, such as
             `equinox.filter_value_and_grad`. It is called as `grad_fn(function, has_aux=True)`,
             with `argnums=` too unless that is 0.
+        stats: whether the `WindowStats` of the window are returned too, from which
+            `virtualbatch.NoiseScale` estimates the noise of its gradients.
 
     Returns:
         A function with fun's arguments that returns (value, gradients), or
-        ((value, aux), gradients), in the structure and dtypes that `jax.value_and_grad` gives.
+        ((value, aux), gradients), in the structure and dtypes that `jax.value_and_grad` gives,
+        and the stats last.
 
     Raises:
         ValueError: sizes are not positive integers or disagree (at once); rows differ or are
@@ -123,6 +127,7 @@ def value_and_grad(
         key_argnum,
         axis_name,
         grad_fn,
+        stats,
     )
     sizes = microbatch_size if isinstance(microbatch_size, Auto) else Auto()
 
@@ -192,6 +197,7 @@ class _Options(NamedTuple):
     key_argnum: int | None
     axis_name: Any
     grad_fn: Callable[..., Any] | None
+    stats: bool = False
 
     def differentiated(self) -> tuple[int, ...]:
         """Positions of the arguments to differentiate with respect to."""
@@ -234,10 +240,12 @@ def _in_micro_batches(
     )
     dtype = options.accumulator_dtype
     if traced:
-        value, aux, gradients = run_compiled(call, cut, shares, dtype, axis_name)
+        result = run_compiled(call, cut, shares, dtype, axis_name, options.stats)
     else:
-        value, aux, gradients = run_eager(call, cut, shares, dtype)
-    return ((value, aux) if options.has_aux else value), gradients
+        result = run_eager(call, cut, shares, dtype, options.stats)
+    value, aux, gradients, stats = result
+    found = ((value, aux) if options.has_aux else value), gradients
+    return (*found, stats) if options.stats else found
 
 
 def _window(options: _Options, size: int) -> Callable[..., Any]:

@@ -17,14 +17,19 @@ from virtualbatch.jax._batch import Cut, Segment
 from virtualbatch.jax._convolution import with_fast_convolutions
 from virtualbatch.jax._objective import Call, wide_dtype
 from virtualbatch.jax._replicas import over_devices
+from virtualbatch.jax._stats import part_of, stats_of
 from virtualbatch.jax._weights import Shares
 
 
 class _Micro(NamedTuple):
-    """A micro-batch's share of the loss and the gradients, in the buffer's dtype, and its aux."""
+    """A micro-batch's share of the loss and the gradients, in the buffer's dtype, and its aux.
+
+    The norm is its part of the statistics; None if they are not asked for.
+    """
 
     loss: Any
     gradients: Any
+    norm: Any
     aux: Any
 
 
@@ -45,9 +50,9 @@ class _Traced(NamedTuple):
 
 
 def run_compiled(
-    call: Call, cut: Cut, shares: Shares, accumulator_dtype: Any, axis_name: Any
-) -> tuple[Any, Any, Any]:
-    """The loss, aux and gradients of a window, inside a trace.
+    call: Call, cut: Cut, shares: Shares, accumulator_dtype: Any, axis_name: Any, stats: bool
+) -> tuple[Any, Any, Any, Any]:
+    """The loss, aux, gradients and statistics of a window, inside a trace.
 
     Args:
         call: the call.
@@ -55,9 +60,10 @@ def run_compiled(
         shares: its shares.
         accumulator_dtype: dtype of the buffer; None for promote(parameter dtype, float32).
         axis_name: mesh axes over which the batch is spread, or None.
+        stats: whether statistics are asked for.
 
     Returns:
-        (loss, aux, gradients); aux is None without has_aux.
+        (loss, aux, gradients, stats); aux is None without has_aux, stats if not asked for.
     """
     alone = cut.count == 1
     groups = shares.groups()
@@ -77,10 +83,11 @@ def run_compiled(
             wide = jax.tree.map(lambda x: x.astype(wide_dtype(x, accumulator_dtype)), gradients)
             parts.append(shares.scaled((reduce(jnp.add, found), wide), names, index))
         loss, gradients = reduce(_added, parts)
-        return _Micro(loss, gradients, aux)
+        norm = part_of(gradients, jnp.asarray(shares.of_rows_or_term())[index]) if stats else None
+        return _Micro(loss, gradients, norm, aux)
 
     if alone and axis_name is None:
-        loss, gradients, aux = step(0, cut.segments[0].get(0))
+        loss, gradients, norm, aux = step(0, cut.segments[0].get(0))
     else:
         traced = _traced(cut, step)
         aux_kinds = []
@@ -90,14 +97,15 @@ def run_compiled(
 
         def route(index: Any, found: _Micro) -> tuple[Any, list[Any]]:
             sums, rows = routed(aux_kinds, shares.rows, index, found.aux)
-            return (found.loss, found.gradients, sums), rows
+            return (found.loss, found.gradients, found.norm, sums), rows
 
         total, rows = _folded(traced, route)
         total = total if axis_name is None else over_devices(total, axis_name)
-        loss, gradients, sums = total
+        loss, gradients, norm, sums = total
         aux = joined(aux_kinds, traced[0].outputs.aux, cut, sums, rows)
     gradients = jax.tree.map(lambda x, dtype: x.astype(dtype), gradients, dtypes["gradients"])
-    return loss.astype(dtypes["loss"]), aux, gradients
+    found = stats_of(gradients, shares, cut, norm, axis_name) if stats else None
+    return loss.astype(dtypes["loss"]), aux, gradients, found
 
 
 def _added(a: Any, b: Any) -> Any:

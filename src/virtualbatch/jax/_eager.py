@@ -12,25 +12,30 @@ import jax.numpy as jnp
 from virtualbatch.jax._aux import joined, kinds, routed
 from virtualbatch.jax._batch import Cut
 from virtualbatch.jax._objective import Call, wide_dtype
+from virtualbatch.jax._stats import part_of, stats_of
 from virtualbatch.jax._weights import Shares
 
 
-def run_eager(call: Call, cut: Cut, shares: Shares, accumulator_dtype: Any) -> tuple[Any, Any, Any]:
-    """The loss, aux and gradients of a window, outside a trace.
+def run_eager(
+    call: Call, cut: Cut, shares: Shares, accumulator_dtype: Any, stats: bool
+) -> tuple[Any, Any, Any, Any]:
+    """The loss, aux, gradients and statistics of a window, outside a trace.
 
     Args:
         call: the call.
         cut: the window.
         shares: its shares, vectors of NumPy.
         accumulator_dtype: dtype of the buffer; None for promote(parameter dtype, float32).
+        stats: whether statistics are asked for.
 
     Returns:
-        (loss, aux, gradients); aux is None without has_aux.
+        (loss, aux, gradients, stats); aux is None without has_aux, stats if not asked for.
     """
     alone = cut.count == 1
     total: Any = None
     dtypes: Any = None
     auxes = []
+    norms: list[Any] = []
     for index, microbatch in enumerate(cut.microbatches()):
         args = call.arguments(microbatch, None if alone else index)
         part = shares.part(index)
@@ -45,6 +50,9 @@ def run_eager(call: Call, cut: Cut, shares: Shares, accumulator_dtype: Any) -> t
             ]
             found = (reduce(jnp.add, loss), gradients)
             total = _accumulated(total, found, largest, accumulator_dtype)
+            if stats:
+                share = float(shares.of_rows_or_term()[index])
+                norms.append(_norm(gradients, largest, share, accumulator_dtype))
         elif call.has_aux:
             auxes.append(call.terms(args)[1])
     if total is None:
@@ -54,7 +62,10 @@ def run_eager(call: Call, cut: Cut, shares: Shares, accumulator_dtype: Any) -> t
         total = jax.tree.map(jnp.zeros_like, (next(iter(terms.values())), gradients))
     loss, gradients = total
     gradients = jax.tree.map(lambda x, dtype: x.astype(dtype), gradients, dtypes[1])
-    return loss.astype(dtypes[0]), _merged_aux(call, cut, shares, auxes), gradients
+    aux = _merged_aux(call, cut, shares, auxes)
+    mean_square = sum(norms, jnp.zeros(()))
+    of_window = stats_of(gradients, shares, cut, mean_square, None) if stats else None
+    return loss.astype(dtypes[0]), aux, gradients, of_window
 
 
 def _dtypes(terms: dict[Any, Any], gradients: Any) -> tuple[Any, Any]:
@@ -71,6 +82,11 @@ def _scaled(found: Any, factor: Any, dtype: Any) -> Any:
     loss, gradients = found
     wide = jax.tree.map(lambda x: x.astype(wide_dtype(x, dtype)) * factor, gradients)
     return loss * factor, wide
+
+
+@partial(jax.jit, static_argnums=3)
+def _norm(gradients: Any, factor: Any, share: Any, dtype: Any) -> Any:
+    return part_of(_scaled((jnp.zeros(()), gradients), factor, dtype)[1], share)
 
 
 # The sum so far is nobody's but ours, so it is added to in place.

@@ -49,6 +49,11 @@ class Shares(NamedTuple):
 
         return jax.tree.map(times, value)
 
+    def of_rows_or_term(self) -> Any:
+        """The shares of each micro-batch as one: of its only term, or of its rows."""
+        found = [] if self.terms is None else list(self.terms.values())
+        return self.rows if len(found) != 1 or found[0] is None else found[0]
+
     def groups(self) -> list[list[Any] | None]:
         """Names of terms that are differentiated together; None for all of them.
 

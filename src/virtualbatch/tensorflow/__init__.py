@@ -5,8 +5,8 @@ micro-batch's share of the gradient, and the sums come back as `tape.gradient` w
 """
 
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
@@ -14,26 +14,10 @@ from virtualbatch.certify import Certificate
 from virtualbatch.plan import Plan
 from virtualbatch.recovery import no_smaller_size
 from virtualbatch.sizes import Auto, SizeInForce
-from virtualbatch.split import Window, check_cut, common_rows, is_automatic, windows
-from virtualbatch.tensorflow._aux import WindowAux
-from virtualbatch.tensorflow._batch import (
-    Segment,
-    as_tensor,
-    named_arrays,
-    segments,
-    smaller_segments,
-)
+from virtualbatch.split import Window, common_rows, is_automatic, windows
+from virtualbatch.tensorflow._batch import as_tensor, named_arrays, segments, smaller_segments
 from virtualbatch.tensorflow._certify import certificate
-from virtualbatch.tensorflow._gradients import (
-    add,
-    finished,
-    loss_dtype,
-    scalar_terms,
-    scaled_gradients,
-    selected_loss,
-    split_sparse,
-)
-from virtualbatch.tensorflow._loop import Output, fold, trace
+from virtualbatch.tensorflow._checks import check_call
 from virtualbatch.tensorflow._loops import certify_loop
 from virtualbatch.tensorflow._memory import (
     KINDS,
@@ -43,19 +27,9 @@ from virtualbatch.tensorflow._memory import (
 )
 from virtualbatch.tensorflow._plan import held_bytes, planned
 from virtualbatch.tensorflow._sizes import kept_sizes, signature, stand_in
-from virtualbatch.tensorflow._weights import window_shares
-from virtualbatch.terms import loss_and_aux, loss_terms
+from virtualbatch.tensorflow._window import Program
 
 __all__ = ["Window", "certify", "certify_loop", "plan", "value_and_gradients", "windows"]
-
-
-class _Micro(NamedTuple):
-    """What one micro-batch gives: its share of loss and gradient, and its aux as it is."""
-
-    loss: Any
-    dense: list[Any]
-    sparse: list[Any]
-    aux: Any
 
 
 def value_and_gradients(
@@ -67,7 +41,8 @@ def value_and_gradients(
     accumulation_steps: int | None = None,
     weight: Callable[[Any], Any] | None = None,
     has_aux: bool = False,
-) -> tuple[Any, Any]:
+    stats: bool = False,
+) -> Any:
     """The loss of a whole batch and its gradients, on the memory of a micro-batch.
 
     Works eagerly and inside `tf.function`; there the micro-batches are one loop in the graph, and
@@ -88,11 +63,13 @@ def value_and_gradients(
         has_aux: whether `loss_fn` returns something beside the loss. Leaves of aux with one entry
             per row come back concatenated in row order, other floating leaves averaged by rows,
             integers summed.
+        stats: whether the `WindowStats` of the window are returned too, from which
+            `virtualbatch.NoiseScale` estimates the noise of its gradients.
 
     Returns:
-        (loss, gradients), or ((loss, aux), gradients). The gradients have the structure and dtype
-        of the variables as `tape.gradient` gives them: None where the loss does not depend on a
-        variable, IndexedSlices for embeddings.
+        (loss, gradients), or ((loss, aux), gradients), and the stats last. The gradients have the
+        structure and dtype of the variables as `tape.gradient` gives them: None where the loss
+        does not depend on a variable, IndexedSlices for embeddings.
 
     Raises:
         ValueError: sizes are not positive integers or disagree, rows differ or are missing, a
@@ -116,43 +93,36 @@ def value_and_gradients(
         >>> print(f"{loss:.3f}", gradients[0].numpy().round(3))
         2.000 [0.667 0.667]
     """
-    _check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
+    check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
     if not tf.executing_eagerly():
         # AutoGraph does not look into this library, but must go on converting what the user wrote.
         autograph = tf.__internal__.autograph
         status = autograph.control_status_ctx()
         loss_fn = autograph.tf_convert(loss_fn, status)
         weight = weight and autograph.tf_convert(weight, status)
-    return _in_micro_batches(
-        loss_fn, batch, variables, microbatch_size, accumulation_steps, weight, has_aux
-    )
+    program = Program(loss_fn, variables, weight, has_aux, stats)
+    return _in_micro_batches(program, batch, microbatch_size, accumulation_steps)
 
 
 @tf.autograph.experimental.do_not_convert
 def _in_micro_batches(
-    loss_fn: Callable[[Any], Any],
-    batch: Any,
-    variables: Any,
-    microbatch_size: Any,
-    accumulation_steps: int | None,
-    weight: Callable[[Any], Any] | None,
-    has_aux: bool,
-) -> tuple[Any, Any]:
+    program: Program, batch: Any, microbatch_size: Any, accumulation_steps: int | None
+) -> Any:
     """A window of the size in force; eagerly once more with a smaller one if memory runs out."""
     size: SizeInForce | None = None
     if is_automatic(microbatch_size):
-        size = _planned_size(loss_fn, batch, variables, microbatch_size, weight, has_aux)
+        size = _planned_size(program, batch, microbatch_size)
         microbatch_size = size.rows
     cut = segments(batch, microbatch_size, accumulation_steps)
     if not tf.executing_eagerly():
-        return _window(loss_fn, cut, variables, weight, has_aux)
+        return program.run(cut)
     asked = microbatch_size or max(segment.rows(0) for segment in cut)
-    size = size or kept_sizes(variables).asked(asked)
+    size = size or kept_sizes(program.variables).asked(asked)
     while True:
         if size.rows < asked:
             cut = smaller_segments(batch, size.rows)
         try:
-            result = _window(loss_fn, cut, variables, weight, has_aux)
+            result = program.run(cut)
         except KINDS as error:
             if not is_out_of_memory(error):
                 raise
@@ -163,7 +133,7 @@ def _in_micro_batches(
         # Its frames hold the tensors of the window.
         traceback.clear_frames(failed.__traceback__)
         if not size.shrink(max(segment.rows(0) for segment in cut)):
-            largest = largest_variables(variables)
+            largest = largest_variables(program.variables)
             raise no_smaller_size(failed, left_bytes(), largest) from failed
 
 
@@ -209,7 +179,7 @@ def plan(
         >>> found.microbatch_size <= 128
         True
     """
-    _check_call(loss_fn, batch, variables, "auto", None, weight)
+    check_call(loss_fn, batch, variables, "auto", None, weight)
     if not tf.executing_eagerly():
         raise ValueError(
             "A plan is made outside of graphs, because it runs some. Got a call inside "
@@ -221,7 +191,7 @@ def plan(
             if tf.executing_eagerly():
                 # Without recovery: the search is to know that memory ran out.
                 cut = segments(batch, microbatch_size, None)
-                return _window(loss_fn, cut, variables, weight, has_aux)
+                return Program(loss_fn, variables, weight, has_aux, False).run(cut)
             return value_and_gradients(
                 loss_fn,
                 batch,
@@ -284,7 +254,7 @@ def certify(
         >>> found.exact, found.findings[0].kind
         (False, 'sum_loss')
     """
-    _check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
+    check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
 
     def engine(loss_fn: Callable[[Any], Any], pair: Any, weight: Any) -> tuple[Any, Any]:
         return value_and_gradients(
@@ -302,14 +272,8 @@ def certify(
     )
 
 
-def _planned_size(
-    loss_fn: Callable[[Any], Any],
-    batch: Any,
-    variables: Any,
-    automatic: Any,
-    weight: Callable[[Any], Any] | None,
-    has_aux: bool,
-) -> SizeInForce:
+def _planned_size(program: Program, batch: Any, automatic: Any) -> SizeInForce:
+    loss_fn, variables, weight, has_aux, _ = program
     sizes = automatic if isinstance(automatic, Auto) else kept_sizes(variables)
     found = signature(batch, variables)
     graph = not tf.executing_eagerly()
@@ -327,67 +291,3 @@ def _planned_size(
             )
 
     return sizes.planned(found, make)
-
-
-def _check_call(
-    loss_fn: Any,
-    batch: Any,
-    variables: Any,
-    microbatch_size: Any,
-    accumulation_steps: Any,
-    weight: Any,
-) -> None:
-    for name, function in (("loss_fn", loss_fn), ("weight", weight)):
-        if not callable(function) and not (name == "weight" and function is None):
-            raise TypeError(
-                f"{name} must be a function of one batch. Got {name}={function!r}. "
-                f"Pass {name}=lambda batch: ..."
-            )
-    for variable in tf.nest.flatten(variables):
-        if not hasattr(variable, "dtype") or not hasattr(variable, "shape"):
-            raise TypeError(
-                "variables must be a nested structure of variables. "
-                f"Got one of type {type(variable).__name__}. "
-                "Pass for example model.trainable_variables."
-            )
-    check_cut(batch, microbatch_size, accumulation_steps)
-
-
-def _window(
-    loss_fn: Callable[[Any], Any],
-    cut: Sequence[Segment],
-    variables: Any,
-    weight: Callable[[Any], Any] | None,
-    has_aux: bool,
-) -> tuple[Any, Any]:
-    flat_variables = tf.nest.flatten(variables)
-    shares = window_shares(cut, weight)
-    several = shares.terms is not None and len(shares.terms) > 1
-    dtypes: list[tf.DType] = []
-
-    def micro(index: Any, microbatch: Any) -> _Micro:
-        with tf.GradientTape(persistent=several) as tape:
-            loss, aux = loss_and_aux(loss_fn(microbatch), has_aux)
-            named = loss_terms(loss)
-            terms = scalar_terms(named.values())
-        dtypes.append(loss_dtype(terms))
-        parts = shares.of(list(named), index)
-        may_be_empty = weight is not None
-        gradients = scaled_gradients(tape, terms, parts, flat_variables, may_be_empty)
-        return _Micro(selected_loss(terms, parts, may_be_empty), *split_sparse(gradients), aux)
-
-    traced = trace(cut, micro)
-    aux = WindowAux(loss_fn, cut, traced, shares.rows) if has_aux else None
-
-    def route(index: Any, found: _Micro) -> Output:
-        sums, rows = aux.route(index, found.aux) if aux else ([], [])
-        return Output([found.loss, *found.dense, *sums], [*found.sparse, *rows])
-
-    sums, rows = fold(traced, route, add)
-    count = len(flat_variables)
-    gradients = finished(sums[1 : 1 + count], rows[: 2 * count], flat_variables)
-    gradients = tf.nest.pack_sequence_as(variables, gradients)
-    loss = tf.cast(sums[0], dtypes[0])
-    if aux:
-        return (loss, aux.result(sums[1 + count :], rows[2 * count :])), gradients
-    return loss, gradients

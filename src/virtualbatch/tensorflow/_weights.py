@@ -25,10 +25,18 @@ class Shares(NamedTuple):
         rows: part of the window's rows; a float64 vector, of NumPy eagerly.
         terms: term name -> the same for that term's weight; None when all terms weigh by rows.
             A term that does not depend on the rows has the shares of the rows, which sum to 1.
+        window: rows of the window; a number eagerly, else a scalar.
     """
 
     rows: Any
     terms: dict[Any, Any] | None
+    window: Any
+
+    def of_rows_or_term(self) -> Any:
+        """The shares of each micro-batch as one: of its only term, or of its rows."""
+        if self.terms is None or len(self.terms) != 1:
+            return self.rows
+        return next(iter(self.terms.values()))
 
     def of(self, names: Sequence[Any], index: Any) -> list[Any]:
         """Shares of the named terms for one micro-batch.
@@ -57,12 +65,18 @@ def window_shares(segments: Sequence[Segment], weight: Callable[[Any], Any] | No
         ValueError: a weight is negative, not finite, not a scalar, or names differ between
             micro-batches.
     """
-    rows = _eager_rows(segments) if tf.executing_eagerly() else _graph_rows(segments)
+    if tf.executing_eagerly():
+        counts = [float(segment.rows(0)) for segment in segments]
+        rows, window = np.asarray(shares(counts)), int(sum(counts))
+    else:
+        found = _graph_rows(segments)
+        rows, window = _divided(found), tf.reduce_sum(found)
     if weight is None:
-        return Shares(rows, None)
+        return Shares(rows, None, window)
     named = _eager_weights if tf.executing_eagerly() else _graph_weights
     terms = named(segments, lambda microbatch: _checked(weight(microbatch)))
-    return Shares(rows, {name: rows if found is None else found for name, found in terms.items()})
+    named_shares = {name: rows if found is None else found for name, found in terms.items()}
+    return Shares(rows, named_shares, window)
 
 
 def _checked(weight: Any) -> dict[Any, Any]:
@@ -81,10 +95,6 @@ def _checked(weight: Any) -> dict[Any, Any]:
     return terms
 
 
-def _eager_rows(segments: Sequence[Segment]) -> Any:
-    return np.asarray(shares([float(segment.rows(0)) for segment in segments]))
-
-
 def _graph_rows(segments: Sequence[Segment]) -> Any:
     parts = []
     for segment in segments:
@@ -93,7 +103,7 @@ def _graph_rows(segments: Sequence[Segment]) -> Any:
         else:
             numbers = tf.range(segment.count)
             parts.append(tf.cast(tf.zeros_like(numbers) + segment.rows(numbers), tf.float64))
-    return _divided(tf.concat(parts, 0))
+    return tf.concat(parts, 0)
 
 
 def _wide(weight: Any) -> Any:

@@ -39,6 +39,7 @@ def backward(
     weight: Callable[[Any], Any] | None = None,
     has_aux: bool = False,
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
+    stats: bool = False,
 ) -> Any:
     """Does what `loss_fn(batch).backward()` does, on the memory of a micro-batch.
 
@@ -65,10 +66,12 @@ def backward(
             integers summed, all detached.
         backward_fn: scalar loss -> None, where gradients are to be computed by something else
             than `loss.backward()`, such as `lambda loss: scaler.scale(loss).backward()`.
+        stats: whether the `WindowStats` of the window are returned too, from which
+            `virtualbatch.NoiseScale` estimates the noise of its gradients.
 
     Returns:
         The mean loss of the whole batch, a detached scalar of the loss's dtype and device; with
-        `has_aux=True` (loss, aux).
+        `has_aux=True` (loss, aux); with `stats=True` (loss, stats) or (loss, aux, stats).
 
     Raises:
         ValueError: sizes are not positive integers or disagree, rows differ or are missing, a
@@ -93,7 +96,7 @@ def backward(
     check_call(functions, batch, microbatch_size, accumulation_steps)
     found = inventory(module)
     refuse_foreign_accumulation()
-    program = Program(loss_fn, weight, has_aux, backward_fn, found)
+    program = Program(loss_fn, weight, has_aux, backward_fn, found, stats)
     given: Any = microbatch_size
     if is_automatic(given):
         size = _planned_size(program, batch, given)

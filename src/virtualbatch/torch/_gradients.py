@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.window import accumulator_dtype
 
 _HALF = {torch.float16, torch.bfloat16}
@@ -24,20 +25,25 @@ class WindowGradients:
     Args:
         parameters: trainable parameters, each once.
         backward_fn: scalar loss -> None; computes gradients into `.grad`.
+        norms: is told of scaled losses; None if nobody asks for norms.
     """
 
     def __init__(
         self,
         parameters: Sequence[torch.nn.Parameter],
         backward_fn: Callable[[torch.Tensor], Any] | None,
+        norms: GradientNorms | None = None,
     ):
         self._parameters = parameters
         self._backward_fn = backward_fn
+        self._norms = norms
         self._before = [parameter.grad for parameter in parameters]
         self._sums: list[torch.Tensor | None] = [None] * len(parameters)
         self._differentiate: _Differentiate | None = None
         self._in_place = True
         self.found_any = False
+        # What the gradients of the latest micro-batch lacked of their share on their way.
+        self.factor = 1.0
 
     def start(self) -> None:
         """Puts what `.grad` holds aside, untouched until the window has succeeded."""
@@ -73,6 +79,12 @@ class WindowGradients:
                 if gradient is not None:
                     gradient.zero_()
 
+    def sums(self) -> list[torch.Tensor]:
+        """The window's gradients before they are committed."""
+        pairs = zip(self._parameters, self._sums, strict=True)
+        found = [parameter.grad if total is None else total for parameter, total in pairs]
+        return [gradient for gradient in found if gradient is not None]
+
     def commit(self) -> None:
         """Adds the window's gradients to what `.grad` held before it."""
         if self._in_place:
@@ -92,7 +104,9 @@ class WindowGradients:
 
     def _chosen(self, terms: Collection[torch.Tensor]) -> _Differentiate:
         """How the window is differentiated, by its first losses."""
-        chosen = _from_factors if self._backward_fn is None else _through(self._backward_fn)
+        chosen: _Differentiate = _from_factors
+        if self._backward_fn is not None:
+            chosen = _through(self._backward_fn, self._norms)
         device = next(iter(terms)).device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             chosen = _outside_autocast(chosen, device)
@@ -109,6 +123,7 @@ class WindowGradients:
             largest = max(shares)
             differentiate(terms, [share / largest for share in shares])
             self._collect(largest)
+            self.factor = largest
 
         return buffered
 
@@ -158,14 +173,19 @@ def _from_factors(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> No
     torch.autograd.backward(terms, starts)
 
 
-def _through(backward_fn: Callable[[torch.Tensor], Any]) -> _Differentiate:
+def _through(
+    backward_fn: Callable[[torch.Tensor], Any], norms: GradientNorms | None
+) -> _Differentiate:
     def differentiate(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
         first, *others = (
             # A window of one micro-batch is the ordinary computation, to the bit.
             term if factor == 1.0 else term * factor
             for term, factor in zip(terms, factors, strict=True)
         )
-        backward_fn(sum(others, first))
+        loss = sum(others, first)
+        if norms is not None:
+            norms.hear_scale(loss)
+        backward_fn(loss)
 
     return differentiate
 

@@ -71,7 +71,8 @@ def _peak(program: Program, cut: list[Microbatch], shares: Shares) -> int:
     """The most bytes that a window makes, beside what is held before it."""
     # The window's largest micro-batches are its first; one more shows what stays between them.
     some = slice(0, 3)
-    few = Shares(shares.rows[some], shares.terms and {k: v[some] for k, v in shares.terms.items()})
+    terms = shares.terms and {name: found[some] for name, found in shares.terms.items()}
+    few = shares._replace(rows=shares.rows[some], terms=terms)
     roots = program.found.roots
     if can_fake(roots):
         try:

@@ -22,10 +22,18 @@ class Shares(NamedTuple):
         rows: part of the window's rows, a float for each micro-batch.
         terms: term name -> the same for that term's weight; None when all terms weigh by rows.
             A term that does not depend on the rows has the shares of the rows, which sum to 1.
+        window: rows of the window.
     """
 
     rows: list[float]
     terms: dict[Any, list[float]] | None
+    window: int
+
+    def of_rows_or_term(self) -> list[float]:
+        """The shares of each micro-batch as one: of its only term, or of its rows."""
+        if self.terms is None or len(self.terms) != 1:
+            return self.rows
+        return next(iter(self.terms.values()))
 
     def of(self, terms: Mapping[Any, Any], index: int) -> list[float]:
         """Shares of a micro-batch for each of its terms.
@@ -65,9 +73,10 @@ def window_shares(
         ValueError: a weight is negative, not finite, not a scalar, or names differ between
             micro-batches.
     """
+    window = sum(found.rows for found in microbatches)
     rows = shares([float(found.rows) for found in microbatches])
     if weight is None:
-        return Shares(rows, None)
+        return Shares(rows, None, window)
     with torch.no_grad():
         found = [_checked(weight(microbatch.get())) for microbatch in microbatches]
         for terms in found:
@@ -77,7 +86,7 @@ def window_shares(
     result = dict.fromkeys(found[0], rows)
     for k, name in enumerate(names):
         result[name] = shares(table[k * len(found) : (k + 1) * len(found)])
-    return Shares(rows, result)
+    return Shares(rows, result, window)
 
 
 def _checked(weight: Any) -> dict[Any, Any]:

@@ -1,7 +1,7 @@
 """One window: micro-batches, one after another, whose gradients are committed together or not."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from virtualbatch.torch._gradients import WindowGradients
 from virtualbatch.torch._loss import WindowLoss, checked_terms
 from virtualbatch.torch._modules import Inventory
 from virtualbatch.torch._state import Buffers
+from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.torch._weights import Shares, window_shares
 
 
@@ -26,6 +27,7 @@ class Program(NamedTuple):
         has_aux: whether `loss_fn` returns aux.
         backward_fn: scalar loss -> None, or None.
         found: what its modules hold.
+        stats: whether the statistics of the window are returned too.
     """
 
     loss_fn: Callable[[Any], Any]
@@ -33,6 +35,7 @@ class Program(NamedTuple):
     has_aux: bool
     backward_fn: Callable[[torch.Tensor], Any] | None
     found: Inventory
+    stats: bool = False
 
     def shares(self, cut: Sequence[Microbatch]) -> Shares:
         """The shares of a window's micro-batches."""
@@ -49,21 +52,28 @@ class Program(NamedTuple):
             commit: whether gradients and statistics are kept; else all is put back.
 
         Returns:
-            The mean loss, or (loss, aux).
+            The mean loss, or (loss, aux); with `stats` a tuple that ends with the `WindowStats`.
         """
         if self.found.accelerator is not None:
             cut = [on_device(microbatch, self.found.accelerator) for microbatch in cut]
         buffers = Buffers(self.found.with_buffers)
         statistics = MergedStatistics(self.found.with_buffers, buffers)
-        gradients = WindowGradients(self.found.parameters, self.backward_fn)
+        norms = GradientNorms(self.found.parameters) if self.stats else None
+        gradients = WindowGradients(self.found.parameters, self.backward_fn, norms)
         try:
             gradients.start()
-            with statistics.attached() if statistics else nullcontext():
-                run = _Run(self.loss_fn, self.has_aux, statistics, gradients)
+            with ExitStack() as attached:
+                if statistics:
+                    attached.enter_context(statistics.attached())
+                if norms is not None:
+                    attached.enter_context(norms.attached())
+                run = _Run(self.loss_fn, self.has_aux, statistics, gradients, norms)
                 loss, aux = run.window(cut, shares)
-                result = loss
+                result: Any = (loss,)
                 if self.has_aux:
-                    result = (loss, merged_aux(self.loss_fn, cut, aux, shares.rows))
+                    result += (merged_aux(self.loss_fn, cut, aux, shares.rows),)
+                if norms is not None:
+                    result += (norms.stats(gradients.sums(), shares),)
             if commit:
                 statistics.commit()
                 gradients.commit()
@@ -74,7 +84,7 @@ class Program(NamedTuple):
             gradients.restore()
             buffers.restore()
             raise
-        return result
+        return result if len(result) > 1 else loss
 
 
 class _Run(NamedTuple):
@@ -84,10 +94,11 @@ class _Run(NamedTuple):
     has_aux: bool
     statistics: MergedStatistics
     gradients: WindowGradients
+    norms: GradientNorms | None
 
     def window(self, cut: Sequence[Microbatch], shares: Shares) -> tuple[torch.Tensor, list[Any]]:
         """The loss of the window, and the aux of each micro-batch if it is asked for."""
-        loss_fn, has_aux, statistics, gradients = self
+        loss_fn, has_aux, statistics, gradients, norms = self
         forward = statistics.heard(loss_fn) if statistics else loss_fn
         empty = shares.empty()
         # A window without any weight has the loss 0 and, where one micro-batch reaches a
@@ -111,6 +122,8 @@ class _Run(NamedTuple):
             if counts:
                 parts = [1.0] * len(parts) if nothing else parts
                 gradients.add(terms.values(), parts)
+                if norms is not None and not nothing:
+                    norms.close(shares.of_rows_or_term()[index], gradients.factor)
                 loss.add(terms.values(), parts)
             # Two graphs at once would hold two sets of activations.
             del result, terms

@@ -1,0 +1,215 @@
+"""Which batch is worth its rows: from the noise scale and from times, no model needed."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from html import escape
+
+# Times that differ by less are alike.
+_ALIKE = 1.1
+
+
+@dataclass(frozen=True)
+class ScalingRule:
+    """How settings may change when the batch grows by a factor.
+
+    Args:
+        optimizer: whose settings.
+        learning_rate: what to multiply the learning rate by.
+        betas: exponents (a, b): replace beta1 by beta1**a and beta2 by beta2**b; None for
+            optimizers without.
+        source: where the rule is from.
+    """
+
+    optimizer: str
+    learning_rate: float
+    betas: tuple[float, float] | None
+    source: str
+
+    def __str__(self) -> str:
+        text = f"{self.optimizer}: learning rate x {self.learning_rate:.3g}"
+        if self.betas:
+            text += "".join(
+                f", beta{k} ** {power:.3g}"
+                for k, power in enumerate(self.betas, start=1)
+                if power != 1
+            )
+        return f"{text} ({self.source})"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a noise scale and two times say of a batch size.
+
+    Args:
+        rows: of the present batch.
+        noise_scale: in rows.
+        best_rows: the batch with the least expected time, in rows.
+        best_low: the same at the lower end of the noise scale's interval.
+        best_high: at its upper end; infinite where that is.
+        time: expected time to the same loss, in units of that at `best_rows`.
+        extra_rows: rows that the present batch takes in all, as a part of those that the smallest
+            batch would take, beyond 1: 0.5 is half as many again.
+        extra_updates: the same for updates, beside those of an infinite batch.
+        verdict: what to do, in words.
+        rules: how to change settings, should the batch become `best_rows`.
+    """
+
+    rows: float
+    noise_scale: float
+    best_rows: float
+    best_low: float
+    best_high: float
+    time: float
+    extra_rows: float
+    extra_updates: float
+    verdict: str
+    rules: tuple[ScalingRule, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            self.verdict,
+            f"Noise scale {_number(self.noise_scale)} rows; best batch {_number(self.best_rows)} "
+            f"rows ({_number(self.best_low)} to {_number(self.best_high)}).",
+            f"A batch of {_number(self.rows)} takes {_number(100 * self.extra_rows)} % more rows "
+            f"than the smallest would and {_number(100 * self.extra_updates)} % more updates than "
+            f"the largest, and {_number(self.time)} times the time of the best.",
+        ]
+        if self.rules:
+            lines.append(f"Should the batch become {_number(self.best_rows)} rows:")
+            lines += [f"  {rule}" for rule in self.rules]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The advice as JSON; what is infinite is null."""
+        found = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
+        return json.dumps(found, indent=2)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
+
+def advice(
+    noise_scale: float,
+    interval: tuple[float, float],
+    *,
+    rows: float,
+    microbatch_size: float,
+    seconds_per_row: float,
+    seconds_per_update: float,
+) -> Advice:
+    """What a noise scale says of a batch.
+
+    To reach a loss with batches of B rows takes updates in proportion to 1 + C / B, where C, the
+    critical batch, is taken to be the noise scale. An update takes B t + u seconds, so the time is
+    least at B = sqrt(C u / t).
+
+    Args:
+        noise_scale: in rows; infinite where no signal was seen.
+        interval: its confidence interval.
+        rows: of the present batch.
+        microbatch_size: rows of one micro-batch.
+        seconds_per_row: t.
+        seconds_per_update: u.
+
+    Raises:
+        ValueError: rows or a time is not a positive finite number.
+
+    Source:
+        McCandlish, Kaplan, Amodei: An Empirical Model of Large-Batch Training (2018), equations
+        2.6 to 2.11, for updates and rows; the best batch follows from them.
+
+    Example:
+        >>> found = advice(1000.0, (800.0, 1250.0), rows=1024, microbatch_size=32,
+        ...     seconds_per_row=0.001, seconds_per_update=0.008)
+        >>> round(found.best_rows), round(found.extra_rows, 3)
+        (89, 1.024)
+        >>> print(found.verdict)
+        Such a large batch does not pay here: about 89.4 rows take 0.58 times the time.
+    """
+    given = {
+        "rows": rows,
+        "seconds_per_row": seconds_per_row,
+        "seconds_per_update": seconds_per_update,
+    }
+    for name, value in given.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(
+                f"{name} must be a positive number. Got {name}={value!r}. "
+                "Measure it over many updates at two batch sizes."
+            )
+
+    def best(scale: float) -> float:
+        # A batch has a row at least.
+        return max(1.0, math.sqrt(scale * seconds_per_update / seconds_per_row))
+
+    def time(batch: float) -> float:
+        return (1 + noise_scale / batch) * (batch * seconds_per_row + seconds_per_update)
+
+    least = best(noise_scale)
+    if math.isinf(noise_scale):
+        needed = (
+            "No signal was seen in the gradients yet, so nothing can be said: count more windows."
+        )
+        return Advice(
+            rows, noise_scale, least, best(interval[0]), math.inf, 1.0, 0.0, math.inf, needed, ()
+        )
+    times = time(rows) / time(least)
+    low, high = best(interval[0]), best(interval[1])
+    return Advice(
+        rows=rows,
+        noise_scale=noise_scale,
+        best_rows=least,
+        best_low=low,
+        best_high=high,
+        time=times,
+        extra_rows=rows / noise_scale if noise_scale else math.inf,
+        extra_updates=noise_scale / rows,
+        verdict=_verdict(rows, microbatch_size, least, low, high, times),
+        rules=_rules(least / rows) if times > _ALIKE else (),
+    )
+
+
+def _verdict(
+    rows: float, microbatch_size: float, best: float, low: float, high: float, times: float
+) -> str:
+    if times <= _ALIKE:
+        return f"{_number(rows)} rows are about right: no other batch saves a tenth of the time."
+    if low <= rows <= high:
+        return (
+            f"Not certain yet: the best batch is about {_number(best)} rows, but "
+            f"{_number(rows)} may be it too. Count more windows."
+        )
+    saved = f"about {_number(best)} rows take {1 / times:.2f} times the time"
+    if rows < best:
+        return f"A larger batch pays: {saved}. Keep the micro-batch and accumulate more of them."
+    if best <= microbatch_size < rows:
+        return f"Accumulation does not pay here: one micro-batch is enough; {saved}."
+    return f"Such a large batch does not pay here: {saved}."
+
+
+def _rules(factor: float) -> tuple[ScalingRule, ...]:
+    return (
+        ScalingRule("SGD", factor, None, "linear, with warm-up: Goyal et al. 2017"),
+        ScalingRule(
+            "Adam",
+            math.sqrt(factor),
+            (factor, factor),
+            "square root: Malladi et al. 2022; epsilon / sqrt too",
+        ),
+        ScalingRule(
+            "Adam",
+            math.sqrt(factor),
+            (1.0, factor),
+            "same half-life in rows, at most this rate: Marek et al. 2025",
+        ),
+    )
+
+
+def _number(value: float) -> str:
+    if math.isinf(value):
+        return "infinitely many"
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

@@ -1,0 +1,54 @@
+"""What a window's gradients show of their noise: squared norms, taken while each is at hand."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from virtualbatch.jax._batch import Cut
+from virtualbatch.jax._weights import Shares
+from virtualbatch.noise import WindowStats
+
+
+def part_of(gradients: Any, share: Any) -> Any:
+    """A micro-batch's part of the window's `mean_square`.
+
+    Args:
+        gradients: its share of the gradients, in the buffer's dtype.
+        share: a scalar, 0 where the micro-batch counts for nothing.
+
+    Returns:
+        Share times squared norm of the micro-batch's own gradient; a scalar.
+    """
+    total = squared_norm(gradients)
+    share = jnp.asarray(share, total.dtype)
+    return jnp.where(share > 0, total / jnp.where(share > 0, share, 1), 0)
+
+
+def stats_of(
+    gradients: Any, shares: Shares, cut: Cut, mean_square: Any, axis_name: Any
+) -> WindowStats:
+    """The statistics of a window, of all devices if it is spread over an axis.
+
+    Args:
+        gradients: those of the window.
+        shares: its shares.
+        cut: the window.
+        mean_square: sum of `part_of` over its micro-batches, and over the devices.
+        axis_name: mesh axes over which the batch is spread, or None.
+    """
+    rows, counted = sum(cut.rows), jnp.sum(jnp.asarray(shares.of_rows_or_term()) > 0)
+    if axis_name is not None:
+        rows, counted = rows * lax.axis_size(axis_name), lax.psum(counted, axis_name)
+    return WindowStats(rows, counted, mean_square, squared_norm(gradients))
+
+
+def squared_norm(gradients: Any) -> Any:
+    """Sum of squares of all entries, at least float32."""
+    squares = [jnp.sum(jnp.square(jnp.abs(_wide(x)))) for x in jax.tree.leaves(gradients)]
+    return sum(squares, jnp.zeros((), jnp.float32))
+
+
+def _wide(x: Any) -> Any:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

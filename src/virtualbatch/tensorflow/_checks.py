@@ -1,0 +1,37 @@
+"""Refusals of what no window could be made of, before anything is computed."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from virtualbatch.split import check_cut
+
+
+def check_call(
+    loss_fn: Any,
+    batch: Any,
+    variables: Any,
+    microbatch_size: Any,
+    accumulation_steps: Any,
+    weight: Any,
+) -> None:
+    """Refuses arguments of `value_and_gradients`.
+
+    Raises:
+        ValueError: sizes are not positive integers, or come with a Window.
+        TypeError: a function is none, or variables holds something else.
+    """
+    for name, function in (("loss_fn", loss_fn), ("weight", weight)):
+        if not callable(function) and not (name == "weight" and function is None):
+            raise TypeError(
+                f"{name} must be a function of one batch. Got {name}={function!r}. "
+                f"Pass {name}=lambda batch: ..."
+            )
+    for variable in tf.nest.flatten(variables):
+        if not hasattr(variable, "dtype") or not hasattr(variable, "shape"):
+            raise TypeError(
+                "variables must be a nested structure of variables. "
+                f"Got one of type {type(variable).__name__}. "
+                "Pass for example model.trainable_variables."
+            )
+    check_cut(batch, microbatch_size, accumulation_steps)

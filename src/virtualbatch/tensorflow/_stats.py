@@ -1,0 +1,54 @@
+"""What a window's gradients show of their noise: squared norms, taken while each is at hand."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from virtualbatch.noise import WindowStats
+from virtualbatch.tensorflow._weights import Shares
+from virtualbatch.window import accumulator_dtype
+
+
+def part_of(gradients: Sequence[Any], share: Any) -> Any:
+    """A micro-batch's part of the window's `mean_square`.
+
+    Args:
+        gradients: its share of the gradients: tensors, IndexedSlices or None.
+        share: a scalar, 0 where the micro-batch counts for nothing.
+
+    Returns:
+        Share times squared norm of the micro-batch's own gradient; a scalar.
+    """
+    total = squared_norm(gradients)
+    return tf.math.divide_no_nan(total, tf.cast(share, total.dtype))
+
+
+def stats_of(gradients: Sequence[Any], shares: Shares, mean_square: Any) -> WindowStats:
+    """The statistics of a window.
+
+    Args:
+        gradients: those of the window.
+        shares: its shares.
+        mean_square: sum of `part_of` over its micro-batches.
+    """
+    counted = tf.math.count_nonzero(shares.of_rows_or_term(), dtype=tf.int32)
+    square = tf.cast(squared_norm(gradients), mean_square.dtype)
+    return WindowStats(shares.window, counted, mean_square, square)
+
+
+def squared_norm(gradients: Sequence[Any]) -> Any:
+    """Sum of squares of all entries, at least float32."""
+    values = [_summed(gradient) for gradient in gradients if gradient is not None]
+    wide = [tf.abs(tf.cast(x, accumulator_dtype(x.dtype.name))) for x in values]
+    dtype = max((x.dtype for x in wide), key=lambda dtype: dtype.size, default=tf.float32)
+    squares = [tf.cast(tf.reduce_sum(x * x), dtype) for x in wide]
+    return tf.add_n(squares) if squares else tf.zeros([], dtype)
+
+
+def _summed(gradient: Any) -> Any:
+    """Values whose squares add up: slices of one row are added first."""
+    if not isinstance(gradient, tf.IndexedSlices):
+        return tf.convert_to_tensor(gradient)
+    rows, places = tf.unique(gradient.indices)
+    return tf.math.unsorted_segment_sum(gradient.values, places, tf.size(rows))

@@ -1,0 +1,103 @@
+"""One window: each micro-batch's share of loss and gradients, and their sums as results."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from virtualbatch.tensorflow._aux import WindowAux
+from virtualbatch.tensorflow._batch import Segment
+from virtualbatch.tensorflow._gradients import (
+    add,
+    finished,
+    loss_dtype,
+    scalar_terms,
+    scaled_gradients,
+    selected_loss,
+    split_sparse,
+)
+from virtualbatch.tensorflow._loop import Output, fold, trace
+from virtualbatch.tensorflow._stats import part_of, stats_of
+from virtualbatch.tensorflow._weights import window_shares
+from virtualbatch.terms import loss_and_aux, loss_terms
+
+
+class _Micro(NamedTuple):
+    """What one micro-batch gives.
+
+    Fields:
+        loss: its share of the loss.
+        norm: its part of the statistics, if they are asked for.
+        dense: its share of dense gradients.
+        sparse: values and indices of its share of sparse ones.
+        aux: as it is.
+    """
+
+    loss: Any
+    norm: Any
+    dense: list[Any]
+    sparse: list[Any]
+    aux: Any
+
+
+class Program(NamedTuple):
+    """What `value_and_gradients` was given beside the batch and its size.
+
+    Fields:
+        loss_fn: micro-batch -> loss, or (loss, aux).
+        variables: nested structure of what is differentiated with respect to.
+        weight: micro-batch -> weight, or None.
+        has_aux: whether `loss_fn` returns aux.
+        stats: whether the statistics of the window are returned too.
+    """
+
+    loss_fn: Callable[[Any], Any]
+    variables: Any
+    weight: Callable[[Any], Any] | None
+    has_aux: bool
+    stats: bool
+
+    def run(self, cut: Sequence[Segment]) -> tuple[Any, ...]:
+        """Runs a window, without recovery.
+
+        Args:
+            cut: its segments.
+
+        Returns:
+            (loss or (loss, aux), gradients), and with `stats` the `WindowStats`.
+        """
+        loss_fn, variables, weight, has_aux, stats = self
+        flat_variables = tf.nest.flatten(variables)
+        shares = window_shares(cut, weight)
+        several = shares.terms is not None and len(shares.terms) > 1
+        dtypes: list[tf.DType] = []
+
+        def micro(index: Any, microbatch: Any) -> _Micro:
+            with tf.GradientTape(persistent=several) as tape:
+                loss, aux = loss_and_aux(loss_fn(microbatch), has_aux)
+                named = loss_terms(loss)
+                terms = scalar_terms(named.values())
+            dtypes.append(loss_dtype(terms))
+            parts = shares.of(list(named), index)
+            may_be_empty = weight is not None
+            gradients = scaled_gradients(tape, terms, parts, flat_variables, may_be_empty)
+            norm = part_of(gradients, shares.of_rows_or_term()[index]) if stats else None
+            loss = selected_loss(terms, parts, may_be_empty)
+            return _Micro(loss, norm, *split_sparse(gradients), aux)
+
+        traced = trace(cut, micro)
+        aux = WindowAux(loss_fn, cut, traced, shares.rows) if has_aux else None
+
+        def route(index: Any, found: _Micro) -> Output:
+            sums, rows = aux.route(index, found.aux) if aux else ([], [])
+            return Output([found.loss, found.norm, *found.dense, *sums], [*found.sparse, *rows])
+
+        sums, rows = fold(traced, route, add)
+        count = len(flat_variables)
+        flat = finished(sums[2 : 2 + count], rows[: 2 * count], flat_variables)
+        gradients = tf.nest.pack_sequence_as(variables, flat)
+        loss = tf.cast(sums[0], dtypes[0])
+        value = (loss, aux.result(sums[2 + count :], rows[2 * count :])) if aux else loss
+        if stats:
+            return value, gradients, stats_of(flat, shares, sums[1])
+        return value, gradients
