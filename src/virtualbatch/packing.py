@@ -13,7 +13,7 @@ import numpy as np
 
 from virtualbatch.gathering import gathered, is_known, on_host
 from virtualbatch.nesting import builder, is_text
-from virtualbatch.padding import padded_length, trimmed_as_told, trimmed_by_shape
+from virtualbatch.padding import length_by_shape, padded_length, trimmed_as_told, trimmed_by_shape
 from virtualbatch.split import Window, common_rows
 
 _SHARED = (numbers.Number, str, bytes, type(None))
@@ -90,10 +90,10 @@ def pack(
             "Rows are packed by number. Got a batch whose rows a trace leaves open. "
             "Call pack outside of tf.function."
         )
-    values = _checked_lengths(on_host(lengths), rows)
+    values = row_lengths(lengths, rows)
     longest = int(values.max())
     if padded is None:
-        trimmed = trimmed_by_shape(arrays, longest)
+        trimmed = trimmed_by_shape(arrays, length_by_shape(arrays, longest))
     else:
         trimmed = trimmed_as_told(found, padded)
     length = padded_length(arrays, trimmed, longest)
@@ -178,20 +178,18 @@ def refuse_sorted_rows(batch: Any, stats: bool) -> None:
         )
 
 
-def _is_array(path: str, leaf: Any) -> bool:
-    """Whether a leaf has rows; refuses what can neither be sorted nor belong to every row."""
-    if is_known(leaf):
-        return True
-    if not isinstance(leaf, _SHARED) and not is_text(leaf):
-        raise TypeError(
-            "pack sorts dense arrays of NumPy, PyTorch, TensorFlow and JAX. "
-            f"Got {path} of type {type(leaf).__name__}. Convert it, for example by np.asarray, or "
-            "pass it to the loss function by a closure."
-        )
-    return False
+def row_lengths(lengths: Any, rows: int) -> np.ndarray:
+    """Lengths as int64 in NumPy.
 
+    Args:
+        lengths: one per row, in an array or a list.
+        rows: of the batch.
 
-def _checked_lengths(lengths: np.ndarray, rows: int) -> np.ndarray:
+    Raises:
+        ValueError: they are not one per row, below 1, or not there yet.
+        TypeError: they are not integers.
+    """
+    lengths = on_host(lengths)
     if lengths.ndim != 1 or len(lengths) != rows:
         raise ValueError(
             "lengths must hold one length per row. "
@@ -210,6 +208,19 @@ def _checked_lengths(lengths: np.ndarray, rows: int) -> np.ndarray:
             f"Got lengths[{row}]={lengths[row]}. Give rows that hold nothing the length 1."
         )
     return lengths.astype(np.int64)
+
+
+def _is_array(path: str, leaf: Any) -> bool:
+    """Whether a leaf has rows; refuses what can neither be sorted nor belong to every row."""
+    if is_known(leaf):
+        return True
+    if not isinstance(leaf, _SHARED) and not is_text(leaf):
+        raise TypeError(
+            "pack sorts dense arrays of NumPy, PyTorch, TensorFlow and JAX. "
+            f"Got {path} of type {type(leaf).__name__}. Convert it, for example by np.asarray, or "
+            "pass it to the loss function by a closure."
+        )
+    return False
 
 
 def _piece(

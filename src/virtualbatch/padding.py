@@ -9,41 +9,65 @@ from virtualbatch.gathering import is_known, kind
 from virtualbatch.nesting import builder
 from virtualbatch.split import rank
 
+_PASS_PADDED = (
+    "Pass padded=, the structure of the batch with True for leaves that are padded there."
+)
 
-def trimmed_by_shape(arrays: Sequence[tuple[str, Any]], longest: int) -> set[str]:
-    """Paths of the padded leaves, where their shapes and dtypes tell.
+
+def length_by_shape(
+    arrays: Sequence[tuple[str, Any]], longest: int, fix: str = _PASS_PADDED
+) -> int:
+    """The padded length, where shapes and dtypes tell.
 
     Args:
         arrays: (path, array) of a batch.
         longest: the longest row.
+        fix: how an error ends.
 
     Raises:
-        ValueError: several lengths could be the padded one, or none, or a leaf with the padded
-            length on its second axis may have something else there.
+        ValueError: several lengths could be it, or none.
     """
     wide = [(path, leaf) for path, leaf in arrays if (rank(leaf) or 0) > 1]
     integers = [(path, leaf) for path, leaf in wide if kind(leaf) == "integer"]
-    flat_floats = [(p, leaf) for p, leaf in wide if kind(leaf) == "float" and rank(leaf) == 2]
-    candidates = integers or flat_floats
+    candidates = integers or [(path, leaf) for path, leaf in wide if _is_flat_float(leaf)]
     lengths = {leaf.shape[1] for _, leaf in candidates}
     # Leaves that are too short for the longest row have something else on that axis.
     fitting = {length for length in lengths if length >= longest} or lengths
     if len(fitting) != 1:
         got = "none" if not fitting else _shapes(candidates)
         raise ValueError(
-            "pack must know which leaves are padded on their second axis: of integer and boolean "
-            f"leaves, or float leaves of two axes. Got {got}. "
-            "Pass padded=, the structure of the batch with True for those that are."
+            "It must be clear which leaves are padded on their second axis: of integer and "
+            f"boolean leaves, or float leaves of two axes. Got {got}. {fix}"
         )
-    length = fitting.pop()
-    with_it = [(path, leaf) for path, leaf in wide if leaf.shape[1] == length]
-    known = {path for path, leaf in [*integers, *flat_floats] if length not in leaf.shape[2:]}
-    unclear = [(path, leaf) for path, leaf in with_it if path not in known]
+    return int(fitting.pop())
+
+
+def trimmed_by_shape(
+    arrays: Sequence[tuple[str, Any]], length: int, fix: str = _PASS_PADDED
+) -> set[str]:
+    """Paths of the leaves that are padded to a length, where shapes and dtypes tell.
+
+    Args:
+        arrays: (path, array) of a batch.
+        length: the padded length.
+        fix: how an error ends.
+
+    Raises:
+        ValueError: a leaf with that length on its second axis may have something else there.
+    """
+    with_it = [
+        (path, leaf) for path, leaf in arrays if (rank(leaf) or 0) > 1 and leaf.shape[1] == length
+    ]
+    unclear = [
+        (path, leaf)
+        for path, leaf in with_it
+        if length in leaf.shape[2:] or not (kind(leaf) == "integer" or _is_flat_float(leaf))
+    ]
     if unclear:
         raise ValueError(
             "A second axis of the padded length is trimmed in integer and boolean leaves, and in "
             f"float leaves of two axes. Got {_shapes(unclear)} and a padded length of {length}. "
-            "Pass padded=, the structure of the batch with True for leaves that are padded there."
+            f"{fix}"
         )
     return {path for path, _ in with_it}
 
@@ -103,12 +127,25 @@ def padded_length(arrays: Sequence[tuple[str, Any]], trimmed: set[str], longest:
             "Pass padded= with True for the leaves that have it."
         )
     length = int(lengths.pop())
+    check_longest(longest, length, leaves[0][0])
+    return length
+
+
+def check_longest(longest: int, length: int, path: str) -> None:
+    """Refuses a row that is longer than what it is padded to.
+
+    Raises:
+        ValueError: it is.
+    """
     if longest > length:
         raise ValueError(
-            f"No length may exceed the padded axis. Got a length of {longest} and {leaves[0][0]} "
-            f"padded to {length}. Pass the lengths after truncation."
+            f"No length may exceed the padded axis. Got a length of {longest} and {path} padded "
+            f"to {length}. Pass the lengths after truncation."
         )
-    return length
+
+
+def _is_flat_float(leaf: Any) -> bool:
+    return kind(leaf) == "float" and rank(leaf) == 2
 
 
 def _shapes(leaves: Sequence[tuple[str, Any]]) -> str:

@@ -170,7 +170,7 @@ class WindowRun:
             try:
                 with self._scope(trainable, non_trainable, carried.metrics) as scope:
                     loss, tracked = window.loss(batch, y_pred, here, totals)
-                    latest = window.update_metrics(batch, lax.stop_gradient(y_pred))
+                    latest = window.update_metrics(batch, lax.stop_gradient(y_pred), here)
             finally:
                 model._losses_override = []
             if window.unreduced:

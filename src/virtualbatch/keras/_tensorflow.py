@@ -22,8 +22,9 @@ from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._snapshot import Snapshot
 from virtualbatch.keras._subject import Backend
 from virtualbatch.keras._tensorflow_data import given_back, has_open_rows_only, taken
+from virtualbatch.keras._tensorflow_packing import packed_segments
 from virtualbatch.keras._tensorflow_plan import MEMORY, planned
-from virtualbatch.keras._tensorflow_window import WindowRun, rows_of
+from virtualbatch.keras._tensorflow_window import WindowRun, rows_of, unstretched
 from virtualbatch.keras._train_step import TrainStep, uncompiled
 from virtualbatch.plan import Plan
 from virtualbatch.split import array_leaves, common_rows, sizes_disagree
@@ -42,13 +43,17 @@ class TensorFlowStep(TrainStep):
         model = self._model
         batch = self._unpacked(data)
         with tf.variable_creator_scope(_created_outside):
-            batch = self._with_agreeing_sizes(batch)
-            cut = segments(batch, *self._cut_by())
+            packing = self._packing_in_force()
+            if packing is None:
+                batch = self._with_agreeing_sizes(batch)
+                cut, stretch = segments(batch, *self._cut_by()), unstretched
+            else:
+                cut, stretch = packed_segments(model, batch, packing)
             if not self._layers_built:
                 _build_layers(model, cut[0].get(0)[0])
                 self._layers_built = True
             _build_optimizer(model)
-            window = WindowRun(model, cut, rows_of(batch))
+            window = WindowRun(model, cut, rows_of(batch), stretch)
             results = window.train()
             self._say(window.losses_of_one_number)
         return results
@@ -231,7 +236,8 @@ def _size(batch: Any) -> int:
 def _refusal(error: tf.errors.InvalidArgumentError) -> str | None:
     """Text of a check that could only run inside the graph, or None if it was none of ours."""
     found = re.search(
-        r"assertion failed: \[((?:microbatch_size and|All arrays of).*)\]", str(error)
+        r"assertion failed: \[((?:microbatch_size and|All arrays of|No length may).*)\]",
+        str(error),
     )
     # What was printed is pieces of text and numbers, each in brackets.
     return " ".join(re.split(r"\s*\] \[\s*", found[1])) if found else None

@@ -1,0 +1,183 @@
+"""Rows packed by tokens train as plain Keras trains on the padded batch."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from tests.keras.problems import CLASSES, TOKENS, WORDS, compiled, crossentropy
+from tests.keras.training import ROWS, Case, assert_equals_keras, names
+
+import virtualbatch.keras as vb
+
+_random = np.random.default_rng(5)
+LENGTHS = _random.integers(2, TOKENS + 1, size=ROWS)
+MASK = np.arange(TOKENS) < LENGTHS[:, None]
+IDS = _random.integers(1, WORDS, size=(ROWS, TOKENS)) * MASK
+LABELS = _random.integers(0, CLASSES, size=(ROWS, TOKENS))
+WEIGHTS = _random.random((ROWS, TOKENS)) * MASK
+ROW_LABELS = _random.integers(0, CLASSES, size=ROWS)
+
+
+def length_of(ids):
+    return ops.sum(ops.cast(ids != 0, "int32"), 1)
+
+
+PACKED = {"microbatch_tokens": 40, "lengths": length_of}
+
+
+class Masked(layers.Layer):
+    """Mean over the words of a row, padding left out; rows differ by their words."""
+
+    def call(self, inputs):
+        ids, x = inputs
+        valid = ops.cast(ids != 0, x.dtype)[..., None]
+        return ops.sum(x * valid, 1) / ops.sum(valid, 1)
+
+
+def tagger(mask_zero=True):
+    """Word ids of any length -> logits per token."""
+    return keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32"),
+            layers.Embedding(WORDS, 4, mask_zero=mask_zero),
+            layers.Dense(CLASSES),
+        ]
+    )
+
+
+def attentive():
+    """Words that see each other, but no padding."""
+    ids = keras.Input((None,), dtype="int32")
+    x = layers.Embedding(WORDS, 4, mask_zero=True)(ids)
+    x = layers.Attention()([x, x])
+    return keras.Model(ids, layers.Dense(CLASSES)(x))
+
+
+def classifier():
+    """Word ids of any length -> logits per row."""
+    ids = keras.Input((None,), dtype="int32")
+    x = layers.Embedding(WORDS, 4)(ids)
+    return keras.Model(ids, layers.Dense(CLASSES)(Masked()([ids, x])))
+
+
+def two_inputs():
+    """Word ids and a number of the row, by name."""
+    ids, other = keras.Input((None,), dtype="int32", name="ids"), keras.Input((2,), name="other")
+    x = layers.Embedding(WORDS, 4)(ids)
+    x = layers.Concatenate()([Masked()([ids, x]), other])
+    return keras.Model({"ids": ids, "other": other}, layers.Dense(CLASSES)(x))
+
+
+def case(name, model, y, sizes=PACKED, x=IDS, fit={}, **options):  # noqa: B006
+    return Case(name, model, compiled(**options), x, y, fit, sizes)
+
+
+def plain(**options):
+    return {"metrics": [], "loss": crossentropy} | options
+
+
+OTHER = _random.normal(size=(ROWS, 2))
+
+CASES = [
+    case("masked tokens", tagger, LABELS),
+    case("masked attention", attentive, LABELS),
+    case("masked tokens, adam", tagger, LABELS, optimizer="adam"),
+    case("token weights, which Keras divides by all elements", lambda: tagger(False), LABELS,
+         fit={"sample_weight": WEIGHTS}, **plain(weighted_metrics=["accuracy"])),
+    case("token weights, divided by their sum", lambda: tagger(False), LABELS,
+         fit={"sample_weight": WEIGHTS},
+         **plain(loss=lambda: crossentropy(reduction="mean_with_sample_weight"))),
+    case("token weights, summed", lambda: tagger(False), LABELS,
+         fit={"sample_weight": WEIGHTS}, **plain(loss=lambda: crossentropy(reduction="sum"))),
+    case("one label a row", classifier, ROW_LABELS),
+    case("row weights", classifier, ROW_LABELS, fit={"sample_weight": _random.random(ROWS)}),
+    case("several inputs", two_inputs, ROW_LABELS, x={"ids": IDS, "other": OTHER},
+         sizes={"microbatch_tokens": 40, "lengths": lambda x: length_of(x["ids"])}),
+    case("all in one micro-batch", tagger, LABELS, sizes=PACKED | {"microbatch_tokens": 10**6}),
+    case("one row a micro-batch", tagger, LABELS, sizes=PACKED | {"microbatch_tokens": TOKENS}),
+    case("eagerly", tagger, LABELS, run_eagerly=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+def test_equals_keras(case):
+    assert_equals_keras(case)
+
+
+def trained(model, x, y, **sizes):
+    model.compile("sgd", crossentropy())
+    vb.accumulate(model, **sizes)
+    return model.train_on_batch(x, y, return_dict=True)
+
+
+# Where packing is not safe
+
+
+def test_padding_that_reaches_valid_rows_is_another_model():
+    def unmasked():
+        """The mean over all words of a row, padding too."""
+        return keras.Sequential(
+            [
+                keras.Input((None,), dtype="int32"),
+                layers.Embedding(WORDS, 4),
+                layers.GlobalAveragePooling1D(),
+                layers.Dense(CLASSES),
+            ]
+        )
+
+    with pytest.raises(AssertionError, match="off by"):
+        assert_equals_keras(case("", unmasked, ROW_LABELS))
+
+
+def test_a_loss_of_padding_is_another_loss():
+    with pytest.raises(AssertionError, match="off by"):
+        assert_equals_keras(case("", lambda: tagger(False), LABELS))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "text"),
+    [
+        ({"microbatch_tokens": 40}, ValueError, "microbatch_tokens and lengths belong together"),
+        ({"lengths": length_of}, ValueError, "microbatch_tokens and lengths belong together"),
+        (PACKED | {"microbatch_tokens": 0}, ValueError, "microbatch_tokens must be a positive"),
+        (PACKED | {"lengths": "ids"}, TypeError, "lengths must be a function of the x of a batch"),
+        (PACKED | {"microbatch_size": 4}, ValueError, "packed by tokens or cut by number"),
+        (PACKED | {"accumulation_steps": 4}, ValueError, "packed by tokens or cut by number"),
+    ],
+)
+def test_arguments_must_fit(sizes, error, text):
+    model = tagger()
+    model.compile("sgd", crossentropy())
+    with pytest.raises(error, match=text):
+        vb.accumulate(model, **sizes)
+
+
+def test_a_model_of_one_length_is_refused():
+    model = keras.Sequential(
+        [keras.Input((TOKENS,), dtype="int32"), layers.Embedding(WORDS, 4), layers.Dense(CLASSES)]
+    )
+    with pytest.raises(ValueError, match=r"must take any length\. Got a model whose input has the"):
+        trained(model, IDS, LABELS, **PACKED)
+
+
+def test_what_may_be_padded_is_refused():
+    series = np.ones((4, TOKENS, 3))
+    model = keras.Sequential([keras.Input((None, 3)), layers.Dense(CLASSES)])
+    with pytest.raises(ValueError, match=r"(?s)must be clear which leaves .* virtualbatch\.pack"):
+        trained(model, series, LABELS[:4], microbatch_tokens=9, lengths=lambda x: x[:, 0, 0])
+
+
+def test_lengths_that_are_not_one_per_row_are_refused():
+    with pytest.raises(ValueError, match=r"one length per row"):
+        trained(tagger(), IDS[:4], LABELS[:4], microbatch_tokens=9, lengths=lambda x: x)
+
+
+def test_restore_takes_packing_back():
+    model = tagger()
+    trained(model, IDS, LABELS, **PACKED)
+    vb.restore(model)
+    assert "train_step" not in vars(model)
+    model.fit(IDS, LABELS, verbose=0)
