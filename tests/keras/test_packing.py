@@ -4,8 +4,10 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from tests.keras.backends import supported
 from tests.keras.problems import CLASSES, TOKENS, WORDS, compiled, crossentropy
 from tests.keras.training import ROWS, Case, assert_equals_keras, names
+from tests.oracle import assert_close
 
 import virtualbatch.keras as vb
 
@@ -68,8 +70,8 @@ def two_inputs():
     return keras.Model({"ids": ids, "other": other}, layers.Dense(CLASSES)(x))
 
 
-def case(name, model, y, sizes=PACKED, x=IDS, fit={}, **options):  # noqa: B006
-    return Case(name, model, compiled(**options), x, y, fit, sizes)
+def case(name, model, y, *needs, sizes=PACKED, x=IDS, fit={}, **options):  # noqa: B006
+    return Case(name, model, compiled(**options), x, y, fit, sizes, needs)
 
 
 def plain(**options):
@@ -78,25 +80,32 @@ def plain(**options):
 
 OTHER = _random.normal(size=(ROWS, 2))
 
-CASES = [
-    case("masked tokens", tagger, LABELS),
-    case("masked attention", attentive, LABELS),
-    case("masked tokens, adam", tagger, LABELS, optimizer="adam"),
+CASES = supported([
+    case("masked tokens", tagger, LABELS, "masked metrics"),
+    case("masked tokens, without metrics", tagger, LABELS, **plain()),
+    case("masked attention", attentive, LABELS, **plain()),
+    case("masked tokens, adam", tagger, LABELS, **plain(optimizer="adam")),
     case("token weights, which Keras divides by all elements", lambda: tagger(False), LABELS,
          fit={"sample_weight": WEIGHTS}, **plain(weighted_metrics=["accuracy"])),
     case("token weights, divided by their sum", lambda: tagger(False), LABELS,
          fit={"sample_weight": WEIGHTS},
          **plain(loss=lambda: crossentropy(reduction="mean_with_sample_weight"))),
     case("token weights, summed", lambda: tagger(False), LABELS,
-         fit={"sample_weight": WEIGHTS}, **plain(loss=lambda: crossentropy(reduction="sum"))),
+         fit={"sample_weight": WEIGHTS},
+         **plain(loss=lambda: crossentropy(reduction="sum"))),
     case("one label a row", classifier, ROW_LABELS),
     case("row weights", classifier, ROW_LABELS, fit={"sample_weight": _random.random(ROWS)}),
     case("several inputs", two_inputs, ROW_LABELS, x={"ids": IDS, "other": OTHER},
          sizes={"microbatch_tokens": 40, "lengths": lambda x: length_of(x["ids"])}),
-    case("all in one micro-batch", tagger, LABELS, sizes=PACKED | {"microbatch_tokens": 10**6}),
-    case("one row a micro-batch", tagger, LABELS, sizes=PACKED | {"microbatch_tokens": TOKENS}),
-    case("eagerly", tagger, LABELS, run_eagerly=True),
-]  # fmt: skip
+    case("all in one micro-batch", tagger, LABELS, sizes=PACKED | {"microbatch_tokens": 10**6},
+         **plain()),
+    case("one row a micro-batch", tagger, LABELS, sizes=PACKED | {"microbatch_tokens": TOKENS},
+         **plain()),
+    case("eagerly", tagger, LABELS, **plain(run_eagerly=True)),
+    case("jit_compile", tagger, LABELS, "jit_compile", **plain(jit_compile=True)),
+    case("steps_per_execution", tagger, LABELS, "steps_per_execution",
+         **plain(steps_per_execution=2)),
+])  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=names(CASES))
@@ -108,6 +117,16 @@ def trained(model, x, y, **sizes):
     model.compile("sgd", crossentropy())
     vb.accumulate(model, **sizes)
     return model.train_on_batch(x, y, return_dict=True)
+
+
+def test_masked_metrics_count_valid_tokens():
+    keras.utils.set_random_seed(1)
+    model = tagger()
+    model.compile("sgd", crossentropy(), metrics=["accuracy"])
+    vb.accumulate(model, **PACKED)
+    right = keras.ops.convert_to_numpy(model(IDS)).argmax(-1) == LABELS
+    found = model.train_on_batch(IDS, LABELS, return_dict=True)
+    assert_close(found["accuracy"], right[MASK].mean(), 1e-6)
 
 
 # Where packing is not safe
