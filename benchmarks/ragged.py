@@ -5,7 +5,7 @@ log-normal. All contenders compute the gradient of the whole batch, and it is co
 the padded one in the same run. They run in turns in one process an engine, packing included; the
 padded loop is compiled as a whole where that is faster, so it is the best of its engine.
 
-Usage: python benchmarks/ragged.py [--engines torch tensorflow jax] [--rounds 7] [--json FILE]
+Usage: python benchmarks/ragged.py [--engines torch keras-jax] [--rounds 7] [--json FILE]
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 
 from virtualbatch import Window, pack
 
-ENGINES = ["torch", "tensorflow", "jax"]
+ENGINES = ["torch", "tensorflow", "jax", "keras-torch", "keras-tensorflow", "keras-jax"]
 ROWS, LENGTH, MICROBATCH_SIZE = 128, 256, 16
 TOKENS = MICROBATCH_SIZE * LENGTH
 LAYERS, WIDTH, HEADS, WORDS, CLASSES = 3, 128, 4, 1000, 32
@@ -247,8 +247,70 @@ def on_jax(threads: int) -> Contenders:
     }
 
 
+def on_keras(threads: int) -> Contenders:
+    import keras
+    from keras import layers, ops
+
+    import virtualbatch.keras as vb
+
+    if keras.backend.backend() == "torch":
+        import torch
+
+        torch.set_num_threads(threads)
+
+    class Places(layers.Layer):
+        """Adds a learned vector for each place, for as many as there are."""
+
+        def build(self, shape: Any) -> None:
+            self.places = self.add_weight(shape=(LENGTH, shape[-1]))
+            self.supports_masking = True
+
+        def call(self, x: Any) -> Any:
+            return x + self.places[: ops.shape(x)[1]]
+
+    def model() -> keras.Model:
+        keras.utils.set_random_seed(0)
+        ids = keras.Input((None,), dtype="int32")
+        x = Places()(layers.Embedding(WORDS, WIDTH, mask_zero=True)(ids))
+        for _ in range(LAYERS):
+            y = layers.LayerNormalization()(x)
+            x = layers.Add()([x, layers.MultiHeadAttention(HEADS, WIDTH // HEADS)(y, y)])
+            y = layers.Dense(4 * WIDTH, activation="relu")(layers.LayerNormalization()(x))
+            x = layers.Add()([x, layers.Dense(WIDTH)(y)])
+        found = keras.Model(ids, layers.Dense(CLASSES)(layers.LayerNormalization()(x)))
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        found.compile(keras.optimizers.SGD(1.0), loss)
+        return found
+
+    def lengths(ids: Any) -> Any:
+        return ops.sum(ops.cast(ids != 0, "int32"), 1)
+
+    batch, _ = data()
+
+    def contender(**sizes: Any) -> Callable[[], list[np.ndarray]]:
+        trained = model()
+        vb.accumulate(trained, **sizes)
+        start = trained.get_weights()
+
+        def update() -> list[np.ndarray]:
+            """One update of `fit`; what it changed the first time is the gradient."""
+            loss = trained.train_on_batch(batch["ids"], batch["labels"])
+            changed = [a - b for a, b in zip(start, trained.get_weights(), strict=True)]
+            return [np.asarray(loss), *changed]
+
+        return update
+
+    return {
+        PADDED: contender(microbatch_size=MICROBATCH_SIZE),
+        PACKED: contender(microbatch_tokens=TOKENS, lengths=lengths),
+    }
+
+
 def measured(engine: str, rounds: int, threads: int) -> dict[str, Any]:
     """Milliseconds of each contender, how much faster, and how far gradients differ."""
+    engine, _, backend = engine.partition("-")
+    # Read when Keras is imported.
+    os.environ["KERAS_BACKEND"] = backend or "tensorflow"
     contenders = globals()[f"on_{engine}"](threads)
     found = {name: run() for name, run in contenders.items()}
     largest = [np.abs(gradient).max() for gradient in found[PADDED]]
