@@ -207,7 +207,8 @@ def row_lengths(lengths: Any, rows: int) -> np.ndarray:
             "A length must be at least 1. "
             f"Got lengths[{row}]={lengths[row]}. Give rows that hold nothing the length 1."
         )
-    return lengths.astype(np.int64)
+    whole: np.ndarray = lengths.astype(np.int64)
+    return whole
 
 
 def _is_array(path: str, leaf: Any) -> bool:

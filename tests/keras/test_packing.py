@@ -1,30 +1,21 @@
 """Rows packed by tokens train as plain Keras trains on the padded batch."""
 
+import logging
+
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
 from tests.keras.backends import supported
+from tests.keras.packing import IDS, LABELS, MASK, PACKED, ROW_LABELS, WEIGHTS, length_of, tagger
 from tests.keras.problems import CLASSES, TOKENS, WORDS, compiled, crossentropy
+from tests.keras.running_out import Model, Points
 from tests.keras.training import ROWS, Case, assert_equals_keras, names
 from tests.oracle import assert_close
 
 import virtualbatch.keras as vb
 
-_random = np.random.default_rng(5)
-LENGTHS = _random.integers(2, TOKENS + 1, size=ROWS)
-MASK = np.arange(TOKENS) < LENGTHS[:, None]
-IDS = _random.integers(1, WORDS, size=(ROWS, TOKENS)) * MASK
-LABELS = _random.integers(0, CLASSES, size=(ROWS, TOKENS))
-WEIGHTS = _random.random((ROWS, TOKENS)) * MASK
-ROW_LABELS = _random.integers(0, CLASSES, size=ROWS)
-
-
-def length_of(ids):
-    return ops.sum(ops.cast(ids != 0, "int32"), 1)
-
-
-PACKED = {"microbatch_tokens": 40, "lengths": length_of}
+_random = np.random.default_rng(6)
 
 
 class Masked(layers.Layer):
@@ -34,17 +25,6 @@ class Masked(layers.Layer):
         ids, x = inputs
         valid = ops.cast(ids != 0, x.dtype)[..., None]
         return ops.sum(x * valid, 1) / ops.sum(valid, 1)
-
-
-def tagger(mask_zero=True):
-    """Word ids of any length -> logits per token."""
-    return keras.Sequential(
-        [
-            keras.Input((None,), dtype="int32"),
-            layers.Embedding(WORDS, 4, mask_zero=mask_zero),
-            layers.Dense(CLASSES),
-        ]
-    )
 
 
 def attentive():
@@ -127,6 +107,35 @@ def test_masked_metrics_count_valid_tokens():
     right = keras.ops.convert_to_numpy(model(IDS)).argmax(-1) == LABELS
     found = model.train_on_batch(IDS, LABELS, return_dict=True)
     assert_close(found["accuracy"], right[MASK].mean(), 1e-6)
+
+
+# Memory that runs out
+
+
+class RunsOut(Model):
+    """A tagger whose windows run out of memory where they are told to."""
+
+    def __init__(self, points):
+        super(Model, self).__init__()
+        self.points = points
+        self.first = layers.Embedding(WORDS, 4)
+        self.norm = self.dropout = layers.Dropout(0.0)
+        self.last = layers.Dense(CLASSES)
+
+
+def test_memory_that_runs_out_halves_the_tokens(caplog):
+    def trained(tokens, points):
+        keras.utils.set_random_seed(1)
+        model = RunsOut(points)
+        model.compile("adam", crossentropy(), weighted_metrics=["accuracy"])
+        vb.accumulate(model, microbatch_tokens=tokens, lengths=length_of)
+        return model.fit(IDS, LABELS, sample_weight=WEIGHTS, shuffle=False, verbose=0).history
+
+    with caplog.at_level(logging.WARNING, "virtualbatch"):
+        found = trained(40, Points([0]))
+    assert found == trained(20, Points())
+    assert "Out of memory with micro-batches of 40 tokens." in caplog.text
+    assert "micro-batches of 20 tokens, which are kept" in caplog.text
 
 
 # Where packing is not safe

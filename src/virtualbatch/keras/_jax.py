@@ -19,8 +19,9 @@ from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._jax_packing import packed_cut
 from virtualbatch.keras._jax_plan import MEMORY, copied, planned
 from virtualbatch.keras._jax_program import JaxProgram
-from virtualbatch.keras._jax_window import State, WindowRun, unstretched
+from virtualbatch.keras._jax_window import State, WindowRun
 from virtualbatch.keras._packing import Packing
+from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._subject import Backend
 from virtualbatch.keras._train_step import TrainStep
 from virtualbatch.plan import Plan

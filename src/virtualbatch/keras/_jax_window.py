@@ -56,12 +56,6 @@ class _Carried(NamedTuple):
     latest: Any
 
 
-def unstretched(batch: Any) -> float:
-    """The stretch of micro-batches whose rows are not trimmed."""
-    del batch
-    return 1.0
-
-
 class WindowRun:
     """One batch of `fit` as micro-batches.
 

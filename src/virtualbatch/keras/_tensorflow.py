@@ -19,12 +19,13 @@ from virtualbatch.certify import Certificate
 from virtualbatch.keras._certify import Engine, build_symbolically, certificate
 from virtualbatch.keras._eager_program import EagerProgram
 from virtualbatch.keras._guard import Guard
+from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._snapshot import Snapshot
 from virtualbatch.keras._subject import Backend
 from virtualbatch.keras._tensorflow_data import given_back, has_open_rows_only, taken
 from virtualbatch.keras._tensorflow_packing import packed_segments
 from virtualbatch.keras._tensorflow_plan import MEMORY, planned
-from virtualbatch.keras._tensorflow_window import WindowRun, rows_of, unstretched
+from virtualbatch.keras._tensorflow_window import WindowRun, rows_of
 from virtualbatch.keras._train_step import TrainStep, uncompiled
 from virtualbatch.plan import Plan
 from virtualbatch.split import array_leaves, common_rows, sizes_disagree
@@ -46,7 +47,8 @@ class TensorFlowStep(TrainStep):
             packing = self._packing_in_force()
             if packing is None:
                 batch = self._with_agreeing_sizes(batch)
-                cut, stretch = segments(batch, *self._cut_by()), unstretched
+                cut = segments(batch, *self._cut_by())
+                stretch = unstretched
             else:
                 cut, stretch = packed_segments(model, batch, packing)
             if not self._layers_built:

@@ -16,6 +16,7 @@ from virtualbatch.keras._packing import (
     checked_lengths,
     padded_batch,
 )
+from virtualbatch.keras._rows import unstretched
 from virtualbatch.tensorflow._batch import Segment, as_tensor
 
 
@@ -86,15 +87,15 @@ def packed_segments(
         length = tf.shape(found.like(microbatch).leaves[first])[1]
         return tf.cast(padded, tf.float64) / tf.cast(length, tf.float64)
 
+    def one(i: int) -> Segment:
+        return Segment(1, source, lambda source, _: cut(source, i), lambda _: stops[i] - starts[i])
+
     count = tf.size(starts)
     if tf.executing_eagerly():
-        segments = [
-            Segment(1, source, lambda source, _, i=i: cut(source, i), lambda _: None)
-            for i in range(int(count))
-        ]
+        segments = [one(i) for i in range(int(count))]
     else:
         segments = [Segment(count, source, cut, lambda i: stops[i] - starts[i])]
-    return segments, stretch if found.targets else lambda microbatch: 1.0
+    return segments, stretch if found.targets else unstretched
 
 
 def _starts(lengths: Any, tokens: int) -> Any:

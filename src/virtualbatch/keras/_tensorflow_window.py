@@ -52,12 +52,6 @@ def rows_of(batch: Any) -> Any:
     return tf.shape(leaf)[0]
 
 
-def unstretched(batch: Any) -> float:
-    """The stretch of micro-batches whose rows are not trimmed."""
-    del batch
-    return 1.0
-
-
 class WindowRun:
     """One batch of `fit` as micro-batches.
 
