@@ -45,10 +45,10 @@ class TensorFlowStep(TrainStep):
         batch = self._unpacked(data)
         with tf.variable_creator_scope(_created_outside):
             packing = self._packing_in_force()
+            stretch: Callable[[Any], Any] = unstretched
             if packing is None:
                 batch = self._with_agreeing_sizes(batch)
                 cut = segments(batch, *self._cut_by())
-                stretch = unstretched
             else:
                 cut, stretch = packed_segments(model, batch, packing)
             if not self._layers_built:
