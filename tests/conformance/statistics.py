@@ -35,9 +35,7 @@ def due(name: str, sizes: list[int]) -> tuple[Any, list[Any]]:
     return batch, [sum(sizes), (shares > 0).sum(), mean_square, square]
 
 
-def statistics_are_those_of_the_gradients(
-    engine: Any, compiled: Any, name: str, cut: str
-) -> None:
+def statistics_are_those_of_the_gradients(engine: Any, compiled: Any, name: str, cut: str) -> None:
     sizes = CUTS[cut]
     params, loss_fn, weight = network(engine, name)
     batch, expected = due(name, sizes)
