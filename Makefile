@@ -44,11 +44,11 @@ ifeq ($(PYTHON),)
 endif
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check \
-		--constraint constraints.txt --editable ".[tensorflow,torch,jax,demo,examples,test,lint]"
+		--constraint constraints.txt --editable ".[tensorflow,torch,jax,demo,report,examples,test,lint]"
 	touch $(STAMP)
 
 demo: setup
-	$(BIN)/virtualbatch demo
+	$(BIN)/virtualbatch demo --html report.html
 
 # Keras takes one backend per process. On JAX most of the time would go into optimising programs
 # that run once.
