@@ -65,12 +65,15 @@ class Losses(keras.callbacks.Callback):
         self.seconds: list[float] = []
 
     def on_train_begin(self, logs=None) -> None:
+        """Starts the clock."""
         self._start = time.perf_counter()
 
     def on_epoch_begin(self, epoch, logs=None) -> None:
+        """Forgets the last epoch, as Keras does."""
         self._seen, self._total = 0, 0.0
 
     def on_train_batch_end(self, batch, logs=None) -> None:
+        """Keeps what this batch added."""
         seen = min(self._seen + self._batch_size, self._rows)
         total = float(logs["loss"]) * seen
         self.losses.append((total - self._total) / (seen - self._seen))

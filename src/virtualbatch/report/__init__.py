@@ -14,7 +14,7 @@ from virtualbatch.demo.result import DemoResult
 from virtualbatch.noise import NoiseEstimate
 from virtualbatch.plan import Plan
 
-__all__ = ["require_tools", "write_html"]
+__all__ = ["write_html"]
 
 NEEDED = ("jinja2", "matplotlib")
 

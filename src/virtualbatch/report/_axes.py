@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from virtualbatch.report._svg import LIGHT
+from virtualbatch.report._svg import LIGHT, SMALL
 
 HEIGHT = 290
 # Of a row; its name is above it.
 BAR = 0.3
-_PIXELS_PER_ROW = 34
+_PIXELS_PER_ROW = 36
 _LONGEST_NAME = 46
 
 
@@ -23,13 +23,13 @@ def note(axes: Axes, at: tuple[float, float], text: str, colour: str) -> None:
         xytext=(2, 5),
         textcoords="offset points",
         color=LIGHT[colour],
-        fontsize=12,
+        fontsize=SMALL,
     )
 
 
 def rows_height(number: int) -> int:
     """Pixels that `named_rows` needs."""
-    return _PIXELS_PER_ROW * number + 10
+    return _PIXELS_PER_ROW * number + 20
 
 
 def named_rows(axes: Axes, names: Iterable[str], values: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ def named_rows(axes: Axes, names: Iterable[str], values: Sequence[str]) -> None:
                 _short(text),
                 (x, place),
                 xycoords=("axes fraction", "data"),
-                xytext=(0, 7),
+                xytext=(0, 8),
                 textcoords="offset points",
                 ha=side,
                 va="bottom",
@@ -57,7 +57,7 @@ def key(axes: Axes) -> None:
         bbox_to_anchor=(-0.02, 1.0),
         ncols=3,
         frameon=False,
-        fontsize=12,
+        fontsize=SMALL,
         handlelength=1.4,
         handletextpad=0.5,
         columnspacing=1.2,
@@ -69,7 +69,7 @@ def plain_log_ticks(axes: Axes) -> None:
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10g}"))
 
 
 def _short(name: str) -> str:

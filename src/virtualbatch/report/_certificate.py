@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from virtualbatch.certify import Certificate
 from virtualbatch.report._axes import BAR, named_rows, rows_height
 from virtualbatch.report._section import Figure, Section, Table, Tile
-from virtualbatch.report._svg import LIGHT, drawing
+from virtualbatch.report._svg import LIGHT, SMALL, drawing
 
 _MOST_LAYERS = 24
 
@@ -92,7 +92,7 @@ def _layer_errors(name: str, certificate: Certificate) -> Markup:
             xytext=(0, 4),
             textcoords="offset points",
             ha="right" if math.log(high / tolerance) < math.log(tolerance / low) else "left",
-            fontsize=12,
+            fontsize=SMALL,
         )
         axes.xaxis.set_major_formatter(FuncFormatter(_power_of_ten))
         axes.xaxis.set_minor_locator(NullLocator())

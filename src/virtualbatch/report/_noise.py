@@ -125,7 +125,7 @@ def _over_updates(name: str, history: Sequence[tuple[int, NoiseEstimate]]) -> Ma
         ends = [end for _, e in history for end in (e.low, e.high) if low < end < high]
         axes.set_ylim(min([*ends, *scales]) / 1.3, max([*ends, *scales]) * 1.3)
         plain_log_ticks(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
         axes.set_xlabel("updates")
         axes.set_ylabel("noise scale, rows")
     return found.svg
@@ -134,7 +134,7 @@ def _over_updates(name: str, history: Sequence[tuple[int, NoiseEstimate]]) -> Ma
 def _rows(number: float) -> str:
     if math.isinf(number):
         return "∞"
-    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
+    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
 
 
 def _power(exponent: float) -> str:

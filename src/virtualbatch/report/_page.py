@@ -37,9 +37,10 @@ def page(results: Sequence[Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html").render(
+    html: str = environment.get_template("page.html").render(
         sections=sections, palette=PALETTE, width=WIDTH, version=__version__
     )
+    return html
 
 
 def _section(name: str, result: Any) -> Section:

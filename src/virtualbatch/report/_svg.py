@@ -44,18 +44,18 @@ LIGHT = {colour.name: colour.light for colour in PALETTE}
 _VARIABLES = {colour.light: f"var(--{colour.name})" for colour in PALETTE}
 
 WIDTH = 440
-_TEXT = 13
-_SMALL = 12
+SMALL = 12
 
 _SETTINGS = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": "DejaVu Sans",
-    "font.size": _TEXT,
+    "font.size": 13.0,
     "text.color": LIGHT["ink"],
     "axes.edgecolor": LIGHT["line"],
     "axes.labelcolor": LIGHT["quiet"],
-    "axes.labelsize": _SMALL,
+    "axes.labelpad": 7.0,
+    "axes.labelsize": SMALL,
     "axes.facecolor": "none",
     "axes.linewidth": 1.0,
     "axes.spines.top": False,
@@ -68,10 +68,10 @@ _SETTINGS = {
     "grid.linewidth": 1.0,
     "xtick.color": LIGHT["line"],
     "xtick.labelcolor": LIGHT["quiet"],
-    "xtick.labelsize": _SMALL,
+    "xtick.labelsize": SMALL,
     "ytick.color": LIGHT["line"],
     "ytick.labelcolor": LIGHT["quiet"],
-    "ytick.labelsize": _SMALL,
+    "ytick.labelsize": SMALL,
     "ytick.major.size": 0.0,
     "ytick.minor.size": 0.0,
     "xtick.minor.size": 0.0,
