@@ -84,7 +84,7 @@ def _layer_errors(name: str, certificate: Certificate) -> Markup:
             axes.barh(place, end - low, left=low, height=BAR, color=colour)
         for place in range(len(shown)):
             # Not through the names.
-            axes.vlines(tolerance, place - 0.8 * BAR, place + 0.8 * BAR, color=LIGHT["ink"])
+            axes.vlines(tolerance, place - 0.7 * BAR, place + 0.7 * BAR, color=LIGHT["ink"])
         axes.annotate(
             f"tolerance {tolerance:.1e}",
             (tolerance, 1),

@@ -33,7 +33,8 @@ def demo_section(name: str, result: DemoResult) -> Section:
         Figure(
             "Loss over time",
             _losses(f"{name}-time", result, "time"),
-            "What the clock said at the end of each update; tracing comes before the first.",
+            "What the clock said at the end of each update; tracing comes before the first, and "
+            "reading each loss is counted.",
         ),
         Figure(
             "Peak memory",

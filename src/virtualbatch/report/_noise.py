@@ -60,19 +60,9 @@ def advice_section(advice: Advice) -> Section:
     Args:
         advice: to show.
     """
-    rules = Table(
-        f"Should the batch become {_rows(advice.best_rows)} rows",
-        ("optimizer", "learning rate", "beta 1", "beta 2", "source"),
-        [
-            (
-                rule.optimizer,
-                f"x {rule.learning_rate:.3g}",
-                *(("", "") if rule.betas is None else map(_power, rule.betas)),
-                rule.source,
-            )
-            for rule in advice.rules
-        ],
-    )
+    rules = [str(rule) for rule in advice.rules]
+    if rules:
+        rules.insert(0, f"Should the batch become {_rows(advice.best_rows)} rows:")
     return Section(
         kind="Advice",
         verdict=advice.verdict,
@@ -83,9 +73,8 @@ def advice_section(advice: Advice) -> Section:
             Tile(f"{_rows(advice.best_low)} to {_rows(advice.best_high)}", "rows: its interval"),
             Tile(f"{advice.time:.2f} times", "the best batch's time, with the present one"),
         ],
-        text=[],
+        text=rules,
         figures=[],
-        tables=[rules] if advice.rules else [],
     )
 
 
@@ -135,7 +124,3 @@ def _rows(number: float) -> str:
     if math.isinf(number):
         return "∞"
     return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
-
-
-def _power(exponent: float) -> str:
-    return "as it is" if exponent == 1 else f"to the power {exponent:.3g}"
