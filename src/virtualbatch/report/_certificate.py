@@ -29,7 +29,10 @@ def certificate_section(name: str, certificate: Certificate) -> Section:
     layers = len(_by_layer(certificate.parameters))
     figures, tables = [], []
     if certificate.parameters:
-        caption = "The largest error of the layer's parameters. Left of the mark is rounding."
+        caption = (
+            "The largest error of the layer's parameters, in the certificate's own units. Left of "
+            "the mark is rounding."
+        )
         if layers > _MOST_LAYERS:
             caption += f" The other {layers - _MOST_LAYERS} layers have no larger ones."
         title = "Error of each layer" if layers <= _MOST_LAYERS else "Layers with the largest error"
@@ -44,12 +47,12 @@ def certificate_section(name: str, certificate: Certificate) -> Section:
         )
     return Section(
         kind="Certificate",
-        verdict="Exact: accumulating gives the gradient of the whole batch"
+        verdict="Exact: accumulating gives the update of the whole batch"
         if certificate.exact
-        else "Not exact: accumulating does not give the gradient of the whole batch",
+        else "Not exact: accumulating does not give the update of the whole batch",
         tone="good" if certificate.exact else "bad",
         tiles=[
-            Tile(_error(certificate.max_error), "largest error of a gradient"),
+            Tile(_error(certificate.max_error), "largest error of a parameter"),
             Tile(_error(certificate.tolerance), "tolerance, from rounding"),
             Tile(_error(certificate.loss_error), "error of the loss"),
             Tile(str(len(certificate.parameters)), "parameters compared"),
@@ -96,7 +99,7 @@ def _layer_errors(name: str, certificate: Certificate) -> Markup:
         )
         axes.xaxis.set_major_formatter(FuncFormatter(_power_of_ten))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("error, in units of the largest gradient")
+        axes.set_xlabel("relative error")
     return found.svg
 
 
