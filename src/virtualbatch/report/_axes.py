@@ -51,6 +51,7 @@ def named_rows(axes: Axes, names: Iterable[str], values: Sequence[str]) -> None:
 
 
 def key(axes: Axes) -> None:
+    """Names the lines above the plot, where nothing is drawn."""
     axes.legend(
         loc="lower left",
         borderaxespad=0.2,

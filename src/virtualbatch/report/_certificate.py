@@ -37,7 +37,7 @@ def certificate_section(name: str, certificate: Certificate) -> Section:
             caption += f" The other {layers - _MOST_LAYERS} layers have no larger ones."
         title = "Error of each layer" if layers <= _MOST_LAYERS else "Layers with the largest error"
         figures.append(Figure(title, _layer_errors(f"{name}-layers", certificate), caption))
-        worst = sorted(certificate.parameters.items(), key=lambda item: -item[1])
+        worst = _worst_first(certificate.parameters)
         tables.append(
             Table(
                 f"All {len(worst)} parameters",
@@ -116,8 +116,11 @@ def _error(value: float) -> str:
 def _by_layer(parameters: Mapping[str, float]) -> list[tuple[str, float]]:
     """Layers with the largest error of their parameters, the worst first."""
     layers: dict[str, float] = {}
-    for name, error in parameters.items():
-        layer = _LAST_PART.sub("", name)
-        # Not a number is worse than any.
-        layers[layer] = max(math.inf if math.isnan(error) else error, layers.get(layer, 0.0))
-    return sorted(layers.items(), key=lambda item: -item[1])
+    for name, error in _worst_first(parameters):
+        layers.setdefault(_LAST_PART.sub("", name), error)
+    return list(layers.items())
+
+
+def _worst_first(parameters: Mapping[str, float]) -> list[tuple[str, float]]:
+    # Not a number is worse than any.
+    return sorted(parameters.items(), key=lambda item: (not math.isnan(item[1]), -item[1]))
