@@ -9,6 +9,7 @@ import pytest
 import virtualbatch
 import virtualbatch.jax
 import virtualbatch.keras
+import virtualbatch.report
 import virtualbatch.tensorflow
 import virtualbatch.torch
 
@@ -16,6 +17,7 @@ SIGNATURES = {
     virtualbatch.Window: "(microbatches, *, sorted_rows=False)",
     virtualbatch.pack: "(batch, lengths, *, microbatch_tokens, round_to=None, padded=None)",
     virtualbatch.windows: "(stream, *, accumulation_steps)",
+    virtualbatch.report.write_html: "(file, *results)",
     virtualbatch.certify_loop: "(loop, batches, *, microbatch_size, save, load)",
     virtualbatch.tensorflow.certify_loop: "(loop, batches, *, microbatch_size, **state)",
     virtualbatch.keras.certify_loop: "(loop, batches, *, microbatch_size, **state)",
@@ -79,6 +81,7 @@ NAMES = {
         "pack",
         "windows",
     },
+    virtualbatch.report: {"write_html"},
     virtualbatch.tensorflow: {
         "Window",
         "certify",

@@ -12,7 +12,7 @@ import keras
 
 from virtualbatch.keras._train_step import TrainStep
 from virtualbatch.plan import Plan
-from virtualbatch.recovery import no_smaller_size
+from virtualbatch.recovery import free_frames, no_smaller_size
 from virtualbatch.sizes import Auto, Leaf, Signature, SizeInForce
 from virtualbatch.split import array_leaves, common_rows, is_automatic
 
@@ -108,7 +108,7 @@ class Guard:
                 return result
             put_back()
             # Its frames hold the tensors of the window.
-            traceback.clear_frames(failed.__traceback__)
+            free_frames(failed)
             packed = self._step.packing is not None
             if not (
                 size.shrink(size.rows, "tokens") if packed else size.shrink(min(size.rows, rows))
