@@ -1,6 +1,11 @@
 """Planning: peaks near those of real windows, nothing changed, automatic sizes."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -202,6 +207,29 @@ def test_sizes_are_tried_eagerly_where_there_is_no_room_for_a_graph(monkeypatch,
     (line,) = caplog.messages
     assert "sizes are tried from the smallest" in line
     assert int(count) == 0
+
+
+def test_sizes_are_tried_in_a_process_of_little_address_space():
+    script = Path(__file__).with_name("tight.py")
+    # Else the C library keeps what is freed, and what fits is a matter of luck.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    child = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
+    )
+    assert child.returncode == 0, child.stderr
+    found = json.loads(child.stdout)
+    tried = [row["microbatch_size"] for row in found["plan"]["rows"]]
+    assert tried[:2] == [1, 2]
+    assert tried[-1] < 256
+    assert found["plan"]["microbatch_size"] in tried
+    (line,) = found["log"]
+    assert "sizes are tried from the smallest" in line
+    assert found["intact"]
 
 
 def test_a_first_window_that_runs_out_is_no_raw_error(monkeypatch):
