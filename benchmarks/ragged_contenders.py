@@ -21,14 +21,10 @@ from ragged_model import (
 
 from virtualbatch import Window, pack
 
-# Lengths of compiled engines: multiples of this, so four shapes.
-ROUND_TO = 64
-PADDED, TRIMMED, PACKED, EQUAL = (
-    "padded",
-    "trimmed, not sorted",
-    "packed",
-    f"packed, round_to={ROUND_TO}",
-)
+# Lengths of compiled engines: multiples of one of these, so at most four or eight shapes.
+COARSE, FINE = 64, 32
+PADDED, TRIMMED, PACKED = "padded", "trimmed, not sorted", "packed"
+ROUNDED, ROUNDED_FINE = (f"packed, round_to={n}" for n in (COARSE, FINE))
 
 Contenders = dict[str, Callable[[], list[np.ndarray]]]
 
@@ -83,7 +79,7 @@ def on_torch(threads: int) -> Contenders:
         PADDED: lambda: gradients(batch, microbatch_size=MICROBATCH_SIZE),
         TRIMMED: lambda: gradients(trimmed(batch, lengths)),
         PACKED: lambda: gradients(pack(batch, lengths, microbatch_tokens=TOKENS)),
-        EQUAL: lambda: gradients(pack(batch, lengths, microbatch_tokens=TOKENS, round_to=ROUND_TO)),
+        ROUNDED: lambda: gradients(pack(batch, lengths, microbatch_tokens=TOKENS, round_to=COARSE)),
     }
 
 
@@ -137,7 +133,7 @@ def on_tensorflow(threads: int) -> Contenders:
         PADDED: lambda: dense(whole(batch)),
         TRIMMED: lambda: gradients(trimmed(batch, lengths)),
         PACKED: lambda: gradients(pack(batch, lengths, microbatch_tokens=TOKENS)),
-        EQUAL: lambda: gradients(pack(batch, lengths, microbatch_tokens=TOKENS, round_to=ROUND_TO)),
+        ROUNDED: lambda: gradients(pack(batch, lengths, microbatch_tokens=TOKENS, round_to=COARSE)),
     }
 
 
@@ -173,12 +169,15 @@ def on_jax(threads: int) -> Contenders:
     def listed(found: Any) -> list[np.ndarray]:
         return [np.asarray(found[1][name]) for name in w]
 
+    def packed(round_to: int) -> list[np.ndarray]:
+        given = pack(batch, lengths, microbatch_tokens=TOKENS, round_to=round_to)
+        return listed(window(w, given))
+
     return {
         PADDED: lambda: listed(whole(w, batch)),
-        TRIMMED: lambda: listed(window(w, trimmed(batch, lengths, ROUND_TO))),
-        EQUAL: lambda: listed(
-            window(w, pack(batch, lengths, microbatch_tokens=TOKENS, round_to=ROUND_TO))
-        ),
+        TRIMMED: lambda: listed(window(w, trimmed(batch, lengths, COARSE))),
+        ROUNDED: lambda: packed(COARSE),
+        ROUNDED_FINE: lambda: packed(FINE),
     }
 
 
