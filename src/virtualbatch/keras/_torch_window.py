@@ -22,6 +22,7 @@ from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._torch_state import torch_modules
 from virtualbatch.keras._window import WindowModel
 from virtualbatch.torch._batchnorm import MergedStatistics
+from virtualbatch.torch._own_memory import OwnMemory
 from virtualbatch.torch._state import Buffers
 from virtualbatch.window import accumulator_dtype
 
@@ -146,6 +147,7 @@ class _Gradients:
         self._found_any = False
         for parameter in parameters:
             parameter.grad = None
+        self._own_memory = OwnMemory(parameters)
 
     def add(self, loss: torch.Tensor, rows: Rows) -> None:
         """Differentiates one micro-batch's part of the loss."""
@@ -156,6 +158,7 @@ class _Gradients:
         self._found_any = True
         if not self._half:
             loss.backward()
+            self._own_memory.give()
             return
         share = rows.share("float32")
         (loss / share).backward()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from virtualbatch.torch._own_memory import OwnMemory
 from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.window import accumulator_dtype
 
@@ -41,6 +42,7 @@ class WindowGradients:
         self._sums: list[torch.Tensor | None] = [None] * len(parameters)
         self._differentiate: _Differentiate | None = None
         self._in_place = True
+        self._own_memory = OwnMemory(parameters)
         self.found_any = False
         # What the gradients of the latest micro-batch lacked of their share on their way.
         self.factor = 1.0
@@ -62,15 +64,16 @@ class WindowGradients:
         """
         if self._differentiate is None:
             self._differentiate = self._chosen(terms)
-        reached, factors = [], []
-        for term, share in zip(terms, shares, strict=True):
-            # A branch may leave a micro-batch without parameters: its gradient is zero.
-            if share and term.requires_grad:
-                reached.append(term)
-                factors.append(share)
+        # A branch may leave a micro-batch without parameters: its gradient is zero.
+        reached = [
+            (term, share)
+            for term, share in zip(terms, shares, strict=True)
+            if share and term.requires_grad
+        ]
         if reached:
             self.found_any = True
-            self._differentiate(reached, factors)
+            self._differentiate(*zip(*reached, strict=True))
+            self._own_memory.give()
 
     def zero(self) -> None:
         """Makes every gradient found so far zero, NaN included."""
@@ -113,6 +116,7 @@ class WindowGradients:
         if not _HALF.isdisjoint([x.dtype for x in (*self._parameters, *terms)]):
             self._check_leaves(terms)
             self._in_place = False
+            self._own_memory = OwnMemory(())
             chosen = self._in_buffers(chosen)
         return chosen
 
