@@ -22,16 +22,17 @@ ALONE_EXAMPLES_tensorflow := keras_fit tensorflow_loop
 ALONE_EXAMPLES_torch := torch_loop torch_language_model
 ALONE_EXAMPLES_jax := jax_optax flax_nnx equinox_model keras_jax
 
-.PHONY: help setup demo test test-alone lint bench examples doctor clean
+.PHONY: help setup demo test test-alone lint bench examples report-shots doctor clean
 
 help:
 	@echo "make setup      create .venv and install the package with its tools"
-	@echo "make demo       train on real digits: small batches, whole, accumulated"
+	@echo "make demo       train on real digits: small, whole, accumulated; writes report.html"
 	@echo "make test       run the tests"
 	@echo "make test-alone ENGINE=jax    the tests of one engine without the other frameworks"
 	@echo "make lint       ruff, mypy, import contracts"
 	@echo "make bench      measure speed and memory"
 	@echo "make examples   run every file in examples/"
+	@echo "make report-shots  pictures of reports in build/shots; needs chromium"
 	@echo "make doctor     what is installed, devices, memory limits"
 	@echo "make clean      remove .venv, caches and build outputs"
 
@@ -44,11 +45,11 @@ ifeq ($(PYTHON),)
 endif
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check \
-		--constraint constraints.txt --editable ".[tensorflow,torch,jax,demo,examples,test,lint]"
+		--constraint constraints.txt --editable ".[tensorflow,torch,jax,demo,report,examples,test,lint]"
 	touch $(STAMP)
 
 demo: setup
-	$(BIN)/virtualbatch demo
+	$(BIN)/virtualbatch demo --html report.html
 
 # Keras takes one backend per process. On JAX most of the time would go into optimising programs
 # that run once.
@@ -85,6 +86,9 @@ bench: setup
 
 examples: setup
 	set -e; for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example; done
+
+report-shots: setup
+	$(BIN)/python tests/report_shots.py build/shots
 
 doctor: setup
 	$(BIN)/virtualbatch doctor

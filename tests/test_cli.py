@@ -33,14 +33,17 @@ def test_commands_and_options_are_these() -> None:
         ("demo", "--batch-size"),
         ("demo", "--microbatch-size"),
         ("demo", "--json"),
+        ("demo", "--html"),
         ("plan", "target"),
         ("plan", "--batch-size"),
         ("plan", "--memory-limit"),
         ("plan", "--json"),
+        ("plan", "--html"),
         ("check", "target"),
         ("check", "--batch-size"),
         ("check", "--microbatch-size"),
         ("check", "--json"),
+        ("check", "--html"),
         ("doctor", "--json"),
     }
 
@@ -94,9 +97,11 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert outcome.stderr == message
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor"])
+@pytest.mark.parametrize(
+    ("command", "option"), [("demo", "--json"), ("demo", "--html"), ("doctor", "--json")]
+)
 def test_a_file_that_cannot_be_written_is_refused_first(
-    runner: CliRunner, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runner: CliRunner, command: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def must_not_run(*arguments: object) -> None:
         raise AssertionError("the command ran")
@@ -104,13 +109,13 @@ def test_a_file_that_cannot_be_written_is_refused_first(
     monkeypatch.setattr(cli, "run_demo", must_not_run)
     monkeypatch.setattr(cli, "diagnose", must_not_run)
 
-    outcome = runner.invoke(cli.app, [command, "--json", str(tmp_path / "missing" / "file")])
+    outcome = runner.invoke(cli.app, [command, option, str(tmp_path / "missing" / "file")])
     assert outcome.exit_code == 2
-    assert "--json must name a file in an existing folder. Got" in outcome.stderr
+    assert f"{option} must name a file in an existing folder. Got" in outcome.stderr
 
-    outcome = runner.invoke(cli.app, [command, "--json", str(tmp_path)])
+    outcome = runner.invoke(cli.app, [command, option, str(tmp_path)])
     assert outcome.exit_code == 2
-    assert "--json must name a file. Got the folder" in outcome.stderr
+    assert f"{option} must name a file. Got the folder" in outcome.stderr
 
 
 def test_a_failed_run_is_an_error_with_exit_code_1(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,8 @@ def run_result(mode: str, **changes: object) -> RunResult:
         framework_memory_bytes=700 * MEBIBYTE,
         peak_memory_method="VmHWM",
         farthest_weight=0.1,
+        losses=[2.0, 0.5],
+        seconds=[4.0, 8.0],
     )
     return replace(figures, **changes)
 
@@ -78,6 +81,7 @@ def test_json_holds_all_figures(result: DemoResult) -> None:
     content = json.loads(result.to_json())
     assert content["accumulated"]["peak_memory_bytes"] == 50 * MEBIBYTE
     assert content["accumulated_difference"] == 1e-6
+    assert content["accumulated"]["losses"] == [2.0, 0.5]
     assert content["weights_agree"] is True
     assert content["conclusion"] == result.conclusion
 
@@ -172,6 +176,21 @@ def test_peak_memory_sees_what_was_freed_again(
         assert measured.method == "sampled RSS"
 
 
+def test_the_loss_of_a_batch_follows_from_the_mean_that_keras_shows() -> None:
+    from virtualbatch.demo.digits import Losses
+
+    kept = Losses(rows=10, batch_size=4)
+    kept.on_train_begin()
+    for _ in range(2):
+        kept.on_epoch_begin(0)
+        # Batches of 4, 4 and 2 rows with the losses 3, 1 and 0.5.
+        for batch, mean in enumerate((3.0, 2.0, 1.7)):
+            kept.on_train_batch_end(batch, {"loss": mean})
+    assert kept.losses == pytest.approx([3.0, 1.0, 0.5, 3.0, 1.0, 0.5])
+    assert kept.seconds == sorted(kept.seconds)
+    assert len(kept.seconds) == 6
+
+
 @pytest.mark.timeout(240)
 def test_the_real_runs() -> None:
     settings = Settings(epochs=1)
@@ -186,4 +205,10 @@ def test_the_real_runs() -> None:
     assert result.weights_agree
     assert result.small_difference > 100 * result.accumulated_difference
     assert result.accumulated.train_loss == pytest.approx(result.whole.train_loss, rel=1e-4)
+    for run in result.runs:
+        assert len(run.losses) == len(run.seconds) == run.updates
+        assert 0 < run.seconds[0] < run.seconds[-1] <= run.fit_seconds
+        # Ten digits and no knowledge: every guess costs log 10.
+        assert run.losses[0] == pytest.approx(math.log(10), rel=0.05)
+    assert result.accumulated.losses == pytest.approx(result.whole.losses, rel=1e-4)
     assert result.accumulated.peak_memory_bytes < 0.5 * result.whole.peak_memory_bytes

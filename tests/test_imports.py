@@ -50,6 +50,21 @@ def test_the_command_line_imports_no_framework(module: str) -> None:
     assert_not_imported(program, FRAMEWORKS)
 
 
+@pytest.mark.parametrize("module", ["cli", "report"])
+def test_what_makes_a_page_is_imported_when_one_is_written(module: str) -> None:
+    assert_not_imported(f"import virtualbatch.{module}", ("jinja2", "matplotlib"))
+
+
+def test_a_report_imports_no_framework() -> None:
+    program = """
+from virtualbatch.plan import Plan, PlanRow
+from virtualbatch.report import write_html
+row = PlanRow(32, 2**20, measured=True, seconds_per_batch=0.5)
+write_html("/dev/null", Plan(32, 4, 2**21, "It fits.", (row,)))
+"""
+    assert_not_imported(program, (*FRAMEWORKS, "matplotlib.pyplot"))
+
+
 def test_a_doctor_run_imports_no_framework() -> None:
     program = "import virtualbatch.doctor\nprint(virtualbatch.doctor.diagnose())"
     assert_not_imported(program, FRAMEWORKS)
@@ -135,6 +150,8 @@ def test_the_import_contracts_hold(copied_package: Path) -> None:
         ("jax/__init__.py", "import optax", "JAX engine imports its own framework only BROKEN"),
         ("keras/__init__.py", "import psutil", "training paths import no tool BROKEN"),
         ("cli.py", "import virtualbatch.keras", "names an engine as a string BROKEN"),
+        ("keras/__init__.py", "import virtualbatch.report", "engines on the core BROKEN"),
+        ("report/_page.py", "import virtualbatch.torch", "names an engine as a string BROKEN"),
         ("stray.py", "", "engines on the core BROKEN"),
     ],
 )

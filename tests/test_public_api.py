@@ -9,12 +9,14 @@ import pytest
 import virtualbatch
 import virtualbatch.jax
 import virtualbatch.keras
+import virtualbatch.report
 import virtualbatch.tensorflow
 import virtualbatch.torch
 
 SIGNATURES = {
     virtualbatch.Window: "(microbatches)",
     virtualbatch.windows: "(stream, *, accumulation_steps)",
+    virtualbatch.report.write_html: "(file, *results)",
     virtualbatch.certify_loop: "(loop, batches, *, microbatch_size, save, load)",
     virtualbatch.tensorflow.certify_loop: "(loop, batches, *, microbatch_size, **state)",
     virtualbatch.keras.certify_loop: "(loop, batches, *, microbatch_size, **state)",
@@ -67,6 +69,7 @@ SIGNATURES = {
 
 NAMES = {
     virtualbatch: {"Auto", "NoiseScale", "Window", "WindowStats", "certify_loop", "windows"},
+    virtualbatch.report: {"write_html"},
     virtualbatch.tensorflow: {
         "Window",
         "certify",

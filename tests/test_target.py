@@ -59,6 +59,14 @@ def test_a_limit_cuts(tmp_path):
     assert found["microbatch_size"] < 4096
 
 
+def test_a_plan_to_look_at(tmp_path):
+    file = tmp_path / "plan.html"
+    outcome = plan(f"{PROGRAMS}:jax_program", "--batch-size", 64, "--html", file)
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.stdout.endswith(f"\nReport: {file}\n")
+    assert '<p class="kind">Plan</p>' in file.read_text(encoding="utf-8")
+
+
 def test_a_module_is_found_from_here(monkeypatch):
     monkeypatch.chdir(PROGRAMS.parent)
     assert plan("programs:jax_program", "--batch-size", 8).exit_code == 0
@@ -122,19 +130,25 @@ def check(program, *arguments, size=4):
 @pytest.mark.parametrize("program", LINES)
 def test_a_check_of_each_engine(program, tmp_path):
     file = tmp_path / "check.json"
-    outcome = check(program, "--json", file)
+    page = tmp_path / "check.html"
+    outcome = check(program, "--json", file, "--html", page)
     assert outcome.exit_code == 0, outcome.output
     assert outcome.stdout.startswith("exact: largest error")
     found = json.loads(file.read_text())
     assert found["exact"] is True
     assert found["max_error"] <= found["tolerance"]
     assert len(found["parameters"]) in (2, 4)
+    html = page.read_text(encoding="utf-8")
+    assert "Exact: accumulating" in html
+    assert f"All {len(found['parameters'])} parameters" in html
 
 
 def test_a_check_that_is_inexact_exits_with_1(tmp_path):
     file = tmp_path / "check.json"
-    outcome = check("sum_program", "--json", file)
+    page = tmp_path / "check.html"
+    outcome = check("sum_program", "--json", file, "--html", page)
     assert outcome.exit_code == 1
+    assert "<b>sum_loss</b> at <code>programs.py:" in page.read_text(encoding="utf-8")
     assert outcome.stdout.startswith("NOT exact")
     assert "sum_loss at programs.py:" in outcome.stdout
     assert json.loads(file.read_text())["findings"][0]["kind"] == "sum_loss"

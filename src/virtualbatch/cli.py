@@ -22,6 +22,7 @@ from virtualbatch.demo.parent import ChildFailure, run_demo
 from virtualbatch.demo.result import Settings
 from virtualbatch.doctor import diagnose
 from virtualbatch.plan import Plan
+from virtualbatch.report import Result, require_tools, write_html
 from virtualbatch.target import load
 
 # A bug must show Python's own traceback, and a mistake one plain line instead of a panel.
@@ -35,6 +36,11 @@ app = typer.Typer(
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
+]
+
+HtmlFile = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Also write a page with plots, to look at."),
 ]
 
 TargetName = Annotated[
@@ -65,9 +71,10 @@ def demo(
         int, typer.Option(help="Rows of the small batch and of one micro-batch.")
     ] = Settings.microbatch_size,
     json: JsonFile = None,
+    html: HtmlFile = None,
 ) -> None:
     """Train on real digits: small batches, the whole batch, the same batch accumulated."""
-    _check_writable(json)
+    _check_writable(json, html)
     try:
         settings = Settings(epochs=epochs, batch_size=batch_size, microbatch_size=microbatch_size)
         result = run_demo(settings, Console())
@@ -77,6 +84,7 @@ def demo(
         _exit(failure, code=1)
     if json is not None:
         json.write_text(result.to_json())
+    _report(result, html)
     if not result.weights_agree:
         raise typer.Exit(1)
 
@@ -90,9 +98,10 @@ def plan(
         typer.Option(help='Such as "2GiB", or "80%" of what is left; all of that if left out.'),
     ] = None,
     json: JsonFile = None,
+    html: HtmlFile = None,
 ) -> None:
     """Find the micro-batch that fits and is fast, before anything is trained."""
-    _check_writable(json)
+    _check_writable(json, html)
     # With this allocator TensorFlow counts its bytes on a CPU too. It is chosen at the import.
     os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
     try:
@@ -105,6 +114,7 @@ def plan(
     print(f"\nWrite: {found.engine.line.format(result.microbatch_size)}")
     if json is not None:
         json.write_text(result.to_json())
+    _report(result, html)
 
 
 @app.command()
@@ -113,12 +123,13 @@ def check(
     batch_size: Annotated[int, typer.Option(min=2, help="Rows of the batch.")],
     microbatch_size: Annotated[int, typer.Option(min=1, help="Rows of one micro-batch.")],
     json: JsonFile = None,
+    html: HtmlFile = None,
 ) -> None:
     """Prove that accumulation gives the gradient of the whole batch, or name what breaks it.
 
     The exit code is 0 if it is exact, 1 if it is not, 2 if it could not be run.
     """
-    _check_writable(json)
+    _check_writable(json, html)
     try:
         found = load(target, batch_size).certify(microbatch_size)
     except (ValueError, TypeError, MemoryError) as mistake:
@@ -130,6 +141,7 @@ def check(
     print(found)
     if json is not None:
         json.write_text(found.to_json())
+    _report(found, html)
     if not found.exact:
         raise typer.Exit(1)
 
@@ -170,18 +182,35 @@ def doctor(json: JsonFile = None) -> None:
         json.write_text(diagnosis.to_json())
 
 
-def _check_writable(json: Path | None) -> None:
+def _check_writable(json: Path | None, html: Path | None = None) -> None:
     """Refuses a file that could not be written, before minutes are spent on its content."""
-    if json is None:
-        return
-    if not json.parent.is_dir():
-        _exit(
-            f"--json must name a file in an existing folder. Got --json {json}. "
-            f"Run: mkdir -p {json.parent}",
-            code=2,
-        )
-    if json.is_dir():
-        _exit(f"--json must name a file. Got the folder {json}. Pass {json}/result.json", code=2)
+    for option, file, example in (
+        ("--json", json, "result.json"),
+        ("--html", html, "report.html"),
+    ):
+        if file is None:
+            continue
+        if not file.parent.is_dir():
+            _exit(
+                f"{option} must name a file in an existing folder. Got {option} {file}. "
+                f"Run: mkdir -p {file.parent}",
+                code=2,
+            )
+        if file.is_dir():
+            _exit(
+                f"{option} must name a file. Got the folder {file}. Pass {file}/{example}", code=2
+            )
+    if html is not None:
+        try:
+            require_tools()
+        except ModuleNotFoundError as mistake:
+            _exit(mistake, code=2)
+
+
+def _report(result: Result, html: Path | None) -> None:
+    if html is not None:
+        write_html(html, result)
+        print(f"Report: {html}")
 
 
 def _exit(message: object, code: int) -> NoReturn:

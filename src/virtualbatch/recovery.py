@@ -1,6 +1,8 @@
 """What can be said when memory runs out, whatever the framework."""
 
 import re
+import sys
+import traceback
 from collections.abc import Sequence
 
 from virtualbatch.plan import readable_bytes
@@ -24,6 +26,24 @@ def bytes_asked(text: str) -> int | None:
             prefix = found["unit"][0] if found["unit"][0] in "KMGT" else ""
             return int(float(found["number"]) * _UNITS[prefix])
     return None
+
+
+def free_frames(error: BaseException) -> None:
+    """Frees what the frames of an error hold: the tensors of a window that is to run again.
+
+    Args:
+        error: what ended an attempt. The errors that it was raised from, or while another was
+            handled, hold frames too; one that the caller is handling is the caller's.
+    """
+    seen = [sys.exception()]
+    found = [error]
+    while found:
+        latest = found.pop()
+        traceback.clear_frames(latest.__traceback__)
+        seen.append(latest)
+        for earlier in (latest.__cause__, latest.__context__):
+            if earlier is not None and not any(earlier is other for other in seen):
+                found.append(earlier)
 
 
 def no_smaller_size(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tests.conformance import laws, peers, refusals
+from tests.conformance import laws, peers, refusals, statistics
 from tests.conformance.problems import NAMES
 
 MODES = {"eager": False, "compiled": True}
@@ -103,6 +103,19 @@ def _all() -> list[Case]:
         laws.nothing_is_read_after_the_weights,
         laws.a_call_leaves_no_trace_of_itself,
         *(law for name, law in vars(peers).items() if name[:1] in "fr" and name[1:2].isdigit()),
+    ):
+        found += _in_modes(law)
+    for name in NAMES:
+        for cut in statistics.CUTS:
+            found += _in_modes(
+                statistics.statistics_are_those_of_the_gradients,
+                name=f"{name}, {cut}",
+                arguments={"name": name, "cut": cut},
+            )
+    for law in (
+        statistics.statistics_of_half_precision_are_wide,
+        statistics.statistics_come_after_aux,
+        statistics.a_window_without_weight_tells_nothing,
     ):
         found += _in_modes(law)
     for dtype, microbatches in (("bfloat16", 1024), ("float16", 4096)):

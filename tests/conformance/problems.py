@@ -125,9 +125,20 @@ def counts(name: str, batch: Any) -> Any:
     }[name]
 
 
-def reference(name: str, params: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
-    """Loss and gradients of the whole batch for the small network, in float64."""
-    x, count = batch["x"], counts(name, batch)
+def reference(
+    name: str, params: Any, batch: Any, part: slice = slice(None)
+) -> tuple[Any, dict[str, Any]]:
+    """Loss and gradients of the whole batch for the small network, in float64.
+
+    Args:
+        name: of the problem.
+        params: parameters.
+        batch: the whole batch.
+        part: rows whose part of the two is asked for.
+    """
+    x, every = batch["x"], counts(name, batch)
+    count = np.zeros_like(every)
+    count[part] = every[part]
     hidden = np.tanh(x @ params["kernel"] + params["bias"])
     inner = hidden @ params["head"]
     error = inner * params["scale"] - batch["y"]
@@ -139,14 +150,18 @@ def reference(name: str, params: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         "head": np.einsum("rt,rtj->j", d_output * params["scale"], hidden),
         "scale": (d_output * inner).sum(),
     }
-    return _penalised(name, params, (count * error**2).sum(), gradients)
+    # What does not depend on the rows is spread over them.
+    penalty = PENALTY * len(x[part]) / len(x)
+    return _penalised(name, params, (count * error**2).sum(), gradients, penalty)
 
 
-def _penalised(name: str, params: Any, loss: Any, gradients: Any) -> tuple[Any, dict[str, Any]]:
+def _penalised(
+    name: str, params: Any, loss: Any, gradients: Any, penalty: float = PENALTY
+) -> tuple[Any, dict[str, Any]]:
     if not name.startswith("terms"):
         return loss, gradients
-    loss += PENALTY * sum((value**2).sum() for value in params.values())
-    return loss, {key: found + 2 * PENALTY * params[key] for key, found in gradients.items()}
+    loss += penalty * sum((value**2).sum() for value in params.values())
+    return loss, {key: found + 2 * penalty * params[key] for key, found in gradients.items()}
 
 
 # Half precision: whatever a micro-batch computes here is exact in 8 bits, because it is made of

@@ -1,8 +1,11 @@
 """What is said when memory runs out."""
 
+import sys
+from typing import ClassVar
+
 import pytest
 
-from virtualbatch.recovery import bytes_asked, no_smaller_size
+from virtualbatch.recovery import bytes_asked, free_frames, no_smaller_size
 
 
 @pytest.mark.parametrize(
@@ -37,3 +40,51 @@ def test_what_is_not_known_is_not_said():
     text = str(no_smaller_size(MemoryError(), None, []))
     assert "Got one row, and memory ran out. Nothing" in text
     assert "The largest parameters are none." in text
+
+
+class Held:
+    """What a frame holds."""
+
+    alive: ClassVar[set[str]] = set()
+
+    def __init__(self, name):
+        self.name = name
+        self.alive.add(name)
+
+    def __del__(self):
+        self.alive.discard(self.name)
+
+
+def fails(name, error):
+    held = Held(name)
+    raise error(held.name)
+
+
+def fails_again(error):
+    try:
+        fails("first", ValueError)
+    except ValueError as first:
+        if error is KeyError:
+            raise KeyError("from") from first
+        fails("second", error)
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError])
+def test_what_chained_errors_hold_is_freed_and_the_caller_keeps_what_is_his(error):
+    try:
+        fails("caller's", OSError)
+    except OSError:
+        try:
+            fails_again(error)
+        except error as found:
+            failed = found
+        assert failed.__context__.__context__ is sys.exception()
+        assert Held.alive >= {"caller's", "first"}
+        free_frames(failed)
+        assert Held.alive == {"caller's"}
+
+
+def test_errors_that_name_each_other_come_to_an_end():
+    first, second = ValueError(), ValueError()
+    first.__context__, second.__cause__ = second, first
+    free_frames(first)

@@ -41,15 +41,28 @@ class Needs(keras.layers.Layer):
         self.phase = phase
 
     def call(self, x):
-        @keras.ops.custom_gradient
-        def passing(x):
-            def gradient(*found, upstream=None):
-                upstream = found[0] if upstream is None else upstream
-                return upstream + needed(upstream, self.phase == "backward")
+        if self.phase == "forward":
+            return x + needed(keras.ops.stop_gradient(x), True)
+        return needed_by_gradients(x) if self.phase == "backward" else x
 
-            return x + needed(x, self.phase == "forward"), gradient
 
-        return passing(x)
+def needed_by_gradients(x):
+    """x, whose gradient needs WIDTH numbers for every row."""
+    if keras.backend.backend() == "torch":
+        # `custom_gradient` of Keras runs the forward pass again if that ran out of memory.
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient + needed(gradient, True))
+        return x
+
+    @keras.ops.custom_gradient
+    def passing(x):
+        def gradient(*found, upstream=None):
+            upstream = found[0] if upstream is None else upstream
+            return upstream + needed(upstream, True)
+
+        return x, gradient
+
+    return passing(x)
 
 
 class Metric(keras.metrics.Mean):

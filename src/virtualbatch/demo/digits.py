@@ -44,6 +44,43 @@ class Digits:
         self.y_test, self.y_train = labels[:TEST_ROWS], labels[TEST_ROWS:]
 
 
+class Losses(keras.callbacks.Callback):
+    """Keeps the loss and the time of each update.
+
+    Keras shows the mean over the epoch so far; the loss of a batch is what that mean gained.
+
+    Args:
+        rows: of an epoch.
+        batch_size: rows of a batch, but of an epoch's last.
+
+    Attributes:
+        losses: mean loss of each batch.
+        seconds: since training began, at the end of each update.
+    """
+
+    def __init__(self, rows: int, batch_size: int) -> None:
+        super().__init__()
+        self._rows, self._batch_size = rows, batch_size
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def on_train_begin(self, logs=None) -> None:
+        """Starts the clock."""
+        self._start = time.perf_counter()
+
+    def on_epoch_begin(self, epoch, logs=None) -> None:
+        """Forgets the last epoch, as Keras does."""
+        self._seen, self._total = 0, 0.0
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        """Keeps what this batch added."""
+        seen = min(self._seen + self._batch_size, self._rows)
+        total = float(logs["loss"]) * seen
+        self.losses.append((total - self._total) / (seen - self._seen))
+        self.seconds.append(time.perf_counter() - self._start)
+        self._seen, self._total = seen, total
+
+
 def build_model(seed: int) -> keras.Model:
     """A small CNN, compiled; the same weights for the same seed.
 
@@ -103,6 +140,7 @@ def train(mode: str, settings: Settings) -> tuple[RunResult, list[np.ndarray]]:
 
     # The same order of rows in every run, whatever drew random numbers before.
     keras.utils.set_random_seed(settings.seed)
+    losses = Losses(len(digits.x_train), batch_size)
     peak = PeakMemory()
     start = time.perf_counter()
     model.fit(
@@ -112,9 +150,10 @@ def train(mode: str, settings: Settings) -> tuple[RunResult, list[np.ndarray]]:
         epochs=settings.epochs,
         verbose=0,
         callbacks=[
+            losses,
             keras.callbacks.LambdaCallback(
                 on_epoch_end=lambda epoch, logs: tell("epoch", epoch=epoch + 1)
-            )
+            ),
         ],
     )
     fit_seconds = time.perf_counter() - start
@@ -136,6 +175,8 @@ def train(mode: str, settings: Settings) -> tuple[RunResult, list[np.ndarray]]:
             float(np.abs(after - before).max())
             for before, after in zip(initial, weights, strict=True)
         ),
+        losses=losses.losses,
+        seconds=losses.seconds,
     )
     return result, weights
 

@@ -4,6 +4,7 @@ Plain data and arithmetic: no framework, no process, no screen.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 MODES = ("small", "whole", "accumulated")
@@ -62,6 +63,8 @@ class RunResult:
             framework, its thread pools, the data, the built model.
         peak_memory_method: how the peak was taken, see `virtualbatch.demo.peak_memory`.
         farthest_weight: the largest distance that a weight moved from its initial value.
+        losses: mean training loss of each update's batch, taken before the update.
+        seconds: since `fit` began, at the end of each update.
     """
 
     mode: str
@@ -73,6 +76,8 @@ class RunResult:
     framework_memory_bytes: int
     peak_memory_method: str
     farthest_weight: float
+    losses: Sequence[float]
+    seconds: Sequence[float]
 
 
 @dataclass(frozen=True)

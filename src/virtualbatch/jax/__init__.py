@@ -4,7 +4,6 @@ A batch becomes segments of micro-batches, their weights become shares, one scan
 micro-batch's share of the gradient, and the sums come back as `jax.value_and_grad` gives them.
 """
 
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from virtualbatch.jax._replicas import varying
 from virtualbatch.jax._sizes import needs_values, signature, stand_ins
 from virtualbatch.jax._weights import host_shares, traced_shares
 from virtualbatch.plan import Plan
-from virtualbatch.recovery import no_smaller_size
+from virtualbatch.recovery import free_frames, no_smaller_size
 from virtualbatch.sizes import Auto, SizeInForce
 from virtualbatch.split import Window, is_automatic, windows
 
@@ -177,7 +176,7 @@ def value_and_grad(
                 size.succeeded()
                 return result
             # Its frames hold the arrays of the window.
-            traceback.clear_frames(failed.__traceback__)
+            free_frames(failed)
             if not size.shrink(max(cut.rows)):
                 largest = largest_arrays([args[k] for k in options.differentiated()])
                 raise no_smaller_size(failed, left_bytes(), largest) from failed

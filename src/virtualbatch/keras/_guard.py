@@ -12,7 +12,7 @@ import keras
 
 from virtualbatch.keras._train_step import TrainStep
 from virtualbatch.plan import Plan
-from virtualbatch.recovery import no_smaller_size
+from virtualbatch.recovery import free_frames, no_smaller_size
 from virtualbatch.sizes import Auto, Leaf, Signature, SizeInForce
 from virtualbatch.split import array_leaves, common_rows, is_automatic
 
@@ -108,7 +108,7 @@ class Guard:
                 return result
             put_back()
             # Its frames hold the tensors of the window.
-            traceback.clear_frames(failed.__traceback__)
+            free_frames(failed)
             if not size.shrink(min(size.rows, rows)):
                 left = self._memory.left_bytes()
                 raise no_smaller_size(failed, left, _largest(self._model)) from failed

@@ -4,7 +4,6 @@ A batch becomes segments of micro-batches, their weights become shares, one loop
 micro-batch's share of the gradient, and the sums come back as `tape.gradient` would give them.
 """
 
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import tensorflow as tf
 
 from virtualbatch.certify import Certificate
 from virtualbatch.plan import Plan
-from virtualbatch.recovery import no_smaller_size
+from virtualbatch.recovery import free_frames, no_smaller_size
 from virtualbatch.sizes import Auto, SizeInForce
 from virtualbatch.split import Window, common_rows, is_automatic, windows
 from virtualbatch.tensorflow._batch import as_tensor, named_arrays, segments, smaller_segments
@@ -131,7 +130,7 @@ def _in_micro_batches(
             size.succeeded()
             return result
         # Its frames hold the tensors of the window.
-        traceback.clear_frames(failed.__traceback__)
+        free_frames(failed)
         if not size.shrink(max(segment.rows(0) for segment in cut)):
             largest = largest_variables(program.variables)
             raise no_smaller_size(failed, left_bytes(), largest) from failed

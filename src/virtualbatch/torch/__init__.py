@@ -4,7 +4,6 @@ A batch becomes micro-batches, their weights become shares, each micro-batch's s
 differentiated in turn, and the sum is added to `.grad` once all of them have succeeded.
 """
 
-import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from virtualbatch.certify import Certificate
 from virtualbatch.plan import Plan
-from virtualbatch.recovery import no_smaller_size
+from virtualbatch.recovery import free_frames, no_smaller_size
 from virtualbatch.sizes import Auto, SizeInForce
 from virtualbatch.split import Window, is_automatic, windows
 from virtualbatch.torch._batch import microbatches
@@ -121,7 +120,7 @@ def backward(
             return result
         random.restore()
         # Its frames hold the tensors of the window.
-        traceback.clear_frames(failed.__traceback__)
+        free_frames(failed)
         if not size.shrink(max(microbatch.rows for microbatch in cut)):
             left = left_bytes(found.accelerator)
             raise no_smaller_size(failed, left, largest_parameters(found.roots[0])) from failed

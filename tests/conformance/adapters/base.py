@@ -21,6 +21,7 @@ class Result(NamedTuple):
         aux: arrays of NumPy in the structure that the loss gave; None without has_aux.
         dtypes: names of dtypes, in the structure of the gradients; None where there is none.
         loss_dtype: name of the loss's dtype.
+        stats: the `WindowStats` as floats; None if they were not asked for.
     """
 
     loss: Any
@@ -28,6 +29,7 @@ class Result(NamedTuple):
     aux: Any
     dtypes: Any
     loss_dtype: str
+    stats: Any = None
 
 
 def selected(config: Any) -> list[str]:

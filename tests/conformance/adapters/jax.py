@@ -68,9 +68,10 @@ class Adapter:
         call = jax.jit(call) if compiled else call
 
         def run(batch):
-            value, gradients = call(params, batch, *keys)
+            value, gradients, *stats = call(params, batch, *keys)
             value, aux = value if options.get("has_aux") else (value, None)
-            return self.result(value, gradients, aux)
+            found = [float(x) for x in stats[0]] if stats else None
+            return self.result(value, gradients, aux)._replace(stats=found)
 
         return run
 

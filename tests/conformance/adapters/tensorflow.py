@@ -72,9 +72,10 @@ class Adapter:
         call = tf.function(call, jit_compile=compiled == "xla") if compiled else call
 
         def run(batch):
-            value, gradients = call(batch)
+            value, gradients, *stats = call(batch)
             value, aux = value if options.get("has_aux") else (value, None)
-            return self.result(value, gradients, aux)
+            found = [float(x) for x in stats[0]] if stats else None
+            return self.result(value, gradients, aux)._replace(stats=found)
 
         return run
 

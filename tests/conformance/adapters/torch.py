@@ -98,8 +98,11 @@ class Adapter:
             before = [p.grad for p in leaves(params)]
             with guard:
                 found = vb.backward(loss, batch, module=module, **options)
-            value, aux = found if options.get("has_aux") else (found, None)
+            found = list(found) if isinstance(found, tuple) else [found]
+            stats = [float(x) for x in found.pop()] if options.get("stats") else None
+            value, aux = found if options.get("has_aux") else (*found, None)
             result = self.result(value, mapped(lambda p: p.grad, params), aux)
+            result = result._replace(stats=stats)
             for parameter, gradient in zip(leaves(params), before, strict=True):
                 parameter.grad = gradient
             return result

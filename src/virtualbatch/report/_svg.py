@@ -1,0 +1,153 @@
+"""A figure of matplotlib as SVG inside a page: its colours are the page's, light and dark."""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+class Colour(NamedTuple):
+    """A colour of the page by its role.
+
+    Fields:
+        name: of the CSS variable.
+        light: on a light page, as #rrggbb; no two roles share one, for a figure is drawn in these.
+        dark: on a dark page.
+    """
+
+    name: str
+    light: str
+    dark: str
+
+
+# Blue and orange are told apart by nearly everybody; each has 4.5 to 1 against its page.
+PALETTE = (
+    Colour("page", "#ffffff", "#15181d"),
+    Colour("panel", "#f6f7f9", "#1c2026"),
+    Colour("ink", "#1c2430", "#e6e9ee"),
+    Colour("quiet", "#5b6675", "#a0a9b6"),
+    Colour("line", "#dde2e8", "#343b45"),
+    Colour("blue", "#1f6299", "#74b3ea"),
+    Colour("orange", "#a8560c", "#eba35a"),
+    Colour("grey", "#9aa5b2", "#6c7887"),
+    Colour("green", "#1f7a4a", "#63c793"),
+    Colour("red", "#b3261e", "#f28b82"),
+)
+LIGHT = {colour.name: colour.light for colour in PALETTE}
+_VARIABLES = {colour.light: f"var(--{colour.name})" for colour in PALETTE}
+
+WIDTH = 440
+SMALL = 12
+
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 13.0,
+    "text.color": LIGHT["ink"],
+    "axes.edgecolor": LIGHT["line"],
+    "axes.labelcolor": LIGHT["quiet"],
+    "axes.labelpad": 7.0,
+    "axes.labelsize": SMALL,
+    "axes.facecolor": "none",
+    "axes.linewidth": 1.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": LIGHT["line"],
+    "grid.linewidth": 1.0,
+    "xtick.color": LIGHT["line"],
+    "xtick.labelcolor": LIGHT["quiet"],
+    "xtick.labelsize": SMALL,
+    "ytick.color": LIGHT["line"],
+    "ytick.labelcolor": LIGHT["quiet"],
+    "ytick.labelsize": SMALL,
+    "ytick.major.size": 0.0,
+    "ytick.minor.size": 0.0,
+    "xtick.minor.size": 0.0,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 7.0,
+    "lines.solid_capstyle": "round",
+}
+# Dropped from the file: dates and program names would make two equal reports differ.
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+class Drawing:
+    """A figure with one pair of axes; see `drawing`.
+
+    Attributes:
+        axes: what to draw on.
+        svg: the element, once the block has ended.
+    """
+
+    axes: Axes
+    svg: Markup
+
+
+@contextmanager
+def drawing(name: str, label: str, height: int) -> Iterator[Drawing]:
+    """Draws a figure with the page's fonts and colours; sets `svg` at the end of the block.
+
+    Args:
+        name: of the figure, unlike those of the others on the page; its ids derive from it.
+        label: what it shows, for those who do not see it.
+        height: in pixels of a page that shows it at its own size.
+    """
+    found = Drawing()
+    with matplotlib.rc_context(_SETTINGS | {"svg.hashsalt": name}):
+        # At 72 dots per inch a point is a pixel.
+        figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, layout="constrained")
+        found.axes = figure.add_subplot()
+        yield found
+        file = io.BytesIO()
+        with warnings.catch_warnings():
+            # It measures with this font; what the font lacks, the reader's own will have.
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
+    found.svg = _themed(file.getvalue(), label)
+
+
+def _themed(svg: bytes, label: str) -> Markup:
+    """The SVG as an element of an HTML page, coloured by the page's variables."""
+    root = ElementTree.fromstring(svg)
+    for element in root.iter():
+        # In HTML the names stand without their namespaces.
+        element.tag = element.tag.rpartition("}")[2]
+        for key in list(element.attrib):
+            element.set(key.rpartition("}")[2], element.attrib.pop(key))
+        if element.tag == "g":
+            # They repeat from figure to figure, and nothing refers to them.
+            element.attrib.pop("id", None)
+        if "style" in element.attrib:
+            element.set("style", _style(element.attrib["style"]))
+    # Its rule would hold for the page.
+    for definitions in root.findall("defs"):
+        for rule in definitions.findall("style"):
+            definitions.remove(rule)
+    root.attrib = {
+        "viewBox": root.attrib["viewBox"],
+        "role": "img",
+        "aria-label": label,
+    }
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _style(style: str) -> str:
+    """Inline CSS with the page's colours and font."""
+    declarations = (part.strip().partition(": ") for part in style.split(";"))
+    return "; ".join(
+        f"{key}: {_VARIABLES.get(value, value)}"
+        for key, _, value in declarations
+        if key and key != "font-family"
+    )
