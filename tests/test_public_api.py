@@ -14,7 +14,8 @@ import virtualbatch.tensorflow
 import virtualbatch.torch
 
 SIGNATURES = {
-    virtualbatch.Window: "(microbatches)",
+    virtualbatch.Window: "(microbatches, *, sorted_rows=False)",
+    virtualbatch.pack: "(batch, lengths, *, microbatch_tokens, round_to=None, padded=None)",
     virtualbatch.windows: "(stream, *, accumulation_steps)",
     virtualbatch.report.write_html: "(file, *results)",
     virtualbatch.certify_loop: "(loop, batches, *, microbatch_size, save, load)",
@@ -33,7 +34,10 @@ SIGNATURES = {
         "(loss_fn, batch, *, module, weight=None, has_aux=False, backward_fn=None, "
         "memory_limit=None)"
     ),
-    virtualbatch.keras.accumulate: "(model, *, microbatch_size=None, accumulation_steps=None)",
+    virtualbatch.keras.accumulate: (
+        "(model, *, microbatch_size=None, accumulation_steps=None, microbatch_tokens=None, "
+        "lengths=None)"
+    ),
     virtualbatch.keras.plan: "(model, batch, *, memory_limit=None)",
     virtualbatch.keras.restore: "(model)",
     virtualbatch.keras.certify: (
@@ -68,7 +72,15 @@ SIGNATURES = {
 }
 
 NAMES = {
-    virtualbatch: {"Auto", "NoiseScale", "Window", "WindowStats", "certify_loop", "windows"},
+    virtualbatch: {
+        "Auto",
+        "NoiseScale",
+        "Window",
+        "WindowStats",
+        "certify_loop",
+        "pack",
+        "windows",
+    },
     virtualbatch.report: {"write_html"},
     virtualbatch.tensorflow: {
         "Window",

@@ -7,9 +7,10 @@ This module holds the framework-neutral names. Each engine is imported by the us
 
 from virtualbatch.loops import certify_loop
 from virtualbatch.noise import NoiseScale, WindowStats
+from virtualbatch.packing import pack
 from virtualbatch.sizes import Auto
 from virtualbatch.split import Window, windows
 
-__all__ = ["Auto", "NoiseScale", "Window", "WindowStats", "certify_loop", "windows"]
+__all__ = ["Auto", "NoiseScale", "Window", "WindowStats", "certify_loop", "pack", "windows"]
 
 __version__ = "0.1.0"

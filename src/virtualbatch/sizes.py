@@ -76,21 +76,24 @@ class SizeInForce:
         self._in_a_row = 0
         self.rows = most
 
-    def shrink(self, rows: int) -> bool:
+    def shrink(self, rows: int, unit: str = "rows") -> bool:
         """Takes a smaller size after memory ran out; False if there is none.
 
         Args:
             rows: of the largest micro-batch of the window that ran out.
+            unit: what sizes count; "tokens" where rows are packed.
         """
         self._in_a_row = 0
         if rows <= 1:
             return False
         smaller = rows // 2
         _log.warning(
-            "Out of memory with micro-batches of %d rows. The same update is run again with "
-            "micro-batches of %d rows, which are kept.",
+            "Out of memory with micro-batches of %d %s. The same update is run again with "
+            "micro-batches of %d %s, which are kept.",
             rows,
+            unit,
             smaller,
+            unit,
         )
         self.rows = smaller
         return True

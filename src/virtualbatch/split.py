@@ -230,6 +230,8 @@ class Window(Sequence[Any]):
 
     Args:
         microbatches: the micro-batches, each a nested structure of arrays with its own rows.
+        sorted_rows: whether rows were sorted by something, as `pack` sorts them by length, so
+            that a micro-batch is no random sample of them.
 
     Example:
         >>> window = Window(["first", "second"])
@@ -237,10 +239,16 @@ class Window(Sequence[Any]):
         (2, 'first')
     """
 
-    __slots__ = ("_microbatches",)
+    __slots__ = ("_microbatches", "_sorted_rows")
 
-    def __init__(self, microbatches: Iterable[Any]):
+    def __init__(self, microbatches: Iterable[Any], *, sorted_rows: bool = False):
         self._microbatches = tuple(microbatches)
+        self._sorted_rows = sorted_rows
+
+    @property
+    def sorted_rows(self) -> bool:
+        """Whether rows were sorted, so that a micro-batch is no random sample of them."""
+        return self._sorted_rows
 
     def __len__(self) -> int:
         return len(self._microbatches)
@@ -251,21 +259,20 @@ class Window(Sequence[Any]):
     def __getitem__(self, index: slice) -> "Window": ...
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            return Window(self._microbatches[index])
+            return Window(self._microbatches[index], sorted_rows=self._sorted_rows)
         return self._microbatches[index]
 
     def __repr__(self) -> str:
         return f"Window of {len(self)} micro-batches"
 
-    def __tf_flatten__(self) -> tuple[tuple[()], tuple[Any, ...]]:
+    def __tf_flatten__(self) -> tuple[tuple[bool], tuple[Any, ...]]:
         """Lets `tf.function` and `tf.nest` see the micro-batches (TensorFlow's nest protocol)."""
-        return (), self._microbatches
+        return (self._sorted_rows,), self._microbatches
 
     @classmethod
-    def __tf_unflatten__(cls, metadata: tuple[()], components: Iterable[Any]) -> "Window":
+    def __tf_unflatten__(cls, metadata: tuple[bool], components: Iterable[Any]) -> "Window":
         """Rebuilds the window from what `__tf_flatten__` gave."""
-        del metadata
-        return cls(components)
+        return cls(components, sorted_rows=metadata[0])
 
 
 def check_cut(batch: Any, microbatch_size: Any, accumulation_steps: Any) -> None:

@@ -24,6 +24,7 @@ from virtualbatch.jax._plan import planned
 from virtualbatch.jax._replicas import varying
 from virtualbatch.jax._sizes import needs_values, signature, stand_ins
 from virtualbatch.jax._weights import host_shares, traced_shares
+from virtualbatch.packing import refuse_sorted_rows
 from virtualbatch.plan import Plan
 from virtualbatch.recovery import free_frames, no_smaller_size
 from virtualbatch.sizes import Auto, SizeInForce
@@ -33,7 +34,9 @@ __all__ = ["Window", "certify", "certify_loop", "plan", "value_and_grad", "windo
 
 # So that a Window goes through jit, vmap and tree maps as its micro-batches.
 jax.tree_util.register_pytree_node(
-    Window, lambda window: (tuple(window), None), lambda _, microbatches: Window(microbatches)
+    Window,
+    lambda window: (tuple(window), window.sorted_rows),
+    lambda sorted_rows, microbatches: Window(microbatches, sorted_rows=sorted_rows),
 )
 
 
@@ -148,6 +151,7 @@ def value_and_grad(
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         check_arguments(args, batch_argnum, key_argnum, microbatch_size, accumulation_steps)
+        refuse_sorted_rows(args[batch_argnum], stats)
         traced = _is_traced(args, kwargs)
         batch = args[batch_argnum]
         given: Any = microbatch_size

@@ -128,11 +128,12 @@ def cut_batch(
 
 def cut_further(window: Window, most: int) -> Window:
     """A Window of micro-batches that have no more rows than that, in the same order."""
-    return Window(
+    pieces = (
         _piece(microbatch, start, stop - start)
         for index, microbatch in enumerate(window)
         for start, stop in even_cut(rows_of(microbatch, f"window[{index}]"), most)
     )
+    return Window(pieces, sorted_rows=window.sorted_rows)
 
 
 def rows_of(batch: Any, path: str) -> int:

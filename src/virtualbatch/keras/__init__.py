@@ -12,6 +12,7 @@ import keras
 from virtualbatch.certify import Certificate
 from virtualbatch.keras._inexact import say_what_is_not_exact
 from virtualbatch.keras._loops import certify_loop
+from virtualbatch.keras._packing import asked_packing
 from virtualbatch.plan import Plan
 from virtualbatch.sizes import Auto
 from virtualbatch.split import check_sizes, is_automatic
@@ -27,6 +28,8 @@ def accumulate(
     *,
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
+    microbatch_tokens: int | None = None,
+    lengths: Callable[[Any], Any] | None = None,
 ) -> None:
     """Makes every batch of `fit` and `train_on_batch` one update, computed in micro-batches.
 
@@ -39,12 +42,17 @@ def accumulate(
             at the first batch of `fit` or `train_on_batch`.
         accumulation_steps: micro-batches per batch: `microbatch_size = ceil(rows / steps)`. Given
             both, they must agree for every batch but the last, short one of an epoch.
+        microbatch_tokens: instead of a size, for padded text and series: rows of a batch are
+            sorted by length and packed, so that rows times longest row of a micro-batch are at
+            most this, and trimmed to that row. See docs/pack.md for when that is safe.
+        lengths: with `microbatch_tokens`, a function from the x of a batch to the length of each
+            row, integers >= 1. It is called wherever Keras runs the train step, compiled too.
 
     Raises:
-        TypeError: `model` is not a Keras model.
+        TypeError: `model` is not a Keras model, or `lengths` is not a function.
         ValueError: the model is not compiled, has a `train_step` of its own or several replicas,
-            its optimizer accumulates already, a layer keeps state per row, or a size is not a
-            positive integer.
+            its optimizer accumulates already, a layer keeps state per row, a size is not a
+            positive integer, or only one of `microbatch_tokens` and `lengths` is given.
         NotImplementedError: Keras runs on a backend that this version does not support.
 
     Example:
@@ -56,10 +64,18 @@ def accumulate(
         >>> int(model.optimizer.iterations)
         2
     """
-    check_sizes(microbatch_size, accumulation_steps)
+    packing = asked_packing(microbatch_tokens, lengths)
+    if packing is None:
+        check_sizes(microbatch_size, accumulation_steps)
+    elif microbatch_size is not None or accumulation_steps is not None:
+        raise ValueError(
+            "Rows are packed by tokens or cut by number. "
+            f"Got microbatch_tokens={microbatch_tokens} with microbatch_size={microbatch_size} "
+            f"and accumulation_steps={accumulation_steps}. Pass microbatch_tokens and lengths only."
+        )
     _check_model(model)
     engine = _engine()
-    step = engine.step(model, microbatch_size, accumulation_steps)
+    step = engine.step(model, microbatch_size, accumulation_steps, packing)
     restore(model)
     say_what_is_not_exact(model)
     model.train_step = step
@@ -205,7 +221,7 @@ class _Engine(NamedTuple):
     """What a backend of Keras needs to accumulate.
 
     Fields:
-        step: (model, microbatch_size, accumulation_steps) -> train step.
+        step: (model, microbatch_size, accumulation_steps, packing) -> train step.
         make_train_function: model -> its `make_train_function`.
         plan: (model, batch, memory limit) -> plan.
         certify: (model, batch, microbatch_size, accumulation_steps) -> certificate.

@@ -109,7 +109,10 @@ class Guard:
             put_back()
             # Its frames hold the tensors of the window.
             free_frames(failed)
-            if not size.shrink(min(size.rows, rows)):
+            packed = self._step.packing is not None
+            if not (
+                size.shrink(size.rows, "tokens") if packed else size.shrink(min(size.rows, rows))
+            ):
                 left = self._memory.left_bytes()
                 raise no_smaller_size(failed, left, _largest(self._model)) from failed
             self._take(size)

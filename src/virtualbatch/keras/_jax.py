@@ -16,9 +16,12 @@ from virtualbatch.certify import Certificate
 from virtualbatch.jax._batch import cut_batch
 from virtualbatch.keras._certify import Engine, build_symbolically, certificate
 from virtualbatch.keras._guard import Guard
+from virtualbatch.keras._jax_packing import packed_cut
 from virtualbatch.keras._jax_plan import MEMORY, copied, planned
 from virtualbatch.keras._jax_program import JaxProgram
 from virtualbatch.keras._jax_window import State, WindowRun
+from virtualbatch.keras._packing import Packing
+from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._subject import Backend
 from virtualbatch.keras._train_step import TrainStep
 from virtualbatch.plan import Plan
@@ -28,8 +31,14 @@ from virtualbatch.split import array_leaves, common_rows, rows_per_microbatch, s
 class JaxStep(TrainStep):
     """The `train_step` of a model that accumulates on JAX."""
 
-    def __init__(self, model: keras.Model, microbatch_size: Any, accumulation_steps: int | None):
-        super().__init__(model, microbatch_size, accumulation_steps)
+    def __init__(
+        self,
+        model: keras.Model,
+        microbatch_size: Any,
+        accumulation_steps: int | None,
+        packing: Packing | None = None,
+    ):
+        super().__init__(model, microbatch_size, accumulation_steps, packing)
         if keras.config.is_nnx_enabled():
             raise NotImplementedError(
                 "accumulate works on Keras' own variables. Got Keras with its NNX mode enabled. "
@@ -44,12 +53,16 @@ class JaxStep(TrainStep):
         rows = common_rows(array_leaves(batch))
         if rows is None:
             raise ValueError("internal: a batch of JAX has no number of rows.")
-        size = self._size(rows)
         compiled = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, data)))
-        cut = cut_batch(batch, size, None, compiled=compiled)
-        if cut.count == 1:
-            return type(model).train_step(model, state, data)
-        run = WindowRun(model, cut, State(*state))
+        packing = self._packing_in_force()
+        if packing is not None:
+            cut, stretch = packed_cut(model, batch, rows, packing)
+        else:
+            cut = cut_batch(batch, self._size(rows), None, compiled=compiled)
+            stretch = unstretched
+            if cut.count == 1:
+                return type(model).train_step(model, state, data)
+        run = WindowRun(model, cut, State(*state), stretch)
         logs, after = run.train(compiled)
         self._say(run.losses_of_one_number)
         return logs, tuple(after)

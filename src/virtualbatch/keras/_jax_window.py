@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import keras
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
+from keras.src import backend
 
 from virtualbatch.jax._batch import Cut
 from virtualbatch.jax._convolution import with_fast_convolutions
@@ -24,6 +25,7 @@ from virtualbatch.keras._batchnorm import (
     moving_statistics,
     recorded_moments,
 )
+from virtualbatch.keras._jax_packing import PackedSegment, branches, chosen
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._window import WindowModel
 from virtualbatch.window import accumulator_dtype
@@ -61,10 +63,12 @@ class WindowRun:
         model: a model that is built and compiled.
         cut: the batch, cut.
         state: where the window begins.
+        stretch: micro-batch -> see `Rows`.
     """
 
-    def __init__(self, model: keras.Model, cut: Cut, state: State):
+    def __init__(self, model: keras.Model, cut: Cut, state: State, stretch: Callable[[Any], float]):
         self._model = model
+        self._stretch = stretch
         self._cut = cut
         self._state = state
         self._window = WindowModel(model, sum(cut.rows))
@@ -124,13 +128,18 @@ class WindowRun:
         number = jax.ShapeDtypeStruct((), jnp.int32)
         programs = []
         for segment in self._cut.segments:
+            traced = []
+            for get in branches(segment):
 
-            def step(k: Any, first: Any, totals: Any, segment: Any = segment) -> Any:
-                carried = _Carried(first[0], first[1], {})
-                return self._micro(segment.get(k), segment.rows, carried, lambda: totals)
+                def step(
+                    k: Any, first: Any, totals: Any, get: Any = get, rows: int = segment.rows
+                ) -> Any:
+                    carried = _Carried(first[0], first[1], {})
+                    return self._micro(get(k), rows, carried, lambda: totals)
 
-            program, outputs = jax.make_jaxpr(step, return_shape=True)(number, first, totals)
-            programs.append((segment, with_fast_convolutions(program), outputs))
+                program, outputs = jax.make_jaxpr(step, return_shape=True)(number, first, totals)
+                traced.append(jaxpr_as_fun(with_fast_convolutions(program)))
+            programs.append((segment, traced, outputs))
         given = jnp.zeros(totals.shape, totals.dtype)
         if self._window.needs_count:
             counted = self._totals()
@@ -138,13 +147,15 @@ class WindowRun:
             given = given.astype(totals.dtype)
         sums = jax.tree.map(jnp.zeros_like, programs[0][2][0])
         carried = _Carried(*first, jax.tree.map(jnp.zeros_like, programs[0][2][1].latest))
-        for segment, program, outputs in programs:
-            structure = jax.tree.structure(outputs)
+        for segment, traced, outputs in programs:
 
-            def body(carry: Any, k: Any, program: Any = program, structure: Any = structure) -> Any:
+            def body(
+                carry: Any, k: Any, entry: Any = (segment, traced), outputs: Any = outputs
+            ) -> Any:
                 sums, carried = carry
                 leaves = jax.tree.leaves((k, (carried.non_trainable, carried.metrics), given))
-                found = jax.tree.unflatten(structure, jaxpr_as_fun(program)(*leaves))
+                found = chosen(*entry, k, *leaves)
+                found = jax.tree.unflatten(jax.tree.structure(outputs), found)
                 return _like((_added(sums, found[0]), found[1]), carry), None
 
             if segment.count == 1:
@@ -159,7 +170,7 @@ class WindowRun:
     ) -> tuple[_Sums, _Carried]:
         """Forward and backward of one micro-batch."""
         model, window = self._model, self._window
-        here = Rows(rows, window.rows)
+        here = Rows(rows, window.rows, self._stretch(batch))
 
         def objective(trainable: list[Any]) -> tuple[Any, Any]:
             with recorded_moments(window.batchnorm) as seen:
@@ -170,7 +181,7 @@ class WindowRun:
             try:
                 with self._scope(trainable, non_trainable, carried.metrics) as scope:
                     loss, tracked = window.loss(batch, y_pred, here, totals)
-                    latest = window.update_metrics(batch, lax.stop_gradient(y_pred))
+                    latest = window.update_metrics(batch, self._shown(y_pred), here)
             finally:
                 model._losses_override = []
             if window.unreduced:
@@ -193,6 +204,19 @@ class WindowRun:
         model = self._model
         options = {"training": True} if model._call_has_training_arg else {}
         return model.stateless_call(trainable, non_trainable, x, return_losses=True, **options)
+
+    def _shown(self, y_pred: Any) -> Any:
+        """Predictions as metrics see them: of packed rows with the mask, which Keras loses on JAX.
+
+        Without it metrics would count padding, and how much of it there is depends on the cut.
+        """
+        shown = lax.stop_gradient(y_pred)
+        if any(isinstance(segment, PackedSegment) for segment in self._cut.segments):
+            for to, source in zip(
+                keras.tree.flatten(shown), keras.tree.flatten(y_pred), strict=True
+            ):
+                backend.set_keras_mask(to, backend.get_keras_mask(source))
+        return shown
 
     def _scaled(self, loss: Any) -> Any:
         optimizer = self._model.optimizer
@@ -226,11 +250,15 @@ class WindowRun:
         def counted(batch: Any, rows: int) -> Any:
             y_pred, _, _ = self._forward(batch[0], state.trainable, state.non_trainable)
             with self._scope(state.trainable, state.non_trainable, state.metrics):
-                return window.weights(batch, y_pred, Rows(rows, window.rows))
+                return window.weights(batch, y_pred, Rows(rows, window.rows, self._stretch(batch)))
 
         total = None
         for segment in self._cut.segments:
-            one = partial(lambda segment, k: counted(segment.get(k), segment.rows), segment)
+            functions = [
+                partial(lambda get, rows, k: counted(get(k), rows), get, segment.rows)
+                for get in branches(segment)
+            ]
+            one = partial(lambda segment, fns, k: chosen(segment, fns, k, k), segment, functions)
             if segment.count == 1:
                 found = one(0)
             else:

@@ -14,18 +14,32 @@ class Rows(NamedTuple):
     Fields:
         here: rows of the micro-batch; int or integer scalar.
         window: rows of the whole batch; int or integer scalar.
+        stretch: padded length over the length that the rows of a packed micro-batch, and their
+            targets, are trimmed to; 1.0 where nothing is.
     """
 
     here: Any
     window: Any
+    stretch: Any = 1.0
 
     @property
     def on_host(self) -> bool:
         """Whether both are Python numbers."""
         return isinstance(self.here, int) and isinstance(self.window, int)
 
+    @property
+    def is_stretched(self) -> bool:
+        """Whether padding was trimmed of the targets."""
+        return not isinstance(self.stretch, float) or self.stretch != 1.0
+
     def share(self, dtype: str) -> Any:
         """`here / window`, formed in float64: a float, or a scalar of the given dtype."""
         if self.on_host:
             return self.here / self.window
         return ops.cast(ops.cast(self.here, "float64") / ops.cast(self.window, "float64"), dtype)
+
+
+def unstretched(batch: Any) -> Any:
+    """The stretch of micro-batches whose rows are not trimmed."""
+    del batch
+    return 1.0

@@ -19,9 +19,11 @@ from virtualbatch.certify import Certificate
 from virtualbatch.keras._certify import Engine, build_symbolically, certificate
 from virtualbatch.keras._eager_program import EagerProgram
 from virtualbatch.keras._guard import Guard
+from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._snapshot import Snapshot
 from virtualbatch.keras._subject import Backend
 from virtualbatch.keras._tensorflow_data import given_back, has_open_rows_only, taken
+from virtualbatch.keras._tensorflow_packing import packed_segments
 from virtualbatch.keras._tensorflow_plan import MEMORY, planned
 from virtualbatch.keras._tensorflow_window import WindowRun, rows_of
 from virtualbatch.keras._train_step import TrainStep, uncompiled
@@ -42,13 +44,18 @@ class TensorFlowStep(TrainStep):
         model = self._model
         batch = self._unpacked(data)
         with tf.variable_creator_scope(_created_outside):
-            batch = self._with_agreeing_sizes(batch)
-            cut = segments(batch, *self._cut_by())
+            packing = self._packing_in_force()
+            stretch: Callable[[Any], Any] = unstretched
+            if packing is None:
+                batch = self._with_agreeing_sizes(batch)
+                cut = segments(batch, *self._cut_by())
+            else:
+                cut, stretch = packed_segments(model, batch, packing)
             if not self._layers_built:
                 _build_layers(model, cut[0].get(0)[0])
                 self._layers_built = True
             _build_optimizer(model)
-            window = WindowRun(model, cut, rows_of(batch))
+            window = WindowRun(model, cut, rows_of(batch), stretch)
             results = window.train()
             self._say(window.losses_of_one_number)
         return results
@@ -231,7 +238,8 @@ def _size(batch: Any) -> int:
 def _refusal(error: tf.errors.InvalidArgumentError) -> str | None:
     """Text of a check that could only run inside the graph, or None if it was none of ours."""
     found = re.search(
-        r"assertion failed: \[((?:microbatch_size and|All arrays of).*)\]", str(error)
+        r"assertion failed: \[((?:microbatch_size and|All arrays of|No length may).*)\]",
+        str(error),
     )
     # What was printed is pieces of text and numbers, each in brackets.
     return " ".join(re.split(r"\s*\] \[\s*", found[1])) if found else None

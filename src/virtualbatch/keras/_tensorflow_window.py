@@ -53,11 +53,25 @@ def rows_of(batch: Any) -> Any:
 
 
 class WindowRun:
-    """One batch of `fit` as micro-batches."""
+    """One batch of `fit` as micro-batches.
 
-    def __init__(self, model: keras.Model, cut: list[Segment], rows: Any):
+    Args:
+        model: a compiled model.
+        cut: the batch, cut.
+        rows: rows of the whole batch.
+        stretch: micro-batch -> see `Rows`.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        cut: list[Segment],
+        rows: Any,
+        stretch: Callable[[Any], Any],
+    ):
         self._model = model
         self._cut = cut
+        self._stretch = stretch
         self._window = WindowModel(model, rows)
         # Known once the step is traced, or eagerly run.
         self._called: list[Any] = []
@@ -97,7 +111,7 @@ class WindowRun:
     def _micro(self, batch: Any, totals: Callable[[], Any]) -> _Micro:
         """Forward and backward of one micro-batch."""
         window = self._window
-        rows = Rows(rows_of(batch), window.rows)
+        rows = Rows(rows_of(batch), window.rows, self._stretch(batch))
         with tf.GradientTape() as tape:
             with recorded_moments(window.batchnorm) as seen:
                 y_pred = window.forward(batch[0])
@@ -113,7 +127,8 @@ class WindowRun:
         gradients, sparse = split_sparse(
             _wide_gradients(tape, scaled, self._model.trainable_variables, rows)
         )
-        latest = tree.map_structure(tf.convert_to_tensor, window.update_metrics(batch, y_pred))
+        found = window.update_metrics(batch, y_pred, rows)
+        latest = tree.map_structure(tf.convert_to_tensor, found)
         moments = [
             found._replace(weight=tf.cast(found.weight, found.mean.dtype)) for _, found in seen
         ]
@@ -128,7 +143,7 @@ class WindowRun:
         return self._counted
 
     def _count(self, batch: Any) -> Any:
-        rows = Rows(rows_of(batch), self._window.rows)
+        rows = Rows(rows_of(batch), self._window.rows, self._stretch(batch))
         return tf.cast(self._window.counted(batch, rows), tf.float64)
 
     def _commit(self, added: list[Any], sparse: Sequence[Any]) -> None:

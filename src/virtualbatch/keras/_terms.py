@@ -232,10 +232,14 @@ def _logged_as_mean(total: Any, elements: Any, rows: Rows) -> Any:
 
 
 def _size_over_window(values: Any, rows: Rows) -> Any:
-    """Number of elements that the window has, from those of a micro-batch; a float or a scalar."""
+    """Number of elements that the window has, from those of a micro-batch; a float or a scalar.
+
+    Keras counts padding too, so what was trimmed of a value per token is counted here.
+    """
+    stretch = rows.stretch if len(values.shape) > 1 else 1.0
     if rows.on_host and None not in values.shape:
-        return math.prod(values.shape) * rows.window / rows.here
-    per_row = ops.cast(ops.size(values), "float64") / ops.cast(rows.here, "float64")
+        return math.prod(values.shape) * rows.window / rows.here * stretch
+    per_row = ops.cast(ops.size(values), "float64") / ops.cast(rows.here, "float64") * stretch
     return ops.cast(per_row * ops.cast(rows.window, "float64"), values.dtype)
 
 

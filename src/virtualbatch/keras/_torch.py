@@ -13,8 +13,9 @@ from virtualbatch.certify import Certificate
 from virtualbatch.keras._certify import Engine, build_symbolically, certificate
 from virtualbatch.keras._eager_program import EagerProgram
 from virtualbatch.keras._guard import Guard
+from virtualbatch.keras._packing import Packing
 from virtualbatch.keras._subject import Backend
-from virtualbatch.keras._torch_batch import place, window_of
+from virtualbatch.keras._torch_batch import packed_window_of, place, window_of
 from virtualbatch.keras._torch_plan import MEMORY, planned
 from virtualbatch.keras._torch_state import State
 from virtualbatch.keras._train_step import TrainStep, uncompiled
@@ -32,8 +33,14 @@ from virtualbatch.torch._random import RandomState
 class TorchStep(TrainStep):
     """The `train_step` of a model that accumulates on PyTorch."""
 
-    def __init__(self, model: keras.Model, microbatch_size: Any, accumulation_steps: int | None):
-        super().__init__(model, microbatch_size, accumulation_steps)
+    def __init__(
+        self,
+        model: keras.Model,
+        microbatch_size: Any,
+        accumulation_steps: int | None,
+        packing: Packing | None = None,
+    ):
+        super().__init__(model, microbatch_size, accumulation_steps, packing)
         self._guard = Guard(model, self, MEMORY)
 
     def __call__(self, data: Any) -> dict[str, Any]:
@@ -55,13 +62,16 @@ class TorchStep(TrainStep):
         return results
 
     def _trained(self, data: Any, batch: Any, rows: int) -> dict[str, Any]:
-        model = self._model
-        cut = even_cut(rows, self._size(rows))
+        model, packing = self._model, self._packing_in_force()
         with State(model).kept_on_failure():
-            if len(cut) == 1:
-                results: dict[str, Any] = type(model).train_step(model, data)
-                return results
-            run = window_of(model, batch, rows, cut)
+            if packing is not None:
+                run = packed_window_of(model, batch, rows, packing)
+            else:
+                cut = even_cut(rows, self._size(rows))
+                if len(cut) == 1:
+                    whole: dict[str, Any] = type(model).train_step(model, data)
+                    return whole
+                run = window_of(model, batch, rows, cut)
             results = run.train()
         self._say(run.losses_of_one_number)
         return results

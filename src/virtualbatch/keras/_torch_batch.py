@@ -9,7 +9,11 @@ import numpy as np
 import torch
 from keras import ops, tree
 
+from virtualbatch.gathering import gathered
+from virtualbatch.keras._packing import Packing, PaddedBatch, padded_batch
 from virtualbatch.keras._torch_window import Microbatch, WindowRun
+from virtualbatch.packing import row_lengths, token_cut
+from virtualbatch.padding import check_longest
 
 # What `numpy.dtype.kind` calls booleans, integers, floats and complex numbers.
 _NUMBERS = "biufc"
@@ -29,6 +33,39 @@ def window_of(
     batch = tree.map_structure(_tensor, batch)
     pieces = [Microbatch(stop - start, partial(_cut, batch, start, stop)) for start, stop in cut]
     return WindowRun(model, rows, pieces)
+
+
+def packed_window_of(model: keras.Model, batch: Any, rows: int, packing: Packing) -> WindowRun:
+    """A window of one batch, its rows sorted by length and packed.
+
+    Args:
+        model: the model.
+        batch: (x, y, sample_weight) as Keras' loaders give them.
+        rows: its rows.
+        packing: how rows are packed.
+    """
+    batch = tree.map_structure(_tensor, batch)
+    found = padded_batch(model, batch)
+    with torch.no_grad():
+        lengths = row_lengths(packing.lengths(batch[0]), rows)
+    check_longest(int(lengths.max()), found.length, "x")
+    order = np.argsort(-lengths, kind="stable")
+    pieces = []
+    for start, stop, length in token_cut(
+        lengths[order].tolist(), packing.tokens, found.length, None
+    ):
+        get = partial(_gathered, found, order[start:stop], length)
+        stretch = found.length / length if found.targets else 1.0
+        pieces.append(Microbatch(stop - start, get, stretch))
+    return WindowRun(model, rows, pieces)
+
+
+def _gathered(batch: PaddedBatch, rows: np.ndarray, length: int) -> Any:
+    def piece(leaf: Any, trimmed: bool) -> Any:
+        found = gathered(leaf, rows, length if trimmed else None)
+        return ops.convert_to_tensor(found) if isinstance(found, torch.Tensor) else found
+
+    return batch.mapped(piece)
 
 
 def _tensor(leaf: Any) -> Any:

@@ -33,10 +33,12 @@ class Microbatch(NamedTuple):
     Fields:
         rows: its rows; a Python int.
         get: () -> (x, y, sample_weight) of its rows.
+        stretch: padded length over that of its targets, where rows are packed; see `Rows`.
     """
 
     rows: int
     get: Callable[[], Any]
+    stretch: float = 1.0
 
 
 class WindowRun:
@@ -94,7 +96,8 @@ class WindowRun:
     ) -> None:
         """Forward and backward of one micro-batch; its activations are free when this returns."""
         window, optimizer = self._window, self._model.optimizer
-        batch, rows = microbatch.get(), Rows(microbatch.rows, window.rows)
+        batch = microbatch.get()
+        rows = Rows(microbatch.rows, window.rows, microbatch.stretch)
         with statistics.forward(), recorded_moments(window.batchnorm) as seen:
             y_pred = window.forward(batch[0])
         loss, tracked = window.loss(batch, y_pred, rows, self._totals)
@@ -103,7 +106,7 @@ class WindowRun:
             loss.expand(window.rows).backward()
         if gradients.parameters:
             gradients.add(loss if optimizer is None else optimizer.scale_loss(loss), rows)
-        latest = window.update_metrics(batch, y_pred)
+        latest = window.update_metrics(batch, y_pred, rows)
 
         losses = [value.detach() for value in (loss, *tracked)]
         moments = [found for _, found in seen]
@@ -121,8 +124,8 @@ class WindowRun:
             window, buffers = self._window, Buffers(self._modules)
             devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
             with torch.no_grad(), torch.random.fork_rng(devices):
-                for rows, get in self._cut:
-                    counted = window.counted(get(), Rows(rows, window.rows))
+                for rows, get, stretch in self._cut:
+                    counted = window.counted(get(), Rows(rows, window.rows, stretch))
                     self._counted = counted if self._counted is None else self._counted + counted
             buffers.restore()
         return self._counted

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from virtualbatch.keras import refuse_accumulating_optimizer, refuse_replicas
+from virtualbatch.keras._packing import Packing
 from virtualbatch.split import is_automatic, rows_per_microbatch
 
 _log = logging.getLogger("virtualbatch")
@@ -20,24 +21,35 @@ class TrainStep:
         model: the model.
         microbatch_size: rows of one micro-batch, "auto", an `Auto`, or None.
         accumulation_steps: micro-batches per window, or None.
+        packing: how rows are packed instead, or None.
 
     Attributes:
         microbatch_size: as given.
-        most: rows of a micro-batch where they were planned, or made fewer than asked for; else
-            None.
+        packing: as given.
+        most: rows of a micro-batch, or tokens of a packed one, where they were planned, or made
+            fewer than asked for; else None.
     """
 
     is_virtualbatch = True
 
-    def __init__(self, model: keras.Model, microbatch_size: Any, accumulation_steps: int | None):
+    def __init__(
+        self,
+        model: keras.Model,
+        microbatch_size: Any,
+        accumulation_steps: int | None,
+        packing: Packing | None = None,
+    ):
         self._model = model
         self.microbatch_size = microbatch_size
+        self.packing = packing
         self._accumulation_steps = accumulation_steps
         self.most: int | None = None
         self._said: set[str] = set()
 
     def rows_asked_for(self, rows: int) -> int:
-        """Rows of one micro-batch as asked for, for a batch of so many."""
+        """Rows, or tokens, of one micro-batch as asked for, for a batch of so many rows."""
+        if self.packing is not None:
+            return self.packing.tokens
         if self.microbatch_size is not None:
             return int(self.microbatch_size)
         return int(rows_per_microbatch(rows, None, self._accumulation_steps))
@@ -66,6 +78,12 @@ class TrainStep:
                 "Got a call of train_step itself. Call plan, and accumulate with what it finds."
             )
         return asked
+
+    def _packing_in_force(self) -> Packing | None:
+        """How rows are packed, with the tokens that are in force."""
+        if self.packing is None or self.most is None:
+            return self.packing
+        return self.packing._replace(tokens=self.most)
 
     def _unpacked(self, data: Any) -> tuple[Any, Any, Any]:
         """(x, y, sample_weight) of a batch, for a model that may still be trained by windows.

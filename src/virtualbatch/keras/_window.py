@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras.src import backend
 
 from virtualbatch.keras._batchnorm import batchnorm_layers
 from virtualbatch.keras._rows import Rows
@@ -95,14 +96,21 @@ class WindowModel:
         """The same vector from predictions of the micro-batch that are there already."""
         return self._contribution(batch, y_pred, rows, _Ones).counted
 
-    def update_metrics(self, batch: Any, y_pred: Any) -> dict[str, Any]:
+    def update_metrics(self, batch: Any, y_pred: Any, rows: Rows) -> dict[str, Any]:
         """Shows a micro-batch to the compiled metrics.
+
+        Args:
+            batch: (x, y, sample_weight) of the micro-batch.
+            y_pred: what `forward` gave for it.
+            rows: rows of the micro-batch and the window.
 
         Returns:
             What an overridden `compute_metrics` gives; else nothing.
         """
         model = self.model
         x, y, sample_weight = batch
+        if rows.is_stretched:
+            _weigh_trimmed(y_pred, rows.stretch)
         if self.own_metrics:
             return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         # Keras' own also computes every result, which is of no use before the window ends.
@@ -135,6 +143,20 @@ class WindowModel:
     ) -> Contribution:
         _, y, sample_weight = batch
         return contribution(self.model._compile_loss, y, y_pred, sample_weight, rows, totals)
+
+
+def _weigh_trimmed(y_pred: Any, stretch: Any) -> None:
+    """Makes metrics weigh rows that were trimmed as those that were not.
+
+    Keras averages the tokens of a row before it adds up rows, so each row would weigh by the length
+    to which it is padded. Those metrics multiply their weights by the mask of the predictions.
+    """
+    for found in keras.tree.flatten(y_pred):
+        if len(found.shape) > 2:
+            mask = backend.get_keras_mask(found)
+            weight = keras.ops.ones_like(found[..., 0]) if mask is None else mask
+            weight = keras.ops.cast(weight, keras.backend.floatx())
+            backend.set_keras_mask(found, weight / keras.ops.cast(stretch, weight.dtype))
 
 
 class _Ones:

@@ -10,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from virtualbatch.certify import Certificate
+from virtualbatch.packing import refuse_sorted_rows
 from virtualbatch.plan import Plan
 from virtualbatch.recovery import free_frames, no_smaller_size
 from virtualbatch.sizes import Auto, SizeInForce
@@ -93,6 +94,7 @@ def value_and_gradients(
         2.000 [0.667 0.667]
     """
     check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
+    refuse_sorted_rows(batch, stats)
     if not tf.executing_eagerly():
         # AutoGraph does not look into this library, but must go on converting what the user wrote.
         autograph = tf.__internal__.autograph

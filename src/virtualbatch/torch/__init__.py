@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from virtualbatch.certify import Certificate
+from virtualbatch.packing import refuse_sorted_rows
 from virtualbatch.plan import Plan
 from virtualbatch.recovery import free_frames, no_smaller_size
 from virtualbatch.sizes import Auto, SizeInForce
@@ -93,6 +94,7 @@ def backward(
     """
     functions = {"loss_fn": loss_fn, "weight": weight, "backward_fn": backward_fn}
     check_call(functions, batch, microbatch_size, accumulation_steps)
+    refuse_sorted_rows(batch, stats)
     found = inventory(module)
     refuse_foreign_accumulation()
     program = Program(loss_fn, weight, has_aux, backward_fn, found, stats)

@@ -5,16 +5,14 @@ built of its pieces when it is asked for. Where the batch is on the host and the
 device, that is when it is copied there.
 """
 
-import copy
-import dataclasses
 import numbers
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 
+from virtualbatch.nesting import Builder, builder, is_text
 from virtualbatch.split import (
     Window,
     check_alike,
@@ -29,9 +27,6 @@ _SHARED = (numbers.Number, str, bytes, Enum, torch.dtype, torch.device, torch.Ge
 # A PackedSequence is a tuple, but its data has the rows in another order.
 _ONE_LEAF = (torch.Tensor, torch.nn.utils.rnn.PackedSequence)
 
-# Leaves, in the order of the structure -> the structure.
-_Builder = Callable[[Sequence[Any]], Any]
-
 
 class Microbatch(NamedTuple):
     """One micro-batch of a window.
@@ -45,7 +40,7 @@ class Microbatch(NamedTuple):
 
     rows: int
     leaves: Sequence[Any]
-    build: _Builder
+    build: Builder
     given: Any = None
 
     def get(self) -> Any:
@@ -133,7 +128,7 @@ def on_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
 def _uncut(structure: Any, path: str) -> tuple[list[tuple[str, Any]], Microbatch]:
     """A structure as one micro-batch, and its leaves with the expressions that reach them."""
     found: list[tuple[str, Any]] = []
-    build = _builder(structure, path, found)
+    build = builder(structure, path, found, _ONE_LEAF)
     rows = common_rows([(place, leaf) for place, leaf in found if _is_tensor(place, leaf)])
     if rows is None:
         raise ValueError("internal: a tensor has no number of rows.")
@@ -145,7 +140,7 @@ def _pieces(leaf: Any, rows: int, cut: Sequence[tuple[int, int]]) -> Sequence[An
     if isinstance(leaf, torch.Tensor):
         # Slices, all in one call.
         return leaf.tensor_split([stop for _, stop in cut[:-1]])
-    if _is_text(leaf) and len(leaf) == rows:
+    if is_text(leaf) and len(leaf) == rows:
         return [leaf[start:stop] for start, stop in cut]
     return [leaf] * len(cut)
 
@@ -165,87 +160,13 @@ def _is_tensor(path: str, leaf: Any) -> bool:
             "Arrays of a batch must be tensors of PyTorch. "
             f"Got {path} of type {type(leaf).__name__}. Pass torch.as_tensor({path})."
         )
-    if not isinstance(leaf, _SHARED) and not _is_text(leaf):
+    if not isinstance(leaf, _SHARED) and not is_text(leaf):
         raise TypeError(
             "A batch must be made of tensors, mappings, lists, tuples, dataclasses, numbers and "
             f"text. Got {path} of type {type(leaf).__name__}. "
             "Pass its tensors instead, or pass it to the loss function by a closure."
         )
     return False
-
-
-def _is_text(leaf: Any) -> bool:
-    """Whether this is what PyTorch's loaders make of one text per row."""
-    return (
-        isinstance(leaf, list | tuple)
-        and bool(leaf)
-        and all(isinstance(item, str | bytes) for item in leaf)
-    )
-
-
-def _builder(structure: Any, path: str, leaves: list[tuple[str, Any]]) -> _Builder:
-    """Finds the leaves of a structure, and what makes the same structure of others.
-
-    Args:
-        structure: a nested structure, or a part of one.
-        path: the expression that reaches it.
-        leaves: takes the expression and the leaf of every leaf found.
-    """
-    if isinstance(structure, _ONE_LEAF):
-        pass
-    elif isinstance(structure, list | tuple):
-        if not _is_text(structure):
-            return _sequence_builder(structure, path, leaves)
-    elif isinstance(structure, Mapping):
-        return _mapping_builder(structure, path, leaves)
-    elif dataclasses.is_dataclass(structure) and not isinstance(structure, type):
-        return _dataclass_builder(structure, path, leaves)
-    leaves.append((path, structure))
-    return itemgetter(len(leaves) - 1)
-
-
-def _sequence_builder(
-    structure: Sequence[Any], path: str, leaves: list[tuple[str, Any]]
-) -> _Builder:
-    kind: Any = type(structure)
-    if hasattr(structure, "_fields"):
-        fields = [_builder(getattr(structure, n), f"{path}.{n}", leaves) for n in structure._fields]
-        return lambda found: kind(*[build(found) for build in fields])
-    items = [_builder(item, f"{path}[{i}]", leaves) for i, item in enumerate(structure)]
-    return lambda found: kind([build(found) for build in items])
-
-
-def _mapping_builder(
-    structure: Mapping[Any, Any], path: str, leaves: list[tuple[str, Any]]
-) -> _Builder:
-    items = {key: _builder(structure[key], f"{path}[{key!r}]", leaves) for key in structure}
-    if type(structure) is dict or not isinstance(structure, MutableMapping):
-        return lambda found: {key: build(found) for key, build in items.items()}
-
-    def mapping(found: Sequence[Any]) -> Any:
-        # Constructors of other mappings take who knows what.
-        result = copy.copy(structure)
-        for key, build in items.items():
-            result[key] = build(found)
-        return result
-
-    return mapping
-
-
-def _dataclass_builder(structure: Any, path: str, leaves: list[tuple[str, Any]]) -> _Builder:
-    fields = {
-        field.name: _builder(getattr(structure, field.name), f"{path}.{field.name}", leaves)
-        for field in dataclasses.fields(structure)
-    }
-
-    def instance(found: Sequence[Any]) -> Any:
-        result = copy.copy(structure)
-        for name, build in fields.items():
-            # A frozen dataclass refuses plain assignment.
-            object.__setattr__(result, name, build(found))
-        return result
-
-    return instance
 
 
 def _places(leaves: Sequence[tuple[str, Any]], path: str) -> list[str]:

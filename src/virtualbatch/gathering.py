@@ -1,0 +1,73 @@
+"""Rows of an array in another order, by the gather of whichever framework made it.
+
+Frameworks are looked up among the modules that are loaded, and never imported: an array of one
+that is not loaded cannot be there.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+
+def is_known(leaf: Any) -> bool:
+    """Whether this is a dense array of NumPy, PyTorch, TensorFlow or JAX."""
+    return isinstance(leaf, np.ndarray) or _framework(leaf) is not None
+
+
+def kind(array: Any) -> str:
+    """The kind of numbers in an array: "integer" (booleans too), "float" or "other"."""
+    name = str(getattr(array.dtype, "name", array.dtype)).removeprefix("torch.")
+    if name.startswith(("int", "uint", "bool")):
+        return "integer"
+    return "float" if name.startswith(("float", "bfloat")) else "other"
+
+
+def gathered(array: Any, rows: np.ndarray, length: int | None) -> Any:
+    """Rows of an array.
+
+    Args:
+        array: a known array.
+        rows: their numbers.
+        length: what is kept of the second axis; None for all of every row.
+    """
+    framework = _framework(array)
+    # Trimmed first: only what is kept is copied.
+    trimmed = array if length is None else array[:, :length]
+    if framework == "torch":
+        index = sys.modules["torch"].as_tensor(rows, device=array.device)
+        return trimmed.index_select(0, index)
+    if framework == "tensorflow":
+        return sys.modules["tensorflow"].gather(trimmed, rows)
+    if framework == "jax" and length is not None:
+        # One operation, so that one program is compiled for a shape.
+        return array[rows, :length]
+    return trimmed[rows]
+
+
+def on_host(array: Any) -> np.ndarray:
+    """The values of an array, or of a list of numbers, in NumPy.
+
+    Raises:
+        ValueError: a trace stands for it, which has no values.
+    """
+    framework = _framework(array)
+    if framework == "torch":
+        array = array.detach().cpu()
+    traced = framework == "tensorflow" and not hasattr(array, "numpy")
+    if framework == "jax":
+        traced = isinstance(array, sys.modules["jax"].core.Tracer)
+    if traced:
+        raise ValueError(
+            "Rows are packed by the values of their lengths. Got lengths inside a trace, which "
+            "has no values. Call pack outside of tf.function and jax.jit, and compile the loss."
+        )
+    return np.asarray(array)
+
+
+def _framework(array: Any) -> str | None:
+    for name, kind_of_array in (("torch", "Tensor"), ("tensorflow", "Tensor"), ("jax", "Array")):
+        # An empty tuple of classes where the framework is not loaded.
+        if isinstance(array, getattr(sys.modules.get(name), kind_of_array, ())):
+            return name
+    return None
