@@ -199,38 +199,6 @@ def test_parameters_of_a_module_that_was_not_named():
     assert_all_close(taken(head), expected)
 
 
-VIEWS = {
-    "unsqueeze": lambda p: p.unsqueeze(0),
-    "view": lambda p: p.view(1, 3),
-    "transpose": lambda p: p.reshape(3, 1).T,
-}
-
-
-@pytest.mark.parametrize("backward_fn", [None, lambda loss: loss.backward()])
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("name", VIEWS)
-def test_gradients_that_pytorch_puts_in_the_same_memory(name, late, backward_fn):
-    # As two embeddings of positions, added up. `late`: the first micro-batch does without them.
-    model = linear(3, 1)
-    model.a, model.b = (torch.nn.Parameter(torch.ones(3).double()) for _ in range(2))
-    window = vb.Window(X.split(2))
-
-    def loss_fn(x):
-        shift = VIEWS[name](model.a) + VIEWS[name](model.b)
-        return model[0](x if late and x is window[0] else x + shift).square().mean()
-
-    sum(map(loss_fn, window)).div(len(window)).backward()
-    expected = taken(model)
-    for x in window:
-        (loss_fn(x) / len(window)).backward()
-    # PyTorch itself adds twice to both: what is tested here does happen.
-    assert model.a.grad.data_ptr() == model.b.grad.data_ptr()
-    assert not np.allclose(taken(model)[0], expected[0])
-    vb.backward(loss_fn, window, module=model, backward_fn=backward_fn)
-    assert model.a.grad.data_ptr() != model.b.grad.data_ptr()
-    assert_all_close(taken(model), expected)
-
-
 def test_frozen_parameters_keep_their_grad():
     model = linear(3, 2, 1)
     kept = torch.ones(2, 3, dtype=torch.float64)

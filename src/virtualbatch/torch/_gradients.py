@@ -64,15 +64,15 @@ class WindowGradients:
         """
         if self._differentiate is None:
             self._differentiate = self._chosen(terms)
-        # A branch may leave a micro-batch without parameters: its gradient is zero.
-        reached = [
-            (term, share)
-            for term, share in zip(terms, shares, strict=True)
-            if share and term.requires_grad
-        ]
+        reached, factors = [], []
+        for term, share in zip(terms, shares, strict=True):
+            # A branch may leave a micro-batch without parameters: its gradient is zero.
+            if share and term.requires_grad:
+                reached.append(term)
+                factors.append(share)
         if reached:
             self.found_any = True
-            self._differentiate(*zip(*reached, strict=True))
+            self._differentiate(reached, factors)
             self._own_memory.give()
 
     def zero(self) -> None:
@@ -172,7 +172,8 @@ class WindowGradients:
 
 
 def _from_factors(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
-    # Where the backward pass starts, factors cost no multiplication of their own.
+    # Where the backward pass starts, factors cost no multiplication of their own. A start is never
+    # used twice: where a term is a view of a parameter, it becomes its `.grad` and is added to.
     starts = [torch.full_like(term, factor) for term, factor in zip(terms, factors, strict=True)]
     torch.autograd.backward(terms, starts)
 

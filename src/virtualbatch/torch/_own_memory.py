@@ -5,6 +5,7 @@ pass of PyTorch lets both `.grad`s have the same memory. Every later pass then a
 """
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 
@@ -18,27 +19,40 @@ class OwnMemory:
 
     def __init__(self, parameters: Sequence[torch.Tensor]):
         self._without = parameters
-        self._taken: set[int] = set()
 
     def give(self) -> None:
         """Copies gradients that share memory; to be called after every backward pass."""
-        found = [parameter for parameter in self._without if parameter.grad is not None]
-        if not found:
+        if not self._without:
             return
-        self._without = [parameter for parameter in self._without if parameter.grad is None]
-        # Memory that was freed since may be in use again: then a gradient is copied for nothing.
-        for parameter in found:
+        waiting = []
+        found = []
+        for parameter in self._without:
             gradient = parameter.grad
             if gradient is None:
-                continue
-            memory = _memory(gradient)
-            if memory and memory in self._taken:
-                parameter.grad = gradient.clone()
-            self._taken.add(memory)
+                waiting.append(parameter)
+            else:
+                found += [(begin, size, parameter) for begin, size in _places(gradient)]
+        self._without = waiting
+        if len(found) < 2:
+            return
+        # Parts of one memory may lie side by side, as those of `torch.cat` do; they are no harm.
+        found.sort(key=itemgetter(0))
+        end = 0
+        for begin, size, parameter in found:
+            if begin < end:
+                # Never None: it was found above.
+                parameter.grad = parameter.grad.clone()  # type: ignore[union-attr]
+            else:
+                end = begin + size
 
 
-def _memory(x: torch.Tensor) -> int:
-    """Address of the memory of a tensor; 0 where it has none that can be told."""
-    # Fake tensors and other wrappers have no address, sparse ones several.
-    plain = type(x) is torch.Tensor and x.layout == torch.strided
-    return x.untyped_storage().data_ptr() if plain else 0
+def _places(x: torch.Tensor) -> list[tuple[int, int]]:
+    """Address and bytes of each memory that is added to in place; none where it cannot be told."""
+    if type(x) is torch.Tensor:
+        # Sparse gradients are never added to in place. Meta tensors have no address.
+        return [(x.data_ptr(), x.nbytes)] if x.layout == torch.strided and x.data_ptr() else []
+    # A wrapper such as DTensor has no memory, and what it wraps has. Fake tensors wrap nothing.
+    flatten = getattr(x, "__tensor_flatten__", None)
+    if flatten is None:
+        return []
+    return [place for name in flatten()[0] for place in _places(getattr(x, name))]

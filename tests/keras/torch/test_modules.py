@@ -39,9 +39,7 @@ class TwoShifts(torch.nn.Module):
 
 def test_gradients_in_the_same_memory_are_not_added_twice():
     def model():
-        return keras.Sequential(
-            [keras.Input((FEATURES,)), wrapped(TwoShifts()), layers.Dense(3)]
-        )
+        return keras.Sequential([keras.Input((FEATURES,)), wrapped(TwoShifts()), layers.Dense(3)])
 
     assert_equals_keras(Case("", model, compiled(), X, LABELS))
 
