@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from virtualbatch.noise import WindowStats
-from virtualbatch.torch._weights import Shares
 
 
 class GradientNorms:
@@ -53,12 +52,13 @@ class GradientNorms:
             self._of_window.append(_squared(self._of_one) * (factor**2 / share))
             self._of_one = []
 
-    def stats(self, gradients: Iterable[torch.Tensor], shares: Shares) -> WindowStats:
+    def stats(self, gradients: Iterable[torch.Tensor], rows: Any, microbatches: int) -> WindowStats:
         """The statistics of a window.
 
         Args:
             gradients: sums of the window.
-            shares: its shares.
+            rows: rows of the window.
+            microbatches: micro-batches that count for something.
         """
         square = _squared([_norm(gradient) for gradient in gradients])
         parts = [part.to(square.device) for part in self._of_window]
@@ -66,8 +66,7 @@ class GradientNorms:
         if self._scale is not None:
             undo = self._scale.to(square) ** -2
             square, mean_square = square * undo, mean_square * undo
-        counted = sum(1 for share in shares.of_rows_or_term() if share > 0)
-        return WindowStats(shares.window, counted, mean_square, square)
+        return WindowStats(rows, microbatches, mean_square, square)
 
     def _see(self, gradient: torch.Tensor) -> None:
         self._of_one.append(_norm(gradient.detach()))
