@@ -25,6 +25,7 @@ from virtualbatch.keras._train_step import STATS
 from virtualbatch.keras._window import WindowModel
 from virtualbatch.noise import WindowStats
 from virtualbatch.torch._batchnorm import MergedStatistics
+from virtualbatch.torch._own_memory import OwnMemory
 from virtualbatch.torch._state import Buffers
 from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.window import accumulator_dtype
@@ -170,6 +171,7 @@ class _Gradients:
         self._found_any = False
         for parameter in parameters:
             parameter.grad = None
+        self._own_memory = OwnMemory(parameters)
 
     def add(self, loss: torch.Tensor, rows: Rows) -> None:
         """Differentiates one micro-batch's part of the loss."""
@@ -181,6 +183,7 @@ class _Gradients:
         share = rows.share("float32")
         if not self._half:
             loss.backward()
+            self._own_memory.give()
         else:
             (loss / share).backward()
             self._add_wide(share)
