@@ -33,7 +33,12 @@ def planned(model: keras.Model, batch: Any, memory_limit: int | str | None) -> P
     snapshot = Snapshot(model)
     held = snapshot.nbytes() + sum(array.nbytes for _, array in array_leaves(batch))
     return searched(
-        lambda size: _Update(model, batch, rows, size, snapshot), rows, held, MEMORY, memory_limit
+        lambda size: _Update(model, batch, rows, size, snapshot),
+        rows,
+        held,
+        MEMORY,
+        memory_limit,
+        True,
     )
 
 
