@@ -41,7 +41,7 @@ class OwnMemory:
         for begin, size, parameter in found:
             if begin < end:
                 # Never None: it was found above.
-                parameter.grad = parameter.grad.clone()  # type: ignore[union-attr]
+                parameter.grad = parameter.grad.clone()
             else:
                 end = begin + size
 
