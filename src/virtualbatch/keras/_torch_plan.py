@@ -74,7 +74,7 @@ class _Update:
         if len(self._cut) == 1:
             logs = type(model).train_step(model, self._batch)
         else:
-            logs = window_of(model, self._batch, self._rows, self._cut).train()
+            logs = window_of(model, self._batch, self._rows, self._cut, False).train()
         # The device has finished once a value of the logs is here.
         keras.tree.map_structure(float, logs)
 
