@@ -8,6 +8,7 @@ the fastest once more. Where nothing can tell a peak, sizes are tried instead, s
 
 import logging
 import math
+import time
 from typing import Literal, NamedTuple
 
 from virtualbatch.plan import NEARLY_AS_FAST, Plan, PlanRow, readable_bytes
@@ -17,6 +18,9 @@ _log = logging.getLogger(__name__)
 # Less than this, and what engines load to learn of peaks would take all that is left: 38 MiB for
 # the fake tensors of PyTorch, and stacks for the threads of a graph of TensorFlow.
 ROOM_FOR_TOOLS = 64 * 2**20
+
+# Seconds after which no further size is timed.
+TIME_TO_SPEND = 10.0
 
 # Rows of the first micro-batch tried: above the knee of most models, and small enough to fit.
 _FIRST = 8
@@ -46,6 +50,25 @@ class Question(NamedTuple):
     def is_optional(self) -> bool:
         """Whether there can be a plan without the answer, where time is short."""
         return self.kind == "time" or (self.kind == "trial" and self.microbatch_size > 1)
+
+
+class Patience:
+    """The time for questions that can be left unanswered, counted from the first of them."""
+
+    def __init__(self) -> None:
+        self._begin: float | None = None
+
+    def is_over(self, question: Question) -> bool:
+        """Whether a question comes too late.
+
+        Args:
+            question: the next one.
+        """
+        if not question.is_optional:
+            return False
+        if self._begin is None:
+            self._begin = time.perf_counter()
+        return time.perf_counter() - self._begin > TIME_TO_SPEND
 
 
 class Search:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virtualbatch.plan import NEARLY_AS_FAST, Plan, PlanRow, parse_limit, readable_bytes
-from virtualbatch.search import Search
+from virtualbatch.search import TIME_TO_SPEND, Patience, Question, Search
 
 
 def searched(rows, limit, peak, seconds, trial=lambda rows: None, remainder=True):
@@ -215,6 +215,19 @@ def test_timing_can_be_stopped():
     assert "none was timed" in plan.reason
 
 
+def test_time_is_counted_from_the_first_question_that_can_be_left(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("virtualbatch.search.time.perf_counter", lambda: now[0])
+    patience = Patience()
+    compiled, timed = Question("memory", 8), Question("time", 8)
+    now[0] = 100.0
+    assert not patience.is_over(compiled)
+    assert not patience.is_over(timed)
+    now[0] += TIME_TO_SPEND + 1
+    assert patience.is_over(timed)
+    assert not patience.is_over(compiled)
+
+
 def test_one_row_that_does_not_fit_says_what_it_needs():
     with pytest.raises(ValueError, match=r"Got a limit of 100 B, and one row needs 150 B\. Raise"):
         searched(64, 100, constant(150), constant(1.0))
@@ -331,6 +344,13 @@ def test_limits(limit, due):
             parse_limit(limit, 1000)
     else:
         assert parse_limit(limit, 1000) == due
+
+
+@pytest.mark.parametrize("limit", [None, "80%"])
+def test_limits_of_a_device_that_does_not_tell_what_it_has(limit):
+    with pytest.raises(ValueError, match=r"device does not tell .* Got memory_limit=.*'10GiB'"):
+        parse_limit(limit, None)
+    assert parse_limit("2GiB", None) == 2 * 2**30
 
 
 @pytest.mark.parametrize("limit", [1.5, True, [1]])
