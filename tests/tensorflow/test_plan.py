@@ -65,7 +65,7 @@ def test_a_line_predicts_peaks_within_fifteen_percent():
     loss_fn, x, variables, _ = program(64)
     found = vb.plan(loss_fn, x, variables)
     rows = {row.microbatch_size: row.peak_bytes for row in found.rows if row.measured}
-    assert sorted(rows) == [8, 32, 64]
+    assert set(rows) >= {8, 32, 64}
     slope = (rows[32] - rows[8]) / 24
     # Each of tanh, BatchNorm, dropout and the loss keeps or needs some MiB per row.
     assert slope > 3 * 2**20
