@@ -110,6 +110,19 @@ def test_limits_that_are_none(limit, text):
     assert text in refused(target, "--batch-size", 8, "--memory-limit", limit)
 
 
+@pytest.mark.parametrize("program", LINES)
+def test_a_limit_that_holds_no_row_says_what_one_needs(program):
+    text = refused(f"{PROGRAMS}:{program}", "--batch-size", 8, "--memory-limit", "10B")
+    assert re.search(r"Got a limit of 10 B, and one row needs \d+\.\d [KM]iB\. Raise", text)
+
+
+@pytest.mark.parametrize("rows", [1, 0, -3])
+def test_a_batch_that_cannot_be_cut_is_refused(rows):
+    text = refused(f"{PROGRAMS}:that_raises", "--batch-size", rows)
+    assert text.startswith("Error: --batch-size must be 2 or more, because one row cannot be cut.")
+    assert f"Got --batch-size {rows}." in text
+
+
 def test_a_file_that_cannot_be_written_is_refused_first():
     target = f"{PROGRAMS}:that_raises"
     text = refused(target, "--batch-size", 8, "--json", "/absent/plan.json")

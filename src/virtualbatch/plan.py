@@ -93,18 +93,24 @@ class Plan:
         return lines
 
 
-def parse_limit(limit: int | str | None, usable: int) -> int:
+def parse_limit(limit: int | str | None, usable: int | None) -> int:
     """A memory limit in bytes.
 
     Args:
         limit: bytes, a text such as "2GiB" or "80%", or None for all that is usable.
-        usable: bytes that the device or the container really has left.
+        usable: bytes that the device or the container really has left; None if it does not tell.
 
     Raises:
-        ValueError: the text does not parse, or the limit is not positive.
+        ValueError: the text does not parse, the limit is not positive, or it depends on what the
+            device does not tell.
         TypeError: the limit is something else.
     """
-    if limit is None:
+    if usable is None and (limit is None or (isinstance(limit, str) and "%" in limit)):
+        raise ValueError(
+            "memory_limit must be a number of bytes where the device does not tell what it has "
+            f"left. Got memory_limit={limit!r}. Pass for example '10GiB'."
+        )
+    if limit is None and usable is not None:
         return usable
     if isinstance(limit, bool) or not isinstance(limit, int | str):
         raise TypeError(
@@ -120,12 +126,12 @@ def parse_limit(limit: int | str | None, usable: int) -> int:
     return found
 
 
-def _parsed(text: str, usable: int) -> int | None:
+def _parsed(text: str, usable: int | None) -> int | None:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]+)\s*", text)
     if match is None:
         return None
     number, unit = float(match[1]), match[2].lower()
-    if unit == "%":
+    if unit == "%" and usable is not None:
         return int(usable * number / 100) if number <= 100 else None
     return int(number * _UNITS[unit]) if unit in _UNITS else None
 

@@ -1,5 +1,6 @@
 """What can be said when memory runs out, whatever the framework."""
 
+import math
 import re
 import sys
 import traceback
@@ -10,8 +11,15 @@ from virtualbatch.plan import readable_bytes
 # How allocators say what they were asked for; the first pattern that is found counts.
 _ASKED = (
     re.compile(r"[Tt]ried to allocate (?P<number>[\d.]+) ?(?P<unit>[KMGT]?i?[Bb](?:ytes)?)"),
-    re.compile(r"allocat\w* (?P<number>[\d.]+) ?(?P<unit>[KMGT]?i?[Bb](?:ytes)?)"),
+    re.compile(
+        r"allocat\w* (?:request for )?(?P<number>\d+(?:\.\d+)?) ?"
+        r"(?P<unit>[KMGT]?i?[Bb](?:ytes)?|[KMGT]\b)"
+    ),
 )
+# TensorFlow names a shape and a type instead.
+_SHAPE = re.compile(r"shape\[(?P<shape>\d+(?:,\d+)*)\] and type (?P<type>\w+)")
+_BYTES = {"bool": 1, "half": 2, "bfloat16": 2, "float": 4, "double": 8, "complex64": 8}
+_BYTES |= {f"{sign}int{8 * size}": size for sign in ("", "u") for size in (1, 2, 4, 8)}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -25,6 +33,8 @@ def bytes_asked(text: str) -> int | None:
         if found := pattern.search(text):
             prefix = found["unit"][0] if found["unit"][0] in "KMGT" else ""
             return int(float(found["number"]) * _UNITS[prefix])
+    if (found := _SHAPE.search(text)) and found["type"] in _BYTES:
+        return math.prod(map(int, found["shape"].split(","))) * _BYTES[found["type"]]
     return None
 
 

@@ -3,11 +3,13 @@
 An engine asks what to try, measures, and tells. Peak memory is taken for affine in the rows of a
 micro-batch above a knee, peak = max(c, a + b * rows), so two measurements predict every size; the
 size that follows is confirmed by a third. Then a few sizes are timed, and those that come out near
-the fastest once more. Where nothing can tell a peak, sizes are tried instead, smallest first.
+the fastest again. Where nothing can tell a peak, sizes are tried instead, smallest first.
 """
 
 import logging
 import math
+import time
+from collections import Counter
 from typing import Literal, NamedTuple
 
 from virtualbatch.plan import NEARLY_AS_FAST, Plan, PlanRow, readable_bytes
@@ -17,6 +19,9 @@ _log = logging.getLogger(__name__)
 # Less than this, and what engines load to learn of peaks would take all that is left: 38 MiB for
 # the fake tensors of PyTorch, and stacks for the threads of a graph of TensorFlow.
 ROOM_FOR_TOOLS = 64 * 2**20
+
+# Seconds after which no further size is timed.
+TIME_TO_SPEND = 10.0
 
 # Rows of the first micro-batch tried: above the knee of most models, and small enough to fit.
 _FIRST = 8
@@ -28,6 +33,8 @@ _FLAT = 1.02
 _HOPELESS = 1.3
 # What took no longer than this, against the fastest, is timed again: the next run may be quieter.
 _WORTH_ANOTHER_LOOK = 1.15
+# So often, the first time included.
+_LOOKS = 3
 
 
 class Question(NamedTuple):
@@ -46,6 +53,25 @@ class Question(NamedTuple):
     def is_optional(self) -> bool:
         """Whether there can be a plan without the answer, where time is short."""
         return self.kind == "time" or (self.kind == "trial" and self.microbatch_size > 1)
+
+
+class Patience:
+    """The time for questions that can be left unanswered, counted from the first of them."""
+
+    def __init__(self) -> None:
+        self._begin: float | None = None
+
+    def is_over(self, question: Question) -> bool:
+        """Whether a question comes too late.
+
+        Args:
+            question: the next one.
+        """
+        if not question.is_optional:
+            return False
+        if self._begin is None:
+            self._begin = time.perf_counter()
+        return time.perf_counter() - self._begin > TIME_TO_SPEND
 
 
 class Search:
@@ -75,7 +101,7 @@ class Search:
         self._failed: set[int] = set()
         self._seconds: dict[int, float] = {}
         self._first_seconds: dict[int, float] = {}
-        self._timed_again: set[int] = set()
+        self._looks: Counter[int] = Counter()
         self._stopped = False
         self._trial = False
 
@@ -113,10 +139,9 @@ class Search:
         elif question.kind == "memory":
             self._peaks[size] = answer
         else:
-            if size in self._seconds:
-                self._timed_again.add(size)
-            first = self._first_seconds.setdefault(size, answer)
-            self._seconds[size] = min(answer, first)
+            self._looks[size] += 1
+            self._first_seconds.setdefault(size, answer)
+            self._seconds[size] = min(answer, self._seconds.get(size, answer))
 
     def only_try(self) -> None:
         """Asks for no peaks, because what tells them does not fit in the memory that is left."""
@@ -273,13 +298,12 @@ class Search:
         for size in (smallest // 2, above):
             if size >= 1 and (cut := self._cut(size)) not in timed and self._may_fit(cut):
                 return cut
-        # One round for all that are near, so that a disturbance meets one of them at most twice.
+        # All that are near in turns, so that a disturbance meets each of them at most once.
         first = {m: self._first_seconds[m] for m in sorted(timed)}
         enough = _WORTH_ANOTHER_LOOK * min(first.values())
         near = [m for m in first if first[m] <= enough]
-        if len(near) < 2:
-            return None
-        return next((m for m in near if m not in self._timed_again), None)
+        next_look = min(near, key=lambda m: self._looks[m])
+        return next_look if len(near) > 1 and self._looks[next_look] < _LOOKS else None
 
     def _far_apart(self) -> list[int]:
         """Sizes whose peaks are known and fit, at least a factor two apart, smallest first."""

@@ -16,7 +16,12 @@ from virtualbatch.recovery import bytes_asked, free_frames, no_smaller_size
         ("MPS backend out of memory (MPS allocated: 1 GB). Tried to allocate 96 B on", 96),
         ("RESOURCE_EXHAUSTED: Out of memory allocating 4096 bytes.", 4096),
         ("Unable to allocate 7.00 KiB for an array with shape (7, 1024)", 7 * 1024),
-        ("OOM when allocating tensor with shape[10,10] and type float", None),
+        ("RESOURCE_EXHAUSTED: Failed to allocate request for 2.00GiB on device", 2 * 2**30),
+        ("RESOURCE_EXHAUSTED: Attempting to allocate 4.00G. That was not", 4 * 2**30),
+        ("OOM when allocating tensor with shape[10,10] and type float", 400),
+        ("OOM when allocating tensor with shape[64,1048576] and type half on", 128 * 2**20),
+        ("OOM when allocating tensor with shape[3] and type variant", None),
+        ("OOM when allocating tensor", None),
         ("", None),
     ],
 )

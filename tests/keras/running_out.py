@@ -15,7 +15,9 @@ def out_of_memory():
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
-        return tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+        return tf.errors.ResourceExhaustedError(
+            None, None, "OOM when allocating tensor with shape[4,6] and type float"
+        )
     if BACKEND == "jax":
         import jax
 

@@ -107,8 +107,16 @@ def test_nothing_is_left_to_halve():
     before = [np.array(x) for x in found.get_weights()]
     with pytest.raises(
         MemoryError, match=r"one row must fit.* The largest parameters are .*kernel"
-    ):
+    ) as e:
         found.train_on_batch(X[:24], Y[:24])
+    for text in (
+        " more were asked for with ",
+        " left. Nothing of this update",
+        "checkpointing",
+        "bfloat16",
+        "rows shorter",
+    ):
+        assert text in str(e.value)
     assert_same(before, found.get_weights())
     assert int(found.optimizer.iterations) == 0
 

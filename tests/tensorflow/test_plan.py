@@ -1,6 +1,11 @@
 """Planning: peaks near those of real windows, nothing changed, automatic sizes."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -60,7 +65,7 @@ def test_a_line_predicts_peaks_within_fifteen_percent():
     loss_fn, x, variables, _ = program(64)
     found = vb.plan(loss_fn, x, variables)
     rows = {row.microbatch_size: row.peak_bytes for row in found.rows if row.measured}
-    assert sorted(rows) == [8, 32, 64]
+    assert set(rows) >= {8, 32, 64}
     slope = (rows[32] - rows[8]) / 24
     # Each of tanh, BatchNorm, dropout and the loss keeps or needs some MiB per row.
     assert slope > 3 * 2**20
@@ -202,6 +207,29 @@ def test_sizes_are_tried_eagerly_where_there_is_no_room_for_a_graph(monkeypatch,
     (line,) = caplog.messages
     assert "sizes are tried from the smallest" in line
     assert int(count) == 0
+
+
+def test_sizes_are_tried_in_a_process_of_little_address_space():
+    script = Path(__file__).with_name("tight.py")
+    # Else the C library keeps what is freed, and what fits is a matter of luck.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    child = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
+    )
+    assert child.returncode == 0, child.stderr
+    found = json.loads(child.stdout)
+    tried = [row["microbatch_size"] for row in found["plan"]["rows"]]
+    assert tried[:2] == [1, 2]
+    assert tried[-1] < 256
+    assert found["plan"]["microbatch_size"] in tried
+    (line,) = found["log"]
+    assert "sizes are tried from the smallest" in line
+    assert found["intact"]
 
 
 def test_a_first_window_that_runs_out_is_no_raw_error(monkeypatch):

@@ -231,6 +231,8 @@ def test_nothing_is_left_to_halve():
     with pytest.raises(MemoryError, match=r"one row must fit.* 3\.0 MiB more were asked for") as e:
         run.update(ROWS)
     assert "0.0.weight (384 B)" in str(e.value)
+    for text in (" left. Nothing of this update", "checkpointing", "bfloat16", "rows shorter"):
+        assert text in str(e.value)
     assert isinstance(e.value.__cause__, RuntimeError)
     assert run.points == 5
     run.assert_state(before)

@@ -14,10 +14,7 @@ import jax
 from virtualbatch.jax._batch import is_array, rows_of
 from virtualbatch.jax._memory import KINDS, is_out_of_memory, left_bytes
 from virtualbatch.plan import Plan, parse_limit
-from virtualbatch.search import Question, Search
-
-# Seconds after which no further size is timed.
-TIME_TO_SPEND = 10.0
+from virtualbatch.search import Patience, Question, Search
 
 # All that XLA says on a CPU where a kernel gets no memory of its own, which no program tells.
 _FAILED = "INTERNAL: YNNPACK operation failed"
@@ -66,9 +63,9 @@ def planned(
 
     limit = parse_limit(memory_limit, _left_bytes(arrays))
     search = Search(rows, limit, remainder=False)
-    begin = time.perf_counter()
+    patience = Patience()
     while (question := search.ask()) is not None:
-        late = question.is_optional and time.perf_counter() - begin > TIME_TO_SPEND
+        late = patience.is_over(question)
         if late or (question.kind != "memory" and not can_run):
             search.stop_timing()
             continue

@@ -23,12 +23,12 @@ class Memory(NamedTuple):
     Fields:
         kinds: classes of errors among which those of allocators are.
         is_out_of_memory: error -> whether it is one.
-        left_bytes: () -> what is left.
+        left_bytes: () -> what is left; None if the device does not tell.
     """
 
     kinds: tuple[type[BaseException], ...]
     is_out_of_memory: Callable[[BaseException], bool]
-    left_bytes: Callable[[], int]
+    left_bytes: Callable[[], int | None]
 
 
 class Guard:

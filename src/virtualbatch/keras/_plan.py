@@ -1,15 +1,11 @@
 """Planning for Keras: a search over sizes, whatever the backend measures with."""
 
-import time
 from collections.abc import Callable
 from typing import Protocol
 
 from virtualbatch.keras._guard import Memory
 from virtualbatch.plan import Plan, parse_limit
-from virtualbatch.search import Question, Search
-
-# Seconds after which no further size is timed.
-TIME_TO_SPEND = 10.0
+from virtualbatch.search import Patience, Question, Search
 
 
 class Program(Protocol):
@@ -43,15 +39,15 @@ def searched(
     Raises:
         ValueError: not even one row fits, or a limit does not parse.
     """
-    asks = memory_limit is None or "%" in str(memory_limit)
-    limit = parse_limit(memory_limit, memory.left_bytes() + held if asks else 0)
+    left = memory.left_bytes()
+    limit = parse_limit(memory_limit, None if left is None else left + held)
     search = Search(rows, limit, remainder=remainder)
     programs: dict[int, Program] = {}
     peaks: dict[int, int] = {}
-    begin = time.perf_counter()
+    patience = Patience()
     while (question := search.ask()) is not None:
         size = question.microbatch_size
-        if question.is_optional and time.perf_counter() - begin > TIME_TO_SPEND:
+        if patience.is_over(question):
             search.stop_timing()
             continue
         try:

@@ -28,21 +28,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, KINDS) and bool(_TEXT.search(str(error)))
 
 
-def left_bytes() -> int:
-    """Bytes that a window may still take on the first GPU, or on the host if there is none."""
+def left_bytes() -> int | None:
+    """Bytes that a window may still take on the first GPU, or on the host if there is none.
+
+    None on a GPU without a limit of its own: TensorFlow does not say what a GPU has, and its
+    allocator takes nearly all of it.
+    """
     gpus = tf.config.list_logical_devices("GPU")
     if not gpus:
         return host_memory().left_bytes
     limits = tf.config.get_logical_device_configuration(tf.config.list_physical_devices("GPU")[0])
     limit = limits[0].memory_limit if limits else None
     details = tf.config.experimental.get_memory_info(gpus[0].name)
-    if limit is None:
-        # TensorFlow does not say what a GPU has; its allocator takes nearly all of it.
-        raise ValueError(
-            "memory_limit must be given on a GPU without a limit of its own. "
-            "Got memory_limit=None. Pass for example memory_limit='10GiB'."
-        )
-    return int(limit * 2**20 - details["current"])
+    return None if limit is None else int(limit * 2**20 - details["current"])
 
 
 def largest_variables(variables: Any) -> list[tuple[str, int]]:

@@ -9,12 +9,9 @@ import tensorflow as tf
 
 from virtualbatch.host_memory import host_memory
 from virtualbatch.plan import Plan, parse_limit
-from virtualbatch.search import ROOM_FOR_TOOLS, Question, Search
+from virtualbatch.search import ROOM_FOR_TOOLS, Patience, Question, Search
 from virtualbatch.tensorflow._memory import KINDS, is_out_of_memory, left_bytes
 from virtualbatch.tensorflow._peak import PeakMemory
-
-# Seconds after which no further size is timed.
-TIME_TO_SPEND = 10.0
 
 # size -> function of a batch that computes a window, to be made a graph.
 Window = Callable[[int], Callable[[Any], Any]]
@@ -36,7 +33,8 @@ def planned(
         ValueError: not even one row fits, or a limit does not parse.
         NotImplementedError: neither a GPU nor the kernel tells a peak.
     """
-    limit = parse_limit(memory_limit, _usable(memory_limit) + held)
+    left = left_bytes()
+    limit = parse_limit(memory_limit, None if left is None else left + held)
     search = Search(rows, limit, remainder=False)
     peaks: dict[int, int] = {}
     programs: dict[int, _Program] = {}
@@ -49,9 +47,9 @@ def planned(
     peak = _measuring(lambda: program(1).run())
     if peak is None:
         search.only_try()
-    begin = time.perf_counter()
+    patience = Patience()
     while (question := search.ask()) is not None:
-        if question.is_optional and time.perf_counter() - begin > TIME_TO_SPEND:
+        if patience.is_over(question):
             search.stop_timing()
             continue
         size = question.microbatch_size
@@ -91,12 +89,6 @@ def _measuring(first: Callable[[], None]) -> PeakMemory | None:
     return PeakMemory()
 
 
-def _usable(memory_limit: int | str | None) -> int:
-    # A GPU may not tell what is left, and then a number will do.
-    asks = memory_limit is None or "%" in str(memory_limit)
-    return left_bytes() if asks else 0
-
-
 def held_bytes(variables: Any, batch: Any) -> int:
     """Bytes of variables and of the arrays of a batch."""
     found = [x for x in tf.nest.flatten((variables, batch)) if hasattr(x, "dtype")]
@@ -113,26 +105,31 @@ class _Program:
         self._function = window if eager else function
         graph = function.get_concrete_function(batch).graph
         self._changed = list(graph.variables) if _assigns(graph) else []
+        # Seconds of runs that no answer told of yet. The first run loads what others find.
+        self._times: list[float] = []
+        self._has_run = False
 
     def run(self) -> None:
         """Runs the window and waits for it; every variable is as before."""
         before = [variable.numpy() for variable in self._changed]
+        start = time.perf_counter()
         try:
             loss = tf.nest.flatten(self._function(self._batch))[0]
             np.asarray(loss)
+            if self._has_run:
+                self._times.append(time.perf_counter() - start)
+            self._has_run = True
         finally:
             for variable, value in zip(self._changed, before, strict=True):
                 variable.assign(value)
 
     def seconds(self) -> float:
-        """The shortest of some runs, after one that loads what the first run loads."""
-        times: list[float] = []
+        """The shortest of some runs; those count that a peak was measured by."""
         # A window of microseconds needs many runs before one of them is undisturbed.
-        while len(times) < 2 or sum(times[1:]) < 0.3:
-            start = time.perf_counter()
+        while sum(self._times) < 0.3:
             self.run()
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
+        found, self._times = min(self._times), []
+        return found
 
 
 def _assigns(graph: Any) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from virtualbatch.host_memory import host_memory
 from virtualbatch.plan import Plan, parse_limit
-from virtualbatch.search import ROOM_FOR_TOOLS, Question, Search
+from virtualbatch.search import ROOM_FOR_TOOLS, Patience, Question, Search
 from virtualbatch.torch._batch import Microbatch, microbatches, named_leaves
 from virtualbatch.torch._memory import is_out_of_memory, left_bytes
 from virtualbatch.torch._modules import inventory
@@ -16,9 +16,6 @@ from virtualbatch.torch._peak import can_fake, faked, peak_bytes
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._weights import Shares
 from virtualbatch.torch._window import Program
-
-# Seconds after which no further size is timed.
-TIME_TO_SPEND = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -43,10 +40,10 @@ def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
         search.only_try()
     random = RandomState(found.accelerator)
     peaks: dict[int, int] = {}
-    begin = time.perf_counter()
+    patience = Patience()
     try:
         while (question := search.ask()) is not None:
-            if question.is_optional and time.perf_counter() - begin > TIME_TO_SPEND:
+            if patience.is_over(question):
                 search.stop_timing()
                 continue
             size = question.microbatch_size

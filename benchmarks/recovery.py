@@ -1,0 +1,97 @@
+"""What becomes of updates that really run out of memory, phase by phase, in processes of their own.
+
+Each process trains with all the address space that it wants, limits itself (RLIMIT_AS), and trains
+again with micro-batches that do not fit. The update equals, bit by bit, one that had the smaller
+size from the start ("recovered"), or is refused by a MemoryError that leaves everything as it was
+("refused"), or another error comes out ("error"), or the framework's own C++ ends the process
+("ended") or never returns ("hung").
+
+Usage: python benchmarks/recovery.py [--times 3] [--only keras-tensorflow] [--json FILE]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+ENGINES = ("torch", "jax", "tensorflow")
+PHASES = ("forward", "backward", "accumulate", "update")
+SIZES = (32, 16, 8, 4)
+SECONDS = 90
+
+
+def run(script: Path, backend: str, *arguments: str) -> tuple[str, Any]:
+    """What became of a process, and what it printed."""
+    # Else the C library keeps what is freed, and what fits is a matter of luck.
+    more = {"KERAS_BACKEND": backend, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    try:
+        child = subprocess.run(
+            [sys.executable, script, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+            env=os.environ | more,
+        )
+    except subprocess.TimeoutExpired:
+        return "hung", None
+    if child.returncode < 0 or not child.stdout:
+        return ("ended" if child.returncode < 0 else "error"), None
+    return "", json.loads(child.stdout)
+
+
+def verdict(ended: str, found: Any) -> str:
+    """In a word, what became of one update."""
+    if ended:
+        return ended
+    if isinstance(found, dict):
+        return "refused" if found["error"] == "MemoryError" and found["intact"] else "error"
+    return "recovered" if found in SIZES else "error"
+
+
+def of_an_engine(engine: str) -> dict[str, str]:
+    ended, found = run(TESTS / engine / "limited.py", engine)
+    phases = ("weight", "forward", "backward")
+    return {phase: verdict(ended, found and found[phase]) for phase in phases}
+
+
+def of_keras(backend: str) -> dict[str, str]:
+    script = TESTS / "keras" / "limited.py"
+    return {
+        f"{phase}, {verb}": verdict(*run(script, backend, phase, verb))
+        for phase in PHASES
+        for verb in ("fit", "train_on_batch")
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = [*ENGINES, *(f"keras-{engine}" for engine in ENGINES)]
+    parser.add_argument("--only", nargs="+", default=names, choices=names)
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    results: dict[str, dict[str, Counter[str]]] = {}
+    for name in arguments.only:
+        counted = results.setdefault(name, {})
+        for _ in range(arguments.times):
+            backend = name.removeprefix("keras-")
+            found = of_keras(backend) if name != backend else of_an_engine(name)
+            for case, word in found.items():
+                counted.setdefault(case, Counter())[word] += 1
+        print(f"\n{name}")
+        for case, words in counted.items():
+            print(
+                f"  {case:28}" + ", ".join(f"{n} {word}" for word, n in words.items()), flush=True
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
