@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tests.conformance import laws, peers, refusals, statistics
+from tests.conformance import laws, peers, random_models, refusals, statistics
 from tests.conformance.problems import NAMES
 
 MODES = {"eager": False, "compiled": True}
@@ -102,6 +102,7 @@ def _all() -> list[Case]:
         laws.the_loss_runs_once_per_micro_batch,
         laws.nothing_is_read_after_the_weights,
         laws.a_call_leaves_no_trace_of_itself,
+        random_models.random_models_equal_their_uncut_batch,
         *(law for name, law in vars(peers).items() if name[:1] in "fr" and name[1:2].isdigit()),
     ):
         found += _in_modes(law)

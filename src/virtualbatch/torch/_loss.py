@@ -1,7 +1,6 @@
 """The loss of a window: what a loss function may return, and the mean over all micro-batches."""
 
 from collections.abc import Iterable
-from functools import reduce
 from typing import Any
 
 import torch
@@ -42,11 +41,12 @@ def checked_terms(loss: Any) -> dict[Any, torch.Tensor]:
 
 
 class WindowLoss:
-    """The losses of a window's micro-batches, summed in float32 or wider when all are there."""
+    """The losses of a window's micro-batches, summed in float32 or wider."""
 
     def __init__(self) -> None:
-        self._terms: list[torch.Tensor] = []
-        self._shares: list[float] = []
+        self._dtype: torch.dtype | None = None
+        self._wide = torch.float32
+        self._total: torch.Tensor | None = None
 
     def add(self, terms: Iterable[torch.Tensor], shares: Iterable[float]) -> None:
         """Adds one micro-batch.
@@ -56,26 +56,25 @@ class WindowLoss:
             shares: one number per term. A term of share 0 is left out, because it may be NaN, and
                 0 times NaN is NaN.
         """
-        for term in terms:
-            self._terms.append(term.detach())
-        self._shares += shares
+        for term, share in zip(terms, shares, strict=True):
+            if term.dtype is not self._dtype:
+                self._promote(term.dtype)
+            if not share:
+                continue
+            if self._total is None:
+                self._total = term.detach().to(self._wide) * share
+            else:
+                self._total.add_(term.detach(), alpha=share)
 
     def mean(self) -> torch.Tensor:
         """The loss of the whole batch; a detached scalar of the terms' common dtype."""
-        dtype = reduce(torch.promote_types, {term.dtype for term in self._terms})
-        wide = torch.promote_types(dtype, torch.float32)
-        # Most shares of a window are equal: few operations then take all terms together.
-        groups: dict[tuple[float, torch.device], list[torch.Tensor]] = {}
-        for term, share in zip(self._terms, self._shares, strict=True):
-            if share:
-                groups.setdefault((share, term.device), []).append(term)
-        total: torch.Tensor | None = None
-        for (share, _), terms in groups.items():
-            found = terms[0] if len(terms) == 1 else torch.stack(terms).to(wide).sum()
-            if total is None:
-                total = found.to(wide) * share
-            else:
-                total.add_(found, alpha=share)
-        if total is None:
-            raise ValueError("internal: a window has no loss with a share.")
-        return total.to(dtype)
+        if self._total is None or self._dtype is None:
+            raise ValueError("internal: no term of a window has a share.")
+        return self._total.to(self._dtype)
+
+    def _promote(self, dtype: torch.dtype) -> None:
+        known = self._dtype
+        self._dtype = dtype if known is None else torch.promote_types(known, dtype)
+        self._wide = torch.promote_types(self._dtype, torch.float32)
+        if self._total is not None:
+            self._total = self._total.to(self._wide)

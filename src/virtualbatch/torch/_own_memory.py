@@ -31,7 +31,7 @@ class OwnMemory:
             if gradient is None:
                 waiting.append(parameter)
             else:
-                found += [(begin, size, parameter) for begin, size in _places(gradient)]
+                found += [(*place, parameter) for place in _places(gradient)]
         self._without = waiting
         if len(found) < 2:
             return
