@@ -94,6 +94,7 @@ def test_tensors_stay_tensors_on_their_device_and_lengths_may_be_one():
     assert [(x.device.type, tuple(x.shape)) for x in meta] == [("meta", (1, 3)), ("meta", (1, 1))]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", ["sparse", "strided", "jagged"])
 def test_arrays_that_are_not_dense_are_refused(layout):
     if layout == "sparse":
