@@ -22,7 +22,7 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 ENGINES = ("torch", "jax", "tensorflow")
 PHASES = ("forward", "backward", "accumulate", "update")
 SIZES = (32, 16, 8, 4)
-SECONDS = 90
+SECONDS = 60
 
 
 def run(script: Path, backend: str, *arguments: str) -> tuple[str, Any]:
