@@ -1,0 +1,101 @@
+"""What `virtualbatch bench` found: plain data and arithmetic."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from virtualbatch.bench.case import Case
+from virtualbatch.bench.contender import FLOOR, OURS
+
+RIGHT, WRONG, NOT_CHECKED, NOT_INSTALLED = "right", "wrong", "not checked", "not installed"
+
+Quartiles = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender of a comparison.
+
+    Args:
+        name: of the contender.
+        role: see `virtualbatch.bench.contender.Contender`.
+        verdict: `RIGHT` or `WRONG` beside the uncut batch, `NOT_CHECKED` (the floor), or
+            `NOT_INSTALLED`.
+        package: what is not installed.
+        error: distance of its first update from that of the uncut batch, relative to its length.
+        milliseconds: of an update: lower quartile, median, upper quartile over the rounds.
+        times_ours: its time over ours of the same round, likewise.
+    """
+
+    name: str
+    role: str
+    verdict: str
+    package: str | None = None
+    error: float | None = None
+    milliseconds: Quartiles | None = None
+    times_ours: Quartiles | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A case with its contenders.
+
+    Args:
+        case: what was measured.
+        rows: one a contender.
+    """
+
+    case: Case
+    rows: Sequence[Row]
+
+    @property
+    def times_floor(self) -> float | None:
+        """Our time over that of the floor, the faster one where there are two."""
+        floors = [
+            row.times_ours[1] for row in self.rows if row.role == FLOOR and row.times_ours
+        ]
+        return 1 / min(floors) if floors else None
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Memory of one contender in a process of its own.
+
+    Args:
+        case: what was run.
+        name: of the contender.
+        peak_bytes: peak of an update above what the process held after an update of one row.
+    """
+
+    case: Case
+    name: str
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Everything that one call of the command measured.
+
+    Args:
+        machine: what it ran on.
+        versions: of the packages that took part; None for one that is not installed.
+        comparisons: cases with all their contenders.
+        sweeps: cases along a line (more micro-batches, larger ones, wider models).
+        peaks: memory along the same lines.
+    """
+
+    machine: str
+    versions: Mapping[str, str | None]
+    comparisons: Sequence[Comparison]
+    sweeps: Mapping[str, Sequence[Comparison]]
+    peaks: Mapping[str, Sequence[Peak]]
+
+    @property
+    def ours_is_right(self) -> bool:
+        """Whether no comparison found our own update to be wrong."""
+        rows = [row for comparison in self.comparisons for row in comparison.rows]
+        return not any(row.role == OURS and row.verdict == WRONG for row in rows)
+
+    def to_json(self) -> str:
+        """The figures as JSON text."""
+        return json.dumps(asdict(self), indent=2)
