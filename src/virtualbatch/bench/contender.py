@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 OURS, PEER, FLOOR, WHOLE = "ours", "peer", "floor", "whole"
-VIRTUALBATCH = "virtualbatch"
+VIRTUALBATCH, WHOLE_BATCH = "virtualbatch", "whole batch at once"
+ALL_PEERS, NO_PEERS = "all", "none"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from virtualbatch.bench.contender import (
     PEER,
     VIRTUALBATCH,
     WHOLE,
+    WHOLE_BATCH,
     Absent,
     Contender,
     looped,
@@ -38,7 +39,7 @@ def entries(case: Case) -> list[Contender | Absent]:
         _contender(VIRTUALBATCH, OURS, given, _ours(given, size)),
         _contender("forward, backward in a scan, one update", FLOOR, given, _floor(given, size)),
         _called(given, size),
-        _contender("whole batch at once", WHOLE, given, jax.value_and_grad(given.loss)),
+        _contender(WHOLE_BATCH, WHOLE, given, jax.value_and_grad(given.loss)),
         _contender("hand-written scan", PEER, given, _by_hand(given, size)),
         _multi_steps(case, given),
     ]

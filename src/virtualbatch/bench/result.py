@@ -78,7 +78,8 @@ class BenchResult:
 
     Args:
         machine: what it ran on.
-        versions: of the packages that took part; None for one that is not installed.
+        versions: of the packages that may take part; None for one that is not installed.
+        absent_engines: those that were left out because something is not installed.
         comparisons: cases with all their contenders.
         sweeps: cases along a line (more micro-batches, larger ones, wider models).
         peaks: memory along the same lines.
@@ -86,6 +87,7 @@ class BenchResult:
 
     machine: str
     versions: Mapping[str, str | None]
+    absent_engines: Sequence[str]
     comparisons: Sequence[Comparison]
     sweeps: Mapping[str, Sequence[Comparison]]
     peaks: Mapping[str, Sequence[Peak]]

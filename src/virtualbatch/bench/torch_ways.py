@@ -14,6 +14,7 @@ from virtualbatch.bench.contender import (
     PEER,
     VIRTUALBATCH,
     WHOLE,
+    WHOLE_BATCH,
     Absent,
     Contender,
     looped,
@@ -26,7 +27,7 @@ def entries(case: Case) -> list[Contender | Absent]:
     found: list[Contender | Absent] = [
         _contender(VIRTUALBATCH, OURS, problem(case), _ours),
         _contender("forward, backward, one update", FLOOR, problem(case), _floor),
-        _contender("whole batch at once", WHOLE, problem(case), _whole),
+        _contender(WHOLE_BATCH, WHOLE, problem(case), _whole),
         _contender("hand-written loop", PEER, problem(case), _by_hand),
     ]
     if case.model in ("CNN", "transformer"):

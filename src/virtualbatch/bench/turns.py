@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from virtualbatch.bench.contender import FLOOR, OURS, WHOLE, Absent, Contender
+from virtualbatch.bench.contender import FLOOR, OURS, PEER, WHOLE, Absent, Contender
 from virtualbatch.bench.result import NOT_CHECKED, NOT_INSTALLED, RIGHT, WRONG, Row
 
 # Rounding in float32 moves an update by 1e-7 to 1e-5 of its length; a mean of means moves it by
@@ -13,43 +13,56 @@ from virtualbatch.bench.result import NOT_CHECKED, NOT_INSTALLED, RIGHT, WRONG, 
 TOLERANCE = 1e-3
 _WARM_UPS = 3
 
+Group = Sequence[Contender | Absent]
 
-def compared(
-    entries: Sequence[Contender | Absent], rounds: int, seconds_per_turn: float
-) -> list[Row]:
+
+def compared(groups: Sequence[Group], rounds: int, seconds_per_turn: float) -> list[list[Row]]:
     """Checks and times contenders.
 
     Args:
-        entries: one of role `WHOLE` and one of role `OURS` at least; nobody has trained yet.
+        groups: those of one case each, one of role `WHOLE` and one of role `OURS` among them at
+            least. Nobody has trained yet.
         rounds: turns of each contender.
         seconds_per_turn: a turn has as many updates as take about so long, one at least.
 
     Returns:
-        A row for each entry, in the same order.
+        A row for each of them, in the same order.
     """
-    contenders = [entry for entry in entries if isinstance(entry, Contender)]
-    errors = _errors(contenders)
-    times = _times(contenders, rounds, seconds_per_turn)
-    ours = times[next(entry.name for entry in contenders if entry.role == OURS)]
+    present = [[entry for entry in group if isinstance(entry, Contender)] for group in groups]
+    errors = [_errors(contenders) for contenders in present]
+    turns = [contender for contenders in present for contender in contenders]
+    found = iter(_times(turns, rounds, seconds_per_turn))
+    times = [{contender.name: next(found) for contender in contenders} for contenders in present]
+    return [_rows(*entry) for entry in zip(groups, errors, times, strict=True)]
+
+
+def _rows(
+    group: Group, errors: dict[str, float], times: dict[str, np.ndarray[Any, Any]]
+) -> list[Row]:
+    ours = next(times[entry.name] for entry in group if _role(entry) == OURS)
     rows = []
-    for entry in entries:
+    for entry in group:
         if isinstance(entry, Absent):
-            rows.append(Row(entry.name, "peer", NOT_INSTALLED, package=entry.package))
+            rows.append(Row(entry.name, PEER, NOT_INSTALLED, package=entry.package))
             continue
         error = errors.get(entry.name)
+        # An error that is not a number is not below anything.
         verdict = NOT_CHECKED if error is None else RIGHT if error <= TOLERANCE else WRONG
-        found = times[entry.name] * 1e3
         rows.append(
             Row(
                 entry.name,
                 entry.role,
                 verdict,
                 error=error,
-                milliseconds=_quartiles(found),
+                milliseconds=_quartiles(times[entry.name] * 1e3),
                 times_ours=_quartiles(times[entry.name] / ours),
             )
         )
     return rows
+
+
+def _role(entry: Contender | Absent) -> str:
+    return entry.role if isinstance(entry, Contender) else PEER
 
 
 def _errors(contenders: Sequence[Contender]) -> dict[str, float]:
@@ -69,24 +82,24 @@ def _errors(contenders: Sequence[Contender]) -> dict[str, float]:
 
 
 def _vector(contender: Contender) -> np.ndarray[Any, Any]:
-    # In float64, or the difference of two large weights would be rounded once more.
+    # In float64, or the difference of two weights would be rounded once more.
     return np.concatenate([np.ravel(w).astype("float64") for w in contender.weights()])
 
 
 def _times(
     contenders: Sequence[Contender], rounds: int, seconds_per_turn: float
-) -> dict[str, np.ndarray[Any, Any]]:
+) -> list[np.ndarray[Any, Any]]:
     """Seconds that an update of each took, round by round."""
-    updates = {}
+    updates = []
     for contender in contenders:
         contender.train(_WARM_UPS)
-        updates[contender.name] = max(1, round(seconds_per_turn / contender.train(_WARM_UPS)))
-    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+        updates.append(max(1, round(seconds_per_turn / contender.train(_WARM_UPS))))
+    times: list[list[float]] = [[] for _ in contenders]
     for turn in range(rounds):
-        # Whoever comes after a slow one may find other caches: every order is turned round.
-        for contender in contenders[:: -1 if turn % 2 else 1]:
-            times[contender.name].append(contender.train(updates[contender.name]))
-    return {name: np.array(found) for name, found in times.items()}
+        # Whoever comes after a slow one may find other caches, so every second round goes back.
+        for k in range(len(contenders))[:: -1 if turn % 2 else 1]:
+            times[k].append(contenders[k].train(updates[k]))
+    return [np.array(found) for found in times]
 
 
 def _quartiles(found: np.ndarray[Any, Any]) -> tuple[float, float, float]:

@@ -1,0 +1,152 @@
+"""Ways of making the updates of a batch in TensorFlow, in loops of one's own."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import virtualbatch.tensorflow as vb
+from virtualbatch.bench.case import Case
+from virtualbatch.bench.contender import (
+    FLOOR,
+    OURS,
+    PEER,
+    VIRTUALBATCH,
+    WHOLE,
+    WHOLE_BATCH,
+    Contender,
+    looped,
+)
+from virtualbatch.bench.keras_models import adam, cross_entropy, model_of
+
+
+class _Problem(NamedTuple):
+    """A model with its optimizer, a batch and its cut."""
+
+    model: keras.Model
+    optimizer: keras.optimizers.Optimizer
+    batch: tuple[tf.Tensor, tf.Tensor]
+    pieces: list[tuple[tf.Tensor, tf.Tensor]]
+    weight: Callable[[Any], Any] | None
+
+    def loss(self, batch: Any) -> tf.Tensor:
+        """The mean loss."""
+        x, y = batch
+        # Keras divides by what the mask of the embedding leaves.
+        return cross_entropy()(y, self.model(x, training=True))
+
+    def gradients(self, batch: Any) -> tuple[tf.Tensor, list[Any]]:
+        """(loss, gradients) of what is given at once."""
+        with tf.GradientTape() as tape:
+            loss = self.loss(batch)
+        return loss, tape.gradient(loss, self.model.trainable_variables)
+
+    def apply(self, gradients: Any) -> None:
+        """Makes an update."""
+        self.optimizer.apply_gradients(zip(gradients, self.model.trainable_variables, strict=True))
+
+
+def entries(case: Case) -> list[Contender]:
+    """Everybody who can run a case, each with a model of its own."""
+    return [
+        _contender(VIRTUALBATCH, OURS, case, _ours),
+        _contender("forward, backward, one update", FLOOR, case, _floor),
+        _contender(WHOLE_BATCH, WHOLE, case, _whole),
+        _contender("eager loop", PEER, case, _eager),
+        _contender("compiled step, added in Python", PEER, case, _compiled_step),
+    ]
+
+
+def _contender(
+    name: str, role: str, case: Case, make: Callable[[_Problem], Callable[[], Any]]
+) -> Contender:
+    model, optimizer = model_of(case), adam()
+    optimizer.build(model.trainable_variables)
+    batch = tuple(map(tf.constant, case.batches()))
+    size = case.microbatch_size
+    pieces = [tuple(leaf[i : i + size] for leaf in batch) for i in range(0, case.rows, size)]
+    weight = valid_tokens if case.model == "tokens" else None
+    update = make(_Problem(model, optimizer, batch, pieces, weight))
+    return Contender(
+        name, role, looped(update, float), lambda: [np.array(w) for w in model.get_weights()]
+    )
+
+
+def valid_tokens(batch: Any) -> Any:
+    """How many tokens of a batch are no padding."""
+    return tf.math.count_nonzero(batch[0])
+
+
+def _ours(given: _Problem) -> Callable[[], Any]:
+    size = len(given.pieces[0][0])
+
+    @tf.function
+    def update(batch: Any) -> tf.Tensor:
+        loss, gradients = vb.value_and_gradients(
+            given.loss,
+            batch,
+            given.model.trainable_variables,
+            microbatch_size=size,
+            weight=given.weight,
+        )
+        given.apply(gradients)
+        return loss
+
+    return lambda: update(given.batch)
+
+
+def _floor(given: _Problem) -> Callable[[], Any]:
+    """Every micro-batch in one graph, one after another, with nothing added."""
+
+    @tf.function
+    def update(pieces: Any) -> tf.Tensor:
+        done: list[Any] = []
+        for piece in pieces:
+            with tf.control_dependencies(done):
+                piece = tuple(map(tf.identity, piece))
+            loss, gradients = given.gradients(piece)
+            # What nobody reads would not be computed.
+            done = [tf.group(loss, *map(tf.convert_to_tensor, gradients))]
+        with tf.control_dependencies(done):
+            given.apply([tf.identity(tf.convert_to_tensor(gradient)) for gradient in gradients])
+        return loss
+
+    return lambda: update(given.pieces)
+
+
+def _whole(given: _Problem) -> Callable[[], Any]:
+    @tf.function
+    def update(batch: Any) -> tf.Tensor:
+        loss, gradients = given.gradients(batch)
+        given.apply(gradients)
+        return loss
+
+    return lambda: update(given.batch)
+
+
+def _eager(given: _Problem) -> Callable[[], Any]:
+    """The loop that most people write: gradients added in Python, then divided."""
+    return lambda: _added(given, given.gradients, given.apply)
+
+
+def _compiled_step(given: _Problem) -> Callable[[], Any]:
+    """The same with forward and backward, and the update, as graphs."""
+    step, apply = tf.function(given.gradients), tf.function(given.apply)
+    return lambda: _added(given, step, apply)
+
+
+def _added(
+    given: _Problem, step: Callable[[Any], Any], apply: Callable[[Any], Any]
+) -> tf.Tensor:
+    total: list[Any] | None = None
+    for piece in given.pieces:
+        loss, gradients = step(piece)
+        gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
+        if total is None:
+            total = gradients
+        else:
+            total = [a + b for a, b in zip(total, gradients, strict=True)]
+    apply([gradient / len(given.pieces) for gradient in total or []])
+    return loss
