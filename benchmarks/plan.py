@@ -21,7 +21,7 @@ from typing import Any
 
 from plan_models import MODELS, ROWS, data, in_keras, in_torch
 
-from virtualbatch.plan import Question, Search
+from virtualbatch.search import Question, Search
 
 ENGINES = ["jax", "torch", "tensorflow", "keras"]
 # What the project promises: largest error of a predicted peak, and least share of the throughput.

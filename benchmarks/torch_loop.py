@@ -42,11 +42,29 @@ def cnn(norm: type[nn.Module] = nn.Identity) -> nn.Module:
     )
 
 
+class Transformer(nn.Module):
+    """Two blocks of attention on 32 tokens of 64 features: many small operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True, norm_first=True)
+            for _ in range(2)
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP": (lambda: mlp(128), (64,)),
     "wide MLP": (lambda: mlp(1024), (64,)),
     "CNN": (cnn, (1, 16, 16)),
     "CNN with BatchNorm": (lambda: cnn(nn.BatchNorm2d), (1, 16, 16)),
+    "transformer": (Transformer, (32, 64)),
 }
 
 

@@ -40,6 +40,7 @@ SIGNATURES = {
     ),
     virtualbatch.keras.plan: "(model, batch, *, memory_limit=None)",
     virtualbatch.keras.restore: "(model)",
+    virtualbatch.keras.NoiseScale: "(decay=0.99)",
     virtualbatch.keras.certify: (
         "(model, batch, *, microbatch_size=None, accumulation_steps=None)"
     ),
@@ -90,7 +91,7 @@ NAMES = {
         "value_and_gradients",
         "windows",
     },
-    virtualbatch.keras: {"accumulate", "certify", "certify_loop", "plan", "restore"},
+    virtualbatch.keras: {"NoiseScale", "accumulate", "certify", "certify_loop", "plan", "restore"},
     virtualbatch.jax: {"Window", "certify", "certify_loop", "plan", "value_and_grad", "windows"},
     virtualbatch.torch: {"Window", "backward", "certify", "certify_loop", "plan", "windows"},
 }

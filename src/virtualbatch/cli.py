@@ -21,8 +21,8 @@ from virtualbatch import __version__
 from virtualbatch.demo.parent import ChildFailure, run_demo
 from virtualbatch.demo.result import Settings
 from virtualbatch.doctor import diagnose
-from virtualbatch.plan import Plan
 from virtualbatch.report import Result, require_tools, write_html
+from virtualbatch.search import Search
 from virtualbatch.target import load
 
 # A bug must show Python's own traceback, and a mistake one plain line instead of a panel.
@@ -92,7 +92,7 @@ def demo(
 @app.command()
 def plan(
     target: TargetName,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of the batch to plan for.")],
+    batch_size: Annotated[int, typer.Option(help="Rows of the batch to plan for, 2 or more.")],
     memory_limit: Annotated[
         str | None,
         typer.Option(help='Such as "2GiB", or "80%" of what is left; all of that if left out.'),
@@ -101,6 +101,12 @@ def plan(
     html: HtmlFile = None,
 ) -> None:
     """Find the micro-batch that fits and is fast, before anything is trained."""
+    if batch_size < 2:
+        _exit(
+            "--batch-size must be 2 or more, because one row cannot be cut. "
+            f"Got --batch-size {batch_size}. Pass the rows of one update.",
+            code=2,
+        )
     _check_writable(json, html)
     # With this allocator TensorFlow counts its bytes on a CPU too. It is chosen at the import.
     os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
@@ -160,7 +166,7 @@ class _Shown(logging.Handler):
 @contextmanager
 def _progress() -> Iterator[None]:
     """Shows what a search asks, where somebody is looking."""
-    logger = logging.getLogger(Plan.__module__)
+    logger = logging.getLogger(Search.__module__)
     with Console(stderr=True).status("planning") as status:
         handler = _Shown(status)
         logger.addHandler(handler)

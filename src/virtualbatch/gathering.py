@@ -12,7 +12,11 @@ import numpy as np
 
 def is_known(leaf: Any) -> bool:
     """Whether this is a dense array of NumPy, PyTorch, TensorFlow or JAX."""
-    return isinstance(leaf, np.ndarray) or _framework(leaf) is not None
+    framework = _framework(leaf)
+    if framework == "torch":
+        # Nested tensors may be called strided.
+        return leaf.layout is sys.modules["torch"].strided and not leaf.is_nested
+    return isinstance(leaf, np.ndarray) or framework is not None
 
 
 def kind(array: Any) -> str:

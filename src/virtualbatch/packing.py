@@ -201,13 +201,14 @@ def row_lengths(lengths: Any, rows: int) -> np.ndarray:
             f"lengths must be integers. Got lengths of dtype {lengths.dtype}. "
             "Cast them, for example by .astype(int)."
         )
-    if lengths.min() < 1:
-        row = int(lengths.argmin())
+    # As int64 first: an unsigned difference that fell below zero is negative again.
+    whole: np.ndarray = lengths.astype(np.int64)
+    if whole.min() < 1:
+        row = int(whole.argmin())
         raise ValueError(
             "A length must be at least 1. "
-            f"Got lengths[{row}]={lengths[row]}. Give rows that hold nothing the length 1."
+            f"Got lengths[{row}]={whole[row]}. Give rows that hold nothing the length 1."
         )
-    whole: np.ndarray = lengths.astype(np.int64)
     return whole
 
 

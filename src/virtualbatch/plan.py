@@ -1,54 +1,16 @@
-"""The search for a micro-batch that fits and is fast; it never runs a model itself.
+"""A plan: the micro-batch that fits and is fast, with what is known of other sizes."""
 
-An engine asks what to try, measures, and tells. Peak memory is taken for affine in the rows of a
-micro-batch above a knee, peak = max(c, a + b * rows), so two measurements predict every size; the
-size that follows is confirmed by a third. Then a few sizes are timed. Where nothing can tell a
-peak, sizes are tried instead, smallest first.
-"""
-
+import html
 import json
-import logging
-import math
 import re
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
 
-_log = logging.getLogger(__name__)
-
-# Less than this, and what engines load to learn of peaks would take all that is left: 38 MiB for
-# the fake tensors of PyTorch, and stacks for the threads of a graph of TensorFlow.
-ROOM_FOR_TOOLS = 64 * 2**20
-
-# A smaller micro-batch is as good as the fastest one if it takes at most this much longer.
-NEARLY_AS_FAST = 1.05
-# Rows of the first micro-batch tried: above the knee of most models, and small enough to fit.
-_FIRST = 8
-# Where a peak is no straight line, so many measurements have to do.
-_MOST_PEAKS = 8
-# Below this growth of the peak two sizes are both under the knee.
-_FLAT = 1.02  # Sizes that are only tried grow until one takes this much longer than the fastest.
-_HOPELESS = 1.3
+# A smaller micro-batch is as good as the fastest one if it takes at most this much longer. 5 % may
+# be lost, and times themselves are off by a part of that.
+NEARLY_AS_FAST = 1.03
 
 _UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-
-class Question(NamedTuple):
-    """What the search wants to know next.
-
-    Fields:
-        kind: "memory", peak bytes of a window; "time", seconds for the whole batch; or "trial",
-            the same of a size of which no peak is known, with nothing loaded for it.
-        microbatch_size: rows of the micro-batches.
-    """
-
-    kind: Literal["memory", "time", "trial"]
-    microbatch_size: int
-
-    @property
-    def is_optional(self) -> bool:
-        """Whether there can be a plan without the answer, where time is short."""
-        return self.kind == "time" or (self.kind == "trial" and self.microbatch_size > 1)
 
 
 @dataclass(frozen=True)
@@ -102,9 +64,12 @@ class Plan:
         return json.dumps(asdict(self), indent=2)
 
     def _repr_html_(self) -> str:
-        lines = ["".join(f"<td>{cell}</td>" for cell in cells) for cells in self._table()]
+        lines = [
+            "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) for cells in self._table()
+        ]
         table = "".join(f"<tr>{line}</tr>" for line in lines)
-        return f"<p><b>{self._headline()}</b><br>{self.reason}</p><table>{table}</table>"
+        headline, reason = html.escape(self._headline()), html.escape(self.reason)
+        return f"<p><b>{headline}</b><br>{reason}</p><table>{table}</table>"
 
     def _headline(self) -> str:
         return (
@@ -126,235 +91,6 @@ class Plan:
                 )
             )
         return lines
-
-
-class Search:
-    """Finds the size for one batch, by questions and answers.
-
-    Args:
-        rows: rows of the batch, >= 1.
-        memory_limit: bytes that a window may take.
-
-    Example:
-        >>> search = Search(rows=256, memory_limit=1_000)
-        >>> while (question := search.ask()) is not None:
-        ...     m = question.microbatch_size
-        ...     search.tell(question, 100 + 10 * m if question.kind == "memory" else 1 + 8 / m)
-        >>> search.plan().microbatch_size
-        90
-    """
-
-    def __init__(self, rows: int, memory_limit: int):
-        self._rows = rows
-        self._limit = memory_limit
-        self._peaks: dict[int, float] = {}
-        self._failed: set[int] = set()
-        self._seconds: dict[int, float] = {}
-        self._stopped = False
-        self._trial = False
-
-    def ask(self) -> Question | None:
-        """What to measure next; None when nothing more is needed.
-
-        Raises:
-            ValueError: not even one row fits.
-        """
-        if not self._trial and self._has_failed_everywhere():
-            self.only_try()
-        if self._trial:
-            size = self._next_trial()
-            return None if size is None else Question("trial", size)
-        size = self._next_memory()
-        if size is not None:
-            return Question("memory", size)
-        size = self._next_time()
-        return None if size is None else Question("time", size)
-
-    def tell(self, question: Question, answer: float | None) -> None:
-        """Takes the answer.
-
-        Args:
-            question: what `ask` gave.
-            answer: peak bytes or seconds; None if memory ran out.
-        """
-        size = question.microbatch_size
-        _log.debug("%s of micro-batches of %d rows: %s", question.kind, size, answer)
-        if answer is None:
-            # It ran out although it was to fit: whatever was told of this size is wrong.
-            self._peaks.pop(size, None)
-            self._seconds.pop(size, None)
-            self._failed.add(size)
-        elif question.kind == "memory":
-            self._peaks[size] = answer
-        else:
-            self._seconds[size] = answer
-
-    def only_try(self) -> None:
-        """Asks for no peaks, because what tells them does not fit in the memory that is left."""
-        _log.warning(
-            "Memory is too short for what tells peaks: sizes are tried from the smallest, and the "
-            "limit of %s is not checked.",
-            readable_bytes(self._limit),
-        )
-        self._trial = True
-        # Those failures may be of the tool alone.
-        self._failed = set()
-
-    def stop_timing(self) -> None:
-        """Asks for no more runs: those so far have taken long enough, or none can be made."""
-        self._stopped = True
-
-    def plan(self) -> Plan:
-        """The plan, once `ask` has given None."""
-        sizes = sorted(self._seconds)
-        largest = max(sizes) if self._trial else self._largest_fitting()
-        if sizes:
-            best = min(self._seconds.values())
-            size = next(m for m in sizes if self._seconds[m] <= NEARLY_AS_FAST * best)
-            fastest = min(sizes, key=lambda m: self._seconds[m])
-            reason = (
-                f"{largest} rows fit at once; {size} is the smallest size within "
-                f"{NEARLY_AS_FAST - 1:.0%} of the fastest, {fastest}."
-            )
-            if self._trial:
-                reason += " Sizes were tried, because memory was too short for what tells peaks."
-        else:
-            size = largest
-            reason = f"{largest} is the largest size that fits; none was timed."
-        tried = sorted({*self._peaks, *self._seconds})
-        rows = [PlanRow(m, self._peak(m), m in self._peaks, self._seconds.get(m)) for m in tried]
-        return Plan(size, -(-self._rows // size), self._limit, reason, tuple(rows))
-
-    def _smallest_failing(self) -> int:
-        """The smallest size known not to fit; one more than the batch if none is."""
-        failing = [size for size, peak in self._peaks.items() if peak > self._limit]
-        return min([*failing, *self._failed, self._rows + 1])
-
-    def _largest_fitting(self) -> int:
-        """The largest size below all that do not fit, or the whole batch; 0 if none is known."""
-        # Uncut, no gradient stands beside their sum: that may fit where small sizes do not.
-        if self._rows not in self._failed and self._peaks.get(self._rows, math.inf) <= self._limit:
-            return self._rows
-        ceiling = self._smallest_failing()
-        return max((size for size in self._peaks if size < ceiling), default=0)
-
-    def _peak(self, size: int) -> int | None:
-        """The peak as measured, or as the model has it; None if no peak is known."""
-        return math.ceil(self.predicted(size)) if self._peaks else None
-
-    def predicted(self, size: int) -> float:
-        """The peak of a size in bytes: as it was told, or as it follows from what was told.
-
-        Between two sizes that were told it lies on the straight line between them; beyond them on
-        the line of the largest ones, and never below the smallest peak.
-
-        Args:
-            size: rows of a micro-batch. At least one peak must have been told.
-        """
-        if size in self._peaks:
-            return self._peaks[size]
-        below = max((m for m in self._peaks if m < size), default=None)
-        above = min((m for m in self._peaks if m > size), default=None)
-        if below is not None and above is not None:
-            part = (size - below) / (above - below)
-            return self._peaks[below] + part * (self._peaks[above] - self._peaks[below])
-        line = self._line()
-        smallest = min(self._peaks.values())
-        return smallest if line is None else max(smallest, line[0] + line[1] * size)
-
-    def _line(self) -> tuple[float, float] | None:
-        """(a, b) of peak = a + b * rows through the largest size and one far enough below it."""
-        for high in sorted(self._peaks, reverse=True):
-            for low in sorted(self._peaks, reverse=True):
-                # What is measured is not exact, and a small step would magnify that.
-                if 3 * low <= 2 * high and self._peaks[high] > _FLAT * self._peaks[low]:
-                    slope = (self._peaks[high] - self._peaks[low]) / (high - low)
-                    return self._peaks[low] - slope * low, slope
-        return None
-
-    def _next_memory(self) -> int | None:
-        floor, ceiling = self._largest_fitting(), self._smallest_failing()
-        if floor == self._rows:
-            return None
-        if ceiling == 1:
-            if self._rows in self._peaks or self._rows in self._failed:
-                raise ValueError(self._nothing_fits())
-            return self._rows
-        if floor == 0:
-            # Down from what did not fit, four at a time.
-            return min(self._rows, _FIRST) if ceiling > self._rows else max(1, ceiling // 4)
-        if floor + 1 >= ceiling or len(self._peaks) + len(self._failed) >= _MOST_PEAKS:
-            return None
-        line = self._line()
-        # Below the knee the peak says nothing about the rows.
-        predicted = self._rows if line is None else int((self._limit - line[0]) / line[1])
-        wanted = min(predicted, self._rows)
-        if wanted >= ceiling:
-            # The prediction has failed.
-            wanted = (floor + ceiling) // 2
-        elif line is None or len(self._peaks) < 2:
-            # Small sizes may be far from the line, so it is not trusted far ahead.
-            wanted = min(4 * floor, wanted)
-        # The last rows would not be worth their measurement.
-        return wanted if wanted > 1.02 * floor else None
-
-    def _has_failed_everywhere(self) -> bool:
-        """Whether memory ran out wherever a peak was asked for, so that the tool may be why."""
-        return not self._peaks and {1, self._rows} <= self._failed
-
-    def _next_trial(self) -> int | None:
-        if 1 in self._failed or (self._stopped and not self._seconds):
-            raise ValueError(self._nothing_fits())
-        if not self._seconds:
-            return 1
-        largest = max(self._seconds)
-        hopeless = self._seconds[largest] > _HOPELESS * min(self._seconds.values())
-        if self._stopped or self._failed or hopeless or largest == self._rows:
-            return None
-        return min(2 * largest, self._rows)
-
-    def _next_time(self) -> int | None:
-        if self._stopped:
-            return None
-        # Small sizes first: where they are slow they are still done soonest.
-        for size in self._far_apart():
-            if size not in self._seconds:
-                return size
-        timed = self._seconds
-        if not timed:
-            return None
-        fastest = min(timed, key=lambda m: timed[m])
-        smallest = min(m for m in timed if timed[m] <= NEARLY_AS_FAST * timed[fastest])
-        largest = self._largest_fitting()
-        # Then on from there both ways, as long as it gets faster or stays as good.
-        above = 2 * fastest if 3 * fastest <= largest else largest
-        for size in (smallest // 2, above):
-            if size >= 1 and size not in timed and self._may_fit(size):
-                return size
-        return None
-
-    def _far_apart(self) -> list[int]:
-        """Sizes whose peaks are known and fit, at least a factor two apart, smallest first."""
-        found: list[int] = []
-        for size in sorted(self._peaks, reverse=True):
-            if self._may_fit(size) and (not found or 2 * size <= found[-1]):
-                found.append(size)
-        return found[::-1]
-
-    def _may_fit(self, size: int) -> bool:
-        if size == self._rows:
-            return self._largest_fitting() == size
-        return size < self._smallest_failing()
-
-    def _nothing_fits(self) -> str:
-        limit = readable_bytes(self._limit)
-        needed = self._peaks.get(1)
-        got = "ran out of memory" if needed is None else f"needs {readable_bytes(needed)}"
-        return (
-            "memory_limit must hold a micro-batch of one row, with parameters, optimizer state and "
-            f"the accumulation buffer. Got a limit of {limit}, and one row {got}. "
-            "Raise the limit, or make the model or its rows smaller."
-        )
 
 
 def parse_limit(limit: int | str | None, usable: int) -> int:

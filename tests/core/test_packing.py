@@ -179,13 +179,15 @@ def test_an_unclear_leaf_asks_for_padded(other):
 
 
 def test_two_lengths_ask_for_padded():
-    with pytest.raises(ValueError, match=r"must know which leaves .* Got batch\[0\] .* batch\[1\]"):
+    with pytest.raises(
+        ValueError, match=r"must be clear which leaves .* Got batch\[0\] .* batch\[1\]"
+    ):
         shapes([IDS, np.ones((2, 6), int)])
 
 
 @pytest.mark.parametrize("batch", [[np.ones(2)], [np.ones((2, 4, 5))], [np.ones(2, int)]], ids=str)
 def test_no_padded_leaf_is_refused(batch):
-    with pytest.raises(ValueError, match=r"must know which leaves .* Got none\. Pass padded="):
+    with pytest.raises(ValueError, match=r"must be clear which leaves .* Got none\. Pass padded="):
         shapes(batch)
 
 
@@ -241,6 +243,7 @@ def test_round_to_must_be_a_positive_integer(round_to):
         ),
         ([1, 0], ValueError, r"A length must be at least 1\. Got lengths\[1\]=0\."),
         ([-2, 3], ValueError, r"A length must be at least 1\. Got lengths\[0\]=-2\."),
+        (np.array([2, 3], "uint64") - np.uint64(3), ValueError, r"Got lengths\[0\]=-1\."),
         ([1], ValueError, r"one length per row\. Got lengths of shape \(1,\) for 2 rows\."),
         ([1, 2, 3], ValueError, r"one length per row\. Got lengths of shape \(3,\) for 2 rows\."),
         ([[1, 3]], ValueError, r"one length per row\. Got lengths of shape \(1, 2\) for 2 rows\."),

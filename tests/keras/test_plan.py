@@ -10,7 +10,7 @@ from tests.keras.running_out import BATCH, X, Y, assert_same, model, state
 
 import virtualbatch.keras as vb
 from virtualbatch import Auto
-from virtualbatch.plan import Search
+from virtualbatch.search import Search
 
 ROWS = 64
 
@@ -45,7 +45,7 @@ def test_peaks_grow_with_the_rows():
     found, batch = large()
     plan = vb.plan(found, batch)
     rows = {row.microbatch_size: row.peak_bytes for row in plan.rows if row.measured}
-    assert sorted(rows) >= [8, 32, ROWS]
+    assert set(rows) >= {8, 32, ROWS}
     # tanh alone keeps half a MiB per row in float64.
     assert rows[32] - rows[8] > 24 * 256 * 256 * 8
     slope = (rows[32] - rows[8]) / 24

@@ -11,7 +11,7 @@ from tests.tensorflow.modes import compiled
 import virtualbatch.tensorflow as vb
 from virtualbatch import Auto
 from virtualbatch.host_memory import HostMemory
-from virtualbatch.plan import Search
+from virtualbatch.search import Search
 from virtualbatch.tensorflow import _plan
 from virtualbatch.tensorflow._peak import PeakMemory
 

@@ -94,6 +94,17 @@ def test_tensors_stay_tensors_on_their_device_and_lengths_may_be_one():
     assert [(x.device.type, tuple(x.shape)) for x in meta] == [("meta", (1, 3)), ("meta", (1, 1))]
 
 
+@pytest.mark.parametrize("layout", ["sparse", "strided", "jagged"])
+def test_arrays_that_are_not_dense_are_refused(layout):
+    if layout == "sparse":
+        leaf = torch.eye(2).to_sparse()
+    else:
+        rows = [torch.ones(1), torch.ones(2)]
+        leaf = torch.nested.nested_tensor(rows, layout=getattr(torch, layout))
+    with pytest.raises(TypeError, match=r"pack sorts dense arrays .* Got batch\['x'\] of type"):
+        pack({"ids": torch.ones(2, 4).int(), "x": leaf}, [1, 2], microbatch_tokens=4)
+
+
 def test_noise_statistics_are_refused_before_anything_runs():
     functions, module, batch = problem("float32")
     window = pack(batch, packed.lengths(), microbatch_tokens=MICROBATCH_TOKENS)

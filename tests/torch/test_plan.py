@@ -13,7 +13,7 @@ from torch import nn
 
 import virtualbatch.torch as vb
 from virtualbatch import Auto
-from virtualbatch.plan import Search
+from virtualbatch.search import Search
 from virtualbatch.torch import _plan
 from virtualbatch.torch._peak import peak_bytes
 

@@ -12,12 +12,14 @@ import keras
 from virtualbatch.certify import Certificate
 from virtualbatch.keras._inexact import say_what_is_not_exact
 from virtualbatch.keras._loops import certify_loop
+from virtualbatch.keras._noise import NoiseScale
 from virtualbatch.keras._packing import asked_packing
+from virtualbatch.keras._refusals import accumulates, check_model
 from virtualbatch.plan import Plan
 from virtualbatch.sizes import Auto
 from virtualbatch.split import check_sizes, is_automatic
 
-__all__ = ["accumulate", "certify", "certify_loop", "plan", "restore"]
+__all__ = ["NoiseScale", "accumulate", "certify", "certify_loop", "plan", "restore"]
 
 # The attributes of a model that `accumulate` sets and `restore` removes.
 _ATTRIBUTES = ("train_step", "make_train_function")
@@ -73,7 +75,7 @@ def accumulate(
             f"Got microbatch_tokens={microbatch_tokens} with microbatch_size={microbatch_size} "
             f"and accumulation_steps={accumulation_steps}. Pass microbatch_tokens and lengths only."
         )
-    _check_model(model)
+    check_model(model)
     engine = _engine()
     step = engine.step(model, microbatch_size, accumulation_steps, packing)
     restore(model)
@@ -89,7 +91,7 @@ def plan(model: keras.Model, batch: Any, *, memory_limit: int | str | None = Non
     Peak memory is that of a whole update, the optimizer included: on JAX as XLA tells it without
     running it; on PyTorch counted, and on TensorFlow measured, while updates run that are taken
     back. It is a straight line in the rows of a micro-batch, so few are needed. Then a few sizes
-    are timed, the whole batch each, for ten seconds at the most; the smallest within 5 % of the
+    are timed, the whole batch each, for ten seconds at the most; the smallest within 3 % of the
     fastest is chosen. All values of the model, its optimizer and its metrics are as before.
 
     Args:
@@ -113,7 +115,7 @@ def plan(model: keras.Model, batch: Any, *, memory_limit: int | str | None = Non
         >>> found.microbatch_size <= 64
         True
     """
-    _check_model(model)
+    check_model(model)
     engine = _engine()
     given = batch if isinstance(batch, tuple) else (batch,)
     model._symbolic_build(data_batch=keras.utils.unpack_x_y_sample_weight(given))
@@ -164,7 +166,7 @@ def certify(
             'certify compares one cut. Got microbatch_size="auto". '
             "Pass the rows of a micro-batch, such as those that plan found."
         )
-    _check_model(model)
+    check_model(model)
     engine = _engine()
     given = keras.utils.unpack_x_y_sample_weight(batch if isinstance(batch, tuple) else (batch,))
     found: Certificate = engine.certify(model, given, microbatch_size, accumulation_steps)
@@ -179,42 +181,10 @@ def restore(model: keras.Model) -> None:
     Args:
         model: a Keras model.
     """
-    if _accumulates(model):
+    if accumulates(model):
         for name in _ATTRIBUTES:
             delattr(model, name)
         model.train_function = None
-
-
-def refuse_accumulating_optimizer(optimizer: Any) -> None:
-    """Refuses an optimizer that accumulates by itself, which would cut every window again.
-
-    Raises:
-        ValueError: `gradient_accumulation_steps` is set.
-    """
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    steps = getattr(inner, "gradient_accumulation_steps", None)
-    if steps:
-        raise ValueError(
-            "Only one of Keras and virtualbatch can accumulate gradients. "
-            f"Got an optimizer with gradient_accumulation_steps={steps}. "
-            "Compile with an optimizer without it and pass the whole batch to fit."
-        )
-
-
-def refuse_replicas(model: keras.Model) -> None:
-    """Refuses a model that is trained on several replicas.
-
-    Raises:
-        ValueError: a `tf.distribute` strategy of several replicas is in use.
-    """
-    strategy = getattr(model, "distribute_strategy", None)
-    replicas = getattr(strategy, "num_replicas_in_sync", 1)
-    if replicas > 1:
-        raise ValueError(
-            "accumulate works on one device; weights are not summed over replicas yet. "
-            f"Got a model of {type(strategy).__name__} with {replicas} replicas. "
-            "Build, compile and fit the model outside the strategy's scope."
-        )
 
 
 class _Engine(NamedTuple):
@@ -264,37 +234,3 @@ def _engine() -> _Engine:
                 "accumulate works on Keras' TensorFlow, JAX and PyTorch backends. "
                 f"Got the backend {other!r}. Set KERAS_BACKEND to tensorflow, jax or torch."
             )
-
-
-def _accumulates(model: keras.Model) -> bool:
-    return getattr(vars(model).get("train_step"), "is_virtualbatch", False)
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            f"accumulate takes a Keras model. Got {type(model).__name__}. "
-            "For a loop of your own use virtualbatch.tensorflow.value_and_gradients."
-        )
-    if not model.compiled:
-        raise ValueError(
-            "A model must be compiled before it can accumulate. "
-            f"Got the model {model.name!r}, not compiled. Call model.compile(...) first."
-        )
-    own = type(model).train_step is not keras.Model.train_step
-    if own or ("train_step" in vars(model) and not _accumulates(model)):
-        raise ValueError(
-            "accumulate replaces the train_step of a model, so the model must use Keras' own. "
-            f"Got {type(model).__name__} with a train_step of its own. In that train_step, call "
-            "virtualbatch.tensorflow.value_and_gradients instead of the gradient tape."
-        )
-    refuse_accumulating_optimizer(model.optimizer)
-    refuse_replicas(model)
-    stateful = [
-        layer.name for layer in model._flatten_layers() if getattr(layer, "stateful", False)
-    ]
-    if stateful:
-        raise ValueError(
-            "A layer that keeps state per row cannot be cut by rows. "
-            f"Got stateful=True in {', '.join(stateful)}. Use stateful=False."
-        )

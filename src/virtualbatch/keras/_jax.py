@@ -62,7 +62,7 @@ class JaxStep(TrainStep):
             stretch = unstretched
             if cut.count == 1:
                 return type(model).train_step(model, state, data)
-        run = WindowRun(model, cut, State(*state), stretch)
+        run = WindowRun(model, cut, State(*state), stretch, self.listener is not None)
         logs, after = run.train(compiled)
         self._say(run.losses_of_one_number)
         return logs, tuple(after)
@@ -120,7 +120,8 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 raise
             if guard.succeeded():
                 run = compiled()
-            return result
+            logs, after = result
+            return step.told(logs), after
 
         def first_of_its_shape(state: Any, batches: list[Any]) -> Any:
             largest = max(batches, key=lambda batch: (_rows(batch), _size(batch)))

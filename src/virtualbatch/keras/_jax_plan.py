@@ -35,7 +35,12 @@ def planned(
         raise ValueError("internal: a batch of JAX has no number of rows.")
     held = sum(x.nbytes for x in jax.tree.leaves((state, batch)) if hasattr(x, "nbytes"))
     return searched(
-        lambda size: _Update(step(size), state, batch, held), rows, held, MEMORY, memory_limit
+        lambda size: _Update(step(size), state, batch, held),
+        rows,
+        held,
+        MEMORY,
+        memory_limit,
+        False,
     )
 
 

@@ -19,6 +19,7 @@ from keras.src import backend
 from virtualbatch.jax._batch import Cut
 from virtualbatch.jax._convolution import with_fast_convolutions
 from virtualbatch.jax._objective import wide_dtype
+from virtualbatch.jax._stats import part_of, squared_norm
 from virtualbatch.keras._batchnorm import (
     assign_statistics,
     merged,
@@ -27,7 +28,9 @@ from virtualbatch.keras._batchnorm import (
 )
 from virtualbatch.keras._jax_packing import PackedSegment, branches, chosen
 from virtualbatch.keras._rows import Rows
+from virtualbatch.keras._train_step import STATS
 from virtualbatch.keras._window import WindowModel
+from virtualbatch.noise import WindowStats
 from virtualbatch.window import accumulator_dtype
 
 
@@ -41,11 +44,19 @@ class State(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """What adds up over micro-batches: the loss, per-output losses, gradients and moments."""
+    """What adds up over micro-batches.
+
+    Fields:
+        losses: the loss and per-output losses.
+        gradients: in the dtype of the buffer.
+        moments: of BatchNorm.
+        mean_square: the part of that statistic, alone; empty where none are asked for.
+    """
 
     losses: list[Any]
     gradients: list[Any]
     moments: list[Any]
+    mean_square: list[Any]
 
 
 class _Carried(NamedTuple):
@@ -64,10 +75,19 @@ class WindowRun:
         cut: the batch, cut.
         state: where the window begins.
         stretch: micro-batch -> see `Rows`.
+        stats: whether the logs are to hold statistics of the window.
     """
 
-    def __init__(self, model: keras.Model, cut: Cut, state: State, stretch: Callable[[Any], float]):
+    def __init__(
+        self,
+        model: keras.Model,
+        cut: Cut,
+        state: State,
+        stretch: Callable[[Any], float],
+        stats: bool,
+    ):
         self._model = model
+        self._with_stats = stats
         self._stretch = stretch
         self._cut = cut
         self._state = state
@@ -104,6 +124,8 @@ class WindowRun:
             assign_statistics(self._called, start, sums.moments)
             window.track(sums.losses[0], sums.losses[1:])
             logs = window.results(carried.latest)
+        if self._with_stats:
+            logs[STATS] = self._stats(gradients, *sums.mean_square)
         non_trainable, metrics = self._changed(scope)
         return logs, State(trainable, non_trainable, optimizer, metrics)
 
@@ -197,7 +219,8 @@ class WindowRun:
         (gradients,) = differentiate(self._upstream(scaled, here))
         gradients = [self._widened(gradient, here) for gradient in gradients]
         moments = jax.tree.map(jnp.asarray, moments)
-        return _Sums(losses, gradients, moments), after
+        parts = [part_of(gradients, here.share("float32"))] if self._with_stats else []
+        return _Sums(losses, gradients, moments, parts), after
 
     def _forward(self, x: Any, trainable: list[Any], non_trainable: list[Any]) -> Any:
         """(predictions, changed non-trainable variables, added losses), in training mode."""
@@ -223,6 +246,12 @@ class WindowRun:
         mapping = list(zip(optimizer.variables, self._state.optimizer, strict=True))
         with keras.StatelessScope(state_mapping=mapping):
             return optimizer.scale_loss(loss)
+
+    def _stats(self, gradients: Any, mean_square: Any) -> WindowStats:
+        """The statistics of a window, without the scale of its loss, which the optimizer moves."""
+        undo = self._scaled(jnp.ones((), mean_square.dtype)) ** -2
+        square = squared_norm(gradients)
+        return WindowStats(self._window.rows, self._cut.count, mean_square * undo, square * undo)
 
     def _upstream(self, scaled: Any, rows: Rows) -> Any:
         """What the backward pass begins with.
@@ -291,6 +320,7 @@ def _added(a: _Sums, b: _Sums) -> _Sums:
         [x + y for x, y in zip(a.losses, b.losses, strict=True)],
         [x + y for x, y in zip(a.gradients, b.gradients, strict=True)],
         [tuple(found) for found in merged(a.moments, b.moments)],
+        [x + y for x, y in zip(a.mean_square, b.mean_square, strict=True)],
     )
 
 

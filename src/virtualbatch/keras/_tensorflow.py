@@ -55,7 +55,7 @@ class TensorFlowStep(TrainStep):
                 _build_layers(model, cut[0].get(0)[0])
                 self._layers_built = True
             _build_optimizer(model)
-            window = WindowRun(model, cut, rows_of(batch), stretch)
+            window = WindowRun(model, cut, rows_of(batch), stretch, self.listener is not None)
             results = window.train()
             self._say(window.losses_of_one_number)
         return results
@@ -135,7 +135,8 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
             trained = True
             if guard.succeeded():
                 run = compiled()
-            return results
+            logs: dict[str, Any] = model.train_step.told(results)
+            return logs
 
         def guarded(iterator: Any) -> Any:
             """The results of the next batches, on a path that costs nothing once they fitted."""

@@ -46,7 +46,12 @@ def planned(
     _Update(step(1), batch, snapshot, None).run()
     peak = PeakMemory()
     return searched(
-        lambda size: _Update(step(size), batch, snapshot, peak), rows, held, MEMORY, memory_limit
+        lambda size: _Update(step(size), batch, snapshot, peak),
+        rows,
+        held,
+        MEMORY,
+        memory_limit,
+        False,
     )
 
 

@@ -19,10 +19,13 @@ from virtualbatch.keras._batchnorm import (
     recorded_moments,
 )
 from virtualbatch.keras._rows import Rows
+from virtualbatch.keras._train_step import STATS
 from virtualbatch.keras._window import WindowModel
+from virtualbatch.noise import WindowStats
 from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._gradients import add, finished, split_sparse, widened
 from virtualbatch.tensorflow._loop import Output, bound, fold, trace
+from virtualbatch.tensorflow._stats import part_of, squared_norm
 from virtualbatch.window import accumulator_dtype
 
 _TOTALS = tf.TensorSpec([None], tf.float64)
@@ -32,7 +35,8 @@ class _Micro(NamedTuple):
     """What one micro-batch gives.
 
     Fields:
-        added: the loss, values of the per-output loss metrics and dense gradients.
+        added: the loss, values of the per-output loss metrics and dense gradients; where
+            statistics are asked for, also the part of their `mean_square` and 1.
         moments: BatchNorm moments, in the order of the layers' calls.
         latest: results of an overridden `compute_metrics`; else empty.
         sparse: values and indices of sparse gradients.
@@ -60,6 +64,7 @@ class WindowRun:
         cut: the batch, cut.
         rows: rows of the whole batch.
         stretch: micro-batch -> see `Rows`.
+        stats: whether the logs are to hold statistics of the window.
     """
 
     def __init__(
@@ -68,8 +73,10 @@ class WindowRun:
         cut: list[Segment],
         rows: Any,
         stretch: Callable[[Any], Any],
+        stats: bool,
     ):
         self._model = model
+        self._with_stats = stats
         self._cut = cut
         self._stretch = stretch
         self._window = WindowModel(model, rows)
@@ -104,9 +111,13 @@ class WindowRun:
             lambda a, b: (add(a[0], b[0]), merged(a[1], b[1]), b[2]),
         )
         added, moments, latest = sums
-        self._commit(added, sparse)
+        noise: list[Any] = []
+        if self._with_stats:
+            *added, mean_square, count = added
+            noise = [mean_square, count]
+        stats = self._commit(added, sparse, noise)
         assign_statistics(self._called, start, moments)
-        return self._window.results(latest)
+        return self._window.results(latest) | stats
 
     def _micro(self, batch: Any, totals: Callable[[], Any]) -> _Micro:
         """Forward and backward of one micro-batch."""
@@ -124,15 +135,18 @@ class WindowRun:
             scaled = self._model.optimizer.scale_loss(loss)
         self._called = [layer for layer, _ in seen]
         self._tracked = len(tracked)
-        gradients, sparse = split_sparse(
-            _wide_gradients(tape, scaled, self._model.trainable_variables, rows)
-        )
+        found_gradients = _wide_gradients(tape, scaled, self._model.trainable_variables, rows)
+        noise = []
+        if self._with_stats:
+            part = part_of(found_gradients, rows.share("float64"))
+            noise = [part, tf.ones([], tf.int32)]
+        gradients, sparse = split_sparse(found_gradients)
         found = window.update_metrics(batch, y_pred, rows)
         latest = tree.map_structure(tf.convert_to_tensor, found)
         moments = [
             found._replace(weight=tf.cast(found.weight, found.mean.dtype)) for _, found in seen
         ]
-        return _Micro([loss, *tracked, *gradients], moments, latest, sparse)
+        return _Micro([loss, *tracked, *gradients, *noise], moments, latest, sparse)
 
     def _totals(self) -> Any:
         """Weights of the window that only a forward reveals, counted without a trace of it."""
@@ -146,7 +160,11 @@ class WindowRun:
         rows = Rows(rows_of(batch), self._window.rows, self._stretch(batch))
         return tf.cast(self._window.counted(batch, rows), tf.float64)
 
-    def _commit(self, added: list[Any], sparse: Sequence[Any]) -> None:
+    def _commit(
+        self, added: list[Any], sparse: Sequence[Any], noise: Sequence[Any]
+    ) -> dict[str, Any]:
+        """Moves trackers and optimizer; returns the statistics as an entry of the logs."""
+        stats: dict[str, Any] = {}
         model, first = self._model, 1 + self._tracked
         loss, tracked, gradients = added[0], added[1:first], added[first:]
         # Counters depend on no gradient: without this they would move although a batch is refused.
@@ -155,9 +173,18 @@ class WindowRun:
             variables = model.trainable_variables
             if variables:
                 gradients = finished(gradients, sparse, variables)
+                if noise:
+                    stats[STATS] = self._stats(gradients, *noise)
                 model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
             else:
                 warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+        return stats
+
+    def _stats(self, gradients: Sequence[Any], mean_square: Any, count: Any) -> WindowStats:
+        """The statistics of a window, without the scale of its loss, which the optimizer moves."""
+        square = tf.cast(squared_norm(gradients), mean_square.dtype)
+        undo = tf.cast(self._model.optimizer.scale_loss(1.0), mean_square.dtype) ** -2
+        return WindowStats(self._window.rows, count, mean_square * undo, square * undo)
 
 
 def _wide_gradients(tape: Any, loss: Any, variables: list[Any], rows: Rows) -> list[Any]:

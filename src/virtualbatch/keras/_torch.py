@@ -71,10 +71,10 @@ class TorchStep(TrainStep):
                 if len(cut) == 1:
                     whole: dict[str, Any] = type(model).train_step(model, data)
                     return whole
-                run = window_of(model, batch, rows, cut)
+                run = window_of(model, batch, rows, cut, self.listener is not None)
             results = run.train()
         self._say(run.losses_of_one_number)
-        return results
+        return self.told(results)
 
     def _size(self, rows: int) -> int:
         """Rows of one micro-batch, for a batch of so many.

@@ -20,7 +20,7 @@ _NUMBERS = "biufc"
 
 
 def window_of(
-    model: keras.Model, batch: Any, rows: int, cut: Sequence[tuple[int, int]]
+    model: keras.Model, batch: Any, rows: int, cut: Sequence[tuple[int, int]], stats: bool
 ) -> WindowRun:
     """A window of one batch.
 
@@ -29,10 +29,11 @@ def window_of(
         batch: (x, y, sample_weight) as Keras' loaders give them.
         rows: its rows.
         cut: (start, stop) of each micro-batch.
+        stats: whether the logs are to hold statistics of the window.
     """
     batch = tree.map_structure(_tensor, batch)
     pieces = [Microbatch(stop - start, partial(_cut, batch, start, stop)) for start, stop in cut]
-    return WindowRun(model, rows, pieces)
+    return WindowRun(model, rows, pieces, stats)
 
 
 def packed_window_of(model: keras.Model, batch: Any, rows: int, packing: Packing) -> WindowRun:
@@ -57,7 +58,7 @@ def packed_window_of(model: keras.Model, batch: Any, rows: int, packing: Packing
         get = partial(_gathered, found, order[start:stop], length)
         stretch = found.length / length if found.targets else 1.0
         pieces.append(Microbatch(stop - start, get, stretch))
-    return WindowRun(model, rows, pieces)
+    return WindowRun(model, rows, pieces, False)
 
 
 def _gathered(batch: PaddedBatch, rows: np.ndarray, length: int) -> Any:

@@ -33,7 +33,12 @@ def planned(model: keras.Model, batch: Any, memory_limit: int | str | None) -> P
     snapshot = Snapshot(model)
     held = snapshot.nbytes() + sum(array.nbytes for _, array in array_leaves(batch))
     return searched(
-        lambda size: _Update(model, batch, rows, size, snapshot), rows, held, MEMORY, memory_limit
+        lambda size: _Update(model, batch, rows, size, snapshot),
+        rows,
+        held,
+        MEMORY,
+        memory_limit,
+        True,
     )
 
 
@@ -69,7 +74,7 @@ class _Update:
         if len(self._cut) == 1:
             logs = type(model).train_step(model, self._batch)
         else:
-            logs = window_of(model, self._batch, self._rows, self._cut).train()
+            logs = window_of(model, self._batch, self._rows, self._cut, False).train()
         # The device has finished once a value of the logs is here.
         keras.tree.map_structure(float, logs)
 

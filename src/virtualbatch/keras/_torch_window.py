@@ -6,6 +6,7 @@ optimizer, the trackers and the moving averages move once.
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import keras
@@ -20,9 +21,13 @@ from virtualbatch.keras._batchnorm import (
 )
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._torch_state import torch_modules
+from virtualbatch.keras._train_step import STATS
 from virtualbatch.keras._window import WindowModel
+from virtualbatch.noise import WindowStats
 from virtualbatch.torch._batchnorm import MergedStatistics
+from virtualbatch.torch._own_memory import OwnMemory
 from virtualbatch.torch._state import Buffers
+from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.window import accumulator_dtype
 
 
@@ -47,10 +52,12 @@ class WindowRun:
         model: a model that is built and compiled.
         rows: rows of the whole batch.
         cut: its micro-batches.
+        stats: whether the logs are to hold statistics of the window.
     """
 
-    def __init__(self, model: keras.Model, rows: int, cut: Sequence[Microbatch]):
+    def __init__(self, model: keras.Model, rows: int, cut: Sequence[Microbatch], stats: bool):
         self._model = model
+        self._with_stats = stats
         self._cut = cut
         self._window = WindowModel(model, rows)
         self._modules = torch_modules(model)
@@ -71,24 +78,30 @@ class WindowRun:
         model, window = self._model, self._window
         start = moving_statistics(window.batchnorm)
         variables = model.trainable_variables
-        gradients = _Gradients([variable.value for variable in variables])
+        parameters = [variable.value for variable in variables]
+        norms = GradientNorms(parameters) if self._with_stats else None
+        gradients = _Gradients(parameters, norms)
+        logs: dict[str, Any] = {}
         for module in self._modules:
             # As its wrapper does when it is called: statistics are only read of what trains.
             module.train()
         statistics = MergedStatistics(self._modules, Buffers(self._modules))
-        with statistics.attached():
+        with statistics.attached(), norms.attached() if norms else nullcontext():
             for microbatch in self._cut:
                 self._add(microbatch, gradients, statistics)
         if variables:
             with torch.no_grad():
-                model.optimizer.apply(gradients.finished(), variables)
+                finished = gradients.finished()
+                if norms:
+                    logs[STATS] = self._stats(norms, finished)
+                model.optimizer.apply(finished, variables)
         else:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         statistics.commit()
         assign_statistics(self._called, start, self._moments)
         loss, *tracked = self._losses
         window.track(loss, tracked)
-        return window.results(self._latest)
+        return window.results(self._latest) | logs
 
     def _add(
         self, microbatch: Microbatch, gradients: "_Gradients", statistics: MergedStatistics
@@ -117,6 +130,13 @@ class WindowRun:
             self._losses = [a + b for a, b in zip(self._losses, losses, strict=True)]
             self._moments = merged(self._moments, moments)
 
+    def _stats(self, norms: GradientNorms, gradients: Sequence[torch.Tensor | None]) -> WindowStats:
+        """The statistics of a window, without the scale of its loss, which the optimizer moves."""
+        found = [gradient for gradient in gradients if gradient is not None]
+        stats = norms.stats(found, self._window.rows, len(self._cut))
+        undo = self._model.optimizer.scale_loss(torch.ones_like(stats.square)) ** -2
+        return stats._replace(mean_square=stats.mean_square * undo, square=stats.square * undo)
+
     def _totals(self) -> torch.Tensor:
         """Weights of the window that only a forward reveals, counted without a graph of it."""
         if self._counted is None:
@@ -139,16 +159,19 @@ class _Gradients:
 
     Args:
         parameters: trainable parameters, each once.
+        norms: is told when a micro-batch ends, if statistics are asked for.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor]):
+    def __init__(self, parameters: Sequence[torch.Tensor], norms: GradientNorms | None):
         self.parameters = parameters
+        self._norms = norms
         self._half = any(_wide(parameter) is not parameter.dtype for parameter in parameters)
         self._sums: list[torch.Tensor | None] = [None] * len(parameters)
         self._without_gradient: torch.Tensor | None = None
         self._found_any = False
         for parameter in parameters:
             parameter.grad = None
+        self._own_memory = OwnMemory(parameters)
 
     def add(self, loss: torch.Tensor, rows: Rows) -> None:
         """Differentiates one micro-batch's part of the loss."""
@@ -157,11 +180,17 @@ class _Gradients:
             self._without_gradient = loss
             return
         self._found_any = True
+        share = rows.share("float32")
         if not self._half:
             loss.backward()
-            return
-        share = rows.share("float32")
-        (loss / share).backward()
+            self._own_memory.give()
+        else:
+            (loss / share).backward()
+            self._add_wide(share)
+        if self._norms:
+            self._norms.close(share, share if self._half else 1.0)
+
+    def _add_wide(self, share: float) -> None:
         for k, parameter in enumerate(self.parameters):
             gradient, total = parameter.grad, self._sums[k]
             if gradient is None:

@@ -1,17 +1,20 @@
 """What every backend's `train_step` has in common: its sizes, its refusals and what it logs."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import keras
 
-from virtualbatch.keras import refuse_accumulating_optimizer, refuse_replicas
 from virtualbatch.keras._packing import Packing
+from virtualbatch.keras._refusals import refuse_accumulating_optimizer, refuse_replicas
 from virtualbatch.split import is_automatic, rows_per_microbatch
 
 _log = logging.getLogger("virtualbatch")
+
+# Where the logs of a step hold what its listener is told, until `told` takes it out.
+STATS = "virtualbatch_stats"
 
 
 class TrainStep:
@@ -28,6 +31,8 @@ class TrainStep:
         packing: as given.
         most: rows of a micro-batch, or tokens of a packed one, where they were planned, or made
             fewer than asked for; else None.
+        listener: is told the `WindowStats` of windows; None, and they are not computed. A train
+            function that was made before knows only of the one that was there.
     """
 
     is_virtualbatch = True
@@ -44,6 +49,7 @@ class TrainStep:
         self.packing = packing
         self._accumulation_steps = accumulation_steps
         self.most: int | None = None
+        self.listener: Callable[[Any], None] | None = None
         self._said: set[str] = set()
 
     def rows_asked_for(self, rows: int) -> int:
@@ -53,6 +59,13 @@ class TrainStep:
         if self.microbatch_size is not None:
             return int(self.microbatch_size)
         return int(rows_per_microbatch(rows, None, self._accumulation_steps))
+
+    def told(self, logs: dict[str, Any]) -> dict[str, Any]:
+        """Logs of a step as Keras knows them, once its listener has heard the rest."""
+        stats = logs.pop(STATS, None)
+        if stats is not None and self.listener is not None:
+            self.listener(stats)
+        return logs
 
     def _asked(self) -> tuple[int | None, int | None]:
         """The two sizes as asked for; (None, None) where they are planned."""

@@ -8,7 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 from virtualbatch.host_memory import host_memory
-from virtualbatch.plan import ROOM_FOR_TOOLS, Plan, Search, parse_limit
+from virtualbatch.plan import Plan, parse_limit
+from virtualbatch.search import ROOM_FOR_TOOLS, Question, Search
 from virtualbatch.tensorflow._memory import KINDS, is_out_of_memory, left_bytes
 from virtualbatch.tensorflow._peak import PeakMemory
 
@@ -35,7 +36,9 @@ def planned(
         ValueError: not even one row fits, or a limit does not parse.
         NotImplementedError: neither a GPU nor the kernel tells a peak.
     """
-    search = Search(rows, parse_limit(memory_limit, _usable(memory_limit) + held))
+    limit = parse_limit(memory_limit, _usable(memory_limit) + held)
+    search = Search(rows, limit, remainder=False)
+    peaks: dict[int, int] = {}
     programs: dict[int, _Program] = {}
 
     def program(size: int) -> _Program:
@@ -51,16 +54,19 @@ def planned(
         if question.is_optional and time.perf_counter() - begin > TIME_TO_SPEND:
             search.stop_timing()
             continue
+        size = question.microbatch_size
         try:
             if question.kind == "trial":
-                found = _Program(window(question.microbatch_size), batch, eager=True)
+                found = _Program(window(size), batch, eager=True)
             else:
-                found = program(question.microbatch_size)
-            if question.kind == "memory" and peak is not None:
+                found = program(size)
+            if peak is not None and size not in peaks:
                 # The first run of a graph needs more than those that train.
                 found.run()
-                search.tell(question, held + peak.of(found.run))
-            else:
+                peaks[size] = held + peak.of(found.run)
+                search.tell(Question("memory", size), peaks[size])
+            # A size that was only predicted to fit may need a little more.
+            if question.kind != "memory" and peaks.get(size, 0) <= limit:
                 search.tell(question, found.seconds())
         except KINDS as error:
             if not is_out_of_memory(error):
@@ -122,7 +128,7 @@ class _Program:
         """The shortest of some runs, after one that loads what the first run loads."""
         times: list[float] = []
         # A window of microseconds needs many runs before one of them is undisturbed.
-        while len(times) < 3 or sum(times) < 0.3:
+        while len(times) < 2 or sum(times[1:]) < 0.3:
             start = time.perf_counter()
             self.run()
             times.append(time.perf_counter() - start)

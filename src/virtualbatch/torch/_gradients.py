@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from virtualbatch.torch._own_memory import OwnMemory
 from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.window import accumulator_dtype
 
@@ -41,6 +42,7 @@ class WindowGradients:
         self._sums: list[torch.Tensor | None] = [None] * len(parameters)
         self._differentiate: _Differentiate | None = None
         self._in_place = True
+        self._own_memory = OwnMemory(parameters)
         self.found_any = False
         # What the gradients of the latest micro-batch lacked of their share on their way.
         self.factor = 1.0
@@ -71,6 +73,7 @@ class WindowGradients:
         if reached:
             self.found_any = True
             self._differentiate(reached, factors)
+            self._own_memory.give()
 
     def zero(self) -> None:
         """Makes every gradient found so far zero, NaN included."""
@@ -113,6 +116,7 @@ class WindowGradients:
         if not _HALF.isdisjoint([x.dtype for x in (*self._parameters, *terms)]):
             self._check_leaves(terms)
             self._in_place = False
+            self._own_memory = OwnMemory(())
             chosen = self._in_buffers(chosen)
         return chosen
 
@@ -168,7 +172,8 @@ class WindowGradients:
 
 
 def _from_factors(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
-    # Where the backward pass starts, factors cost no multiplication of their own.
+    # Where the backward pass starts, factors cost no multiplication of their own. A start is never
+    # used twice: where a term is a view of a parameter, it becomes its `.grad` and is added to.
     starts = [torch.full_like(term, factor) for term, factor in zip(terms, factors, strict=True)]
     torch.autograd.backward(terms, starts)
 

@@ -64,11 +64,18 @@ class WindowLoss:
         """The loss of the whole batch; a detached scalar of the terms' common dtype."""
         dtype = reduce(torch.promote_types, {term.dtype for term in self._terms})
         wide = torch.promote_types(dtype, torch.float32)
-        kept = [
-            (term, share) for term, share in zip(self._terms, self._shares, strict=True) if share
-        ]
-        term, share = kept[0]
-        total = term.to(wide) * share
-        for term, share in kept[1:]:
-            total.add_(term, alpha=share)
+        # Most shares of a window are equal: few operations then take all terms together.
+        groups: dict[tuple[float, torch.device], list[torch.Tensor]] = {}
+        for term, share in zip(self._terms, self._shares, strict=True):
+            if share:
+                groups.setdefault((share, term.device), []).append(term)
+        total: torch.Tensor | None = None
+        for (share, _), terms in groups.items():
+            found = terms[0] if len(terms) == 1 else torch.stack(terms).to(wide).sum()
+            if total is None:
+                total = found.to(wide) * share
+            else:
+                total.add_(found, alpha=share)
+        if total is None:
+            raise ValueError("internal: a window has no loss with a share.")
         return total.to(dtype)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from virtualbatch.host_memory import host_memory
-from virtualbatch.plan import ROOM_FOR_TOOLS, Plan, Question, Search, parse_limit
+from virtualbatch.plan import Plan, parse_limit
+from virtualbatch.search import ROOM_FOR_TOOLS, Question, Search
 from virtualbatch.torch._batch import Microbatch, microbatches, named_leaves
 from virtualbatch.torch._memory import is_out_of_memory, left_bytes
 from virtualbatch.torch._modules import inventory
@@ -41,22 +42,25 @@ def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
     if host_memory().left_bytes < ROOM_FOR_TOOLS:
         search.only_try()
     random = RandomState(found.accelerator)
+    peaks: dict[int, int] = {}
     begin = time.perf_counter()
     try:
         while (question := search.ask()) is not None:
             if question.is_optional and time.perf_counter() - begin > TIME_TO_SPEND:
                 search.stop_timing()
                 continue
-            cut = microbatches(batch, question.microbatch_size, None)
+            size = question.microbatch_size
+            cut = microbatches(batch, size, None)
             try:
                 shares = program.shares(cut)
                 if question.kind == "trial":
                     search.tell(question, _seconds(program, cut, shares))
                     continue
-                peak = held + _peak(program, cut, shares)
-                search.tell(Question("memory", question.microbatch_size), peak)
+                if size not in peaks:
+                    peaks[size] = held + _peak(program, cut, shares)
+                    search.tell(Question("memory", size), peaks[size])
                 # A size that was only predicted to fit may need a little more.
-                if question.kind == "time" and peak <= limit:
+                if question.kind == "time" and peaks[size] <= limit:
                     search.tell(question, _seconds(program, cut, shares))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -91,7 +95,7 @@ def _seconds(program: Program, cut: list[Microbatch], shares: Shares) -> float:
     """The shortest of some runs of a window, after one that loads what the first run loads."""
     times: list[float] = []
     # A window of microseconds needs many runs before one of them is undisturbed.
-    while len(times) < 3 or sum(times) < 0.3:
+    while len(times) < 2 or sum(times[1:]) < 0.3:
         start = time.perf_counter()
         program.run(cut, shares, commit=False)
         if program.found.accelerator is not None:

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 
 from virtualbatch.noise import WindowStats
-from virtualbatch.torch._weights import Shares
+
+_HALF = (torch.float16, torch.bfloat16)
+# Norms that are added up at once: each call costs more than the numbers that it adds.
+_MOST_WAITING = 1024
 
 
 class GradientNorms:
@@ -19,8 +22,11 @@ class GradientNorms:
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter]):
         self._parameters = parameters
+        # Norms of the latest micro-batch; of those before, each with what its square counts.
         self._of_one: list[torch.Tensor] = []
-        self._of_window: list[torch.Tensor] = []
+        self._waiting: list[torch.Tensor] = []
+        self._factors: list[float] = []
+        self._total: torch.Tensor | None = None
         self._scale: torch.Tensor | None = None
 
     @contextmanager
@@ -49,40 +55,53 @@ class GradientNorms:
             share: its share of the window, above 0.
             factor: what the gradients that passed lack of their share.
         """
-        if self._of_one:
-            self._of_window.append(_squared(self._of_one) * (factor**2 / share))
-            self._of_one = []
+        self._waiting += self._of_one
+        self._factors += [factor**2 / share] * len(self._of_one)
+        self._of_one = []
+        if len(self._waiting) >= _MOST_WAITING:
+            self._add_up()
 
-    def stats(self, gradients: Iterable[torch.Tensor], shares: Shares) -> WindowStats:
+    def stats(self, gradients: Iterable[torch.Tensor], rows: Any, microbatches: int) -> WindowStats:
         """The statistics of a window.
 
         Args:
             gradients: sums of the window.
-            shares: its shares.
+            rows: rows of the window.
+            microbatches: micro-batches that count for something.
         """
-        square = _squared([_norm(gradient) for gradient in gradients])
-        parts = [part.to(square.device) for part in self._of_window]
-        mean_square = torch.stack(parts).sum() if parts else torch.zeros_like(square)
+        norms = [_norm(gradient) for gradient in gradients]
+        square = _weighted_squares(norms, [1.0] * len(norms))
+        self._add_up()
+        found = self._total
+        mean_square = torch.zeros_like(square) if found is None else found.to(square.device)
         if self._scale is not None:
             undo = self._scale.to(square) ** -2
             square, mean_square = square * undo, mean_square * undo
-        counted = sum(1 for share in shares.of_rows_or_term() if share > 0)
-        return WindowStats(shares.window, counted, mean_square, square)
+        return WindowStats(rows, microbatches, mean_square, square)
 
     def _see(self, gradient: torch.Tensor) -> None:
-        self._of_one.append(_norm(gradient.detach()))
+        self._of_one.append(_norm(gradient))
+
+    def _add_up(self) -> None:
+        if self._waiting:
+            found = _weighted_squares(self._waiting, self._factors)
+            self._total = found if self._total is None else self._total + found
+            self._waiting, self._factors = [], []
 
 
 def _norm(gradient: torch.Tensor) -> torch.Tensor:
     if gradient.is_sparse:
         # Entries of one row are added up before they are squared.
         gradient = gradient.coalesce().values()
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradient, dtype=wide)
+    if gradient.dtype in _HALF:
+        return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    return torch.linalg.vector_norm(gradient)
 
 
-def _squared(norms: Sequence[torch.Tensor]) -> Any:
-    """Sum of the squares; 0 of none."""
+def _weighted_squares(norms: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
+    """Sum of factors times squared norms, on the device of the first; 0 of none."""
     if not norms:
         return torch.zeros(())
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
+    first = norms[0].device
+    together = torch.stack([x if x.device == first else x.to(first) for x in norms]).detach()
+    return (together.square() * together.new_tensor(factors)).sum()

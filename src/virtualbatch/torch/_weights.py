@@ -35,6 +35,11 @@ class Shares(NamedTuple):
             return self.rows
         return next(iter(self.terms.values()))
 
+    @property
+    def counted(self) -> int:
+        """Micro-batches that count for something."""
+        return sum(1 for share in self.of_rows_or_term() if share > 0)
+
     def of(self, terms: Mapping[Any, Any], index: int) -> list[float]:
         """Shares of a micro-batch for each of its terms.
 

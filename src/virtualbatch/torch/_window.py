@@ -73,7 +73,7 @@ class Program(NamedTuple):
                 if self.has_aux:
                     result += (merged_aux(self.loss_fn, cut, aux, shares.rows),)
                 if norms is not None:
-                    result += (norms.stats(gradients.sums(), shares),)
+                    result += (norms.stats(gradients.sums(), shares.window, shares.counted),)
             if commit:
                 statistics.commit()
                 gradients.commit()

@@ -26,6 +26,24 @@ def test_a_module_equals_keras():
     assert_equals_keras(Case("", model, compiled(optimizer="adam"), X, LABELS))
 
 
+class TwoShifts(torch.nn.Module):
+    """Two parameters whose gradients PyTorch puts in the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (torch.nn.Parameter(torch.zeros(FEATURES).double()) for _ in range(2))
+
+    def forward(self, x):
+        return x + (self.a[None] + self.b[None])
+
+
+def test_gradients_in_the_same_memory_are_not_added_twice():
+    def model():
+        return keras.Sequential([keras.Input((FEATURES,)), wrapped(TwoShifts()), layers.Dense(3)])
+
+    assert_equals_keras(Case("", model, compiled(), X, LABELS))
+
+
 def buffers(model):
     """Values of the buffers of the wrapped modules."""
     wrappers = [layer for layer in model.layers if isinstance(layer, layers.TorchModuleWrapper)]

@@ -1,0 +1,155 @@
+"""How far off the noise scale is where it is known, and what its statistics cost.
+
+Bias: the gradient of row x at parameters p is p - x, with x drawn from a normal distribution of
+known variances, so the noise scale is known. Over many windows the estimate is compared with it,
+for several cuts, beside what is often done instead. Cost: the time of a window with `stats=True`
+over that without, in turns, each engine in a process of its own.
+
+Usage: python benchmarks/noise.py [--windows 10000] [--rounds 60] [--engines torch] [--json FILE]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from noise_costs import ENGINES, windows_of
+
+ENTRIES, SCALE = 40, 100.0
+# Micro-batches of a window of 64 rows, and of one that does not divide evenly.
+CUTS = {
+    "8 x 8": [8] * 8,
+    "2 x 32": [32] * 2,
+    "7 x 8 and 4": [8] * 7 + [4],
+    "1, 3, 5, 8, 15, 32": [1, 3, 5, 8, 15, 32],
+}
+_rng = np.random.default_rng(0)
+VARIANCES = _rng.gamma(1.0, size=ENTRIES)
+# So that tr(S) / |G|^2 is SCALE.
+MEAN = np.full(ENTRIES, (VARIANCES.sum() / SCALE / ENTRIES) ** 0.5)
+
+
+def bias(windows: int) -> dict[str, Any]:
+    """Estimates by the JAX engine, for each cut: ours, and three that are often used instead."""
+    import jax
+    import jax.numpy as jnp
+
+    import virtualbatch.jax as vb
+    from virtualbatch import NoiseScale, WindowStats
+
+    jax.config.update("jax_enable_x64", True)
+
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.mean(jnp.sum(jnp.square(params - x), 1)) / 2
+
+    results = {}
+    for name, sizes in CUTS.items():
+        edges = np.cumsum(sizes)[:-1]
+
+        @jax.jit
+        def stats_of(key: Any, edges: Any = tuple(edges), rows: int = sum(sizes)) -> Any:
+            def one(key: Any) -> Any:
+                noise = jax.random.normal(key, (rows, ENTRIES)) * jnp.sqrt(VARIANCES)
+                window = vb.Window(jnp.split(noise, edges))
+                grad = vb.value_and_grad(loss, stats=True)
+                return grad(jnp.asarray(MEAN), window)[-1]
+
+            return jax.lax.map(one, jax.random.split(key, windows))
+
+        found = [
+            np.broadcast_to(np.asarray(x, float), windows) for x in stats_of(jax.random.key(1))
+        ]
+        scale = NoiseScale(decay=1.0)
+        for stats in zip(*found, strict=True):
+            scale.update(WindowStats(*stats))
+        estimate = scale.estimate()
+        results[name] = {
+            "ours": estimate.scale / SCALE - 1,
+            "interval": [estimate.low / SCALE - 1, estimate.high / SCALE - 1],
+        } | {way: scale / SCALE - 1 for way, scale in instead(*found).items()}
+    return results
+
+
+def instead(rows: Any, count: Any, mean_square: Any, square: Any) -> dict[str, float]:
+    """Other estimates from the same windows."""
+    noise = rows * (mean_square - square) / (count - 1)
+    signal = square - noise / rows
+    return {
+        "mean of ratios": float(np.mean(noise / signal)),
+        "|g|^2 taken for the signal": float(noise.mean() / square.mean()),
+        "k for k - 1": float(
+            np.mean(rows * (mean_square - square) / count)
+            / np.mean(square - (mean_square - square) / count)
+        ),
+    }
+
+
+def cost(engine: str, rounds: int) -> dict[str, Any]:
+    """Median ratio of a window with statistics over one without, in pairs, for each model."""
+    results = {}
+    for name, (without, with_stats) in windows_of(engine).items():
+        ratios = []
+        for turn in range(rounds):
+            order = (without, with_stats) if turn % 2 else (with_stats, without)
+            seconds = {run: timed(run) for run in order}
+            ratios.append(seconds[with_stats] / seconds[without])
+        quarters = statistics.quantiles(ratios, n=4)
+        results[name] = {"ratio": quarters[1], "quartiles": [quarters[0], quarters[2]]}
+    return results
+
+
+def timed(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    for _ in range(2):
+        run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--windows", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--engines", nargs="*", default=ENGINES, choices=ENGINES)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(cost(arguments.one, arguments.rounds)))
+        return
+    results: dict[str, Any] = {"bias": bias(arguments.windows), "cost": {}}
+    print(f"Noise scale {SCALE:.0f} rows, {arguments.windows:,} windows: how far off, in percent")
+    for name, found in results["bias"].items():
+        low, high = found.pop("interval")
+        texts = [f"{way} {100 * value:+.1f}" for way, value in found.items()]
+        print(f"{name:20}{', '.join(texts)} (interval {100 * low:+.1f} to {100 * high:+.1f})")
+    for engine in arguments.engines:
+        backend = (
+            engine.removeprefix("keras on ") if engine.startswith("keras on ") else "tensorflow"
+        )
+        child = subprocess.run(
+            [sys.executable, __file__, "--one", engine, "--rounds", str(arguments.rounds)],
+            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": backend},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        if child.returncode:
+            raise RuntimeError(f"{engine} failed:\n{child.stderr}")
+        results["cost"][engine] = json.loads(child.stdout.splitlines()[-1])
+        for name, found in results["cost"][engine].items():
+            low, high = found["quartiles"]
+            print(f"{engine:20}{name:12}{found['ratio']:.3f} ({low:.3f} to {high:.3f})")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

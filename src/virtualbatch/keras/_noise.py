@@ -1,0 +1,71 @@
+"""The noise scale of a model that is trained by `fit`, as a callback."""
+
+from typing import Any
+
+import keras
+
+from virtualbatch import noise
+from virtualbatch.keras._train_step import TrainStep
+
+
+class NoiseScale(keras.callbacks.Callback, noise.NoiseScale):
+    """Estimates the gradient noise scale while `fit` trains, and writes it to the logs.
+
+    Each epoch's logs get `noise_scale`, in rows, so History has it; so do callbacks that come after
+    this one in the list, such as CSVLogger and TensorBoard. With `steps_per_execution` of n, every
+    n-th update is counted.
+
+    Args:
+        decay: how much of the averages the next window keeps; 0.99 looks back about 100 windows,
+            1.0 counts all alike.
+
+    Raises:
+        ValueError: decay is not above 0 and at most 1.
+
+    Example:
+        >>> model = keras.Sequential([keras.layers.Dense(1)])
+        >>> model.compile(optimizer="sgd", loss="mse")
+        >>> accumulate(model, microbatch_size=8)
+        >>> x = keras.random.normal((64, 3), seed=1)
+        >>> found = NoiseScale()
+        >>> logs = model.fit(x, x[:, :1], batch_size=32, epochs=2, verbose=0, callbacks=[found])
+        >>> len(logs.history["noise_scale"]), found.windows
+        (2, 4)
+    """
+
+    def __init__(self, decay: float = 0.99):
+        keras.callbacks.Callback.__init__(self)
+        noise.NoiseScale.__init__(self, decay)
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Has the model's windows watched.
+
+        Raises:
+            ValueError: the model does not accumulate, or packs rows by their length.
+        """
+        step = self.model.train_step
+        if not isinstance(step, TrainStep):
+            raise ValueError(
+                "A noise scale is seen in the micro-batches of a batch. Got the model "
+                f"{self.model.name!r}, which does not accumulate. Call accumulate before fit."
+            )
+        if step.packing is not None:
+            raise ValueError(
+                "A noise scale needs micro-batches that are random samples. Got rows sorted by "
+                "length: microbatch_tokens. Measure it in a fit with microbatch_size."
+            )
+        self._watch(step, self.update)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Writes the estimate to the logs; there is none if no batch had two micro-batches."""
+        if logs is not None and self.windows:
+            logs["noise_scale"] = self.estimate().scale
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Leaves the model as it was."""
+        self._watch(self.model.train_step, None)
+
+    def _watch(self, step: TrainStep, listener: Any) -> None:
+        step.listener = listener
+        # Compiled programs compute statistics or do not.
+        self.model.make_train_function(force=True)

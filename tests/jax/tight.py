@@ -1,0 +1,29 @@
+"""A plan in a process of little address space; prints what came.
+
+A row of this program takes half a MiB, and so much again in kernels that XLA does not count.
+"""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import virtualbatch.jax as vb
+
+
+def loss(params, batch):
+    return jnp.tanh(jnp.tile(batch @ params, (1, 2**13))).mean()
+
+
+params, batch = jnp.ones((64, 16)), jnp.ones((256, 64))
+# What a program and its threads load is there before the limit.
+jax.block_until_ready(jax.jit(vb.value_and_grad(loss, microbatch_size=2))(params, batch[:4]))
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * os.sysconf("SC_PAGE_SIZE") + int(sys.argv[1]) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+plan = vb.plan(loss)(params, batch)
+json.dump({"plan": json.loads(plan.to_json())}, sys.stdout)

@@ -1,0 +1,200 @@
+"""Memory that runs out at random points of `fit`: 100 points of 100 give the same training.
+
+A point is a batch, a micro-batch and a phase: forward, backward, the metrics that accumulate, and
+the update where it is part of a program. On JAX a program has no inside for Python: it runs to its
+end, its arguments are gone, and then it fails.
+"""
+
+import random
+from collections import Counter
+
+import keras
+import pytest
+from tests.keras.backends import BACKEND
+from tests.keras.running_out import BATCH, X, Y, assert_same, out_of_memory, state
+
+import virtualbatch.keras as vb
+
+SEEDS = 100
+BATCHES = 2
+# Those of two dense layers and of BatchNorm.
+VARIABLES = 6
+# Keras on PyTorch moves weights one by one, in Python: an update that has begun is not made again.
+PHASES = {
+    "tensorflow": ("forward", "backward", "accumulate", "update"),
+    "torch": ("forward", "backward", "accumulate"),
+    "jax": ("window",),
+}[BACKEND]
+
+
+class Points:
+    """Counts the points of each phase as they run, and lets some run out of memory."""
+
+    def __init__(self, phase=None, fail=None):
+        self.phase, self.fail = phase, fail
+        self.count = Counter()
+
+    def __call__(self, phase):
+        number = self.count[phase]
+        self.count[phase] += 1
+        if (phase, number) == (self.phase, self.fail):
+            if BACKEND == "tensorflow":
+                # What TensorFlow makes a ResourceExhaustedError of.
+                raise MemoryError("OOM when allocating tensor")
+            raise out_of_memory()
+
+    def at(self, phase, x):
+        """x, in whose computation the point is."""
+        if BACKEND == "tensorflow":
+            import tensorflow as tf
+
+            def run(value):
+                self(phase)
+                return value
+
+            found = tf.numpy_function(run, [x], x.dtype)
+            found.set_shape(x.shape)
+            return found
+        if BACKEND == "torch":
+            self(phase)
+        return x
+
+
+class Failing(keras.layers.Layer):
+    """Passes through, by a point in the forward and one in the backward pass."""
+
+    def __init__(self, points):
+        super().__init__()
+        self.points = points
+
+    def call(self, x, training=False):
+        if not training or BACKEND == "jax":
+            return x
+        if BACKEND == "torch":
+            if x.requires_grad:
+                self.points("forward")
+                x.register_hook(lambda gradient: self.points("backward"))
+            return x
+        import tensorflow as tf
+
+        @tf.custom_gradient
+        def passing(x):
+            def backward(gradient):
+                return self.points.at("backward", gradient)
+
+            return self.points.at("forward", x), backward
+
+        return passing(x)
+
+
+class Metric(keras.metrics.Mean):
+    """The mean of what was predicted; it has a point."""
+
+    def __init__(self, points):
+        super().__init__()
+        self.points = points
+
+    def update_state(self, y, found, sample_weight=None):
+        super().update_state(self.points.at("accumulate", found))
+
+
+class Optimizer(keras.optimizers.SGD):
+    """Has a point at each variable."""
+
+    def __init__(self, points):
+        super().__init__(0.05, momentum=0.9, nesterov=True)
+        self.points = points
+
+    def update_step(self, gradient, variable, learning_rate):
+        if BACKEND == "tensorflow":
+            gradient = self.points.at("update", gradient)
+        super().update_step(gradient, variable, learning_rate)
+
+
+class Model(keras.Sequential):
+    """On JAX its windows fail after they have run."""
+
+    points = None
+
+    def make_train_function(self, force=False):
+        super().make_train_function(force=force)
+        if BACKEND != "jax" or getattr(self.train_function, "fails", False):
+            return
+        run = self.train_function
+
+        def train_function(*given):
+            result = run(*given)
+            self.points("window")
+            return result
+
+        train_function.fails = True
+        self.train_function = train_function
+
+
+def trained(points, *sizes):
+    """Logs and values after some batches, each with a size; sizes stay until another is given."""
+    keras.utils.set_random_seed(1)
+    model = Model(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(8, activation="tanh"),
+            keras.layers.BatchNormalization(momentum=0.7),
+            keras.layers.Dropout(0.3, seed=3),
+            Failing(points),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.points = points
+    model.compile(
+        optimizer=Optimizer(points),
+        loss="mse",
+        metrics=[Metric(points)],
+        jit_compile=BACKEND == "jax",
+    )
+    logs = []
+    for number, size in enumerate(sizes):
+        if number == 0 or size != sizes[number - 1]:
+            vb.accumulate(model, microbatch_size=size)
+        rows = slice(BATCH * number, BATCH * (number + 1))
+        logs.append(model.train_on_batch(X[rows], Y[rows, None] * 1.0, return_dict=True))
+    return logs, state(model)
+
+
+def drawn(seed):
+    """(size, phase, number of the point in its phase) of a seed."""
+    chance = random.Random(seed)
+    size, phase = chance.choice([24, 12, 8]), chance.choice(PHASES)
+    if phase == "window":
+        return size, phase, chance.randrange(BATCHES)
+    # A batch that has run once is trusted by a graph, which then keeps no copy to go back to.
+    batches = 1 if BACKEND == "tensorflow" else BATCHES
+    each = VARIABLES if phase == "update" else -(-BATCH // size)
+    return size, phase, chance.randrange(batches * each)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_any_point_may_run_out(seed):
+    size, phase, fail = drawn(seed)
+    points = Points(phase, fail)
+    logs, after = trained(points, *[size] * BATCHES)
+    assert points.count[phase] > fail + 1
+    each = {"update": VARIABLES, "window": 1}.get(phase, -(-BATCH // size))
+    failed = fail // each
+    sizes = [size if number < failed else size // 2 for number in range(BATCHES)]
+    due, due_after = trained(Points(), *sizes)
+    assert logs == due
+    assert_same(after, due_after)
+
+
+def test_the_points_are_of_every_phase():
+    counted = Counter(drawn(seed)[1] for seed in range(SEEDS))
+    assert set(counted) == set(PHASES)
+    assert min(counted.values()) >= 20, counted
+    assert len({drawn(seed) for seed in range(SEEDS)}) > 5
+
+
+def test_points_are_as_many_as_there_are_micro_batches():
+    points = Points()
+    trained(points, 8)
+    each = {"forward": 3, "backward": 3, "accumulate": 3, "update": VARIABLES, "window": 1}
+    assert points.count == Counter({phase: each[phase] for phase in PHASES})
