@@ -61,13 +61,13 @@ class Case:
             "tokens": (LENGTH,),
         }[self.model]
 
-    def batches(self, number: int = 1) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Inputs and classes of so many batches, always the same ones.
+    def batch(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Inputs and classes, always the same ones.
 
         Those of `tokens` are ids, padded by 0 behind, and a class for each of them.
         """
         random = np.random.default_rng(_SEED)
-        rows = self.rows * number
+        rows = self.rows
         if self.model != "tokens":
             x = random.normal(size=(rows, *self.input_shape)).astype("float32")
             return x, random.integers(0, CLASSES, rows)

@@ -117,7 +117,7 @@ class Problem(NamedTuple):
 def problem(case: Case) -> Problem:
     """A case, always with the same parameters."""
     params, logits = _MODELS[case.model](np.random.default_rng(0), case.width)
-    x, y = map(jnp.asarray, case.batches())
+    x, y = map(jnp.asarray, case.batch())
     tokens = case.model == "tokens"
 
     def loss(params: Any, batch: Any) -> Any:

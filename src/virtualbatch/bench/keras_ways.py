@@ -1,7 +1,6 @@
 """Ways of training by Keras' `fit`, on the backend that `KERAS_BACKEND` names."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -13,8 +12,6 @@ from virtualbatch.bench.contender import OURS, PEER, VIRTUALBATCH, WHOLE, WHOLE_
 from virtualbatch.bench.keras_models import adam, cross_entropy, model_of
 
 _BUILT_IN = "gradient_accumulation_steps"
-# Batches that `fit` gets at once; every turn is whole passes over them.
-_BATCHES = 16
 
 
 def entries(case: Case) -> list[Contender]:
@@ -25,6 +22,10 @@ def entries(case: Case) -> list[Contender]:
         _contender(VIRTUALBATCH, OURS, case, accumulates=True),
         _contender(WHOLE_BATCH, WHOLE, case),
     ]
+    if tensorflow:
+        found.append(
+            _contender(f"{VIRTUALBATCH}, jit_compile=True", OURS, case, accumulates=True, jit=True)
+        )
     # Plain Keras compiles by XLA unless it is told not to, which on CPU may be slower; JAX cannot
     # train without.
     for jit in (True, False) if tensorflow else (jax,):
@@ -87,4 +88,5 @@ def _contender(
 
 
 def _repeated(case: Case, updates: int) -> Any:
-    return tuple(np.concatenate([leaf] * updates) for leaf in case.batches())
+    """The batch as often as there are updates."""
+    return tuple(np.concatenate([leaf] * updates) for leaf in case.batch())

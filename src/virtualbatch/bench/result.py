@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from virtualbatch.bench.case import Case
-from virtualbatch.bench.contender import FLOOR, OURS
+from virtualbatch.bench.contender import OURS
 
 RIGHT, WRONG, NOT_CHECKED, NOT_INSTALLED = "right", "wrong", "not checked", "not installed"
 
@@ -48,13 +48,12 @@ class Comparison:
     case: Case
     rows: Sequence[Row]
 
-    @property
-    def times_floor(self) -> float | None:
-        """Our time over that of the floor, the faster one where there are two."""
-        floors = [
-            row.times_ours[1] for row in self.rows if row.role == FLOOR and row.times_ours
-        ]
-        return 1 / min(floors) if floors else None
+    def milliseconds(self, role: str) -> float | None:
+        """Median of the fastest contender of a role; ours is the first one, as it is by default."""
+        found = [row.milliseconds[1] for row in self.rows if row.role == role and row.milliseconds]
+        if not found:
+            return None
+        return found[0] if role == OURS else min(found)
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,12 @@ class Settings:
     @property
     def rounds(self) -> int:
         """Turns of each contender."""
-        return 5 if self.quick else 15
+        return 5 if self.quick else 9
 
     @property
     def seconds_per_turn(self) -> float:
         """How long one turn is, about."""
-        return 0.05 if self.quick else 0.1
+        return 0.05 if self.quick else 0.25
 
 
 def _needed(engine: str) -> list[str]:

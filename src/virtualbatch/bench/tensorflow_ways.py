@@ -52,7 +52,8 @@ def entries(case: Case) -> list[Contender]:
     """Everybody who can run a case, each with a model of its own."""
     return [
         _contender(VIRTUALBATCH, OURS, case, _ours),
-        _contender("forward, backward, one update", FLOOR, case, _floor),
+        _contender("forward, backward in a loop, one update", FLOOR, case, _floor_in_a_loop),
+        _contender("forward, backward called, one update", FLOOR, case, _floor_called),
         _contender(WHOLE_BATCH, WHOLE, case, _whole),
         _contender("eager loop", PEER, case, _eager),
         _contender("compiled step, added in Python", PEER, case, _compiled_step),
@@ -64,7 +65,7 @@ def _contender(
 ) -> Contender:
     model, optimizer = model_of(case), adam()
     optimizer.build(model.trainable_variables)
-    batch = tuple(map(tf.constant, case.batches()))
+    batch = tuple(map(tf.constant, case.batch()))
     size = case.microbatch_size
     pieces = [tuple(leaf[i : i + size] for leaf in batch) for i in range(0, case.rows, size)]
     weight = valid_tokens if case.model == "tokens" else None
@@ -97,23 +98,43 @@ def _ours(given: _Problem) -> Callable[[], Any]:
     return lambda: update(given.batch)
 
 
-def _floor(given: _Problem) -> Callable[[], Any]:
-    """Every micro-batch in one graph, one after another, with nothing added."""
+def _floor_in_a_loop(given: _Problem) -> Callable[[], Any]:
+    """Every micro-batch in one loop of a graph; each overwrites the gradients before it."""
+    size, count = len(given.pieces[0][0]), len(given.pieces)
+
+    def body(i: Any, *latest: Any) -> Any:
+        start = i * size
+        piece = tuple(leaf[start : start + size] for leaf in given.batch)
+        loss, gradients = given.gradients(piece)
+        return i + 1, loss, *map(tf.convert_to_tensor, gradients)
 
     @tf.function
-    def update(pieces: Any) -> tf.Tensor:
-        done: list[Any] = []
-        for piece in pieces:
-            with tf.control_dependencies(done):
-                piece = tuple(map(tf.identity, piece))
-            loss, gradients = given.gradients(piece)
-            # What nobody reads would not be computed.
-            done = [tf.group(loss, *map(tf.convert_to_tensor, gradients))]
-        with tf.control_dependencies(done):
-            given.apply([tf.identity(tf.convert_to_tensor(gradient)) for gradient in gradients])
+    def update() -> tf.Tensor:
+        first = (tf.constant(0), tf.constant(0.0), *map(tf.identity, _values(given)))
+        _, loss, *gradients = tf.while_loop(
+            lambda i, *_: i < count, body, first, parallel_iterations=1
+        )
+        given.apply(gradients)
         return loss
 
-    return lambda: update(given.pieces)
+    return update
+
+
+def _floor_called(given: _Problem) -> Callable[[], Any]:
+    """The same as graphs that are called one after another."""
+    step, apply = tf.function(given.gradients), tf.function(given.apply)
+
+    def update() -> tf.Tensor:
+        for piece in given.pieces:
+            loss, gradients = step(piece)
+        apply([tf.convert_to_tensor(gradient) for gradient in gradients])
+        return loss
+
+    return update
+
+
+def _values(given: _Problem) -> list[Any]:
+    return [variable.value for variable in given.model.trainable_variables]
 
 
 def _whole(given: _Problem) -> Callable[[], Any]:
@@ -137,9 +158,7 @@ def _compiled_step(given: _Problem) -> Callable[[], Any]:
     return lambda: _added(given, step, apply)
 
 
-def _added(
-    given: _Problem, step: Callable[[Any], Any], apply: Callable[[Any], Any]
-) -> tf.Tensor:
+def _added(given: _Problem, step: Callable[[Any], Any], apply: Callable[[Any], Any]) -> tf.Tensor:
     total: list[Any] | None = None
     for piece in given.pieces:
         loss, gradients = step(piece)

@@ -88,7 +88,7 @@ def problem(case: Case) -> Problem:
     """A case, always with the same weights."""
     torch.manual_seed(0)
     model = _MODELS[case.model](case.width)
-    x, y = map(torch.as_tensor, case.batches())
+    x, y = map(torch.as_tensor, case.batch())
     # PyTorch has channels before the image.
     batch = x.movedim(-1, 1).contiguous() if case.model == "CNN" else x, y
     pieces = list(zip(*(leaf.split(case.microbatch_size) for leaf in batch), strict=True))
