@@ -1,7 +1,7 @@
 """The command line: `virtualbatch demo`, `plan`, `check`, `bench` and `doctor`.
 
-No framework is imported here: the demo and the benchmarks run in child processes; plans and checks are made in the
-user's own program.
+No framework is imported here: the demo and the benchmarks run in child processes; plans and
+checks are made in the user's own program.
 """
 
 import importlib.util

@@ -8,7 +8,14 @@ from dataclasses import asdict
 from typing import Any
 
 from virtualbatch.bench.case import Case
-from virtualbatch.bench.contender import ALL_PEERS, PEER, Absent, Contender
+from virtualbatch.bench.contender import (
+    ALL_PEERS,
+    FLOOR,
+    VIRTUALBATCH,
+    WHOLE,
+    Absent,
+    Contender,
+)
 from virtualbatch.bench.order import RESULT, Order
 from virtualbatch.bench.turns import compared
 
@@ -16,22 +23,24 @@ from virtualbatch.bench.turns import compared
 def entries(case: Case, peers: str | Sequence[str]) -> list[Contender | Absent]:
     """The contenders of a case, among them the peers that are asked for."""
     module = importlib.import_module(f"virtualbatch.bench.{case.engine.split('-')[0]}_ways")
-    return [
-        entry
-        for entry in module.entries(case)
-        if (isinstance(entry, Contender) and entry.role != PEER)
-        or peers == ALL_PEERS
-        or entry.name in peers
-    ]
+    found: list[Contender | Absent] = module.entries(case)
+    if peers == ALL_PEERS:
+        return found
+    always = [VIRTUALBATCH, *(entry.name for entry in found if _is_measure(entry))]
+    return [entry for entry in found if entry.name in (*always, *peers)]
 
 
-def _peak(case: Case, name: str) -> int:
+def _is_measure(entry: Contender | Absent) -> bool:
+    return isinstance(entry, Contender) and entry.role in (FLOOR, WHOLE)
+
+
+def _peak(case: Case, name: str) -> int | None:
     """Bytes that an update takes above what the process holds between two updates."""
     from virtualbatch.demo.peak_memory import PeakMemory
 
     found = next(entry for entry in entries(case, [name]) if entry.name == name)
     if isinstance(found, Absent):
-        raise ValueError(f"internal: {name} is not installed.")
+        return None
     # What is compiled is compiled here.
     found.train(1)
     peak = PeakMemory()

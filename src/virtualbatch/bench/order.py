@@ -16,8 +16,8 @@ class Order:
 
     Args:
         cases: of one engine. Contenders of all of them take turns.
-        peers: `ALL_PEERS`, or the names of those that take part; ours, the floor and the uncut
-            batch do so anyway.
+        peers: `ALL_PEERS`, or the names of those that take part beside ours as it is by default,
+            the floor and the uncut batch.
         rounds: turns of each contender.
         seconds_per_turn: how long one turn is, about.
         peak_of: name of a contender whose memory is measured in the first case; nothing is timed.

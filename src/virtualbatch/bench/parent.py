@@ -19,7 +19,7 @@ from virtualbatch.bench.settings import Settings
 from virtualbatch.bench.sweeps import SWEEPS, peer_along
 
 CHILD = ("-m", "virtualbatch.bench.child")
-_SECONDS_PER_CHILD = 900
+_SECONDS_PER_CHILD = 600
 _LINES_OF_STDERR = 20
 _PACKAGES = (
     "virtualbatch",
@@ -71,7 +71,7 @@ def run_bench(
         sweeps[name], peaks[name] = [], []
         for engine in settings.chosen_engines:
             peers = [] if settings.peers == NO_PEERS else [peer_along(engine)]
-            for model in sweep.models:
+            for model in sweep.cuts:
                 say(f"{engine}, {model}, by {name}")
                 order = _order(sweep.cases(engine, model), peers, settings)
                 sweeps[name] += _comparisons(order, child)

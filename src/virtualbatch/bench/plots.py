@@ -80,7 +80,9 @@ def _memory_panel(axes: Axes, name: str, result: BenchResult, engine: str) -> No
     peer = peer_along(engine)
     for role, way in ((OURS, VIRTUALBATCH), (WHOLE, WHOLE_BATCH), (PEER, peer)):
         pairs = [
-            (getattr(peak.case, name), peak.peak_bytes / _MIB) for peak in found if peak.name == way
+            (getattr(peak.case, name), peak.peak_bytes / _MIB)
+            for peak in found
+            if peak.name == way and peak.peak_bytes is not None
         ]
         _line(axes, role, pairs, peer)
     _dressed(axes, f"{engine}, {found[0].case.model}", SWEEPS[name].label, "peak MiB")

@@ -63,12 +63,13 @@ class Peak:
     Args:
         case: what was run.
         name: of the contender.
-        peak_bytes: peak of an update above what the process held after an update of one row.
+        peak_bytes: peak of an update above what the process holds between two updates; None for a
+            peer that is not installed.
     """
 
     case: Case
     name: str
-    peak_bytes: int
+    peak_bytes: int | None
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,6 @@ def _memory(name: str, result: BenchResult) -> Table:
             str(getattr(case, name)),
             str(case.rows),
             peak.name,
-            f"{peak.peak_bytes / _MIB:.1f}",
+            NOT_INSTALLED if peak.peak_bytes is None else f"{peak.peak_bytes / _MIB:.1f}",
         )
     return table

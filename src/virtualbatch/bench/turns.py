@@ -11,7 +11,7 @@ from virtualbatch.bench.result import NOT_CHECKED, NOT_INSTALLED, RIGHT, WRONG, 
 # Rounding in float32 moves an update by 1e-7 to 1e-5 of its length; a mean of means moves it by
 # percents. Between them lie two decimal orders.
 TOLERANCE = 1e-3
-_WARM_UPS = 3
+_LOOKS = 3
 
 Group = Sequence[Contender | Absent]
 
@@ -92,10 +92,9 @@ def _times(
     """Seconds that an update of each took, round by round."""
     updates = []
     for contender in contenders:
-        contender.train(_WARM_UPS)
-        number = _WARM_UPS
-        # A second look, with as many: what a start costs is shared by more.
-        for _ in range(2):
+        number = 1
+        # Looked at again with as many: what a start costs is then shared by more.
+        for _ in range(_LOOKS):
             number = max(1, round(seconds_per_turn / contender.train(number)))
         updates.append(number)
     times: list[list[float]] = [[] for _ in contenders]
