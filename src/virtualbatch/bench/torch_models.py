@@ -84,11 +84,11 @@ class Problem(NamedTuple):
     weight: Callable[[Any], Any] | None
 
 
-def problem(case: Case) -> Problem:
+def problem(case: Case, device: str = "cpu") -> Problem:
     """A case, always with the same weights."""
     torch.manual_seed(0)
-    model = _MODELS[case.model](case.width)
-    x, y = map(torch.as_tensor, case.batch())
+    model = _MODELS[case.model](case.width).to(device)
+    x, y = (torch.as_tensor(leaf, device=device) for leaf in case.batch())
     # PyTorch has channels before the image.
     batch = x.movedim(-1, 1).contiguous() if case.model == "CNN" else x, y
     pieces = list(zip(*(leaf.split(case.microbatch_size) for leaf in batch), strict=True))

@@ -24,19 +24,9 @@ from virtualbatch.bench.torch_models import Problem, problem
 
 def entries(case: Case) -> list[Contender | Absent]:
     """Everybody who can run a case, each with a model of its own."""
-    found: list[Contender | Absent] = [
-        _contender(VIRTUALBATCH, OURS, problem(case), _ours),
-        _contender("forward, backward, one update", FLOOR, problem(case), _floor),
-        _contender(WHOLE_BATCH, WHOLE, problem(case), _whole),
-        _contender("hand-written loop", PEER, problem(case), _by_hand),
-    ]
+    found: list[Contender | Absent] = [*loops(case)]
     if case.model in ("CNN", "transformer"):
-        found += [
-            _contender(f"{VIRTUALBATCH}, torch.compile", OURS, _compiled(problem(case)), _ours),
-            _contender(
-                "hand-written loop, torch.compile", PEER, _compiled(problem(case)), _by_hand
-            ),
-        ]
+        found += compiled_loops(case)
     for name, package, makers in (
         ("Accelerate", "accelerate", "torch_accelerate"),
         ("Lightning", "lightning", "torch_lightning"),
@@ -50,21 +40,46 @@ def entries(case: Case) -> list[Contender | Absent]:
     return found
 
 
+def loops(case: Case, device: str = "cpu") -> list[Contender]:
+    """Ours, the floor, the uncut batch and the loop that one would write."""
+    return [
+        _contender(VIRTUALBATCH, OURS, problem(case, device), _ours),
+        _contender("forward, backward, one update", FLOOR, problem(case, device), _floor),
+        _contender(WHOLE_BATCH, WHOLE, problem(case, device), _whole),
+        _contender("hand-written loop", PEER, problem(case, device), _by_hand),
+    ]
+
+
+def compiled_loops(case: Case, device: str = "cpu", mode: str | None = None) -> list[Contender]:
+    """Ours and a hand-written loop with forward and backward of a micro-batch compiled.
+
+    Args:
+        case: the case.
+        device: of the model and the batch.
+        mode: of `torch.compile`.
+    """
+    name = "torch.compile" if mode is None else f"torch.compile, {mode}"
+    found = []
+    for beginning, role, make in (
+        (VIRTUALBATCH, OURS, _ours),
+        ("hand-written loop", PEER, _by_hand),
+    ):
+        given = problem(case, device)
+        # The same code compiled for a second model would else count as one for changing shapes.
+        compiled = torch.compile(given.loss, dynamic=False, mode=mode)
+        found.append(_contender(f"{beginning}, {name}", role, given._replace(loss=compiled), make))
+    return found
+
+
 def weights_of(model: torch.nn.Module) -> Callable[[], Any]:
     """The weights of a model as arrays of their own."""
-    return lambda: [parameter.detach().numpy().copy() for parameter in model.parameters()]
+    return lambda: [parameter.detach().cpu().numpy().copy() for parameter in model.parameters()]
 
 
 def _contender(
     name: str, role: str, given: Problem, make: Callable[[Problem], Callable[[], Any]]
 ) -> Contender:
     return Contender(name, role, looped(make(given), float), weights_of(given.model))
-
-
-def _compiled(given: Problem) -> Problem:
-    """The same with forward and backward of a micro-batch compiled."""
-    # The same code compiled for a second model would else count as one for changing shapes.
-    return given._replace(loss=torch.compile(given.loss, dynamic=False))
 
 
 def _ours(given: Problem) -> Callable[[], Any]:
