@@ -28,17 +28,17 @@ def _comparison(found: Comparison) -> Table:
     table = Table(
         title=f"{_named(found.case)}: {found.case.accumulation_steps} micro-batches of "
         f"{found.case.microbatch_size}",
-        caption="An update: median, quartiles in brackets. Right: as the uncut batch updates.",
+        caption="Medians of an update, quartiles in brackets. Right: as the uncut batch updates.",
         caption_justify="left",
         title_justify="left",
     )
-    table.add_column("way")
+    table.add_column("way", min_width=20)
     for heading in ("ms", "x our time", "asked", "result"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in found.rows:
         table.add_row(
-            row.name,
-            _spread(row.milliseconds),
+            row.name if row.package is None else f"{row.name} (pip install {row.package})",
+            "-" if row.milliseconds is None else f"{row.milliseconds[1]:.2f}",
             _spread(row.times_ours),
             _verdict(found.case, row),
             _correctness(row),
@@ -67,8 +67,8 @@ def _verdict(case: Case, row: Row) -> str:
 
 def _correctness(row: Row) -> str:
     if row.verdict == NOT_INSTALLED:
-        return f"{NOT_INSTALLED}: pip install {row.package}"
-    return row.verdict + (f", {row.error:.0e} off" if row.error is not None else "")
+        return NOT_INSTALLED
+    return row.verdict + (f" {row.error:.0e}" if row.error is not None else "")
 
 
 def _sweep(name: str, found: Sequence[Comparison]) -> Table:
