@@ -106,11 +106,17 @@ def _floor_in_a_loop(given: _Problem) -> Callable[[], Any]:
         start = i * size
         piece = tuple(leaf[start : start + size] for leaf in given.batch)
         loss, gradients = given.gradients(piece)
-        return i + 1, loss, *map(tf.convert_to_tensor, gradients)
+        # Those of an embedding come as slices, which do not know their shape.
+        dense = [
+            tf.ensure_shape(tf.convert_to_tensor(gradient), variable.shape)
+            for gradient, variable in zip(gradients, given.model.trainable_variables, strict=True)
+        ]
+        return i + 1, loss, *dense
 
     @tf.function
     def update() -> tf.Tensor:
-        first = (tf.constant(0), tf.constant(0.0), *map(tf.identity, _values(given)))
+        values = [tf.identity(v.value) for v in given.model.trainable_variables]
+        first = (tf.constant(0), tf.constant(0.0), *values)
         _, loss, *gradients = tf.while_loop(
             lambda i, *_: i < count, body, first, parallel_iterations=1
         )
@@ -131,10 +137,6 @@ def _floor_called(given: _Problem) -> Callable[[], Any]:
         return loss
 
     return update
-
-
-def _values(given: _Problem) -> list[Any]:
-    return [variable.value for variable in given.model.trainable_variables]
 
 
 def _whole(given: _Problem) -> Callable[[], Any]:
