@@ -100,12 +100,11 @@ def _ours(given: _Problem) -> Callable[[], Any]:
 
 def _floor_in_a_loop(given: _Problem) -> Callable[[], Any]:
     """Every micro-batch in one loop of a graph; each overwrites the gradients before it."""
-    size, count = len(given.pieces[0][0]), len(given.pieces)
+    count = len(given.pieces)
+    stacks = [tf.stack(leaves) for leaves in zip(*given.pieces, strict=True)]
 
     def body(i: Any, *latest: Any) -> Any:
-        start = i * size
-        piece = tuple(leaf[start : start + size] for leaf in given.batch)
-        loss, gradients = given.gradients(piece)
+        loss, gradients = given.gradients(tuple(stack[i] for stack in stacks))
         # Those of an embedding come as slices, which do not know their shape.
         dense = [
             tf.ensure_shape(tf.convert_to_tensor(gradient), variable.shape)
