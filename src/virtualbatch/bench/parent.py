@@ -59,6 +59,7 @@ def run_bench(
     Raises:
         BenchFailure: a case ended without a result.
     """
+    machine = _machine()
     comparisons = []
     for engine in settings.chosen_engines:
         for model in settings.chosen_models:
@@ -80,7 +81,7 @@ def run_bench(
                     say(f"{engine}, memory of {contender}, by {name}")
                     peaks[name].append(_peak(case, contender, child))
     return BenchResult(
-        _machine(),
+        machine,
         {package: _version(package) for package in _PACKAGES},
         settings.absent_engines,
         comparisons,
@@ -133,9 +134,12 @@ def _run(order: Order, child: Sequence[str]) -> Any:
 
 def _machine() -> str:
     gibibytes = psutil.virtual_memory().total / 2**30
+    # Programs beside this one move the figures; a reader should know of them.
+    load, _, _ = psutil.getloadavg()
     return (
         f"{os.cpu_count()} CPU cores, {gibibytes:.0f} GiB, {platform.system()} "
-        f"{platform.machine()}, Python {platform.python_version()}"
+        f"{platform.machine()}, Python {platform.python_version()}, "
+        f"load {load:.1f} before the first case"
     )
 
 
