@@ -44,6 +44,12 @@ def test_commands_and_options_are_these() -> None:
         ("check", "--microbatch-size"),
         ("check", "--json"),
         ("check", "--html"),
+        ("bench", "--engine"),
+        ("bench", "--model"),
+        ("bench", "--peers"),
+        ("bench", "--quick"),
+        ("bench", "--plots"),
+        ("bench", "--json"),
         ("doctor", "--json"),
     }
 

@@ -1,9 +1,10 @@
-"""The command line: `virtualbatch demo`, `plan`, `check` and `doctor`.
+"""The command line: `virtualbatch demo`, `plan`, `check`, `bench` and `doctor`.
 
-No framework is imported here: the demo runs in child processes; plans and checks are made in the
-user's own program.
+No framework is imported here: the demo and the benchmarks run in child processes; plans and
+checks are made in the user's own program.
 """
 
+import importlib.util
 import logging
 import os
 import sys
@@ -18,6 +19,10 @@ from rich.console import Console
 from rich.status import Status
 
 from virtualbatch import __version__
+from virtualbatch.bench.contender import ALL_PEERS
+from virtualbatch.bench.parent import BenchFailure, run_bench
+from virtualbatch.bench.settings import Settings as BenchSettings
+from virtualbatch.bench.table import tables
 from virtualbatch.demo.parent import ChildFailure, run_demo
 from virtualbatch.demo.result import Settings
 from virtualbatch.doctor import diagnose
@@ -152,6 +157,53 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    engine: Annotated[
+        list[str] | None, typer.Option(help="One engine; may be repeated. All that are installed.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="MLP, CNN, transformer or tokens; may be repeated.")
+    ] = None,
+    peers: Annotated[str, typer.Option(help="all or none.")] = ALL_PEERS,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few rounds of the two fastest models.")
+    ] = False,
+    plots: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Also measure along the size of the cut, and draw that."
+        ),
+    ] = None,
+    json: JsonFile = None,
+) -> None:
+    """Measure accumulation beside what one would use instead, and check each result.
+
+    The exit code is 1 if our own update was not that of the uncut batch.
+    """
+    _check_writable(json)
+    if plots is not None:
+        _check_drawable(plots)
+    try:
+        settings = BenchSettings(engine or (), model or (), peers, quick, sweeps=plots is not None)
+        with Console(stderr=True).status("measuring") as status:
+            result = run_bench(settings, status.update)
+    except ValueError as mistake:
+        _exit(mistake, code=2)
+    except BenchFailure as failure:
+        _exit(failure, code=1)
+    Console().print(tables(result))
+    if json is not None:
+        json.write_text(result.to_json())
+    if plots is not None:
+        from virtualbatch.bench.plots import write_plots
+
+        for file in write_plots(plots, result):
+            print(f"Plot: {file}")
+    if not result.ours_is_right:
+        raise typer.Exit(1)
+
+
 class _Shown(logging.Handler):
     """Shows the latest record in a status line."""
 
@@ -211,6 +263,16 @@ def _check_writable(json: Path | None, html: Path | None = None) -> None:
             require_tools()
         except ModuleNotFoundError as mistake:
             _exit(mistake, code=2)
+
+
+def _check_drawable(folder: Path) -> None:
+    if not folder.is_dir():
+        _exit(
+            f"--plots must name an existing folder. Got --plots {folder}. Run: mkdir -p {folder}",
+            code=2,
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        _exit('Plots need matplotlib. Got none. Run: pip install "virtualbatch[report]"', code=2)
 
 
 def _report(result: Result, html: Path | None) -> None:

@@ -1,0 +1,32 @@
+"""What the project asks of itself: how many times our time a peer must take, at least."""
+
+from virtualbatch.bench.contender import FLOOR
+
+# (engine, how the peer's name begins): bound by overhead (MLP), bound by arithmetic.
+_OF_PEERS = {
+    ("keras-tensorflow", "gradient_accumulation_steps, jit"): (2.5, 1.4),
+    ("keras-tensorflow", "gradient_accumulation_steps, steps"): (1.5, 1.1),
+    ("keras-jax", "gradient_accumulation_steps"): (2.3, 1.2),
+    ("tensorflow", "eager loop"): (20.0, 5.0),
+    ("jax", "optax.MultiSteps"): (2.2, 1.15),
+    ("jax", "optax.microbatching"): (1.0, 1.0),
+    ("torch", "Accelerate"): (1.25, 1.0),
+    ("torch", "Hugging Face Trainer"): (1.5, 1.0),
+    ("torch", "Lightning"): (1.6, 1.0),
+}
+# Ours may take so many times as long as the floor.
+_OF_FLOORS = (1 / 1.15, 1 / 1.03)
+_OVERHEAD, _ARITHMETIC = ("MLP",), ("CNN", "transformer")
+
+
+def asked(engine: str, model: str, name: str, role: str) -> float | None:
+    """How many times our time a contender must take, at least; None where nothing is asked."""
+    if model not in _OVERHEAD + _ARITHMETIC:
+        return None
+    column = _ARITHMETIC.count(model)
+    if role == FLOOR:
+        return _OF_FLOORS[column]
+    for (of_engine, beginning), least in _OF_PEERS.items():
+        if of_engine == engine and name.startswith(beginning):
+            return least[column]
+    return None

@@ -1,0 +1,78 @@
+"""What is measured: a model, a batch and its cut, the same for every framework."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# Keras once per backend: those are different programs.
+ENGINES = ("torch", "jax", "tensorflow", "keras-tensorflow", "keras-jax", "keras-torch")
+# The first is bound by overhead, the next two by arithmetic. The last has a loss that divides by
+# valid tokens, of which no two micro-batches have equally many.
+MODELS = ("MLP", "CNN", "transformer", "tokens")
+CLASSES = 10
+# Adam divides by the root of its second moment. With a large epsilon its first update tells
+# gradients apart that differ by a factor; all frameworks take as long for it as for the usual one.
+RATE, EPSILON = 0.01, 0.1
+WORDS, LENGTH = 1000, 32
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    Args:
+        engine: one of `ENGINES`.
+        model: one of `MODELS`.
+        microbatch_size: rows of one micro-batch.
+        accumulation_steps: micro-batches of one batch.
+        scale: how many times as wide as usual the layers are.
+    """
+
+    engine: str
+    model: str
+    microbatch_size: int = 32
+    accumulation_steps: int = 8
+    scale: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return self.microbatch_size * self.accumulation_steps
+
+    @property
+    def framework(self) -> str:
+        """What runs it, without Keras."""
+        return self.engine.removeprefix("keras-")
+
+    @property
+    def width(self) -> int:
+        """Units of a layer, channels of a convolution, features of a token."""
+        return self.scale * {"MLP": 128, "CNN": 16, "transformer": 64, "tokens": 64}[self.model]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one row."""
+        return {
+            "MLP": (64,),
+            "CNN": (16, 16, 1),
+            "transformer": (LENGTH, self.width),
+            "tokens": (LENGTH,),
+        }[self.model]
+
+    def batch(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Inputs and classes, always the same ones.
+
+        Those of `tokens` are ids, padded by 0 behind, and a class for each of them.
+        """
+        random = np.random.default_rng(_SEED)
+        rows = self.rows
+        if self.model != "tokens":
+            x = random.normal(size=(rows, *self.input_shape)).astype("float32")
+            return x, random.integers(0, CLASSES, rows)
+        lengths = random.integers(1, LENGTH + 1, rows)
+        # Neighbours of like length, as in much text: a mean of means is far off then.
+        lengths.sort()
+        ids = random.integers(1, WORDS, (rows, LENGTH)) * (np.arange(LENGTH) < lengths[:, None])
+        return ids.astype("int32"), random.integers(0, CLASSES, (rows, LENGTH))

@@ -1,0 +1,65 @@
+"""What a process of its own does: it reads an order as JSON and prints what it found as JSON."""
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from virtualbatch.bench.case import Case
+from virtualbatch.bench.contender import (
+    ALL_PEERS,
+    FLOOR,
+    VIRTUALBATCH,
+    WHOLE,
+    Absent,
+    Contender,
+)
+from virtualbatch.bench.order import RESULT, Order
+from virtualbatch.bench.turns import compared
+
+
+def entries(case: Case, peers: str | Sequence[str]) -> list[Contender | Absent]:
+    """The contenders of a case, among them the peers that are asked for."""
+    module = importlib.import_module(f"virtualbatch.bench.{case.engine.split('-')[0]}_ways")
+    found: list[Contender | Absent] = module.entries(case)
+    if peers == ALL_PEERS:
+        return found
+    always = [VIRTUALBATCH, *(entry.name for entry in found if _is_measure(entry))]
+    return [entry for entry in found if entry.name in (*always, *peers)]
+
+
+def _is_measure(entry: Contender | Absent) -> bool:
+    return isinstance(entry, Contender) and entry.role in (FLOOR, WHOLE)
+
+
+def _peak(case: Case, name: str) -> int | None:
+    """Bytes that an update takes above what the process holds between two updates."""
+    from virtualbatch.demo.peak_memory import PeakMemory
+
+    found = next(entry for entry in entries(case, [name]) if entry.name == name)
+    if isinstance(found, Absent):
+        return None
+    # What is compiled is compiled here.
+    found.train(1)
+    peak = PeakMemory()
+    found.train(1)
+    return peak.stop()
+
+
+def main() -> None:
+    """Reads the order from the only argument."""
+    order = Order.from_json(sys.argv[1])
+    found: Any
+    if order.peak_of is not None:
+        found = _peak(order.cases[0], order.peak_of)
+    else:
+        groups = [entries(case, order.peers) for case in order.cases]
+        rows = compared(groups, order.rounds, order.seconds_per_turn)
+        found = [[asdict(row) for row in group] for group in rows]
+    print(RESULT + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Ways of training by Keras' `fit`, on the backend that `KERAS_BACKEND` names."""
+
+import time
+from typing import Any
+
+import keras
+import numpy as np
+
+import virtualbatch.keras as vb
+from virtualbatch.bench.case import Case
+from virtualbatch.bench.contender import OURS, PEER, VIRTUALBATCH, WHOLE, WHOLE_BATCH, Contender
+from virtualbatch.bench.keras_models import adam, cross_entropy, model_of
+
+_BUILT_IN = "gradient_accumulation_steps"
+
+
+def entries(case: Case) -> list[Contender]:
+    """Everybody who can run a case, each with a model of its own."""
+    jax = keras.backend.backend() == "jax"
+    tensorflow = keras.backend.backend() == "tensorflow"
+    found = [
+        _contender(VIRTUALBATCH, OURS, case, accumulates=True),
+        _contender(WHOLE_BATCH, WHOLE, case),
+    ]
+    if tensorflow:
+        found.append(
+            _contender(f"{VIRTUALBATCH}, jit_compile=True", OURS, case, accumulates=True, jit=True)
+        )
+    # Plain Keras compiles by XLA unless it is told not to, which on CPU may be slower; JAX cannot
+    # train without.
+    for jit in (True, False) if tensorflow else (jax,):
+        mode = f"jit_compile={jit}" if tensorflow else ""
+        names = [_BUILT_IN, mode]
+        found.append(_contender(", ".join(filter(None, names)), PEER, case, built_in=True, jit=jit))
+        if not tensorflow and not jax:
+            continue
+        steps = case.accumulation_steps
+        names.insert(1, f"steps_per_execution={steps}")
+        found.append(
+            _contender(
+                ", ".join(filter(None, names)), PEER, case, built_in=True, jit=jit, execution=steps
+            )
+        )
+    return found
+
+
+class _Clock(keras.callbacks.Callback):
+    """Times an epoch without the start and the end of `fit`."""
+
+    seconds = 0.0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._start = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.seconds = time.perf_counter() - self._start
+
+
+def _contender(
+    name: str,
+    role: str,
+    case: Case,
+    *,
+    accumulates: bool = False,
+    built_in: bool = False,
+    jit: bool | str = "auto",
+    execution: int = 1,
+) -> Contender:
+    model = model_of(case)
+    model.compile(
+        adam(case.accumulation_steps if built_in else None),
+        cross_entropy(),
+        metrics=["accuracy"],
+        jit_compile=jit,
+        steps_per_execution=execution,
+    )
+    if accumulates:
+        vb.accumulate(model, microbatch_size=case.microbatch_size)
+    size = case.microbatch_size if built_in else case.rows
+    clock = _Clock()
+
+    def train(updates: int) -> float:
+        x, y = _repeated(case, updates)
+        model.fit(x, y, batch_size=size, shuffle=False, verbose=0, callbacks=[clock])
+        return clock.seconds / updates
+
+    return Contender(name, role, train, lambda: [np.array(w) for w in model.get_weights()])
+
+
+def _repeated(case: Case, updates: int) -> Any:
+    """The batch as often as there are updates."""
+    return tuple(np.concatenate([leaf] * updates) for leaf in case.batch())

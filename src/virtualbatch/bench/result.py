@@ -1,0 +1,103 @@
+"""What `virtualbatch bench` found: plain data and arithmetic."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from virtualbatch.bench.case import Case
+from virtualbatch.bench.contender import OURS
+
+RIGHT, WRONG, NOT_CHECKED, NOT_INSTALLED = "right", "wrong", "not checked", "not installed"
+
+Quartiles = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender of a comparison.
+
+    Args:
+        name: of the contender.
+        role: see `virtualbatch.bench.contender.Contender`.
+        verdict: `RIGHT` or `WRONG` beside the uncut batch, `NOT_CHECKED` (the floor), or
+            `NOT_INSTALLED`.
+        package: what is not installed.
+        error: distance of its first update from that of the uncut batch, relative to its length.
+        milliseconds: of an update: lower quartile, median, upper quartile over the rounds.
+        times_ours: its time over ours of the same round, likewise.
+    """
+
+    name: str
+    role: str
+    verdict: str
+    package: str | None = None
+    error: float | None = None
+    milliseconds: Quartiles | None = None
+    times_ours: Quartiles | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A case with its contenders.
+
+    Args:
+        case: what was measured.
+        rows: one a contender.
+    """
+
+    case: Case
+    rows: Sequence[Row]
+
+    def milliseconds(self, role: str) -> float | None:
+        """Median of the fastest contender of a role; ours is the first one, as it is by default."""
+        found = [row.milliseconds[1] for row in self.rows if row.role == role and row.milliseconds]
+        if not found:
+            return None
+        return found[0] if role == OURS else min(found)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Memory of one contender in a process of its own.
+
+    Args:
+        case: what was run.
+        name: of the contender.
+        peak_bytes: peak of an update above what the process holds between two updates; None for a
+            peer that is not installed.
+    """
+
+    case: Case
+    name: str
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Everything that one call of the command measured.
+
+    Args:
+        machine: what it ran on.
+        versions: of the packages that may take part; None for one that is not installed.
+        absent_engines: those that were left out because something is not installed.
+        comparisons: cases with all their contenders.
+        sweeps: cases along a line (more micro-batches, larger ones, wider models).
+        peaks: memory along the same lines.
+    """
+
+    machine: str
+    versions: Mapping[str, str | None]
+    absent_engines: Sequence[str]
+    comparisons: Sequence[Comparison]
+    sweeps: Mapping[str, Sequence[Comparison]]
+    peaks: Mapping[str, Sequence[Peak]]
+
+    @property
+    def ours_is_right(self) -> bool:
+        """Whether no comparison found our own update to be wrong."""
+        rows = [row for comparison in self.comparisons for row in comparison.rows]
+        return not any(row.role == OURS and row.verdict == WRONG for row in rows)
+
+    def to_json(self) -> str:
+        """The figures as JSON text."""
+        return json.dumps(asdict(self), indent=2)

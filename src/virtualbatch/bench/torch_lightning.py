@@ -1,0 +1,62 @@
+"""Lightning's Trainer with `accumulate_grad_batches`, which takes the mean of means."""
+
+import logging
+import warnings
+from typing import Any
+
+import lightning
+import torch
+
+from virtualbatch.bench.case import Case
+from virtualbatch.bench.contender import PEER, Contender
+from virtualbatch.bench.stopwatch import TimedPieces
+from virtualbatch.bench.torch_models import Problem
+from virtualbatch.bench.torch_ways import weights_of
+
+
+class _Module(lightning.LightningModule):
+    def __init__(self, given: Problem):
+        super().__init__()
+        self.given = given
+        self.model = given.model
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        return self.given.loss(self.model, batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.given.optimizer
+
+
+class _Updates(lightning.Callback):
+    def __init__(self, pieces: TimedPieces, every: int):
+        self._pieces = pieces
+        self._every = every
+
+    def on_train_batch_end(self, trainer: Any, module: Any, out: Any, batch: Any, i: int) -> None:
+        if (i + 1) % self._every == 0:
+            self._pieces.updated()
+
+
+def contender(name: str, case: Case, given: Problem) -> Contender:
+    """The contender of a case."""
+    # It announces every start, and advises on loaders of many processes.
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    module = _Module(given)
+
+    def train(updates: int) -> float:
+        pieces = TimedPieces(given.pieces, updates)
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            accumulate_grad_batches=case.accumulation_steps,
+            max_epochs=1,
+            callbacks=[_Updates(pieces, case.accumulation_steps)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, pieces)
+        return pieces.seconds
+
+    return Contender(name, PEER, train, weights_of(given.model))

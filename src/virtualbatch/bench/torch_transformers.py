@@ -1,0 +1,107 @@
+"""Hugging Face's Trainer with `gradient_accumulation_steps`.
+
+It divides by the tokens of the window where the model takes `num_items_in_batch`, as its own
+language models do, and is right then.
+"""
+
+import tempfile
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from virtualbatch.bench.case import Case
+from virtualbatch.bench.contender import PEER, Contender
+from virtualbatch.bench.stopwatch import TimedPieces
+from virtualbatch.bench.torch_models import Problem, token_sum
+from virtualbatch.bench.torch_ways import weights_of
+
+
+class _Rows(nn.Module):
+    """A model whose loss is a mean over rows."""
+
+    def __init__(self, given: Problem):
+        super().__init__()
+        self.given = given
+        self.model = given.model
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        return {"loss": self.given.loss(self.model, (x, labels))}
+
+
+class _Tokens(_Rows):
+    """A model that is told by how many tokens of the window to divide."""
+
+    def forward(
+        self, x: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any = None, **more: Any
+    ) -> dict[str, Any]:
+        return {"loss": token_sum(self.model, (x, labels.relu())) / num_items_in_batch}
+
+
+class _Pieces(Dataset[Any]):
+    def __init__(self, pieces: TimedPieces):
+        self._found = iter(pieces)
+        self._number = len(pieces)
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, index: int) -> Any:
+        return next(self._found)
+
+
+class _Trainer(transformers.Trainer):
+    def get_train_dataloader(self) -> Any:
+        # Micro-batches come ready, as for the other contenders.
+        return self.accelerator.prepare(DataLoader(self.train_dataset, batch_size=None))
+
+
+class _Updates(transformers.TrainerCallback):
+    def __init__(self, pieces: TimedPieces):
+        self._pieces = pieces
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self._pieces.updated()
+
+
+def contender(name: str, case: Case, given: Problem) -> Contender:
+    """The contender of a case."""
+    transformers.utils.logging.set_verbosity_error()
+    tokens = case.model == "tokens"
+    model = (_Tokens if tokens else _Rows)(given)
+    # Labels of padding are negative, as in its own collators: so it counts tokens.
+    named = [
+        {"x": x, "labels": y.masked_fill(x == 0, -100) if tokens else y} for x, y in given.pieces
+    ]
+    constant = torch.optim.lr_scheduler.LambdaLR(given.optimizer, lambda update: 1.0)
+
+    def train(updates: int) -> float:
+        pieces = TimedPieces(named, updates)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = _Trainer(
+                model,
+                transformers.TrainingArguments(
+                    folder,
+                    max_steps=updates,
+                    per_device_train_batch_size=case.microbatch_size,
+                    gradient_accumulation_steps=case.accumulation_steps,
+                    max_grad_norm=0.0,
+                    save_strategy="no",
+                    logging_strategy="no",
+                    report_to=[],
+                    disable_tqdm=True,
+                    use_cpu=True,
+                    remove_unused_columns=False,
+                ),
+                train_dataset=_Pieces(pieces),
+                optimizers=(given.optimizer, constant),
+                callbacks=[_Updates(pieces)],
+            )
+            # It prints a line at every end.
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.train()
+        return pieces.seconds
+
+    return Contender(name, PEER, train, weights_of(given.model))

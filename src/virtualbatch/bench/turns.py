@@ -1,0 +1,110 @@
+"""Contenders taking turns: the update of each is compared, then each is timed in every round."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from virtualbatch.bench.contender import FLOOR, OURS, PEER, WHOLE, Absent, Contender
+from virtualbatch.bench.result import NOT_CHECKED, NOT_INSTALLED, RIGHT, WRONG, Row
+
+# Rounding in float32 moves an update by 1e-7 to 1e-5 of its length; a mean of means moves it by
+# percents. Between them lie two decimal orders.
+TOLERANCE = 1e-3
+_LOOKS = 3
+
+Group = Sequence[Contender | Absent]
+
+
+def compared(groups: Sequence[Group], rounds: int, seconds_per_turn: float) -> list[list[Row]]:
+    """Checks and times contenders.
+
+    Args:
+        groups: those of one case each, one of role `WHOLE` and one of role `OURS` among them at
+            least. Nobody has trained yet.
+        rounds: turns of each contender.
+        seconds_per_turn: a turn has as many updates as take about so long, one at least.
+
+    Returns:
+        A row for each of them, in the same order.
+    """
+    present = [[entry for entry in group if isinstance(entry, Contender)] for group in groups]
+    errors = [_errors(contenders) for contenders in present]
+    turns = [contender for contenders in present for contender in contenders]
+    found = iter(_times(turns, rounds, seconds_per_turn))
+    times = [{contender.name: next(found) for contender in contenders} for contenders in present]
+    return [_rows(*entry) for entry in zip(groups, errors, times, strict=True)]
+
+
+def _rows(
+    group: Group, errors: dict[str, float], times: dict[str, np.ndarray[Any, Any]]
+) -> list[Row]:
+    ours = next(times[entry.name] for entry in group if _role(entry) == OURS)
+    rows = []
+    for entry in group:
+        if isinstance(entry, Absent):
+            rows.append(Row(entry.name, PEER, NOT_INSTALLED, package=entry.package))
+            continue
+        error = errors.get(entry.name)
+        # An error that is not a number is not below anything.
+        verdict = NOT_CHECKED if error is None else RIGHT if error <= TOLERANCE else WRONG
+        rows.append(
+            Row(
+                entry.name,
+                entry.role,
+                verdict,
+                error=error,
+                milliseconds=_quartiles(times[entry.name] * 1e3),
+                times_ours=_quartiles(times[entry.name] / ours),
+            )
+        )
+    return rows
+
+
+def _role(entry: Contender | Absent) -> str:
+    return entry.role if isinstance(entry, Contender) else PEER
+
+
+def _errors(contenders: Sequence[Contender]) -> dict[str, float]:
+    """How far the first update of each is from that of the uncut batch, relative to its length."""
+    moved = {}
+    for contender in contenders:
+        before = _vector(contender)
+        contender.train(1)
+        moved[contender.name] = _vector(contender) - before
+    expected = moved[next(entry.name for entry in contenders if entry.role == WHOLE)]
+    length = np.linalg.norm(expected)
+    return {
+        entry.name: float(np.linalg.norm(moved[entry.name] - expected) / length)
+        for entry in contenders
+        if entry.role != FLOOR
+    }
+
+
+def _vector(contender: Contender) -> np.ndarray[Any, Any]:
+    # In float64, or the difference of two weights would be rounded once more.
+    return np.concatenate([np.ravel(w).astype("float64") for w in contender.weights()])
+
+
+def _times(
+    contenders: Sequence[Contender], rounds: int, seconds_per_turn: float
+) -> list[np.ndarray[Any, Any]]:
+    """Seconds that an update of each took, round by round."""
+    updates = []
+    for contender in contenders:
+        number = 1
+        # Looked at again with as many: what a start costs is then shared by more.
+        for _ in range(_LOOKS):
+            number = max(1, round(seconds_per_turn / contender.train(number)))
+        updates.append(number)
+    times: list[list[float]] = [[] for _ in contenders]
+    for turn in range(rounds):
+        # Whoever comes after a slow one may find other caches, so every second round goes back.
+        for k in range(len(contenders))[:: -1 if turn % 2 else 1]:
+            times[k].append(contenders[k].train(updates[k]))
+    return [np.array(found) for found in times]
+
+
+def _quartiles(found: np.ndarray[Any, Any]) -> tuple[float, float, float]:
+    low, median, high = np.quantile(found, (0.25, 0.5, 0.75))
+    return float(low), float(median), float(high)
