@@ -1,6 +1,7 @@
 """Plots of a benchmark's sweeps, for a page: time and memory against the cut and the width."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -55,10 +56,10 @@ def _times(result: BenchResult, name: str) -> Iterable[Callable[[Axes], None]]:
     found = result.sweeps[name]
     for engine, model in dict.fromkeys((each.case.engine, each.case.model) for each in found):
         points = [each for each in found if (each.case.engine, each.case.model) == (engine, model)]
-        yield lambda axes, points=points: _time_panel(axes, name, points)
+        yield partial(_time_panel, name, points)
 
 
-def _time_panel(axes: Axes, name: str, points: Sequence[Comparison]) -> None:
+def _time_panel(name: str, points: Sequence[Comparison], axes: Axes) -> None:
     case = points[0].case
     for role in _LINES:
         pairs = [
@@ -72,10 +73,10 @@ def _time_panel(axes: Axes, name: str, points: Sequence[Comparison]) -> None:
 
 def _peaks(result: BenchResult, name: str) -> Iterable[Callable[[Axes], None]]:
     for engine in dict.fromkeys(peak.case.engine for peak in result.peaks[name]):
-        yield lambda axes, engine=engine: _memory_panel(axes, name, result, engine)
+        yield partial(_memory_panel, name, result, engine)
 
 
-def _memory_panel(axes: Axes, name: str, result: BenchResult, engine: str) -> None:
+def _memory_panel(name: str, result: BenchResult, engine: str, axes: Axes) -> None:
     found = [peak for peak in result.peaks[name] if peak.case.engine == engine]
     peer = peer_along(engine)
     for role, way in ((OURS, VIRTUALBATCH), (WHOLE, WHOLE_BATCH), (PEER, peer)):
