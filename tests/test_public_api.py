@@ -133,6 +133,7 @@ def test_commands() -> None:
     ).stdout
     commands = found.partition("Commands:")[2].split("\n")
     assert {line.split()[0] for line in commands if line.strip()} == {
+        "bench",
         "check",
         "demo",
         "doctor",
