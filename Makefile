@@ -27,7 +27,7 @@ ALONE_EXAMPLES_jax := jax_optax flax_nnx equinox_model keras_jax
 help:
 	@echo "make setup      create .venv and install the package with its tools"
 	@echo "make demo       train on real digits: small, whole, accumulated; writes report.html"
-	@echo "make test       run the tests"
+	@echo "make test       run the tests; make test-torch those of one part of $(TESTS)"
 	@echo "make test-alone ENGINE=jax    the tests of one engine without the other frameworks"
 	@echo "make lint       ruff, mypy, import contracts"
 	@echo "make bench      measure speed and memory"
@@ -51,12 +51,25 @@ endif
 demo: setup
 	$(BIN)/virtualbatch demo --html report.html
 
-# Keras takes one backend per process. On JAX most of the time would go into optimising programs
-# that run once.
+# Each part in a process of its own, two at a time: what frameworks compile and keep would fill the
+# memory of one process. Longest first.
+TESTS := keras-tensorflow keras-jax conformance keras-torch torch jax tensorflow programs
+TEST_FILES_programs := tests/core tests/test_*.py
+# Keeps the lines of a part together, where this make can.
+SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+
 test: setup
-	$(BIN)/python -m pytest
-	KERAS_BACKEND=torch $(BIN)/python -m pytest tests/keras
-	KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest tests/keras
+	$(MAKE) --no-print-directory --keep-going --jobs=2 $(SYNC) $(TESTS:%=test-%)
+
+# Keras takes one backend per process.
+test-keras-%: setup
+	KERAS_BACKEND=$* $(BIN)/python -m pytest tests/keras
+
+# On JAX most of the time would go into optimising programs that run once.
+test-keras-jax: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
+
+test-%: setup
+	$(BIN)/python -m pytest $(or $(TEST_FILES_$*),tests/$*)
 
 test-alone:
 	test -x $(ALONE)/bin/python || $(PYTHON) -m venv $(ALONE)

@@ -178,7 +178,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("options", "kind", "where", "why"), WRONG, ids=str)
+@pytest.mark.parametrize(("options", "kind", "where", "why"), WRONG)
 def test_every_mistake_is_named(options, kind, where, why):
     found = certified(**options)
     assert not found.exact

@@ -173,14 +173,14 @@ def test_exact(case):
     found.raise_if_inexact()
 
 
-@pytest.mark.parametrize(("kind", "where", "model"), BAD, ids=lambda x: str(x)[:24])
+@pytest.mark.parametrize(("kind", "where", "model"), BAD)
 def test_wrong_models(kind, where, model):
     found = vb.certify(made(model), (X, TARGETS), microbatch_size=8)
     assert (found.findings[0].kind, found.exact) == (kind, kind == "no_gradient")
     assert where in found.findings[0].where
 
 
-@pytest.mark.parametrize(("kind", "where", "options"), BAD_OPTIONS, ids=lambda x: str(x)[:24])
+@pytest.mark.parametrize(("kind", "where", "options"), BAD_OPTIONS)
 def test_wrong_losses_and_metrics(kind, where, options):
     found = vb.certify(made(PLAIN, **options), (X, TARGETS), microbatch_size=8)
     assert not found.exact

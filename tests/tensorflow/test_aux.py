@@ -195,7 +195,11 @@ class WithoutWeakReferences:
         return loss_of(x), x[:, 0]
 
 
-@pytest.mark.parametrize("loss_fn", [Method().loss, Unhashable(), WithoutWeakReferences()], ids=str)
+@pytest.mark.parametrize(
+    "loss_fn",
+    [Method().loss, Unhashable(), WithoutWeakReferences()],
+    ids=["method", "unhashable", "no weak references"],
+)
 def test_any_callable_may_give_aux(loss_fn):
     (_, aux), _ = vb.value_and_gradients(loss_fn, X, [KERNEL], microbatch_size=5, has_aux=True)
     assert_close(aux, X[:, 0])

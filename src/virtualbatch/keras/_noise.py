@@ -23,6 +23,7 @@ class NoiseScale(keras.callbacks.Callback, noise.NoiseScale):
         ValueError: decay is not above 0 and at most 1.
 
     Example:
+        >>> import virtualbatch.keras
         >>> model = keras.Sequential([keras.layers.Dense(1)])
         >>> model.compile(optimizer="sgd", loss="mse")
         >>> virtualbatch.keras.accumulate(model, microbatch_size=8)
