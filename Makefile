@@ -71,6 +71,9 @@ test-keras-jax: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
 test-%: setup
 	$(BIN)/python -m pytest $(or $(TEST_FILES_$*),tests/$*)
 
+test-alone-%:
+	$(MAKE) --no-print-directory test-alone ENGINE=$*
+
 test-alone:
 	test -x $(ALONE)/bin/python || $(PYTHON) -m venv $(ALONE)
 	$(ALONE)/bin/python -m pip install --disable-pip-version-check \

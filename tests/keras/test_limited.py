@@ -25,8 +25,9 @@ def limited(phase, verb):
         text=True,
         timeout=120,
         check=False,
-        # Else the C library keeps what is freed, and what fits is a matter of luck.
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+        # Else the C library keeps what is freed and takes address space for each thread, and what
+        # fits is a matter of luck.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
     )
     assert child.returncode == 0, child.stderr
     return json.loads(child.stdout)
