@@ -21,6 +21,7 @@ SIGNATURES = {
     virtualbatch.certify_loop: "(loop, batches, *, microbatch_size, save, load)",
     virtualbatch.tensorflow.certify_loop: "(loop, batches, *, microbatch_size, **state)",
     virtualbatch.keras.certify_loop: "(loop, batches, *, microbatch_size, **state)",
+    virtualbatch.torch.captured: "(loss_fn)",
     virtualbatch.torch.certify_loop: "(loop, batches, *, microbatch_size, **state)",
     virtualbatch.jax.certify_loop: "(loop, state, batches, *, microbatch_size)",
     virtualbatch.tensorflow.value_and_gradients: (
@@ -93,7 +94,15 @@ NAMES = {
     },
     virtualbatch.keras: {"NoiseScale", "accumulate", "certify", "certify_loop", "plan", "restore"},
     virtualbatch.jax: {"Window", "certify", "certify_loop", "plan", "value_and_grad", "windows"},
-    virtualbatch.torch: {"Window", "backward", "certify", "certify_loop", "plan", "windows"},
+    virtualbatch.torch: {
+        "Window",
+        "backward",
+        "captured",
+        "certify",
+        "certify_loop",
+        "plan",
+        "windows",
+    },
 }
 
 

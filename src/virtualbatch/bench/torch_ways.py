@@ -50,15 +50,18 @@ def loops(case: Case, device: str = "cpu") -> list[Contender]:
     ]
 
 
-def compiled_loops(case: Case, device: str = "cpu", mode: str | None = None) -> list[Contender]:
+def captured_loop(case: Case) -> Contender:
+    """Ours on a GPU, with the micro-batches replayed as a CUDA graph."""
+    return _contender(f"{VIRTUALBATCH}, captured", OURS, problem(case, "cuda"), _captured)
+
+
+def compiled_loops(case: Case, device: str = "cpu") -> list[Contender]:
     """Ours and a hand-written loop with forward and backward of a micro-batch compiled.
 
     Args:
         case: the case.
         device: of the model and the batch.
-        mode: of `torch.compile`.
     """
-    name = "torch.compile" if mode is None else f"torch.compile, {mode}"
     found = []
     for beginning, role, make in (
         (VIRTUALBATCH, OURS, _ours),
@@ -66,8 +69,10 @@ def compiled_loops(case: Case, device: str = "cpu", mode: str | None = None) -> 
     ):
         given = problem(case, device)
         # The same code compiled for a second model would else count as one for changing shapes.
-        compiled = torch.compile(given.loss, dynamic=False, mode=mode)
-        found.append(_contender(f"{beginning}, {name}", role, given._replace(loss=compiled), make))
+        compiled = torch.compile(given.loss, dynamic=False)
+        found.append(
+            _contender(f"{beginning}, torch.compile", role, given._replace(loss=compiled), make)
+        )
     return found
 
 
@@ -83,10 +88,15 @@ def _contender(
 
 
 def _ours(given: Problem) -> Callable[[], Any]:
-    rows = len(given.pieces[0][0])
+    return _updates(given, lambda batch: given.loss(given.model, batch))
 
-    def loss(batch: Any) -> torch.Tensor:
-        return given.loss(given.model, batch)
+
+def _captured(given: Problem) -> Callable[[], Any]:
+    return _updates(given, vb.captured(lambda batch: given.loss(given.model, batch)))
+
+
+def _updates(given: Problem, loss: Callable[[Any], Any]) -> Callable[[], Any]:
+    rows = len(given.pieces[0][0])
 
     def update() -> torch.Tensor:
         given.optimizer.zero_grad()

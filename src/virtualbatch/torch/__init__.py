@@ -16,6 +16,7 @@ from virtualbatch.recovery import free_frames, no_smaller_size
 from virtualbatch.sizes import Auto, SizeInForce
 from virtualbatch.split import Window, is_automatic, windows
 from virtualbatch.torch._batch import microbatches
+from virtualbatch.torch._capture import Captured
 from virtualbatch.torch._certify import certificate, check_cut
 from virtualbatch.torch._checks import check_call, refuse_foreign_accumulation
 from virtualbatch.torch._loops import certify_loop
@@ -26,7 +27,7 @@ from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._sizes import kept_sizes, signature
 from virtualbatch.torch._window import Program
 
-__all__ = ["Window", "backward", "certify", "certify_loop", "plan", "windows"]
+__all__ = ["Window", "backward", "captured", "certify", "certify_loop", "plan", "windows"]
 
 
 def backward(
@@ -127,6 +128,37 @@ def backward(
             left = left_bytes(found.accelerator)
             raise no_smaller_size(failed, left, largest_parameters(found.roots[0])) from failed
         cut = microbatches(batch, given, accumulation_steps, size.rows)
+
+
+def captured(loss_fn: Callable[[Any], Any]) -> Captured:
+    """A loss function for `backward` whose micro-batches run as CUDA graphs.
+
+    Where micro-batches are small, a GPU waits for Python to launch its kernels. A graph launches
+    those of forward and backward at once. Shapes are captured when they are seen for the second
+    time, eight at the most; activations of one micro-batch of each shape stay allocated, and one
+    more gradient. What is drawn at random is drawn anew in each micro-batch.
+
+    Python runs when a graph is captured, and not when it is replayed. So the loss function may
+    use tensors beside the batch only if they stay where they are, its numbers and branches are
+    those of the capture, and whatever else it does happens once. A change of `training`, of
+    autocast or of where parameters are is seen, and captured anew. Without CUDA, and with
+    BatchNorm in training mode, half-precision parameters, `has_aux`, `stats`, `backward_fn`,
+    sparse gradients or a loss that reads values on the host, windows run as ever, and the log
+    says why.
+
+    Args:
+        loss_fn: micro-batch -> scalar mean, or a dict of terms; see `backward`.
+
+    Returns:
+        A function that returns what `loss_fn` returns. Make it once, and pass it to each
+        `backward`; when it is dropped, its graphs are.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> loss_fn = captured(lambda x: model(x).mean())
+        >>> loss = backward(loss_fn, torch.ones(4, 2), module=model, microbatch_size=2)
+    """
+    return Captured(loss_fn)
 
 
 def plan(

@@ -36,12 +36,14 @@ class Microbatch(NamedTuple):
         leaves: its pieces of the batch's leaves, where the batch is; tensors are views.
         build: leaves -> the structure that the loss function takes.
         given: the structure itself where the caller gave it as it is, else None.
+        places: the expressions that reach the leaves in the structure.
     """
 
     rows: int
     leaves: Sequence[Any]
     build: Builder
     given: Any = None
+    places: tuple[str, ...] = ()
 
     def get(self) -> Any:
         """The structure. What was cut is built anew each time, so that it may be taken apart."""
@@ -102,7 +104,7 @@ def _cut(uncut: Microbatch, size: int) -> list[Microbatch]:
         return [uncut]
     columns = [_pieces(leaf, uncut.rows, cut) for leaf in uncut.leaves]
     return [
-        Microbatch(stop - start, leaves, uncut.build)
+        Microbatch(stop - start, leaves, uncut.build, places=uncut.places)
         for (start, stop), leaves in zip(cut, zip(*columns, strict=True), strict=True)
     ]
 
@@ -132,7 +134,8 @@ def _uncut(structure: Any, path: str) -> tuple[list[tuple[str, Any]], Microbatch
     rows = common_rows([(place, leaf) for place, leaf in found if _is_tensor(place, leaf)])
     if rows is None:
         raise ValueError("internal: a tensor has no number of rows.")
-    return found, Microbatch(rows, [leaf for _, leaf in found], build, structure)
+    places = tuple(place.removeprefix(path) for place, _ in found)
+    return found, Microbatch(rows, [leaf for _, leaf in found], build, structure, places)
 
 
 def _pieces(leaf: Any, rows: int, cut: Sequence[tuple[int, int]]) -> Sequence[Any]:

@@ -39,7 +39,7 @@ class MergedStatistics:
 
     def __init__(self, layers: Sequence[torch.nn.Module], before: Buffers):
         self._before = before
-        self._layers: list[Any] = [layer for layer in layers if _is_tracked(layer)]
+        self._layers: list[Any] = [layer for layer in layers if is_tracked(layer)]
         self._seen: dict[int, list[list[_Seen]]] = {id(layer): [] for layer in self._layers}
         self._calls: dict[int, list[_Seen]] = {}
         self._listening = False
@@ -129,7 +129,7 @@ _UNHEARD = (
 )
 
 
-def _is_tracked(module: torch.nn.Module) -> bool:
+def is_tracked(module: torch.nn.Module) -> bool:
     return (
         isinstance(module, _BatchNorm)
         and module.training

@@ -14,7 +14,7 @@ from virtualbatch.torch._own_memory import OwnMemory
 from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.window import accumulator_dtype
 
-_HALF = {torch.float16, torch.bfloat16}
+HALF = {torch.float16, torch.bfloat16}
 
 # (terms, factors): adds the gradient of their weighted sum to every `.grad`.
 _Differentiate = Callable[[Sequence[torch.Tensor], Sequence[float]], None]
@@ -98,7 +98,7 @@ class WindowGradients:
         with torch.no_grad():
             for parameter, before, total in entries:
                 found = parameter.grad if total is None else total
-                parameter.grad = _committed(parameter, before, found)
+                parameter.grad = committed(parameter, before, found)
 
     def restore(self) -> None:
         """Puts back what `.grad` held before the window."""
@@ -113,7 +113,7 @@ class WindowGradients:
         device = next(iter(terms)).device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             chosen = _outside_autocast(chosen, device)
-        if not _HALF.isdisjoint([x.dtype for x in (*self._parameters, *terms)]):
+        if not HALF.isdisjoint([x.dtype for x in (*self._parameters, *terms)]):
             self._check_leaves(terms)
             self._in_place = False
             self._own_memory = OwnMemory(())
@@ -153,22 +153,13 @@ class WindowGradients:
         PyTorch adds to the `.grad` of every leaf that a loss reaches, and the buffer sees those
         of the module only.
         """
-        known = {id(parameter) for parameter in self._parameters}
-        seen: set[Any] = set()
-        stack = [term.grad_fn for term in terms]
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) not in known:
-                raise ValueError(
-                    "With half-precision parameters or losses, module must hold every tensor "
-                    f"that takes a gradient. Got one of shape {tuple(leaf.shape)} and dtype "
-                    f"{leaf.dtype} that is in no module. Pass module=[...] with all modules."
-                )
-            stack.extend(following for following, _ in node.next_functions)
+        leaf = unknown_leaf(terms, self._parameters)
+        if leaf is not None:
+            raise ValueError(
+                "With half-precision parameters or losses, module must hold every tensor "
+                f"that takes a gradient. Got one of shape {tuple(leaf.shape)} and dtype "
+                f"{leaf.dtype} that is in no module. Pass module=[...] with all modules."
+            )
 
 
 def _from_factors(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
@@ -214,9 +205,40 @@ def _sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return b + a if a.is_sparse and not b.is_sparse else a + b
 
 
-def _committed(
+def unknown_leaf(
+    terms: Collection[torch.Tensor], parameters: Collection[torch.Tensor]
+) -> torch.Tensor | None:
+    """A tensor that losses take a gradient of and that is no parameter; None if there is none.
+
+    Args:
+        terms: scalar losses.
+        parameters: all that are known.
+    """
+    known = {id(parameter) for parameter in parameters}
+    seen: set[Any] = set()
+    stack = [term.grad_fn for term in terms]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf: torch.Tensor | None = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            return leaf
+        stack.extend(following for following, _ in node.next_functions)
+    return None
+
+
+def committed(
     parameter: torch.Tensor, before: torch.Tensor | None, found: torch.Tensor | None
 ) -> torch.Tensor | None:
+    """What `.grad` of a parameter becomes after a window.
+
+    Args:
+        parameter: the parameter.
+        before: what `.grad` held before; changed in place where it can take the sum.
+        found: the gradient of the window, which may be changed; None for none.
+    """
     if found is None:
         return before
     if before is None:

@@ -38,10 +38,12 @@ def left_bytes(device: torch.device | None) -> int:
     """
     if device is None or device.type != "cuda":
         return host_memory().left_bytes
-    free, _ = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    # A process may have been told to take a part of the device only.
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
     # The allocator keeps what was freed, and gives it out again.
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + kept
+    return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
 
 
 def largest_parameters(module: torch.nn.Module) -> list[tuple[str, int]]:

@@ -22,6 +22,28 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return counted.peak
 
 
+class DeviceCount:
+    """Bytes that a CUDA device holds, as it counts them: workspaces of kernels are among them.
+
+    Args:
+        device: the device, whose peak is counted from now on.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._before = torch.cuda.memory_allocated(device)
+
+    def peak_bytes(self, run: Callable[[], Any]) -> int:
+        """The most bytes beside what was held when this was made.
+
+        Args:
+            run: called once.
+        """
+        torch.cuda.reset_peak_memory_stats(self._device)
+        run()
+        return torch.cuda.max_memory_allocated(self._device) - self._before
+
+
 class _Counted(TorchDispatchMode):
     """Counts the bytes of storages that operations make while it is active."""
 

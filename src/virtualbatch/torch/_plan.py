@@ -12,7 +12,7 @@ from virtualbatch.search import ROOM_FOR_TOOLS, Patience, Question, Search
 from virtualbatch.torch._batch import Microbatch, microbatches, named_leaves
 from virtualbatch.torch._memory import is_out_of_memory, left_bytes
 from virtualbatch.torch._modules import inventory
-from virtualbatch.torch._peak import can_fake, faked, peak_bytes
+from virtualbatch.torch._peak import DeviceCount, can_fake, faked, peak_bytes
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._weights import Shares
 from virtualbatch.torch._window import Program
@@ -39,6 +39,8 @@ def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
     if host_memory().left_bytes < ROOM_FOR_TOOLS:
         search.only_try()
     random = RandomState(found.accelerator)
+    device = found.accelerator
+    count = DeviceCount(device) if device is not None and device.type == "cuda" else None
     peaks: dict[int, int] = {}
     patience = Patience()
     try:
@@ -54,7 +56,7 @@ def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
                     search.tell(question, _seconds(program, cut, shares))
                     continue
                 if size not in peaks:
-                    peaks[size] = held + _peak(program, cut, shares)
+                    peaks[size] = held + _peak(program, cut, shares, limit - held, count)
                     search.tell(Question("memory", size), peaks[size])
                 # A size that was only predicted to fit may need a little more.
                 if question.kind == "time" and peaks[size] <= limit:
@@ -68,8 +70,22 @@ def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
     return search.plan()
 
 
-def _peak(program: Program, cut: list[Microbatch], shares: Shares) -> int:
-    """The most bytes that a window makes, beside what is held before it."""
+def _peak(
+    program: Program,
+    cut: list[Microbatch],
+    shares: Shares,
+    room: int,
+    count: DeviceCount | None,
+) -> int:
+    """The most bytes that a window makes, beside what is held before it.
+
+    Args:
+        program: what is to be run.
+        cut: the micro-batches.
+        shares: their shares.
+        room: bytes that it may make; what is known to need more is not run.
+        count: of the device, where it counts.
+    """
     # The window's largest micro-batches are its first; one more shows what stays between them.
     some = slice(0, 3)
     terms = shares.terms and {name: found[some] for name, found in shares.terms.items()}
@@ -80,12 +96,15 @@ def _peak(program: Program, cut: list[Microbatch], shares: Shares) -> int:
             with faked(roots) as fake:
                 on_fakes = program._replace(found=inventory(roots))
                 pieces = [microbatch.faked(fake) for microbatch in cut[some]]
-                return peak_bytes(lambda: on_fakes.run(pieces, few, commit=False))
+                found = peak_bytes(lambda: on_fakes.run(pieces, few, commit=False))
+            if found > room or count is None:
+                return found
         except Exception as error:
             # Values may be needed, or an operation may not know its shapes. Whatever is wrong with
             # the loss function itself is raised again by the window that is run instead.
             _log.debug("No plan on fake tensors: %s", error)
-    return peak_bytes(lambda: program.run(cut[some], few, commit=False))
+    counted = peak_bytes if count is None else count.peak_bytes
+    return counted(lambda: program.run(cut[some], few, commit=False))
 
 
 def _seconds(program: Program, cut: list[Microbatch], shares: Shares) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class RowwiseRandom(TorchDispatchMode):
@@ -64,7 +65,8 @@ class RowwiseRandom(TorchDispatchMode):
 
     def choose(self, rows: torch.Tensor | np.ndarray) -> None:
         """Says which rows of the batch run next."""
-        self._chosen = torch.as_tensor(np.ascontiguousarray(rows))
+        on_host = isinstance(rows, np.ndarray)
+        self._chosen = torch.as_tensor(np.ascontiguousarray(rows)) if on_host else rows
         self._seen = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -73,7 +75,7 @@ class RowwiseRandom(TorchDispatchMode):
             if isinstance(result, torch.Tensor) and result.is_floating_point():
                 self.dtypes.add(result.dtype)
             return result
-        before = torch.get_rng_state().numpy().tobytes()
+        before = _generator_state(args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         drawn = result[1] if isinstance(result, tuple) else result
         if not isinstance(drawn, torch.Tensor) or not _draws(func, args, kwargs or {}):
@@ -101,6 +103,18 @@ class RowwiseRandom(TorchDispatchMode):
         rows = self._chosen.to(kept.device)
         places = (rows[:, None] * each + torch.arange(each, device=kept.device)).reshape(-1)
         return kept.index_select(axis, places)
+
+
+def _generator_state(args: Any, kwargs: Any) -> bytes:
+    """The state of the generator that an operation draws from."""
+    device = kwargs.get("device")
+    if device is None:
+        tensors = (x for x in tree_leaves(args) if isinstance(x, torch.Tensor))
+        device = next((x.device for x in tensors), torch.device("cpu"))
+    device = torch.device(device)
+    if device.type == "cpu":
+        return torch.get_rng_state().numpy().tobytes()
+    return torch.get_device_module(device).get_rng_state().numpy().tobytes()
 
 
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:

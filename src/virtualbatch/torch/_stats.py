@@ -104,4 +104,6 @@ def _weighted_squares(norms: Sequence[torch.Tensor], factors: Sequence[float]) -
         return torch.zeros(())
     first = norms[0].device
     together = torch.stack([x if x.device == first else x.to(first) for x in norms]).detach()
-    return (together.square() * together.new_tensor(factors)).sum()
+    # From pinned memory the copy does not make the host wait.
+    host = torch.tensor(factors, dtype=together.dtype, pin_memory=together.is_cuda)
+    return (together.square() * host.to(together.device, non_blocking=True)).sum()

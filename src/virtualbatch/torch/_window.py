@@ -9,7 +9,8 @@ import torch
 from virtualbatch.terms import loss_and_aux
 from virtualbatch.torch._aux import detached, merged_aux
 from virtualbatch.torch._batch import Microbatch, on_device
-from virtualbatch.torch._batchnorm import MergedStatistics
+from virtualbatch.torch._batchnorm import MergedStatistics, is_tracked
+from virtualbatch.torch._capture import Captured
 from virtualbatch.torch._gradients import WindowGradients
 from virtualbatch.torch._loss import WindowLoss, checked_terms
 from virtualbatch.torch._modules import Inventory
@@ -54,6 +55,10 @@ class Program(NamedTuple):
         Returns:
             The mean loss, or (loss, aux); with `stats` a tuple that ends with the `WindowStats`.
         """
+        if commit and isinstance(self.loss_fn, Captured):
+            replayed = self._replayed(self.loss_fn, cut, shares)
+            if replayed is not None:
+                return replayed
         if self.found.accelerator is not None:
             cut = [on_device(microbatch, self.found.accelerator) for microbatch in cut]
         buffers = Buffers(self.found.with_buffers)
@@ -85,6 +90,24 @@ class Program(NamedTuple):
             buffers.restore()
             raise
         return result if len(result) > 1 else loss
+
+    def _replayed(
+        self, loss_fn: Captured, cut: Sequence[Microbatch], shares: Shares
+    ) -> torch.Tensor | None:
+        """The loss of a window of captured graphs; None if it must run as ever."""
+        for reason, is_so in (
+            ("has_aux is set", self.has_aux),
+            ("stats is set", self.stats),
+            ("there is a backward_fn", self.backward_fn is not None),
+            (
+                "a BatchNorm layer is in training mode",
+                any(map(is_tracked, self.found.with_buffers)),
+            ),
+        ):
+            if is_so:
+                loss_fn.tell(reason)
+                return None
+        return loss_fn.replayed(self.found, cut, shares)
 
 
 class _Run(NamedTuple):
