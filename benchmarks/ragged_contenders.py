@@ -49,7 +49,7 @@ def on_torch(threads: int) -> Contenders:
     torch.set_num_threads(threads)
 
     class Functions:
-        einsum, relu, rsqrt = torch.einsum, torch.relu, torch.rsqrt
+        einsum, silu, rsqrt = torch.einsum, functional.silu, torch.rsqrt
         softmax = staticmethod(lambda x: torch.softmax(x, -1))
         log_softmax = staticmethod(lambda x: torch.log_softmax(x, -1))
         take = staticmethod(lambda x, ids: functional.embedding(ids, x))
@@ -92,7 +92,7 @@ def on_tensorflow(threads: int) -> Contenders:
     tf.config.threading.set_inter_op_parallelism_threads(1)
 
     class Functions:
-        einsum, relu, rsqrt = tf.einsum, tf.nn.relu, tf.math.rsqrt
+        einsum, silu, rsqrt = tf.einsum, tf.nn.silu, tf.math.rsqrt
         softmax, log_softmax = tf.nn.softmax, tf.nn.log_softmax
         take = staticmethod(tf.gather)
         mean = staticmethod(lambda x: tf.reduce_mean(x, -1, keepdims=True))
@@ -144,7 +144,7 @@ def on_jax(threads: int) -> Contenders:
     import virtualbatch.jax as vb
 
     class Functions:
-        einsum, relu, rsqrt = jnp.einsum, jax.nn.relu, jax.lax.rsqrt
+        einsum, silu, rsqrt = jnp.einsum, jax.nn.silu, jax.lax.rsqrt
         softmax, log_softmax = jax.nn.softmax, jax.nn.log_softmax
         take = staticmethod(lambda x, ids: x[ids])
         mean = staticmethod(lambda x: x.mean(-1, keepdims=True))
@@ -212,7 +212,7 @@ def on_keras(threads: int) -> Contenders:
         for _ in range(LAYERS):
             y = layers.LayerNormalization()(x)
             x = layers.Add()([x, layers.MultiHeadAttention(HEADS, WIDTH // HEADS)(y, y)])
-            y = layers.Dense(4 * WIDTH, activation="relu")(layers.LayerNormalization()(x))
+            y = layers.Dense(4 * WIDTH, activation="silu")(layers.LayerNormalization()(x))
             x = layers.Add()([x, layers.Dense(WIDTH)(y)])
         found = keras.Model(ids, layers.Dense(CLASSES)(layers.LayerNormalization()(x)))
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -43,7 +43,7 @@ def token_loss(f: Any, w: dict[str, Any], batch: dict[str, Any]) -> Any:
     """Mean cross-entropy of the tokens; no token sees padding.
 
     Args:
-        f: functions of the framework: `einsum`, `softmax`, `log_softmax`, `relu`, `rsqrt`, `take`,
+        f: functions of the framework: `einsum`, `softmax`, `log_softmax`, `silu`, `rsqrt`, `take`,
             `mean`, `sum`, `one_hot` and `floats`.
         w: parameters.
         batch: ids and labels.
@@ -62,7 +62,7 @@ def token_loss(f: Any, w: dict[str, Any], batch: dict[str, Any]) -> Any:
         scores = f.einsum("bhtk,bhsk->bhts", q, key) * (WIDTH // HEADS) ** -0.5 + unseen
         seen = f.einsum("bhts,bhsk->bhtk", f.softmax(scores), v)
         x = x + f.einsum("bhtk,hkd->btd", seen, w[f"o{k}"])
-        y = f.relu(f.einsum("btd,de->bte", norm(x), w[f"up{k}"]))
+        y = f.silu(f.einsum("btd,de->bte", norm(x), w[f"up{k}"]))
         x = x + f.einsum("bte,ed->btd", y, w[f"down{k}"])
     logits = f.log_softmax(f.einsum("btd,dc->btc", norm(x), w["classes"]))
     chosen = f.sum(logits * f.one_hot(batch["labels"]), -1)

@@ -27,8 +27,13 @@ SECONDS = 60
 
 def run(script: Path, backend: str, *arguments: str) -> tuple[str, Any]:
     """What became of a process, and what it printed."""
-    # Else the C library keeps what is freed, and what fits is a matter of luck.
-    more = {"KERAS_BACKEND": backend, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    # Else the C library keeps what is freed and takes address space for each thread, and what fits
+    # is a matter of luck.
+    more = {
+        "KERAS_BACKEND": backend,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+    }
     try:
         child = subprocess.run(
             [sys.executable, script, *arguments],

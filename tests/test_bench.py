@@ -13,6 +13,7 @@ from virtualbatch.bench import parent
 from virtualbatch.bench.asked import asked
 from virtualbatch.bench.case import MODELS, Case
 from virtualbatch.bench.contender import FLOOR, OURS, PEER, WHOLE, Absent, Contender
+from virtualbatch.bench.page import page_of
 from virtualbatch.bench.parent import BenchFailure, run_bench
 from virtualbatch.bench.plots import write_plots
 from virtualbatch.bench.result import BenchResult, Comparison, Peak, Row
@@ -135,7 +136,7 @@ def test_the_smallest_case_on_the_command_line(tmp_path):
         (["--engine", "mxnet"], "--engine must be one of torch, jax, "),
         (["--model", "GPT"], "--model must be one of MLP, CNN, "),
         (["--peers", "some"], "--peers must be one of all, none. Got --peers some."),
-        (["--plots", "no/such/folder"], "--plots must name an existing folder. "),
+        (["--page", "no/such/folder/a.md"], "--page must name a file in an existing folder. "),
         (["--json", "no/such/folder/a.json"], "--json must name a file in an existing folder. "),
     ],
 )
@@ -258,3 +259,25 @@ def test_plots_and_tables_of_sweeps(tmp_path):
     text = printed(result)
     assert "ms of an update, by accumulation_steps" in text
     assert "not installed" in text
+    page = page_of(result, files)
+    assert all(page.count(f"]({file.name})") == 1 for file in files)
+    assert "| torch: time over that of the floor | 1.05 | 1.05 | 1.05 | 1.05 |" in page
+    assert "| torch: time per row over the last one's | 64.00 | 32.00 | 16.00 |" in page
+    assert "| torch: virtualbatch | 2.0 |" in page
+    assert "| torch: Accelerate | not installed |" in page
+
+
+def test_the_page_says_what_was_missed_and_what_is_wrong():
+    case = Case("jax", "MLP")
+    rows = [
+        timed("virtualbatch", OURS, 2.0, 1.0),
+        timed("optax.microbatching", PEER, 1.8, 0.9),
+        Row("optax.MultiSteps", PEER, "wrong", None, 0.4, (5.0,) * 3, (2.5,) * 3),
+        Row("other", PEER, "not installed", package="other"),
+    ]
+    page = page_of(result_of([Comparison(case, rows)]), [])
+    assert "on 2 CPU cores; torch 2.13.0." in page
+    assert "| virtualbatch | 2.00 ms |" in page
+    assert "| optax.microbatching | **0.90** of 1.00 |" in page
+    assert "| optax.MultiSteps | 2.50, *wrong* by 4e-01 |" in page
+    assert "| other | not installed |" in page

@@ -48,7 +48,7 @@ def test_commands_and_options_are_these() -> None:
         ("bench", "--model"),
         ("bench", "--peers"),
         ("bench", "--quick"),
-        ("bench", "--plots"),
+        ("bench", "--page"),
         ("bench", "--json"),
         ("doctor", "--json"),
     }

@@ -169,10 +169,12 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Few rounds of the two fastest models.")
     ] = False,
-    plots: Annotated[
+    page: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="Also measure along the size of the cut, and draw that."
+            metavar="FILE",
+            help="Also measure along the size of the cut, and write a page of Markdown with plots "
+            "beside it.",
         ),
     ] = None,
     json: JsonFile = None,
@@ -181,11 +183,9 @@ def bench(
 
     The exit code is 1 if our own update was not that of the uncut batch.
     """
-    _check_writable(json)
-    if plots is not None:
-        _check_drawable(plots)
+    _check_writable(json, page=page)
     try:
-        settings = BenchSettings(engine or (), model or (), peers, quick, sweeps=plots is not None)
+        settings = BenchSettings(engine or (), model or (), peers, quick, sweeps=page is not None)
         with Console(stderr=True).status("measuring") as status:
             result = run_bench(settings, status.update)
     except ValueError as mistake:
@@ -195,11 +195,12 @@ def bench(
     Console().print(tables(result))
     if json is not None:
         json.write_text(result.to_json())
-    if plots is not None:
+    if page is not None:
+        from virtualbatch.bench.page import page_of
         from virtualbatch.bench.plots import write_plots
 
-        for file in write_plots(plots, result):
-            print(f"Plot: {file}")
+        page.write_text(page_of(result, write_plots(page.parent, result)))
+        print(f"Page: {page}")
     if not result.ours_is_right:
         raise typer.Exit(1)
 
@@ -240,11 +241,12 @@ def doctor(json: JsonFile = None) -> None:
         json.write_text(diagnosis.to_json())
 
 
-def _check_writable(json: Path | None, html: Path | None = None) -> None:
+def _check_writable(json: Path | None, html: Path | None = None, page: Path | None = None) -> None:
     """Refuses a file that could not be written, before minutes are spent on its content."""
     for option, file, example in (
         ("--json", json, "result.json"),
         ("--html", html, "report.html"),
+        ("--page", page, "benchmarks.md"),
     ):
         if file is None:
             continue
@@ -263,15 +265,7 @@ def _check_writable(json: Path | None, html: Path | None = None) -> None:
             require_tools()
         except ModuleNotFoundError as mistake:
             _exit(mistake, code=2)
-
-
-def _check_drawable(folder: Path) -> None:
-    if not folder.is_dir():
-        _exit(
-            f"--plots must name an existing folder. Got --plots {folder}. Run: mkdir -p {folder}",
-            code=2,
-        )
-    if importlib.util.find_spec("matplotlib") is None:
+    if page is not None and importlib.util.find_spec("matplotlib") is None:
         _exit('Plots need matplotlib. Got none. Run: pip install "virtualbatch[report]"', code=2)
 
 

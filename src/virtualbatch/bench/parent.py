@@ -65,7 +65,8 @@ def run_bench(
         for model in settings.chosen_models:
             say(f"{engine}, {model}")
             peers = ALL_PEERS if settings.peers == ALL_PEERS else []
-            comparisons += _comparisons(_order([Case(engine, model)], peers, settings), child)
+            order = Order([Case(engine, model)], peers, settings.rounds, settings.seconds_per_turn)
+            comparisons += _comparisons(order, child)
     sweeps: dict[str, list[Comparison]] = {}
     peaks: dict[str, list[Peak]] = {}
     for name, sweep in SWEEPS.items() if settings.sweeps else ():
@@ -74,7 +75,8 @@ def run_bench(
             peers = [] if settings.peers == NO_PEERS else [peer_along(engine)]
             for model in sweep.cuts:
                 say(f"{engine}, {model}, by {name}")
-                order = _order(sweep.cases(engine, model), peers, settings)
+                cases = sweep.cases(engine, model)
+                order = Order(cases, peers, settings.sweep_rounds, settings.seconds_per_turn)
                 sweeps[name] += _comparisons(order, child)
             for case in sweep.peak_cases(engine):
                 for contender in (VIRTUALBATCH, WHOLE_BATCH, *peers):
@@ -88,10 +90,6 @@ def run_bench(
         sweeps,
         peaks,
     )
-
-
-def _order(cases: Sequence[Case], peers: str | Sequence[str], settings: Settings) -> Order:
-    return Order(cases, peers, settings.rounds, settings.seconds_per_turn)
 
 
 def _comparisons(order: Order, child: Sequence[str]) -> list[Comparison]:

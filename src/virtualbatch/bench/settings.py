@@ -77,6 +77,11 @@ class Settings:
         return 5 if self.quick else 9
 
     @property
+    def sweep_rounds(self) -> int:
+        """Turns of each contender at each point along a line."""
+        return 5
+
+    @property
     def seconds_per_turn(self) -> float:
         """How long one turn is, about."""
         return 0.05 if self.quick else 0.25
