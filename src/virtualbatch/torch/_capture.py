@@ -141,14 +141,13 @@ class _Totals:
         torch._foreach_zero_([*self.gradients, self.loss])
 
     def commit(self, parameters: Sequence[torch.nn.Parameter], reached: set[int]) -> None:
-        """Adds the gradients of the parameters that were reached to `.grad`, as copies."""
+        """Adds the gradients of the parameters that were reached to `.grad`."""
         fresh = [k for k in reached if parameters[k].grad is None]
+        # What allocates comes first: if memory runs out, nothing that `.grad` held has changed.
         copies = [torch.empty_like(self.gradients[k]) for k in fresh]
         with torch.no_grad():
             for k in reached.difference(fresh):
-                parameters[k].grad = committed(
-                    parameters[k], parameters[k].grad, self.gradients[k].clone()
-                )
+                parameters[k].grad = committed(parameters[k], parameters[k].grad, self.gradients[k])
             if fresh:
                 torch._foreach_copy_(copies, [self.gradients[k] for k in fresh])
         for k, copied in zip(fresh, copies, strict=True):
