@@ -67,8 +67,10 @@ def _contender(
     execution: int = 1,
 ) -> Contender:
     model = model_of(case)
+    # Keras refuses to accumulate one micro-batch; that is a plain update.
+    steps = case.accumulation_steps if built_in and case.accumulation_steps > 1 else None
     model.compile(
-        adam(case.accumulation_steps if built_in else None),
+        adam(steps),
         cross_entropy(),
         metrics=["accuracy"],
         jit_compile=jit,

@@ -27,7 +27,7 @@ def page_of(result: BenchResult, plots: Sequence[Path]) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in result.versions.items() if found)
     parts = [
         "# Benchmarks",
-        f"One run of `virtualbatch bench --page FILE` on {result.machine}; {versions}.",
+        f"One run of `virtualbatch bench` on {result.machine}; {versions}.",
         "## Beside what one would use instead",
         _READING,
     ]
