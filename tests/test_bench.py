@@ -14,7 +14,7 @@ from virtualbatch.bench.asked import asked
 from virtualbatch.bench.case import MODELS, Case
 from virtualbatch.bench.contender import FLOOR, OURS, PEER, WHOLE, Absent, Contender
 from virtualbatch.bench.page import page_of
-from virtualbatch.bench.parent import BenchFailure, run_bench
+from virtualbatch.bench.parent import run_bench
 from virtualbatch.bench.plots import write_plots
 from virtualbatch.bench.result import BenchResult, Comparison, Peak, Row
 from virtualbatch.bench.settings import Settings
@@ -159,13 +159,29 @@ def test_an_engine_that_is_not_installed(monkeypatch):
         Settings()
 
 
-def test_a_case_without_a_result_is_a_failure(monkeypatch):
-    settings = Settings(engines=["torch"], models=["MLP"])
-    with pytest.raises(BenchFailure, match=r"torch, MLP ended without a result\. Got exit code 3"):
-        run_bench(settings, str, child=("-c", "print('lost'); raise SystemExit(3)"))
+def test_a_case_without_a_result_is_noted_and_the_others_are_measured(monkeypatch):
+    settings = Settings(engines=["torch"], models=["MLP", "CNN"], quick=True, peers="none")
+    fails = """import sys
+if '"MLP"' in sys.argv[1]:
+    print('lost [/1]', file=sys.stderr)
+    raise SystemExit(3)
+from virtualbatch.bench.child import main
+main()"""
+    result = run_bench(settings, str, child=("-c", fails))
+    expected = "The case, torch, MLP, 8 micro-batches of 32, ended without a result. "
+    assert result.failures == [f"{expected}Got exit code 3.\nlost [/1]"]
+    assert [found.case.model for found in result.comparisons] == ["CNN"]
+    assert result.failures[0] in printed(result)
+    assert f"## Without a result\n\n{expected}Got exit code 3.\n" in page_of(result, [])
+
+
+def test_a_case_that_takes_too_long_is_noted(monkeypatch):
     monkeypatch.setattr(parent, "_SECONDS_PER_CHILD", 0.2)
-    with pytest.raises(BenchFailure, match=r"Got none in 0\.2 s"):
-        run_bench(settings, str, child=("-c", "import time; time.sleep(9)"))
+    settings = Settings(engines=["torch"], models=["MLP"])
+    result = run_bench(settings, str, child=("-c", "import time; time.sleep(9)"))
+    assert "Got none in 0.2 s." in result.failures[0]
+    monkeypatch.setattr(cli, "run_bench", lambda *_: result)
+    assert CliRunner().invoke(cli.app, ["bench", "--engine", "torch"]).exit_code == 1
 
 
 def test_ours_being_wrong_is_an_exit_code(monkeypatch):

@@ -20,7 +20,7 @@ from rich.status import Status
 
 from virtualbatch import __version__
 from virtualbatch.bench.contender import ALL_PEERS
-from virtualbatch.bench.parent import BenchFailure, run_bench
+from virtualbatch.bench.parent import run_bench
 from virtualbatch.bench.settings import Settings as BenchSettings
 from virtualbatch.bench.table import tables
 from virtualbatch.demo.parent import ChildFailure, run_demo
@@ -181,7 +181,8 @@ def bench(
 ) -> None:
     """Measure accumulation beside what one would use instead, and check each result.
 
-    The exit code is 1 if our own update was not that of the uncut batch.
+    The exit code is 1 if our own update was not that of the uncut batch, or a case ended without
+    a result.
     """
     _check_writable(json, page=page)
     try:
@@ -190,8 +191,6 @@ def bench(
             result = run_bench(settings, status.update)
     except ValueError as mistake:
         _exit(mistake, code=2)
-    except BenchFailure as failure:
-        _exit(failure, code=1)
     Console().print(tables(result))
     if json is not None:
         json.write_text(result.to_json())
@@ -201,7 +200,7 @@ def bench(
 
         page.write_text(page_of(result, write_plots(page.parent, result)))
         print(f"Page: {page}")
-    if not result.ours_is_right:
+    if result.failures or not result.ours_is_right:
         raise typer.Exit(1)
 
 

@@ -1,5 +1,10 @@
 """The JAX engine on a CUDA device."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
@@ -67,16 +72,31 @@ def test_temporaries_do_not_grow_with_the_micro_batches():
     assert max(sizes) <= 1.05 * min(sizes), sizes
 
 
-def test_a_planned_peak_is_what_the_device_holds():
+def peak_of_a_window():
+    """Prints the planned peak of a window of 4,096 rows, and what the device held."""
     params, batch = problem(4096, 16384, "float32")
     plan = vb.plan(loss_fn, weight=mask_of)(params, batch)
     run = jax.jit(vb.value_and_grad(loss_fn, microbatch_size=4096, weight=mask_of))
     jax.block_until_ready(run(params, batch))
-    # The counter cannot be set back; nothing before needed nearly as much.
-    peak = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
     planned = next(row.peak_bytes for row in plan.rows if row.microbatch_size == 4096)
-    # The device rounds up, and kernels have workspaces.
-    assert 0.8 < planned / peak < 1.1, (planned / MIB, peak / MIB)
+    print(planned, jax.local_devices()[0].memory_stats()["peak_bytes_in_use"])
+
+
+def test_a_planned_peak_is_what_the_device_holds():
+    # The device's counter cannot be set back, and XLA tries kernels while it compiles, on operands
+    # of their own: in a process of its own, and without trying.
+    child = subprocess.run(
+        [sys.executable, "-c", "import test_jax; test_jax.peak_of_a_window()"],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"XLA_FLAGS": "--xla_gpu_autotune_level=0"},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    planned, peak = (int(word) for word in child.stdout.split())
+    # The device rounds up.
+    assert 0.95 < planned / peak < 1.05, (planned / MIB, peak / MIB)
 
 
 def test_a_window_that_runs_out_of_memory_is_run_in_smaller_micro_batches(caplog):

@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,7 +22,6 @@ def _seeded():
     torch.manual_seed(0)
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
-    torch.cuda.set_sync_debug_mode("default")
 
 
 def network(dtype=torch.float64, batchnorm=True):
@@ -97,21 +97,39 @@ def test_a_batch_on_the_host_is_copied_a_micro_batch_at_a_time(pinned):
     assert_close([loss, *gradients(model)], due, 1e-12)
 
 
+@contextmanager
+def noted_waits():
+    """Yields a list: at the end, a text for each time that the host waited for the device."""
+    waits = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    texts = [str(warning.message) for warning in caught]
+    waits += [text for text in texts if "called a synchronizing" in text]
+
+
+def test_a_wait_is_noted():
+    with noted_waits() as found:
+        torch.ones(1, device="cuda").item()
+    assert found
+
+
 def waits(size, host=False, **options):
     """How often the host waits for the device in one window."""
     model = network(torch.float32, batchnorm=options.pop("batchnorm", False))
     given = batch(64, torch.float32, "cpu" if host else "cuda")
     given = [leaf.pin_memory() for leaf in given] if host else given
     weight = options.pop("weight", mask_of)
-    for attempt in range(2):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn" if attempt else "default")
+    for _ in range(2):
+        with noted_waits() as found:
             vb.backward(
                 masked(model), given, module=model, microbatch_size=size, weight=weight, **options
             )
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    return len(found)
 
 
 @pytest.mark.parametrize(
@@ -445,13 +463,11 @@ def test_windows_that_are_not_captured_say_so(options, caplog):
 def test_the_host_does_not_wait_for_captured_micro_batches():
     model, given = network(torch.float32, batchnorm=False), batch(64, torch.float32)
     loss_fn = vb.captured(masked(model))
-    for window in range(4):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn" if window == 3 else "default")
-            vb.backward(loss_fn, given, module=model, microbatch_size=2)
-            torch.cuda.set_sync_debug_mode("default")
-    assert not [warning for warning in caught if "synchroniz" in str(warning.message)]
+    for _ in range(3):
+        vb.backward(loss_fn, given, module=model, microbatch_size=2)
+    with noted_waits() as found:
+        vb.backward(loss_fn, given, module=model, microbatch_size=2)
+    assert not found
 
 
 def test_a_dropped_loss_function_drops_its_graphs():

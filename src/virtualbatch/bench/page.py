@@ -40,6 +40,8 @@ def page_of(result: BenchResult, plots: Sequence[Path]) -> str:
             parts.append(_of_sweep(name, [p for p in points if p.case.model == model]))
         if result.peaks[name]:
             parts.append(_of_peaks(name, result.peaks[name]))
+    if result.failures:
+        parts += ["## Without a result", *(failure.splitlines()[0] for failure in result.failures)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -99,18 +101,17 @@ def _of_sweep(name: str, points: Sequence[Comparison]) -> str:
 
 
 def _of_peaks(name: str, found: Sequence[Peak]) -> str:
-    rows = []
-    for engine, way in dict.fromkeys((peak.case.engine, peak.name) for peak in found):
-        line = [peak for peak in found if (peak.case.engine, peak.name) == (engine, way)]
-        rows.append(
-            [f"{engine}: {way}"]
-            + [
-                NOT_INSTALLED if peak.peak_bytes is None else f"{peak.peak_bytes / _MIB:.1f}"
-                for peak in line
-            ]
-        )
+    values = _values(name, found)
+    rows: dict[str, dict[str, str]] = {}
+    for peak in found:
+        mebibytes = NOT_INSTALLED if peak.peak_bytes is None else f"{peak.peak_bytes / _MIB:.1f}"
+        line = rows.setdefault(f"{peak.case.engine}: {peak.name}", {})
+        line[str(getattr(peak.case, name))] = mebibytes
     model = found[0].case.model
-    return _table([f"{model}: peak MiB of an update", *_values(name, found)], rows)
+    return _table(
+        [f"{model}: peak MiB of an update", *values],
+        [[way, *(line.get(value, "") for value in values)] for way, line in rows.items()],
+    )
 
 
 def _values(name: str, points: Sequence[Comparison] | Sequence[Peak]) -> list[str]:

@@ -42,31 +42,37 @@ _OF_PEAKS = {
 }
 
 
-class BenchFailure(RuntimeError):
+class _Failure(RuntimeError):
     """A case's process ended without a result."""
 
 
 def run_bench(
     settings: Settings, say: Callable[[str], object], child: Sequence[str] = CHILD
 ) -> BenchResult:
-    """Measures.
+    """Measures. A case that ends without a result is noted, and the others are measured.
 
     Args:
         settings: what.
         say: is told what is about to be measured.
         child: arguments for Python that start a child.
-
-    Raises:
-        BenchFailure: a case ended without a result.
     """
     machine = _machine()
-    comparisons = []
+    failures: list[str] = []
+
+    def comparisons_of(order: Order) -> list[Comparison]:
+        try:
+            return _comparisons(order, child)
+        except _Failure as failure:
+            failures.append(str(failure))
+            return []
+
+    comparisons: list[Comparison] = []
     for engine in settings.chosen_engines:
         for model in settings.chosen_models:
             say(f"{engine}, {model}")
             peers = ALL_PEERS if settings.peers == ALL_PEERS else []
             order = Order([Case(engine, model)], peers, settings.rounds, settings.seconds_per_turn)
-            comparisons += _comparisons(order, child)
+            comparisons += comparisons_of(order)
     sweeps: dict[str, list[Comparison]] = {}
     peaks: dict[str, list[Peak]] = {}
     for name, sweep in SWEEPS.items() if settings.sweeps else ():
@@ -77,11 +83,14 @@ def run_bench(
                 say(f"{engine}, {model}, by {name}")
                 cases = sweep.cases(engine, model)
                 order = Order(cases, peers, settings.sweep_rounds, settings.seconds_per_turn)
-                sweeps[name] += _comparisons(order, child)
+                sweeps[name] += comparisons_of(order)
             for case in sweep.peak_cases(engine):
                 for contender in (VIRTUALBATCH, WHOLE_BATCH, *peers):
                     say(f"{engine}, memory of {contender}, by {name}")
-                    peaks[name].append(_peak(case, contender, child))
+                    try:
+                        peaks[name].append(_peak(case, contender, child))
+                    except _Failure as failure:
+                        failures.append(str(failure))
     return BenchResult(
         machine,
         {package: _version(package) for package in _PACKAGES},
@@ -89,6 +98,7 @@ def run_bench(
         comparisons,
         sweeps,
         peaks,
+        failures,
     )
 
 
@@ -105,13 +115,13 @@ def _peak(case: Case, name: str, child: Sequence[str]) -> Peak:
 
 
 def _run(order: Order, child: Sequence[str]) -> Any:
-    engine, framework = order.cases[0].engine, order.cases[0].framework
+    framework = order.cases[0].framework
     environment = os.environ | _ENVIRONMENT
     if order.peak_of is not None:
         environment |= _OF_PEAKS
     # Loops of one's own use Keras' models with TensorFlow too.
     environment["KERAS_BACKEND"] = framework
-    failure = f"The case {engine}, {order.cases[0].model} ended without a result. "
+    failure = f"{_named(order)} ended without a result. "
     try:
         done = subprocess.run(
             [sys.executable, *child, order.to_json()],
@@ -122,12 +132,20 @@ def _run(order: Order, child: Sequence[str]) -> Any:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise BenchFailure(f"{failure}Got none in {_SECONDS_PER_CHILD} s.") from error
+        raise _Failure(f"{failure}Got none in {_SECONDS_PER_CHILD} s.") from error
     lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
     if done.returncode != 0 or not lines:
         last = "\n".join(done.stderr.splitlines()[-_LINES_OF_STDERR:])
-        raise BenchFailure(f"{failure}Got exit code {done.returncode}. Its last lines:\n{last}")
+        raise _Failure(f"{failure}Got exit code {done.returncode}.\n{last}")
     return json.loads(lines[-1].removeprefix(RESULT))
+
+
+def _named(order: Order) -> str:
+    first = order.cases[0]
+    what = f"Memory of {order.peak_of}" if order.peak_of else "The case"
+    cut = f"{first.accumulation_steps} micro-batches of {first.microbatch_size}"
+    more = f" and {len(order.cases) - 1} more" if len(order.cases) > 1 else ""
+    return f"{what}, {first.engine}, {first.model}, {cut}{more},"
 
 
 def _machine() -> str:

@@ -83,6 +83,7 @@ class BenchResult:
         comparisons: cases with all their contenders.
         sweeps: cases along a line (more micro-batches, larger ones, wider models).
         peaks: memory along the same lines.
+        failures: a text for each case that ended without a result.
     """
 
     machine: str
@@ -91,6 +92,7 @@ class BenchResult:
     comparisons: Sequence[Comparison]
     sweeps: Mapping[str, Sequence[Comparison]]
     peaks: Mapping[str, Sequence[Peak]]
+    failures: Sequence[str] = ()
 
     @property
     def ours_is_right(self) -> bool:

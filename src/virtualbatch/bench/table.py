@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from virtualbatch.bench.asked import asked
 from virtualbatch.bench.case import Case
@@ -20,6 +21,8 @@ def tables(result: BenchResult) -> Group:
     parts += [_sweep(name, found) for name, found in result.sweeps.items()]
     parts += [_memory(name, result) for name, found in result.peaks.items() if found]
     parts += [f"{engine}: not installed, not measured" for engine in result.absent_engines]
+    # What a process printed may look like markup.
+    parts += [Text(failure) for failure in result.failures]
     versions = [f"{name} {version or NOT_INSTALLED}" for name, version in result.versions.items()]
     return Group(*parts, f"{result.machine}; {', '.join(versions)}")
 
