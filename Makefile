@@ -11,7 +11,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	2>/dev/null && echo $$python && break; done)
 
-# The tests of one engine, in an environment that has no other framework.
+# One engine in an environment that has no other framework: its laws and its examples run, and all
+# of its tests are imported. Those tests themselves run in `make test`.
 ENGINE ?= torch
 ALONE := .venv-$(ENGINE)
 ALONE_EXTRAS_tensorflow := tensorflow,demo,test,lint
@@ -28,7 +29,7 @@ help:
 	@echo "make setup      create .venv and install the package with its tools"
 	@echo "make demo       train on real digits: small, whole, accumulated; writes report.html"
 	@echo "make test       run the tests; make test-torch those of one part of $(TESTS)"
-	@echo "make test-alone ENGINE=jax    the tests of one engine without the other frameworks"
+	@echo "make test-alone ENGINE=jax    one engine without the other frameworks: types, laws, examples"
 	@echo "make lint       ruff, mypy, import contracts"
 	@echo "make bench      measure speed and memory"
 	@echo "make examples   run every file in examples/"
@@ -53,7 +54,7 @@ demo: setup
 
 # Each part in a process of its own, two at a time: what frameworks compile and keep would fill the
 # memory of one process. Longest first.
-TESTS := keras-tensorflow keras-jax conformance keras-torch torch jax tensorflow programs
+TESTS := keras-jax keras-tensorflow jax tensorflow keras-torch conformance programs torch
 TEST_FILES_programs := tests/core tests/test_*.py
 # Keeps the lines of a part together, where this make can.
 SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
@@ -80,7 +81,8 @@ test-alone:
 		--constraint constraints.txt --editable ".[$(ALONE_EXTRAS_$(ENGINE))]" \
 		$(ALONE_PACKAGES_$(ENGINE))
 	$(ALONE)/bin/mypy
-	$(ALONE)/bin/python -m pytest tests/core tests/$(ENGINE)
+	$(ALONE)/bin/python -m pytest --collect-only -qq tests/$(ENGINE)
+	$(ALONE)/bin/python -m pytest tests/core
 	$(ALONE)/bin/python -m pytest tests/conformance --engine $(ENGINE)
 	set -e; for example in $(ALONE_EXAMPLES_$(ENGINE)); do \
 		echo "== $$example"; $(ALONE)/bin/python examples/$$example.py; done

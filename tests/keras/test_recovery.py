@@ -1,7 +1,6 @@
 """Out of memory in a batch of `fit`: the update is made all the same, as if it had not happened."""
 
 import logging
-import random
 
 import keras
 import numpy as np
@@ -38,11 +37,11 @@ def test_the_first_batch_runs_again(size, caplog):
     assert f"micro-batches of {size // 2} rows, which are kept" in caplog.text
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_any_point_of_the_first_batch(seed):
-    chance = random.Random(seed)
-    size = chance.choice([24, 12, 8])
-    _, history, after = fitted(size, Points([chance.randrange(windows(size, BATCH))]))
+@pytest.mark.parametrize(
+    ("size", "point"), [(size, i) for size in (12, 8) for i in range(windows(size, BATCH))]
+)
+def test_any_point_of_the_first_batch(size, point):
+    _, history, after = fitted(size, Points([point]))
     _, due, due_after = fitted(size // 2)
     assert history == due
     assert_same(after, due_after)
@@ -87,8 +86,9 @@ def test_it_grows_again_when_asked():
     found.points.fail = {found.points.count}
     found.train_on_batch(X[:24], Y[:24])
     shrunk = found.train_step.most
-    largest = -(-24 // -(-24 // planned))
-    assert shrunk == largest // 2
+    # The plan depends on what is fast. A cut of 24 rows is even, or full but for the last.
+    even = -(-24 // -(-24 // planned))
+    assert shrunk in (even // 2, min(planned, 24) // 2)
     found.train_on_batch(X[:24], Y[:24])
     assert found.train_step.most == min(2 * shrunk, planned)
 

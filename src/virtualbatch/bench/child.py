@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -18,6 +19,8 @@ from virtualbatch.bench.contender import (
 )
 from virtualbatch.bench.order import RESULT, Order
 from virtualbatch.bench.turns import compared
+
+_SECONDS_TO_SETTLE = 1.0
 
 
 def entries(case: Case, peers: str | Sequence[str]) -> list[Contender | Absent]:
@@ -43,6 +46,8 @@ def _peak(case: Case, name: str) -> int | None:
         return None
     # What is compiled is compiled here.
     found.train(1)
+    # A framework's threads give back what an update took after its result is there.
+    time.sleep(_SECONDS_TO_SETTLE)
     peak = PeakMemory()
     found.train(1)
     return peak.stop()
