@@ -35,7 +35,8 @@ def limited(phase, verb):
 
 # Each phase by one of the verbs: what runs out is the same program.
 @pytest.mark.parametrize(
-    ("phase", "verb"), zip(RECOVERED[BACKEND], ["fit", "train_on_batch", "fit"], strict=False)
+    ("phase", "verb"),
+    list(zip(RECOVERED[BACKEND], ["fit", "train_on_batch", "fit"], strict=False)),
 )
 def test_an_update_that_runs_out_is_that_of_the_smaller_size(phase, verb):
     assert limited(phase, verb) in (32, 16, 8, 4)

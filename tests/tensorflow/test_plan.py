@@ -69,7 +69,7 @@ def measured_peaks():
 
 
 def test_a_line_predicts_peaks_within_fifteen_percent():
-    # With threads, what a graph holds at once is a matter of their order, and of the machine's load.
+    # With threads, what a graph holds at once depends on their order, so on the machine's load.
     child = subprocess.run(
         [
             sys.executable,
