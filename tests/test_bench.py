@@ -12,9 +12,18 @@ from virtualbatch import cli
 from virtualbatch.bench import parent
 from virtualbatch.bench.asked import asked
 from virtualbatch.bench.case import MODELS, Case
-from virtualbatch.bench.contender import FLOOR, OURS, PEER, WHOLE, Absent, Contender
+from virtualbatch.bench.contender import (
+    FLOOR,
+    OURS,
+    PEER,
+    VIRTUALBATCH,
+    WHOLE,
+    WHOLE_BATCH,
+    Absent,
+    Contender,
+)
 from virtualbatch.bench.page import page_of
-from virtualbatch.bench.parent import run_bench
+from virtualbatch.bench.parent import peak_of, run_bench
 from virtualbatch.bench.plots import write_plots
 from virtualbatch.bench.result import BenchResult, Comparison, Peak, Row
 from virtualbatch.bench.settings import Settings
@@ -128,6 +137,16 @@ def test_the_smallest_case_on_the_command_line(tmp_path):
     assert all(0 < row["milliseconds"][0] <= row["milliseconds"][2] for row in rows.values())
     assert result["versions"]["jax"] is not None
     assert "wrong" in outcome.output
+
+
+def test_memory_is_that_of_the_rows_at_once():
+    # An update's threads free its memory after the result is there: taken at once, what is held
+    # before the next update has it too, and the peak above that may be nothing.
+    whole = peak_of(Case("jax", "transformer", 16, 8), WHOLE_BATCH).peak_bytes
+    cut = peak_of(Case("jax", "transformer", 16, 8), VIRTUALBATCH).peak_bytes
+    # 105 MiB at once for 256 rows, here 128; and an eighth of the rows at once in pieces.
+    assert 40 * 2**20 < whole < 70 * 2**20
+    assert 4 * 2**20 < cut < whole / 3
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ A container is shown the whole machine's memory, while a control group (cgroup) 
 limit may grant it less. The smallest of them is what counts.
 """
 
+import ctypes
 import os
 import sys
 from dataclasses import dataclass, field
@@ -49,6 +50,14 @@ class HostMemory:
         """What this process may still take, in bytes."""
         left = (limit.limit_bytes - limit.used_bytes for limit in self.limits)
         return max(0, min([self.available_bytes, *left]))
+
+
+def give_back_freed_memory() -> None:
+    """Gives memory that was freed back to the system, where the C library can (glibc)."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def host_memory(root: Path = Path("/")) -> HostMemory:

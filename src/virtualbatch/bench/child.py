@@ -19,6 +19,7 @@ from virtualbatch.bench.contender import (
 )
 from virtualbatch.bench.order import RESULT, Order
 from virtualbatch.bench.turns import compared
+from virtualbatch.host_memory import give_back_freed_memory
 
 _SECONDS_TO_SETTLE = 1.0
 
@@ -48,6 +49,8 @@ def _peak(case: Case, name: str) -> int | None:
     found.train(1)
     # A framework's threads give back what an update took after its result is there.
     time.sleep(_SECONDS_TO_SETTLE)
+    # What the C library keeps would be used again unseen.
+    give_back_freed_memory()
     peak = PeakMemory()
     found.train(1)
     return peak.stop()

@@ -88,7 +88,7 @@ def run_bench(
                 for contender in (VIRTUALBATCH, WHOLE_BATCH, *peers):
                     say(f"{engine}, memory of {contender}, by {name}")
                     try:
-                        peaks[name].append(_peak(case, contender, child))
+                        peaks[name].append(peak_of(case, contender, child))
                     except _Failure as failure:
                         failures.append(str(failure))
     return BenchResult(
@@ -110,7 +110,14 @@ def _comparisons(order: Order, child: Sequence[str]) -> list[Comparison]:
     ]
 
 
-def _peak(case: Case, name: str, child: Sequence[str]) -> Peak:
+def peak_of(case: Case, name: str, child: Sequence[str] = CHILD) -> Peak:
+    """Measures the memory of a contender's update.
+
+    Args:
+        case: what is run.
+        name: of the contender.
+        child: arguments for Python that start a child.
+    """
     return Peak(case, name, _run(Order([case], [name], 0, 0.0, peak_of=name), child))
 
 

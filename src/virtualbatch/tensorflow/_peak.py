@@ -6,7 +6,6 @@ it on request. What the allocator kept of an earlier window is then not seen to 
 sizes are measured from small to large.
 """
 
-import ctypes
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
+
+from virtualbatch.host_memory import give_back_freed_memory
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -38,7 +39,7 @@ class PeakMemory:
                 "A plan on TensorFlow needs a GPU, or Linux that shows VmHWM and clear_refs. "
                 f"Got {sys.platform} without them. Pass microbatch_size as a number."
             )
-        _trim()
+        give_back_freed_memory()
         self._before = self._current()
 
     def of(self, run: Callable[[], Any]) -> int:
@@ -61,7 +62,7 @@ class PeakMemory:
             tf.config.experimental.reset_memory_stats(self._device)
             run()
             return int(tf.config.experimental.get_memory_info(self._device)["peak"])
-        _trim()
+        give_back_freed_memory()
         _CLEAR_REFS.write_text(_RESET_PEAK)
         run()
         return _status_bytes("VmHWM")
@@ -85,14 +86,6 @@ def _device_that_counts() -> str | None:
         # This allocator keeps no count.
         return None
     return "CPU:0" if counted >= held.shape[0] else None
-
-
-def _trim() -> None:
-    """Gives freed memory back to the system, where the C library can."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _kernel_tells() -> bool:
