@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from virtualbatch.bench.contender import FLOOR, OURS, PEER, VIRTUALBATCH, WHOLE, WHOLE_BATCH
 from virtualbatch.bench.result import BenchResult, Comparison
@@ -105,6 +105,8 @@ def _dressed(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.legend(frameon=False, fontsize=7)
 
 
