@@ -38,7 +38,7 @@ def test_the_first_batch_runs_again(size, caplog):
 
 
 @pytest.mark.parametrize(
-    ("size", "point"), [(size, i) for size in (12, 8) for i in range(windows(size, BATCH))]
+    ("size", "point"), [(size, i) for size in (24, 12, 8) for i in range(windows(size, BATCH))]
 )
 def test_any_point_of_the_first_batch(size, point):
     _, history, after = fitted(size, Points([point]))
