@@ -9,10 +9,10 @@ the fastest again. Where nothing can tell a peak, sizes are tried instead, small
 import logging
 import math
 import time
-from collections import Counter
 from typing import Literal, NamedTuple
 
 from virtualbatch.plan import NEARLY_AS_FAST, Plan, PlanRow, readable_bytes
+from virtualbatch.race import Race
 
 _log = logging.getLogger(__name__)
 
@@ -31,10 +31,6 @@ _MOST_PEAKS = 8
 _FLAT = 1.02
 # Sizes that are only tried grow until one takes this much longer than the fastest.
 _HOPELESS = 1.3
-# What took no longer than this, against the fastest, is timed again: the next run may be quieter.
-_WORTH_ANOTHER_LOOK = 1.15
-# So often, the first time included.
-_LOOKS = 3
 
 
 class Question(NamedTuple):
@@ -99,9 +95,7 @@ class Search:
         self._remainder = remainder
         self._peaks: dict[int, float] = {}
         self._failed: set[int] = set()
-        self._seconds: dict[int, float] = {}
-        self._first_seconds: dict[int, float] = {}
-        self._looks: Counter[int] = Counter()
+        self._race = Race()
         self._stopped = False
         self._trial = False
 
@@ -134,14 +128,12 @@ class Search:
         if answer is None:
             # It ran out although it was to fit: whatever was told of this size is wrong.
             self._peaks.pop(size, None)
-            self._seconds.pop(size, None)
+            self._race.forget(size)
             self._failed.add(size)
         elif question.kind == "memory":
             self._peaks[size] = answer
         else:
-            self._looks[size] += 1
-            self._first_seconds.setdefault(size, answer)
-            self._seconds[size] = min(answer, self._seconds.get(size, answer))
+            self._race.tell(size, answer)
 
     def only_try(self) -> None:
         """Asks for no peaks, because what tells them does not fit in the memory that is left."""
@@ -160,12 +152,11 @@ class Search:
 
     def plan(self) -> Plan:
         """The plan, once `ask` has given None."""
-        sizes = sorted(self._seconds)
-        largest = max(sizes) if self._trial else self._largest_fitting()
-        if sizes:
-            best = min(self._seconds.values())
-            size = next(m for m in sizes if self._seconds[m] <= NEARLY_AS_FAST * best)
-            fastest = min(sizes, key=lambda m: self._seconds[m])
+        near, seconds = self._race.near(), self._race.seconds()
+        largest = max(seconds) if self._trial else self._largest_fitting()
+        if near:
+            fastest = min(near, key=lambda m: seconds[m])
+            size = next(m for m in near if seconds[m] <= NEARLY_AS_FAST * seconds[fastest])
             reason = (
                 f"{largest} rows fit at once; {size} is the smallest size within "
                 f"{NEARLY_AS_FAST - 1:.0%} of the fastest, {fastest}."
@@ -175,8 +166,8 @@ class Search:
         else:
             size = largest
             reason = f"{largest} is the largest size that fits; none was timed."
-        tried = sorted({*self._peaks, *self._seconds})
-        rows = [PlanRow(m, self._peak(m), m in self._peaks, self._seconds.get(m)) for m in tried]
+        tried = sorted({*self._peaks, *seconds})
+        rows = [PlanRow(m, self._peak(m), m in self._peaks, seconds.get(m)) for m in tried]
         return Plan(size, -(-self._rows // size), self._limit, reason, tuple(rows))
 
     def _smallest_failing(self) -> int:
@@ -270,12 +261,13 @@ class Search:
         return not self._peaks and {1, self._rows} <= self._failed
 
     def _next_trial(self) -> int | None:
-        if 1 in self._failed or (self._stopped and not self._seconds):
+        tried = self._race.first
+        if 1 in self._failed or (self._stopped and not tried):
             raise ValueError(self._nothing_fits())
-        if not self._seconds:
+        if not tried:
             return 1
-        largest = max(self._seconds)
-        hopeless = self._seconds[largest] > _HOPELESS * min(self._seconds.values())
+        largest = max(tried)
+        hopeless = tried[largest] > _HOPELESS * min(tried.values())
         if self._stopped or self._failed or hopeless or largest == self._rows:
             return None
         return min(2 * largest, self._rows)
@@ -283,11 +275,11 @@ class Search:
     def _next_time(self) -> int | None:
         if self._stopped:
             return None
+        timed = self._race.first
         # Small sizes first: where they are slow they are still done soonest.
         for size in self._far_apart():
-            if size not in self._seconds:
+            if size not in timed:
                 return size
-        timed = self._seconds
         if not timed:
             return None
         fastest = min(timed, key=lambda m: timed[m])
@@ -298,12 +290,7 @@ class Search:
         for size in (smallest // 2, above):
             if size >= 1 and (cut := self._cut(size)) not in timed and self._may_fit(cut):
                 return cut
-        # All that are near in turns, so that a disturbance meets each of them at most once.
-        first = {m: self._first_seconds[m] for m in sorted(timed)}
-        enough = _WORTH_ANOTHER_LOOK * min(first.values())
-        near = [m for m in first if first[m] <= enough]
-        next_look = min(near, key=lambda m: self._looks[m])
-        return next_look if len(near) > 1 and self._looks[next_look] < _LOOKS else None
+        return self._race.next_look()
 
     def _far_apart(self) -> list[int]:
         """Sizes whose peaks are known and fit, at least a factor two apart, smallest first."""

@@ -20,14 +20,14 @@ def searched(rows, limit, peak, seconds, trial=lambda rows: None, remainder=True
         assert 1 <= question.microbatch_size <= rows
         answer = {"memory": peak, "time": seconds, "trial": trial}[question.kind]
         search.tell(question, answer(question.microbatch_size))
-        assert len(questions) <= 40
+        assert len(questions) <= 130
     return search.plan(), questions
 
 
 def assert_asked_once(questions):
-    """Whether each peak was asked for once, and each time at most three times."""
+    """Whether each peak was asked for once, and each time at most nine times."""
     asked = Counter((q.kind, q.microbatch_size) for q in questions)
-    assert all(count <= (3 if kind == "time" else 1) for (kind, _), count in asked.items())
+    assert all(count <= (9 if kind == "time" else 1) for (kind, _), count in asked.items())
 
 
 def constant(value):
@@ -169,16 +169,17 @@ def test_times_near_the_fastest_are_taken_again_in_turns():
 
     plan, _ = searched(64, 10**9, constant(5), seconds)
     assert plan.microbatch_size == 32
-    assert Counter(asked) == {64: 3, 32: 3, 8: 3, 16: 3}
-    assert asked[-4:] == [8, 16, 32, 64]
-    assert {row.microbatch_size: row.seconds_per_batch for row in plan.rows}[16] == 1.25
+    assert Counter(asked) == {64: 9, 32: 9, 8: 3}
+    assert asked[-4:] == [32, 64, 32, 64]
+    shown = {row.microbatch_size: row.seconds_per_batch for row in plan.rows}
+    assert shown[64] == pytest.approx((1.2 + 8 * 1.0) / 9)
 
 
 def test_small_micro_batches_may_be_the_fastest():
     # As measured of a small CNN on a CPU: 61 ms uncut, 43 ms in pieces of 32.
     seconds = {256: 61, 128: 52, 64: 46, 32: 43, 16: 44, 8: 50, 4: 70}
     plan, questions = searched(256, 10**9, lambda m: 100 + m, seconds.__getitem__)
-    assert plan.microbatch_size == 16
+    assert plan.microbatch_size == 32
     assert 4 not in {q.microbatch_size for q in questions if q.kind == "time"}
 
 

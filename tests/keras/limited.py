@@ -1,4 +1,7 @@
-"""Updates that really run out of memory, in a process of little address space; prints what came.
+"""Updates that really run out of memory, in a process of little of it; prints what came.
+
+What is short is address space, or what TensorFlow's own allocator gives where
+TF_CPU_BFC_MEM_LIMIT_IN_MB says so: TensorFlow ends a process that has no room for its threads.
 
 Each case needs memory in proportion to the rows in another phase of a micro-batch, or any amount in
 the update. What it trains is compared, bit by bit, with a run that used the final size from the
@@ -19,6 +22,8 @@ import virtualbatch.keras as vb
 ROWS, WIDTH = 128, 2**18
 # Room for a MiB, some of it twice, for each of a few rows, beside what was there.
 ROOM = 40 * 2**20
+# The allocator keeps to its limit from the start, so what comes before must need little.
+BY_ALLOCATOR = "TF_CPU_BFC_MEM_LIMIT_IN_MB" in os.environ
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(ROWS, 8)).astype("float32")
 Y = X.sum(1, keepdims=True)
@@ -28,8 +33,9 @@ def needed(x, really):
     """Zeros of the shape of x; needs WIDTH numbers for every row, if really."""
     if not really:
         return keras.ops.zeros_like(x)
-    # What is sorted is written out by every compiler.
-    wide = keras.ops.sort(x[:, :1] * keras.ops.ones((WIDTH,)))
+    # What is sorted is written out by every compiler, and nothing here is a constant, for which
+    # TensorFlow would take memory, and wait for it, before it runs.
+    wide = keras.ops.sort(keras.ops.broadcast_to(x[:, :1], (keras.ops.shape(x)[0], WIDTH)))
     return 0 * x + 0 * keras.ops.max(wide)
 
 
@@ -138,6 +144,8 @@ def refused(phase):
 
 
 def limit():
+    if BY_ALLOCATOR:
+        return
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     held = pages * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (held + ROOM, held + ROOM))
@@ -146,7 +154,9 @@ def limit():
 phase, verb = sys.argv[1:]
 SIZES = (32, 16, 8, 4)
 if phase in ("forward", "backward", "accumulate"):
+    wide, WIDTH = WIDTH, 1 if BY_ALLOCATOR else WIDTH
     due = {size: trained(phase, size, verb) for size in SIZES}
+    WIDTH = wide
     limit()
     # Cut from the start: of a whole batch, Keras on PyTorch counts metrics after the update.
     got = trained(phase, 2 * SIZES[0], verb)

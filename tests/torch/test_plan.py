@@ -172,14 +172,14 @@ def test_one_row_is_a_plan():
 
 def test_what_runs_out_while_timing_does_not_fit(monkeypatch):
     module, loss_fn, batch = program("MLP")
-    seconds = _plan._seconds
+    timing = _plan._timing
 
     def timed(program, cut, shares):
         if len(cut) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return seconds(program, cut, shares)
+        return timing(program, cut, shares)
 
-    monkeypatch.setattr(_plan, "_seconds", timed)
+    monkeypatch.setattr(_plan, "_timing", timed)
     assert vb.plan(loss_fn, batch, module=module).microbatch_size < ROWS
 
 

@@ -15,6 +15,7 @@ from virtualbatch.jax._batch import is_array, rows_of
 from virtualbatch.jax._memory import KINDS, is_out_of_memory, left_bytes
 from virtualbatch.plan import Plan, parse_limit
 from virtualbatch.search import Patience, Question, Search
+from virtualbatch.timing import Timing
 
 # All that XLA says on a CPU where a kernel gets no memory of its own, which no program tells.
 _FAILED = "INTERNAL: YNNPACK operation failed"
@@ -50,6 +51,7 @@ def planned(
     arrays = [leaf if is_array(leaf) else None for leaf in leaves]
     can_run = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     programs: dict[int, Any] = {}
+    timings: dict[int, Timing] = {}
 
     def compiled(size: int) -> Any:
         def run(arrays: list[Any]) -> Any:
@@ -72,14 +74,16 @@ def planned(
         size = question.microbatch_size
         try:
             if question.kind == "trial":
-                search.tell(question, _seconds(partial(window(size), *args, **kwargs)))
+                search.tell(question, _timing(partial(window(size), *args, **kwargs)).seconds())
                 continue
             program = compiled(size)
             peak = _peak_bytes(program)
             search.tell(Question("memory", size), peak)
             # What was only predicted to fit may need a little more.
             if question.kind == "time" and peak <= limit:
-                search.tell(question, _seconds(partial(program, arrays)))
+                if size not in timings:
+                    timings[size] = _timing(partial(program, arrays))
+                search.tell(question, timings[size].seconds())
         except KINDS as error:
             if not (is_out_of_memory(error) or str(error).startswith(_FAILED)):
                 raise
@@ -98,16 +102,13 @@ def _peak_bytes(program: Any) -> int:
     )
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    """The shortest of some runs, after one that loads what the first run loads."""
-    jax.block_until_ready(run())
-    times: list[float] = []
-    # A window of microseconds needs many runs before one of them is undisturbed.
-    while sum(times) < 0.3:
+def _timing(window: Callable[[], Any]) -> Timing:
+    def run() -> float:
         start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return min(times)
+        jax.block_until_ready(window())
+        return time.perf_counter() - start
+
+    return Timing(run)
 
 
 def _left_bytes(arrays: list[Any]) -> int:

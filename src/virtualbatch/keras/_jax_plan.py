@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from virtualbatch.jax._memory import KINDS, is_out_of_memory, left_bytes
 from virtualbatch.keras._guard import Memory
-from virtualbatch.keras._plan import searched, shortest
+from virtualbatch.keras._plan import searched
 from virtualbatch.plan import Plan
 from virtualbatch.split import array_leaves, common_rows
+from virtualbatch.timing import Timing
 
 MEMORY = Memory(KINDS, is_out_of_memory, left_bytes)
 
@@ -55,6 +56,7 @@ class _Update:
     def __init__(self, step: Callable[[Any, Any], Any], state: Any, batch: Any, held: int):
         self._state, self._batch, self._held = state, batch, held
         self._program = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        self.timing = Timing(self._run)
 
     def peak_bytes(self) -> int:
         found = self._program.memory_analysis()
@@ -66,10 +68,7 @@ class _Update:
         )
         return max(0, int(whole) - self._held)
 
-    def seconds(self) -> float:
-        return shortest(self._timed)
-
-    def _timed(self) -> float:
+    def _run(self) -> float:
         state = jax.block_until_ready(copied(self._state))
         start = time.perf_counter()
         jax.block_until_ready(self._program(state, self._batch))

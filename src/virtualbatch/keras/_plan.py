@@ -6,6 +6,7 @@ from typing import Protocol
 from virtualbatch.keras._guard import Memory
 from virtualbatch.plan import Plan, parse_limit
 from virtualbatch.search import Patience, Question, Search
+from virtualbatch.timing import Timing
 
 
 class Program(Protocol):
@@ -14,7 +15,8 @@ class Program(Protocol):
     def peak_bytes(self) -> int:
         """The most bytes that it needs beyond what is held before it."""
 
-    def seconds(self) -> float:
+    @property
+    def timing(self) -> Timing:
         """How long it takes."""
 
 
@@ -58,22 +60,9 @@ def searched(
                 search.tell(Question("memory", size), peaks[size])
             # A size that was only predicted to fit may need a little more.
             if question.kind != "memory" and peaks.get(size, 0) <= limit:
-                search.tell(question, programs[size].seconds())
+                search.tell(question, programs[size].timing.seconds())
         except memory.kinds as error:
             if not memory.is_out_of_memory(error):
                 raise
             search.tell(question, None)
     return search.plan()
-
-
-def shortest(run: Callable[[], float]) -> float:
-    """The shortest of some runs, after one that loads what the first run loads.
-
-    Args:
-        run: () -> seconds that it took.
-    """
-    times: list[float] = []
-    # A window of microseconds needs many runs before one of them is undisturbed.
-    while len(times) < 2 or sum(times[1:]) < 0.3:
-        times.append(run())
-    return min(times[1:])

@@ -14,6 +14,7 @@ from virtualbatch.plan import Plan
 from virtualbatch.split import array_leaves, common_rows
 from virtualbatch.tensorflow._memory import KINDS, is_out_of_memory, left_bytes
 from virtualbatch.tensorflow._peak import PeakMemory
+from virtualbatch.timing import Timing
 
 MEMORY = Memory(KINDS, is_out_of_memory, left_bytes)
 
@@ -43,7 +44,7 @@ def planned(
         array.shape.num_elements() * array.dtype.size for _, array in array_leaves(batch)
     )
     # What TensorFlow loads once, and what its allocator keeps of an update, is no update's need.
-    _Update(step(1), batch, snapshot, None).run()
+    _Update(step(1), batch, snapshot, None).timing.run()
     peak = PeakMemory()
     return searched(
         lambda size: _Update(step(size), batch, snapshot, peak),
@@ -65,18 +66,14 @@ class _Update:
         self._batch = batch
         self._snapshot = snapshot
         self._peak = peak
-        # Seconds of runs that no answer told of yet. The first run loads what others find.
-        self._times: list[float] = []
-        self._has_run = False
+        self.timing = Timing(self._run)
 
-    def run(self) -> None:
+    def _run(self) -> float:
         """Makes an update and takes it back."""
         start = time.perf_counter()
         try:
             tf.nest.map_structure(float, self._step(self._batch))
-            if self._has_run:
-                self._times.append(time.perf_counter() - start)
-            self._has_run = True
+            return time.perf_counter() - start
         finally:
             self._snapshot.restore()
 
@@ -84,12 +81,5 @@ class _Update:
         if self._peak is None:
             raise ValueError("internal: no peak is measured.")
         # The first run of a graph needs more than those that train.
-        self.run()
-        return self._peak.of(self.run)
-
-    def seconds(self) -> float:
-        # A window of microseconds needs many runs before one of them is undisturbed.
-        while sum(self._times) < 0.3:
-            self.run()
-        found, self._times = min(self._times), []
-        return found
+        self.timing.run()
+        return self._peak.of(self.timing.run)

@@ -6,12 +6,13 @@ from typing import Any
 import keras
 
 from virtualbatch.keras._guard import Memory
-from virtualbatch.keras._plan import searched, shortest
+from virtualbatch.keras._plan import searched
 from virtualbatch.keras._snapshot import Snapshot
 from virtualbatch.keras._torch_batch import place, window_of
 from virtualbatch.keras._torch_state import State
 from virtualbatch.plan import Plan
 from virtualbatch.split import array_leaves, common_rows, even_cut
+from virtualbatch.timing import Timing
 from virtualbatch.torch._memory import is_out_of_memory, left_bytes
 from virtualbatch.torch._peak import peak_bytes
 from virtualbatch.torch._random import RandomState
@@ -49,14 +50,12 @@ class _Update:
         self._model, self._batch, self._rows = model, batch, rows
         self._cut = even_cut(rows, size)
         self._snapshot = snapshot
+        self.timing = Timing(self._timed)
 
     def peak_bytes(self) -> int:
         found: list[int] = []
         self._taken_back(lambda: found.append(peak_bytes(self._run)))
         return found[0]
-
-    def seconds(self) -> float:
-        return shortest(self._timed)
 
     def _timed(self) -> float:
         start = time.perf_counter()

@@ -12,6 +12,7 @@ from virtualbatch.plan import Plan, parse_limit
 from virtualbatch.search import ROOM_FOR_TOOLS, Patience, Question, Search
 from virtualbatch.tensorflow._memory import KINDS, is_out_of_memory, left_bytes
 from virtualbatch.tensorflow._peak import PeakMemory
+from virtualbatch.timing import Timing
 
 # size -> function of a batch that computes a window, to be made a graph.
 Window = Callable[[int], Callable[[Any], Any]]
@@ -44,7 +45,7 @@ def planned(
             programs[size] = _Program(window(size), batch)
         return programs[size]
 
-    peak = _measuring(lambda: program(1).run())
+    peak = _measuring(lambda: program(1).timing.run())
     if peak is None:
         search.only_try()
     patience = Patience()
@@ -60,12 +61,12 @@ def planned(
                 found = program(size)
             if peak is not None and size not in peaks:
                 # The first run of a graph needs more than those that train.
-                found.run()
-                peaks[size] = held + peak.of(found.run)
+                found.timing.run()
+                peaks[size] = held + peak.of(found.timing.run)
                 search.tell(Question("memory", size), peaks[size])
             # A size that was only predicted to fit may need a little more.
             if question.kind != "memory" and peaks.get(size, 0) <= limit:
-                search.tell(question, found.seconds())
+                search.tell(question, found.timing.seconds())
         except KINDS as error:
             if not is_out_of_memory(error):
                 raise
@@ -105,31 +106,19 @@ class _Program:
         self._function = window if eager else function
         graph = function.get_concrete_function(batch).graph
         self._changed = list(graph.variables) if _assigns(graph) else []
-        # Seconds of runs that no answer told of yet. The first run loads what others find.
-        self._times: list[float] = []
-        self._has_run = False
+        self.timing = Timing(self._run)
 
-    def run(self) -> None:
+    def _run(self) -> float:
         """Runs the window and waits for it; every variable is as before."""
         before = [variable.numpy() for variable in self._changed]
         start = time.perf_counter()
         try:
             loss = tf.nest.flatten(self._function(self._batch))[0]
             np.asarray(loss)
-            if self._has_run:
-                self._times.append(time.perf_counter() - start)
-            self._has_run = True
+            return time.perf_counter() - start
         finally:
             for variable, value in zip(self._changed, before, strict=True):
                 variable.assign(value)
-
-    def seconds(self) -> float:
-        """The shortest of some runs; those count that a peak was measured by."""
-        # A window of microseconds needs many runs before one of them is undisturbed.
-        while sum(self._times) < 0.3:
-            self.run()
-        found, self._times = min(self._times), []
-        return found
 
 
 def _assigns(graph: Any) -> bool:

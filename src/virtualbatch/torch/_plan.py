@@ -1,6 +1,7 @@
 """Planning on PyTorch: what a window holds at its peak, and how long it takes."""
 
 import logging
+import math
 import time
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from virtualbatch.host_memory import host_memory
 from virtualbatch.plan import Plan, parse_limit
 from virtualbatch.search import ROOM_FOR_TOOLS, Patience, Question, Search
+from virtualbatch.timing import Timing
 from virtualbatch.torch._batch import Microbatch, microbatches, named_leaves
 from virtualbatch.torch._memory import is_out_of_memory, left_bytes
 from virtualbatch.torch._modules import inventory
@@ -18,6 +20,11 @@ from virtualbatch.torch._weights import Shares
 from virtualbatch.torch._window import Program
 
 _log = logging.getLogger(__name__)
+
+# Seconds of micro-batches that are timed at once.
+_MOMENT = 0.1
+# The window's largest micro-batches are its first; one more shows what stays between them.
+_STEADY = 3
 
 
 def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Plan:
@@ -42,6 +49,7 @@ def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
     device = found.accelerator
     count = DeviceCount(device) if device is not None and device.type == "cuda" else None
     peaks: dict[int, int] = {}
+    timings: dict[int, Timing] = {}
     patience = Patience()
     try:
         while (question := search.ask()) is not None:
@@ -52,15 +60,17 @@ def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
             cut = microbatches(batch, size, None)
             try:
                 shares = program.shares(cut)
+                if size not in timings:
+                    timings[size] = _timing(program, cut, shares)
                 if question.kind == "trial":
-                    search.tell(question, _seconds(program, cut, shares))
+                    search.tell(question, timings[size].seconds())
                     continue
                 if size not in peaks:
                     peaks[size] = held + _peak(program, cut, shares, limit - held, count)
                     search.tell(Question("memory", size), peaks[size])
                 # A size that was only predicted to fit may need a little more.
                 if question.kind == "time" and peaks[size] <= limit:
-                    search.tell(question, _seconds(program, cut, shares))
+                    search.tell(question, timings[size].seconds())
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -86,17 +96,14 @@ def _peak(
         room: bytes that it may make; what is known to need more is not run.
         count: of the device, where it counts.
     """
-    # The window's largest micro-batches are its first; one more shows what stays between them.
-    some = slice(0, 3)
-    terms = shares.terms and {name: found[some] for name, found in shares.terms.items()}
-    few = shares._replace(rows=shares.rows[some], terms=terms)
+    cut, shares = _first(_STEADY, cut, shares)
     roots = program.found.roots
     if can_fake(roots):
         try:
             with faked(roots) as fake:
                 on_fakes = program._replace(found=inventory(roots))
-                pieces = [microbatch.faked(fake) for microbatch in cut[some]]
-                found = peak_bytes(lambda: on_fakes.run(pieces, few, commit=False))
+                pieces = [microbatch.faked(fake) for microbatch in cut]
+                found = peak_bytes(lambda: on_fakes.run(pieces, shares, commit=False))
             if found > room or count is None:
                 return found
         except Exception as error:
@@ -104,20 +111,40 @@ def _peak(
             # the loss function itself is raised again by the window that is run instead.
             _log.debug("No plan on fake tensors: %s", error)
     counted = peak_bytes if count is None else count.peak_bytes
-    return counted(lambda: program.run(cut[some], few, commit=False))
+    return counted(lambda: program.run(cut, shares, commit=False))
 
 
-def _seconds(program: Program, cut: list[Microbatch], shares: Shares) -> float:
-    """The shortest of some runs of a window, after one that loads what the first run loads."""
-    times: list[float] = []
-    # A window of microseconds needs many runs before one of them is undisturbed.
-    while len(times) < 2 or sum(times[1:]) < 0.3:
+def _timing(program: Program, cut: list[Microbatch], shares: Shares) -> Timing:
+    """The time of a window, by as many of its micro-batches as take a moment.
+
+    What else a machine does comes and goes within seconds: many short runs of all sizes, in turns,
+    tell them apart where a few whole windows do not.
+    """
+
+    def seconds(count: int) -> float:
+        part = _first(count, cut, shares)
         start = time.perf_counter()
-        program.run(cut, shares, commit=False)
+        program.run(*part, commit=False)
         if program.found.accelerator is not None:
             torch.accelerator.synchronize(program.found.accelerator)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+        return time.perf_counter() - start
+
+    count = 0
+
+    def load() -> None:
+        nonlocal count
+        # If the whole window is out of memory, these are.
+        seconds(_STEADY)
+        count = min(len(cut), math.ceil(_MOMENT / seconds(1)))
+
+    return Timing(lambda: seconds(count) * len(cut) / count, load)
+
+
+def _first(count: int, cut: list[Microbatch], shares: Shares) -> tuple[list[Microbatch], Shares]:
+    """A window of the first micro-batches alone."""
+    some = slice(count)
+    terms = shares.terms and {name: found[some] for name, found in shares.terms.items()}
+    return cut[some], shares._replace(rows=shares.rows[some], terms=terms)
 
 
 def _held_bytes(program: Program, batch: Any) -> int:

@@ -1,0 +1,86 @@
+"""Which size is the fastest, though times are disturbed."""
+
+import random
+
+import pytest
+
+from virtualbatch.race import Race
+
+
+def run(race, seconds, disturbed=lambda look: 1.0):
+    """Has every size timed as often as the race asks; returns the sizes in this order."""
+    asked = list(seconds)
+    for size in seconds:
+        race.tell(size, seconds[size] * disturbed(size))
+    while (size := race.next_look()) is not None:
+        asked.append(size)
+        race.tell(size, seconds[size] * disturbed(size))
+        assert len(asked) <= 9 * len(seconds)
+    return asked
+
+
+def test_those_near_the_fastest_are_timed_in_turns():
+    race = Race()
+    asked = run(race, {2: 1.4, 4: 1.2, 8: 1.1, 16: 1.0})
+    # A look for all, two more for those within 30 %, and six for those within 15 %.
+    assert asked == [2, 4, 8, 16, *[4, 8, 16] * 2, *[8, 16] * 6]
+    assert race.near() == [8, 16]
+
+
+def test_one_that_is_far_ahead_is_timed_once():
+    race = Race()
+    assert run(race, {2: 2.0, 4: 1.0}) == [2, 4]
+    assert race.seconds() == {2: 2.0, 4: 1.0}
+
+
+def test_a_disturbance_does_not_decide():
+    # The first look at the fastest took a quarter longer.
+    looks = []
+
+    def disturbed(size):
+        looks.append(size)
+        return 1.25 if size == 16 and looks.count(16) == 1 else 1.0
+
+    race = Race()
+    run(race, {4: 1.2, 8: 1.1, 16: 1.0}, disturbed)
+    found = race.seconds()
+    assert min(found, key=found.get) == 16
+
+
+def test_turns_that_were_cut_short_do_not_count():
+    race = Race()
+    for seconds in (1.0, 1.0):
+        race.tell(4, seconds)
+    race.tell(8, 1.1)
+    # Of two looks at one size, only the first has a look at the other beside it.
+    race.tell(4, 3.0)
+    assert race.seconds() == {4: 1.0, 8: 1.1}
+
+
+def test_what_does_not_fit_leaves_the_race():
+    race = Race()
+    run(race, {4: 1.1, 8: 1.0})
+    race.forget(8)
+    assert race.near() == [4]
+    assert race.next_look() is None
+
+
+def test_nothing_to_time_is_no_race():
+    race = Race()
+    assert (race.near(), race.seconds(), race.next_look()) == ([], {}, None)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_of_fifteen_percent_costs_less_than_five(seed):
+    noise = random.Random(seed)
+    sizes = {8: 1.3, 16: 1.1, 32: 1.02, 64: 1.0, 128: 1.08}
+    race, spell = Race(), [1.0]
+
+    def disturbed(size):
+        # Slow spells that pass, and jitter of each look.
+        spell[0] = 0.7 * spell[0] + 0.3 * noise.uniform(0.75, 1.45)
+        return spell[0] * noise.uniform(0.95, 1.05)
+
+    run(race, sizes, disturbed)
+    found = race.seconds()
+    assert sizes[min(found, key=found.get)] <= 1.05
