@@ -1,10 +1,11 @@
 """What becomes of updates that really run out of memory, phase by phase, in processes of their own.
 
 Each process trains with all the address space that it wants, limits itself (RLIMIT_AS), and trains
-again with micro-batches that do not fit. The update equals, bit by bit, one that had the smaller
-size from the start ("recovered"), or is refused by a MemoryError that leaves everything as it was
-("refused"), or another error comes out ("error"), or the framework's own C++ ends the process
-("ended") or never returns ("hung").
+again with micro-batches that do not fit. Keras on TensorFlow also does that under a limit of
+TensorFlow's own allocator ("keras-tensorflow-allocator"). The update equals, bit by bit, one that
+had the smaller size from the start ("recovered"), or is refused by a MemoryError that leaves
+everything as it was ("refused"), or another error comes out ("error"), or the framework's own C++
+ends the process ("ended") or never returns ("hung").
 
 Usage: python benchmarks/recovery.py [--times 3] [--only keras-tensorflow] [--json FILE]
 """
@@ -26,15 +27,14 @@ SIZES = (32, 16, 8, 4)
 SECONDS = 150
 
 
-def run(script: Path, backend: str, *arguments: str) -> tuple[str, Any]:
+# Else the C library keeps what is freed and takes address space for each thread, and what fits is a
+# matter of luck.
+SETTLED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+ALLOCATOR = {"TF_CPU_ALLOCATOR_USE_BFC": "true", "TF_CPU_BFC_MEM_LIMIT_IN_MB": "128"}
+
+
+def run(script: Path, *arguments: str, more: dict[str, str] | None = None) -> tuple[str, Any]:
     """What became of a process, and what it printed."""
-    # Else the C library keeps what is freed and takes address space for each thread, and what fits
-    # is a matter of luck.
-    more = {
-        "KERAS_BACKEND": backend,
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_ARENA_MAX": "1",
-    }
     try:
         child = subprocess.run(
             [sys.executable, script, *arguments],
@@ -42,7 +42,7 @@ def run(script: Path, backend: str, *arguments: str) -> tuple[str, Any]:
             text=True,
             timeout=SECONDS,
             check=False,
-            env=os.environ | more,
+            env=os.environ | SETTLED | (more or {}),
         )
     except subprocess.TimeoutExpired:
         return "hung", None
@@ -61,15 +61,16 @@ def verdict(ended: str, found: Any) -> str:
 
 
 def of_an_engine(engine: str) -> dict[str, str]:
-    ended, found = run(TESTS / engine / "limited.py", engine)
+    ended, found = run(TESTS / engine / "limited.py")
     phases = ("weight", "forward", "backward")
     return {phase: verdict(ended, found and found[phase]) for phase in phases}
 
 
-def of_keras(backend: str) -> dict[str, str]:
+def of_keras(backend: str, limited_by: str) -> dict[str, str]:
     script = TESTS / "keras" / "limited.py"
+    more = {"KERAS_BACKEND": backend} | (ALLOCATOR if limited_by else {})
     return {
-        f"{phase}, {verb}": verdict(*run(script, backend, phase, verb))
+        f"{phase}, {verb}": verdict(*run(script, phase, verb, more=more))
         for phase in PHASES
         for verb in ("fit", "train_on_batch")
     }
@@ -77,7 +78,7 @@ def of_keras(backend: str) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    names = [*ENGINES, *(f"keras-{engine}" for engine in ENGINES)]
+    names = [*ENGINES, *(f"keras-{engine}" for engine in ENGINES), "keras-tensorflow-allocator"]
     parser.add_argument("--only", nargs="+", default=names, choices=names)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -86,8 +87,9 @@ def main() -> None:
     for name in arguments.only:
         counted = results.setdefault(name, {})
         for _ in range(arguments.times):
-            backend = name.removeprefix("keras-")
-            found = of_keras(backend) if name != backend else of_an_engine(name)
+            framework, _, limited_by = name.removeprefix("keras-").partition("-")
+            on_keras = name.startswith("keras-")
+            found = of_keras(framework, limited_by) if on_keras else of_an_engine(name)
             for case, word in found.items():
                 counted.setdefault(case, Counter())[word] += 1
         print(f"\n{name}")

@@ -29,6 +29,8 @@ _FIRST = 8
 _MOST_PEAKS = 8
 # Below this growth of the peak two sizes are both under the knee.
 _FLAT = 1.02
+# Looks at sizes near the fastest: before others are timed because of them, and in all.
+_SETTLED, _LOOKS = 2, 9
 # Sizes that are only tried grow until one takes this much longer than the fastest.
 _HOPELESS = 1.3
 
@@ -154,7 +156,8 @@ class Search:
         """The plan, once `ask` has given None."""
         near, seconds = self._race.near(), self._race.seconds()
         largest = max(seconds) if self._trial else self._largest_fitting()
-        if near:
+        # One that was timed alone, because it took all the time there was, is not known to be fast.
+        if largest in seconds or len(seconds) > 1:
             fastest = min(near, key=lambda m: seconds[m])
             size = next(m for m in near if seconds[m] <= NEARLY_AS_FAST * seconds[fastest])
             reason = (
@@ -165,7 +168,8 @@ class Search:
                 reason += " Sizes were tried, because memory was too short for what tells peaks."
         else:
             size = largest
-            reason = f"{largest} is the largest size that fits; none was timed."
+            timed = "times were not compared" if seconds else "none was timed"
+            reason = f"{largest} is the largest size that fits; {timed}."
         tried = sorted({*self._peaks, *seconds})
         rows = [PlanRow(m, self._peak(m), m in self._peaks, seconds.get(m)) for m in tried]
         return Plan(size, -(-self._rows // size), self._limit, reason, tuple(rows))
@@ -261,7 +265,7 @@ class Search:
         return not self._peaks and {1, self._rows} <= self._failed
 
     def _next_trial(self) -> int | None:
-        tried = self._race.first
+        tried = self._race.seconds()
         if 1 in self._failed or (self._stopped and not tried):
             raise ValueError(self._nothing_fits())
         if not tried:
@@ -275,22 +279,25 @@ class Search:
     def _next_time(self) -> int | None:
         if self._stopped:
             return None
-        timed = self._race.first
+        timed = self._race.seconds()
         # Small sizes first: where they are slow they are still done soonest.
         for size in self._far_apart():
             if size not in timed:
                 return size
         if not timed:
             return None
-        fastest = min(timed, key=lambda m: timed[m])
-        smallest = min(m for m in timed if timed[m] <= NEARLY_AS_FAST * timed[fastest])
+        if (again := self._race.next_look(_SETTLED)) is not None:
+            return again
+        near = self._race.near()
+        fastest = min(near, key=lambda m: timed[m])
+        smallest = min(m for m in near if timed[m] <= NEARLY_AS_FAST * timed[fastest])
         largest = self._largest_fitting()
         # Then on from there both ways, as long as it gets faster or stays as good.
         above = 2 * fastest if 3 * fastest <= largest else largest
         for size in (smallest // 2, above):
             if size >= 1 and (cut := self._cut(size)) not in timed and self._may_fit(cut):
                 return cut
-        return self._race.next_look()
+        return self._race.next_look(_LOOKS)
 
     def _far_apart(self) -> list[int]:
         """Sizes whose peaks are known and fit, at least a factor two apart, smallest first."""

@@ -12,7 +12,8 @@ class Timing:
 
     Args:
         run: runs the window and waits for it; () -> seconds that it took.
-        load: loads the same by less than a run; None if only a run does.
+        load: loads the same by less than a run; None if only a run does. A program that was
+            compiled ahead has nothing to load.
     """
 
     def __init__(self, run: Callable[[], float], load: Callable[[], None] | None = None):

@@ -7,12 +7,12 @@ import pytest
 from virtualbatch.race import Race
 
 
-def run(race, seconds, disturbed=lambda look: 1.0):
+def run(race, seconds, disturbed=lambda size: 1.0):
     """Has every size timed as often as the race asks; returns the sizes in this order."""
     asked = list(seconds)
     for size in seconds:
         race.tell(size, seconds[size] * disturbed(size))
-    while (size := race.next_look()) is not None:
+    while (size := race.next_look(9)) is not None:
         asked.append(size)
         race.tell(size, seconds[size] * disturbed(size))
         assert len(asked) <= 9 * len(seconds)
@@ -47,14 +47,31 @@ def test_a_disturbance_does_not_decide():
     assert min(found, key=found.get) == 16
 
 
-def test_turns_that_were_cut_short_do_not_count():
+def test_turns_without_a_size_do_not_count_beside_it():
     race = Race()
-    for seconds in (1.0, 1.0):
+    for seconds in (1.0, 1.0, 1.5):
         race.tell(4, seconds)
     race.tell(8, 1.1)
-    # Of two looks at one size, only the first has a look at the other beside it.
-    race.tell(4, 3.0)
-    assert race.seconds() == {4: 1.0, 8: 1.1}
+    # The only turn in which both ran was a slow one.
+    assert race.seconds() == {4: 1.5, 8: 1.1}
+
+
+def test_the_one_that_has_waited_longest_is_next():
+    race = Race()
+    for size in (4, 8, 4, 16, 8):
+        race.tell(size, 1.0)
+    assert race.next_look(9) == 4
+    race.tell(4, 1.0)
+    assert race.next_look(9) == 16
+
+
+def test_a_few_looks_are_enough_if_no_more_are_wanted():
+    race = Race()
+    for _ in range(3):
+        for size in (4, 8):
+            race.tell(size, 1.0)
+    assert race.next_look(3) is None
+    assert race.next_look(4) == 4
 
 
 def test_what_does_not_fit_leaves_the_race():
@@ -62,12 +79,12 @@ def test_what_does_not_fit_leaves_the_race():
     run(race, {4: 1.1, 8: 1.0})
     race.forget(8)
     assert race.near() == [4]
-    assert race.next_look() is None
+    assert race.next_look(9) is None
 
 
 def test_nothing_to_time_is_no_race():
     race = Race()
-    assert (race.near(), race.seconds(), race.next_look()) == ([], {}, None)
+    assert (race.near(), race.seconds(), race.next_look(9)) == ([], {}, None)
 
 
 @pytest.mark.parametrize("seed", range(20))

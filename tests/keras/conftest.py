@@ -13,8 +13,6 @@ from tests.keras.backends import BACKEND, available, ignored
 
 # Selection, not a skip: on its own backend every folder is collected.
 collect_ignore = ignored(BACKEND)
-if BACKEND == "tensorflow":
-    collect_ignore.append("test_limited.py")
 if not available("values in call"):
     collect_ignore.append("test_inside_a_window.py")
 

@@ -1,6 +1,8 @@
 """Memory as TensorFlow sees it: what is left, and which errors mean that it ran out."""
 
+import os
 import re
+import sys
 from typing import Any
 
 import tensorflow as tf
@@ -36,11 +38,21 @@ def left_bytes() -> int | None:
     """
     gpus = tf.config.list_logical_devices("GPU")
     if not gpus:
-        return host_memory().left_bytes
+        return min(host_memory().left_bytes, _allocator_left_bytes())
     limits = tf.config.get_logical_device_configuration(tf.config.list_physical_devices("GPU")[0])
     limit = limits[0].memory_limit if limits else None
     details = tf.config.experimental.get_memory_info(gpus[0].name)
     return None if limit is None else int(limit * 2**20 - details["current"])
+
+
+def _allocator_left_bytes() -> int:
+    """What TensorFlow's allocator on the host may still take, where it has a limit of its own."""
+    used = os.environ.get("TF_CPU_ALLOCATOR_USE_BFC", "").lower() in ("true", "1")
+    limit = os.environ.get("TF_CPU_BFC_MEM_LIMIT_IN_MB", "")
+    if not (used and limit.isdecimal()):
+        return sys.maxsize
+    current = tf.config.experimental.get_memory_info("CPU:0")["current"]
+    return int(limit) * 2**20 - int(current)
 
 
 def largest_variables(variables: Any) -> list[tuple[str, int]]:
