@@ -1,23 +1,26 @@
 """Which of some sizes is the fastest, where every time is disturbed.
 
 What else a machine does comes and goes within seconds, and slows whatever runs then. So sizes are
-timed in turns, and compared by their means over the same turns: in traces of a busy machine that
-found a size within 5 % of the fastest more often than the shortest times did.
+timed in turns, and a time is taken for that of the size times the tempo of the turn, the same for
+all that ran in it: in traces of a busy machine means of turns found a size within 5 % of the
+fastest more often than the shortest times did.
 """
 
 from statistics import fmean
 
-# What takes longer than this, against the fastest, gets no further look; nor does, after three
-# turns, what takes longer than that.
-_FAR, _TURNS, _FAR_AFTER_TURNS = 1.3, 3, 1.15
+# A size that takes longer than this, against the fastest, gets no further look; nor does, after
+# three looks, one that takes longer than that.
+_FAR, _FEW, _FAR_AFTER_FEW = 1.3, 3, 1.15
+# Alternations between the tempos of turns and the times of sizes; they settle within a few.
+_ROUNDS = 10
 
 
 class Race:
     """Times of sizes, as they are taken."""
 
     def __init__(self) -> None:
-        # By when they were last looked at.
-        self._looks: dict[int, list[float]] = {}
+        # size -> seconds, of each turn. In a turn a size runs once.
+        self._turns: list[dict[int, float]] = []
 
     def tell(self, size: int, seconds: float) -> None:
         """Takes one look at a size.
@@ -26,20 +29,47 @@ class Race:
             size: rows of a micro-batch.
             seconds: what the whole batch took.
         """
-        self._looks[size] = [*self._looks.pop(size, []), seconds]
+        if not self._turns or size in self._turns[-1]:
+            self._turns.append({})
+        self._turns[-1][size] = seconds
 
     def forget(self, size: int) -> None:
         """Takes a size out of the race, because it does not fit."""
-        self._looks.pop(size, None)
+        for turn in self._turns:
+            turn.pop(size, None)
+
+    def looks(self, size: int) -> int:
+        """How often a size was timed."""
+        return sum(size in turn for turn in self._turns)
+
+    def seconds(self) -> dict[int, float]:
+        """The time of each size, in a turn of mean tempo; by size.
+
+        The model is seconds = time of the size x tempo of the turn, fitted by turns to either.
+        """
+        turns = [turn for turn in self._turns if turn]
+        sizes = sorted({size for turn in turns for size in turn})
+        found = dict.fromkeys(sizes, 1.0)
+        tempos: list[float] = []
+        for _ in range(_ROUNDS):
+            tempos = [fmean(turn[size] / found[size] for size in turn) for turn in turns]
+            for size in sizes:
+                found[size] = fmean(
+                    turn[size] / tempo
+                    for turn, tempo in zip(turns, tempos, strict=True)
+                    if size in turn
+                )
+        return {size: found[size] * fmean(tempos) for size in sizes}
 
     def near(self) -> list[int]:
         """The sizes that may be the fastest, smallest first."""
-        means = {size: fmean(self._looks[size]) for size in sorted(self._looks)}
-        near = [size for size in means if means[size] <= _FAR * min(means.values())]
-        if self._turns(near) < _TURNS:
-            return near
-        means = self._means(near)
-        return [size for size in near if means[size] <= _FAR_AFTER_TURNS * min(means.values())]
+        found = self.seconds()
+        fastest = min(found.values(), default=0.0)
+        return [
+            size
+            for size in found
+            if found[size] <= (_FAR if self.looks(size) < _FEW else _FAR_AFTER_FEW) * fastest
+        ]
 
     def next_look(self, looks: int) -> int | None:
         """The size to be timed again.
@@ -51,20 +81,7 @@ class Race:
             A size; None if they have them, or only one is left.
         """
         near = self.near()
-        if len(near) < 2 or self._turns(near) >= looks:
+        if len(near) < 2 or min(self.looks(size) for size in near) >= looks:
             return None
-        return next(size for size in self._looks if size in near)
-
-    def seconds(self) -> dict[int, float]:
-        """The mean time of each size; of those that may be the fastest, over the same turns."""
-        alone = {size: fmean(self._looks[size]) for size in sorted(self._looks)}
-        return alone | self._means(self.near())
-
-    def _turns(self, sizes: list[int]) -> int:
-        """The looks that each of some sizes has had."""
-        return min((len(self._looks[size]) for size in sizes), default=0)
-
-    def _means(self, sizes: list[int]) -> dict[int, float]:
-        """Means over the last turns, in which all of some sizes ran."""
-        turns = self._turns(sizes)
-        return {size: fmean(self._looks[size][-turns:]) for size in sizes}
+        waiting = [size for size in near if size not in self._turns[-1]]
+        return min(waiting or near)

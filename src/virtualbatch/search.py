@@ -154,12 +154,15 @@ class Search:
 
     def plan(self) -> Plan:
         """The plan, once `ask` has given None."""
-        near, seconds = self._race.near(), self._race.seconds()
+        seconds = self._race.seconds()
         largest = max(seconds) if self._trial else self._largest_fitting()
         # One that was timed alone, because it took all the time there was, is not known to be fast.
         if largest in seconds or len(seconds) > 1:
-            fastest = min(near, key=lambda m: seconds[m])
-            size = next(m for m in near if seconds[m] <= NEARLY_AS_FAST * seconds[fastest])
+            # What came last may have been seen in one turn only.
+            looks = min(_SETTLED, max(self._race.looks(m) for m in seconds))
+            known = [m for m in seconds if self._race.looks(m) >= looks]
+            fastest = min(known, key=lambda m: seconds[m])
+            size = next(m for m in known if seconds[m] <= NEARLY_AS_FAST * seconds[fastest])
             reason = (
                 f"{largest} rows fit at once; {size} is the smallest size within "
                 f"{NEARLY_AS_FAST - 1:.0%} of the fastest, {fastest}."

@@ -150,7 +150,7 @@ def test_where_a_remainder_costs_something_sizes_divide_the_batch_or_none_is_nea
 
 
 def test_the_smallest_size_that_is_nearly_as_fast_is_chosen():
-    seconds = {64: 1.0, 32: 1.01, 16: 1.02, 8: 1.2, 4: 2.0}
+    seconds = {64: 1.0, 32: 1.01, 16: 1.015, 8: 1.2, 4: 2.0}
     plan, _ = searched(64, 10**9, constant(5), seconds.__getitem__)
     assert plan.microbatch_size == 16
     assert plan.accumulation_steps == 4
@@ -173,9 +173,8 @@ def test_times_near_the_fastest_are_taken_again_in_turns():
     # The others are left once three turns have shown that they are slower.
     assert asked[:6] == [8, 32, 64] * 2
     assert max(asked.count(8), asked.count(16)) < 9
-    assert asked[-4:] == [32, 64, 32, 64]
-    shown = {row.microbatch_size: row.seconds_per_batch for row in plan.rows}
-    assert shown[64] == pytest.approx((1.2 + 8 * 1.0) / 9)
+    assert min(asked.count(32), asked.count(64)) >= 9
+    assert asked[9:15] == [32, 64] * 3
 
 
 def test_small_micro_batches_may_be_the_fastest():

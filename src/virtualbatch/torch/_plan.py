@@ -134,8 +134,8 @@ def _timing(program: Program, cut: list[Microbatch], shares: Shares) -> Timing:
     def load() -> None:
         nonlocal count
         # If the whole window is out of memory, these are.
-        seconds(_STEADY)
-        count = min(len(cut), math.ceil(_MOMENT / seconds(1)))
+        some = min(_STEADY, len(cut))
+        count = min(len(cut), math.ceil(_MOMENT * some / seconds(some)))
 
     return Timing(lambda: seconds(count) * len(cut) / count, load)
 
