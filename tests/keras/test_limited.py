@@ -20,7 +20,7 @@ RECOVERED = {
     "torch": ["forward", "backward", "accumulate"],
     "jax": ["forward", "backward"],
 }
-REFUSED = {"tensorflow": ["one row", "update"], "torch": ["one row"], "jax": ["update"]}
+REFUSED = {"tensorflow": ["update"], "torch": ["one row"], "jax": ["update"]}
 LIMITS = {
     # Else the C library keeps what is freed and takes address space for each thread, and what fits
     # is a matter of luck.
