@@ -25,8 +25,6 @@ PHASES = ("forward", "backward", "accumulate", "update")
 SIZES = (32, 16, 8, 4)
 # TensorFlow waits ten seconds for memory, each time that there is none.
 SECONDS = 150
-
-
 # Else the C library keeps what is freed and takes address space for each thread, and what fits is a
 # matter of luck.
 SETTLED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}

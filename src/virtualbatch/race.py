@@ -2,8 +2,7 @@
 
 What else a machine does comes and goes within seconds, and slows whatever runs then. So sizes are
 timed in turns, and a time is taken for that of the size times the tempo of the turn, the same for
-all that ran in it: in traces of a busy machine means of turns found a size within 5 % of the
-fastest more often than the shortest times did.
+all that ran in it. A shortest time would be that of whichever size met the quietest moment.
 """
 
 from statistics import fmean
