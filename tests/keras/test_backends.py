@@ -31,8 +31,6 @@ def test_every_file_of_this_backend_is_collected():
     assert child.returncode == 0, child.stdout
     collected = {line.split("::")[0] for line in child.stdout.splitlines() if "::" in line}
     files = {*HERE.glob("test_*.py"), *(HERE / BACKEND).glob("test_*.py")}
-    if BACKEND == "tensorflow":
-        files.remove(HERE / "test_limited.py")
     if not available("values in call"):
         files.remove(HERE / "test_inside_a_window.py")
     assert collected == {path.relative_to(root).as_posix() for path in files}
