@@ -11,13 +11,14 @@ Usage: python benchmarks/plan.py [--engines torch jax] [--models MLP CNN] [--jso
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from plan_models import MODELS, ROWS, data, in_keras, in_torch
@@ -29,9 +30,11 @@ ENGINES = ["jax", "torch", "tensorflow", "keras"]
 ERRORS = {"jax": 0.03, "torch": 0.10, "tensorflow": 0.15, "keras": 0.15}
 THROUGHPUT = 0.95
 LIMIT = 0.6
-# Of the timing, and seconds for more of them; a window of few milliseconds needs many.
-ROUNDS = 5
-SECONDS = 8.0
+# Turns of timing at least, and seconds at least and at most. It ends between them once the share of
+# the best throughput is known to this standard error; times of one size move by more than 10 %.
+TURNS = 5
+SECONDS = (8.0, 60.0)
+ERROR = 0.01
 
 
 class Setting(NamedTuple):
@@ -199,33 +202,67 @@ def measured(engine: str, name: str) -> dict[str, Any]:
     sizes = [size for size in (4, 8, 16, 32, 64, 128, 256) if size <= ROWS]
     sizes = sorted({*sizes, *(plan.microbatch_size for plan in plans)})
     programs = {size: setting.window(size) for size in sizes}
-    times: dict[int, list[float]] = {size: [] for size in sizes}
     for run in programs.values():
         run()
     off = stated_error(setting, plans, programs)
-    rounds, begin = 0, time.perf_counter()
-    while rounds < ROUNDS or time.perf_counter() - begin < SECONDS:
-        rounds += 1
-        for size, run in programs.items():
-            start = time.perf_counter()
-            run()
-            times[size].append(time.perf_counter() - start)
-    # Means of the same rounds: what else the machine did slowed all sizes alike.
-    seconds = {size: fmean(found) for size, found in times.items()}
-    fastest = min(seconds, key=lambda size: seconds[size])
+    chosen = found.microbatch_size
+    times = timed(programs, chosen)
+    shares = {size: ratio(times, size, chosen) for size in programs}
+    fastest = min(shares, key=lambda size: shares[size][0])
     return {
-        "chosen": found.microbatch_size,
+        "chosen": chosen,
         "fastest": fastest,
-        "throughput": seconds[fastest] / seconds[found.microbatch_size],
-        "against_uncut": seconds[ROWS] / seconds[found.microbatch_size],
+        "throughput": shares[fastest][0],
+        "throughput_error": shares[fastest][1],
+        "against_uncut": shares[ROWS][0],
+        "against_uncut_error": shares[ROWS][1],
         "error": off,
         "line_error": line_error(plans),
-        "seconds": seconds,
+        "times": times,
         "limit": limit,
         "limited": [[r.microbatch_size, r.peak_bytes, r.measured] for r in plans[-1].rows],
         "seconds_to_plan": spent,
         "rows": [[row.microbatch_size, row.peak_bytes, row.measured] for row in found.rows],
     }
+
+
+def timed(programs: dict[int, Callable[[], Any]], chosen: int) -> dict[int, list[float]]:
+    """Times of all sizes in turns, until it is known what the chosen one has of the best.
+
+    Returns:
+        size -> its seconds, of each turn; fewer turns for sizes that were surely slower.
+    """
+    times: dict[int, list[float]] = {size: [] for size in programs}
+    running, begin = list(programs), time.perf_counter()
+    while True:
+        for size in running:
+            start = time.perf_counter()
+            programs[size]()
+            times[size].append(time.perf_counter() - start)
+        spent = time.perf_counter() - begin
+        if len(times[chosen]) < TURNS:
+            continue
+        shares = {size: ratio(times, size, chosen) for size in running}
+        known = max(error for _, error in shares.values()) <= ERROR
+        if spent > SECONDS[1] or (known and spent > SECONDS[0]):
+            return times
+        running = [
+            size
+            for size, (share, error) in shares.items()
+            # Slower than the fastest by more than chance; the whole batch is compared by itself.
+            if size in (chosen, ROWS) or share - 3 * error < min(s for s, _ in shares.values())
+        ]
+
+
+def ratio(times: dict[int, list[float]], size: int, chosen: int) -> tuple[float, float]:
+    """(time of a size / that of the chosen one, standard error), of the turns that both ran in.
+
+    What else the machine did slowed all that ran in a turn, so turns are compared one by one.
+    """
+    both = list(zip(times[size], times[chosen], strict=False))
+    share = fmean(a for a, _ in both) / fmean(b for _, b in both)
+    left_over = [a - share * b for a, b in both]
+    return share, stdev(left_over) / fmean(b for _, b in both) / math.sqrt(len(both))
 
 
 def stated_error(setting: Setting, plans: list[Any], programs: dict[int, Any]) -> float | None:
@@ -274,7 +311,7 @@ def main() -> None:
     for engine in arguments.engines:
         print(f"\n{engine}: peaks within {ERRORS[engine]:.0%}, {THROUGHPUT:.0%} of the fastest")
         print(
-            f"{'':20}{'chosen':>8}{'fastest':>8}{'speed':>8}{'/ uncut':>8}{'peak off':>9}"
+            f"{'':20}{'chosen':>8}{'fastest':>8}{'speed':>15}{'/ uncut':>14}{'peak off':>9}"
             f"{'line off':>9}{'s':>7}"
         )
         for name in arguments.models:
@@ -284,8 +321,10 @@ def main() -> None:
                 "" if found[key] is None else f"{found[key]:.1%}" for key in ("error", "line_error")
             )
             print(
-                f"{name:20}{found['chosen']:8}{found['fastest']:8}{found['throughput']:8.2f}"
-                f"{found['against_uncut']:8.2f}{off:>9}{line:>9}{found['seconds_to_plan']:7.1f}",
+                f"{name:20}{found['chosen']:8}{found['fastest']:8}"
+                f"{found['throughput']:8.3f} ±{found['throughput_error']:.3f}"
+                f"{found['against_uncut']:8.2f} ±{found['against_uncut_error']:.2f}"
+                f"{off:>9}{line:>9}{found['seconds_to_plan']:7.1f}",
                 flush=True,
             )
     if arguments.json:
@@ -300,7 +339,7 @@ def in_a_process(engine: str, name: str) -> dict[str, Any]:
         env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_CPU_ALLOCATOR_USE_BFC": "true"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
     if child.returncode:

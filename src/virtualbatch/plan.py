@@ -5,9 +5,8 @@ import json
 import re
 from dataclasses import asdict, dataclass
 
-# A smaller micro-batch is as good as the fastest one if it takes at most this much longer. 5 % may
-# be lost, and times themselves are off by most of that.
-NEARLY_AS_FAST = 1.02
+# A smaller micro-batch is as good as the fastest one if it takes at most this much longer.
+NEARLY_AS_FAST = 1.05
 
 _UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}

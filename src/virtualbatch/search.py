@@ -29,8 +29,9 @@ _FIRST = 8
 _MOST_PEAKS = 8
 # Below this growth of the peak two sizes are both under the knee.
 _FLAT = 1.02
-# Looks at sizes near the fastest: before others are timed because of them, and in all.
-_SETTLED, _LOOKS = 2, 9
+# Standard errors of the times of sizes that may be the fastest: before others are timed because of
+# them, and at the end. With the last, a smaller size is surely as good where it is within 2 %.
+_SETTLED, _PRECISE = 0.075, 0.01
 # Sizes that are only tried grow until one takes this much longer than the fastest.
 _HOPELESS = 1.3
 
@@ -122,7 +123,7 @@ class Search:
         """Takes the answer.
 
         Args:
-            question: what `ask` gave.
+            question: what `ask` gave; or one about memory, where more became known of a size.
             answer: peak bytes or seconds; None if memory ran out.
         """
         size = question.microbatch_size
@@ -134,6 +135,9 @@ class Search:
             self._failed.add(size)
         elif question.kind == "memory":
             self._peaks[size] = answer
+            if answer > self._limit:
+                # Told again, because a later run needed more.
+                self._race.forget(size)
         else:
             self._race.tell(size, answer)
 
@@ -158,11 +162,7 @@ class Search:
         largest = max(seconds) if self._trial else self._largest_fitting()
         # One that was timed alone, because it took all the time there was, is not known to be fast.
         if largest in seconds or len(seconds) > 1:
-            # What came last may have been seen in one turn only.
-            looks = min(_SETTLED, max(self._race.looks(m) for m in seconds))
-            known = [m for m in seconds if self._race.looks(m) >= looks]
-            fastest = min(known, key=lambda m: seconds[m])
-            size = next(m for m in known if seconds[m] <= NEARLY_AS_FAST * seconds[fastest])
+            size, fastest = self._race.chosen(NEARLY_AS_FAST - 1)
             reason = (
                 f"{largest} rows fit at once; {size} is the smallest size within "
                 f"{NEARLY_AS_FAST - 1:.0%} of the fastest, {fastest}."
@@ -291,16 +291,14 @@ class Search:
             return None
         if (again := self._race.next_look(_SETTLED)) is not None:
             return again
-        near = self._race.near()
-        fastest = min(near, key=lambda m: timed[m])
-        smallest = min(m for m in near if timed[m] <= NEARLY_AS_FAST * timed[fastest])
+        smallest, fastest = self._race.chosen(NEARLY_AS_FAST - 1)
         largest = self._largest_fitting()
         # Then on from there both ways, as long as it gets faster or stays as good.
         above = 2 * fastest if 3 * fastest <= largest else largest
         for size in (smallest // 2, above):
             if size >= 1 and (cut := self._cut(size)) not in timed and self._may_fit(cut):
                 return cut
-        return self._race.next_look(_LOOKS)
+        return self._race.next_look(_PRECISE)
 
     def _far_apart(self) -> list[int]:
         """Sizes whose peaks are known and fit, at least a factor two apart, smallest first."""

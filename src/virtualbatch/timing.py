@@ -1,9 +1,9 @@
 """How long the window of one size takes, for a plan."""
 
 from collections.abc import Callable
+from statistics import fmean
 
-# Seconds of runs for one answer. A window of microseconds needs many before one of them is
-# undisturbed.
+# Seconds of runs for one answer. A window of microseconds needs many before they tell.
 ENOUGH = 0.1
 
 
@@ -12,8 +12,7 @@ class Timing:
 
     Args:
         run: runs the window and waits for it; () -> seconds that it took.
-        load: loads the same by less than a run; None if only a run does. A program that was
-            compiled ahead has nothing to load.
+        load: loads the same by less than a run; None if only a run does.
     """
 
     def __init__(self, run: Callable[[], float], load: Callable[[], None] | None = None):
@@ -31,11 +30,15 @@ class Timing:
         self._is_loaded = True
 
     def seconds(self) -> float:
-        """The shortest run since the last answer, with as many more as it takes to tell."""
+        """The mean run since the last answer, with as many more as it takes to tell.
+
+        Not the shortest: windows that are run twice for an answer would then look faster than
+        those that are run once.
+        """
         if not self._is_loaded and self._load is not None:
             self._load()
             self._is_loaded = True
         while sum(self._times) < ENOUGH:
             self.run()
-        found, self._times = min(self._times), []
+        found, self._times = fmean(self._times), []
         return found

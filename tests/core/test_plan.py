@@ -25,9 +25,9 @@ def searched(rows, limit, peak, seconds, trial=lambda rows: None, remainder=True
 
 
 def assert_asked_once(questions):
-    """Whether each peak was asked for once; a time nine times, and thrice for each size tried."""
+    """Whether each peak was asked for once, and a time as often as errors shrink without noise."""
     asked = Counter((q.kind, q.microbatch_size) for q in questions)
-    looks = 9 + 3 * len({m for kind, m in asked if kind == "time"})
+    looks = 30 + 3 * len({m for kind, m in asked if kind == "time"})
     assert all(count <= (looks if kind == "time" else 1) for (kind, _), count in asked.items())
 
 
@@ -150,7 +150,7 @@ def test_where_a_remainder_costs_something_sizes_divide_the_batch_or_none_is_nea
 
 
 def test_the_smallest_size_that_is_nearly_as_fast_is_chosen():
-    seconds = {64: 1.0, 32: 1.01, 16: 1.015, 8: 1.2, 4: 2.0}
+    seconds = {64: 1.0, 32: 1.01, 16: 1.002, 8: 1.2, 4: 2.0}
     plan, _ = searched(64, 10**9, constant(5), seconds.__getitem__)
     assert plan.microbatch_size == 16
     assert plan.accumulation_steps == 4
@@ -170,11 +170,10 @@ def test_times_near_the_fastest_are_taken_again_in_turns():
 
     plan, _ = searched(64, 10**9, constant(5), seconds)
     assert plan.microbatch_size == 32
-    # The others are left once three turns have shown that they are slower.
     assert asked[:6] == [8, 32, 64] * 2
-    assert max(asked.count(8), asked.count(16)) < 9
-    assert min(asked.count(32), asked.count(64)) >= 9
-    assert asked[9:15] == [32, 64] * 3
+    # The others are left once turns have shown that they are slower.
+    assert max(asked.count(8), asked.count(16)) < min(asked.count(32), asked.count(64))
+    assert asked[-4:] in ([32, 64] * 2, [64, 32] * 2)
 
 
 def test_small_micro_batches_may_be_the_fastest():
@@ -200,6 +199,23 @@ def test_memory_that_runs_out_while_timing_lowers_it_too():
         else:
             search.tell(question, None if size > 50 else 1 / size)
     assert 25 <= search.plan().microbatch_size <= 50
+
+
+def test_a_size_whose_later_runs_need_more_than_fits_is_left():
+    search, told = Search(64, 1000), []
+    while (question := search.ask()) is not None:
+        size = question.microbatch_size
+        if question.kind == "memory":
+            search.tell(question, 10 * size)
+        else:
+            search.tell(question, 1 / size)
+            told.append(size)
+            if size > 40:
+                search.tell(Question("memory", size), 20 * size)
+    plan = search.plan()
+    assert 64 in told
+    assert plan.microbatch_size <= 40
+    assert {row.microbatch_size: row.peak_bytes for row in plan.rows}[64] == 1280
 
 
 def test_a_peak_that_does_not_grow_takes_the_whole_batch():

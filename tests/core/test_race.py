@@ -7,23 +7,25 @@ import pytest
 from virtualbatch.race import Race
 
 
-def run(race, seconds, disturbed=lambda size: 1.0):
+def run(race, seconds, disturbed=lambda size: 1.0, error=0.02):
     """Has every size timed as often as the race asks; returns the sizes in this order."""
     asked = list(seconds)
     for size in seconds:
         race.tell(size, seconds[size] * disturbed(size))
-    while (size := race.next_look(9)) is not None:
+    while (size := race.next_look(error)) is not None:
         asked.append(size)
         race.tell(size, seconds[size] * disturbed(size))
-        assert len(asked) <= 9 * len(seconds)
+        assert len(asked) <= 200 * len(seconds)
     return asked
 
 
-def test_those_near_the_fastest_are_timed_in_turns():
+def test_those_that_may_be_the_fastest_are_timed_in_turns():
     race = Race()
-    asked = run(race, {2: 1.4, 4: 1.2, 8: 1.1, 16: 1.0})
-    # A look for all, two more for those within 30 %, and six for those within 15 %.
-    assert asked == [2, 4, 8, 16, *[4, 8, 16] * 2, *[8, 16] * 6]
+    asked = run(race, {2: 1.6, 4: 1.2, 8: 1.01, 16: 1.0})
+    # 60 % slower is out after one look, 20 % after some; the others go on until they are known.
+    assert asked[:7] == [2, 4, 8, 16, 4, 8, 16]
+    assert asked.count(4) < asked.count(8)
+    assert asked[-4:] == [8, 16] * 2
     assert race.near() == [8, 16]
 
 
@@ -31,6 +33,26 @@ def test_one_that_is_far_ahead_is_timed_once():
     race = Race()
     assert run(race, {2: 2.0, 4: 1.0}) == [2, 4]
     assert race.seconds() == {2: 2.0, 4: 1.0}
+
+
+def test_one_quiet_moment_does_not_end_the_race():
+    # As it was on a machine where looks move by more than a tenth: 16 rows met a quiet moment.
+    race = Race()
+    for size, seconds in ((8, 0.55), (32, 0.57), (8, 0.64), (32, 0.56), (16, 0.43)):
+        race.tell(size, seconds)
+    # 32 rows are still in the race, though far behind in what was seen.
+    assert race.near() == [16, 32]
+    assert race.next_look(0.02) == 16
+
+
+def test_a_lucky_look_does_not_win():
+    race = Race()
+    for _ in range(8):
+        race.tell(32, 1.0)
+    race.tell(16, 0.95)
+    # One look may be off by more than this.
+    assert min(race.seconds(), key=race.seconds().get) == 16
+    assert race.chosen(0.0) == (32, 32)
 
 
 def test_a_disturbance_does_not_decide():
@@ -43,8 +65,7 @@ def test_a_disturbance_does_not_decide():
 
     race = Race()
     run(race, {4: 1.2, 8: 1.1, 16: 1.0}, disturbed)
-    found = race.seconds()
-    assert min(found, key=found.get) == 16
+    assert race.chosen(0.0) == (16, 16)
 
 
 def test_a_size_that_ran_in_slow_turns_only_is_not_thought_slow():
@@ -57,48 +78,76 @@ def test_a_size_that_ran_in_slow_turns_only_is_not_thought_slow():
     assert found[4] == pytest.approx(1.25)
 
 
+def test_a_smaller_size_wins_once_it_is_surely_as_good():
+    race = Race()
+    for _ in range(2):
+        for size, seconds in ((8, 1.06), (16, 1.04), (32, 1.0)):
+            race.tell(size, seconds)
+    # So far 16 rows may be 10 % slower.
+    assert race.chosen(0.05) == (32, 32)
+    for _ in range(100):
+        for size, seconds in ((8, 1.06), (16, 1.04), (32, 1.0)):
+            race.tell(size, seconds)
+    assert race.chosen(0.05) == (16, 32)
+
+
+def test_errors_follow_from_what_is_left_over():
+    quiet, loud = Race(), Race()
+    noise = random.Random(0)
+    for _ in range(50):
+        tempo = noise.uniform(1, 2)
+        for size in (4, 8, 16):
+            quiet.tell(size, tempo)
+            loud.tell(size, tempo * noise.gauss(1, 0.1))
+    assert max(quiet.errors().values()) < 0.003
+    # 10 % of one look, 50 looks.
+    assert loud.errors()[8] == pytest.approx(0.1 / 50**0.5, rel=0.15)
+
+
 def test_of_a_turn_only_those_that_have_not_run_are_next():
     race = Race()
     for size in (4, 8, 4, 16, 8):
         race.tell(size, 1.0)
-    assert race.next_look(9) == 4
+    assert race.next_look(0.02) == 4
     race.tell(4, 1.0)
-    assert race.next_look(9) == 8
+    assert race.next_look(0.02) == 8
 
 
-def test_a_few_looks_are_enough_if_no_more_are_wanted():
+def test_it_ends_once_times_are_known_well_enough():
     race = Race()
-    for _ in range(3):
-        for size in (4, 8):
-            race.tell(size, 1.0)
-    assert race.next_look(3) is None
-    assert race.next_look(4) == 4
+    for size in (4, 8) * 3:
+        race.tell(size, 1.0)
+    assert race.next_look(0.05) is None
+    assert race.next_look(0.01) == 4
 
 
 def test_what_does_not_fit_leaves_the_race():
     race = Race()
     run(race, {4: 1.1, 8: 1.0})
+    race.tell(16, 0.5)
+    race.forget(16)
     race.forget(8)
     assert race.near() == [4]
-    assert race.next_look(9) is None
+    assert race.next_look(0.02) is None
+    assert race.chosen(0.05) == (4, 4)
 
 
 def test_nothing_to_time_is_no_race():
     race = Race()
-    assert (race.near(), race.seconds(), race.next_look(9)) == ([], {}, None)
+    assert (race.near(), race.seconds(), race.next_look(0.02)) == ([], {}, None)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_noise_of_fifteen_percent_costs_less_than_five(seed):
-    noise = random.Random(seed)
+def test_noise_of_fifteen_percent_seldom_costs_five():
     sizes = {8: 1.3, 16: 1.1, 32: 1.02, 64: 1.0, 128: 1.08}
-    race, spell = Race(), [1.0]
+    chosen = []
+    for seed in range(100):
+        noise, race, spell = random.Random(seed), Race(), [1.0]
 
-    def disturbed(size):
-        # Slow spells that pass, and jitter of each look.
-        spell[0] = 0.7 * spell[0] + 0.3 * noise.uniform(0.75, 1.45)
-        return spell[0] * noise.uniform(0.95, 1.05)
+        def disturbed(size, noise=noise, spell=spell):
+            # Slow spells that pass, and jitter of each look.
+            spell[0] = 0.7 * spell[0] + 0.3 * noise.uniform(0.75, 1.45)
+            return spell[0] * noise.uniform(0.9, 1.1)
 
-    run(race, sizes, disturbed)
-    found = race.seconds()
-    assert sizes[min(found, key=found.get)] <= 1.05
+        run(race, sizes, disturbed)
+        chosen.append(race.chosen(0.05)[0])
+    assert sum(sizes[size] <= 1.05 for size in chosen) >= 98

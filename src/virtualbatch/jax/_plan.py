@@ -74,9 +74,7 @@ def planned(
         size = question.microbatch_size
         try:
             if question.kind == "trial":
-                # The first run compiles what it calls.
                 trial = _timing(partial(window(size), *args, **kwargs))
-                trial.run()
                 search.tell(question, trial.seconds())
                 continue
             program = compiled(size)
@@ -111,7 +109,7 @@ def _timing(window: Callable[[], Any]) -> Timing:
         jax.block_until_ready(window())
         return time.perf_counter() - start
 
-    return Timing(run, load=lambda: None)
+    return Timing(run)
 
 
 def _left_bytes(arrays: list[Any]) -> int:

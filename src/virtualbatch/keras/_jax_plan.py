@@ -56,7 +56,7 @@ class _Update:
     def __init__(self, step: Callable[[Any, Any], Any], state: Any, batch: Any, held: int):
         self._state, self._batch, self._held = state, batch, held
         self._program = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-        self.timing = Timing(self._run, load=lambda: None)
+        self.timing = Timing(self._run)
 
     def peak_bytes(self) -> int:
         found = self._program.memory_analysis()

@@ -13,7 +13,7 @@ class Program(Protocol):
     """The window of one size; neither method changes the model."""
 
     def peak_bytes(self) -> int:
-        """The most bytes that it needs beyond what is held before it."""
+        """The most bytes that it needs beyond what is held before it, as far as is known now."""
 
     @property
     def timing(self) -> Timing:
@@ -61,6 +61,10 @@ def searched(
             # A size that was only predicted to fit may need a little more.
             if question.kind != "memory" and peaks.get(size, 0) <= limit:
                 search.tell(question, programs[size].timing.seconds())
+                if size in peaks:
+                    # Of more runs, so it may have grown.
+                    peaks[size] = held + programs[size].peak_bytes()
+                    search.tell(Question("memory", size), peaks[size])
         except memory.kinds as error:
             if not memory.is_out_of_memory(error):
                 raise

@@ -13,8 +13,7 @@ from virtualbatch.keras._snapshot import Snapshot
 from virtualbatch.plan import Plan
 from virtualbatch.split import array_leaves, common_rows
 from virtualbatch.tensorflow._memory import KINDS, is_out_of_memory, left_bytes
-from virtualbatch.tensorflow._peak import PeakMemory
-from virtualbatch.timing import Timing
+from virtualbatch.tensorflow._peak import PeakMemory, Watched
 
 MEMORY = Memory(KINDS, is_out_of_memory, left_bytes)
 
@@ -44,10 +43,10 @@ def planned(
         array.shape.num_elements() * array.dtype.size for _, array in array_leaves(batch)
     )
     # What TensorFlow loads once, and what its allocator keeps of an update, is no update's need.
-    _Update(step(1), batch, snapshot, None).timing.run()
+    _Update(step(1), batch, snapshot)()
     peak = PeakMemory()
     return searched(
-        lambda size: _Update(step(size), batch, snapshot, peak),
+        lambda size: Watched(_Update(step(size), batch, snapshot), peak),
         rows,
         held,
         MEMORY,
@@ -59,27 +58,20 @@ def planned(
 class _Update:
     """The update of one size, in a graph."""
 
-    def __init__(
-        self, step: Callable[[Any], Any], batch: Any, snapshot: Snapshot, peak: PeakMemory | None
-    ):
+    def __init__(self, step: Callable[[Any], Any], batch: Any, snapshot: Snapshot):
         self._step = tf.function(step, autograph=False)
         self._batch = batch
         self._snapshot = snapshot
-        self._peak = peak
-        self.timing = Timing(self._run)
 
-    def _run(self) -> float:
-        """Makes an update and takes it back."""
+    def __call__(self) -> float:
+        """Makes an update and takes it back.
+
+        Returns:
+            Seconds.
+        """
         start = time.perf_counter()
         try:
             tf.nest.map_structure(float, self._step(self._batch))
             return time.perf_counter() - start
         finally:
             self._snapshot.restore()
-
-    def peak_bytes(self) -> int:
-        if self._peak is None:
-            raise ValueError("internal: no peak is measured.")
-        # The first run of a graph needs more than those that train.
-        self.timing.run()
-        return self._peak.of(self.timing.run)

@@ -50,12 +50,13 @@ class _Update:
         self._model, self._batch, self._rows = model, batch, rows
         self._cut = even_cut(rows, size)
         self._snapshot = snapshot
+        self._peak: list[int] = []
         self.timing = Timing(self._timed)
 
     def peak_bytes(self) -> int:
-        found: list[int] = []
-        self._taken_back(lambda: found.append(peak_bytes(self._run)))
-        return found[0]
+        if not self._peak:
+            self._taken_back(lambda: self._peak.append(peak_bytes(self._run)))
+        return self._peak[0]
 
     def _timed(self) -> float:
         start = time.perf_counter()

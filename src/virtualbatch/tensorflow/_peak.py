@@ -15,6 +15,7 @@ from typing import Any
 import tensorflow as tf
 
 from virtualbatch.host_memory import give_back_freed_memory
+from virtualbatch.timing import Timing
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -57,20 +58,68 @@ class PeakMemory:
             peaks.append(self._once(run))
         return max(0, max(peaks) - self._before)
 
+    def beside(self, run: Callable[[], float]) -> tuple[float, int]:
+        """Runs something whose time counts, and looks at its peak where that does not slow it.
+
+        Returns:
+            (its result, the most bytes as in `of`; 0 where only the kernel tells).
+        """
+        if self._device is None:
+            return run(), 0
+        self._reset(self._device)
+        result = run()
+        return result, max(0, self._peak(self._device) - self._before)
+
     def _once(self, run: Callable[[], Any]) -> int:
         if self._device is not None:
-            tf.config.experimental.reset_memory_stats(self._device)
+            self._reset(self._device)
             run()
-            return int(tf.config.experimental.get_memory_info(self._device)["peak"])
+            return self._peak(self._device)
         give_back_freed_memory()
         _CLEAR_REFS.write_text(_RESET_PEAK)
         run()
         return _status_bytes("VmHWM")
 
+    def _reset(self, device: str) -> None:
+        tf.config.experimental.reset_memory_stats(device)
+
+    def _peak(self, device: str) -> int:
+        return int(tf.config.experimental.get_memory_info(device)["peak"])
+
     def _current(self) -> int:
         if self._device is not None:
             return int(tf.config.experimental.get_memory_info(self._device)["current"])
         return _status_bytes("VmRSS")
+
+
+class Watched:
+    """A window of which each run tells its time, and its peak where that is to be had.
+
+    Args:
+        run: runs the window and waits for it; () -> seconds that it took.
+        peak: what measures.
+    """
+
+    def __init__(self, run: Callable[[], float], peak: PeakMemory):
+        self._run = run
+        self._peak = peak
+        self._most: int | None = None
+        self.timing = Timing(self._watched)
+
+    def peak_bytes(self) -> int:
+        """The most bytes that a run needed so far; the first call makes some."""
+        if self._most is None:
+            # The first run of a graph needs more than those that train.
+            self.timing.run()
+            self._most = self._peak.of(self.timing.run)
+        return self._most
+
+    def _watched(self) -> float:
+        if self._most is None:
+            return self._run()
+        seconds, found = self._peak.beside(self._run)
+        self._most = max(self._most, found)
+        return seconds
 
 
 def _device_that_counts() -> str | None:

@@ -11,7 +11,7 @@ from virtualbatch.host_memory import host_memory
 from virtualbatch.plan import Plan, parse_limit
 from virtualbatch.search import ROOM_FOR_TOOLS, Patience, Question, Search
 from virtualbatch.tensorflow._memory import KINDS, is_out_of_memory, left_bytes
-from virtualbatch.tensorflow._peak import PeakMemory
+from virtualbatch.tensorflow._peak import PeakMemory, Watched
 from virtualbatch.timing import Timing
 
 # size -> function of a batch that computes a window, to be made a graph.
@@ -38,14 +38,8 @@ def planned(
     limit = parse_limit(memory_limit, None if left is None else left + held)
     search = Search(rows, limit, remainder=False)
     peaks: dict[int, int] = {}
-    programs: dict[int, _Program] = {}
-
-    def program(size: int) -> _Program:
-        if size not in programs:
-            programs[size] = _Program(window(size), batch)
-        return programs[size]
-
-    peak = _measuring(lambda: program(1).timing.run())
+    windows: dict[int, Watched] = {}
+    peak = _measuring(lambda: _Program(window(1), batch)())
     if peak is None:
         search.only_try()
     patience = Patience()
@@ -55,18 +49,22 @@ def planned(
             continue
         size = question.microbatch_size
         try:
-            if question.kind == "trial":
-                found = _Program(window(size), batch, eager=True)
-            else:
-                found = program(size)
-            if peak is not None and size not in peaks:
-                # The first run of a graph needs more than those that train.
-                found.timing.run()
-                peaks[size] = held + peak.of(found.timing.run)
+            if question.kind == "trial" or peak is None:
+                trial = Timing(_Program(window(size), batch, eager=True))
+                search.tell(question, trial.seconds())
+                continue
+            if size not in windows:
+                windows[size] = Watched(_Program(window(size), batch), peak)
+            found = windows[size]
+            if size not in peaks:
+                peaks[size] = held + found.peak_bytes()
                 search.tell(Question("memory", size), peaks[size])
             # A size that was only predicted to fit may need a little more.
-            if question.kind != "memory" and peaks.get(size, 0) <= limit:
+            if question.kind == "time" and peaks[size] <= limit:
                 search.tell(question, found.timing.seconds())
+                # Of more runs, so it may have grown.
+                peaks[size] = held + found.peak_bytes()
+                search.tell(Question("memory", size), peaks[size])
         except KINDS as error:
             if not is_out_of_memory(error):
                 raise
@@ -74,7 +72,7 @@ def planned(
     return search.plan()
 
 
-def _measuring(first: Callable[[], None]) -> PeakMemory | None:
+def _measuring(first: Callable[[], float]) -> PeakMemory | None:
     """What measures windows, after a first one; None where memory is too short for either.
 
     What TensorFlow loads once, and what its allocator keeps of a window, is no window's need.
@@ -106,10 +104,13 @@ class _Program:
         self._function = window if eager else function
         graph = function.get_concrete_function(batch).graph
         self._changed = list(graph.variables) if _assigns(graph) else []
-        self.timing = Timing(self._run)
 
-    def _run(self) -> float:
-        """Runs the window and waits for it; every variable is as before."""
+    def __call__(self) -> float:
+        """Runs the window and waits for it; every variable is as before.
+
+        Returns:
+            Seconds.
+        """
         before = [variable.numpy() for variable in self._changed]
         start = time.perf_counter()
         try:
