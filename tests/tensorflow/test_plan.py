@@ -207,7 +207,7 @@ def no_graph(monkeypatch):
     def run(self):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
 
-    monkeypatch.setattr(_plan._Program, "_run", run, raising=True)
+    monkeypatch.setattr(_plan._Program, "__call__", run)
 
 
 def test_sizes_are_tried_eagerly_where_there_is_no_room_for_a_graph(monkeypatch, caplog):
