@@ -4,7 +4,10 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
+
+from virtualbatch import search
 
 # Read when TensorFlow is imported. oneDNN picks other summation orders on other machines.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -17,3 +20,9 @@ if ROOT not in sys.path:
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, print_blob=False)
 settings.load_profile("reproducible")
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch):
+    """How well sizes are compared is measured by benchmarks/plan.py, not by tests."""
+    monkeypatch.setattr(search, "TIME_TO_SPEND", 1.0)

@@ -20,8 +20,9 @@ _log = logging.getLogger(__name__)
 # the fake tensors of PyTorch, and stacks for the threads of a graph of TensorFlow.
 ROOM_FOR_TOOLS = 64 * 2**20
 
-# Seconds after which no further size is timed.
-TIME_TO_SPEND = 10.0
+# Seconds after which no further size is timed. For windows of a second, as larger models have on a
+# CPU, ten are too few.
+TIME_TO_SPEND = 20.0
 
 # Rows of the first micro-batch tried: above the knee of most models, and small enough to fit.
 _FIRST = 8

@@ -9,16 +9,10 @@ from tests.keras.backends import BACKEND, available
 from tests.keras.running_out import BATCH, X, Y, assert_same, model, state
 
 import virtualbatch.keras as vb
-from virtualbatch import Auto, search
+from virtualbatch import Auto
 from virtualbatch.search import Search
 
 ROWS = 64
-
-
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch):
-    """Which size is fastest is not what these tests look at."""
-    monkeypatch.setattr(search, "TIME_TO_SPEND", 1.0)
 
 
 @pytest.fixture
