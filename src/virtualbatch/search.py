@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 # the fake tensors of PyTorch, and stacks for the threads of a graph of TensorFlow.
 ROOM_FOR_TOOLS = 64 * 2**20
 
-# Seconds after which no further size is timed. For windows of a second, as larger models have on a
-# CPU, ten are too few.
+# Seconds after which no further size is timed: some looks at each size even where a window takes a
+# second. Whether that chooses better than half of it is not settled (docs/plan.md).
 TIME_TO_SPEND = 20.0
 
 # Rows of the first micro-batch tried: above the knee of most models, and small enough to fit.
