@@ -33,7 +33,7 @@ LIMIT = 0.6
 # Turns of timing at least, and seconds at least and at most. It ends between them once the share of
 # the best throughput is known to this standard error; times of one size move by more than 10 %.
 TURNS = 5
-SECONDS = (8.0, 60.0)
+SECONDS = (8.0, 90.0)
 ERROR = 0.01
 # Times up to three windows on TensorFlow, of which the largest peak counts, as in a plan. It moves
 # from one to the next, because operations that do not wait for each other change their order.

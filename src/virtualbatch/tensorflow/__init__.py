@@ -151,7 +151,7 @@ def plan(
 
     TensorFlow cannot tell a window's memory beforehand, so windows are run in a graph, smallest
     first, and their peak is measured; it is a straight line in the rows of a micro-batch, so few
-    are needed. Then a few sizes are timed, the whole batch each, for twenty seconds at the most;
+    are needed. Then a few sizes are timed, the whole batch each, for ten seconds at the most;
     the smallest within 5 % of the fastest is chosen. Variables are as before the call.
 
     Args:
