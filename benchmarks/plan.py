@@ -35,10 +35,9 @@ LIMIT = 0.6
 TURNS = 5
 SECONDS = (8.0, 90.0)
 ERROR = 0.01
-# Looks of up to three windows on TensorFlow, and seconds of them at least; the largest peak counts.
-# It moves from one to the next, because operations that do not wait for each other change their
-# order. Training has as many windows as a plan or more, so a few would not be the truth.
-LOOKS, LOOKING = 8, 2.0
+# Times up to three windows on TensorFlow, of which the largest peak counts, as in a plan. It moves
+# from one to the next, because operations that do not wait for each other change their order.
+LOOKS = 8
 
 
 class Setting(NamedTuple):
@@ -159,11 +158,8 @@ def on_tensorflow(name: str) -> Setting:
 
     def peak(size: int, run: Callable[[], Any]) -> int:
         variables = [variable.value for variable in model.trainable_variables]
-        memory, begin = PeakMemory(), time.perf_counter()
-        looks = [memory.of(run)]
-        while len(looks) < LOOKS or time.perf_counter() - begin < LOOKING:
-            looks.append(memory.of(run))
-        return held_bytes(variables, batch) + max(looks)
+        looks = PeakMemory()
+        return held_bytes(variables, batch) + max(looks.of(run) for _ in range(LOOKS))
 
     return Setting(
         lambda limit: vb.plan(loss_fn, batch, model.trainable_variables, memory_limit=limit),
