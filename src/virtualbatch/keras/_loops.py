@@ -38,6 +38,7 @@ def certify_loop(
         TypeError: a part of the state has no variables.
 
     Example:
+        >>> keras.utils.set_random_seed(0)
         >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
         >>> model.compile("adam", loss="mse")
         >>> model.optimizer.build(model.trainable_variables)
