@@ -64,10 +64,15 @@ test: setup
 
 # Keras takes one backend per process.
 test-keras-%: setup
+	rm -rf build/compiled/$*
 	KERAS_BACKEND=$* $(BIN)/python -m pytest tests/keras
 
-# On JAX most of the time would go into optimising programs that run once.
+# On JAX most of the time would go into optimising programs that run once, and into compiling the
+# same ones for one test after another.
 test-keras-jax: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
+test-keras-jax: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/build/compiled/jax
+test-keras-jax: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
+test-keras-jax: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1
 
 test-%: setup
 	$(BIN)/python -m pytest $(or $(TEST_FILES_$*),tests/$*)

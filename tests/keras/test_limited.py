@@ -28,6 +28,8 @@ LIMITS = {
     "MALLOC_ARENA_MAX": "1",
     # Large arrays are sorted there: a program that XLA has not optimised takes longer.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+    # What the compiler itself loads must be there before the limit.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 if BACKEND == "tensorflow":
     # This needs 2 MiB for each row, and waits ten seconds for memory before it says that it is out.
