@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 import virtualbatch.jax as vb
 
-# Else temporaries are freed a moment after a result is ready: they may be held when the limit is set
-# and gone when the plan reads what is left.
+# Else temporaries are freed a moment after a result is ready: they may be held when the limit is
+# set and gone when the plan reads what is left.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
