@@ -1,5 +1,6 @@
 """Planning: peaks near those of real windows, nothing changed, automatic sizes."""
 
+import gc
 import json
 import logging
 import os
@@ -120,6 +121,23 @@ def test_planning_changes_nothing():
     vb.value_and_gradients(loss_fn, x, variables, microbatch_size=8)
     changed = [v.numpy() for layer in layers for v in layer.variables]
     assert sum((a != b).any() for a, b in zip(state, changed, strict=True)) == 3
+
+
+def graphs():
+    return sum(isinstance(found, tf.Graph) for found in gc.get_objects())
+
+
+def test_planning_leaves_no_graph_behind():
+    arguments = small()
+    gc.collect()
+    before = graphs()
+    vb.plan(*arguments)
+    assert graphs() == before
+    kept = compiled(
+        "static", lambda x: vb.value_and_gradients(*arguments, microbatch_size=8), arguments[1]
+    )
+    kept(arguments[1])
+    assert graphs() > before
 
 
 def test_an_impossible_limit_is_refused():

@@ -22,7 +22,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 # See proc(5): writing 5 resets the peak resident set size to the current one.
 _RESET_PEAK = "5"
 # Runs of which a peak is taken, as long as they do not take longer.
-_RUNS = 3
+_RUNS = 24
 _SECONDS = 1.0
 
 
@@ -47,10 +47,10 @@ class PeakMemory:
         """The most bytes that were held while a function ran, beyond the start.
 
         Operations that do not wait for each other run in an order that changes, and with it what
-        is held at once: the most of a few runs is what has to fit.
+        is held at once: the most of many runs is what has to fit.
 
         Args:
-            run: called up to three times; it must wait for its result.
+            run: called up to 24 times; it must wait for its result.
         """
         peaks: list[int] = []
         begin = time.perf_counter()
