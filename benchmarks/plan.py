@@ -35,7 +35,7 @@ LIMIT = 0.6
 TURNS = 5
 SECONDS = (8.0, 90.0)
 ERROR = 0.01
-# Times up to three windows on TensorFlow, of which the largest peak counts, as in a plan. It moves
+# Times up to 24 windows on TensorFlow, of which the largest peak counts, as in a plan. It moves
 # from one to the next, because operations that do not wait for each other change their order.
 LOOKS = 8
 
