@@ -38,11 +38,12 @@ def planned(
     left = left_bytes()
     limit = parse_limit(memory_limit, None if left is None else left + held)
     found = _searched(window, batch, rows, held, limit)
-    forget_graphs()
+    _forget_graphs()
     return found
 
 
 def _searched(window: Window, batch: Any, rows: int, held: int, limit: int) -> Plan:
+    """The plan for a limit in bytes; what it made is referred to by nothing else afterwards."""
     search = Search(rows, limit, remainder=False)
     peaks: dict[int, int] = {}
     windows: dict[int, Watched] = {}
@@ -79,11 +80,11 @@ def _searched(window: Window, batch: Any, rows: int, held: int, limit: int) -> P
     return search.plan()
 
 
-def forget_graphs() -> None:
+def _forget_graphs() -> None:
     """Frees what graphs that nothing refers to still hold, because they refer to themselves.
 
     Small as it is, it lies between the free pieces of TensorFlow's allocator, which then gives out
-    larger ones than asked for: the next window would need up to a quarter more.
+    larger ones than asked for, and the next window would need more.
     """
     gc.collect()
 
