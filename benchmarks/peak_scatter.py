@@ -3,7 +3,7 @@
 Operations that do not wait for each other run in an order that changes, and with it what is held
 at once. No plan can state a peak more exactly than that.
 
-Usage: python benchmarks/peak_scatter.py [--models MLP CNN] [--runs 40]
+Usage: python benchmarks/peak_scatter.py [--engine keras] [--models MLP CNN] [--runs 40]
 """
 
 import argparse
@@ -18,9 +18,12 @@ from plan_models import MODELS, ROWS
 SIZES = (64, ROWS)
 
 
-def measured(name: str, runs: int) -> dict[int, tuple[int, int]]:
+SETTINGS = {"tensorflow": plan.on_tensorflow, "keras": plan.on_keras}
+
+
+def measured(engine: str, name: str, runs: int) -> dict[int, tuple[int, int]]:
     """Size -> (least, most) bytes of the runs of its window, beyond what exists before."""
-    setting = plan.on_tensorflow(name)
+    setting = SETTINGS[engine](name)
     import tensorflow as tf
 
     found = {}
@@ -40,18 +43,27 @@ def measured(name: str, runs: int) -> dict[int, tuple[int, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engine", default="tensorflow", choices=list(SETTINGS))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--one", metavar="MODEL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measured(arguments.one, arguments.runs)))
+        print(json.dumps(measured(arguments.engine, arguments.one, arguments.runs)))
         return
     print(f"MB of {arguments.runs} runs of the same window: least, most, most / least")
     for name in arguments.models:
         child = subprocess.run(
-            [sys.executable, __file__, "--one", name, "--runs", str(arguments.runs)],
-            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_CPU_ALLOCATOR_USE_BFC": "true"},
+            [
+                *(sys.executable, __file__, "--engine", arguments.engine),
+                *("--one", name, "--runs", str(arguments.runs)),
+            ],
+            env=os.environ
+            | {
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                "TF_CPU_ALLOCATOR_USE_BFC": "true",
+                "KERAS_BACKEND": "tensorflow",
+            },
             stdout=subprocess.PIPE,
             text=True,
             timeout=600,

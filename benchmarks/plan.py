@@ -173,21 +173,37 @@ def on_keras(name: str) -> Setting:
 
     import virtualbatch.keras as vb
 
-    model = in_keras(name)
-    model.compile(
-        optimizer="adam", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    )
-    batch = data(name)
-
-    def window(size: int) -> Callable[[], Any]:
+    def compiled() -> Any:
         model = in_keras(name)
         model.compile(
             optimizer="adam", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         )
+        return model
+
+    model = compiled()
+    # Tensors already, so that a window holds no copy of the batch.
+    batch = tuple(keras.ops.convert_to_tensor(array) for array in data(name))
+
+    def window(size: int) -> Callable[[], Any]:
+        model = compiled()
         vb.accumulate(model, microbatch_size=size)
         return lambda: model.train_on_batch(*batch)
 
-    return Setting(lambda limit: vb.plan(model, batch, memory_limit=limit), window, None)
+    def peak(size: int, run: Callable[[], Any]) -> int:
+        from virtualbatch.tensorflow._peak import PeakMemory
+
+        variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+        held = {id(variable): variable.value for variable in variables}.values()
+        bytes_held = sum(math.prod(x.shape) * x.dtype.size for x in [*held, *batch])
+        looks = PeakMemory()
+        return bytes_held + max(looks.of(run) for _ in range(LOOKS))
+
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    return Setting(
+        lambda limit: vb.plan(model, batch, memory_limit=limit),
+        window,
+        peak if on_tensorflow else None,
+    )
 
 
 def measured(engine: str, name: str) -> dict[str, Any]:

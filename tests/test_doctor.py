@@ -70,18 +70,24 @@ def test_what_the_framework_prints_does_not_hide_the_devices(
 def test_variables_that_matter_are_shown_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_DEVICE_SCRIPTS", {})
     monkeypatch.setenv("TF_USE_LEGACY_KERAS", "1")
-    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    monkeypatch.setenv("KERAS_BACKEND", "numpy")
     monkeypatch.setenv("UNRELATED_VARIABLE", "1")
     diagnosis = doctor.diagnose()
-    assert diagnosis.variables["KERAS_BACKEND"] == "jax"
+    assert diagnosis.variables["KERAS_BACKEND"] == "numpy"
     assert "UNRELATED_VARIABLE" not in diagnosis.variables
     assert any("unset TF_USE_LEGACY_KERAS" in line for line in diagnosis.advice)
     assert any("export KERAS_BACKEND=tensorflow" in line for line in diagnosis.advice)
 
 
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_a_backend_that_is_served_is_no_mistake(backend: str) -> None:
+    assert doctor._advice((WORKING,), KERAS, {"KERAS_BACKEND": backend}) == ("virtualbatch demo",)
+
+
 WORKING = Framework("tensorflow", "2.21.0", ("CPU",), None, "virtualbatch.tensorflow")
 MISSING = Framework("tensorflow", None, (), None, "virtualbatch.tensorflow")
 UNSERVED = Framework("torch", "2.13.0", ("CPU",), None, None)
+KERAS = {"keras": "3.15.1", "scikit-learn": "1.9.1"}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,7 @@ UNSERVED = Framework("torch", "2.13.0", ("CPU",), None, None)
 def test_the_next_command_fits_what_is_installed(
     framework: Framework, installed: bool, next_command: str
 ) -> None:
-    packages = {"keras": "3.15.1", "scikit-learn": "1.9.1" if installed else None}
+    packages = KERAS | {"scikit-learn": KERAS["scikit-learn"] if installed else None}
     assert doctor._advice((framework,), packages, {}) == (next_command,)
 
 

@@ -56,6 +56,9 @@ _VARIABLES = (
     "TF_USE_LEGACY_KERAS",
     "TF_CPP_MIN_LOG_LEVEL",
     "TF_FORCE_GPU_ALLOW_GROWTH",
+    "TF_CPU_ALLOCATOR_USE_BFC",
+    "TF_CPU_BFC_MEM_LIMIT_IN_MB",
+    "TF_NUM_INTEROP_THREADS",
     "TF_ENABLE_ONEDNN_OPTS",
     "TF_DETERMINISTIC_OPS",
     "TF_XLA_FLAGS",
@@ -228,10 +231,11 @@ def _advice(
     ]
     if variables.get("TF_USE_LEGACY_KERAS") not in (None, "0"):
         advice.append("tf.keras is Keras 2 now, which is not supported: unset TF_USE_LEGACY_KERAS")
-    if variables.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+    backend = variables.get("KERAS_BACKEND", "tensorflow")
+    if backend not in _DEVICE_SCRIPTS:
         advice.append(
-            f"Keras runs on {variables['KERAS_BACKEND']} now, which virtualbatch.keras does not "
-            "serve yet: export KERAS_BACKEND=tensorflow"
+            f"Keras runs on {backend} now, which virtualbatch.keras does not serve: "
+            "export KERAS_BACKEND=tensorflow, or jax, or torch"
         )
     works = any(framework.engine and framework.devices for framework in frameworks)
     if works and packages["keras"] and packages["scikit-learn"]:
