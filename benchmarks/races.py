@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import plan
 from plan_models import MODELS, ROWS, data, in_torch
 
+from virtualbatch.patience import TIME_TO_SPEND
 from virtualbatch.plan import NEARLY_AS_FAST
 from virtualbatch.race import Race
-from virtualbatch.search import _PRECISE, TIME_TO_SPEND
+from virtualbatch.search import _PRECISE
 
 SIZES = [4, 8, 16, 32, 64, 128, 256]
 # Of one look, where a window can be run in part.

@@ -8,7 +8,7 @@ the fastest again. Where nothing can tell a peak, sizes are tried instead, small
 
 import logging
 import math
-import time
+from collections.abc import Container
 from typing import Literal, NamedTuple
 
 from virtualbatch.plan import NEARLY_AS_FAST, Plan, PlanRow, readable_bytes
@@ -19,10 +19,6 @@ _log = logging.getLogger(__name__)
 # Less than this, and what engines load to learn of peaks would take all that is left: 38 MiB for
 # the fake tensors of PyTorch, and stacks for the threads of a graph of TensorFlow.
 ROOM_FOR_TOOLS = 64 * 2**20
-
-# Seconds after which no further size is timed. Where a window takes a second that is one look or
-# two at each size; what they cannot tell apart is in docs/plan.md.
-TIME_TO_SPEND = 10.0
 
 # Rows of the first micro-batch tried: above the knee of most models, and small enough to fit.
 _FIRST = 8
@@ -55,25 +51,6 @@ class Question(NamedTuple):
         return self.kind == "time" or (self.kind == "trial" and self.microbatch_size > 1)
 
 
-class Patience:
-    """The time for questions that can be left unanswered, counted from the first of them."""
-
-    def __init__(self) -> None:
-        self._begin: float | None = None
-
-    def is_over(self, question: Question) -> bool:
-        """Whether a question comes too late.
-
-        Args:
-            question: the next one.
-        """
-        if not question.is_optional:
-            return False
-        if self._begin is None:
-            self._begin = time.perf_counter()
-        return time.perf_counter() - self._begin > TIME_TO_SPEND
-
-
 class Search:
     """Finds the size for one batch, by questions and answers.
 
@@ -100,6 +77,8 @@ class Search:
         self._peaks: dict[int, float] = {}
         self._failed: set[int] = set()
         self._race = Race()
+        # Whether further sizes, or nothing at all, are left to be timed.
+        self._no_others = False
         self._stopped = False
         self._trial = False
 
@@ -153,9 +132,20 @@ class Search:
         # Those failures may be of the tool alone.
         self._failed = set()
 
-    def stop_timing(self) -> None:
-        """Asks for no more runs: those so far have taken long enough, or none can be made."""
-        self._stopped = True
+    def skip(self, question: Question) -> None:
+        """Leaves a question about times unanswered, because there is no time for it, or no data.
+
+        If others were timed and this one was not, it is the last of its kind that is asked: those
+        may still be timed again. Else no time is asked for any more.
+
+        Args:
+            question: what `ask` gave.
+        """
+        timed = self._race.seconds()
+        if question.kind == "time" and timed and question.microbatch_size not in timed:
+            self._no_others = True
+        else:
+            self._stopped = True
 
     def plan(self) -> Plan:
         """The plan, once `ask` has given None."""
@@ -286,21 +276,25 @@ class Search:
         timed = self._race.seconds()
         # Small sizes first: where they are slow they are still done soonest.
         for size in self._far_apart():
-            if size not in timed:
+            if size not in timed and not self._no_others:
                 return size
         if not timed:
             return None
         if (again := self._race.next_look(_SETTLED)) is not None:
             return again
+        other = None if self._no_others else self._further(timed)
+        return self._race.next_look(_PRECISE) if other is None else other
+
+    def _further(self, timed: Container[int]) -> int | None:
+        """A size beside the fastest, as long as it gets faster there or stays as good."""
         smallest, fastest = self._race.chosen(NEARLY_AS_FAST - 1)
         largest = self._largest_fitting()
-        # Then on from there both ways, as long as it gets faster or stays as good. Upwards first:
-        # a size between two that were timed is seldom much slower than both.
+        # Upwards first: a size between two that were timed is seldom much slower than both.
         above = 2 * fastest if 3 * fastest <= largest else largest
         for size in (above, smallest // 2):
             if size >= 1 and (cut := self._cut(size)) not in timed and self._may_fit(cut):
                 return cut
-        return self._race.next_look(_PRECISE)
+        return None
 
     def _far_apart(self) -> list[int]:
         """Sizes whose peaks are known and fit, at least a factor two apart, smallest first."""

@@ -13,8 +13,9 @@ import jax
 
 from virtualbatch.jax._batch import is_array, rows_of
 from virtualbatch.jax._memory import KINDS, is_out_of_memory, left_bytes
+from virtualbatch.patience import Patience
 from virtualbatch.plan import Plan, parse_limit
-from virtualbatch.search import Patience, Question, Search
+from virtualbatch.search import Question, Search
 from virtualbatch.timing import Timing
 
 # All that XLA says on a CPU where a kernel gets no memory of its own, which no program tells.
@@ -69,7 +70,7 @@ def planned(
     while (question := search.ask()) is not None:
         late = patience.is_over(question)
         if late or (question.kind != "memory" and not can_run):
-            search.stop_timing()
+            search.skip(question)
             continue
         size = question.microbatch_size
         try:

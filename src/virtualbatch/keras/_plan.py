@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from virtualbatch.keras._guard import Memory
+from virtualbatch.patience import Patience
 from virtualbatch.plan import Plan, parse_limit
-from virtualbatch.search import Patience, Question, Search
+from virtualbatch.search import Question, Search
 from virtualbatch.timing import Timing
 
 
@@ -50,7 +51,7 @@ def searched(
     while (question := search.ask()) is not None:
         size = question.microbatch_size
         if patience.is_over(question):
-            search.stop_timing()
+            search.skip(question)
             continue
         try:
             if size not in programs:

@@ -9,8 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from virtualbatch.host_memory import host_memory
+from virtualbatch.patience import Patience
 from virtualbatch.plan import Plan, parse_limit
-from virtualbatch.search import ROOM_FOR_TOOLS, Patience, Question, Search
+from virtualbatch.search import ROOM_FOR_TOOLS, Question, Search
 from virtualbatch.tensorflow._memory import KINDS, is_out_of_memory, left_bytes
 from virtualbatch.tensorflow._peak import PeakMemory, Watched
 from virtualbatch.timing import Timing
@@ -53,7 +54,7 @@ def _searched(window: Window, batch: Any, rows: int, held: int, limit: int) -> P
     patience = Patience()
     while (question := search.ask()) is not None:
         if patience.is_over(question):
-            search.stop_timing()
+            search.skip(question)
             continue
         size = question.microbatch_size
         try:

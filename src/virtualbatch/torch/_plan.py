@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from virtualbatch.host_memory import host_memory
+from virtualbatch.patience import Patience
 from virtualbatch.plan import Plan, parse_limit
-from virtualbatch.search import ROOM_FOR_TOOLS, Patience, Question, Search
+from virtualbatch.search import ROOM_FOR_TOOLS, Question, Search
 from virtualbatch.timing import Timing
 from virtualbatch.torch._batch import Microbatch, microbatches, named_leaves
 from virtualbatch.torch._memory import is_out_of_memory, left_bytes
@@ -54,7 +55,7 @@ def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
     try:
         while (question := search.ask()) is not None:
             if patience.is_over(question):
-                search.stop_timing()
+                search.skip(question)
                 continue
             size = question.microbatch_size
             cut = microbatches(batch, size, None)
