@@ -224,7 +224,7 @@ def measured(engine: str, name: str) -> dict[str, Any]:
     programs = {size: setting.window(size) for size in sizes}
     for run in programs.values():
         run()
-    off = stated_error(setting, plans, programs)
+    peaks = stated_peaks(setting, plans, programs)
     chosen = found.microbatch_size
     times = timed(programs, chosen)
     shares = {size: ratio(times, size, chosen) for size in programs}
@@ -236,7 +236,8 @@ def measured(engine: str, name: str) -> dict[str, Any]:
         "throughput_error": shares[fastest][1],
         "against_uncut": shares[ROWS][0],
         "against_uncut_error": shares[ROWS][1],
-        "error": off,
+        "stated_peaks": peaks,
+        "error": max((abs(stated / true - 1) for _, stated, true in peaks), default=None),
         "line_error": line_error(plans),
         "times": times,
         "limit": limit,
@@ -285,16 +286,18 @@ def ratio(times: dict[int, list[float]], size: int, chosen: int) -> tuple[float,
     return share, stdev(left_over) / fmean(b for _, b in both) / math.sqrt(len(both))
 
 
-def stated_error(setting: Setting, plans: list[Any], programs: dict[int, Any]) -> float | None:
-    """The largest error of the peaks that plans state for what they choose; None if unknown."""
+def stated_peaks(
+    setting: Setting, plans: list[Any], programs: dict[int, Any]
+) -> list[tuple[int, int, int]]:
+    """(size that a plan chooses, peak that it states, peak of the user's window); [] if unknown."""
     if setting.peak is None:
-        return None
-    errors = []
+        return []
+    found = []
     for plan in plans:
         size = plan.microbatch_size
         stated = next(row.peak_bytes for row in plan.rows if row.microbatch_size == size)
-        errors.append(abs(stated / setting.peak(size, programs[size]) - 1))
-    return max(errors)
+        found.append((size, stated, setting.peak(size, programs[size])))
+    return found
 
 
 def line_error(plans: list[Any]) -> float | None:
