@@ -16,8 +16,6 @@ import plan
 from plan_models import MODELS, ROWS
 
 SIZES = (64, ROWS)
-
-
 SETTINGS = {"tensorflow": plan.on_tensorflow, "keras": plan.on_keras}
 
 
@@ -51,19 +49,18 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measured(arguments.engine, arguments.one, arguments.runs)))
         return
+    program = [sys.executable, __file__, "--engine", arguments.engine]
+    program += ["--runs", str(arguments.runs)]
+    environment = {
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TF_CPU_ALLOCATOR_USE_BFC": "true",
+        "KERAS_BACKEND": "tensorflow",
+    }
     print(f"MB of {arguments.runs} runs of the same window: least, most, most / least")
     for name in arguments.models:
         child = subprocess.run(
-            [
-                *(sys.executable, __file__, "--engine", arguments.engine),
-                *("--one", name, "--runs", str(arguments.runs)),
-            ],
-            env=os.environ
-            | {
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-                "TF_CPU_ALLOCATOR_USE_BFC": "true",
-                "KERAS_BACKEND": "tensorflow",
-            },
+            [*program, "--one", name],
+            env=os.environ | environment,
             stdout=subprocess.PIPE,
             text=True,
             timeout=600,

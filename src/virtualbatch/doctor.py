@@ -50,6 +50,7 @@ _PACKAGES = {
     "pandas": "pandas",
     "scikit-learn": "sklearn",
 }
+_KERAS_BACKENDS = ("tensorflow", "jax", "torch")
 _VARIABLES = (
     "KERAS_BACKEND",
     "KERAS_HOME",
@@ -232,7 +233,7 @@ def _advice(
     if variables.get("TF_USE_LEGACY_KERAS") not in (None, "0"):
         advice.append("tf.keras is Keras 2 now, which is not supported: unset TF_USE_LEGACY_KERAS")
     backend = variables.get("KERAS_BACKEND", "tensorflow")
-    if backend not in _DEVICE_SCRIPTS:
+    if backend not in _KERAS_BACKENDS:
         advice.append(
             f"Keras runs on {backend} now, which virtualbatch.keras does not serve: "
             "export KERAS_BACKEND=tensorflow, or jax, or torch"
