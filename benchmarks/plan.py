@@ -54,7 +54,7 @@ class Setting(NamedTuple):
     peak: Callable[[int, Callable[[], Any]], int] | None
 
 
-def on_jax(name: str) -> Setting:
+def on_jax(name: str, rows: int = ROWS) -> Setting:
     os.environ["KERAS_BACKEND"] = "jax"
     import jax
     import jax.numpy as jnp
@@ -70,7 +70,7 @@ def on_jax(name: str) -> Setting:
         logits, _ = model.stateless_call(params, fixed, x, training=True)
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
 
-    batch = jax.tree.map(jnp.asarray, data(name))
+    batch = jax.tree.map(jnp.asarray, data(name, rows))
 
     compiled: dict[int, Any] = {}
 
@@ -131,7 +131,7 @@ def on_torch(name: str) -> Setting:
     )
 
 
-def on_tensorflow(name: str) -> Setting:
+def on_tensorflow(name: str, rows: int = ROWS) -> Setting:
     os.environ["KERAS_BACKEND"] = "tensorflow"
     import keras
     import tensorflow as tf
@@ -142,7 +142,7 @@ def on_tensorflow(name: str) -> Setting:
 
     model = in_keras(name)
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    batch = tuple(tf.constant(array) for array in data(name))
+    batch = tuple(tf.constant(array) for array in data(name, rows))
 
     def loss_fn(batch: Any) -> Any:
         return loss_of(batch[1], model(batch[0], training=True))
@@ -168,7 +168,7 @@ def on_tensorflow(name: str) -> Setting:
     )
 
 
-def on_keras(name: str) -> Setting:
+def on_keras(name: str, rows: int = ROWS) -> Setting:
     import keras
 
     import virtualbatch.keras as vb
@@ -182,7 +182,7 @@ def on_keras(name: str) -> Setting:
 
     model = compiled()
     # Tensors already, so that a window holds no copy of the batch.
-    batch = tuple(keras.ops.convert_to_tensor(array) for array in data(name))
+    batch = tuple(keras.ops.convert_to_tensor(array) for array in data(name, rows))
 
     def window(size: int) -> Callable[[], Any]:
         model = compiled()
