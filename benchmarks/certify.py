@@ -8,15 +8,13 @@ Usage: python benchmarks/certify.py [--engines torch jax tensorflow keras] [--js
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from children import result_of
 
 ENGINES = ["torch", "jax", "tensorflow", "keras"]
 FEATURES, UNITS, ROWS, MICROBATCH_SIZE = 1024, 2048, 64, 16
@@ -135,17 +133,7 @@ def main() -> None:
     print(f"{count:,} parameters, {ROWS} rows in micro-batches of {MICROBATCH_SIZE}")
     results = {}
     for engine in arguments.engines:
-        child = subprocess.run(
-            [sys.executable, __file__, "--one", engine],
-            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        if child.returncode:
-            raise RuntimeError(f"{engine} failed:\n{child.stderr}")
-        results[engine] = json.loads(child.stdout.splitlines()[-1])
+        results[engine] = result_of(__file__, ["--one", engine], 600)
         for reduce, found in results[engine].items():
             verdict = "exact" if found["exact"] else ", ".join(found["findings"])
             print(f"{engine:12}{reduce:6}{verdict:12}{found['seconds']:6.1f} s")

@@ -10,16 +10,14 @@ Usage: python benchmarks/noise.py [--windows 10000] [--rounds 60] [--engines tor
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from children import result_of
 from noise_costs import ENGINES, windows_of
 
 ENTRIES, SCALE = 40, 100.0
@@ -133,17 +131,8 @@ def main() -> None:
         backend = (
             engine.removeprefix("keras on ") if engine.startswith("keras on ") else "tensorflow"
         )
-        child = subprocess.run(
-            [sys.executable, __file__, "--one", engine, "--rounds", str(arguments.rounds)],
-            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": backend},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        if child.returncode:
-            raise RuntimeError(f"{engine} failed:\n{child.stderr}")
-        results["cost"][engine] = json.loads(child.stdout.splitlines()[-1])
+        options = ["--one", engine, "--rounds", str(arguments.rounds)]
+        results["cost"][engine] = result_of(__file__, options, 600, KERAS_BACKEND=backend)
         for name, found in results["cost"][engine].items():
             low, high = found["quartiles"]
             print(f"{engine:20}{name:12}{found['ratio']:.3f} ({low:.3f} to {high:.3f})")

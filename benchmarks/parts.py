@@ -10,9 +10,6 @@ Usage: python benchmarks/parts.py [--engines jax keras] [--models CNN] [--second
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +17,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import plan
+from children import result_of
 from plan_models import MODELS, ROWS
 
 SETTINGS = {"jax": plan.on_jax, "tensorflow": plan.on_tensorflow, "keras": plan.on_keras}
@@ -102,7 +100,8 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {}
     for engine in arguments.engines:
         for name in arguments.models:
-            found = in_a_process(engine, name, arguments.seconds)
+            options = ["--one", engine, name, "--seconds", str(arguments.seconds)]
+            found = result_of(__file__, options, arguments.seconds + 300, **plan.COUNTED)
             results[f"{engine} {name}"] = found
             for line in found:
                 print(
@@ -112,22 +111,6 @@ def main() -> None:
                 )
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
-
-
-def in_a_process(engine: str, name: str, seconds: float) -> list[dict[str, float]]:
-    """In a process of its own, so that no program is in another's way."""
-    child = subprocess.run(
-        [sys.executable, __file__, "--one", engine, name, "--seconds", str(seconds)],
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
-        capture_output=True,
-        text=True,
-        timeout=seconds + 300,
-        check=False,
-    )
-    if child.returncode:
-        raise RuntimeError(f"{name} on {engine} failed:\n{child.stderr}")
-    result: list[dict[str, float]] = json.loads(child.stdout.splitlines()[-1])
-    return result
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ Usage: python benchmarks/peak_scatter.py [--engine keras] [--models MLP CNN] [--
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 
 import plan
+from children import result_of
 from plan_models import MODELS, ROWS
 
 SIZES = (64, ROWS)
@@ -49,24 +47,11 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measured(arguments.engine, arguments.one, arguments.runs)))
         return
-    program = [sys.executable, __file__, "--engine", arguments.engine]
-    program += ["--runs", str(arguments.runs)]
-    environment = {
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "TF_CPU_ALLOCATOR_USE_BFC": "true",
-        "KERAS_BACKEND": "tensorflow",
-    }
     print(f"MB of {arguments.runs} runs of the same window: least, most, most / least")
     for name in arguments.models:
-        child = subprocess.run(
-            [*program, "--one", name],
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=600,
-            check=True,
-        )
-        for size, (least, most) in json.loads(child.stdout.splitlines()[-1]).items():
+        options = ["--engine", arguments.engine, "--runs", str(arguments.runs), "--one", name]
+        found = result_of(__file__, options, 600, KERAS_BACKEND="tensorflow", **plan.COUNTED)
+        for size, (least, most) in found.items():
             print(
                 f"{name:20}{size:>4} rows{least / 1e6:9.1f}{most / 1e6:9.1f}{most / least:7.2f}",
                 flush=True,

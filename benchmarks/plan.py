@@ -13,14 +13,13 @@ import argparse
 import json
 import math
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from children import result_of
 from plan_models import MODELS, ROWS, data, in_keras, in_torch
 
 from virtualbatch.search import Question, Search
@@ -38,6 +37,8 @@ ERROR = 0.01
 # Times up to 24 windows on TensorFlow, of which the largest peak counts, as in a plan. It moves
 # from one to the next, because operations that do not wait for each other change their order.
 LOOKS = 8
+# The environment of TensorFlow's allocator that counts, as `virtualbatch plan` chooses it.
+COUNTED = {"TF_CPU_ALLOCATOR_USE_BFC": "true"}
 
 
 class Setting(NamedTuple):
@@ -338,7 +339,7 @@ def main() -> None:
             f"{'line off':>9}{'s':>7}"
         )
         for name in arguments.models:
-            found = in_a_process(engine, name)
+            found = result_of(__file__, ["--one", engine, name], 900, **COUNTED)
             results.setdefault(engine, {})[name] = found
             off, line = (
                 "" if found[key] is None else f"{found[key]:.1%}" for key in ("error", "line_error")
@@ -352,23 +353,6 @@ def main() -> None:
             )
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
-
-
-def in_a_process(engine: str, name: str) -> dict[str, Any]:
-    """A process of its own, so that no peak is that of another model."""
-    child = subprocess.run(
-        [sys.executable, __file__, "--one", engine, name],
-        # The allocator that counts, as `virtualbatch plan` chooses it.
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_CPU_ALLOCATOR_USE_BFC": "true"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    if child.returncode:
-        raise RuntimeError(f"{name} on {engine} failed:\n{child.stderr}")
-    result: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return result
 
 
 if __name__ == "__main__":

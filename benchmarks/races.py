@@ -9,9 +9,6 @@ Usage: python benchmarks/races.py [--engines torch jax] [--models CNN] [--second
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +17,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import plan
+from children import result_of
 from plan_models import MODELS, ROWS, data, in_torch
 
 from virtualbatch.patience import TIME_TO_SPEND
@@ -207,7 +205,8 @@ def main() -> None:
     results: dict[str, Any] = {}
     for engine in arguments.engines:
         for name in arguments.models:
-            found = in_a_process(engine, name, arguments.seconds)
+            options = ["--one", engine, name, "--seconds", str(arguments.seconds)]
+            found = result_of(__file__, options, arguments.seconds + 300, **plan.COUNTED)
             results[f"{engine} {name}"] = found
             cells = [
                 f"{way['reached']:.0%} {way['mean']:.2f} {way['seconds']:.1f} s"
@@ -217,22 +216,6 @@ def main() -> None:
             print(f"{engine + ' ' + name:32}{found['spread']:7.1%}  {line}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results))
-
-
-def in_a_process(engine: str, name: str, seconds: float) -> dict[str, Any]:
-    """In a process of its own, so that no program is in another's way."""
-    child = subprocess.run(
-        [sys.executable, __file__, "--one", engine, name, "--seconds", str(seconds)],
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_CPU_ALLOCATOR_USE_BFC": "true"},
-        capture_output=True,
-        text=True,
-        timeout=seconds + 300,
-        check=False,
-    )
-    if child.returncode:
-        raise RuntimeError(f"{name} on {engine} failed:\n{child.stderr}")
-    result: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return result
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ Usage: python benchmarks/ragged.py [--engines torch keras-jax] [--rounds 7] [--j
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from children import result_of
 from ragged_contenders import ENGINES, PADDED
 from ragged_model import LENGTH, MICROBATCH_SIZE, ROWS, TOKENS, data
 
@@ -77,20 +76,10 @@ def main() -> None:
         f"micro-batches of {MICROBATCH_SIZE} padded rows or {TOKENS} tokens"
     )
     results = {}
+    threads = str(arguments.threads)
     for engine in arguments.engines:
-        options = ["--rounds", str(arguments.rounds), "--threads", str(arguments.threads)]
-        child = subprocess.run(
-            [sys.executable, __file__, "--one", engine, *options],
-            env=os.environ
-            | {"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": str(arguments.threads)},
-            capture_output=True,
-            text=True,
-            timeout=460,
-            check=False,
-        )
-        if child.returncode:
-            raise RuntimeError(f"{engine} failed:\n{child.stderr}")
-        results[engine] = json.loads(child.stdout.splitlines()[-1])
+        options = ["--one", engine, "--rounds", str(arguments.rounds), "--threads", threads]
+        results[engine] = result_of(__file__, options, 460, OMP_NUM_THREADS=threads)
         print(
             f"\n{engine:30}{'ms':>8}{'fastest':>9}{'slowest':>9}{'times as fast':>15}{'off by':>10}"
         )
