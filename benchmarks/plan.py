@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from children import result_of
 from plan_models import MODELS, ROWS, data, in_keras, in_torch
 
-from virtualbatch.search import Question, Search
+from virtualbatch.plan.search import Question, Search
 
 ENGINES = ["jax", "torch", "tensorflow", "keras"]
 # What the project promises: largest error of a predicted peak, and least share of the throughput.
@@ -93,7 +93,7 @@ def on_torch(name: str) -> Setting:
     import torch
 
     import virtualbatch.torch as vb
-    from virtualbatch.torch._peak import peak_bytes
+    from virtualbatch.torch._plan.peak import peak_bytes
 
     torch.set_num_threads(1)
     on_gpu = torch.cuda.is_available()
@@ -138,8 +138,8 @@ def on_tensorflow(name: str, rows: int = ROWS) -> Setting:
     import tensorflow as tf
 
     import virtualbatch.tensorflow as vb
-    from virtualbatch.tensorflow._peak import PeakMemory
-    from virtualbatch.tensorflow._plan import held_bytes
+    from virtualbatch.tensorflow._plan.peak import PeakMemory
+    from virtualbatch.tensorflow._plan.plan import held_bytes
 
     model = in_keras(name)
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -191,7 +191,7 @@ def on_keras(name: str, rows: int = ROWS) -> Setting:
         return lambda: model.train_on_batch(*batch)
 
     def peak(size: int, run: Callable[[], Any]) -> int:
-        from virtualbatch.tensorflow._peak import PeakMemory
+        from virtualbatch.tensorflow._plan.peak import PeakMemory
 
         variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
         held = {id(variable): variable.value for variable in variables}.values()

@@ -20,10 +20,10 @@ import plan
 from children import result_of
 from plan_models import MODELS, ROWS, data, in_torch
 
-from virtualbatch.patience import TIME_TO_SPEND
-from virtualbatch.plan import NEARLY_AS_FAST
-from virtualbatch.race import Race
-from virtualbatch.search import _PRECISE
+from virtualbatch.plan.patience import TIME_TO_SPEND
+from virtualbatch.plan.plan import NEARLY_AS_FAST
+from virtualbatch.plan.race import Race
+from virtualbatch.plan.search import _PRECISE
 
 SIZES = [4, 8, 16, 32, 64, 128, 256]
 # Of one look, where a window can be run in part.

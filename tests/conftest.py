@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from virtualbatch import search
+from virtualbatch.plan import search
 
 # Read when TensorFlow is imported. oneDNN picks other summation orders on other machines.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"

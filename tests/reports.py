@@ -2,11 +2,11 @@
 
 import math
 
-from virtualbatch.advice import Advice, advice
-from virtualbatch.certify import Certificate, Finding
+from virtualbatch.certify.certificate import Certificate, Finding
 from virtualbatch.demo.result import DemoResult, RunResult, Settings
-from virtualbatch.noise import NoiseEstimate
-from virtualbatch.plan import Plan, PlanRow
+from virtualbatch.noise.advice import Advice, advice
+from virtualbatch.noise.estimate import NoiseEstimate
+from virtualbatch.plan.plan import Plan, PlanRow
 
 MEBIBYTE = 2**20
 

@@ -8,7 +8,6 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from virtualbatch import cli
 from virtualbatch.bench import parent
 from virtualbatch.bench.asked import asked
 from virtualbatch.bench.case import MODELS, Case
@@ -31,6 +30,7 @@ from virtualbatch.bench.stopwatch import TimedPieces
 from virtualbatch.bench.sweeps import SWEEPS
 from virtualbatch.bench.table import tables
 from virtualbatch.bench.turns import compared
+from virtualbatch.cli import app as cli
 
 
 def stepping(name, role, by, seconds=0.001):

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import virtualbatch
-from virtualbatch import cli
+from virtualbatch.cli import app as cli
 from virtualbatch.demo.parent import ChildFailure
 
 

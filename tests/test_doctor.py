@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from virtualbatch import doctor
-from virtualbatch.doctor import Framework
-from virtualbatch.host_memory import HostMemory, MemoryLimit, host_memory
+from virtualbatch.cli import doctor
+from virtualbatch.cli.doctor import Framework
+from virtualbatch.plan.host_memory import HostMemory, MemoryLimit, host_memory
 
 
 @pytest.fixture(scope="module")

@@ -75,8 +75,14 @@ SIGNATURES = {
 
 NAMES = {
     virtualbatch: {
+        "Advice",
         "Auto",
+        "Certificate",
+        "Finding",
+        "NoiseEstimate",
         "NoiseScale",
+        "Plan",
+        "PlanRow",
         "Window",
         "WindowStats",
         "certify_loop",

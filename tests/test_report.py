@@ -11,8 +11,9 @@ from tests import reports
 from tests.reports import HOSTILE
 from typer.testing import CliRunner
 
-from virtualbatch import cli, report
-from virtualbatch.plan import Plan, PlanRow
+from virtualbatch import report
+from virtualbatch.cli import app as cli
+from virtualbatch.plan.plan import Plan, PlanRow
 from virtualbatch.report import write_html
 from virtualbatch.report._svg import PALETTE
 

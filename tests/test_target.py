@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from virtualbatch import cli
-from virtualbatch.target import ENGINES
+from virtualbatch.cli import app as cli
+from virtualbatch.cli.target import ENGINES
 
 # NumPy's word about variables of Keras, which Keras itself reads through NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")

@@ -5,12 +5,29 @@ This module holds the framework-neutral names. Each engine is imported by the us
 `virtualbatch.torch` for PyTorch loops and `virtualbatch.jax` for JAX.
 """
 
-from virtualbatch.loops import certify_loop
-from virtualbatch.noise import NoiseScale, WindowStats
-from virtualbatch.packing import pack
-from virtualbatch.sizes import Auto
-from virtualbatch.split import Window, windows
+from virtualbatch.certify.certificate import Certificate, Finding
+from virtualbatch.certify.loop import certify_loop
+from virtualbatch.noise.advice import Advice
+from virtualbatch.noise.estimate import NoiseEstimate, NoiseScale, WindowStats
+from virtualbatch.plan.auto import Auto
+from virtualbatch.plan.plan import Plan, PlanRow
+from virtualbatch.window.packing import pack
+from virtualbatch.window.window import Window, windows
 
-__all__ = ["Auto", "NoiseScale", "Window", "WindowStats", "certify_loop", "pack", "windows"]
+__all__ = [
+    "Advice",
+    "Auto",
+    "Certificate",
+    "Finding",
+    "NoiseEstimate",
+    "NoiseScale",
+    "Plan",
+    "PlanRow",
+    "Window",
+    "WindowStats",
+    "certify_loop",
+    "pack",
+    "windows",
+]
 
 __version__ = "0.1.0"

@@ -1,5 +1,5 @@
 """`python -m virtualbatch`, the same as the command `virtualbatch`."""
 
-from virtualbatch.cli import app
+from virtualbatch.cli.app import app
 
 app()

@@ -11,7 +11,7 @@ from tests.conformance.adapters.base import Result, leaves, mapped
 from tests.conformance.problems import SUMMANDS, problem
 from tests.oracle import EPSILON, EXACT, assert_all_close, assert_close, tolerance
 
-from virtualbatch.split import Window
+from virtualbatch.window.window import Window
 
 ROWS = 10
 # name -> (rows, how they are cut)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tests.oracle import assert_close
 
-from virtualbatch.split import Window, windows
+from virtualbatch.window.window import Window, windows
 
 
 def one_hot(engine: Any, samples: int) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tests.conformance.adapters.base import mapped
 
-from virtualbatch.split import Window
+from virtualbatch.window.window import Window
 
 X = np.ones((6, 2))
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from virtualbatch.advice import advice
+from virtualbatch.noise.advice import advice
 
 
 def given(scale, rows, *, interval=None, micro=8, row=0.001, update=0.008):

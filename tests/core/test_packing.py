@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virtualbatch import Window, pack
-from virtualbatch.packing import refuse_sorted_rows
+from virtualbatch.window.window import refuse_sorted_rows
 
 Pair = namedtuple("Pair", "x y")
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)

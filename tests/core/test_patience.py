@@ -2,8 +2,8 @@
 
 import pytest
 
-from virtualbatch.patience import TIME_TO_SPEND, Patience
-from virtualbatch.search import Question
+from virtualbatch.plan.patience import TIME_TO_SPEND, TimeBudget
+from virtualbatch.plan.search import Question
 
 
 class Clock:
@@ -19,7 +19,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     found = Clock()
-    monkeypatch.setattr("virtualbatch.patience.time.perf_counter", found)
+    monkeypatch.setattr("virtualbatch.plan.patience.time.perf_counter", found)
     return found
 
 
@@ -30,7 +30,7 @@ def answered(patience, clock, question, seconds):
 
 
 def test_time_is_counted_from_the_first_question_that_can_be_left(clock):
-    patience = Patience()
+    patience = TimeBudget()
     answered(patience, clock, Question("memory", 8), 100.0)
     answered(patience, clock, Question("time", 8), TIME_TO_SPEND + 1)
     assert patience.is_over(Question("time", 8))
@@ -39,7 +39,7 @@ def test_time_is_counted_from_the_first_question_that_can_be_left(clock):
 
 @pytest.mark.parametrize("seconds", [1.0, 6.0])
 def test_a_size_that_was_not_met_has_to_leave_time_for_looks(clock, seconds):
-    patience = Patience()
+    patience = TimeBudget()
     answered(patience, clock, Question("memory", 8), 99.0)
     # The last one counts, not the first, which loads what all need.
     answered(patience, clock, Question("memory", 32), seconds)
@@ -51,14 +51,14 @@ def test_a_size_that_was_not_met_has_to_leave_time_for_looks(clock, seconds):
 
 
 def test_what_looks_take_is_not_taken_for_what_building_takes(clock):
-    patience = Patience()
+    patience = TimeBudget()
     answered(patience, clock, Question("memory", 8), 0.1)
     answered(patience, clock, Question("time", 8), 7.0)
     assert not patience.is_over(Question("time", 16))
 
 
 def test_nothing_is_built_for_a_trial(clock):
-    patience = Patience()
+    patience = TimeBudget()
     answered(patience, clock, Question("trial", 1), 1.0)
     answered(patience, clock, Question("trial", 2), 5.0)
     answered(patience, clock, Question("trial", 4), 4.5)

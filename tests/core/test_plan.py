@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtualbatch.plan import NEARLY_AS_FAST, Plan, PlanRow, parse_limit, readable_bytes
-from virtualbatch.search import Question, Search
+from virtualbatch.plan.plan import NEARLY_AS_FAST, Plan, PlanRow, parse_limit, readable_bytes
+from virtualbatch.plan.search import Question, Search
 
 
 def searched(rows, limit, peak, seconds, trial=lambda rows: None, remainder=True):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from virtualbatch.race import Race
+from virtualbatch.plan.race import Race
 
 
 def run(race, seconds, disturbed=lambda size: 1.0, error=0.02):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 
-from virtualbatch.terms import (
+from virtualbatch.window.terms import (
     check_same_terms,
     check_steady_weights,
     loss_and_aux,

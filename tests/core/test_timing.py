@@ -2,7 +2,7 @@
 
 import pytest
 
-from virtualbatch.timing import ENOUGH, Timing
+from virtualbatch.plan.timing import ENOUGH, Timing
 
 
 def timing(seconds, load=None):

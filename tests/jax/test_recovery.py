@@ -13,7 +13,7 @@ import pytest
 
 import virtualbatch.jax as vb
 from virtualbatch import Auto
-from virtualbatch.jax._memory import is_out_of_memory, largest_arrays, left_bytes
+from virtualbatch.jax._plan.memory import is_out_of_memory, largest_arrays, left_bytes
 
 ROWS = 24
 Error = jax.errors.JaxRuntimeError

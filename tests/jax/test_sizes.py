@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import virtualbatch.jax as vb
 from virtualbatch import Auto
-from virtualbatch.search import Search
+from virtualbatch.plan.search import Search
 
 ROWS, WIDTH = 64, 32
 

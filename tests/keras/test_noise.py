@@ -12,7 +12,7 @@ from tests.keras.problems import compiled
 from tests.oracle import assert_close, tolerance
 
 import virtualbatch.keras as vb
-from virtualbatch.split import even_cut
+from virtualbatch.window.cut import even_cut
 
 ROWS, FEATURES, WORDS = 10, 4, 7
 _random = np.random.default_rng(3)

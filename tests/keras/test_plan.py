@@ -10,7 +10,7 @@ from tests.keras.running_out import BATCH, X, Y, assert_same, model, state
 
 import virtualbatch.keras as vb
 from virtualbatch import Auto
-from virtualbatch.search import Search
+from virtualbatch.plan.search import Search
 
 ROWS = 64
 

@@ -9,7 +9,7 @@ from tests.keras.backends import BACKEND
 from tests.oracle import assert_close
 
 import virtualbatch.keras as vb
-from virtualbatch.split import even_cut
+from virtualbatch.window.cut import even_cut
 
 # What issue 2 asks of float64 after several updates; what was seen is 1e-15.
 RTOL = 1e-10

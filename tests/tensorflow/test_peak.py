@@ -1,6 +1,6 @@
 """What a window needs at its peak: the most of its runs."""
 
-from virtualbatch.tensorflow._peak import Watched
+from virtualbatch.tensorflow._plan.peak import Watched
 
 
 class Peaks:

@@ -16,10 +16,10 @@ from tests.tensorflow.modes import compiled
 
 import virtualbatch.tensorflow as vb
 from virtualbatch import Auto
-from virtualbatch.host_memory import HostMemory
-from virtualbatch.search import Search
-from virtualbatch.tensorflow import _plan
-from virtualbatch.tensorflow._peak import PeakMemory
+from virtualbatch.plan.host_memory import HostMemory
+from virtualbatch.plan.search import Search
+from virtualbatch.tensorflow._plan import plan as _plan
+from virtualbatch.tensorflow._plan.peak import PeakMemory
 
 ROWS = 256
 
@@ -185,7 +185,7 @@ def test_a_signature_is_planned_once(plans):
 
 
 def test_sizes_are_forgotten_with_the_variables():
-    from virtualbatch.tensorflow import _sizes
+    from virtualbatch.tensorflow._plan import sizes as _sizes
 
     loss_fn, x, variables = small()
     vb.value_and_gradients(loss_fn, x, variables, microbatch_size=8)

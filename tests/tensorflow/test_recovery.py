@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import virtualbatch.tensorflow as vb
 from virtualbatch import Auto
-from virtualbatch.tensorflow._memory import is_out_of_memory, largest_variables, left_bytes
+from virtualbatch.tensorflow._plan.memory import is_out_of_memory, largest_variables, left_bytes
 
 ROWS = 24
 

@@ -13,9 +13,9 @@ from torch import nn
 
 import virtualbatch.torch as vb
 from virtualbatch import Auto
-from virtualbatch.search import Search
-from virtualbatch.torch import _plan
-from virtualbatch.torch._peak import peak_bytes
+from virtualbatch.plan.search import Search
+from virtualbatch.torch._plan import plan as _plan
+from virtualbatch.torch._plan.peak import peak_bytes
 
 ROWS = 96
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import virtualbatch.torch as vb
 from virtualbatch import Auto
-from virtualbatch.torch._memory import is_out_of_memory, left_bytes
+from virtualbatch.torch._plan.memory import is_out_of_memory, left_bytes
 
 ROWS = 24
 

@@ -9,17 +9,10 @@ from dataclasses import asdict
 from typing import Any
 
 from virtualbatch.bench.case import Case
-from virtualbatch.bench.contender import (
-    ALL_PEERS,
-    FLOOR,
-    VIRTUALBATCH,
-    WHOLE,
-    Absent,
-    Contender,
-)
+from virtualbatch.bench.contender import ALL_PEERS, FLOOR, VIRTUALBATCH, WHOLE, Absent, Contender
 from virtualbatch.bench.order import RESULT, Order
 from virtualbatch.bench.turns import compared
-from virtualbatch.host_memory import give_back_freed_memory
+from virtualbatch.plan.host_memory import give_back_freed_memory
 
 _SECONDS_TO_SETTLE = 1.0
 

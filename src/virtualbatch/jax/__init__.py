@@ -11,24 +11,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from virtualbatch.certify import Certificate
+from virtualbatch.certify.certificate import Certificate
 from virtualbatch.jax._batch import Cut, cut_batch, cut_further
-from virtualbatch.jax._certify import certificate, check_cut
+from virtualbatch.jax._certify.certificate import certificate, check_cut
+from virtualbatch.jax._certify.loop import certify_loop
 from virtualbatch.jax._checks import check_arguments, check_options
 from virtualbatch.jax._compiled import run_compiled
 from virtualbatch.jax._eager import run_eager
-from virtualbatch.jax._loops import certify_loop
-from virtualbatch.jax._memory import KINDS, is_out_of_memory, largest_arrays, left_bytes
 from virtualbatch.jax._objective import Call
-from virtualbatch.jax._plan import planned
+from virtualbatch.jax._plan.memory import KINDS, is_out_of_memory, largest_arrays, left_bytes
+from virtualbatch.jax._plan.plan import planned
+from virtualbatch.jax._plan.sizes import needs_values, signature, stand_ins
 from virtualbatch.jax._replicas import varying
-from virtualbatch.jax._sizes import needs_values, signature, stand_ins
 from virtualbatch.jax._weights import host_shares, traced_shares
-from virtualbatch.packing import refuse_sorted_rows
-from virtualbatch.plan import Plan
-from virtualbatch.recovery import free_frames, no_smaller_size
-from virtualbatch.sizes import Auto, SizeInForce
-from virtualbatch.split import Window, is_automatic, windows
+from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
+from virtualbatch.plan.out_of_memory import free_frames, no_smaller_size
+from virtualbatch.plan.plan import Plan
+from virtualbatch.window.window import Window, refuse_sorted_rows, windows
 
 __all__ = ["Window", "certify", "certify_loop", "plan", "value_and_grad", "windows"]
 
@@ -133,7 +132,7 @@ def value_and_grad(
     )
     sizes = microbatch_size if isinstance(microbatch_size, Auto) else Auto()
 
-    def planned_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SizeInForce:
+    def planned_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CurrentSize:
         reason = "a call with axis_name" if axis_name is not None else needs_values((args, kwargs))
         if reason is not None:
             raise ValueError(
@@ -155,7 +154,7 @@ def value_and_grad(
         traced = _is_traced(args, kwargs)
         batch = args[batch_argnum]
         given: Any = microbatch_size
-        size: SizeInForce | None = None
+        size: CurrentSize | None = None
         if is_automatic(given):
             size = planned_size(args, kwargs)
             given = size.rows

@@ -16,14 +16,9 @@ import numpy as np
 from jax import lax
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from virtualbatch.split import (
-    Window,
-    check_alike,
-    check_window,
-    common_rows,
-    even_cut,
-    rows_per_microbatch,
-)
+from virtualbatch.window.cut import even_cut, rows_per_microbatch
+from virtualbatch.window.tree import common_rows
+from virtualbatch.window.window import Window, check_alike, check_window
 
 
 @dataclass(frozen=True)

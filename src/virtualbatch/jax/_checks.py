@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from virtualbatch.jax._keys import check_keys
-from virtualbatch.split import check_cut, check_sizes
+from virtualbatch.plan.auto import check_cut_or_auto, check_sizes_or_auto
 
 
 def check_options(
@@ -34,7 +34,7 @@ def check_options(
                 f"{name} must be a function{of_what}. Got {name}={function!r}. Pass {fix}"
             )
     if microbatch_size is not None or accumulation_steps is not None:
-        check_sizes(microbatch_size, accumulation_steps)
+        check_sizes_or_auto(microbatch_size, accumulation_steps)
     argnums, batch_argnum = positions["argnums"], positions["batch_argnum"]
     key_argnum = positions["key_argnum"]
     listed = list(argnums) if isinstance(argnums, Sequence) else [argnums]
@@ -79,4 +79,4 @@ def check_arguments(
             )
     if key_argnum is not None:
         check_keys(args[key_argnum])
-    check_cut(args[batch_argnum], microbatch_size, accumulation_steps)
+    check_cut_or_auto(args[batch_argnum], microbatch_size, accumulation_steps)

@@ -13,7 +13,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from virtualbatch.rowwise import Record
+from virtualbatch.certify.activations import Activation
 
 # Programs within a program that are looked into. Derivative rules of others must stay.
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
@@ -82,7 +82,7 @@ def evaluate(
     found: Traced,
     arrays: Sequence[Any],
     draw: Callable[[Any], Any] | None = None,
-    records: list[Record] | None = None,
+    activations: list[Activation] | None = None,
 ) -> Any:
     """Runs the equations.
 
@@ -90,13 +90,13 @@ def evaluate(
         found: the function.
         arrays: its argument.
         draw: random bits as they would be -> those to take instead; None to take them.
-        records: where all floating values are put, or None.
+        activations: where all floating values are put, or None.
 
     Returns:
         What the function returns.
     """
     program = found.program
-    outputs = _run(program.jaxpr, program.consts, arrays, draw, records, "")
+    outputs = _run(program.jaxpr, program.consts, arrays, draw, activations, "")
     return jax.tree.unflatten(found.structure, outputs)
 
 
@@ -105,7 +105,7 @@ def _run(
     consts: Sequence[Any],
     arguments: Sequence[Any],
     draw: Callable[[Any], Any] | None,
-    records: list[Record] | None,
+    activations: list[Activation] | None,
     place: str,
 ) -> list[Any]:
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
@@ -118,15 +118,15 @@ def _run(
         given = [read(atom) for atom in equation.invars]
         name = equation.primitive.name
         where = _line(equation) or place
-        if name in _CALLS or (name in _RULES and records is not None):
+        if name in _CALLS or (name in _RULES and activations is not None):
             inner = _closed(equation)
-            outputs = _run(inner.jaxpr, inner.consts, given, draw, records, where)
+            outputs = _run(inner.jaxpr, inner.consts, given, draw, activations, where)
         else:
             outputs = _single(jaxpr, equation, given)
             if name == "random_bits" and draw is not None:
                 outputs = [draw(outputs[0])]
-            if records is not None:
-                records += _floating(equation, outputs, where)
+            if activations is not None:
+                activations += _floating(equation, outputs, where)
         kept = zip(equation.outvars, outputs, strict=True)
         values.update(
             (variable, x) for variable, x in kept if not isinstance(variable, jex.DropVar)
@@ -149,12 +149,12 @@ def _single(jaxpr: Any, equation: Any, given: Sequence[Any]) -> list[Any]:
     return [None if isinstance(atom, jex.DropVar) else next(outputs) for atom in equation.outvars]
 
 
-def _floating(equation: Any, outputs: Sequence[Any], where: str) -> list[Record]:
+def _floating(equation: Any, outputs: Sequence[Any], where: str) -> list[Activation]:
     layer = str(equation.source_info.name_stack)
     norm = "BatchNorm" if "BatchNorm" in layer or "BatchNorm" in where else layer
     place = f"{layer}, {where}" if layer else where or "fun"
     return [
-        Record(place, norm, np.asarray(output, np.float64))
+        Activation(place, norm, np.asarray(output, np.float64))
         for output in outputs
         if hasattr(output, "dtype") and jnp.issubdtype(output.dtype, jnp.floating)
     ]

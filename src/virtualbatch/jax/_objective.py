@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from virtualbatch.jax._keys import folded
-from virtualbatch.terms import check_same_terms, loss_and_aux, loss_terms
-from virtualbatch.window import accumulator_dtype
+from virtualbatch.window.shares import accumulator_dtype
+from virtualbatch.window.terms import check_same_terms, loss_and_aux, loss_terms
 
 
 class Call(NamedTuple):

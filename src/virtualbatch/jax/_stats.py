@@ -8,7 +8,7 @@ from jax import lax
 
 from virtualbatch.jax._batch import Cut
 from virtualbatch.jax._weights import Shares
-from virtualbatch.noise import WindowStats
+from virtualbatch.noise.estimate import WindowStats
 
 
 def part_of(gradients: Any, share: Any) -> Any:

@@ -13,9 +13,9 @@ import numpy as np
 from jax import lax
 
 from virtualbatch.jax._batch import Cut
-from virtualbatch.split import rank
-from virtualbatch.terms import check_steady_weights, weight_terms
-from virtualbatch.window import shares
+from virtualbatch.window.shares import shares
+from virtualbatch.window.terms import check_steady_weights, weight_terms
+from virtualbatch.window.tree import rank
 
 
 class Shares(NamedTuple):

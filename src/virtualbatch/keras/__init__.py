@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 
 import keras
 
-from virtualbatch.certify import Certificate
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.keras._certify.loop import certify_loop
+from virtualbatch.keras._checks import accumulates, check_model
 from virtualbatch.keras._inexact import say_what_is_not_exact
-from virtualbatch.keras._loops import certify_loop
 from virtualbatch.keras._noise import NoiseScale
 from virtualbatch.keras._packing import asked_packing
-from virtualbatch.keras._refusals import accumulates, check_model
-from virtualbatch.plan import Plan
-from virtualbatch.sizes import Auto
-from virtualbatch.split import check_sizes, is_automatic
+from virtualbatch.plan.auto import Auto, check_sizes_or_auto, is_automatic
+from virtualbatch.plan.plan import Plan
 
 __all__ = ["NoiseScale", "accumulate", "certify", "certify_loop", "plan", "restore"]
 
@@ -68,7 +67,7 @@ def accumulate(
     """
     packing = asked_packing(microbatch_tokens, lengths)
     if packing is None:
-        check_sizes(microbatch_size, accumulation_steps)
+        check_sizes_or_auto(microbatch_size, accumulation_steps)
     elif microbatch_size is not None or accumulation_steps is not None:
         raise ValueError(
             "Rows are packed by tokens or cut by number. "
@@ -160,7 +159,7 @@ def certify(
         >>> certify(model, batch, microbatch_size=4).findings[0].kind
         'batchnorm'
     """
-    check_sizes(microbatch_size, accumulation_steps)
+    check_sizes_or_auto(microbatch_size, accumulation_steps)
     if is_automatic(microbatch_size):
         raise ValueError(
             'certify compares one cut. Got microbatch_size="auto". '
@@ -211,7 +210,7 @@ def _engine() -> _Engine:
     """
     match keras.backend.backend():
         case "tensorflow":
-            from virtualbatch.keras import _tensorflow
+            from virtualbatch.keras._tensorflow import step as _tensorflow
 
             return _Engine(
                 _tensorflow.TensorFlowStep,
@@ -220,13 +219,13 @@ def _engine() -> _Engine:
                 _tensorflow.certify,
             )
         case "torch":
-            from virtualbatch.keras import _torch
+            from virtualbatch.keras._torch import step as _torch
 
             return _Engine(
                 _torch.TorchStep, _torch.make_train_function, _torch.plan, _torch.certify
             )
         case "jax":
-            from virtualbatch.keras import _jax
+            from virtualbatch.keras._jax import step as _jax
 
             return _Engine(_jax.JaxStep, _jax.make_train_function, _jax.plan, _jax.certify)
         case other:

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from virtualbatch.window import Moments, merge_moments
+from virtualbatch.window.shares import Moments, merge_moments
 
 
 def batchnorm_layers(model: keras.Model) -> list[Any]:

@@ -6,29 +6,16 @@ same batch, with everything that an attempt writes put back.
 
 import traceback
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 
 from virtualbatch.keras._train_step import TrainStep
-from virtualbatch.plan import Plan
-from virtualbatch.recovery import free_frames, no_smaller_size
-from virtualbatch.sizes import Auto, Leaf, Signature, SizeInForce
-from virtualbatch.split import array_leaves, common_rows, is_automatic
-
-
-class Memory(NamedTuple):
-    """What a backend knows of memory.
-
-    Fields:
-        kinds: classes of errors among which those of allocators are.
-        is_out_of_memory: error -> whether it is one.
-        left_bytes: () -> what is left; None if the device does not tell.
-    """
-
-    kinds: tuple[type[BaseException], ...]
-    is_out_of_memory: Callable[[BaseException], bool]
-    left_bytes: Callable[[], int | None]
+from virtualbatch.plan.auto import Auto, CurrentSize, Leaf, Signature, is_automatic
+from virtualbatch.plan.out_of_memory import free_frames, no_smaller_size
+from virtualbatch.plan.plan import Plan
+from virtualbatch.plan.retry import Memory
+from virtualbatch.window.tree import array_leaves, common_rows
 
 
 class Guard:
@@ -47,7 +34,7 @@ class Guard:
         given = step.microbatch_size
         self._sizes = given if isinstance(given, Auto) else Auto()
         self._fitted: set[Hashable] = set()
-        self._latest: SizeInForce | None = None
+        self._latest: CurrentSize | None = None
         self._program = ""
 
     def fitted(self, shape: Hashable) -> bool:
@@ -118,7 +105,7 @@ class Guard:
             self._take(size)
             make_again()
 
-    def _take(self, size: SizeInForce) -> bool:
+    def _take(self, size: CurrentSize) -> bool:
         """Puts a size in force; whether it is another one than before."""
         planned = is_automatic(self._step.microbatch_size)
         most = size.rows if planned or size.rows < size.most else None

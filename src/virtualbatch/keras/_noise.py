@@ -4,8 +4,8 @@ from typing import Any
 
 import keras
 
-from virtualbatch import noise
 from virtualbatch.keras._train_step import TrainStep
+from virtualbatch.noise import estimate as noise
 
 
 class NoiseScale(keras.callbacks.Callback, noise.NoiseScale):

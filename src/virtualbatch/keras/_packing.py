@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import keras
 
-from virtualbatch.gathering import is_known
-from virtualbatch.nesting import Builder, builder
-from virtualbatch.packing import check_tokens
-from virtualbatch.padding import length_by_shape, trimmed_by_shape
+from virtualbatch.window.gather import is_known
+from virtualbatch.window.packing import check_tokens
+from virtualbatch.window.padding import length_by_shape, trimmed_by_shape
+from virtualbatch.window.tree import Builder, builder
 
 _FIX = "In a loop of your own, virtualbatch.pack takes padded=, which tells leaves that are padded."
 # To how many lengths rows are trimmed where each is a program of its own.

@@ -7,9 +7,10 @@ from typing import Any
 
 import keras
 
+from virtualbatch.keras._checks import refuse_accumulating_optimizer, refuse_replicas
 from virtualbatch.keras._packing import Packing
-from virtualbatch.keras._refusals import refuse_accumulating_optimizer, refuse_replicas
-from virtualbatch.split import is_automatic, rows_per_microbatch
+from virtualbatch.plan.auto import is_automatic
+from virtualbatch.window.cut import rows_per_microbatch
 
 _log = logging.getLogger("virtualbatch")
 

@@ -8,11 +8,11 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from virtualbatch.advice import Advice
-from virtualbatch.certify import Certificate
+from virtualbatch.certify.certificate import Certificate
 from virtualbatch.demo.result import DemoResult
-from virtualbatch.noise import NoiseEstimate
-from virtualbatch.plan import Plan
+from virtualbatch.noise.advice import Advice
+from virtualbatch.noise.estimate import NoiseEstimate
+from virtualbatch.plan.plan import Plan
 
 __all__ = ["write_html"]
 
@@ -37,7 +37,7 @@ def write_html(file: str | Path, *results: Result) -> None:
         ValueError: there is no result.
 
     Example:
-        >>> from virtualbatch.plan import Plan, PlanRow
+        >>> from virtualbatch import Plan, PlanRow
         >>> row = PlanRow(32, 2**20, measured=True, seconds_per_batch=0.5)
         >>> plan = Plan(32, 4, memory_limit=2**21, reason="32 fits.", rows=(row,))
         >>> write_html("plan.html", plan)  # doctest: +SKIP

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from virtualbatch.certify import Certificate
+from virtualbatch.certify.certificate import Certificate
 from virtualbatch.report._axes import BAR, named_rows, rows_height
 from virtualbatch.report._section import Figure, Section, Table, Tile
 from virtualbatch.report._svg import LIGHT, SMALL, drawing

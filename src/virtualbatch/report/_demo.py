@@ -7,7 +7,7 @@ from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from virtualbatch.demo.result import DemoResult, RunResult
-from virtualbatch.plan import readable_bytes
+from virtualbatch.plan.plan import readable_bytes
 from virtualbatch.report._axes import BAR, HEIGHT, key, named_rows, plain_log_ticks, rows_height
 from virtualbatch.report._section import Figure, Section, Table, Tile
 from virtualbatch.report._svg import LIGHT, drawing

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-from virtualbatch.advice import Advice
-from virtualbatch.noise import NoiseEstimate
+from virtualbatch.noise.advice import Advice
+from virtualbatch.noise.estimate import NoiseEstimate
 from virtualbatch.report._axes import HEIGHT, plain_log_ticks
 from virtualbatch.report._section import Figure, Section, Table, Tile
 from virtualbatch.report._svg import LIGHT, drawing

@@ -6,11 +6,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from virtualbatch import __version__
-from virtualbatch.advice import Advice
-from virtualbatch.certify import Certificate
+from virtualbatch.certify.certificate import Certificate
 from virtualbatch.demo.result import DemoResult
-from virtualbatch.noise import NoiseEstimate
-from virtualbatch.plan import Plan
+from virtualbatch.noise.advice import Advice
+from virtualbatch.noise.estimate import NoiseEstimate
+from virtualbatch.plan.plan import Plan
 from virtualbatch.report._certificate import certificate_section
 from virtualbatch.report._demo import demo_section
 from virtualbatch.report._noise import advice_section, noise_section

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from virtualbatch.plan import NEARLY_AS_FAST, Plan, readable_bytes
+from virtualbatch.plan.plan import NEARLY_AS_FAST, Plan, readable_bytes
 from virtualbatch.report._axes import HEIGHT, note
 from virtualbatch.report._section import Figure, Section, Table, Tile
 from virtualbatch.report._svg import LIGHT, drawing

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from markupsafe import Markup
 
-from virtualbatch.certify import Finding
+from virtualbatch.certify.certificate import Finding
 
 Tone = Literal["good", "bad", "plain"]
 

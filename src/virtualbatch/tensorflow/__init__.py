@@ -9,25 +9,25 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.certify import Certificate
-from virtualbatch.packing import refuse_sorted_rows
-from virtualbatch.plan import Plan
-from virtualbatch.recovery import free_frames, no_smaller_size
-from virtualbatch.sizes import Auto, SizeInForce
-from virtualbatch.split import Window, common_rows, is_automatic, windows
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
+from virtualbatch.plan.out_of_memory import free_frames, no_smaller_size
+from virtualbatch.plan.plan import Plan
 from virtualbatch.tensorflow._batch import as_tensor, named_arrays, segments, smaller_segments
-from virtualbatch.tensorflow._certify import certificate
+from virtualbatch.tensorflow._certify.certificate import certificate
+from virtualbatch.tensorflow._certify.loop import certify_loop
 from virtualbatch.tensorflow._checks import check_call
-from virtualbatch.tensorflow._loops import certify_loop
-from virtualbatch.tensorflow._memory import (
+from virtualbatch.tensorflow._plan.memory import (
     KINDS,
     is_out_of_memory,
     largest_variables,
     left_bytes,
 )
-from virtualbatch.tensorflow._plan import held_bytes, planned
-from virtualbatch.tensorflow._sizes import kept_sizes, signature, stand_in
+from virtualbatch.tensorflow._plan.plan import held_bytes, planned
+from virtualbatch.tensorflow._plan.sizes import kept_sizes, signature, stand_in
 from virtualbatch.tensorflow._window import Program
+from virtualbatch.window.tree import common_rows
+from virtualbatch.window.window import Window, refuse_sorted_rows, windows
 
 __all__ = ["Window", "certify", "certify_loop", "plan", "value_and_gradients", "windows"]
 
@@ -110,7 +110,7 @@ def _in_micro_batches(
     program: Program, batch: Any, microbatch_size: Any, accumulation_steps: int | None
 ) -> Any:
     """A window of the size in force; eagerly once more with a smaller one if memory runs out."""
-    size: SizeInForce | None = None
+    size: CurrentSize | None = None
     if is_automatic(microbatch_size):
         size = _planned_size(program, batch, microbatch_size)
         microbatch_size = size.rows
@@ -273,7 +273,7 @@ def certify(
     )
 
 
-def _planned_size(program: Program, batch: Any, automatic: Any) -> SizeInForce:
+def _planned_size(program: Program, batch: Any, automatic: Any) -> CurrentSize:
     loss_fn, variables, weight, has_aux, _ = program
     sizes = automatic if isinstance(automatic, Auto) else kept_sizes(variables)
     found = signature(batch, variables)

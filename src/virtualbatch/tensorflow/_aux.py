@@ -11,10 +11,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.split import common_rows
 from virtualbatch.tensorflow._batch import Segment, as_tensor, named_arrays, specs
 from virtualbatch.tensorflow._loop import Traced
-from virtualbatch.window import accumulator_dtype
+from virtualbatch.window.shares import accumulator_dtype
+from virtualbatch.window.tree import common_rows
 
 _ROWS, _SUM, _MEAN, _NOTHING = "rows", "sum", "mean", "nothing"
 

@@ -9,17 +9,9 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from virtualbatch.split import (
-    Window,
-    array_leaves,
-    check_alike,
-    check_window,
-    common_rows,
-    even_cut,
-    rank,
-    rows_per_microbatch,
-    sizes_disagree,
-)
+from virtualbatch.window.cut import even_cut, rows_per_microbatch, sizes_disagree
+from virtualbatch.window.tree import array_leaves, common_rows, rank
+from virtualbatch.window.window import Window, check_alike, check_window
 
 
 class Segment(NamedTuple):

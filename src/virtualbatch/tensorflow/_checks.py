@@ -4,7 +4,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.split import check_cut
+from virtualbatch.plan.auto import check_cut_or_auto
 
 
 def check_call(
@@ -34,4 +34,4 @@ def check_call(
                 f"Got one of type {type(variable).__name__}. "
                 "Pass for example model.trainable_variables."
             )
-    check_cut(batch, microbatch_size, accumulation_steps)
+    check_cut_or_auto(batch, microbatch_size, accumulation_steps)

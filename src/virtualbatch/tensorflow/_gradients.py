@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.window import accumulator_dtype
+from virtualbatch.window.shares import accumulator_dtype
 
 _HALF = (tf.float16, tf.bfloat16)
 

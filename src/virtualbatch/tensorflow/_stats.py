@@ -5,9 +5,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.noise import WindowStats
+from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.tensorflow._weights import Shares
-from virtualbatch.window import accumulator_dtype
+from virtualbatch.window.shares import accumulator_dtype
 
 
 def part_of(gradients: Sequence[Any], share: Any) -> Any:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from virtualbatch.split import rank
 from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._gradients import add
 from virtualbatch.tensorflow._loop import Output, fold, trace
-from virtualbatch.terms import check_same_terms, check_steady_weights, weight_terms
-from virtualbatch.window import shares
+from virtualbatch.window.shares import shares
+from virtualbatch.window.terms import check_same_terms, check_steady_weights, weight_terms
+from virtualbatch.window.tree import rank
 
 
 class Shares(NamedTuple):

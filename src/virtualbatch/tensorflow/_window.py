@@ -19,7 +19,7 @@ from virtualbatch.tensorflow._gradients import (
 from virtualbatch.tensorflow._loop import Output, fold, trace
 from virtualbatch.tensorflow._stats import part_of, stats_of
 from virtualbatch.tensorflow._weights import window_shares
-from virtualbatch.terms import loss_and_aux, loss_terms
+from virtualbatch.window.terms import loss_and_aux, loss_terms
 
 
 class _Micro(NamedTuple):

@@ -9,23 +9,22 @@ from typing import Any
 
 import torch
 
-from virtualbatch.certify import Certificate
-from virtualbatch.packing import refuse_sorted_rows
-from virtualbatch.plan import Plan
-from virtualbatch.recovery import free_frames, no_smaller_size
-from virtualbatch.sizes import Auto, SizeInForce
-from virtualbatch.split import Window, is_automatic, windows
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
+from virtualbatch.plan.out_of_memory import free_frames, no_smaller_size
+from virtualbatch.plan.plan import Plan
 from virtualbatch.torch._batch import microbatches
 from virtualbatch.torch._capture import Captured
-from virtualbatch.torch._certify import certificate, check_cut
+from virtualbatch.torch._certify.certificate import certificate, check_cut
+from virtualbatch.torch._certify.loop import certify_loop
 from virtualbatch.torch._checks import check_call, refuse_foreign_accumulation
-from virtualbatch.torch._loops import certify_loop
-from virtualbatch.torch._memory import is_out_of_memory, largest_parameters, left_bytes
 from virtualbatch.torch._modules import inventory
-from virtualbatch.torch._plan import planned
+from virtualbatch.torch._plan.memory import is_out_of_memory, largest_parameters, left_bytes
+from virtualbatch.torch._plan.plan import planned
+from virtualbatch.torch._plan.sizes import kept_sizes, signature
 from virtualbatch.torch._random import RandomState
-from virtualbatch.torch._sizes import kept_sizes, signature
 from virtualbatch.torch._window import Program
+from virtualbatch.window.window import Window, refuse_sorted_rows, windows
 
 __all__ = ["Window", "backward", "captured", "certify", "certify_loop", "plan", "windows"]
 
@@ -262,7 +261,7 @@ def certify(
     return certificate(program, batch, microbatch_size, accumulation_steps)
 
 
-def _planned_size(program: Program, batch: Any, automatic: Any) -> SizeInForce:
+def _planned_size(program: Program, batch: Any, automatic: Any) -> CurrentSize:
     found = program.found
     sizes = automatic if isinstance(automatic, Auto) else kept_sizes(found.roots[0])
     return sizes.planned(

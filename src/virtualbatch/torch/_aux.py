@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from virtualbatch.torch._batch import Microbatch
-from virtualbatch.torch._memory import is_out_of_memory
-from virtualbatch.window import accumulator_dtype
+from virtualbatch.torch._plan.memory import is_out_of_memory
+from virtualbatch.window.shares import accumulator_dtype
 
 # A loop asks the same question at every update, and the answer costs a run of the loss on shapes.
 _shapes: weakref.WeakKeyDictionary[Any, dict[Any, list[Any]]] = weakref.WeakKeyDictionary()

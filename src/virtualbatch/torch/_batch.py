@@ -12,15 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from virtualbatch.nesting import Builder, builder, is_text
-from virtualbatch.split import (
-    Window,
-    check_alike,
-    check_window,
-    common_rows,
-    even_cut,
-    rows_per_microbatch,
-)
+from virtualbatch.window.cut import even_cut, rows_per_microbatch
+from virtualbatch.window.tree import Builder, builder, common_rows, is_text
+from virtualbatch.window.window import Window, check_alike, check_window
 
 _SHARED = (numbers.Number, str, bytes, Enum, torch.dtype, torch.device, torch.Generator, type(None))
 

@@ -173,7 +173,7 @@ def _merged(
     """Mean and unbiased variance of all values that the calls saw.
 
     All groups are there, so they are merged at once around the common mean instead of pair by
-    pair. That is what `virtualbatch.window.merge_moments` comes to, in a tenth of the kernels.
+    pair. That is what `merge_moments` comes to, in a tenth of the kernels.
     """
     if len(calls) == 1:
         mean, variance = calls[0].moments

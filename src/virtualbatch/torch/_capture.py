@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from virtualbatch.terms import check_same_terms
 from virtualbatch.torch._batch import Microbatch
 from virtualbatch.torch._gradients import HALF, committed, unknown_leaf
 from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._modules import Inventory
 from virtualbatch.torch._weights import Shares
+from virtualbatch.window.terms import check_same_terms
 
 _log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from virtualbatch.split import check_cut
+from virtualbatch.plan.auto import check_cut_or_auto
 
 
 def check_call(
@@ -31,7 +31,7 @@ def check_call(
                 f"{name} must be a function of one {of_what}. Got {name}={function!r}. "
                 f"Pass {name}=lambda {of_what}: ..."
             )
-    check_cut(batch, microbatch_size, accumulation_steps)
+    check_cut_or_auto(batch, microbatch_size, accumulation_steps)
     if not torch.is_grad_enabled():
         raise ValueError(
             "backward must be called where PyTorch records gradients. Got a call under "

@@ -12,7 +12,7 @@ import torch
 
 from virtualbatch.torch._own_memory import OwnMemory
 from virtualbatch.torch._stats import GradientNorms
-from virtualbatch.window import accumulator_dtype
+from virtualbatch.window.shares import accumulator_dtype
 
 HALF = {torch.float16, torch.bfloat16}
 

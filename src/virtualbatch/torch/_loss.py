@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from virtualbatch.terms import SINGLE, loss_terms
+from virtualbatch.window.terms import SINGLE, loss_terms
 
 
 def checked_terms(loss: Any) -> dict[Any, torch.Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from virtualbatch.noise import WindowStats
+from virtualbatch.noise.estimate import WindowStats
 
 _HALF = (torch.float16, torch.bfloat16)
 # Norms that are added up at once: each call costs more than the numbers that it adds.

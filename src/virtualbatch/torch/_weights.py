@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from virtualbatch.split import rank
-from virtualbatch.terms import check_same_terms, check_steady_weights, weight_terms
 from virtualbatch.torch._batch import Microbatch
-from virtualbatch.window import shares
+from virtualbatch.window.shares import shares
+from virtualbatch.window.terms import check_same_terms, check_steady_weights, weight_terms
+from virtualbatch.window.tree import rank
 
 
 class Shares(NamedTuple):

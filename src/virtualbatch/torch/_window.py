@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from virtualbatch.terms import loss_and_aux
 from virtualbatch.torch._aux import detached, merged_aux
 from virtualbatch.torch._batch import Microbatch, on_device
 from virtualbatch.torch._batchnorm import MergedStatistics, is_tracked
@@ -17,6 +16,7 @@ from virtualbatch.torch._modules import Inventory
 from virtualbatch.torch._state import Buffers
 from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.torch._weights import Shares, window_shares
+from virtualbatch.window.terms import loss_and_aux
 
 
 class Program(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from virtualbatch.split import Window
+from virtualbatch.window.window import Window
 
 FRAMEWORKS = {"tensorflow": "tensorflow", "torch": "torch", "jax": "jax"}
 ENGINES = list(FRAMEWORKS)

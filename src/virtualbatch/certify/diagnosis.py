@@ -1,0 +1,266 @@
+"""From what was observed of a training step to a certificate.
+
+The errors come first. Only if there are any, causes are tried on the gradients of single
+micro-batches: the cause is the one whose arithmetic reproduces the whole batch's gradient.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from virtualbatch.certify.activations import (
+    first_difference,
+    first_not_finite,
+    reduced_at,
+    same_values,
+)
+from virtualbatch.certify.certificate import Certificate, Finding, derived_tolerance
+from virtualbatch.certify.combining import miscombined, stale
+from virtualbatch.certify.errors import (
+    Scales,
+    all_finite,
+    differ,
+    gradient_errors,
+    measured_scales,
+    norm_of_sum,
+    state_errors,
+    total_loss,
+)
+from virtualbatch.certify.step import Observed, TrainingStep
+from virtualbatch.certify.weights import Sketch, explained, given_shares
+
+
+def certified(subject: TrainingStep) -> Certificate:
+    """Runs a subject uncut and accumulated, and compares.
+
+    Args:
+        subject: see there.
+    """
+    tolerance = derived_tolerance(subject.epsilon, subject.narrowest, subject.rows)
+    every = np.arange(subject.rows)
+    whole = subject.alone(every)
+    if not all_finite(whole):
+        broken = (_not_finite(subject, every),)
+        infinite = dict.fromkeys(subject.parameters, float("inf"))
+        notes = tuple(subject.notes)
+        return Certificate(False, float("inf"), tolerance, infinite, broken, float("inf"), notes)
+    coarse = max(subject.epsilon**0.5, tolerance)
+    again = subject.alone(every, again=True)
+    turned = subject.alone(every[::-1])
+    mixed = subject.alone(np.random.default_rng(0).permutation(subject.rows))
+    stateful = differ(whole, again, coarse)
+    ordered = differ(whole, turned, coarse) or differ(whole, mixed, coarse)
+    # What depends on the order of rows is no rounding.
+    alike = [] if stateful or ordered else [again, turned, mixed]
+    scales = measured_scales(whole, alike, tolerance)
+    # What a window leaves behind shows in the one after it.
+    subject.accumulated()
+    accumulated = subject.accumulated()
+    errors = gradient_errors(whole, accumulated, scales)
+    loss_error = abs(total_loss(whole) - total_loss(accumulated)) / scales.loss
+    max_error = max(errors.values(), default=0.0)
+    same_gradient = max_error <= tolerance and loss_error <= tolerance
+    kept = state_errors(whole, accumulated)
+    exact = same_gradient and max(kept.values(), default=0.0) <= coarse
+    findings: list[Finding] = []
+    if same_gradient and not exact:
+        findings = [_kept(max(kept, key=lambda name: kept[name]))]
+    elif not exact:
+        findings = _causes(subject, whole, accumulated, scales, tolerance, coarse, stateful)
+    elif stateful:
+        findings = [_stateful(subject, every, coarse)]
+    findings += _advice(subject, whole)
+    return Certificate(
+        exact=exact,
+        max_error=max_error,
+        tolerance=tolerance,
+        parameters=errors,
+        findings=tuple(findings),
+        loss_error=loss_error,
+        notes=tuple(subject.notes),
+    )
+
+
+def _causes(
+    subject: TrainingStep,
+    whole: Observed,
+    accumulated: Observed,
+    scales: Scales,
+    tolerance: float,
+    coarse: float,
+    stateful: bool,
+) -> list[Finding]:
+    """Why the accumulated gradient is another one; at least one finding."""
+    union = np.concatenate(subject.pieces[:2])
+    activations = subject.activations(union)
+    parts = [subject.activations(piece) for piece in subject.pieces[:2]]
+    if stateful:
+        return [_stateful(subject, np.arange(subject.rows), coarse)]
+    different = first_difference(activations, parts, coarse)
+    if different is not None and subject.weighs_itself:
+        return [_coupled(different, different.where)]
+    reduced = reduced_at(activations, parts)
+    place = reduced.where if reduced else subject.place
+    findings = []
+    wrong = []
+    for term, name in subject.places(place, whole.terms).items():
+        found = explained(subject, term, name, scales, tolerance)
+        if found.right:
+            continue
+        wrong.append(name)
+        if found.finding is not None:
+            findings.append(found.finding)
+    if findings:
+        return findings
+    if not wrong:
+        return [_of_the_sum(subject, whole, accumulated, scales, tolerance)]
+    return [_coupled(different, wrong[0])]
+
+
+def _coupled(record: Any, place: str) -> Finding:
+    where = record.where if record is not None else place
+    if record is not None and "BatchNorm" in record.layer:
+        return Finding(
+            "batchnorm",
+            where,
+            f"{record.layer} in training mode normalises each micro-batch with its own mean and "
+            "variance, so its outputs are not those of the whole batch.",
+            "Use GroupNorm or LayerNorm, or put it in evaluation mode, or choose the largest "
+            "micro-batch that fits.",
+        )
+    why = (
+        "Its values for the rows of a micro-batch change with the other rows of the batch."
+        if record is not None
+        else "The loss is no mean over rows of anything: a function of a mean is not a mean."
+    )
+    return Finding(
+        "coupled_rows",
+        where,
+        why,
+        "Compute it from each row alone, or run this loss on the uncut batch.",
+    )
+
+
+def _stateful(subject: TrainingStep, rows: np.ndarray, coarse: float) -> Finding:
+    first, second = subject.activations(rows), subject.activations(rows, again=True)
+    where = subject.place
+    for a, b in zip(first, second, strict=False):
+        if not same_values(a, b, coarse):
+            where = a.where
+            break
+    return Finding(
+        "stateful",
+        where,
+        "The same rows give another result the second time: it keeps something between calls.",
+        "Freeze that state during the window, or update it once after the window.",
+    )
+
+
+def _kept(name: str) -> Finding:
+    return Finding(
+        "stateful",
+        name,
+        "Gradient and loss are those of the whole batch, but this value is not: each micro-batch "
+        "changes it, and the whole batch changes it once.",
+        "Compute it from sums over rows, or update it once after the window.",
+    )
+
+
+def _of_the_sum(
+    subject: TrainingStep, whole: Observed, accumulated: Observed, scales: Scales, tolerance: float
+) -> Finding:
+    """Why the sum is wrong although each micro-batch is right."""
+    errors = gradient_errors(accumulated, subject.accumulated(), scales)
+    if max(errors.values()) > tolerance:
+        return stale("the accumulation")
+    sketch = Sketch(subject.parameters, scales, tolerance)
+    shares = {term: np.asarray(given_shares(subject, term)) for term in whole.terms}
+    # Terms are in one sum: each counts relative to the first one's shares.
+    first = next(iter(shares.values()))
+    parts, norms = [], []
+    for index, piece in enumerate(subject.pieces):
+        only = len(shares) == 1
+        runs = {term: subject.alone(piece, None if only else term) for term in shares}
+        relative = {term: shares[term][index] / (first[index] or 1.0) for term in shares}
+        parts.append(sum(relative[term] * sketch.gradient(run) for term, run in runs.items()))
+        norms.append(norm_of_sum([(relative[term], run) for term, run in runs.items()]))
+    found = miscombined(
+        sketch,
+        sketch.gradient(accumulated),
+        np.stack(parts),
+        np.asarray(norms),
+        first.tolist(),
+        gradient_errors(whole, accumulated, scales),
+        tolerance,
+    )
+    return _unexplained(subject) if found is None else found
+
+
+def _unexplained(subject: TrainingStep) -> Finding:
+    if subject.narrow:
+        return Finding(
+            "low_precision",
+            ", ".join(subject.narrow),
+            "Every micro-batch's gradient is right, and their sum is not.",
+            "Sum in float32 or wider.",
+        )
+    return Finding(
+        "stateful",
+        "the window",
+        "Each micro-batch alone gives the right gradient; together, one after another, they do "
+        "not: one of them changes what the next one computes.",
+        "Look for state that loss_fn changes, and update it once after the window.",
+    )
+
+
+def _not_finite(subject: TrainingStep, every: np.ndarray) -> Finding:
+    for name, value in subject.parameters.items():
+        if not np.all(np.isfinite(value)):
+            return Finding(
+                "non_finite",
+                f"parameter {name}",
+                f"{np.sum(~np.isfinite(value))} of its values are NaN or infinite.",
+                "Load weights from before the step that broke them.",
+            )
+    for name, leaf in subject.leaves.items():
+        if leaf.dtype.kind in "fc" and not np.all(np.isfinite(leaf)):
+            bad = np.flatnonzero(~np.isfinite(leaf).reshape(len(leaf), -1).all(1))
+            return Finding(
+                "non_finite",
+                f"{name}, {_rows(bad.tolist())}",
+                "The data holds NaN or infinity.",
+                "Clean these rows, or leave them out of the batch.",
+            )
+    found = first_not_finite(subject.activations(every), subject.rows)
+    if found is None:
+        return Finding(
+            "non_finite",
+            "the backward pass",
+            "The loss's values are finite and its gradient is not.",
+            "Look for a square root or a norm at 0, and add a small number inside.",
+        )
+    record, rows = found
+    return Finding(
+        "non_finite",
+        f"{record.where}, {_rows(rows)}" if rows else record.where,
+        "It is the first to compute NaN or infinity.",
+        "Look for a logarithm, a division or an exponential of a value out of range.",
+    )
+
+
+def _advice(subject: TrainingStep, whole: Observed) -> Iterator[Finding]:
+    for name, gradient in whole.gradients.items():
+        if gradient is None:
+            yield Finding(
+                "no_gradient",
+                name,
+                "The loss does not depend on this parameter.",
+                "Freeze it if that is meant; else look for detach(), item() or an unused layer.",
+            )
+
+
+def _rows(rows: list[int]) -> str:
+    shown = ", ".join(map(str, rows[:5]))
+    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return f"row {shown}" if len(rows) == 1 else f"rows {shown}{more}"

@@ -1,0 +1,226 @@
+"""Is a training loop of one's own right? The same loop, on whole batches, says what is due.
+
+A loop that accumulates is run on micro-batches, and once more on whole batches without
+accumulating. Both must leave the same state. If they do not, smaller runs tell the mistakes apart.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from virtualbatch.certify.certificate import Certificate, derived_tolerance
+from virtualbatch.certify.loop_causes import Probe, Runs, causes
+from virtualbatch.window.cut import check_sizes
+from virtualbatch.window.tree import array_leaves, common_rows
+
+
+def certify_loop(
+    loop: Callable[[list[Any], int], Any],
+    batches: Sequence[Any],
+    *,
+    microbatch_size: int,
+    save: Callable[[], Any],
+    load: Callable[[Any], Any],
+) -> Certificate:
+    """Proves that a loop of your own makes the updates of the whole batch, or names its mistake.
+
+    The loop runs on micro-batches, two full windows and a short one, and on the same rows as whole
+    batches with `accumulation_steps=1`, which is ordinary training. The state is as before when
+    it returns. Causes are told best of plain SGD; the verdict holds for any optimizer. What is
+    wrong on whole batches too is not seen.
+
+    Args:
+        loop: (list of micro-batches, accumulation_steps) -> anything. It trains in place, and must
+            draw no random numbers that differ from run to run.
+        batches: two whole batches or more, nested mappings and sequences of arrays that share
+            their leading axis; two are used.
+        microbatch_size: rows of one micro-batch; fewer than a batch has.
+        save: () -> the state as nested mappings and sequences of arrays and numbers: weights,
+            and whatever else should be compared, such as an average of weights or a learning rate.
+        load: puts back what `save` returned.
+
+    Returns:
+        The certificate; its `parameters` are the entries of the state, errors are in units of
+        what the updates change of an entry.
+
+    Raises:
+        ValueError: there is nothing to compare, the loop is not deterministic, or the state holds
+            no array or is not finite.
+
+    Example:
+        >>> weights = np.array([1.0, 2.0])
+        >>> def loop(microbatches, accumulation_steps):
+        ...     for start in range(0, len(microbatches), accumulation_steps):
+        ...         window = microbatches[start : start + accumulation_steps]
+        ...         weights[:] -= 0.1 * sum(x.mean(0) for x in window) / len(window)
+        >>> def load(state):
+        ...     weights[:] = state
+        >>> rng = np.random.default_rng(0)
+        >>> batches = [rng.normal(size=(7, 2)), rng.normal(size=(7, 2))]
+        >>> found = certify_loop(loop, batches, microbatch_size=3, save=weights.copy, load=load)
+        >>> found.exact, found.findings[0].kind
+        (False, 'weight')
+    """
+    check_sizes(microbatch_size, None)
+    first, second = _two(batches, microbatch_size)
+    start = copy.deepcopy(save())
+    if not _leaves(start):
+        raise ValueError(
+            "save must return the state that is trained. Got no array and no number. "
+            "Return for example {'weights': [w1, w2]}."
+        )
+    try:
+        return _certified(loop, first, second, microbatch_size, save, load, start)
+    finally:
+        load(copy.deepcopy(start))
+
+
+def _certified(
+    loop: Callable[[list[Any], int], Any],
+    first: Any,
+    second: Any,
+    microbatch_size: int,
+    save: Callable[[], Any],
+    load: Callable[[Any], Any],
+    start: Any,
+) -> Certificate:
+    steps = -(-_rows(first) // microbatch_size)
+
+    def run(calls: Sequence[Sequence[Any]], accumulation_steps: int) -> dict[str, np.ndarray]:
+        load(copy.deepcopy(start))
+        for microbatches in calls:
+            loop(list(microbatches), accumulation_steps)
+        return _flat(save())
+
+    def due(*batches: Any) -> dict[str, np.ndarray]:
+        return run([[batch] for batch in batches], 1)
+
+    def window(microbatches: list[Any]) -> dict[str, np.ndarray]:
+        return run([microbatches], steps)
+
+    def accumulated(*batches: Any) -> dict[str, np.ndarray]:
+        return window([piece for batch in batches for piece in _cut(batch, microbatch_size)])
+
+    # A window of fewer micro-batches than the loop counts to.
+    short = _part(second, 0, max(1, steps // 2) * microbatch_size)
+    batches = [first, second, short]
+    whole = due(*batches)
+    # An optimizer may make its state at the first update.
+    known = _flat(start)
+    before = {name: known.get(name, np.zeros_like(value)) for name, value in whole.items()}
+    _check(before, whole, due(*batches))
+    turned = due(*(_reversed(batch) for batch in batches))
+    dtypes = [np.asarray(leaf).dtype for leaf in _leaves(start).values()]
+    epsilon = max((float(np.finfo(d).eps) for d in dtypes if d.kind == "f"), default=2e-16)
+    tolerance = derived_tolerance(epsilon, epsilon, _rows(first))
+    probe = Probe(before, steps, tolerance, epsilon, whole, turned)
+    found = accumulated(*batches)
+    errors = probe.errors(found, whole)
+    full = _cut(_part(first, 0, _rows(first) // microbatch_size * microbatch_size), microbatch_size)
+    runs = Runs(due, accumulated, window, lambda batches: run([batches], 1), full)
+    same = probe.same(found, whole)
+    findings = () if same else causes(probe, runs, first, second, short)
+    return Certificate(
+        exact=not findings,
+        max_error=max(errors.values()),
+        tolerance=tolerance,
+        parameters=errors,
+        findings=findings,
+        notes=(f"Compared after two windows of {steps} micro-batches and a short one.",),
+    )
+
+
+def _two(batches: Sequence[Any], microbatch_size: int) -> tuple[Any, Any]:
+    if len(batches) < 2:
+        raise ValueError(
+            "certify_loop needs two whole batches, to see what a window leaves to the next one. "
+            f"Got {len(batches)}. Pass a list of batches."
+        )
+    first, second = batches[0], batches[1]
+    rows = [_rows(first), _rows(second)]
+    if rows[0] != rows[1]:
+        raise ValueError(
+            "certify_loop needs batches of equal rows. "
+            f"Got {rows[0]} and {rows[1]}. Leave a short last batch out."
+        )
+    if rows[0] < 2 * microbatch_size:
+        raise ValueError(
+            "certify_loop needs at least two micro-batches of whole size in a batch. "
+            f"Got {rows[0]} rows and microbatch_size={microbatch_size}. "
+            "Pass larger batches or a smaller microbatch_size."
+        )
+    return first, second
+
+
+def _check(before: Mapping[str, np.ndarray], a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
+    for name, value in a.items():
+        if not np.all(np.isfinite(value)):
+            raise ValueError(
+                f"The state must be finite. Got NaN or infinity in {name} after updates on whole "
+                "batches. Lower the learning rate, or look at the data."
+            )
+        if not np.array_equal(value, b[name]):
+            raise ValueError(
+                "The loop must do the same each time. "
+                f"Got another {name} from the same batches and the same state. Set random seeds "
+                "inside the loop, turn dropout off, and let save and load cover all state."
+            )
+    if all(np.array_equal(value, before[name]) for name, value in a.items()):
+        raise ValueError(
+            "The loop must change the state. Got the same state after updates on whole batches. "
+            "Return from save what the loop trains."
+        )
+
+
+def _rows(batch: Any) -> int:
+    rows = common_rows(array_leaves(batch))
+    if rows is None:
+        raise ValueError("internal: a batch has no number of rows.")
+    return rows
+
+
+def _part(batch: Any, start: int, stop: int) -> Any:
+    return _mapped(lambda leaf: leaf[start:stop], batch)
+
+
+def _cut(batch: Any, size: int) -> list[Any]:
+    return [_part(batch, k, k + size) for k in range(0, _rows(batch), size)]
+
+
+def _reversed(batch: Any) -> Any:
+    # PyTorch has no negative steps, NumPy's are no copy, and others have no flip.
+    return _mapped(lambda x: x.flip(0) if hasattr(x, "flip") else x[::-1] + 0, batch)
+
+
+def _mapped(fn: Callable[[Any], Any], structure: Any) -> Any:
+    if hasattr(structure, "shape"):
+        return fn(structure)
+    if isinstance(structure, Mapping):
+        return {key: _mapped(fn, value) for key, value in structure.items()}
+    if hasattr(structure, "_fields"):
+        return type(structure)(*(_mapped(fn, value) for value in structure))
+    if isinstance(structure, list | tuple):
+        return type(structure)(_mapped(fn, value) for value in structure)
+    return structure
+
+
+def _leaves(state: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(state, Mapping):
+        items = [(f"{path}.{key}" if path else str(key), value) for key, value in state.items()]
+    elif hasattr(state, "_fields"):
+        items = [(f"{path}.{key}", getattr(state, key)) for key in state._fields]
+    elif isinstance(state, list | tuple):
+        items = [(f"{path}[{index}]", value) for index, value in enumerate(state)]
+    elif hasattr(state, "shape") or isinstance(state, int | float | np.number):
+        return {path or "state": state}
+    else:
+        return {}
+    return {name: leaf for path, value in items for name, leaf in _leaves(value, path).items()}
+
+
+def _flat(state: Any) -> dict[str, np.ndarray]:
+    # What asarray shares with a state that is trained in place must not change with it.
+    leaves = _leaves(state).items()
+    return {name: np.asarray(leaf).astype(np.float64, copy=True) for name, leaf in leaves}

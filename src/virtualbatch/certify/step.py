@@ -1,0 +1,89 @@
+"""What an engine observes of a training step so that the step can be certified."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from virtualbatch.certify.activations import Activation
+
+
+class Observed(NamedTuple):
+    """One run of the loss and its gradient.
+
+    Fields:
+        terms: term name -> its value.
+        gradients: parameter name -> its gradient, of the parameter's shape; None where the loss
+            does not reach the parameter.
+        state: name -> value of what layers keep, such as running means, after the run.
+    """
+
+    terms: Mapping[Any, float]
+    gradients: Mapping[str, np.ndarray | None]
+    state: Mapping[str, np.ndarray]
+
+
+class TrainingStep(ABC):
+    """A training step of the user's; every method leaves it as it was.
+
+    Attributes:
+        rows: rows of the batch.
+        pieces: row numbers of each micro-batch.
+        epsilon: of the dtype that gradients are summed in.
+        narrowest: of the narrowest dtype of the values inside, of weights and of a buffer, as far
+            as those are meant to be exact.
+        leaves: expression -> array of the batch, with rows on its first axis.
+        parameters: parameter name -> value.
+        narrow: what is summed in half precision, in words, each a place.
+        notes: how it is observed, in sentences.
+        place: the loss in words, where no line of it is known.
+        weighs_itself: whether the engine finds the weights of a loss by itself.
+    """
+
+    rows: int
+    pieces: Sequence[np.ndarray]
+    epsilon: float
+    narrowest: float
+    leaves: Mapping[str, np.ndarray]
+    parameters: Mapping[str, np.ndarray]
+    narrow: Sequence[str]
+    notes: Sequence[str]
+    place = "loss_fn"
+    weighs_itself = False
+
+    @abstractmethod
+    def accumulated(self) -> Observed:
+        """The whole batch by the engine, in micro-batches; one term, the loss."""
+
+    @abstractmethod
+    def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:
+        """Some rows in one piece, by the framework alone, with the same random numbers per row.
+
+        Args:
+            rows: row numbers.
+            term: the only term to differentiate; None for their sum.
+            again: whether to run twice, the second time from the state that the first one left,
+                and to observe the second run.
+        """
+
+    @abstractmethod
+    def weights(self) -> Mapping[Any, Sequence[float]] | None:
+        """Term name -> the weights of the pieces as the user gives them; None for rows."""
+
+    @abstractmethod
+    def activations(self, rows: np.ndarray, again: bool = False) -> list[Activation]:
+        """The values that the loss computes of some rows, in order; see `alone`."""
+
+    def places(self, place: str, terms: Collection[Any]) -> Mapping[Any, str]:
+        """Term name -> where it is, in words: the terms that can be differentiated alone.
+
+        Args:
+            place: where values of rows become one number.
+            terms: the terms that the whole batch was observed with.
+        """
+        return {t: place if len(terms) == 1 else f"term {t!r}, {place}" for t in terms}
+
+    def accumulated_term(self, term: Any) -> Observed:
+        """The whole batch by the engine, one of its terms; of an engine that `weighs_itself`."""
+        raise NotImplementedError(term)

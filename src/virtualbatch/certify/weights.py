@@ -1,0 +1,302 @@
+"""Which weights turn the means of micro-batches into the mean of the batch.
+
+Each hypothesis is arithmetic on the gradients of parts: the right one reproduces the gradient of
+the whole batch to rounding, the others miss it by far.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from virtualbatch.certify.certificate import Finding
+from virtualbatch.certify.errors import Scales
+from virtualbatch.certify.step import Observed, TrainingStep
+from virtualbatch.window.shares import shares
+
+# Coordinates of the gradient that hypotheses are tried on.
+_COORDINATES = 4096
+# Hypotheses add up several gradients, so a few roundings more than the verdict are granted.
+_SLACK = 64
+# A term that is small beside the others is judged by its own size, but for this part of theirs.
+_SMALLEST = 1e-2
+# Gradients of this many numbers cannot be fitted by chance.
+_ENOUGH = 8
+# What to do where the engine divides by itself.
+_ELEMENTS = (
+    "Return what is averaged, one value per row or token, and let the framework divide: the "
+    "engine finds its weights then."
+)
+
+
+class Weight(NamedTuple):
+    """One way in which a batch can be counted.
+
+    Fields:
+        text: in words.
+        code: the expression to paste.
+        per_row: weight of each row.
+    """
+
+    text: str
+    code: str
+    per_row: np.ndarray
+
+
+class Explanation(NamedTuple):
+    """What is known about one term.
+
+    Fields:
+        right: whether the given weights are right for it.
+        finding: its cause, or None where no weights explain it.
+    """
+
+    right: bool
+    finding: Finding | None
+
+
+def explained(
+    subject: TrainingStep, term: Any, where: str, scales: Scales, tolerance: float
+) -> Explanation:
+    """Looks for the weights of a term.
+
+    Args:
+        subject: the training step.
+        term: name of the term.
+        where: its place, in words.
+        scales: what gradients and losses are measured in.
+        tolerance: of the certificate.
+    """
+    sketch = Sketch(subject.parameters, scales, tolerance)
+
+    def value(rows: np.ndarray) -> np.ndarray:
+        return sketch.of(subject.alone(rows, term), term)
+
+    pieces = subject.pieces
+    whole = sketch.zoomed(value(np.arange(subject.rows)))
+    if subject.weighs_itself:
+        found = sketch.of(subject.accumulated_term(term), term)
+        if sketch.fits(found, whole):
+            return Explanation(True, None)
+    parts = np.stack([value(piece) for piece in pieces])
+    rows = shares([float(len(piece)) for piece in pieces])
+    weights = subject.weights()
+    weight = given_shares(subject, term)
+    if sketch.fits(np.dot(weight, parts), whole):
+        return Explanation(True, None)
+    given = "rows" if weights is None else "what weight returned"
+    if weights is not None and sketch.fits(np.dot(rows, parts), whole):
+        return _wrong_weight(subject, where, given, Weight("rows", "", np.ones(subject.rows)))
+    if sketch.fits(parts.sum(0), whole):
+        return Explanation(
+            False,
+            Finding(
+                "sum_loss",
+                where,
+                "The loss is a sum over rows, not a mean: micro-batches add up instead of "
+                "averaging.",
+                "Divide it by what it counts, such as the rows, and scale the learning rate "
+                "instead if you mean a sum.",
+            ),
+        )
+    for candidate in _candidates(subject):
+        counted = [float(candidate.per_row[piece].sum()) for piece in pieces]
+        if sketch.fits(np.dot(shares(counted), parts), whole):
+            return _wrong_weight(subject, where, given, candidate)
+    return _of_other_parts(subject, where, value, sketch, whole)
+
+
+def given_shares(subject: TrainingStep, term: Any) -> list[float]:
+    """The shares of the pieces as the user has them weighed."""
+    weights = subject.weights()
+    rows = [float(len(piece)) for piece in subject.pieces]
+    return shares(rows if weights is None else weights.get(term, rows))
+
+
+def _wrong_weight(subject: TrainingStep, where: str, given: str, right: Weight) -> Explanation:
+    if subject.narrow and right.code:
+        return Explanation(
+            False,
+            Finding(
+                "low_precision",
+                ", ".join(subject.narrow),
+                f"The loss divides by {right.text}, counted in half precision, where large "
+                "counts are rounded.",
+                f"Count in float32: weight=lambda batch: {right.code}.",
+            ),
+        )
+    fix = f"Pass weight=lambda batch: {right.code}." if right.code else "Leave weight out."
+    fix = _ELEMENTS if subject.weighs_itself else fix
+    why = (
+        f"The mean of each micro-batch is weighted by {given}, but the loss divides by "
+        f"{right.text}: a mean of means."
+    )
+    return Explanation(False, Finding("weight", where, why, fix))
+
+
+def _of_other_parts(
+    subject: TrainingStep, where: str, value: Any, sketch: "Sketch", whole: np.ndarray
+) -> Explanation:
+    """Hypotheses that need other cuts than the user's."""
+    every = np.arange(subject.rows)
+    halves = [value(half) for half in np.array_split(every, 2)]
+    if subject.rows >= 3:
+        thirds = [value(third) for third in np.array_split(every, 3)]
+        once, twice = sum(halves) - whole, (sum(thirds) - whole) / 2
+        # What each part has once more than the batch, however many parts there are.
+        if sketch.fits(once, twice) and not sketch.fits(once, np.zeros_like(once)):
+            return Explanation(
+                False,
+                Finding(
+                    "regulariser",
+                    where,
+                    "A part of the loss does not depend on the rows and is counted once per "
+                    "micro-batch, because the rest is a sum over rows.",
+                    "Divide the rest by what it counts, and leave this part to add_loss."
+                    if subject.weighs_itself
+                    else "Return a dict of terms, the rest divided by what it counts, and a weight "
+                    "of None for the regulariser.",
+                ),
+            )
+    away = halves[0] - halves[1]
+    part = float(np.dot(whole - halves[1], away) / np.dot(away, away)) if np.any(away) else 0.5
+    guess = halves[1] + part * away
+    if sketch.known >= _ENOUGH and 0 <= part <= 1 and sketch.fits(guess, whole):
+        return Explanation(
+            False,
+            Finding(
+                "weight",
+                where,
+                f"The loss is a mean of something that is not counted by the weights given: the "
+                f"first half of the batch carries {part:.1%} of it.",
+                _ELEMENTS
+                if subject.weighs_itself
+                else "Pass weight=..., what your mean was divided by.",
+            ),
+        )
+    if subject.rows >= 4:
+        # Of equal size, so that few shapes run.
+        quarters = np.split(every[: subject.rows // 4 * 4], 4)
+        pair = _two_means(subject, value, sketch, quarters)
+        if pair is not None:
+            return Explanation(
+                False,
+                Finding(
+                    "weight",
+                    where,
+                    f"The loss is a sum of two means, one over {pair[0].text} and one over "
+                    f"{pair[1].text}; no single weight is right for both.",
+                    _ELEMENTS
+                    if subject.weighs_itself
+                    else "Return a dict of two terms, and from weight a dict with the same names.",
+                ),
+            )
+    return Explanation(False, None)
+
+
+def _two_means(
+    subject: TrainingStep, value: Any, sketch: "Sketch", quarters: Sequence[np.ndarray]
+) -> tuple[Weight, Weight] | None:
+    """The weights of two means whose sum the loss is.
+
+    Each union of quarters gives one equation: its loss is the first mean's sum over its count, and
+    the second's over its own. Fifteen unions overdetermine the eight sums.
+    """
+    unions = [
+        chosen for count in range(1, 5) for chosen in combinations(range(len(quarters)), count)
+    ]
+    values = np.stack([value(np.concatenate([quarters[q] for q in union])) for union in unions])
+    rows = Weight("rows", "", np.ones(subject.rows))
+    for first, second in combinations([rows, *_candidates(subject)], 2):
+        table = np.zeros((len(unions), 8))
+        for index, union in enumerate(unions):
+            for k, weight in enumerate((first, second)):
+                count = sum(float(weight.per_row[quarters[q]].sum()) for q in union)
+                for q in union:
+                    table[index, 4 * k + q] = 1 / count if count else 0.0
+        solved, *_ = np.linalg.lstsq(table, values, rcond=None)
+        if sketch.fits(table @ solved, values):
+            return first, second
+    return None
+
+
+def _candidates(subject: TrainingStep) -> Iterator[Weight]:
+    """Ways to count the batch by its own arrays; those that count alike only once."""
+    seen = [np.ones(subject.rows)]
+    for path, leaf in subject.leaves.items():
+        for text, code, counted in _counts(path, leaf):
+            per_row = counted.reshape(len(leaf), -1).sum(1).astype(float)
+            total = per_row.sum()
+            if not (np.all(np.isfinite(per_row)) and np.all(per_row >= 0) and total > 0):
+                continue
+            if any(np.allclose(per_row / total, known / known.sum()) for known in seen):
+                continue
+            seen.append(per_row)
+            yield Weight(text, code, per_row)
+
+
+def _counts(path: str, leaf: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
+    if leaf.dtype.kind in "fc":
+        yield f"the sum of {path}", f"{path}.sum()", leaf
+    yield f"the entries of {path} that are not 0", f"({path} != 0).sum()", leaf != 0
+    if leaf.dtype.kind == "b":
+        # A mask may mark what is left out.
+        yield f"the entries of {path} that are False", f"(~{path}).sum()", ~leaf
+    if leaf.dtype.kind in "iu":
+        # Padding is most often the smallest or the last value; -100 is what PyTorch ignores.
+        for pad in dict.fromkeys([-100, int(leaf.min()), int(leaf.reshape(-1)[-1])]):
+            code = f"({path} != {pad}).sum()"
+            yield f"the entries of {path} that are not {pad}", code, leaf != pad
+            if leaf.ndim > 1:
+                code = f"({path}[:, 1:] != {pad}).sum()"
+                text = f"the entries of {path}[:, 1:] that are not {pad}"
+                yield text, code, leaf[:, 1:] != pad
+    if leaf.dtype.kind in "iu" and leaf.ndim == 1:
+        yield f"the sum of {path}", f"{path}.sum()", leaf
+
+
+class Sketch:
+    """Some coordinates of a gradient and the loss, in units of the tolerance.
+
+    Args:
+        parameters: parameter name -> its value.
+        scales: what gradients and losses are measured in.
+        tolerance: of the certificate.
+    """
+
+    def __init__(self, parameters: Mapping[str, np.ndarray], scales: Scales, tolerance: float):
+        self._scales = scales
+        self._tolerance = tolerance
+        each = max(1, _COORDINATES // max(1, len(parameters)))
+        self._places = {
+            name: np.linspace(0, value.size - 1, min(each, value.size)).astype(int)
+            for name, value in parameters.items()
+        }
+        self.known = sum(map(len, self._places.values()))
+
+    def of(self, found: Observed, term: Any) -> np.ndarray:
+        """The sketch of a run, with the loss of one term first."""
+        loss = found.terms[term] / self._scales.loss / self._tolerance
+        return np.concatenate([[loss], self.gradient(found)])
+
+    def gradient(self, found: Observed) -> np.ndarray:
+        """The sketch of a run without its loss."""
+        parts = [np.zeros(len(places)) for places in self._places.values()]
+        for part, (name, places) in zip(parts, self._places.items(), strict=True):
+            gradient = found.gradients[name]
+            if gradient is not None:
+                part += gradient.reshape(-1)[places] / self._scales.gradients[name]
+        return np.concatenate(parts) / self._tolerance
+
+    def zoomed(self, whole: np.ndarray) -> np.ndarray:
+        """Takes the size of a term for the unit from now on; returns the term in that unit."""
+        size = float(np.max(np.abs(whole), initial=0.0)) * self._tolerance
+        unit = min(1.0, max(size, _SMALLEST))
+        self._tolerance *= unit
+        return whole / unit
+
+    @staticmethod
+    def fits(guess: np.ndarray, truth: np.ndarray) -> bool:
+        """Whether a guess is what was observed, but for rounding."""
+        return bool(np.max(np.abs(guess - truth), initial=0.0) <= _SLACK)

@@ -1,0 +1,73 @@
+"""Certifying a function of JAX, in float64 where it can."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.diagnosis import certified
+from virtualbatch.jax._batch import cut_batch, is_array
+from virtualbatch.jax._certify.step import Engine, JaxTrainingStep
+from virtualbatch.jax._objective import Call
+from virtualbatch.window.window import Window
+
+
+def certificate(
+    call: Call,
+    argnums: int | Sequence[int],
+    weight: Callable[[Any], Any] | None,
+    engine: Engine,
+    microbatch_size: int | None,
+    accumulation_steps: int | None,
+    accumulator_dtype: Any,
+) -> Certificate:
+    """The certificate of a call; see `virtualbatch.jax.certify` and `JaxTrainingStep`."""
+
+    def observed(call: Call, note: str) -> Certificate:
+        subject = JaxTrainingStep(
+            call, argnums, weight, engine, microbatch_size, accumulation_steps, accumulator_dtype
+        )
+        if note:
+            subject.notes = [*subject.notes, note]
+        return certified(subject)
+
+    try:
+        with jax.enable_x64(True):
+            wide = jax.tree.map(_widened, (call.args, dict(call.kwargs)))
+            return observed(call._replace(args=wide[0], kwargs=wide[1]), "")
+    except TypeError as error:
+        # JAX refuses dtypes that a function mixes, such as the carry of a loop.
+        note = f"It does not run in float64 ({' '.join(str(error).split())[:120]})."
+    return observed(call, note)
+
+
+def check_cut(batch: Any, microbatch_size: int | None, accumulation_steps: int | None) -> None:
+    """Refuses a cut that leaves nothing to compare, and calls inside a trace.
+
+    Raises:
+        ValueError: there is one row, or one micro-batch, or the batch is a Window or traced.
+    """
+    if isinstance(batch, Window):
+        raise ValueError(
+            "certify cuts the batch itself. Got a Window. "
+            "Pass the batch that the window was cut from."
+        )
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(batch)):
+        raise ValueError(
+            "certify reads values. Got a call inside jit or another trace. Call it outside."
+        )
+    cut = cut_batch(batch, microbatch_size, accumulation_steps, compiled=False)
+    if cut.count < 2:
+        raise ValueError(
+            "certify needs a batch that is cut into two micro-batches or more. "
+            f"Got {sum(cut.rows)} rows in one. Pass more rows, or a smaller microbatch_size."
+        )
+
+
+def _widened(leaf: Any) -> Any:
+    if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.asarray(np.asarray(leaf, np.float64))
+    return leaf

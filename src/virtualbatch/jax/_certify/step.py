@@ -1,0 +1,223 @@
+"""A function as `certify` observes it on JAX: uncut and cut, with random bits kept by row."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from virtualbatch.certify.activations import Activation
+from virtualbatch.certify.step import Observed, TrainingStep
+from virtualbatch.jax._batch import cut_batch, is_array, map_arrays
+from virtualbatch.jax._jaxpr import Traced, drawn_shapes, evaluate, floating_dtypes, traced
+from virtualbatch.jax._objective import Call
+from virtualbatch.window.terms import weight_terms
+
+# (function, weight) -> what `value_and_grad` makes of them, with the rest as the user gave it.
+Engine = Callable[[Callable[..., Any], Any], Callable[..., Any]]
+
+
+class JaxTrainingStep(TrainingStep):
+    """See `virtualbatch.certify.step.TrainingStep`.
+
+    Args:
+        call: the user's call.
+        argnums: which arguments are differentiated.
+        weight: the user's weight function, or None.
+        engine: see there.
+        microbatch_size: checked rows of one micro-batch, or None.
+        accumulation_steps: checked micro-batches per window, or None.
+        accumulator_dtype: the user's dtype of the buffer, or None.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        argnums: int | Sequence[int],
+        weight: Callable[[Any], Any] | None,
+        engine: Engine,
+        microbatch_size: int | None,
+        accumulation_steps: int | None,
+        accumulator_dtype: Any,
+    ):
+        self._call = call
+        self._weight = weight
+        self._engine = engine
+        batch = call.args[call.batch_argnum]
+        arrays = [
+            (keystr(path), leaf)
+            for path, leaf in tree_flatten_with_path(batch)[0]
+            if is_array(leaf)
+        ]
+        self.leaves = {f"batch{path}": np.asarray(leaf) for path, leaf in arrays}
+        self.rows = len(arrays[0][1])
+        pair = (batch, jnp.arange(self.rows))
+        cut = cut_batch(pair, microbatch_size, accumulation_steps, compiled=False)
+        pieces = list(cut.microbatches())
+        self._microbatches = [microbatch for microbatch, _ in pieces]
+        self.pieces = [np.asarray(rows) for _, rows in pieces]
+        chosen = argnums if isinstance(argnums, Sequence) else [argnums]
+        given = [call.args[k] for k in chosen]
+        self._names = _names(given[0] if isinstance(argnums, int) else given)
+        self.parameters = {name: np.asarray(leaf) for name, leaf in self._names.items()}
+        self._bits: list[Any] = []
+        self._axes = self._axes_of_draws()
+        loss = jax.eval_shape(lambda: self._terms_of(self.pieces[0]))
+        dtype = next(iter(loss.values())).dtype
+        wide = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+        self.epsilon = float(jnp.finfo(wide).eps)
+        notes = [f"Compared in {dtype}."]
+        if self._bits:
+            notes.append("Random numbers were kept by row, so that every cut drew the same ones.")
+        self.notes = notes
+        dtypes = self._weight_dtypes()
+        half = {dtype for dtype in dtypes if jnp.finfo(dtype).bits < 32}
+        self.narrow = [f"what weight returns ({dtype})" for dtype in half]
+        buffers = [] if accumulator_dtype is None else [jnp.dtype(accumulator_dtype)]
+        self.narrow += [f"accumulator_dtype={d}" for d in buffers if jnp.finfo(d).bits < 32]
+        inside = [d for d in (*dtypes, *buffers) if jnp.finfo(d).bits >= 32]
+        program, _ = _as_program(call.fun, call.arguments(self._microbatches[0]), call.kwargs)
+        inside += [dtype, *floating_dtypes(program.program)]
+        self.narrowest = max(float(jnp.finfo(d).eps) for d in inside)
+
+    def accumulated(self) -> Observed:
+        """See `TrainingStep`."""
+        call = self._call
+        weight = self._weight
+        run = self._engine(self._by_rows, weight and (lambda pair: weight(pair[0])))
+        args = list(call.args)
+        args[call.batch_argnum] = (args[call.batch_argnum], jnp.arange(self.rows))
+        value, gradients = run(*args, **call.kwargs)
+        loss = value[0] if call.has_aux else value
+        return Observed({"loss": float(loss)}, self._named(gradients), {})
+
+    def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:
+        """See `TrainingStep`. A function of JAX keeps nothing, so a second run is the first."""
+        del again
+        call = self._call._replace(fun=self._by_rows)
+        args = call.arguments(self._some(rows))
+        terms, _, gradients = call.gradients(args, None if term is None else [term])
+        return Observed({k: float(v) for k, v in terms.items()}, self._named(gradients), {})
+
+    def weights(self) -> Mapping[Any, Sequence[float]] | None:
+        """See `TrainingStep`."""
+        if self._weight is None:
+            return None
+        found = [weight_terms(self._weight(piece)) for piece in self._microbatches]
+        rows = [float(len(piece)) for piece in self.pieces]
+        return {
+            name: rows if found[0][name] is None else [float(terms[name]) for terms in found]
+            for name in found[0]
+        }
+
+    def activations(self, rows: np.ndarray, again: bool = False) -> list[Activation]:
+        """See `TrainingStep`."""
+        del again
+        found: list[Activation] = []
+        self._evaluate(self._call.arguments(self._some(rows)), self._call.kwargs, found)
+        return found
+
+    def _some(self, rows: np.ndarray) -> tuple[Any, Any]:
+        index = np.ascontiguousarray(rows)
+        batch = self._call.args[self._call.batch_argnum]
+        return map_arrays(lambda x: jnp.asarray(x)[index], batch), jnp.asarray(index)
+
+    def _terms_of(self, rows: np.ndarray) -> dict[Any, Any]:
+        call = self._call._replace(fun=self._by_rows)
+        return call.terms(call.arguments(self._some(rows)))[0]
+
+    def _by_rows(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's function of (batch, row numbers) instead of a batch."""
+        return self._evaluate(args, kwargs, None)
+
+    def _evaluate(self, args: Any, kwargs: Any, activations: list[Activation] | None) -> Any:
+        position = self._call.batch_argnum
+        batch, rows = args[position]
+        given = (*args[:position], batch, *args[position + 1 :])
+        program, arrays = _as_program(self._call.fun, given, kwargs)
+        drawn = iter(range(len(self._bits)))
+
+        def draw(bits: Any) -> Any:
+            k = next(drawn)
+            axis = self._axes[k]
+            kept = self._bits[k]
+            if axis is None:
+                return kept
+            each = kept.shape[axis] // self.rows
+            places = (rows[:, None] * each + jnp.arange(each)).reshape(-1)
+            return jnp.take(kept, places, axis)
+
+        return evaluate(program, arrays, draw if self._bits else None, activations)
+
+    def _axes_of_draws(self) -> list[int | None]:
+        """Keeps the bits of the whole batch, and finds their axes of rows."""
+        call = self._call
+        args = call.arguments(call.args[call.batch_argnum])
+        whole, arrays = _as_program(call.fun, args, call.kwargs)
+        shapes = drawn_shapes(whole.program)
+        if not shapes:
+            return []
+        part, _ = _as_program(call.fun, call.arguments(self._some(self.pieces[0])[0]), call.kwargs)
+        axes = [
+            _axis(shape, other, self.rows)
+            for shape, other in zip(shapes, drawn_shapes(part.program), strict=True)
+        ]
+
+        def keep(bits: Any) -> Any:
+            self._bits.append(bits)
+            return bits
+
+        evaluate(whole, arrays, keep)
+        return axes
+
+    def _named(self, gradients: Any) -> dict[str, np.ndarray | None]:
+        found = _names(gradients)
+        return {
+            name: np.asarray(found[name], np.float64) if name in found else None
+            for name in self._names
+        }
+
+    def _weight_dtypes(self) -> set[Any]:
+        """Floating dtypes of what weight returns."""
+        if self._weight is None:
+            return set()
+        values = weight_terms(self._weight(self._microbatches[0])).values()
+        dtypes = {value.dtype for value in values if hasattr(value, "dtype")}
+        return {dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)}
+
+
+def _as_program(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Traced, list[Any]]:
+    """A call as equations, and the arrays among its arguments."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+
+    def run(arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        filled = [next(given) if is_array(leaf) else leaf for leaf in leaves]
+        args, kwargs = jax.tree.unflatten(structure, filled)
+        return fun(*args, **kwargs)
+
+    return traced(run, arrays), arrays
+
+
+def _axis(whole: tuple[int, ...], part: tuple[int, ...], rows: int) -> int | None:
+    axes = [k for k, (a, b) in enumerate(zip(whole, part, strict=True)) if a != b]
+    if not axes:
+        return None
+    if len(axes) > 1 or whole[axes[0]] % rows:
+        raise ValueError(
+            "certify keeps random numbers by row. "
+            f"Got random numbers of shape {whole} for {rows} rows, which do not belong to rows. "
+            "Turn them off for the comparison."
+        )
+    return axes[0]
+
+
+def _names(tree: Any) -> dict[str, Any]:
+    return {
+        keystr(path) or "the parameter": leaf
+        for path, leaf in tree_flatten_with_path(tree)[0]
+        if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }

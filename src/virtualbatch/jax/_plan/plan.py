@@ -1,0 +1,118 @@
+"""Planning on JAX: what XLA says of a window's memory, and how long the window takes.
+
+A window is compiled, not run, to know its memory. Only then are a few sizes timed, each with the
+program that was compiled, if there is data to run it on.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from virtualbatch.jax._batch import is_array, rows_of
+from virtualbatch.jax._plan.memory import KINDS, is_out_of_memory, left_bytes
+from virtualbatch.plan.patience import TimeBudget
+from virtualbatch.plan.plan import Plan, parse_limit
+from virtualbatch.plan.search import Question, Search
+from virtualbatch.plan.timing import Timing
+
+# All that XLA says on a CPU where a kernel gets no memory of its own, which no program tells.
+_FAILED = "INTERNAL: YNNPACK operation failed"
+
+
+def planned(
+    window: Callable[[int], Callable[..., Any]],
+    batch: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    memory_limit: int | str | None,
+) -> Plan:
+    """The plan for one call.
+
+    Args:
+        window: microbatch_size -> the function that computes a window with it.
+        batch: the argument that is the batch.
+        args: positional arguments of the call; arrays, or `jax.ShapeDtypeStruct`s in their place.
+        kwargs: keyword arguments likewise.
+        memory_limit: bytes, a text, or None.
+
+    Raises:
+        ValueError: see `virtualbatch.jax.plan`.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
+        raise ValueError(
+            "A plan is made outside of programs, because it compiles and runs some. "
+            "Got a call inside jit or another trace. "
+            "Call it before, with arrays or jax.ShapeDtypeStruct."
+        )
+    rows = rows_of(batch, "batch")
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = [leaf if is_array(leaf) else None for leaf in leaves]
+    can_run = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    programs: dict[int, Any] = {}
+    timings: dict[int, Timing] = {}
+
+    def compiled(size: int) -> Any:
+        def run(arrays: list[Any]) -> Any:
+            given = [x if y is None else y for x, y in zip(leaves, arrays, strict=True)]
+            args, kwargs = jax.tree.unflatten(structure, given)
+            return window(size)(*args, **kwargs)
+
+        if size not in programs:
+            programs[size] = jax.jit(run).lower(arrays).compile()
+        return programs[size]
+
+    limit = parse_limit(memory_limit, _left_bytes(arrays))
+    search = Search(rows, limit, remainder=False)
+    patience = TimeBudget()
+    while (question := search.ask()) is not None:
+        late = patience.is_over(question)
+        if late or (question.kind != "memory" and not can_run):
+            search.skip(question)
+            continue
+        size = question.microbatch_size
+        try:
+            if question.kind == "trial":
+                trial = _timing(partial(window(size), *args, **kwargs))
+                search.tell(question, trial.seconds())
+                continue
+            program = compiled(size)
+            peak = _peak_bytes(program)
+            search.tell(Question("memory", size), peak)
+            # What was only predicted to fit may need a little more.
+            if question.kind == "time" and peak <= limit:
+                if size not in timings:
+                    timings[size] = _timing(partial(program, arrays))
+                search.tell(question, timings[size].seconds())
+        except KINDS as error:
+            if not (is_out_of_memory(error) or str(error).startswith(_FAILED)):
+                raise
+            search.tell(question, None)
+    return search.plan()
+
+
+def _peak_bytes(program: Any) -> int:
+    """Arguments, results and temporaries of a program."""
+    found = program.memory_analysis()
+    return int(
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        + found.temp_size_in_bytes
+        - found.alias_size_in_bytes
+    )
+
+
+def _timing(window: Callable[[], Any]) -> Timing:
+    def run() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(window())
+        return time.perf_counter() - start
+
+    return Timing(run)
+
+
+def _left_bytes(arrays: list[Any]) -> int:
+    """What a window may take: what the device has left, and what the arguments hold of it."""
+    return left_bytes() + sum(leaf.nbytes for leaf in arrays if isinstance(leaf, jax.Array))

@@ -1,0 +1,61 @@
+"""What a plan depends on, and arguments that stand for traced ones where it is made."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from virtualbatch.jax._batch import is_array, rows_of
+from virtualbatch.plan.auto import Leaf, Signature
+
+
+def signature(args: Sequence[Any], kwargs: Any, batch_argnum: int) -> Signature:
+    """The signature of a call.
+
+    Args:
+        args: positional arguments; arrays or traced ones.
+        kwargs: keyword arguments likewise.
+        batch_argnum: position of the batch.
+    """
+    batch = args[batch_argnum]
+    others = [*args[:batch_argnum], *args[batch_argnum + 1 :], kwargs]
+    leaves, _ = tree_flatten_with_path(batch)
+    parameters = ", ".join(
+        f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(others) if is_array(x)
+    )
+    return Signature(
+        f"jax on {jax.default_backend()}, arguments {parameters}",
+        rows_of(batch, "batch"),
+        tuple(
+            Leaf(f"batch{keystr(place)}", tuple(x.shape[1:]), str(x.dtype))
+            for place, x in leaves
+            if is_array(x)
+        ),
+    )
+
+
+def stand_ins(arguments: Any) -> Any:
+    """Arguments of the same shapes that a program can be compiled for, and mostly run on.
+
+    Inside a trace there are no values. Zeros do in their place: they are valid indices and classes,
+    and take as long as any other numbers. Only keys cannot be made of them.
+    """
+
+    def stand_in(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.core.Tracer):
+            return leaf
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return np.zeros(leaf.shape, leaf.dtype)
+
+    return jax.tree.map(stand_in, arguments)
+
+
+def needs_values(arguments: Any) -> str | None:
+    """Why a traced call cannot be planned where it stands, or None if it can."""
+    for leaf in jax.tree.leaves(arguments):
+        if isinstance(leaf, jax.core.Tracer) and jax.typeof(leaf).manual_axis_type.varying:
+            return "a call inside shard_map"
+    return None

@@ -1,0 +1,1 @@
+"""Certifying a model of Keras."""

@@ -1,0 +1,87 @@
+"""What the layers of a model compute, in the order of their calls."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+from keras import tree
+
+from virtualbatch.certify.activations import Activation
+
+
+@contextmanager
+def recorded(model: keras.Model, is_concrete: Callable[[Any], bool]) -> Iterator[list[Activation]]:
+    """Notes inputs and outputs of all layers, operations and losses while a context runs.
+
+    An input that differs where all outputs before it agree was made between layers, in the code
+    of the model that calls them.
+
+    Args:
+        model: a model that is built and compiled.
+        is_concrete: whether a tensor has a value that can be read.
+
+    Yields:
+        A list that fills with activations.
+    """
+    found: list[Activation] = []
+
+    def note(where: str, layer: str, values: Any) -> None:
+        for value in tree.flatten(values):
+            if not (keras.ops.is_tensor(value) and is_concrete(value)):
+                continue
+            array = np.asarray(keras.ops.convert_to_numpy(value))
+            if array.dtype.kind not in "OSU":
+                found.append(Activation(where, layer, array.astype(np.float64)))
+
+    def listener(owner: Any, where: str, called: Callable[..., Any]) -> Callable[..., Any]:
+        layer = type(owner).__name__
+
+        def call(*args: Any, **options: Any) -> Any:
+            note(f"the input of {where}", "", args)
+            outputs = called(*args, **options)
+            note(where, layer, outputs)
+            return outputs
+
+        return call
+
+    def loss_listener(loss: Any, where: str) -> Callable[..., Any]:
+        def call(y_true: Any, y_pred: Any) -> Any:
+            values = type(loss).call(loss, y_true, y_pred)
+            note(where, type(loss).__name__, values)
+            return values
+
+        return call
+
+    owners = [(layer, place_of(layer)) for layer in _operations(model)]
+    losses = {
+        id(entry.loss): (entry.loss, f"the loss {entry.loss.name}")
+        for entry in getattr(model._compile_loss, "_flat_losses", None) or []
+        if type(entry.loss).__call__ is keras.losses.Loss.__call__
+    }
+    before = [(owner, vars(owner).get("call")) for owner, _ in [*owners, *losses.values()]]
+    for owner, where in owners:
+        vars(owner)["call"] = listener(owner, where, owner.call)
+    for loss, where in losses.values():
+        vars(loss)["call"] = loss_listener(loss, where)
+    try:
+        yield found
+    finally:
+        for owner, own in before:
+            if own is None:
+                del vars(owner)["call"]
+            else:
+                vars(owner)["call"] = own
+
+
+def place_of(layer: Any) -> str:
+    """A layer in words: its path and class."""
+    return f"{getattr(layer, 'path', None) or layer.name} ({type(layer).__name__})"
+
+
+def _operations(model: keras.Model) -> Sequence[Any]:
+    """Layers of a model, and what functional models call beside layers, each once."""
+    layers = list(model._flatten_layers())
+    between = [op for layer in layers for op in getattr(layer, "_operations", [])]
+    return list({id(found): found for found in [*layers, *between]}.values())

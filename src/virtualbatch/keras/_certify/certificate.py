@@ -1,0 +1,112 @@
+"""Certifying a Keras model's train step, and leaving the model as it was."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.diagnosis import certified
+from virtualbatch.keras._backend import Engine
+from virtualbatch.keras._certify.full_precision import in_full_precision
+from virtualbatch.keras._certify.no_randomness import without_randomness
+from virtualbatch.keras._certify.step import NUMBERS, KerasStep
+from virtualbatch.keras._certify.untouched import Attributes, RandomNumbers
+from virtualbatch.keras._snapshot import Snapshot
+from virtualbatch.window.cut import rows_per_microbatch
+from virtualbatch.window.tree import array_leaves, common_rows
+from virtualbatch.window.window import Window
+
+
+def build_symbolically(model: keras.Model, batch: Any) -> None:
+    """Builds model, losses, metrics and optimizer without running them."""
+    model._symbolic_build(data_batch=batch)
+
+
+def certificate(
+    model: keras.Model, batch: Any, size: int | None, steps: int | None, engine: Engine
+) -> Certificate:
+    """The certificate of a compiled model; see `virtualbatch.keras.certify`.
+
+    Args:
+        model: the model.
+        batch: (x, y, sample_weight) as the user gives them.
+        size: checked rows of one micro-batch, or None.
+        steps: checked micro-batches per window, or None.
+        engine: of the backend.
+
+    Raises:
+        ValueError: there is one row, or one micro-batch, or the batch is no batch of arrays.
+    """
+    batch = _arrays(batch)
+    rows = common_rows(array_leaves(batch))
+    if rows is None:
+        raise ValueError("internal: a batch of arrays has no number of rows.")
+    size = rows_per_microbatch(rows, size, steps)
+    if size >= rows:
+        raise ValueError(
+            "certify needs a batch that is cut into two micro-batches or more. "
+            f"Got {rows} rows in one. Pass more rows, or a smaller microbatch_size."
+        )
+    engine.build(model, batch)
+    with ExitStack() as held:
+        held.enter_context(_untouched(model, engine))
+        notes = []
+        drawing = held.enter_context(without_randomness(model))
+        if drawing.quieted:
+            notes.append(
+                f"Randomness was turned off for the comparison ({', '.join(drawing.quieted)}): "
+                "every micro-batch draws its own."
+            )
+        if drawing.left:
+            notes.append(
+                f"What {', '.join(drawing.left)} may draw could not be turned off, and counts as a "
+                "difference."
+            )
+        if held.enter_context(in_full_precision(model)):
+            notes.append("Half precision was replaced by float32 for the comparison.")
+        return certified(KerasStep(model, batch, rows, size, engine.backend, notes))
+
+
+@contextmanager
+def _untouched(model: keras.Model, engine: Engine) -> Iterator[None]:
+    """Puts back all values, attributes of layers, gradients and random numbers."""
+    attributes, random = Attributes(model), RandomNumbers()
+    kept = [Snapshot(model), *engine.kept(model)]
+    try:
+        yield
+    finally:
+        attributes.restore()
+        for each in kept:
+            each.restore()
+        random.restore()
+
+
+def _arrays(batch: Any) -> Any:
+    """The batch as arrays of NumPy, numbers as `fit` would cast them.
+
+    Raises:
+        ValueError: it is a Window, or an array whose rows differ in length.
+    """
+    if isinstance(batch, Window) or any(isinstance(part, Window) for part in batch):
+        raise ValueError(
+            "certify cuts the batch itself. Got a Window. "
+            "Pass the batch that the window was cut from."
+        )
+
+    def array(leaf: Any) -> Any:
+        if not hasattr(leaf, "shape"):
+            return leaf
+        if hasattr(leaf, "row_splits"):
+            raise ValueError(
+                "certify compares arrays row by row, so rows must have one length. "
+                "Got a RaggedTensor. Pass it padded, and masked, as fit may take it too."
+            )
+        found = np.asarray(keras.ops.convert_to_numpy(leaf) if keras.ops.is_tensor(leaf) else leaf)
+        if found.dtype.kind not in NUMBERS:
+            return leaf
+        return found.astype(keras.config.floatx()) if found.dtype.kind == "f" else found
+
+    return keras.tree.map_structure(array, batch)

@@ -1,0 +1,105 @@
+"""A batch of `fit` on JAX, packed: sorted, cut and trimmed inside the program.
+
+A program has fixed shapes. So micro-batches have equally many rows, as many as fit where they are
+padded, and are trimmed to one of few lengths: one branch of the program each, and the lengths of a
+batch choose among them. Whatever the data, nothing else is compiled.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax import lax
+
+from virtualbatch.jax._batch import Cut, Segment
+from virtualbatch.keras._packing import (
+    FEW_LENGTHS,
+    Packing,
+    PaddedBatch,
+    checked_lengths,
+    padded_batch,
+)
+from virtualbatch.window.packing import rounded
+
+
+@dataclass(frozen=True)
+class PackedSegment(Segment):
+    """Micro-batches of as many rows, trimmed to one of few lengths.
+
+    Fields:
+        branches: for each length, (index) -> the micro-batch trimmed to it.
+        branch: number of the branch of each micro-batch; int32 vector.
+    """
+
+    branches: tuple[Callable[[Any], Any], ...]
+    branch: Any
+
+
+def packed_cut(
+    model: keras.Model, batch: Any, rows: int, packing: Packing
+) -> tuple[Cut, Callable[[Any], float]]:
+    """Cuts a batch by tokens.
+
+    Args:
+        model: the model.
+        batch: (x, y, sample_weight), traced or not.
+        rows: its rows.
+        packing: how rows are packed.
+
+    Returns:
+        The cut, longest rows first, and micro-batch -> its stretch (see `Rows`).
+    """
+    found = padded_batch(model, jax.tree.map(jnp.asarray, batch))
+    lengths = jnp.asarray(checked_lengths(packing.lengths(batch[0]), rows))
+    order = jnp.argsort(-lengths, stable=True)
+    lengths = lengths[order]
+    source = found.like(found.mapped(lambda leaf, trimmed: leaf[order]))
+    step = -(-found.length // FEW_LENGTHS)
+    few = sorted({rounded(n, step, found.length) for n in range(1, found.length + 1)})
+    size = min(rows, max(1, packing.tokens // found.length))
+    first = rows % size
+    segments = []
+    if first:
+        # The longest ones, which gain least from another program that trims them.
+        get = partial(_piece, source, 0, first, found.length)
+        segments.append(Segment(1, first, get))
+    branches = tuple(partial(_piece, source, first, size, length) for length in few)
+    branch = jnp.searchsorted(jnp.asarray(few), lengths[first::size])
+    # Lengths beyond the padded axis are trimmed to all of it.
+    branch = jnp.minimum(branch, len(few) - 1).astype(jnp.int32)
+
+    def get_eagerly(index: Any) -> Any:
+        return branches[int(branch[index])](index)
+
+    segments.append(PackedSegment(rows // size, size, get_eagerly, branches, branch))
+    place = found.trimmed.index(True)
+
+    def stretch(microbatch: Any) -> float:
+        length = found.like(microbatch).leaves[place].shape[1]
+        return found.length / length if found.targets else 1.0
+
+    return Cut(segments), stretch
+
+
+def branches(segment: Segment) -> tuple[Callable[[Any], Any], ...]:
+    """The ways in which a micro-batch of a segment may be made, each of one shape."""
+    return segment.branches if isinstance(segment, PackedSegment) else (segment.get,)
+
+
+def chosen(segment: Segment, functions: Any, index: Any, *args: Any) -> Any:
+    """Calls the one of a segment's functions, one for each branch, that a micro-batch takes."""
+    if isinstance(segment, PackedSegment):
+        return lax.switch(segment.branch[index], functions, *args)
+    return functions[0](*args)
+
+
+def _piece(batch: PaddedBatch, first: int, size: int, length: int, index: Any) -> Any:
+    def piece(leaf: Any, trimmed: bool) -> Any:
+        rows = lax.dynamic_slice_in_dim(leaf, first + index * size, size)
+        return rows[:, :length] if trimmed else rows
+
+    return batch.mapped(piece)

@@ -1,0 +1,223 @@
+"""Keras on JAX: a `train_step` that runs one batch as a window.
+
+Keras compiles it whole, as it does its own: the batch is checked and cut while it is traced, and
+the window is one scan in the program.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import jax
+import keras
+
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.jax._batch import cut_batch
+from virtualbatch.keras._backend import Backend, Engine
+from virtualbatch.keras._certify.certificate import build_symbolically, certificate
+from virtualbatch.keras._guard import Guard
+from virtualbatch.keras._jax.packing import packed_cut
+from virtualbatch.keras._jax.plan import MEMORY, copied, planned
+from virtualbatch.keras._jax.program import JaxProgram
+from virtualbatch.keras._jax.window import State, WindowRun
+from virtualbatch.keras._packing import Packing
+from virtualbatch.keras._rows import unstretched
+from virtualbatch.keras._train_step import TrainStep
+from virtualbatch.plan.plan import Plan
+from virtualbatch.window.cut import rows_per_microbatch, sizes_disagree
+from virtualbatch.window.tree import array_leaves, common_rows
+
+
+class JaxStep(TrainStep):
+    """The `train_step` of a model that accumulates on JAX."""
+
+    def __init__(
+        self,
+        model: keras.Model,
+        microbatch_size: Any,
+        accumulation_steps: int | None,
+        packing: Packing | None = None,
+    ):
+        super().__init__(model, microbatch_size, accumulation_steps, packing)
+        if keras.config.is_nnx_enabled():
+            raise NotImplementedError(
+                "accumulate works on Keras' own variables. Got Keras with its NNX mode enabled. "
+                "Unset KERAS_NNX_ENABLED."
+            )
+        self._seen_whole = False
+
+    def __call__(self, state: Any, data: Any) -> tuple[dict[str, Any], Any]:
+        """Trains on one batch, as Keras' `train_step` does."""
+        model = self._model
+        batch = self._unpacked(data)
+        rows = common_rows(array_leaves(batch))
+        if rows is None:
+            raise ValueError("internal: a batch of JAX has no number of rows.")
+        compiled = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, data)))
+        packing = self._packing_in_force()
+        if packing is not None:
+            cut, stretch = packed_cut(model, batch, rows, packing)
+        else:
+            cut = cut_batch(batch, self._size(rows), None, compiled=compiled)
+            stretch = unstretched
+            if cut.count == 1:
+                return type(model).train_step(model, state, data)
+        run = WindowRun(model, cut, State(*state), stretch, self.listener is not None)
+        logs, after = run.train(compiled)
+        self._say(run.losses_of_one_number)
+        return logs, tuple(after)
+
+    def _size(self, rows: int) -> int:
+        """Rows of one micro-batch, for a batch of so many.
+
+        Raises:
+            ValueError: two sizes disagree. The last batch of an epoch may be short; a batch that
+                comes before any whole one is not the last.
+        """
+        size, steps = self._asked()
+        if size is None and steps is None:
+            return self._in_force(rows, None)
+        if size is None or steps is None:
+            return self._in_force(rows, rows_per_microbatch(rows, size, steps))
+        count = -(-rows // size)
+        if count > steps or (count < steps and not self._seen_whole):
+            raise ValueError(sizes_disagree(rows, size, steps))
+        self._seen_whole = self._seen_whole or count == steps
+        return self._in_force(rows, size)
+
+
+def make_train_function(model: keras.Model) -> Callable[..., Any]:
+    """Keras' own `make_train_function`, whose function loses nothing.
+
+    `fit` takes the values out of the model's variables while it trains, and after an error in the
+    first batch would not put them back. And a program overwrites the state that it is given: until
+    a window of some shape has fitted once, it is given a copy, so that it can run again.
+    """
+    step = model.train_step
+    guard = Guard(model, step, MEMORY)
+
+    def make(force: bool = False) -> None:
+        if model.train_function is not None and not force:
+            return
+        run = compiled()
+
+        def train_function(state: Any, iterator: Any) -> Any:
+            nonlocal run
+            # What `next` raises is for Keras, which ends the epoch by it.
+            batches = [next(iterator), *islice(iterator, model.steps_per_execution - 1)]
+            shapes = tuple(
+                (x.shape, x.dtype) if hasattr(x, "shape") else None
+                for x in jax.tree.leaves(batches)
+            )
+            try:
+                if guard.fitted(shapes):
+                    result = run(state, iter(batches))
+                else:
+                    result = first_of_its_shape(state, batches)
+                    guard.remember(shapes)
+            except BaseException:
+                _put_back(model, State(*state))
+                raise
+            if guard.succeeded():
+                run = compiled()
+            logs, after = result
+            return step.told(logs), after
+
+        def first_of_its_shape(state: Any, batches: list[Any]) -> Any:
+            largest = max(batches, key=lambda batch: (_rows(batch), _size(batch)))
+
+            def attempt() -> Any:
+                # Errors arrive late in JAX.
+                return jax.block_until_ready(run(copied(state), iter(batches)))
+
+            def make_again() -> None:
+                nonlocal run
+                run = compiled()
+
+            return guard.run(
+                keras.utils.unpack_x_y_sample_weight(largest),
+                _rows(largest),
+                attempt,
+                lambda: None,
+                make_again,
+                lambda limit: planned(partial(_step_of, model), state, largest, limit),
+            )
+
+        model.train_function = train_function
+
+    def compiled() -> Any:
+        """Keras' own train function, traced anew; the model keeps ours."""
+        ours = model.train_function
+        # JAX remembers what it traced by the function, whatever size is in force.
+        model.train_step = partial(JaxStep.__call__, step)
+        try:
+            type(model).make_train_function(model, force=True)
+        finally:
+            model.train_step = step
+        found, model.train_function = model.train_function, ours
+        return found
+
+    return make
+
+
+def _put_back(model: keras.Model, state: State) -> None:
+    pairs = [
+        *zip(model.trainable_variables, state.trainable, strict=True),
+        *zip(model.non_trainable_variables, state.non_trainable, strict=True),
+        *zip(model.optimizer.variables, state.optimizer, strict=True),
+        *zip(model.metrics_variables, state.metrics, strict=True),
+    ]
+    # A program that ran has taken its inputs.
+    if not any(value.is_deleted() for _, value in pairs):
+        for variable, value in pairs:
+            variable.assign(value)
+        # What `fit` assigns once more when it ends.
+        model._jax_state = {
+            "trainable_variables": state.trainable,
+            "non_trainable_variables": state.non_trainable,
+            "optimizer_variables": state.optimizer,
+            "metrics_variables": state.metrics,
+        }
+
+
+def _step_of(model: keras.Model, size: int) -> Callable[[Any, Any], Any]:
+    """The step of a model with micro-batches of so many rows."""
+    return JaxStep(model, size, None)
+
+
+def _rows(batch: Any) -> int:
+    return common_rows(array_leaves(batch)) or 0
+
+
+def _size(batch: Any) -> int:
+    return sum(array.size for _, array in array_leaves(batch))
+
+
+def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
+    """The plan for a batch, for a model that need not accumulate; see `virtualbatch.keras.plan`."""
+    state = model._get_jax_state(
+        trainable_variables=True,
+        non_trainable_variables=True,
+        optimizer_variables=True,
+        metrics_variables=True,
+        purge_model_variables=False,
+    )
+    return planned(partial(_step_of, model), state, batch, memory_limit)
+
+
+def certify(model: keras.Model, batch: Any, size: int | None, steps: int | None) -> Certificate:
+    """The certificate of a model; see `virtualbatch.keras.certify`."""
+
+    def is_concrete(value: Any) -> bool:
+        return not isinstance(value, jax.core.Tracer)
+
+    backend = Backend(JaxProgram, _step_of, _sizes, is_concrete)
+    return certificate(
+        model, batch, size, steps, Engine(backend, lambda model: [], build_symbolically)
+    )
+
+
+def _sizes(rows: int, size: int) -> list[int]:
+    """Rows of each micro-batch: of one size, and a remainder."""
+    return [min(size, rows - start) for start in range(0, rows, size)]

@@ -1,0 +1,333 @@
+"""One batch of `fit` as micro-batches, on JAX: a scan, or eagerly a loop in Python.
+
+Each micro-batch adds its part of the loss, of the gradients and of the BatchNorm moments, and hands
+on the state that its layers and metrics changed; then the optimizer, the trackers and the moving
+averages move once. Nothing is assigned: the new state is what comes back.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax import lax
+from jax.extend.core import jaxpr_as_fun
+from keras.src import backend
+
+from virtualbatch.jax._batch import Cut
+from virtualbatch.jax._convolution import with_fast_convolutions
+from virtualbatch.jax._objective import wide_dtype
+from virtualbatch.jax._stats import part_of, squared_norm
+from virtualbatch.keras._batchnorm import (
+    assign_statistics,
+    merged,
+    moving_statistics,
+    recorded_moments,
+)
+from virtualbatch.keras._jax.packing import PackedSegment, branches, chosen
+from virtualbatch.keras._rows import Rows
+from virtualbatch.keras._train_step import STATS
+from virtualbatch.keras._window import WindowModel
+from virtualbatch.noise.estimate import WindowStats
+from virtualbatch.window.shares import accumulator_dtype
+
+
+class State(NamedTuple):
+    """Values of a model's variables, as Keras hands them to a `train_step` on JAX."""
+
+    trainable: list[Any]
+    non_trainable: list[Any]
+    optimizer: list[Any]
+    metrics: list[Any]
+
+
+class _Sums(NamedTuple):
+    """What adds up over micro-batches.
+
+    Fields:
+        losses: the loss and per-output losses.
+        gradients: in the dtype of the buffer.
+        moments: of BatchNorm.
+        mean_square: the part of that statistic, alone; empty where none are asked for.
+    """
+
+    losses: list[Any]
+    gradients: list[Any]
+    moments: list[Any]
+    mean_square: list[Any]
+
+
+class _Carried(NamedTuple):
+    """What a micro-batch hands on to the next one, and the last one to the window."""
+
+    non_trainable: list[Any]
+    metrics: list[Any]
+    latest: Any
+
+
+class WindowRun:
+    """One batch of `fit` as micro-batches.
+
+    Args:
+        model: a model that is built and compiled.
+        cut: the batch, cut.
+        state: where the window begins.
+        stretch: micro-batch -> see `Rows`.
+        stats: whether the logs are to hold statistics of the window.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        cut: Cut,
+        state: State,
+        stretch: Callable[[Any], float],
+        stats: bool,
+    ):
+        self._model = model
+        self._with_stats = stats
+        self._stretch = stretch
+        self._cut = cut
+        self._state = state
+        self._window = WindowModel(model, sum(cut.rows))
+        # Known once a micro-batch was run or traced.
+        self._called: list[Any] = []
+
+    @property
+    def losses_of_one_number(self) -> list[str]:
+        """Names of losses that gave a number rather than one value per row; known after `train`."""
+        return self._window.losses_of_one_number
+
+    def train(self, compiled: bool) -> tuple[dict[str, Any], State]:
+        """Runs the window.
+
+        Args:
+            compiled: whether this runs inside a trace.
+
+        Returns:
+            The logs and the new state.
+        """
+        sums, carried = self._traced() if compiled else self._eager()
+        model, window, state = self._model, self._window, self._state
+        gradients = [
+            gradient.astype(value.dtype)
+            for gradient, value in zip(sums.gradients, state.trainable, strict=True)
+        ]
+        trainable, optimizer = model.optimizer.stateless_apply(
+            state.optimizer, gradients, state.trainable
+        )
+        with self._scope(state.trainable, state.non_trainable):
+            start = moving_statistics(window.batchnorm)
+        with self._scope(trainable, carried.non_trainable, carried.metrics) as scope:
+            assign_statistics(self._called, start, sums.moments)
+            window.track(sums.losses[0], sums.losses[1:])
+            logs = window.results(carried.latest)
+        if self._with_stats:
+            logs[STATS] = self._stats(gradients, *sums.mean_square)
+        non_trainable, metrics = self._changed(scope)
+        return logs, State(trainable, non_trainable, optimizer, metrics)
+
+    def _eager(self) -> tuple[_Sums, _Carried]:
+        carried = _Carried(self._state.non_trainable, self._state.metrics, {})
+        sums = None
+        for segment in self._cut.segments:
+            for k in range(segment.count):
+                found, carried = self._micro(segment.get(k), segment.rows, carried, self._totals)
+                sums = found if sums is None else _added(sums, found)
+        if sums is None:
+            raise RuntimeError("internal: a window ran no micro-batch.")
+        return sums, carried
+
+    def _traced(self) -> tuple[_Sums, _Carried]:
+        """The window as one program: equal micro-batches in a scan, the rest in one more call."""
+        state = self._state
+        # A loss asks for two counts at most. Whether it asks at all its trace has to tell.
+        losses = getattr(self._model._compile_loss, "_flat_losses", None) or []
+        totals = jax.ShapeDtypeStruct((2 * len(losses) + 2,), keras.backend.floatx())
+        first = (state.non_trainable, state.metrics)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        programs = []
+        for segment in self._cut.segments:
+            traced = []
+            for get in branches(segment):
+
+                def step(
+                    k: Any, first: Any, totals: Any, get: Any = get, rows: int = segment.rows
+                ) -> Any:
+                    carried = _Carried(first[0], first[1], {})
+                    return self._micro(get(k), rows, carried, lambda: totals)
+
+                program, outputs = jax.make_jaxpr(step, return_shape=True)(number, first, totals)
+                traced.append(jaxpr_as_fun(with_fast_convolutions(program)))
+            programs.append((segment, traced, outputs))
+        given = jnp.zeros(totals.shape, totals.dtype)
+        if self._window.needs_count:
+            counted = self._totals()
+            given = given.astype(counted.dtype).at[: len(counted)].set(counted)
+            given = given.astype(totals.dtype)
+        sums = jax.tree.map(jnp.zeros_like, programs[0][2][0])
+        carried = _Carried(*first, jax.tree.map(jnp.zeros_like, programs[0][2][1].latest))
+        for segment, traced, outputs in programs:
+
+            def body(
+                carry: Any, k: Any, entry: Any = (segment, traced), outputs: Any = outputs
+            ) -> Any:
+                sums, carried = carry
+                leaves = jax.tree.leaves((k, (carried.non_trainable, carried.metrics), given))
+                found = chosen(*entry, k, *leaves)
+                found = jax.tree.unflatten(jax.tree.structure(outputs), found)
+                return _like((_added(sums, found[0]), found[1]), carry), None
+
+            if segment.count == 1:
+                (sums, carried), _ = body((sums, carried), jnp.zeros((), jnp.int32))
+            else:
+                index = jnp.arange(segment.count, dtype=jnp.int32)
+                (sums, carried), _ = lax.scan(body, (sums, carried), index)
+        return sums, carried
+
+    def _micro(
+        self, batch: Any, rows: int, carried: _Carried, totals: Callable[[], Any]
+    ) -> tuple[_Sums, _Carried]:
+        """Forward and backward of one micro-batch."""
+        model, window = self._model, self._window
+        here = Rows(rows, window.rows, self._stretch(batch))
+
+        def objective(trainable: list[Any]) -> tuple[Any, Any]:
+            with recorded_moments(window.batchnorm) as seen:
+                y_pred, non_trainable, losses = self._forward(
+                    batch[0], trainable, carried.non_trainable
+                )
+            model._losses_override = losses or []
+            try:
+                with self._scope(trainable, non_trainable, carried.metrics) as scope:
+                    loss, tracked = window.loss(batch, y_pred, here, totals)
+                    latest = window.update_metrics(batch, self._shown(y_pred), here)
+            finally:
+                model._losses_override = []
+            if window.unreduced:
+                # JAX' own error, as for the whole batch.
+                jax.grad(lambda _: jnp.broadcast_to(loss, (window.rows,)))(0.0)
+            self._called = [layer for layer, _ in seen]
+            after = _Carried(*self._changed(scope), latest)
+            scaled = self._scaled(loss)
+            return scaled, ([loss, *tracked], [found for _, found in seen], after)
+
+        scaled, differentiate, aux = jax.vjp(objective, self._state.trainable, has_aux=True)
+        losses, moments, after = aux
+        (gradients,) = differentiate(self._upstream(scaled, here))
+        gradients = [self._widened(gradient, here) for gradient in gradients]
+        moments = jax.tree.map(jnp.asarray, moments)
+        parts = [part_of(gradients, here.share("float32"))] if self._with_stats else []
+        return _Sums(losses, gradients, moments, parts), after
+
+    def _forward(self, x: Any, trainable: list[Any], non_trainable: list[Any]) -> Any:
+        """(predictions, changed non-trainable variables, added losses), in training mode."""
+        model = self._model
+        options = {"training": True} if model._call_has_training_arg else {}
+        return model.stateless_call(trainable, non_trainable, x, return_losses=True, **options)
+
+    def _shown(self, y_pred: Any) -> Any:
+        """Predictions as metrics see them: of packed rows with the mask, which Keras loses on JAX.
+
+        Without it metrics would count padding, and how much of it there is depends on the cut.
+        """
+        shown = lax.stop_gradient(y_pred)
+        if any(isinstance(segment, PackedSegment) for segment in self._cut.segments):
+            for to, source in zip(
+                keras.tree.flatten(shown), keras.tree.flatten(y_pred), strict=True
+            ):
+                backend.set_keras_mask(to, backend.get_keras_mask(source))
+        return shown
+
+    def _scaled(self, loss: Any) -> Any:
+        optimizer = self._model.optimizer
+        mapping = list(zip(optimizer.variables, self._state.optimizer, strict=True))
+        with keras.StatelessScope(state_mapping=mapping):
+            return optimizer.scale_loss(loss)
+
+    def _stats(self, gradients: Any, mean_square: Any) -> WindowStats:
+        """The statistics of a window, without the scale of its loss, which the optimizer moves."""
+        undo = self._scaled(jnp.ones((), mean_square.dtype)) ** -2
+        square = squared_norm(gradients)
+        return WindowStats(self._window.rows, self._cut.count, mean_square * undo, square * undo)
+
+    def _upstream(self, scaled: Any, rows: Rows) -> Any:
+        """What the backward pass begins with.
+
+        The loss is already this micro-batch's part of the window's. Half-precision gradients are
+        taken of the micro-batch's own mean and scaled in the wide dtype, where few bits are lost.
+        """
+        one = jnp.ones_like(scaled)
+        return one / rows.share(scaled.dtype) if self._in_half_precision() else one
+
+    def _widened(self, gradient: Any, rows: Rows) -> Any:
+        wide = gradient.astype(wide_dtype(gradient))
+        return wide * rows.share(wide.dtype) if self._in_half_precision() else wide
+
+    def _in_half_precision(self) -> bool:
+        return any(
+            accumulator_dtype(str(value.dtype)) != str(value.dtype)
+            for value in self._state.trainable
+        )
+
+    def _totals(self) -> Any:
+        """Weights of the window that only a forward reveals; XLA prunes all but the masks of it."""
+        state, window = self._state, self._window
+
+        def counted(batch: Any, rows: int) -> Any:
+            y_pred, _, _ = self._forward(batch[0], state.trainable, state.non_trainable)
+            with self._scope(state.trainable, state.non_trainable, state.metrics):
+                return window.weights(batch, y_pred, Rows(rows, window.rows, self._stretch(batch)))
+
+        total = None
+        for segment in self._cut.segments:
+            functions = [
+                partial(lambda get, rows, k: counted(get(k), rows), get, segment.rows)
+                for get in branches(segment)
+            ]
+            one = partial(lambda segment, fns, k: chosen(segment, fns, k, k), segment, functions)
+            if segment.count == 1:
+                found = one(0)
+            else:
+                found = lax.map(one, jnp.arange(segment.count, dtype=jnp.int32)).sum(0)
+            total = found if total is None else total + found
+        return total
+
+    def _scope(
+        self, trainable: Sequence[Any], non_trainable: Sequence[Any], metrics: Sequence[Any] = ()
+    ) -> Any:
+        model = self._model
+        pairs = [
+            *zip(model.trainable_variables, trainable, strict=True),
+            *zip(model.non_trainable_variables, non_trainable, strict=True),
+            *zip(model.metrics_variables if metrics else (), metrics, strict=True),
+        ]
+        return keras.StatelessScope(state_mapping=pairs)
+
+    def _changed(self, scope: Any) -> tuple[list[Any], list[Any]]:
+        """Values of the non-trainable and the metric variables after what ran in a scope."""
+        model = self._model
+        return (
+            [scope.get_current_value(variable) for variable in model.non_trainable_variables],
+            [scope.get_current_value(variable) for variable in model.metrics_variables],
+        )
+
+
+def _added(a: _Sums, b: _Sums) -> _Sums:
+    return _Sums(
+        [x + y for x, y in zip(a.losses, b.losses, strict=True)],
+        [x + y for x, y in zip(a.gradients, b.gradients, strict=True)],
+        [tuple(found) for found in merged(a.moments, b.moments)],
+        [x + y for x, y in zip(a.mean_square, b.mean_square, strict=True)],
+    )
+
+
+def _like(found: Any, carry: Any) -> Any:
+    """What a micro-batch leaves, in the structure and dtypes that it took."""
+    leaves = [
+        jnp.asarray(x).astype(y.dtype)
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(carry), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(carry), leaves)

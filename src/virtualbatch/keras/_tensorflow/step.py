@@ -1,0 +1,287 @@
+"""Keras on TensorFlow: a `train_step` that runs one batch as a window.
+
+The batch is checked and cut, what is not built is built outside the graph, and the window runs. The
+train function around it keeps XLA inside the loop over micro-batches.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Callable, Hashable
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.keras._backend import Backend, Engine
+from virtualbatch.keras._certify.certificate import build_symbolically, certificate
+from virtualbatch.keras._certify.eager_program import EagerProgram
+from virtualbatch.keras._guard import Guard
+from virtualbatch.keras._rows import unstretched
+from virtualbatch.keras._snapshot import Snapshot
+from virtualbatch.keras._tensorflow.data import given_back, has_open_rows_only, taken
+from virtualbatch.keras._tensorflow.packing import packed_segments
+from virtualbatch.keras._tensorflow.plan import MEMORY, planned
+from virtualbatch.keras._tensorflow.window import WindowRun, rows_of
+from virtualbatch.keras._train_step import TrainStep, uncompiled
+from virtualbatch.plan.plan import Plan
+from virtualbatch.tensorflow._batch import is_array, segments, specs
+from virtualbatch.window.cut import sizes_disagree
+from virtualbatch.window.tree import array_leaves, common_rows
+
+_MANY = sys.maxsize
+
+
+class TensorFlowStep(TrainStep):
+    """The `train_step` of a model that accumulates on TensorFlow."""
+
+    _layers_built = False
+
+    def __call__(self, data: Any) -> dict[str, Any]:
+        """Trains on one batch, as Keras' `train_step` does."""
+        model = self._model
+        batch = self._unpacked(data)
+        with tf.variable_creator_scope(_created_outside):
+            packing = self._packing_in_force()
+            stretch: Callable[[Any], Any] = unstretched
+            if packing is None:
+                batch = self._with_agreeing_sizes(batch)
+                cut = segments(batch, *self._cut_by())
+            else:
+                cut, stretch = packed_segments(model, batch, packing)
+            if not self._layers_built:
+                _build_layers(model, cut[0].get(0)[0])
+                self._layers_built = True
+            _build_optimizer(model)
+            window = WindowRun(model, cut, rows_of(batch), stretch, self.listener is not None)
+            results = window.train()
+            self._say(window.losses_of_one_number)
+        return results
+
+    def _cut_by(self) -> tuple[int | None, int | None]:
+        """One of the two sizes: the one in force, or that which was asked for."""
+        size, steps = self._asked()
+        if self.most is None and size is None and steps is not None:
+            return None, steps
+        # Rows may not be known here; no micro-batch has more than there are.
+        return self._in_force(_MANY, size), None
+
+    def _with_agreeing_sizes(self, batch: Any) -> Any:
+        """The batch, readable only if both sizes agree for it.
+
+        The last batch of an epoch may be short. Which one that is only the data knows, but the
+        first of an epoch, where the loss tracker has counted nothing yet, is not.
+        """
+        size, steps = self._asked()
+        if size is None or steps is None:
+            return batch
+        rows = rows_of(batch)
+        count = (rows + size - 1) // size
+        first = tf.equal(self._model._loss_tracker.count, 0)
+        agree = tf.logical_or(
+            tf.equal(count, steps), tf.logical_and(count < steps, tf.logical_not(first))
+        )
+        if tf.executing_eagerly():
+            if not agree:
+                raise ValueError(sizes_disagree(int(rows), size, steps))
+            return batch
+        before, after = sizes_disagree("ROWS", size, steps).split("ROWS")
+        check = tf.debugging.Assert(agree, [before, rows, after])
+        with tf.control_dependencies([check]):
+            return tf.nest.map_structure(
+                lambda leaf: tf.identity(leaf) if is_array(leaf) else leaf, batch
+            )
+
+
+def make_train_function(model: keras.Model) -> Callable[..., Any]:
+    """A `make_train_function` that keeps XLA inside the loop over micro-batches.
+
+    Keras would compile the whole `train_step`. A loop inside an XLA program is slow on some
+    devices (on CPU a convolution in it takes a thousand times longer), so only the micro-batch's
+    forward and backward are compiled, and the loop around them stays a plain graph.
+
+    A graph writes metrics and seeds while it runs. Until a window of some shape has fitted once,
+    everything is copied before it, so that it can run again.
+    """
+    guard = Guard(model, model.train_step, MEMORY)
+    # Keras asks for the function once per fit, so that is when the data may still be empty.
+    trained = False
+
+    def make(force: bool = False) -> None:
+        nonlocal trained
+        trained = False
+        if model.train_function is not None and not force:
+            return
+        run = compiled()
+
+        def train_function(iterator: Any) -> Any:
+            nonlocal trained, run
+            try:
+                results = guarded(iterator)
+            except tf.errors.InvalidArgumentError as error:
+                text = _refusal(error)
+                if text is None:
+                    raise
+                raise ValueError(text) from error
+            except (tf.errors.OutOfRangeError, StopIteration) as error:
+                if trained:
+                    raise
+                raise ValueError(
+                    "fit needs at least one batch. Got no data. "
+                    "A generator can be read only once: pass a fresh one."
+                ) from error
+            trained = True
+            if guard.succeeded():
+                run = compiled()
+            logs: dict[str, Any] = model.train_step.told(results)
+            return logs
+
+        def guarded(iterator: Any) -> Any:
+            """The results of the next batches, on a path that costs nothing once they fitted."""
+            shapes: Hashable
+            from_dataset = isinstance(iterator, tf.data.Iterator)
+            spec = iterator.element_spec if from_dataset else None
+            if from_dataset and has_open_rows_only(spec):
+                shapes = tuple(tf.nest.flatten(spec))
+                if guard.fitted(shapes):
+                    return run(iterator)
+                batches = taken(iterator, model.steps_per_execution)
+            else:
+                if from_dataset:
+                    batches = taken(iterator, model.steps_per_execution)
+                else:
+                    batches = list(islice(iterator, model.steps_per_execution))
+                shapes = tuple(getattr(x, "shape", None) for x in tf.nest.flatten(batches))
+            if not batches:
+                return run(iterator)
+            feed = partial(given_back, batches, spec) if from_dataset else partial(iter, batches)
+            if guard.fitted(shapes):
+                return run(feed())
+            results = first_of_its_shape(batches, feed)
+            guard.remember(shapes)
+            return results
+
+        def first_of_its_shape(batches: list[Any], feed: Callable[[], Any]) -> Any:
+            largest = max(batches, key=lambda batch: (_rows(batch), _size(batch)))
+            # What the first window would make has to be there before it can be copied.
+            _build_layers(model, keras.utils.unpack_x_y_sample_weight(largest)[0])
+            _build_optimizer(model)
+            snapshot = Snapshot(model)
+
+            def make_again() -> None:
+                nonlocal run
+                run = compiled()
+
+            return guard.run(
+                keras.utils.unpack_x_y_sample_weight(largest),
+                _rows(largest),
+                lambda: run(feed()),
+                snapshot.restore,
+                make_again,
+                lambda limit: planned(partial(_step_of, model), model, largest, limit),
+            )
+
+        model.train_function = train_function
+
+    def compiled() -> Any:
+        """Keras' own train function, traced anew; the model keeps ours."""
+        ours = model.train_function
+        with uncompiled(model):
+            type(model).make_train_function(model, force=True)
+        found, model.train_function = model.train_function, ours
+        return found
+
+    return make
+
+
+def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
+    """The plan for a batch, for a model that need not accumulate; see `virtualbatch.keras.plan`."""
+    return planned(partial(_step_of, model), model, batch, memory_limit)
+
+
+def certify(model: keras.Model, batch: Any, size: int | None, steps: int | None) -> Certificate:
+    """The certificate of a model; see `virtualbatch.keras.certify`."""
+    backend = Backend(EagerProgram, _step_of, _sizes, lambda value: hasattr(value, "numpy"))
+    return certificate(model, batch, size, steps, Engine(backend, lambda model: [], _build))
+
+
+def _build(model: keras.Model, batch: Any) -> None:
+    """Builds a model; one that asks for values in its `call` cannot be built without any."""
+    if not model.run_eagerly:
+        build_symbolically(model, batch)
+        return
+    _build_layers(model, tf.nest.map_structure(tf.convert_to_tensor, batch[0]))
+    _build_optimizer(model)
+
+
+def _sizes(rows: int, size: int) -> list[int]:
+    """Rows of each micro-batch: of one size, and a remainder."""
+    return [min(size, rows - start) for start in range(0, rows, size)]
+
+
+def _step_of(model: keras.Model, size: int) -> Callable[[Any], Any]:
+    """The step of a model with micro-batches of so many rows."""
+    return TensorFlowStep(model, size, None)
+
+
+def _rows(batch: Any) -> int:
+    return common_rows(array_leaves(batch)) or 0
+
+
+def _size(batch: Any) -> int:
+    # A ragged array does not know all its lengths; its rows decide then.
+    lengths = [tf.TensorShape(array.shape).as_list() for _, array in array_leaves(batch)]
+    return sum(math.prod(length or 1 for length in found) for found in lengths)
+
+
+def _refusal(error: tf.errors.InvalidArgumentError) -> str | None:
+    """Text of a check that could only run inside the graph, or None if it was none of ours."""
+    found = re.search(
+        r"assertion failed: \[((?:microbatch_size and|All arrays of|No length may).*)\]",
+        str(error),
+    )
+    # What was printed is pieces of text and numbers, each in brackets.
+    return " ".join(re.split(r"\s*\] \[\s*", found[1])) if found else None
+
+
+def _build_layers(model: keras.Model, x: Any) -> None:
+    """Creates the variables of layers that have seen no data, and changes none.
+
+    The window reads the statistics of a BatchNorm before its first forward.
+
+    Args:
+        model: the model.
+        x: inputs of a micro-batch.
+    """
+
+    def forward(x: Any) -> Any:
+        return model(x, training=False) if model._call_has_training_arg else model(x)
+
+    if all(layer.built for layer in model._flatten_layers()):
+        return
+    if tf.executing_eagerly():
+        forward(x)
+    else:
+        with tf.init_scope():
+            tf.function(forward, autograph=False).get_concrete_function(specs(x))
+
+
+def _build_optimizer(model: keras.Model) -> None:
+    """Creates the optimizer's variables: it scales a loss by the first scale until it has one."""
+    optimizer = model.optimizer
+    if not optimizer.built and model.trainable_variables:
+        # The scope in which Keras builds an optimizer at its first update: it names the variables.
+        with tf.init_scope(), keras.name_scope(optimizer.name, caller=optimizer):
+            optimizer.build(model.trainable_variables)
+
+
+def _created_outside(next_creator: Callable[..., Any], **arguments: Any) -> Any:
+    """Creates a variable outside the graph that is being traced.
+
+    Left in it, one variable makes TensorFlow trace the whole step once or twice more.
+    """
+    with tf.init_scope():
+        return next_creator(**arguments | {"experimental_enable_variable_lifting": False})

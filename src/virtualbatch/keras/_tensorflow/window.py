@@ -1,0 +1,205 @@
+"""One batch of `fit` as micro-batches, on TensorFlow.
+
+Each micro-batch adds its part of the loss, of the gradients and of the BatchNorm moments; then the
+optimizer, the trackers and the moving averages move once.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+from keras import tree
+
+from virtualbatch.keras._batchnorm import (
+    assign_statistics,
+    merged,
+    moving_statistics,
+    recorded_moments,
+)
+from virtualbatch.keras._rows import Rows
+from virtualbatch.keras._train_step import STATS
+from virtualbatch.keras._window import WindowModel
+from virtualbatch.noise.estimate import WindowStats
+from virtualbatch.tensorflow._batch import Segment
+from virtualbatch.tensorflow._gradients import add, finished, split_sparse, widened
+from virtualbatch.tensorflow._loop import Output, bound, fold, trace
+from virtualbatch.tensorflow._stats import part_of, squared_norm
+from virtualbatch.window.shares import accumulator_dtype
+
+_TOTALS = tf.TensorSpec([None], tf.float64)
+
+
+class _Micro(NamedTuple):
+    """What one micro-batch gives.
+
+    Fields:
+        added: the loss, values of the per-output loss metrics and dense gradients; where
+            statistics are asked for, also the part of their `mean_square` and 1.
+        moments: BatchNorm moments, in the order of the layers' calls.
+        latest: results of an overridden `compute_metrics`; else empty.
+        sparse: values and indices of sparse gradients.
+    """
+
+    added: list[Any]
+    moments: list[Any]
+    latest: Any
+    sparse: list[Any]
+
+
+def rows_of(batch: Any) -> Any:
+    """Rows of a batch as an int32 scalar, read from its first array as Keras does."""
+    leaf = next(leaf for leaf in tree.flatten(batch) if leaf is not None)
+    if isinstance(leaf, tf.RaggedTensor):
+        return leaf.nrows(tf.int32)
+    return tf.shape(leaf)[0]
+
+
+class WindowRun:
+    """One batch of `fit` as micro-batches.
+
+    Args:
+        model: a compiled model.
+        cut: the batch, cut.
+        rows: rows of the whole batch.
+        stretch: micro-batch -> see `Rows`.
+        stats: whether the logs are to hold statistics of the window.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        cut: list[Segment],
+        rows: Any,
+        stretch: Callable[[Any], Any],
+        stats: bool,
+    ):
+        self._model = model
+        self._with_stats = stats
+        self._cut = cut
+        self._stretch = stretch
+        self._window = WindowModel(model, rows)
+        # Known once the step is traced, or eagerly run.
+        self._called: list[Any] = []
+        self._tracked = 0
+        self._counted: Any = None
+
+    @property
+    def losses_of_one_number(self) -> list[str]:
+        """Names of losses that gave a number rather than one value per row; known after `train`."""
+        return self._window.losses_of_one_number
+
+    def train(self) -> dict[str, Any]:
+        """Runs the window and commits it: optimizer, trackers, moving averages."""
+        start = moving_statistics(self._window.batchnorm)
+        if tf.executing_eagerly():
+            traced = trace(self._cut, lambda index, batch: self._micro(batch, self._totals))
+        else:
+            step = trace(
+                self._cut,
+                lambda index, batch, totals: self._micro(batch, lambda: totals),
+                self._model.jit_compile,
+                (_TOTALS,),
+            )
+            # Only now is it known whether any weight has to be counted.
+            totals = self._totals() if self._window.needs_count else tf.zeros([1], tf.float64)
+            traced = [bound(entry, totals) for entry in step]
+        sums, sparse = fold(
+            traced,
+            lambda _, found: Output((found.added, found.moments, found.latest), found.sparse),
+            lambda a, b: (add(a[0], b[0]), merged(a[1], b[1]), b[2]),
+        )
+        added, moments, latest = sums
+        noise: list[Any] = []
+        if self._with_stats:
+            *added, mean_square, count = added
+            noise = [mean_square, count]
+        stats = self._commit(added, sparse, noise)
+        assign_statistics(self._called, start, moments)
+        return self._window.results(latest) | stats
+
+    def _micro(self, batch: Any, totals: Callable[[], Any]) -> _Micro:
+        """Forward and backward of one micro-batch."""
+        window = self._window
+        rows = Rows(rows_of(batch), window.rows, self._stretch(batch))
+        with tf.GradientTape() as tape:
+            with recorded_moments(window.batchnorm) as seen:
+                y_pred = window.forward(batch[0])
+
+            def unrecorded_totals() -> Any:
+                with tape.stop_recording():
+                    return totals()
+
+            loss, tracked = window.loss(batch, y_pred, rows, unrecorded_totals)
+            scaled = self._model.optimizer.scale_loss(loss)
+        self._called = [layer for layer, _ in seen]
+        self._tracked = len(tracked)
+        found_gradients = _wide_gradients(tape, scaled, self._model.trainable_variables, rows)
+        noise = []
+        if self._with_stats:
+            part = part_of(found_gradients, rows.share("float64"))
+            noise = [part, tf.ones([], tf.int32)]
+        gradients, sparse = split_sparse(found_gradients)
+        found = window.update_metrics(batch, y_pred, rows)
+        latest = tree.map_structure(tf.convert_to_tensor, found)
+        moments = [
+            found._replace(weight=tf.cast(found.weight, found.mean.dtype)) for _, found in seen
+        ]
+        return _Micro([loss, *tracked, *gradients, *noise], moments, latest, sparse)
+
+    def _totals(self) -> Any:
+        """Weights of the window that only a forward reveals, counted without a trace of it."""
+        if self._counted is None:
+            counting = trace(self._cut, lambda index, batch: self._count(batch))
+            sums, _ = fold(counting, lambda _, counted: Output([counted], []), add)
+            self._counted = sums[0]
+        return self._counted
+
+    def _count(self, batch: Any) -> Any:
+        rows = Rows(rows_of(batch), self._window.rows, self._stretch(batch))
+        return tf.cast(self._window.counted(batch, rows), tf.float64)
+
+    def _commit(
+        self, added: list[Any], sparse: Sequence[Any], noise: Sequence[Any]
+    ) -> dict[str, Any]:
+        """Moves trackers and optimizer; returns the statistics as an entry of the logs."""
+        stats: dict[str, Any] = {}
+        model, first = self._model, 1 + self._tracked
+        loss, tracked, gradients = added[0], added[1:first], added[first:]
+        # Counters depend on no gradient: without this they would move although a batch is refused.
+        with tf.control_dependencies([loss]):
+            self._window.track(loss, tracked)
+            variables = model.trainable_variables
+            if variables:
+                gradients = finished(gradients, sparse, variables)
+                if noise:
+                    stats[STATS] = self._stats(gradients, *noise)
+                model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+            else:
+                warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+        return stats
+
+    def _stats(self, gradients: Sequence[Any], mean_square: Any, count: Any) -> WindowStats:
+        """The statistics of a window, without the scale of its loss, which the optimizer moves."""
+        square = tf.cast(squared_norm(gradients), mean_square.dtype)
+        undo = tf.cast(self._model.optimizer.scale_loss(1.0), mean_square.dtype) ** -2
+        return WindowStats(self._window.rows, count, mean_square * undo, square * undo)
+
+
+def _wide_gradients(tape: Any, loss: Any, variables: list[Any], rows: Rows) -> list[Any]:
+    """Gradients in the dtype of the buffer.
+
+    The loss is already this micro-batch's part of the window's. Half-precision gradients are taken
+    of the micro-batch's own mean and scaled in the wide dtype, where few bits are lost.
+    """
+    if not any(_is_half(variable) for variable in variables):
+        return tape.gradient(loss, variables)
+    share = rows.share("float32")
+    upstream = tf.ones_like(loss) / tf.cast(share, loss.dtype)
+    gradients = tape.gradient(loss, variables, output_gradients=upstream)
+    return [widened(gradient, share) for gradient in gradients]
+
+
+def _is_half(variable: Any) -> bool:
+    return accumulator_dtype(variable.dtype) != variable.dtype

@@ -1,0 +1,105 @@
+"""A batch of `fit` on PyTorch: on Keras' device, and cut into the micro-batches of a window."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from keras import ops, tree
+
+from virtualbatch.keras._packing import Packing, PaddedBatch, padded_batch
+from virtualbatch.keras._torch.window import Microbatch, WindowRun
+from virtualbatch.window.gather import gathered
+from virtualbatch.window.packing import row_lengths, token_cut
+from virtualbatch.window.padding import check_longest
+
+# What `numpy.dtype.kind` calls booleans, integers, floats and complex numbers.
+_NUMBERS = "biufc"
+
+
+def window_of(
+    model: keras.Model, batch: Any, rows: int, cut: Sequence[tuple[int, int]], stats: bool
+) -> WindowRun:
+    """A window of one batch.
+
+    Args:
+        model: the model.
+        batch: (x, y, sample_weight) as Keras' loaders give them.
+        rows: its rows.
+        cut: (start, stop) of each micro-batch.
+        stats: whether the logs are to hold statistics of the window.
+    """
+    batch = tree.map_structure(_tensor, batch)
+    pieces = [Microbatch(stop - start, partial(_cut, batch, start, stop)) for start, stop in cut]
+    return WindowRun(model, rows, pieces, stats)
+
+
+def packed_window_of(model: keras.Model, batch: Any, rows: int, packing: Packing) -> WindowRun:
+    """A window of one batch, its rows sorted by length and packed.
+
+    Args:
+        model: the model.
+        batch: (x, y, sample_weight) as Keras' loaders give them.
+        rows: its rows.
+        packing: how rows are packed.
+    """
+    batch = tree.map_structure(_tensor, batch)
+    found = padded_batch(model, batch)
+    with torch.no_grad():
+        lengths = row_lengths(packing.lengths(batch[0]), rows)
+    check_longest(int(lengths.max()), found.length, "x")
+    order = np.argsort(-lengths, kind="stable")
+    pieces = []
+    for start, stop, length in token_cut(
+        lengths[order].tolist(), packing.tokens, found.length, None
+    ):
+        get = partial(_gathered, found, order[start:stop], length)
+        stretch = found.length / length if found.targets else 1.0
+        pieces.append(Microbatch(stop - start, get, stretch))
+    return WindowRun(model, rows, pieces, False)
+
+
+def _gathered(batch: PaddedBatch, rows: np.ndarray, length: int) -> Any:
+    def piece(leaf: Any, trimmed: bool) -> Any:
+        found = gathered(leaf, rows, length if trimmed else None)
+        return ops.convert_to_tensor(found) if isinstance(found, torch.Tensor) else found
+
+    return batch.mapped(piece)
+
+
+def _tensor(leaf: Any) -> Any:
+    """An array of a batch on Keras' device, as Keras' own step copies it: at once.
+
+    Copied by micro-batch, each would wait for the one before, except from pinned memory.
+    """
+    if not hasattr(leaf, "shape"):
+        return leaf
+    if isinstance(leaf, torch.Tensor):
+        return leaf if leaf.is_pinned() else ops.convert_to_tensor(leaf)
+    array = np.asarray(leaf)
+    return ops.convert_to_tensor(array) if array.dtype.kind in _NUMBERS else array
+
+
+def _cut(batch: Any, start: int, stop: int) -> Any:
+    def piece(leaf: Any) -> Any:
+        if not hasattr(leaf, "shape"):
+            return leaf
+        rows = leaf[start:stop]
+        if isinstance(rows, torch.Tensor) and rows.is_pinned():
+            return rows.to(device(), non_blocking=True)
+        return rows
+
+    return tree.map_structure(piece, batch)
+
+
+def device() -> torch.device:
+    """The device that Keras puts tensors on."""
+    return ops.zeros(()).device
+
+
+def place() -> torch.device | None:
+    """The same; None for the host."""
+    found = device()
+    return None if found.type == "cpu" else found

@@ -1,0 +1,124 @@
+"""Keras on PyTorch: a `train_step` that runs one batch as a window, eagerly.
+
+The batch is checked and cut evenly, and the window runs. Nothing stays changed if a micro-batch
+raises.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.keras._backend import Backend, Engine
+from virtualbatch.keras._certify.certificate import build_symbolically, certificate
+from virtualbatch.keras._certify.eager_program import EagerProgram
+from virtualbatch.keras._guard import Guard
+from virtualbatch.keras._packing import Packing
+from virtualbatch.keras._torch.batch import packed_window_of, place, window_of
+from virtualbatch.keras._torch.plan import MEMORY, planned
+from virtualbatch.keras._torch.state import State
+from virtualbatch.keras._train_step import TrainStep, uncompiled
+from virtualbatch.plan.plan import Plan
+from virtualbatch.torch._random import RandomState
+from virtualbatch.window.cut import even_cut, rows_per_microbatch, sizes_disagree
+from virtualbatch.window.tree import array_leaves, common_rows
+
+
+class TorchStep(TrainStep):
+    """The `train_step` of a model that accumulates on PyTorch."""
+
+    def __init__(
+        self,
+        model: keras.Model,
+        microbatch_size: Any,
+        accumulation_steps: int | None,
+        packing: Packing | None = None,
+    ):
+        super().__init__(model, microbatch_size, accumulation_steps, packing)
+        self._guard = Guard(model, self, MEMORY)
+
+    def __call__(self, data: Any) -> dict[str, Any]:
+        """Trains on one batch, as Keras' `train_step` does."""
+        batch = self._unpacked(data)
+        rows = common_rows(array_leaves(batch))
+        if rows is None:
+            raise ValueError("internal: a batch of PyTorch has no number of rows.")
+        random = RandomState(place())
+        results: dict[str, Any] = self._guard.run(
+            batch,
+            rows,
+            lambda: self._trained(data, batch, rows),
+            random.restore,
+            lambda: None,
+            lambda limit: planned(self._model, batch, limit),
+        )
+        self._guard.succeeded()
+        return results
+
+    def _trained(self, data: Any, batch: Any, rows: int) -> dict[str, Any]:
+        model, packing = self._model, self._packing_in_force()
+        with State(model).kept_on_failure():
+            if packing is not None:
+                run = packed_window_of(model, batch, rows, packing)
+            else:
+                cut = even_cut(rows, self._size(rows))
+                if len(cut) == 1:
+                    whole: dict[str, Any] = type(model).train_step(model, data)
+                    return whole
+                run = window_of(model, batch, rows, cut, self.listener is not None)
+            results = run.train()
+        self._say(run.losses_of_one_number)
+        return self.told(results)
+
+    def _size(self, rows: int) -> int:
+        """Rows of one micro-batch, for a batch of so many.
+
+        Raises:
+            ValueError: two sizes disagree. Which batch of an epoch is the last, short one only
+                the data knows; but the first, where the loss tracker has counted nothing, is not.
+        """
+        size, steps = self._asked()
+        if size is None and steps is None:
+            return self._in_force(rows, None)
+        if size is None or steps is None:
+            return self._in_force(rows, rows_per_microbatch(rows, size, steps))
+        count = -(-rows // size)
+        if count > steps or (count < steps and float(self._model._loss_tracker.count) == 0):
+            raise ValueError(sizes_disagree(rows, size, steps))
+        return self._in_force(rows, size)
+
+
+def make_train_function(model: keras.Model) -> Callable[..., Any]:
+    """A `make_train_function` that leaves the window to Python.
+
+    Keras would let PyTorch compile the whole `train_step`, the loop over micro-batches unrolled
+    in it.
+    """
+
+    def make(force: bool = False) -> None:
+        with uncompiled(model):
+            type(model).make_train_function(model, force=force)
+
+    return make
+
+
+def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
+    """The plan for a batch, for a model that need not accumulate; see `virtualbatch.keras.plan`."""
+    return planned(model, keras.utils.unpack_x_y_sample_weight(batch), memory_limit)
+
+
+def certify(model: keras.Model, batch: Any, size: int | None, steps: int | None) -> Certificate:
+    """The certificate of a model; see `virtualbatch.keras.certify`."""
+
+    def step(model: keras.Model, size: int) -> TorchStep:
+        return TorchStep(model, size, None)
+
+    def sizes(rows: int, size: int) -> list[int]:
+        return [stop - start for start, stop in even_cut(rows, size)]
+
+    def kept(model: keras.Model) -> list[Any]:
+        return [State(model), RandomState(place())]
+
+    backend = Backend(EagerProgram, step, sizes, lambda value: True)
+    return certificate(model, batch, size, steps, Engine(backend, kept, build_symbolically))

@@ -1,0 +1,1 @@
+"""It pays: the noise of gradients, and which batch it speaks for."""

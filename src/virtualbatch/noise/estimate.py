@@ -1,0 +1,248 @@
+"""The gradient noise scale, from what the micro-batches of a window show for free.
+
+Micro-batches of one window are samples of the same gradient. How much they differ tells how noisy
+one row's gradient is, and so how many rows are worth averaging.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from html import escape
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+from virtualbatch.noise.advice import Advice, advice
+
+# Fewer windows have no spread that an interval could be drawn from.
+_FEWEST = 3
+# Windows whose numbers may wait on a device until somebody asks for the estimate.
+_MOST_WAITING = 64
+
+
+class WindowStats(NamedTuple):
+    """What the gradients of one window's micro-batches show; engines give it with `stats=True`.
+
+    Fields:
+        rows: rows of the window, R.
+        microbatches: micro-batches that count for something, k.
+        mean_square: sum over micro-batches of share times squared norm of the micro-batch's own
+            mean gradient, sum s_i |g_i|^2; a scalar.
+        square: squared norm of the window's gradient, |g|^2; a scalar.
+    """
+
+    rows: Any
+    microbatches: Any
+    mean_square: Any
+    square: Any
+
+
+@dataclass(frozen=True)
+class NoiseEstimate:
+    """An estimate of the gradient noise scale.
+
+    Args:
+        scale: the noise scale tr(S) / |G|^2 in rows: at a batch of so many rows, noise and signal
+            are equal. Infinite where no signal was seen.
+        low: lower end of its confidence interval, in rows.
+        high: upper end; infinite where the windows do not bound it.
+        confidence: of the interval.
+        noise: tr(S), the summed variance of one row's gradient.
+        signal: |G|^2, the squared norm of the true gradient.
+        windows: windows that were counted.
+    """
+
+    scale: float
+    low: float
+    high: float
+    confidence: float
+    noise: float
+    signal: float
+    windows: int
+
+    def __str__(self) -> str:
+        return (
+            f"noise scale {_rows(self.scale)} rows ({self.confidence:.0%} between "
+            f"{_rows(self.low)} and {_rows(self.high)}, {self.windows} windows)"
+        )
+
+    def to_json(self) -> str:
+        """The estimate as JSON; what is infinite is null."""
+        entries = asdict(self).items()
+        finite = {key: value if math.isfinite(value) else None for key, value in entries}
+        return json.dumps(finite, indent=2)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
+
+class NoiseScale:
+    """Estimates the gradient noise scale of a training run, window by window.
+
+    Noise and signal are each averaged over windows, and only then divided: the mean of ratios is
+    far off. Micro-batches must be random samples of the data; rows sorted by length are not.
+
+    Args:
+        decay: how much of the averages the next window keeps; 0.99 looks back about 100 windows,
+            1.0 counts all alike.
+
+    Raises:
+        ValueError: decay is not above 0 and at most 1.
+
+    Source:
+        McCandlish, Kaplan, Amodei: An Empirical Model of Large-Batch Training (2018), appendix A.
+        For micro-batches of unequal weight see docs/noise.md.
+
+    Example:
+        >>> found = NoiseScale(decay=1.0)
+        >>> for mean_square in (3.0, 3.2, 2.8, 3.0):
+        ...     found.update(WindowStats(64, 4, mean_square, 1.0))
+        >>> print(found.estimate())
+        noise scale 128 rows (95% between 102 and 165, 4 windows)
+    """
+
+    def __init__(self, decay: float = 0.99):
+        if not 0 < decay <= 1:
+            raise ValueError(
+                f"decay must be above 0 and at most 1. Got decay={decay!r}. "
+                "Pass 0.99 to look back about 100 windows."
+            )
+        self._decay = float(decay)
+        self._waiting: list[Any] = []
+        # Decayed sums: weight, weight squared, and first and second moments of noise and signal.
+        self._weight = self._weight_squared = 0.0
+        self._means = (0.0, 0.0)
+        self._squares = (0.0, 0.0, 0.0)
+        self._windows = 0
+        self._rows: float | None = None
+        self._microbatches = 1.0
+
+    def update(self, stats: Any) -> None:
+        """Counts a window.
+
+        Its numbers stay where they are until the estimate is asked for, or many have come. A window
+        of one micro-batch, or whose gradient is not finite, tells nothing and is left out.
+
+        Args:
+            stats: the `WindowStats` of an engine.
+        """
+        self._waiting.append(stats)
+        if len(self._waiting) >= _MOST_WAITING:
+            self._read()
+
+    @property
+    def windows(self) -> int:
+        """Windows that were counted."""
+        self._read()
+        return self._windows
+
+    def estimate(self, confidence: float = 0.95) -> NoiseEstimate:
+        """The estimate so far.
+
+        Args:
+            confidence: of the interval, which is Fieller's for a ratio of two means. It takes
+                windows for independent and the scale for constant, so it is narrow where the
+                scale drifts.
+
+        Raises:
+            ValueError: no window was counted, or confidence is not between 0 and 1.
+        """
+        if not 0 < confidence < 1:
+            raise ValueError(
+                f"confidence must be between 0 and 1. Got confidence={confidence!r}. Pass 0.95."
+            )
+        self._read()
+        if not self._windows:
+            raise ValueError(
+                "A noise scale needs windows of two micro-batches or more. Got none so far. "
+                "Call update with the stats of each window."
+            )
+        noise, signal = (total / self._weight for total in self._means)
+        scale = noise / signal if signal > 0 else math.inf
+        low, high = self._interval(noise, signal, confidence)
+        # A variance is not negative, though its unbiased estimate may be.
+        return NoiseEstimate(max(scale, 0.0), low, high, confidence, noise, signal, self._windows)
+
+    def advice(
+        self,
+        *,
+        seconds_per_row: float,
+        seconds_per_update: float,
+        rows: int | None = None,
+        confidence: float = 0.95,
+    ) -> Advice:
+        """What the estimate says of the batch size; nothing is changed.
+
+        Args:
+            seconds_per_row: forward and backward of one row, once the device is busy.
+            seconds_per_update: what an update costs beside its rows: the optimizer, and what
+                replicas tell each other.
+            rows: of the present batch; those of the last window when None.
+            confidence: of the interval.
+
+        Raises:
+            ValueError: a time is not positive and finite, rows is not positive, or there is no
+                estimate.
+        """
+        found = self.estimate(confidence)
+        present = self._rows if rows is None else rows
+        return advice(
+            found.scale,
+            (found.low, found.high),
+            rows=float(present or 0),
+            microbatch_size=(self._rows or 1.0) / self._microbatches,
+            seconds_per_row=seconds_per_row,
+            seconds_per_update=seconds_per_update,
+        )
+
+    def __str__(self) -> str:
+        return str(self.estimate()) if self.windows else "noise scale: no window counted yet"
+
+    def _read(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for stats in waiting:
+            self._count(*(float(value) for value in stats))
+
+    def _count(self, rows: float, microbatches: float, mean_square: float, square: float) -> None:
+        if microbatches < 2 or not (math.isfinite(mean_square) and math.isfinite(square)):
+            return
+        # E sum s_i |g_i|^2 = |G|^2 + k tr(S) / R, and E |g|^2 = |G|^2 + tr(S) / R, for any shares
+        # in proportion to what the means were divided by.
+        noise = rows * (mean_square - square) / (microbatches - 1)
+        signal = square - noise / rows
+        keep = self._decay
+        self._weight = keep * self._weight + 1
+        self._weight_squared = keep**2 * self._weight_squared + 1
+        a, b = self._means
+        self._means = keep * a + noise, keep * b + signal
+        c, d, e = self._squares
+        self._squares = (
+            keep * c + noise * noise,
+            keep * d + noise * signal,
+            keep * e + signal * signal,
+        )
+        self._windows += 1
+        self._rows, self._microbatches = rows, microbatches
+
+    def _interval(self, noise: float, signal: float, confidence: float) -> tuple[float, float]:
+        """Fieller's interval of noise / signal."""
+        counted = self._weight**2 / self._weight_squared
+        if self._windows < _FEWEST or counted <= 1:
+            return 0.0, math.inf
+        z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2 / (counted - 1)
+        c, d, e = (total / self._weight for total in self._squares)
+        vxx, vxy, vyy = c - noise**2, d - noise * signal, e - signal**2
+        # (noise - r signal)^2 <= z^2 var(noise - r signal), solved for r.
+        a = signal**2 - z2 * vyy
+        b = noise * signal - z2 * vxy
+        found = b**2 - a * (noise**2 - z2 * vxx)
+        if found < 0:
+            return 0.0, math.inf
+        ends = sorted((b + sign * math.sqrt(found)) / a for sign in (-1, 1)) if a else [0.0, 0.0]
+        if a > 0:
+            return max(ends[0], 0.0), max(ends[1], 0.0)
+        # The signal may be zero, so the ratio has no upper end.
+        return (ends[1] if ends[0] <= 0 < ends[1] and noise > 0 else 0.0), math.inf
+
+
+def _rows(number: float) -> str:
+    return "infinitely many" if math.isinf(number) else f"{number:.3g}"

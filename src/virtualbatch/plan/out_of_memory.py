@@ -1,0 +1,79 @@
+"""What can be said when memory runs out, whatever the framework."""
+
+import math
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+
+from virtualbatch.plan.plan import readable_bytes
+
+# How allocators say what they were asked for; the first pattern that is found counts.
+_ASKED = (
+    re.compile(r"[Tt]ried to allocate (?P<number>[\d.]+) ?(?P<unit>[KMGT]?i?[Bb](?:ytes)?)"),
+    re.compile(
+        r"allocat\w* (?:request for )?(?P<number>\d+(?:\.\d+)?) ?"
+        r"(?P<unit>[KMGT]?i?[Bb](?:ytes)?|[KMGT]\b)"
+    ),
+)
+# TensorFlow names a shape and a type instead.
+_SHAPE = re.compile(r"shape\[(?P<shape>\d+(?:,\d+)*)\] and type (?P<type>\w+)")
+_BYTES = {"bool": 1, "half": 2, "bfloat16": 2, "float": 4, "double": 8, "complex64": 8}
+_BYTES |= {f"{sign}int{8 * size}": size for sign in ("", "u") for size in (1, 2, 4, 8)}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def bytes_asked(text: str) -> int | None:
+    """The bytes that an allocator could not give, by the text of its error.
+
+    Args:
+        text: text of an out-of-memory error.
+    """
+    for pattern in _ASKED:
+        if found := pattern.search(text):
+            prefix = found["unit"][0] if found["unit"][0] in "KMGT" else ""
+            return int(float(found["number"]) * _UNITS[prefix])
+    if (found := _SHAPE.search(text)) and found["type"] in _BYTES:
+        return math.prod(map(int, found["shape"].split(","))) * _BYTES[found["type"]]
+    return None
+
+
+def free_frames(error: BaseException) -> None:
+    """Frees what the frames of an error hold: the tensors of a window that is to run again.
+
+    Args:
+        error: what ended an attempt. The errors that it was raised from, or while another was
+            handled, hold frames too; one that the caller is handling is the caller's.
+    """
+    seen = [sys.exception()]
+    found = [error]
+    while found:
+        latest = found.pop()
+        traceback.clear_frames(latest.__traceback__)
+        seen.append(latest)
+        for earlier in (latest.__cause__, latest.__context__):
+            if earlier is not None and not any(earlier is other for other in seen):
+                found.append(earlier)
+
+
+def no_smaller_size(
+    error: BaseException, left_bytes: int | None, largest: Sequence[tuple[str, int]]
+) -> MemoryError:
+    """The error for a micro-batch of one row that does not fit.
+
+    Args:
+        error: what the framework raised.
+        left_bytes: what the device or the container has left, if that is known.
+        largest: names and bytes of the largest parameters, largest first.
+    """
+    asked = bytes_asked(str(error))
+    got = "memory ran out" if asked is None else f"{readable_bytes(asked)} more were asked for"
+    if left_bytes is not None:
+        got += f" with {readable_bytes(left_bytes)} left"
+    named = ", ".join(f"{name} ({readable_bytes(size)})" for name, size in largest)
+    return MemoryError(
+        f"A micro-batch of one row must fit in memory. Got one row, and {got}. Nothing of this "
+        f"update was applied. The largest parameters are {named or 'none'}. Recompute activations "
+        "instead of keeping them (checkpointing), train in bfloat16 or with an optimizer that "
+        "keeps less state, or make the rows shorter or the device larger."
+    )

@@ -1,0 +1,320 @@
+"""The search for a micro-batch that fits and is fast; it never runs a model itself.
+
+An engine asks what to try, measures, and tells. Peak memory is taken for affine in the rows of a
+micro-batch above a knee, peak = max(c, a + b * rows), so two measurements predict every size; the
+size that follows is confirmed by a third. Then a few sizes are timed, and those that come out near
+the fastest again. Where nothing can tell a peak, sizes are tried instead, smallest first.
+"""
+
+import logging
+import math
+from collections.abc import Container
+from typing import Literal, NamedTuple
+
+from virtualbatch.plan.plan import NEARLY_AS_FAST, Plan, PlanRow, readable_bytes
+from virtualbatch.plan.race import Race
+
+_log = logging.getLogger(__name__)
+
+# Less than this, and what engines load to learn of peaks would take all that is left: 38 MiB for
+# the fake tensors of PyTorch, and stacks for the threads of a graph of TensorFlow.
+ROOM_FOR_TOOLS = 64 * 2**20
+
+# Rows of the first micro-batch tried: above the knee of most models, and small enough to fit.
+_FIRST = 8
+# Where a peak is no straight line, so many measurements have to do.
+_MOST_PEAKS = 8
+# Below this growth of the peak two sizes are both under the knee.
+_FLAT = 1.02
+# Standard errors of the times of sizes that may be the fastest: before others are timed because of
+# them, and at the end. With the last, a smaller size is surely as good where it is within 2 %.
+_SETTLED, _PRECISE = 0.075, 0.01
+# Sizes that are only tried grow until one takes this much longer than the fastest.
+_HOPELESS = 1.3
+
+
+class Question(NamedTuple):
+    """What the search wants to know next.
+
+    Fields:
+        kind: "memory", peak bytes of a window; "time", seconds for the whole batch; or "trial",
+            the same of a size of which no peak is known, with nothing loaded for it.
+        microbatch_size: rows of the micro-batches.
+    """
+
+    kind: Literal["memory", "time", "trial"]
+    microbatch_size: int
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether there can be a plan without the answer, where time is short."""
+        return self.kind == "time" or (self.kind == "trial" and self.microbatch_size > 1)
+
+
+class Search:
+    """Finds the size for one batch, by questions and answers.
+
+    Args:
+        rows: rows of the batch, >= 1.
+        memory_limit: bytes that a window may take.
+        remainder: whether micro-batches that differ cost nothing. Where a program is compiled for
+            each shape, a remainder is one more, with memory of its own; then sizes that divide
+            the batch are asked for, where some are near.
+
+    Example:
+        >>> search = Search(rows=256, memory_limit=1_000)
+        >>> while (question := search.ask()) is not None:
+        ...     m = question.microbatch_size
+        ...     search.tell(question, 100 + 10 * m if question.kind == "memory" else 1 + 8 / m)
+        >>> search.plan().microbatch_size
+        86
+    """
+
+    def __init__(self, rows: int, memory_limit: int, *, remainder: bool = True):
+        self._rows = rows
+        self._limit = memory_limit
+        self._remainder = remainder
+        self._peaks: dict[int, float] = {}
+        self._failed: set[int] = set()
+        self._race = Race()
+        # Whether further sizes, or nothing at all, are left to be timed.
+        self._no_others = False
+        self._stopped = False
+        self._trial = False
+
+    def ask(self) -> Question | None:
+        """What to measure next; None when nothing more is needed.
+
+        Raises:
+            ValueError: not even one row fits.
+        """
+        if not self._trial and self._has_failed_everywhere():
+            self.only_try()
+        if self._trial:
+            size = self._next_trial()
+            return None if size is None else Question("trial", size)
+        size = self._next_memory()
+        if size is not None:
+            return Question("memory", size)
+        size = self._next_time()
+        return None if size is None else Question("time", size)
+
+    def tell(self, question: Question, answer: float | None) -> None:
+        """Takes the answer.
+
+        Args:
+            question: what `ask` gave; or one about memory, where more became known of a size.
+            answer: peak bytes or seconds; None if memory ran out.
+        """
+        size = question.microbatch_size
+        _log.debug("%s of micro-batches of %d rows: %s", question.kind, size, answer)
+        if answer is None:
+            # It ran out although it was to fit: whatever was told of this size is wrong.
+            self._peaks.pop(size, None)
+            self._race.forget(size)
+            self._failed.add(size)
+        elif question.kind == "memory":
+            self._peaks[size] = answer
+            if answer > self._limit:
+                # Told again, because a later run needed more.
+                self._race.forget(size)
+        else:
+            self._race.tell(size, answer)
+
+    def only_try(self) -> None:
+        """Asks for no peaks, because what tells them does not fit in the memory that is left."""
+        _log.warning(
+            "Memory is too short for what tells peaks: sizes are tried from the smallest, and the "
+            "limit of %s is not checked.",
+            readable_bytes(self._limit),
+        )
+        self._trial = True
+        # Those failures may be of the tool alone.
+        self._failed = set()
+
+    def skip(self, question: Question) -> None:
+        """Leaves a question about times unanswered, because there is no time for it, or no data.
+
+        If others were timed and this one was not, it is the last of its kind that is asked: those
+        may still be timed again. Else no time is asked for any more.
+
+        Args:
+            question: what `ask` gave.
+        """
+        timed = self._race.seconds()
+        if question.kind == "time" and timed and question.microbatch_size not in timed:
+            self._no_others = True
+        else:
+            self._stopped = True
+
+    def plan(self) -> Plan:
+        """The plan, once `ask` has given None."""
+        seconds = self._race.seconds()
+        largest = max(seconds) if self._trial else self._largest_fitting()
+        # One that was timed alone, because it took all the time there was, is not known to be fast.
+        if largest in seconds or len(seconds) > 1:
+            size, fastest = self._race.chosen(NEARLY_AS_FAST - 1)
+            reason = (
+                f"{largest} rows fit at once; {size} is the smallest size within "
+                f"{NEARLY_AS_FAST - 1:.0%} of the fastest, {fastest}."
+            )
+            if self._trial:
+                reason += " Sizes were tried, because memory was too short for what tells peaks."
+        else:
+            size = largest
+            timed = "times were not compared" if seconds else "none was timed"
+            reason = f"{largest} is the largest size that fits; {timed}."
+        tried = sorted({*self._peaks, *seconds})
+        rows = [PlanRow(m, self._peak(m), m in self._peaks, seconds.get(m)) for m in tried]
+        return Plan(size, -(-self._rows // size), self._limit, reason, tuple(rows))
+
+    def _smallest_failing(self) -> int:
+        """The smallest size known not to fit; one more than the batch if none is."""
+        failing = [size for size, peak in self._peaks.items() if peak > self._limit]
+        return min([*failing, *self._failed, self._rows + 1])
+
+    def _largest_fitting(self) -> int:
+        """The largest size below all that do not fit, or the whole batch; 0 if none is known."""
+        # Uncut, no gradient stands beside their sum: that may fit where small sizes do not.
+        if self._rows not in self._failed and self._peaks.get(self._rows, math.inf) <= self._limit:
+            return self._rows
+        ceiling = self._smallest_failing()
+        return max((size for size in self._peaks if size < ceiling), default=0)
+
+    def _peak(self, size: int) -> int | None:
+        """The peak as measured, or as the model has it; None if no peak is known."""
+        return math.ceil(self.predicted(size)) if self._peaks else None
+
+    def predicted(self, size: int) -> float:
+        """The peak of a size in bytes: as it was told, or as it follows from what was told.
+
+        Between two sizes that were told it lies on the straight line between them; beyond them on
+        the line of the largest ones, and never below the smallest peak.
+
+        Args:
+            size: rows of a micro-batch. At least one peak must have been told.
+        """
+        if size in self._peaks:
+            return self._peaks[size]
+        below = max((m for m in self._peaks if m < size), default=None)
+        above = min((m for m in self._peaks if m > size), default=None)
+        if below is not None and above is not None:
+            part = (size - below) / (above - below)
+            return self._peaks[below] + part * (self._peaks[above] - self._peaks[below])
+        line = self._line()
+        smallest = min(self._peaks.values())
+        return smallest if line is None else max(smallest, line[0] + line[1] * size)
+
+    def _line(self) -> tuple[float, float] | None:
+        """(a, b) of peak = a + b * rows through the largest size and one far enough below it."""
+        for high in sorted(self._peaks, reverse=True):
+            for low in sorted(self._peaks, reverse=True):
+                # What is measured is not exact, and a small step would magnify that.
+                if 3 * low <= 2 * high and self._peaks[high] > _FLAT * self._peaks[low]:
+                    slope = (self._peaks[high] - self._peaks[low]) / (high - low)
+                    return self._peaks[low] - slope * low, slope
+        return None
+
+    def _next_memory(self) -> int | None:
+        floor, ceiling = self._largest_fitting(), self._smallest_failing()
+        if floor == self._rows:
+            return None
+        if ceiling == 1:
+            if self._rows in self._peaks or self._rows in self._failed:
+                raise ValueError(self._nothing_fits())
+            return self._rows
+        if floor == 0:
+            # Down from what did not fit, four at a time.
+            return self._cut(_FIRST if ceiling > self._rows else max(1, ceiling // 4))
+        if floor + 1 >= ceiling or len(self._peaks) + len(self._failed) >= _MOST_PEAKS:
+            return None
+        line = self._line()
+        # Below the knee the peak says nothing about the rows.
+        predicted = self._rows if line is None else int((self._limit - line[0]) / line[1])
+        wanted = min(predicted, self._rows)
+        if wanted >= ceiling:
+            # The prediction has failed.
+            wanted = (floor + ceiling) // 2
+        elif line is None or len(self._peaks) < 2:
+            # Small sizes may be far from the line, so it is not trusted far ahead.
+            wanted = min(4 * floor, wanted)
+        if wanted > floor:
+            wanted = self._cut(wanted)
+        # The last rows would not be worth their measurement.
+        return wanted if wanted > 1.02 * floor else None
+
+    def _cut(self, size: int) -> int:
+        """The size to ask for in place of another: no larger, for as many micro-batches.
+
+        Where a remainder costs something it may be up to half as large, if it divides the batch.
+        """
+        size = -(-self._rows // -(-self._rows // size))
+        if self._remainder:
+            return size
+        whole = next(m for m in range(size, 0, -1) if self._rows % m == 0)
+        return whole if 2 * whole >= size else size
+
+    def _has_failed_everywhere(self) -> bool:
+        """Whether memory ran out wherever a peak was asked for, so that the tool may be why."""
+        return not self._peaks and {1, self._rows} <= self._failed
+
+    def _next_trial(self) -> int | None:
+        tried = self._race.seconds()
+        if 1 in self._failed or (self._stopped and not tried):
+            raise ValueError(self._nothing_fits())
+        if not tried:
+            return 1
+        largest = max(tried)
+        hopeless = tried[largest] > _HOPELESS * min(tried.values())
+        if self._stopped or self._failed or hopeless or largest == self._rows:
+            return None
+        return min(2 * largest, self._rows)
+
+    def _next_time(self) -> int | None:
+        if self._stopped:
+            return None
+        timed = self._race.seconds()
+        # Small sizes first: where they are slow they are still done soonest.
+        for size in self._far_apart():
+            if size not in timed and not self._no_others:
+                return size
+        if not timed:
+            return None
+        if (again := self._race.next_look(_SETTLED)) is not None:
+            return again
+        other = None if self._no_others else self._further(timed)
+        return self._race.next_look(_PRECISE) if other is None else other
+
+    def _further(self, timed: Container[int]) -> int | None:
+        """A size beside the fastest, as long as it gets faster there or stays as good."""
+        smallest, fastest = self._race.chosen(NEARLY_AS_FAST - 1)
+        largest = self._largest_fitting()
+        # Upwards first: a size between two that were timed is seldom much slower than both.
+        above = 2 * fastest if 3 * fastest <= largest else largest
+        for size in (above, smallest // 2):
+            if size >= 1 and (cut := self._cut(size)) not in timed and self._may_fit(cut):
+                return cut
+        return None
+
+    def _far_apart(self) -> list[int]:
+        """Sizes whose peaks are known and fit, at least a factor two apart, smallest first."""
+        found: list[int] = []
+        for size in sorted(self._peaks, reverse=True):
+            if self._may_fit(size) and (not found or 2 * size <= found[-1]):
+                found.append(size)
+        return found[::-1]
+
+    def _may_fit(self, size: int) -> bool:
+        if size == self._rows:
+            return self._largest_fitting() == size
+        return size < self._smallest_failing()
+
+    def _nothing_fits(self) -> str:
+        limit = readable_bytes(self._limit)
+        needed = self._peaks.get(1)
+        got = "ran out of memory" if needed is None else f"needs {readable_bytes(needed)}"
+        return (
+            "memory_limit must hold a micro-batch of one row, with parameters, optimizer state and "
+            f"the accumulation buffer. Got a limit of {limit}, and one row {got}. "
+            "Raise the limit, or make the model or its rows smaller."
+        )

@@ -1,0 +1,1 @@
+"""Certifying on TensorFlow."""

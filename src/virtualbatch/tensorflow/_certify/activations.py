@@ -1,0 +1,156 @@
+"""Watching eager operations: their values with their lines, and random numbers kept by row.
+
+TensorFlow tells whoever asks of each operation that Python runs.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+# What TensorFlow's own debugger is built on; there is no public name for it.
+from tensorflow.python.framework import op_callbacks
+
+from virtualbatch.certify.activations import Activation
+
+_LIBRARIES = (str(Path(tf.__file__).parent), str(Path(__file__).parent.parent.parent), "<")
+_DRAWS = ("RandomUniform", "RandomNormal", "RandomStandardNormal", "TruncatedNormal")
+# Larger values are not kept.
+_LARGEST = 2**26
+
+
+class RowwiseRandom:
+    """Random numbers that belong to rows: whatever rows run together, each draws as before.
+
+    Args:
+        rows: rows of the whole batch.
+    """
+
+    def __init__(self, rows: int):
+        self._rows = rows
+        self._kept: list[np.ndarray] = []
+        self._axes: list[int | None] = []
+        self._count = 0
+        self._chosen: np.ndarray | None = None
+        # Floating dtypes of all results.
+        self.dtypes: set[Any] = set()
+
+    @property
+    def draws(self) -> int:
+        """How many times the whole batch draws."""
+        return len(self._kept)
+
+    def keep(self, whole: Sequence[np.ndarray], part: Sequence[np.ndarray]) -> None:
+        """Takes what the whole batch drew.
+
+        Args:
+            whole: random numbers of a run on all rows, in order.
+            part: those of a run on fewer rows.
+
+        Raises:
+            ValueError: numbers do not belong to rows.
+        """
+        if len(whole) != len(part):
+            raise ValueError(_unknown(f"{len(whole)} draws for all rows and {len(part)} for some"))
+        for kept, other in zip(whole, part, strict=True):
+            axes = [
+                k for k, (a, b) in enumerate(zip(kept.shape, other.shape, strict=True)) if a != b
+            ]
+            if len(axes) > 1 or (axes and kept.shape[axes[0]] % self._rows):
+                raise ValueError(_unknown(f"shape {kept.shape} for {self._rows} rows"))
+            self._axes.append(axes[0] if axes else None)
+        self._kept = list(whole)
+
+    def choose(self, rows: np.ndarray) -> None:
+        """Says which rows of the batch run next."""
+        self._chosen, self._count = rows, 0
+
+    def drawn(self, found: Any) -> Any:
+        """What to take instead of numbers that were drawn."""
+        if not self._kept or self._chosen is None:
+            return found
+        # A forward that is computed again draws again, in the same order.
+        index = self._count % len(self._kept)
+        self._count += 1
+        kept, axis = self._kept[index], self._axes[index]
+        if axis is not None:
+            each = kept.shape[axis] // self._rows
+            places = (self._chosen[:, None] * each + np.arange(each)).reshape(-1)
+            kept = np.take(kept, places, axis)
+        return tf.constant(kept, found.dtype)
+
+
+@contextmanager
+def watched(
+    random: RowwiseRandom, activations: list[Activation] | None = None
+) -> Iterator[list[Any]]:
+    """Watches the operations of a context.
+
+    Args:
+        random: what to draw.
+        activations: where all floating values are put, or None.
+
+    Yields:
+        A list of all random numbers, filled as they are drawn.
+    """
+    draws: list[Any] = []
+
+    def seen(
+        op_type: Any, inputs: Any, attrs: Any, outputs: Any, op_name: Any = None, graph: Any = None
+    ) -> None:
+        if graph is not None:
+            return
+        name = op_type.decode() if isinstance(op_type, bytes) else op_type
+        if any(text in name for text in _DRAWS):
+            # Eagerly the list is what the operation returns.
+            outputs[:] = [random.drawn(output) for output in outputs]
+            draws.extend(np.array(output) for output in outputs)
+            return
+        found = [getattr(output, "dtype", None) for output in outputs]
+        random.dtypes |= {dtype for dtype in found if dtype is not None and dtype.is_floating}
+        if activations is not None:
+            activations.extend(_floating(outputs))
+
+    op_callbacks.add_op_callback(seen)
+    try:
+        yield draws
+    finally:
+        op_callbacks.remove_op_callback(seen)
+
+
+def _floating(outputs: Sequence[Any]) -> Iterator[Activation]:
+    for output in outputs:
+        if getattr(output, "dtype", None) is None or not output.dtype.is_floating:
+            continue
+        if output.shape.num_elements() <= _LARGEST:
+            layer, where = _place()
+            yield Activation(where, layer, output.numpy().astype(np.float64))
+
+
+def _place() -> tuple[str, str]:
+    """Class of the innermost layer, and layer and line in words."""
+    frame: Any = sys._getframe(1)
+    layer, name, line = "", "", ""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        owner = frame.f_locals.get("self")
+        if not layer and hasattr(owner, "trainable_variables") and hasattr(owner, "call"):
+            layer = type(owner).__name__
+            name = f"{getattr(owner, 'path', '') or owner.name} ({layer})"
+        if not file.startswith(_LIBRARIES) and "/site-packages/" not in file:
+            line = f"{Path(file).name}:{frame.f_lineno}"
+        if line:
+            break
+        frame = frame.f_back
+    return layer, ", ".join(text for text in (name, line) if text) or "loss_fn"
+
+
+def _unknown(got: str) -> str:
+    return (
+        f"certify keeps random numbers by row. Got random numbers that do not belong to rows "
+        f"({got}). Turn them off for the comparison, for example by training=False."
+    )

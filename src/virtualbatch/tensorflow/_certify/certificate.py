@@ -1,0 +1,73 @@
+"""Certifying a TensorFlow training step, and leaving its variables as they were."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.diagnosis import certified
+from virtualbatch.tensorflow._batch import as_tensor, segments
+from virtualbatch.tensorflow._certify.step import Engine, TensorFlowTrainingStep
+from virtualbatch.window.window import Window
+
+
+def certificate(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    variables: Any,
+    weight: Callable[[Any], Any] | None,
+    has_aux: bool,
+    engine: Engine,
+    microbatch_size: int | None,
+    accumulation_steps: int | None,
+) -> Certificate:
+    """The certificate of a call; see `virtualbatch.tensorflow.certify`."""
+    _check_cut(batch, microbatch_size, accumulation_steps)
+    # A graph knows all variables that a function reaches.
+    tensors = tf.nest.map_structure(as_tensor, batch)
+    graph = tf.function(loss_fn).get_concrete_function(tensors).graph
+    differentiated = {_handle(variable) for variable in tf.nest.flatten(variables)}
+    others = [v for v in graph.variables if _handle(v) not in differentiated]
+    eagerly = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        subject = TensorFlowTrainingStep(
+            loss_fn,
+            batch,
+            variables,
+            weight,
+            has_aux,
+            engine,
+            microbatch_size,
+            accumulation_steps,
+            others,
+        )
+        try:
+            return certified(subject)
+        finally:
+            subject.restore()
+    finally:
+        tf.config.run_functions_eagerly(eagerly)
+
+
+def _handle(variable: Any) -> int:
+    """Tells variables apart; Keras wraps TensorFlow's."""
+    inner = getattr(variable, "_value", variable)
+    return id(getattr(inner, "handle", inner))
+
+
+def _check_cut(batch: Any, microbatch_size: int | None, accumulation_steps: int | None) -> None:
+    if isinstance(batch, Window):
+        raise ValueError(
+            "certify cuts the batch itself. Got a Window. "
+            "Pass the batch that the window was cut from."
+        )
+    if not tf.executing_eagerly():
+        raise ValueError("certify reads values. Got a call inside tf.function. Call it outside.")
+    cut = segments(batch, microbatch_size, accumulation_steps)
+    if len(cut) < 2:
+        raise ValueError(
+            "certify needs a batch that is cut into two micro-batches or more. "
+            f"Got {int(cut[0].rows(0))} rows in one. Pass more rows, or a smaller microbatch_size."
+        )

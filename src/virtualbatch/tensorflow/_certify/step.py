@@ -1,0 +1,184 @@
+"""A TensorFlow training step as `certify` observes it: eagerly, uncut and cut."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from virtualbatch.certify.activations import Activation
+from virtualbatch.certify.step import Observed, TrainingStep
+from virtualbatch.tensorflow._batch import as_tensor, named_arrays, segments
+from virtualbatch.tensorflow._certify.activations import RowwiseRandom, watched
+from virtualbatch.window.terms import loss_and_aux, loss_terms, weight_terms
+
+# (loss_fn, batch, weight) -> (loss, gradients), by the engine.
+Engine = Callable[[Callable[[Any], Any], Any, Any], tuple[Any, Any]]
+
+
+class TensorFlowTrainingStep(TrainingStep):
+    """See `virtualbatch.certify.step.TrainingStep`.
+
+    Args:
+        loss_fn: the user's loss function.
+        batch: a batch, not a Window.
+        variables: what is differentiated, in any nested structure.
+        weight: the user's weight function, or None.
+        has_aux: whether loss_fn returns (loss, aux).
+        engine: see there.
+        microbatch_size: checked rows of one micro-batch, or None.
+        accumulation_steps: checked micro-batches per window, or None.
+        others: variables that the loss may change.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[[Any], Any],
+        batch: Any,
+        variables: Any,
+        weight: Callable[[Any], Any] | None,
+        has_aux: bool,
+        engine: Engine,
+        microbatch_size: int | None,
+        accumulation_steps: int | None,
+        others: Sequence[Any],
+    ):
+        self._loss_fn, self._weight, self._has_aux = loss_fn, weight, has_aux
+        self._engine = engine
+        self._others = [(variable, variable.numpy()) for variable in others]
+        self._batch = tf.nest.map_structure(as_tensor, batch)
+        arrays = dict(named_arrays(self._batch))
+        self.leaves = {path: np.asarray(leaf) for path, leaf in arrays.items()}
+        self.rows = len(next(iter(self.leaves.values())))
+        pair = (self._batch, tf.range(self.rows))
+        pieces = [part.get(0) for part in segments(pair, microbatch_size, accumulation_steps)]
+        self._microbatches = [microbatch for microbatch, _ in pieces]
+        self.pieces = [np.asarray(rows) for _, rows in pieces]
+        self._variables = tf.nest.flatten(variables)
+        self._names = _names(self._variables)
+        self.parameters = {
+            name: _numpy(variable)
+            for name, variable in zip(self._names, self._variables, strict=True)
+        }
+        self._random = RowwiseRandom(self.rows)
+        with watched(self._random) as part:
+            self._terms(self.pieces[0])
+        with watched(self._random) as whole:
+            terms = self._terms(np.arange(self.rows))
+        self._random.keep(whole, part)
+        dtype = next(iter(terms.values())).dtype
+        self.epsilon = _epsilon(tf.float32 if dtype.size < 4 else dtype)
+        self.narrowest = max(map(_epsilon, [dtype, *self._random.dtypes]))
+        self.notes = [f"Compared in {dtype.name}: variables of TensorFlow keep their dtype."]
+        if self._random.draws:
+            self.notes = [
+                *self.notes,
+                "Random numbers were kept by row, so that every cut drew the same ones.",
+            ]
+        self.narrow = self._half_weights()
+        self.restore()
+
+    def restore(self) -> None:
+        """Gives the variables that the loss may change the values that they had."""
+        for variable, value in self._others:
+            variable.assign(value)
+
+    def accumulated(self) -> Observed:
+        """See `TrainingStep`."""
+        weight = self._weight
+
+        def loss_fn(pair: Any) -> Any:
+            batch, rows = pair
+            self._random.choose(rows.numpy())
+            return self._loss_fn(batch)
+
+        self.restore()
+        pair = (self._batch, tf.range(self.rows))
+        with watched(self._random):
+            loss, gradients = self._engine(loss_fn, pair, weight and (lambda pair: weight(pair[0])))
+        value = loss[0] if self._has_aux else loss
+        return self._observed({"loss": float(value)}, tf.nest.flatten(gradients))
+
+    def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:
+        """See `TrainingStep`."""
+        self.restore()
+        with watched(self._random):
+            if again:
+                self._terms(rows)
+            with tf.GradientTape() as tape:
+                terms = self._terms(rows)
+                chosen = list(terms.values()) if term is None else [terms[term]]
+                total = sum(chosen[1:], chosen[0])
+            gradients = tape.gradient(total, self._variables)
+        return self._observed({name: float(value) for name, value in terms.items()}, gradients)
+
+    def weights(self) -> Mapping[Any, Sequence[float]] | None:
+        """See `TrainingStep`."""
+        if self._weight is None:
+            return None
+        found = [weight_terms(self._weight(piece)) for piece in self._microbatches]
+        rows = [float(len(piece)) for piece in self.pieces]
+        return {
+            name: rows if found[0][name] is None else [float(terms[name]) for terms in found]
+            for name in found[0]
+        }
+
+    def activations(self, rows: np.ndarray, again: bool = False) -> list[Activation]:
+        """See `TrainingStep`."""
+        self.restore()
+        found: list[Activation] = []
+        if again:
+            with watched(self._random):
+                self._terms(rows)
+        with watched(self._random, found):
+            self._terms(rows)
+        return found
+
+    def _terms(self, rows: np.ndarray) -> dict[Any, Any]:
+        index = np.ascontiguousarray(rows)
+        batch = tf.nest.map_structure(
+            lambda x: tf.gather(x, index) if hasattr(x, "shape") else x, self._batch
+        )
+        self._random.choose(index)
+        return loss_terms(loss_and_aux(self._loss_fn(batch), self._has_aux)[0])
+
+    def _observed(self, terms: dict[Any, float], gradients: Sequence[Any]) -> Observed:
+        found = {
+            name: None if gradient is None else _numpy(gradient)
+            for name, gradient in zip(self._names, gradients, strict=True)
+        }
+        floating = [v for v, _ in self._others if v.dtype.is_floating]
+        state = {
+            name: _numpy(variable)
+            for name, variable in zip(_names(floating), floating, strict=True)
+        }
+        return Observed(terms, found, state)
+
+    def _half_weights(self) -> list[str]:
+        if self._weight is None:
+            return []
+        values = weight_terms(self._weight(self._microbatches[0])).values()
+        return [
+            f"what weight returns ({value.dtype.name})"
+            for value in values
+            if isinstance(value, tf.Tensor) and value.dtype.is_floating and value.dtype.size < 4
+        ]
+
+
+def _names(variables: Sequence[Any]) -> list[str]:
+    """A name for each variable, with its number where another one is called the same."""
+    names = [str(getattr(v, "path", "") or getattr(v, "name", "variable")) for v in variables]
+    return [
+        f"{name}[{index}]" if names.count(name) > 1 else name for index, name in enumerate(names)
+    ]
+
+
+def _epsilon(dtype: Any) -> float:
+    return float(tf.experimental.numpy.finfo(dtype.as_numpy_dtype).eps)
+
+
+def _numpy(found: Any) -> np.ndarray:
+    tensor = tf.convert_to_tensor(found)
+    if tensor.dtype.is_floating:
+        tensor = tf.cast(tensor, tf.float64)
+    return np.array(tensor)

@@ -1,0 +1,153 @@
+"""Peak memory of a window, measured: TensorFlow cannot tell it beforehand.
+
+On a GPU its allocator counts, and on the host too where a process was started with
+TF_CPU_ALLOCATOR_USE_BFC=true. Elsewhere the kernel keeps the peak of the resident memory and resets
+it on request. What the allocator kept of an earlier window is then not seen to be used again, so
+sizes are measured from small to large.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from virtualbatch.plan.host_memory import give_back_freed_memory
+from virtualbatch.plan.timing import Timing
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+# See proc(5): writing 5 resets the peak resident set size to the current one.
+_RESET_PEAK = "5"
+# Runs of which a peak is taken, as long as they do not take longer.
+_RUNS = 24
+_SECONDS = 1.0
+
+
+class PeakMemory:
+    """Peaks of functions above what the process held when this was made.
+
+    Raises:
+        NotImplementedError: neither a GPU nor the kernel tells a peak.
+    """
+
+    def __init__(self) -> None:
+        self._device = _device_that_counts()
+        if self._device is None and not _kernel_tells():
+            raise NotImplementedError(
+                "A plan on TensorFlow needs a GPU, or Linux that shows VmHWM and clear_refs. "
+                f"Got {sys.platform} without them. Pass microbatch_size as a number."
+            )
+        give_back_freed_memory()
+        self._before = self._current()
+
+    def of(self, run: Callable[[], Any]) -> int:
+        """The most bytes that were held while a function ran, beyond the start.
+
+        Operations that do not wait for each other run in an order that changes, and with it what
+        is held at once: the most of many runs is what has to fit.
+
+        Args:
+            run: called up to 24 times; it must wait for its result.
+        """
+        peaks: list[int] = []
+        begin = time.perf_counter()
+        while len(peaks) < _RUNS and (not peaks or time.perf_counter() - begin < _SECONDS):
+            peaks.append(self._once(run))
+        return max(0, max(peaks) - self._before)
+
+    def beside(self, run: Callable[[], float]) -> tuple[float, int]:
+        """Runs something whose time counts, and looks at its peak where that does not slow it.
+
+        Returns:
+            (its result, the most bytes as in `of`; 0 where only the kernel tells).
+        """
+        if self._device is None:
+            return run(), 0
+        self._reset(self._device)
+        result = run()
+        return result, max(0, self._peak(self._device) - self._before)
+
+    def _once(self, run: Callable[[], Any]) -> int:
+        if self._device is not None:
+            self._reset(self._device)
+            run()
+            return self._peak(self._device)
+        give_back_freed_memory()
+        _CLEAR_REFS.write_text(_RESET_PEAK)
+        run()
+        return _status_bytes("VmHWM")
+
+    def _reset(self, device: str) -> None:
+        tf.config.experimental.reset_memory_stats(device)
+
+    def _peak(self, device: str) -> int:
+        return int(tf.config.experimental.get_memory_info(device)["peak"])
+
+    def _current(self) -> int:
+        if self._device is not None:
+            return int(tf.config.experimental.get_memory_info(self._device)["current"])
+        return _status_bytes("VmRSS")
+
+
+class Watched:
+    """A window of which each run tells its time, and its peak where that is to be had.
+
+    Args:
+        run: runs the window and waits for it; () -> seconds that it took.
+        peak: what measures.
+    """
+
+    def __init__(self, run: Callable[[], float], peak: PeakMemory):
+        self._run = run
+        self._peak = peak
+        self._most: int | None = None
+        self.timing = Timing(self._watched)
+
+    def peak_bytes(self) -> int:
+        """The most bytes that a run needed so far; the first call makes some."""
+        if self._most is None:
+            # The first run of a graph needs more than those that train.
+            self.timing.run()
+            self._most = self._peak.of(self.timing.run)
+        return self._most
+
+    def _watched(self) -> float:
+        if self._most is None:
+            return self._run()
+        seconds, found = self._peak.beside(self._run)
+        self._most = max(self._most, found)
+        return seconds
+
+
+def _device_that_counts() -> str | None:
+    """A device whose allocator tells what it holds and held."""
+    gpus = tf.config.list_logical_devices("GPU")
+    if gpus:
+        return str(gpus[0].name)
+    # The constant is held while the question is asked.
+    held = tf.fill((1024,), 1.0)
+    try:
+        counted = tf.config.experimental.get_memory_info("CPU:0")["current"]
+    except ValueError:
+        # This allocator keeps no count.
+        return None
+    return "CPU:0" if counted >= held.shape[0] else None
+
+
+def _kernel_tells() -> bool:
+    try:
+        _CLEAR_REFS.write_text(_RESET_PEAK)
+        return _status_bytes("VmHWM") > 0
+    except (OSError, KeyError):
+        return False
+
+
+def _status_bytes(key: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return int(value.split()[0]) * 1024
+    raise KeyError(key)

@@ -1,0 +1,77 @@
+"""Which size a window is cut by: kept for the variables, or planned for the shapes of a batch."""
+
+import weakref
+from typing import Any
+
+import tensorflow as tf
+
+from virtualbatch.plan.auto import Auto, Leaf, Signature
+from virtualbatch.tensorflow._batch import is_array, named_arrays
+from virtualbatch.window.tree import common_rows
+
+# By the identity of a first variable, which cannot be hashed, for as long as it lives.
+_KEPT: dict[int, Auto] = {}
+
+
+def kept_sizes(variables: Any) -> Auto:
+    """The sizes of some variables for which the user keeps none."""
+    owner = next(iter(tf.nest.flatten(variables)), None)
+    if owner is None:
+        return Auto()
+    if id(owner) not in _KEPT:
+        _KEPT[id(owner)] = Auto()
+        weakref.finalize(owner, _KEPT.pop, id(owner), None)
+    return _KEPT[id(owner)]
+
+
+def signature(batch: Any, variables: Any) -> Signature:
+    """What a plan for a batch depends on.
+
+    Args:
+        batch: a batch of known shapes, not a Window.
+        variables: what is differentiated.
+
+    Raises:
+        ValueError: a shape is not known yet, or an array is ragged, inside a graph.
+    """
+    arrays = named_arrays(batch)
+    rows = common_rows(arrays)
+    graph = not tf.executing_eagerly()
+    for place, array in arrays:
+        is_ragged = isinstance(array, tf.RaggedTensor)
+        if graph and (is_ragged or not tf.TensorShape(array.shape).is_fully_defined()):
+            got = "a ragged array" if is_ragged else f"shape {array.shape}"
+            raise ValueError(
+                'microbatch_size="auto" must see whole shapes while a graph is traced. '
+                f"Got {got} in {place}. Call plan on a batch beforehand, and pass what it finds."
+            )
+    if rows is None:
+        raise ValueError("internal: a batch has no number of rows.")
+    kinds = ", ".join(
+        f"{tf.as_dtype(found.dtype).name}{found.shape.as_list()}"
+        for found in tf.nest.flatten(variables)
+    )
+    device = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
+    return Signature(
+        f"tensorflow on {device}, variables {kinds}",
+        rows,
+        tuple(
+            Leaf(place, _row_shape(array), tf.as_dtype(array.dtype).name) for place, array in arrays
+        ),
+    )
+
+
+def stand_in(batch: Any) -> Any:
+    """A batch of zeros in the shapes of one that is being traced; made outside of the graph."""
+
+    def zeros(leaf: Any) -> Any:
+        return tf.zeros(leaf.shape, leaf.dtype) if is_array(leaf) else leaf
+
+    return tf.nest.map_structure(zeros, batch)
+
+
+def _row_shape(array: Any) -> tuple[int, ...]:
+    # Rows of a ragged tensor have no length of their own; its values tell how much there is.
+    if isinstance(array, tf.RaggedTensor):
+        return (int(array.flat_values.shape[0]), *array.flat_values.shape[1:])
+    return tuple(array.shape[1:])

@@ -1,0 +1,105 @@
+"""Every value that a forward computes, with the layer and the line that computed it."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from virtualbatch.certify.activations import Activation
+
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent.parent))
+# Larger values are not kept.
+_LARGEST = 2**26
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the floating results of all operations.
+
+    Args:
+        names: layer by identity -> its name.
+    """
+
+    def __init__(self, names: dict[int, str]):
+        super().__init__()
+        self.activations: list[Activation] = []
+        self._names = names
+        self._stack: list[torch.nn.Module] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        found = result[0] if isinstance(result, tuple) and result else result
+        if (
+            isinstance(found, torch.Tensor)
+            and found.is_floating_point()
+            and found.layout == torch.strided
+            and found.numel() <= _LARGEST
+        ):
+            value = np.array(found.detach().to("cpu", torch.float64).numpy())
+            layer = type(self._stack[-1]).__name__ if self._stack else ""
+            self.activations.append(Activation(self._where(), layer, value))
+        return result
+
+    @contextmanager
+    def following(self, layers: list[torch.nn.Module]) -> Iterator[None]:
+        """Knows which layer runs, for the length of a context."""
+
+        def enter(layer: torch.nn.Module, args: Any) -> None:
+            self._stack.append(layer)
+
+        def leave(layer: torch.nn.Module, args: Any, output: Any) -> None:
+            self._stack.pop()
+
+        handles = [
+            handle
+            for layer in layers
+            for handle in (
+                layer.register_forward_pre_hook(enter),
+                layer.register_forward_hook(leave, always_call=True),
+            )
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _where(self) -> str:
+        line = _users_line()
+        if not self._stack:
+            return line or "loss_fn"
+        layer = self._stack[-1]
+        name = self._names.get(id(layer)) or "module"
+        place = f"{name} ({type(layer).__name__})"
+        return f"{place}, {line}" if line else place
+
+
+def _users_line() -> str:
+    """The innermost line that is neither PyTorch's nor ours, or an empty text."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(_LIBRARIES) and not file.startswith("<"):
+            return f"{Path(file).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def recorded(
+    run: Callable[[], Any], layers: list[torch.nn.Module], names: dict[int, str]
+) -> list[Activation]:
+    """The values that a function computes, in order.
+
+    Args:
+        run: called once.
+        layers: all layers that may run.
+        names: layer by identity -> its name.
+    """
+    recorder = Recorder(names)
+    with recorder.following(layers), recorder, torch.no_grad():
+        run()
+    return recorder.activations

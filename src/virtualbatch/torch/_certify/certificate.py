@@ -1,0 +1,75 @@
+"""Certifying a PyTorch training step, and leaving it as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.diagnosis import certified
+from virtualbatch.torch._batch import microbatches
+from virtualbatch.torch._certify.step import LayerState, TorchTrainingStep, wide_batch, widened
+from virtualbatch.torch._random import RandomState
+from virtualbatch.torch._window import Program
+from virtualbatch.window.window import Window
+
+
+def certificate(
+    program: Program, batch: Any, microbatch_size: int | None, accumulation_steps: int | None
+) -> Certificate:
+    """The certificate of a program; see `virtualbatch.torch.certify`."""
+    with _untouched(program):
+        try:
+            with widened(program.found.roots):
+                return _observed(program, wide_batch(batch), microbatch_size, accumulation_steps)
+        except (RuntimeError, TypeError) as error:
+            note = f"It does not run in float64 ({' '.join(str(error).split())[:120]})."
+        return _observed(program, batch, microbatch_size, accumulation_steps, note)
+
+
+def _observed(
+    program: Program, batch: Any, size: int | None, steps: int | None, note: str = ""
+) -> Certificate:
+    state = LayerState(program.found.roots)
+    try:
+        subject = TorchTrainingStep(program, batch, size, steps, state)
+        if note:
+            subject.notes = [*subject.notes, note]
+        return certified(subject)
+    finally:
+        state.restore()
+
+
+@contextmanager
+def _untouched(program: Program) -> Iterator[None]:
+    """Puts back gradients and random numbers; compiled modules run as they are written."""
+    gradients = [(p, p.grad) for root in program.found.roots for p in root.parameters()]
+    random = RandomState(program.found.accelerator)
+    torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        torch.compiler.set_stance("default")
+        random.restore()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def check_cut(batch: Any, microbatch_size: int | None, accumulation_steps: int | None) -> None:
+    """Refuses a cut that leaves nothing to compare.
+
+    Raises:
+        ValueError: there is one row, or one micro-batch, or the batch is a Window.
+    """
+    if isinstance(batch, Window):
+        raise ValueError(
+            "certify cuts the batch itself. Got a Window. "
+            "Pass the batch that the window was cut from."
+        )
+    cut = microbatches(batch, microbatch_size, accumulation_steps)
+    if len(cut) < 2:
+        raise ValueError(
+            "certify needs a batch that is cut into two micro-batches or more. "
+            f"Got {cut[0].rows} rows in one. Pass more rows, or a smaller microbatch_size."
+        )

@@ -1,0 +1,253 @@
+"""A PyTorch training step as `certify` observes it: uncut, cut, in float64 where that works."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from virtualbatch.certify.activations import Activation
+from virtualbatch.certify.step import Observed, TrainingStep
+from virtualbatch.torch._batch import Microbatch, microbatches, named_leaves, on_device
+from virtualbatch.torch._certify.activations import recorded
+from virtualbatch.torch._certify.randomness import RowwiseRandom
+from virtualbatch.torch._loss import checked_terms
+from virtualbatch.torch._modules import inventory
+from virtualbatch.torch._window import Program
+from virtualbatch.window.terms import loss_and_aux
+
+_HALF = {torch.float16, torch.bfloat16}
+
+
+class TorchTrainingStep(TrainingStep):
+    """See `virtualbatch.certify.step.TrainingStep`.
+
+    Args:
+        program: loss, weight and modules.
+        batch: a batch, not a Window, in the dtype to observe.
+        microbatch_size: checked rows of one micro-batch, or None.
+        accumulation_steps: checked micro-batches per window, or None.
+        state: what the modules held before.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        batch: Any,
+        microbatch_size: int | None,
+        accumulation_steps: int | None,
+        state: "LayerState",
+    ):
+        self._program = program
+        self._state = state
+        self._roots = program.found.roots
+        (whole,) = microbatches(batch, None, 1)
+        self.rows = whole.rows
+        pair = (batch, torch.arange(self.rows))
+        (self._whole,) = microbatches(pair, None, 1)
+        self._cut = microbatches(pair, microbatch_size, accumulation_steps)
+        self.pieces = [piece.get()[1].numpy() for piece in self._cut]
+        self.leaves = {
+            path: _numpy(leaf)
+            for path, leaf in named_leaves(batch)
+            if isinstance(leaf, torch.Tensor)
+        }
+        self._names = _parameter_names(program)
+        self.parameters = {name: _numpy(p) for name, p in self._names.items()}
+        notes = []
+        self._random = RowwiseRandom(self.rows)
+        with self._random:
+            self._random.probe()
+            self._forward(self.pieces[0])
+            self._random.keep()
+            loss = self._forward(np.arange(self.rows))
+            told = self._random.learn(len(self.pieces[0]))
+        if self._random.draws:
+            notes.append(
+                "Random numbers were kept by row, so that every cut drew the same ones."
+                if told
+                else "Randomness was replaced by constants, because its numbers do not belong to "
+                "rows."
+            )
+        dtype = next(iter(checked_terms(loss).values())).dtype
+        self.epsilon = torch.finfo(torch.float32 if dtype in _HALF else dtype).eps
+        notes.append(f"Compared in {_name(dtype)}.")
+        self.notes = notes
+        dtypes = self._weight_dtypes()
+        self.narrow = [f"what weight returns ({_name(dtype)})" for dtype in dtypes & _HALF]
+        wide = [dtype for dtype in dtypes if dtype not in _HALF]
+        self.narrowest = max(torch.finfo(x).eps for x in [dtype, *wide, *self._random.dtypes])
+
+    def accumulated(self) -> Observed:
+        """See `TrainingStep`."""
+        program, weight = self._program, self._program.weight
+        seen = program._replace(
+            loss_fn=lambda pair: self._chosen(pair)(pair[0]),
+            weight=weight and (lambda pair: weight(pair[0])),
+            found=inventory(self._roots),
+        )
+        self._fresh()
+        with self._random:
+            found = seen.run(self._cut, seen.shares(self._cut))
+        loss = found[0] if program.has_aux else found
+        return self._observed({"loss": float(loss.detach())})
+
+    def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:
+        """See `TrainingStep`."""
+        self._fresh()
+        with self._random:
+            if again:
+                self._forward(rows, fresh=False)
+            terms = checked_terms(self._forward(rows, fresh=False))
+            chosen = list(terms.values()) if term is None else [terms[term]]
+            total = sum(chosen[1:], chosen[0])
+            if total.requires_grad:
+                with torch.autocast(total.device.type, enabled=False):
+                    total.backward()
+        return self._observed({name: float(value.detach()) for name, value in terms.items()})
+
+    def weights(self) -> Mapping[Any, Sequence[float]] | None:
+        """See `TrainingStep`."""
+        weight = self._program.weight
+        if weight is None:
+            return None
+        program = self._program._replace(weight=lambda pair: weight(pair[0]))
+        return program.shares(self._cut).terms
+
+    def activations(self, rows: np.ndarray, again: bool = False) -> list[Activation]:
+        """See `TrainingStep`."""
+        self._fresh()
+        layers = [layer for root in self._roots for layer in root.modules()]
+        names = {id(layer): name for root in self._roots for name, layer in root.named_modules()}
+        with self._random:
+            if again:
+                self._forward(rows, fresh=False)
+            return recorded(lambda: self._forward(rows, fresh=False), layers, names)
+
+    def _chosen(self, pair: Any) -> Any:
+        self._random.choose(pair[1])
+        return self._program.loss_fn
+
+    def _forward(self, rows: np.ndarray, fresh: bool = True) -> Any:
+        if fresh:
+            self._fresh()
+        device = self._program.found.accelerator
+        index = torch.as_tensor(np.ascontiguousarray(rows))
+        leaves = [
+            leaf.index_select(0, index.to(leaf.device)) if isinstance(leaf, torch.Tensor) else leaf
+            for leaf in self._whole.leaves
+        ]
+        piece = Microbatch(len(rows), leaves, self._whole.build)
+        batch, _ = (piece if device is None else on_device(piece, device)).get()
+        self._random.choose(rows)
+        loss, _ = loss_and_aux(self._program.loss_fn(batch), self._program.has_aux)
+        return loss
+
+    def _fresh(self) -> None:
+        self._state.restore()
+        for parameter in self._names.values():
+            parameter.grad = None
+
+    def _observed(self, terms: dict[Any, float]) -> Observed:
+        gradients = {
+            name: None if p.grad is None else _numpy(p.grad) for name, p in self._names.items()
+        }
+        state = {
+            name: _numpy(buffer)
+            for root in self._roots
+            for name, buffer in root.named_buffers()
+            if buffer.is_floating_point()
+        }
+        return Observed(terms, gradients, state)
+
+    def _weight_dtypes(self) -> set[torch.dtype]:
+        """Floating dtypes of what weight returns."""
+        if self._program.weight is None:
+            return set()
+        found = self._program.weight(self._cut[0].get()[0])
+        values = found.values() if isinstance(found, Mapping) else [found]
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        return {value.dtype for value in tensors if value.is_floating_point()}
+
+
+class LayerState:
+    """Attributes and buffers of all layers, as they are now.
+
+    Args:
+        roots: modules.
+    """
+
+    def __init__(self, roots: Sequence[torch.nn.Module]):
+        layers = {id(layer): layer for root in roots for layer in root.modules()}
+        self._layers = [
+            (layer, dict(vars(layer)), dict(layer._buffers)) for layer in layers.values()
+        ]
+        self._values = [
+            (buffer, buffer.detach().clone())
+            for _, _, buffers in self._layers
+            for buffer in buffers.values()
+            if buffer is not None
+        ]
+
+    def restore(self) -> None:
+        """Puts everything back: the same objects with the same values."""
+        for layer, attributes, buffers in self._layers:
+            vars(layer).clear()
+            vars(layer).update(attributes)
+            layer._buffers.clear()
+            layer._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in self._values:
+                buffer.copy_(value)
+
+
+@contextmanager
+def widened(roots: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Parameters and buffers in float64 for the length of a context, under the same objects."""
+    tensors = {
+        id(tensor): tensor
+        for root in roots
+        for tensor in [*root.parameters(), *root.buffers()]
+        if tensor.is_floating_point()
+    }
+    before = {key: tensor.data for key, tensor in tensors.items()}
+    default = torch.get_default_dtype()
+    try:
+        for tensor in tensors.values():
+            tensor.data = tensor.data.double()
+        # What a loss function makes itself, such as zeros to start from, is to be as wide.
+        torch.set_default_dtype(torch.float64)
+        yield
+    finally:
+        torch.set_default_dtype(default)
+        for key, tensor in tensors.items():
+            tensor.data = before[key]
+
+
+def wide_batch(batch: Any) -> Any:
+    """The batch with its floating tensors in float64."""
+    (whole,) = microbatches(batch, None, 1)
+    return whole.mapped(lambda x: x.double() if x.is_floating_point() else x)
+
+
+def _parameter_names(program: Program) -> dict[str, torch.nn.Parameter]:
+    roots = program.found.roots
+    names: dict[int, str] = {}
+    for index, root in enumerate(roots):
+        prefix = f"module[{index}]." if len(roots) > 1 else ""
+        for name, parameter in root.named_parameters():
+            names.setdefault(id(parameter), prefix + name)
+    return {names[id(parameter)]: parameter for parameter in program.found.parameters}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    found = tensor.detach().cpu()
+    found = found.to_dense() if found.is_sparse else found
+    if found.is_floating_point():
+        found = found.double()
+    return np.array(found.numpy())

@@ -1,0 +1,228 @@
+"""Rows of one batch sorted by length and packed, so that little of what is computed is padding.
+
+A window's gradient is a weighted sum over rows, so neither their order nor who shares a micro-batch
+with whom changes it.
+"""
+
+import numbers
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from virtualbatch.window.gather import gathered, is_known, on_host
+from virtualbatch.window.padding import (
+    length_by_shape,
+    padded_length,
+    trimmed_as_told,
+    trimmed_by_shape,
+)
+from virtualbatch.window.tree import builder, common_rows, is_text
+from virtualbatch.window.window import Window
+
+_SHARED = (numbers.Number, str, bytes, type(None))
+
+
+class Piece(NamedTuple):
+    """One micro-batch of sorted rows.
+
+    Fields:
+        start: its first row, among the sorted ones.
+        stop: the row after its last.
+        length: to which its rows are trimmed.
+    """
+
+    start: int
+    stop: int
+    length: int
+
+
+def pack(
+    batch: Any,
+    lengths: Any,
+    *,
+    microbatch_tokens: int,
+    round_to: int | None = None,
+    padded: Any = None,
+) -> Window:
+    """Cuts a padded batch into micro-batches of rows that are about equally long.
+
+    Rows are sorted by length, longest first, and every micro-batch is trimmed to its longest row.
+    The gradient is that of the padded batch, as long as padding reaches no valid row: see
+    docs/pack.md.
+
+    Args:
+        batch: nested dicts, lists, tuples and dataclasses of arrays (NumPy, PyTorch, TensorFlow or
+            JAX) that share their leading axis, the rows. Lists of one text per row follow them.
+        lengths: length of each row, integers >= 1 in an array or a list.
+        microbatch_tokens: rows times longest row that a micro-batch may have. A row that is longer
+            alone becomes a micro-batch of its own, with a warning.
+        round_to: for engines that compile one program for each shape: lengths are rounded up to
+            multiples of it, and all micro-batches but the last have the same number of rows,
+            as many as fit where they are padded. None packs as many rows as fit, whatever shapes
+            that makes.
+        padded: which leaves are padded on their second axis, as the same structure of booleans;
+            None takes integer and boolean leaves whose second axis is the padded length, and float
+            leaves of two axes with it.
+
+    Returns:
+        A `Window`, for any engine.
+
+    Raises:
+        ValueError: lengths are not one per row, are below 1 or exceed the padded axis; no leaf is
+            padded, or it is not clear which are; rows differ or are missing; or a size is not a
+            positive integer.
+        TypeError: lengths are not integers, or a leaf is neither an array of a known framework nor
+            text or a number.
+
+    Source:
+        The law in docs/law.md.
+
+    Example:
+        >>> ids = np.array([[5, 6, 0, 0], [7, 0, 0, 0], [1, 2, 3, 4], [8, 9, 0, 0]])
+        >>> window = pack({"ids": ids}, [2, 1, 4, 2], microbatch_tokens=6)
+        >>> [microbatch["ids"].tolist() for microbatch in window]
+        [[[1, 2, 3, 4]], [[5, 6], [8, 9], [7, 0]]]
+    """
+    check_tokens(microbatch_tokens, round_to)
+    found: list[tuple[str, Any]] = []
+    build = builder(batch, "batch", found)
+    arrays = [(path, leaf) for path, leaf in found if _is_array(path, leaf)]
+    rows = common_rows(arrays)
+    if rows is None:
+        raise ValueError(
+            "Rows are packed by number. Got a batch whose rows a trace leaves open. "
+            "Call pack outside of tf.function."
+        )
+    values = row_lengths(lengths, rows)
+    longest = int(values.max())
+    if padded is None:
+        trimmed = trimmed_by_shape(arrays, length_by_shape(arrays, longest))
+    else:
+        trimmed = trimmed_as_told(found, padded)
+    length = padded_length(arrays, trimmed, longest)
+    order = np.argsort(-values, kind="stable")
+    pieces = token_cut(values[order].tolist(), microbatch_tokens, length, round_to)
+    return Window(
+        (
+            build([_piece(path, leaf, order, piece, trimmed, rows) for path, leaf in found])
+            for piece in pieces
+        ),
+        sorted_rows=True,
+    )
+
+
+def check_tokens(microbatch_tokens: Any, round_to: Any = None) -> None:
+    """Refuses sizes of packed micro-batches.
+
+    Raises:
+        ValueError: one is not a positive integer.
+    """
+    sizes = [("microbatch_tokens", microbatch_tokens, "of tokens that fit in memory at once")]
+    if round_to is not None:
+        sizes.append(("round_to", round_to, "whose multiples lengths are rounded up to"))
+    for name, value, meaning in sizes:
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not whole or int(value) < 1:
+            raise ValueError(
+                f"{name} must be a positive integer. Got {name}={value!r}. "
+                f"Pass the number {meaning}."
+            )
+
+
+def token_cut(
+    lengths: Sequence[int], microbatch_tokens: int, most: int, round_to: int | None
+) -> list[Piece]:
+    """Cuts sorted rows by a budget of tokens.
+
+    Law: pieces follow each other and cover all rows; none is shorter than its longest row; rows
+    times length exceed the budget only for a row alone.
+
+    Args:
+        lengths: of the rows, longest first.
+        microbatch_tokens: the budget.
+        most: length to which all rows are padded; none is rounded up beyond it.
+        round_to: see `pack`.
+    """
+    pieces: list[Piece] = []
+    start = 0
+    while start < len(lengths):
+        length = rounded(lengths[start], round_to, most)
+        # Programs are few if rows differ in nothing but the length to which they are trimmed.
+        size = max(1, microbatch_tokens // (length if round_to is None else most))
+        stop = min(start + size, len(lengths))
+        pieces.append(Piece(start, stop, length))
+        start = stop
+    if pieces[0].length > microbatch_tokens:
+        warnings.warn(
+            "A row that is longer than microbatch_tokens is a micro-batch of its own. Got a row of "
+            f"{pieces[0].length} with microbatch_tokens={microbatch_tokens}. "
+            "Truncate such rows, or allow more tokens.",
+            stacklevel=3,
+        )
+    return pieces
+
+
+def rounded(length: int, round_to: int | None, most: int) -> int:
+    """A length rounded up to a multiple, but no longer than the padded rows."""
+    return length if round_to is None else min(-(-length // round_to) * round_to, most)
+
+
+def row_lengths(lengths: Any, rows: int) -> np.ndarray:
+    """Lengths as int64 in NumPy.
+
+    Args:
+        lengths: one per row, in an array or a list.
+        rows: of the batch.
+
+    Raises:
+        ValueError: they are not one per row, below 1, or not there yet.
+        TypeError: they are not integers.
+    """
+    lengths = on_host(lengths)
+    if lengths.ndim != 1 or len(lengths) != rows:
+        raise ValueError(
+            "lengths must hold one length per row. "
+            f"Got lengths of shape {lengths.shape} for {rows} rows. "
+            "Pass for example mask.sum(1)."
+        )
+    if lengths.dtype.kind not in "iu":
+        raise TypeError(
+            f"lengths must be integers. Got lengths of dtype {lengths.dtype}. "
+            "Cast them, for example by .astype(int)."
+        )
+    # As int64 first: an unsigned difference that fell below zero is negative again.
+    whole: np.ndarray = lengths.astype(np.int64)
+    if whole.min() < 1:
+        row = int(whole.argmin())
+        raise ValueError(
+            "A length must be at least 1. "
+            f"Got lengths[{row}]={whole[row]}. Give rows that hold nothing the length 1."
+        )
+    return whole
+
+
+def _is_array(path: str, leaf: Any) -> bool:
+    """Whether a leaf has rows; refuses what can neither be sorted nor belong to every row."""
+    if is_known(leaf):
+        return True
+    if not isinstance(leaf, _SHARED) and not is_text(leaf):
+        raise TypeError(
+            "pack sorts dense arrays of NumPy, PyTorch, TensorFlow and JAX. "
+            f"Got {path} of type {type(leaf).__name__}. Convert it, for example by np.asarray, or "
+            "pass it to the loss function by a closure."
+        )
+    return False
+
+
+def _piece(
+    path: str, leaf: Any, order: np.ndarray, piece: Piece, trimmed: set[str], rows: int
+) -> Any:
+    """What a micro-batch has of a leaf."""
+    chosen = order[piece.start : piece.stop]
+    if is_known(leaf):
+        return gathered(leaf, chosen, piece.length if path in trimmed else None)
+    if is_text(leaf) and len(leaf) == rows:
+        return [leaf[row] for row in chosen]
+    return leaf
