@@ -23,12 +23,13 @@ ALONE_EXAMPLES_tensorflow := keras_fit tensorflow_loop
 ALONE_EXAMPLES_torch := torch_loop torch_language_model
 ALONE_EXAMPLES_jax := jax_optax flax_nnx equinox_model keras_jax
 
-.PHONY: help setup demo test test-alone lint bench examples report-shots doctor clean
+.PHONY: help setup demo test test-all test-gpu test-alone lint bench examples report-shots doctor clean
 
 help:
 	@echo "make setup      create .venv and install the package with its tools"
 	@echo "make demo       train on real digits: small, whole, accumulated; writes report.html"
-	@echo "make test       run the tests; make test-torch those of one part of $(TESTS)"
+	@echo "make test       the quick tests of every part, and what each cost; make test-torch those of one"
+	@echo "make test-all   all tests; make test-all-torch those of one part"
 	@echo "make test-alone ENGINE=jax    one engine without the other frameworks: types, laws, examples"
 	@echo "make lint       ruff, mypy, import contracts"
 	@echo "make bench      measure speed and memory"
@@ -52,30 +53,21 @@ endif
 demo: setup
 	$(BIN)/virtualbatch demo --html report.html
 
-# Each part in a process of its own, two at a time: what frameworks compile and keep would fill the
-# memory of one process. Longest first.
-TESTS := keras-jax keras-tensorflow jax tensorflow keras-torch conformance programs torch
-TEST_FILES_programs := tests/core tests/test_*.py
-# Keeps the lines of a part together, where this make can.
-SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
-
+# The parts, and how each runs, are in tests/run.py. `test` leaves out what is marked `thorough`.
 test: setup
-	$(MAKE) --no-print-directory --keep-going --jobs=2 $(SYNC) $(TESTS:%=test-%)
+	$(BIN)/python tests/run.py
 
-# Keras takes one backend per process.
-test-keras-%: setup
-	rm -rf build/compiled/$*
-	KERAS_BACKEND=$* $(BIN)/python -m pytest tests/keras
+test-all: setup
+	$(BIN)/python tests/run.py --thorough
 
-# On JAX most of the time would go into optimising programs that run once, and into compiling the
-# same ones for one test after another.
-test-keras-jax: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
-test-keras-jax: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/build/compiled/jax
-test-keras-jax: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
-test-keras-jax: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1
+test-gpu: setup
+	$(BIN)/python -m pytest tests/gpu
 
 test-%: setup
-	$(BIN)/python -m pytest $(or $(TEST_FILES_$*),tests/$*)
+	$(BIN)/python tests/run.py $*
+
+test-all-%: setup
+	$(BIN)/python tests/run.py --thorough $*
 
 test-alone-%:
 	$(MAKE) --no-print-directory test-alone ENGINE=$*

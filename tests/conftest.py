@@ -21,6 +21,12 @@ if ROOT not in sys.path:
 settings.register_profile("reproducible", derandomize=True, deadline=None, print_blob=False)
 settings.load_profile("reproducible")
 
+from tests.tiers import refuse_a_tier_without_a_reason  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    refuse_a_tier_without_a_reason(items)
+
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch):
