@@ -142,8 +142,8 @@ def captured(loss_fn: Callable[[Any], Any]) -> Captured:
     those of the capture, and whatever else it does happens once. A change of `training`, of
     autocast or of where parameters are is seen, and captured anew. Without CUDA, and with
     BatchNorm in training mode, half-precision parameters, `has_aux`, `stats`, `backward_fn`,
-    sparse gradients or a loss that reads values on the host, windows run as ever, and the log
-    says why.
+    sparse gradients or a loss that reads values on the host, windows take the normal path, and the
+    log says why.
 
     Args:
         loss_fn: micro-batch -> scalar mean, or a dict of terms; see `backward`.

@@ -1,9 +1,10 @@
 """Micro-batches of one shape as one CUDA graph: small ones no longer wait for Python.
 
-A shape that is seen for the first time runs as ever, which loads what kernels need. Seen again, its
-forward and backward pass are captured, and from then on replayed for each micro-batch: its rows and
-its share are copied to where the graph reads them, and the graph adds to sums that `.grad` gets at
-the end of the window. Whatever cannot be captured runs as ever, and one log line says why.
+A shape that is seen for the first time takes the normal path, which loads what kernels need. Seen
+again, its forward and backward pass are captured, and from then on replayed for each micro-batch:
+its rows and its share are copied to where the graph reads them, and the graph adds to sums that
+`.grad` gets at the end of the window. Whatever cannot be captured takes the normal path, and one
+log line says why.
 """
 
 import functools
@@ -58,7 +59,7 @@ class Captured:
             shares: their shares.
 
         Returns:
-            The mean loss, a detached scalar; None if the window must run as ever, and then
+            The mean loss, a detached scalar; None if the window takes the normal path, and then
             nothing was changed.
         """
         parts = [_parts(shares, index) for index in range(len(cut))]
@@ -83,7 +84,7 @@ class Captured:
         return self._totals.loss.to(dtype, copy=True)
 
     def tell(self, reason: str) -> None:
-        """Logs, once, why a window runs as ever."""
+        """Logs, once, why a window takes the normal path."""
         if reason not in self._told:
             self._told.add(reason)
             _log.warning("Micro-batches are not captured as CUDA graphs: %s.", reason)

@@ -94,7 +94,7 @@ class Program(NamedTuple):
     def _replayed(
         self, loss_fn: Captured, cut: Sequence[Microbatch], shares: Shares
     ) -> torch.Tensor | None:
-        """The loss of a window of captured graphs; None if it must run as ever."""
+        """The loss of a window of captured graphs; None if it takes the normal path."""
         for reason, is_so in (
             ("has_aux is set", self.has_aux),
             ("stats is set", self.stats),
