@@ -171,18 +171,6 @@ def test_modules(module, error, text):
     Call(module=module).refused(error, text)
 
 
-def test_replicas_are_not_built_yet(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        call = Call()
-        call.arguments["module"] = nn.parallel.DistributedDataParallel(call.model)
-        call.refused(NotImplementedError, r"DistributedDataParallel is not supported by this vers")
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_a_hook_that_may_step_an_optimizer():
     call = Call()
     call.model[1].bias.register_post_accumulate_grad_hook(lambda parameter: None)

@@ -54,7 +54,8 @@ def accumulate(
         ValueError: the model is not compiled, has a `train_step` of its own or several replicas,
             its optimizer accumulates already, a layer keeps state per row, a size is not a
             positive integer, or only one of `microbatch_tokens` and `lengths` is given.
-        NotImplementedError: Keras runs on a backend that this version does not support.
+        NotImplementedError: Keras runs on a backend that this version does not support, or on
+            PyTorch in one of several processes.
 
     Example:
         >>> model = keras.Sequential([keras.layers.Dense(1)])

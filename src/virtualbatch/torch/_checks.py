@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from virtualbatch.plan.auto import check_cut_or_auto
+from virtualbatch.torch._distributed import refuse_several_processes
 
 
 def check_call(
@@ -23,6 +24,7 @@ def check_call(
         TypeError: an argument is not a function.
         ValueError: a size is not a positive integer, is missing, or comes with a Window; or
             PyTorch records no gradients here.
+        NotImplementedError: this is one of several processes.
     """
     for name, function in functions.items():
         if not callable(function) and not (name != "loss_fn" and function is None):
@@ -32,6 +34,7 @@ def check_call(
                 f"Pass {name}=lambda {of_what}: ..."
             )
     check_cut_or_auto(batch, microbatch_size, accumulation_steps)
+    refuse_several_processes()
     if not torch.is_grad_enabled():
         raise ValueError(
             "backward must be called where PyTorch records gradients. Got a call under "

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+
+from virtualbatch.torch._distributed import distributed_classes, no_distributed_module
 
 
 class Inventory(NamedTuple):
@@ -33,7 +34,7 @@ def inventory(module: Any) -> Inventory:
 
     Raises:
         TypeError: something is not a module.
-        NotImplementedError: a module is a DistributedDataParallel.
+        NotImplementedError: a module is of DDP or FSDP.
         ValueError: no parameter is trainable, one has a hook that could step an optimizer in the
             middle of the window, a module is not initialised yet, or a Lightning trainer divides
             by micro-batches of its own.
@@ -44,9 +45,10 @@ def inventory(module: Any) -> Inventory:
     parameters: dict[int, torch.nn.Parameter] = {}
     with_buffers = []
     devices = set()
+    distributed = distributed_classes()
     # The list grows while it is walked. `Module.modules()` would build a name for each layer.
     for layer in layers:
-        _check_layer(layer)
+        _check_layer(layer, distributed)
         for name, parameter in layer._parameters.items():
             if parameter is None:
                 continue
@@ -89,13 +91,9 @@ def _roots(module: Any) -> dict[int, torch.nn.Module]:
     return {id(root): root for root in roots}
 
 
-def _check_layer(layer: torch.nn.Module) -> None:
-    if isinstance(layer, DistributedDataParallel):
-        raise NotImplementedError(
-            "DistributedDataParallel is not supported by this version, which sums no weights "
-            "over replicas. Got module of type DistributedDataParallel. "
-            "Train on one device, or accumulate without virtualbatch."
-        )
+def _check_layer(layer: torch.nn.Module, distributed: tuple[type[Any], ...]) -> None:
+    if isinstance(layer, distributed):
+        raise no_distributed_module(layer)
     for name, buffer in layer._buffers.items():
         _check_initialised(layer, name, buffer)
     # A LightningModule keeps its trainer here. Its property would complain if there is none.

@@ -17,9 +17,14 @@ from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._packing import Packing
 from virtualbatch.keras._torch.batch import packed_window_of, place, window_of
 from virtualbatch.keras._torch.plan import MEMORY, planned
-from virtualbatch.keras._torch.state import State
+from virtualbatch.keras._torch.state import State, torch_modules
 from virtualbatch.keras._train_step import TrainStep, uncompiled
 from virtualbatch.plan.plan import Plan
+from virtualbatch.torch._distributed import (
+    distributed_classes,
+    no_distributed_module,
+    refuse_several_processes,
+)
 from virtualbatch.torch._random import RandomState
 from virtualbatch.window.cut import even_cut, rows_per_microbatch, sizes_disagree
 from virtualbatch.window.tree import array_leaves, common_rows
@@ -35,11 +40,13 @@ class TorchStep(TrainStep):
         accumulation_steps: int | None,
         packing: Packing | None = None,
     ):
+        refuse_distributed(model)
         super().__init__(model, microbatch_size, accumulation_steps, packing)
         self._guard = Guard(model, self, MEMORY)
 
     def __call__(self, data: Any) -> dict[str, Any]:
         """Trains on one batch, as Keras' `train_step` does."""
+        refuse_several_processes()
         batch = self._unpacked(data)
         rows = common_rows(array_leaves(batch))
         if rows is None:
@@ -103,13 +110,28 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
     return make
 
 
+def refuse_distributed(model: keras.Model) -> None:
+    """Refuses one of several processes, and layers that wrap a module of DDP or FSDP.
+
+    Raises:
+        NotImplementedError: see there.
+    """
+    refuse_several_processes()
+    distributed = distributed_classes()
+    for module in torch_modules(model):
+        if isinstance(module, distributed):
+            raise no_distributed_module(module)
+
+
 def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
     """The plan for a batch, for a model that need not accumulate; see `virtualbatch.keras.plan`."""
+    refuse_distributed(model)
     return planned(model, keras.utils.unpack_x_y_sample_weight(batch), memory_limit)
 
 
 def certify(model: keras.Model, batch: Any, size: int | None, steps: int | None) -> Certificate:
     """The certificate of a model; see `virtualbatch.keras.certify`."""
+    refuse_distributed(model)
 
     def step(model: keras.Model, size: int) -> TorchStep:
         return TorchStep(model, size, None)
