@@ -23,13 +23,14 @@ ALONE_EXAMPLES_tensorflow := keras_fit tensorflow_loop
 ALONE_EXAMPLES_torch := torch_loop torch_language_model
 ALONE_EXAMPLES_jax := jax_optax flax_nnx equinox_model keras_jax
 
-.PHONY: help setup demo test test-all test-gpu test-alone lint bench examples report-shots doctor clean
+.PHONY: help setup demo test test-all mutants test-gpu test-alone lint bench examples report-shots doctor clean
 
 help:
 	@echo "make setup      create .venv and install the package with its tools"
 	@echo "make demo       train on real digits: small, whole, accumulated; writes report.html"
 	@echo "make test       the quick tests of every part, and what each cost; make test-torch those of one"
 	@echo "make test-all   all tests; make test-all-torch those of one part"
+	@echo "make mutants    small wrong changes of the package, each of which the quick tests must catch"
 	@echo "make test-alone ENGINE=jax    one engine without the other frameworks: types, laws, examples"
 	@echo "make lint       ruff, mypy, import contracts"
 	@echo "make bench      measure speed and memory"
@@ -59,6 +60,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/python tests/run.py --thorough
+
+mutants: setup
+	$(BIN)/python -m tests.mutants.run
 
 test-gpu: setup
 	$(BIN)/python -m pytest tests/gpu

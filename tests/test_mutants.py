@@ -28,6 +28,7 @@ def test_a_text_that_moved_is_refused():
         mutated(mutant, "some other line")
 
 
+@pytest.mark.thorough("starts pytest once more")
 def test_a_mutant_that_changes_nothing_is_not_caught():
     old = "total = math.fsum(weights)"
     mutant = Mutant("core", "none", "window/shares.py", old, old, ["tests/core/test_shares.py"])

@@ -4,7 +4,7 @@ Each mutant replaces one text of one file in a copy of `src`, and the quick test
 on that copy. Red is caught. Green means that those tests could not tell: then a test is missing, or
 the line does nothing and goes.
 
-Usage: python tests/mutants/run.py [--only TEXT] [--jobs 2]
+Usage: python -m tests.mutants.run [--only TEXT] [--jobs 2]
 """
 
 import argparse
@@ -17,6 +17,8 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tests.run import PARTS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -84,9 +86,9 @@ def tried(number: int, mutant: Mutant) -> tuple[str, float]:
     shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
     place = copy / "virtualbatch" / mutant.file
     place.write_text(mutated(mutant, place.read_text()))
-    environment = os.environ | {"PYTHONPATH": str(copy)}
-    if mutant.backend:
-        environment["KERAS_BACKEND"] = mutant.backend
+    part = f"keras-{mutant.backend}" if mutant.backend else mutant.part
+    given = PARTS[part].environment if part in PARTS else {}
+    environment = os.environ | given | {"PYTHONPATH": str(copy)}
     engine = ["--engine", mutant.engine] if mutant.engine else []
     options = ["-x", "-q", "-m", "not thorough", "-p", "no:cacheprovider", "--tb=no"]
     start = time.perf_counter()
