@@ -24,6 +24,7 @@ from tests.keras.training import (
 from tests.oracle import assert_all_close, assert_close
 
 import virtualbatch.keras as vb
+from virtualbatch.keras._batchnorm import recorded_moments
 
 LABELS, SERIES = problems.LABELS, problems.SERIES
 
@@ -204,3 +205,16 @@ def test_inference_is_as_ever():
     case = Case("", first(), still(), X, LABELS)
     expected, actual = train(case, accumulated=False), train(case, accumulated=True)
     assert_close(actual.model.predict(X, verbose=0), expected.model.predict(X, verbose=0), 1e-12)
+
+
+def test_a_layer_is_in_one_window_at_a_time():
+    one, two = layers.BatchNormalization(), layers.BatchNormalization(name="shared")
+    before = set(vars(one)), set(vars(two))
+    with (
+        recorded_moments([two]) as seen,
+        pytest.raises(RuntimeError, match=r"one window at a time\. Got 'shared' inside a window"),
+        recorded_moments([one, two]),
+    ):
+        pass
+    assert not seen
+    assert (set(vars(one)), set(vars(two))) == before

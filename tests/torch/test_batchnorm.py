@@ -1,6 +1,7 @@
 """BatchNorm: each micro-batch by itself, one momentum update with the moments of all rows."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -200,3 +201,62 @@ def test_a_layer_that_cannot_be_heard_is_refused():
         )
     assert (ours.num_batches_tracked, ours.momentum, ours.weight.grad) == (0, 0.1, None)
     assert (ours.running_mean == 0).all()
+
+
+def test_a_window_inside_a_window_of_the_same_layer_is_refused():
+    ours = nn.BatchNorm1d(2)
+
+    def nested(x):
+        vb.backward(lambda x: ours(x).mean(), x, module=ours, microbatch_size=2)
+        return ours(x).mean()
+
+    with pytest.raises(RuntimeError, match=r"one window at a time.* Got BatchNorm1d inside a win"):
+        vb.backward(nested, torch.randn(6, 2), module=ours, microbatch_size=3)
+    assert (ours.num_batches_tracked, ours.momentum, ours.weight.grad) == (0, 0.1, None)
+    assert not ours._forward_hooks
+
+
+def test_a_window_of_another_layer_may_lie_inside_a_window():
+    outer, inner = nn.BatchNorm1d(2).double(), nn.BatchNorm1d(2).double()
+    whole, x = copy.deepcopy(outer), torch.randn(8, 2, dtype=torch.float64)
+
+    def nested(x):
+        vb.backward(lambda x: inner(x).mean(), x, module=inner, microbatch_size=2)
+        return outer(x).mean()
+
+    vb.backward(nested, x, module=outer, microbatch_size=4)
+    whole(x)
+    assert_same_statistics(outer, whole)
+    assert inner.num_batches_tracked == 2
+
+
+def test_a_second_thread_cannot_keep_the_momentum_of_a_window():
+    # The second window would begin inside the first one and end after it.
+    ours, x = nn.BatchNorm1d(2), torch.randn(6, 2)
+    inside, ended, refusals = threading.Event(), threading.Event(), []
+
+    def second():
+        inside.wait(60)
+        try:
+            vb.backward(waiting, x, module=ours, microbatch_size=3)
+        except RuntimeError as error:
+            refusals.append(str(error))
+        inside.clear()
+
+    def waiting(x):
+        ended.wait(60)
+        return ours(x).mean()
+
+    def first(x):
+        inside.set()
+        thread.join(0.2)
+        return ours(x).mean()
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    vb.backward(first, x, module=ours, microbatch_size=3)
+    ended.set()
+    thread.join(60)
+    assert (ours.momentum, ours.num_batches_tracked, len(ours._forward_hooks)) == (0.1, 1, 0)
+    assert len(refusals) == 1
+    assert "one window at a time" in refusals[0]

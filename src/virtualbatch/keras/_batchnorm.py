@@ -39,6 +39,9 @@ def recorded_moments(layers: Sequence[Any]) -> Iterator[list[tuple[Any, Moments]
         A list that fills with (layer, moments), which hold no graph. Their weight is a float where
         shapes are known, else a scalar. A layer called twice stands in it twice; one that is
         frozen or called with `training=False` does not stand in it.
+
+    Raises:
+        RuntimeError: another window listens to one of the layers, in this thread or in another.
     """
     seen: list[tuple[Any, Moments]] = []
 
@@ -61,12 +64,21 @@ def recorded_moments(layers: Sequence[Any]) -> Iterator[list[tuple[Any, Moments]
 
         return moments
 
-    for layer in layers:
-        vars(layer)["_moments"] = listener(layer)
+    listening = []
     try:
+        for layer in layers:
+            moments = listener(layer)
+            # In one step, so that of two threads only one is first.
+            if vars(layer).setdefault("_moments", moments) is not moments:
+                raise RuntimeError(
+                    "A BatchNormalization layer must be in one window at a time. "
+                    f"Got {layer.name!r} inside a window that has not ended. "
+                    "Train its models one after the other, or give each thread a model of its own."
+                )
+            listening.append(layer)
         yield seen
     finally:
-        for layer in layers:
+        for layer in listening:
             del vars(layer)["_moments"]
 
 

@@ -5,11 +5,12 @@ differentiated in turn, and the sum is added to `.grad` once all of them have su
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
 from virtualbatch.certify.certificate import Certificate
+from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.out_of_memory import free_frames, no_smaller_size
 from virtualbatch.plan.plan import Plan
@@ -29,6 +30,71 @@ from virtualbatch.window.window import Window, refuse_sorted_rows, windows
 __all__ = ["Window", "backward", "captured", "certify", "certify_loop", "plan", "windows"]
 
 
+@overload
+def backward(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    *,
+    module: torch.nn.Module | Iterable[torch.nn.Module],
+    microbatch_size: int | str | Auto | None = None,
+    accumulation_steps: int | None = None,
+    weight: Callable[[Any], Any] | None = None,
+    has_aux: Literal[False] = False,
+    backward_fn: Callable[[torch.Tensor], Any] | None = None,
+    stats: Literal[False] = False,
+) -> torch.Tensor: ...
+@overload
+def backward(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    *,
+    module: torch.nn.Module | Iterable[torch.nn.Module],
+    microbatch_size: int | str | Auto | None = None,
+    accumulation_steps: int | None = None,
+    weight: Callable[[Any], Any] | None = None,
+    has_aux: Literal[True],
+    backward_fn: Callable[[torch.Tensor], Any] | None = None,
+    stats: Literal[False] = False,
+) -> tuple[torch.Tensor, Any]: ...
+@overload
+def backward(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    *,
+    module: torch.nn.Module | Iterable[torch.nn.Module],
+    microbatch_size: int | str | Auto | None = None,
+    accumulation_steps: int | None = None,
+    weight: Callable[[Any], Any] | None = None,
+    has_aux: Literal[False] = False,
+    backward_fn: Callable[[torch.Tensor], Any] | None = None,
+    stats: Literal[True],
+) -> tuple[torch.Tensor, WindowStats]: ...
+@overload
+def backward(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    *,
+    module: torch.nn.Module | Iterable[torch.nn.Module],
+    microbatch_size: int | str | Auto | None = None,
+    accumulation_steps: int | None = None,
+    weight: Callable[[Any], Any] | None = None,
+    has_aux: Literal[True],
+    backward_fn: Callable[[torch.Tensor], Any] | None = None,
+    stats: Literal[True],
+) -> tuple[torch.Tensor, Any, WindowStats]: ...
+@overload
+def backward(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    *,
+    module: torch.nn.Module | Iterable[torch.nn.Module],
+    microbatch_size: int | str | Auto | None = None,
+    accumulation_steps: int | None = None,
+    weight: Callable[[Any], Any] | None = None,
+    has_aux: bool = False,
+    backward_fn: Callable[[torch.Tensor], Any] | None = None,
+    stats: bool = False,
+) -> Any: ...
 def backward(
     loss_fn: Callable[[Any], Any],
     batch: Any,
@@ -78,7 +144,8 @@ def backward(
             weight is negative or not finite, the loss is not a scalar or has no gradient, names
             of terms differ, there is no trainable parameter, or another library accumulates too.
         TypeError: the loss is not a floating tensor, or an argument is of the wrong kind.
-        RuntimeError: a BatchNorm layer in training mode was not called as a module.
+        RuntimeError: a BatchNorm layer in training mode was not called as a module, or is inside
+            another window.
         MemoryError: not even a micro-batch of one row fits.
 
     Source:

@@ -30,7 +30,8 @@ class MergedStatistics:
     """Records what BatchNorm layers see, for the length of one window.
 
     While it listens, a layer's momentum is 1: the kernel then leaves the moments of the call in
-    the running statistics, and reading them there costs no second pass over the inputs.
+    the running statistics, and reading them there costs no second pass over the inputs. What the
+    layer's own momentum was is known to one window only, so a second one is refused.
 
     Args:
         layers: modules, each once, of which those that track statistics are heard.
@@ -49,18 +50,40 @@ class MergedStatistics:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Listens to the layers inside the context, and leaves no trace on them after it."""
-        momenta = [layer.momentum for layer in self._layers]
-        handles = [layer.register_forward_hook(self._heard) for layer in self._layers]
+        """Listens to the layers inside the context, and leaves no trace on them after it.
+
+        Raises:
+            RuntimeError: another window listens to one of them, in this thread or in another.
+        """
+        handles: list[Any] = []
+        momenta: list[tuple[Any, float | None]] = []
         try:
+            handles += [layer.register_forward_hook(self._heard) for layer in self._layers]
+            # Hooks come first and leave last. So whoever meets none finds a layer's own momentum,
+            # and of two windows that begin at once none believes to be alone.
+            self._refuse_second_window()
             for layer in self._layers:
+                momenta.append((layer, layer.momentum))
                 layer.momentum = 1.0
             yield
         finally:
-            for layer, momentum in zip(self._layers, momenta, strict=True):
+            for layer, momentum in momenta:
                 layer.momentum = momentum
             for handle in handles:
                 handle.remove()
+
+    def _refuse_second_window(self) -> None:
+        for layer in self._layers:
+            for hook in list(layer._forward_hooks.values()):
+                listener = getattr(hook, "__self__", self)
+                if isinstance(listener, MergedStatistics) and listener is not self:
+                    raise RuntimeError(
+                        "A BatchNorm layer in training mode must be in one window at a time, which "
+                        "gives it one momentum update. "
+                        f"Got {type(layer).__name__} inside a window that has not ended. "
+                        "Call backward after that window, give each thread a module of its own, "
+                        "or call eval() of the layer."
+                    )
 
     @contextmanager
     def forward(self) -> Iterator[None]:
