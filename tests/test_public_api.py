@@ -1,10 +1,15 @@
 """The public names, signatures and commands. Whoever changes one changes it here, on purpose."""
 
 import inspect
+import itertools
 import subprocess
 import sys
+import typing
+from typing import Any
 
 import pytest
+import tensorflow as tf
+import torch
 
 import virtualbatch
 import virtualbatch.jax
@@ -124,6 +129,42 @@ def signature_text(function: object) -> str:
 @pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
 def test_signature(function: object) -> None:
     assert signature_text(function) == SIGNATURES[function]
+
+
+# What the whole call returns, by `has_aux` and `stats`; mypy checks that the overloads agree.
+RESULTS = {
+    virtualbatch.torch.backward: {
+        (False, False): torch.Tensor,
+        (True, False): tuple[torch.Tensor, Any],
+        (False, True): tuple[torch.Tensor, virtualbatch.WindowStats],
+        (True, True): tuple[torch.Tensor, Any, virtualbatch.WindowStats],
+    },
+    virtualbatch.tensorflow.value_and_gradients: {
+        (False, False): tuple[tf.Tensor, Any],
+        (True, False): tuple[tuple[tf.Tensor, Any], Any],
+        (False, True): tuple[tf.Tensor, Any, virtualbatch.WindowStats],
+        (True, True): tuple[tuple[tf.Tensor, Any], Any, virtualbatch.WindowStats],
+    },
+}
+
+
+@pytest.mark.parametrize("function", RESULTS, ids=lambda function: function.__qualname__)
+def test_types_of_results(function: object) -> None:
+    *overloads, rest = typing.get_overloads(function)
+    found = {}
+    for overload in overloads:
+        types = typing.get_type_hints(overload)
+        chosen = [types[name].__args__[0] for name in ("has_aux", "stats")]
+        found[tuple(chosen)] = types["return"]
+        for name in ("has_aux", "stats"):
+            # Who leaves it out gets the overload of False.
+            default = inspect.signature(overload).parameters[name].default
+            assert default is (inspect.Parameter.empty if chosen.pop(0) else False)
+    assert found == RESULTS[function]
+    # A bool that no type checker knows.
+    assert signature_text(rest) == signature_text(function)
+    names = [list(inspect.signature(each).parameters) for each in (*overloads, function)]
+    assert all(a == b for a, b in itertools.pairwise(names))
 
 
 @pytest.mark.parametrize("module", NAMES, ids=lambda module: module.__name__)

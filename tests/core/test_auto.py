@@ -163,3 +163,12 @@ def test_automatic_sizes_are_legal_alone():
         check_sizes_or_auto(size, None)
         with pytest.raises(ValueError, match=r"Got accumulation_steps=2 with it\. Leave one"):
             check_sizes_or_auto(size, 2)
+
+
+def test_it_shows_what_it_was_made_with(tmp_path):
+    file = tmp_path / "plans.json"
+    assert repr(Auto()) == "Auto()"
+    assert (
+        repr(Auto(memory_limit="2GiB", grow_after=9)) == "Auto(memory_limit='2GiB', grow_after=9)"
+    )
+    assert repr(Auto(file=file)) == f"Auto(file={str(file)!r})"

@@ -127,3 +127,9 @@ def test_confidence_is_checked(confidence):
     found = NoiseScale()
     with pytest.raises(ValueError, match="confidence must be between"):
         found.estimate(confidence)
+
+
+def test_it_shows_what_it_was_made_with_and_reads_no_window():
+    found = NoiseScale(decay=0.9)
+    found.update(WindowStats(64, 4, object(), object()))
+    assert repr(found) == "NoiseScale(decay=0.9)"

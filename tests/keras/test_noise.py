@@ -211,3 +211,7 @@ def test_packed_rows():
     vb.accumulate(model, **PACKED)
     with pytest.raises(ValueError, match="sorted by length"):
         model.fit(IDS, LABELS, verbose=0, callbacks=[vb.NoiseScale()])
+
+
+def test_it_shows_what_it_was_made_with():
+    assert repr(vb.NoiseScale(decay=0.9)) == "NoiseScale(decay=0.9)"

@@ -1,5 +1,8 @@
 """Captured loss functions where there is no CUDA device; tests/gpu has the rest."""
 
+import functools
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -52,3 +55,24 @@ def test_it_is_the_loss_function_to_everybody_else():
     assert torch.equal(captured(x), loss_fn(x))
     assert vb.certify(captured, x, module=model, microbatch_size=5).exact
     assert vb.plan(captured, x, module=model).microbatch_size >= 1
+
+
+def test_it_has_the_name_docstring_and_signature_of_the_loss_function():
+    def next_token(batch: dict, smoothing: float = 0.1) -> torch.Tensor:
+        """Cross-entropy of the next token."""
+
+    captured = vb.captured(next_token)
+    assert captured.__name__ == "next_token"
+    assert captured.__qualname__ == next_token.__qualname__
+    assert captured.__module__ == __name__
+    assert inspect.getdoc(captured) == "Cross-entropy of the next token."
+    assert inspect.signature(captured) == inspect.signature(next_token)
+    assert inspect.unwrap(captured) is next_token
+
+
+@pytest.mark.parametrize("loss_fn", [nn.Flatten(0), functools.partial(torch.mean, dim=0)])
+def test_a_loss_function_without_a_name(loss_fn):
+    captured = vb.captured(loss_fn)
+    assert not hasattr(captured, "__name__")
+    assert not hasattr(captured, "training")
+    assert captured(torch.ones(4)).sum() in (1, 4)

@@ -197,6 +197,10 @@ class NoiseScale:
     def __str__(self) -> str:
         return str(self.estimate()) if self.windows else "noise scale: no window counted yet"
 
+    def __repr__(self) -> str:
+        # The windows are left unread: their numbers may be on a device, or traced.
+        return f"{type(self).__name__}(decay={self._decay})"
+
     def _read(self) -> None:
         waiting, self._waiting = self._waiting, []
         for stats in waiting:

@@ -151,6 +151,16 @@ class Auto:
         self._planned: dict[Signature, CurrentSize] = {}
         self._asked: dict[int, CurrentSize] = {}
 
+    def __repr__(self) -> str:
+        file = None if self._file is None else str(self._file)
+        given = {
+            "memory_limit": self.memory_limit,
+            "file": file,
+            "grow_after": self._grow_after,
+        }
+        told = (f"{name}={value!r}" for name, value in given.items() if value is not None)
+        return f"Auto({', '.join(told)})"
+
     def asked(self, rows: int) -> CurrentSize:
         """The size in force where so many rows were asked for."""
         return self._asked.setdefault(rows, CurrentSize(rows, self._grow_after))

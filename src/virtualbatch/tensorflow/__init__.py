@@ -5,11 +5,12 @@ micro-batch's share of the gradient, and the sums come back as `tape.gradient` w
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import tensorflow as tf
 
 from virtualbatch.certify.certificate import Certificate
+from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.out_of_memory import free_frames, no_smaller_size
 from virtualbatch.plan.plan import Plan
@@ -32,6 +33,66 @@ from virtualbatch.window.window import Window, refuse_sorted_rows, windows
 __all__ = ["Window", "certify", "certify_loop", "plan", "value_and_gradients", "windows"]
 
 
+@overload
+def value_and_gradients(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    variables: Any,
+    *,
+    microbatch_size: int | str | Auto | None = None,
+    accumulation_steps: int | None = None,
+    weight: Callable[[Any], Any] | None = None,
+    has_aux: Literal[False] = False,
+    stats: Literal[False] = False,
+) -> tuple[tf.Tensor, Any]: ...
+@overload
+def value_and_gradients(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    variables: Any,
+    *,
+    microbatch_size: int | str | Auto | None = None,
+    accumulation_steps: int | None = None,
+    weight: Callable[[Any], Any] | None = None,
+    has_aux: Literal[True],
+    stats: Literal[False] = False,
+) -> tuple[tuple[tf.Tensor, Any], Any]: ...
+@overload
+def value_and_gradients(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    variables: Any,
+    *,
+    microbatch_size: int | str | Auto | None = None,
+    accumulation_steps: int | None = None,
+    weight: Callable[[Any], Any] | None = None,
+    has_aux: Literal[False] = False,
+    stats: Literal[True],
+) -> tuple[tf.Tensor, Any, WindowStats]: ...
+@overload
+def value_and_gradients(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    variables: Any,
+    *,
+    microbatch_size: int | str | Auto | None = None,
+    accumulation_steps: int | None = None,
+    weight: Callable[[Any], Any] | None = None,
+    has_aux: Literal[True],
+    stats: Literal[True],
+) -> tuple[tuple[tf.Tensor, Any], Any, WindowStats]: ...
+@overload
+def value_and_gradients(
+    loss_fn: Callable[[Any], Any],
+    batch: Any,
+    variables: Any,
+    *,
+    microbatch_size: int | str | Auto | None = None,
+    accumulation_steps: int | None = None,
+    weight: Callable[[Any], Any] | None = None,
+    has_aux: bool = False,
+    stats: bool = False,
+) -> Any: ...
 def value_and_gradients(
     loss_fn: Callable[[Any], Any],
     batch: Any,

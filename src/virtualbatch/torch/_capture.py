@@ -36,6 +36,8 @@ class Captured:
     """
 
     def __init__(self, loss_fn: Callable[[Any], Any]):
+        # Its name, docstring and signature; not its attributes, which a module has many of.
+        functools.update_wrapper(self, loss_fn, updated=())
         self._loss_fn = loss_fn
         self._state: Any = None
         # Shape -> its graph; None for a shape that was seen once.
