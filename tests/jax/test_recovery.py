@@ -13,7 +13,7 @@ import pytest
 
 import virtualbatch.jax as vb
 from virtualbatch import Auto
-from virtualbatch.jax._plan.memory import is_out_of_memory, largest_arrays, left_bytes
+from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
 
 ROWS = 24
 Error = jax.errors.JaxRuntimeError
@@ -26,6 +26,16 @@ OUT_OF_MEMORY = [
     ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 536870912 bytes."),
     MemoryError(),
     MemoryError("Unable to allocate 7.45 GiB for an array"),
+]
+AMBIGUOUS = [
+    Error("INTERNAL: YNNPACK operation failed"),
+    Error("FAILED_PRECONDITION: DNN library initialization failed. Look at the errors above for"),
+    Error(
+        "INTERNAL: CUDNN_STATUS_INTERNAL_ERROR in external/xla/xla/stream_executor/cuda/cuda_dnn"
+    ),
+    Error("INTERNAL: CUDNN_STATUS_NOT_INITIALIZED in external/xla/xla/stream_executor/cuda"),
+    Error("INTERNAL: failed to create cublas handle: CUBLAS_STATUS_NOT_INITIALIZED"),
+    Error("INTERNAL: failed to create cublas handle: CUBLAS_STATUS_ALLOC_FAILED"),
 ]
 OTHERS = [
     Error("RESOURCE_EXHAUSTED: Quota exceeded for requests"),
@@ -40,12 +50,29 @@ OTHERS = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
 def test_errors_that_mean_out_of_memory(error):
-    assert is_out_of_memory(error)
+    assert ERRORS.is_certain(error)
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=repr)
 def test_errors_that_only_mention_memory(error):
-    assert not is_out_of_memory(error)
+    assert not ERRORS.is_possible(error)
+
+
+@pytest.mark.parametrize("error", AMBIGUOUS, ids=str)
+def test_errors_that_may_mean_out_of_memory(error):
+    assert ERRORS.is_possible(error)
+    assert not ERRORS.is_certain(error)
+
+
+def test_an_ambiguous_error_is_tried_with_less():
+    found = run(ROWS, Points([0], AMBIGUOUS[0]))
+    assert_same(found, run(ROWS // 2, Points()))
+
+
+def test_an_ambiguous_error_that_less_does_not_mend_comes_out_as_it_was():
+    with pytest.raises(Error) as raised:
+        run(8, Points(range(1000), AMBIGUOUS[0]))
+    assert raised.value is AMBIGUOUS[0]
 
 
 def test_something_is_left():

@@ -27,16 +27,31 @@ def out_of_memory():
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+def ambiguous():
+    """What the backend raises where memory may have run out."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.errors.AbortedError(
+            None, None, "Status: 1, message: could not create a primitive"
+        )
+    if BACKEND == "jax":
+        import jax
+
+        return jax.errors.JaxRuntimeError("INTERNAL: YNNPACK operation failed")
+    return RuntimeError("could not create a primitive")
+
+
 class Points:
     """Counts places where memory may run out, and lets it run out at some."""
 
-    def __init__(self, fail=()):
-        self.fail, self.count = set(fail), 0
+    def __init__(self, fail=(), error=out_of_memory):
+        self.fail, self.error, self.count = set(fail), error, 0
 
     def __call__(self):
         self.count += 1
         if self.count - 1 in self.fail:
-            raise out_of_memory()
+            raise self.error()
 
 
 class Model(keras.Model):

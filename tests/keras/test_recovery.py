@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from tests.keras.backends import BACKEND
-from tests.keras.running_out import BATCH, Model, Points, X, Y, assert_same, model, state
+from tests.keras.running_out import BATCH, Model, Points, X, Y, ambiguous, assert_same, model, state
 
 import virtualbatch.keras as vb
 from virtualbatch import Auto
@@ -120,6 +120,28 @@ def test_nothing_is_left_to_halve():
         assert text in str(e.value)
     assert_same(before, found.get_weights())
     assert int(found.optimizer.iterations) == 0
+
+
+def test_an_ambiguous_error_is_tried_with_less():
+    _, history, after = fitted(24, Points([0], ambiguous), epochs=1)
+    _, due, due_after = fitted(12, epochs=1)
+    assert history == due
+    assert_same(after, due_after)
+
+
+def test_an_ambiguous_error_that_less_does_not_mend_comes_out_as_it_was():
+    found = model(Points(range(1000), ambiguous))
+    vb.accumulate(found, microbatch_size=4)
+    found(X[:1])
+    found.optimizer.build(found.trainable_variables)
+    before = [np.array(x) for x in found.get_weights()]
+    with pytest.raises(type(ambiguous()), match=str(ambiguous())):
+        found.train_on_batch(X[:24], Y[:24])
+    assert_same(before, found.get_weights())
+    # Memory was not the reason, so the size stays.
+    found.points.fail = set()
+    found.train_on_batch(X[:24], Y[:24])
+    assert found.train_step.most is None
 
 
 def test_other_errors_come_out_as_they_are(monkeypatch):

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import virtualbatch.tensorflow as vb
 from virtualbatch import Auto
-from virtualbatch.tensorflow._plan.memory import is_out_of_memory, largest_variables, left_bytes
+from virtualbatch.tensorflow._plan.memory import ERRORS, largest_variables, left_bytes
 
 ROWS = 24
 
@@ -35,6 +35,19 @@ OUT_OF_MEMORY = [
     MemoryError(),
     MemoryError("Unable to allocate 7.45 GiB for an array"),
 ]  # fmt: skip
+AMBIGUOUS = [
+    tf.errors.AbortedError(None, None, "Operation received an exception:Status: 1, message: could "
+                           "not create a primitive, in file tensorflow/core/kernels/mkl"),
+    tf.errors.AbortedError(None, None, "Status: 1, message: could not execute a primitive"),
+    tf.errors.AbortedError(None, None, "Status: 1, message: could not create a memory object"),
+    internal("YNNPACK operation failed"),
+    internal("cuDNN launch failure: CUDNN_STATUS_INTERNAL_ERROR"),
+    internal("CUDNN_STATUS_NOT_INITIALIZED in tensorflow/stream_executor/cuda/cuda_dnn.cc"),
+    internal("failed to create cublas handle: CUBLAS_STATUS_NOT_INITIALIZED"),
+    internal("failed to create cublas handle: CUBLAS_STATUS_ALLOC_FAILED"),
+    tf.errors.UnknownError(None, None, "Failed to get convolution algorithm. This is probably "
+                           "because cuDNN failed to initialize"),
+]  # fmt: skip
 OTHERS = [
     exhausted("Received message larger than max (6 vs. 4)"),
     exhausted("Quota exceeded for quota metric"),
@@ -50,12 +63,29 @@ OTHERS = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
 def test_errors_that_mean_out_of_memory(error):
-    assert is_out_of_memory(error)
+    assert ERRORS.is_certain(error)
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=repr)
 def test_errors_that_only_mention_memory(error):
-    assert not is_out_of_memory(error)
+    assert not ERRORS.is_possible(error)
+
+
+@pytest.mark.parametrize("error", AMBIGUOUS, ids=str)
+def test_errors_that_may_mean_out_of_memory(error):
+    assert ERRORS.is_possible(error)
+    assert not ERRORS.is_certain(error)
+
+
+def test_an_ambiguous_error_is_tried_with_less():
+    found = Training(Points([0], AMBIGUOUS[0])).run(ROWS)
+    assert_same(found, Training(Points()).run(ROWS // 2))
+
+
+def test_an_ambiguous_error_that_less_does_not_mend_comes_out_as_it_was():
+    with pytest.raises(tf.errors.AbortedError) as raised:
+        Training(Points(range(1000), AMBIGUOUS[0])).run(8)
+    assert raised.value is AMBIGUOUS[0]
 
 
 def test_something_is_left():

@@ -13,7 +13,7 @@ from torch import nn
 
 import virtualbatch.torch as vb
 from virtualbatch import Auto
-from virtualbatch.torch._plan.memory import is_out_of_memory, left_bytes
+from virtualbatch.torch._plan.memory import ERRORS, left_bytes
 
 ROWS = 24
 
@@ -29,8 +29,25 @@ OUT_OF_MEMORY = [
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 96 bytes."),
     RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB, other allocations: 1 GB)"),
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("std::bad_alloc"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("NPU out of memory. Tried to allocate 52.00 MiB (NPU 0; 60.96 GiB total"),
+    RuntimeError("[Rank:0] FATAL ERROR :: MODULE:PT_DEVMEM Allocation failed for size::268435456"),
+    RuntimeError(
+        "Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"
+    ),
+]
+AMBIGUOUS = [
+    RuntimeError("could not create a primitive"),
+    RuntimeError("could not execute a primitive"),
+    RuntimeError("could not create a memory object"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+    RuntimeError('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator'),
+    RuntimeError("UR backend failed. UR backend returns:40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)"),
+    RuntimeError("Native API failed. Native API returns: -5 (PI_ERROR_OUT_OF_RESOURCES)"),
 ]
 OTHERS = [
     RuntimeError("Pin memory thread exited unexpectedly"),
@@ -48,12 +65,39 @@ OTHERS = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
 def test_errors_that_mean_out_of_memory(error):
-    assert is_out_of_memory(error)
+    assert ERRORS.is_certain(error)
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=str)
 def test_errors_that_only_mention_memory(error):
-    assert not is_out_of_memory(error)
+    assert not ERRORS.is_possible(error)
+
+
+@pytest.mark.parametrize("error", AMBIGUOUS, ids=str)
+def test_errors_that_may_mean_out_of_memory(error):
+    assert ERRORS.is_possible(error)
+    assert not ERRORS.is_certain(error)
+
+
+def test_an_ambiguous_error_is_tried_with_less():
+    run = Training(fail=[1], error=AMBIGUOUS[0])
+    loss = run.update(ROWS)
+    due, state, _ = undisturbed(ROWS // 2)
+    assert torch.equal(loss, due)
+    run.assert_state(state)
+
+
+def test_an_ambiguous_error_that_less_does_not_mend_comes_out_as_it_was():
+    run = Training(fail=range(1000), error=AMBIGUOUS[0])
+    before = run.state()
+    with pytest.raises(RuntimeError) as raised:
+        run.update(8)
+    assert raised.value is AMBIGUOUS[0]
+    run.assert_state(before)
+    # Memory was not the reason, so the size stays.
+    run.fail, run.tries = set(), 0
+    run.update(8)
+    assert run.tries == 3
 
 
 def test_something_is_left():

@@ -19,14 +19,14 @@ from virtualbatch.jax._checks import check_arguments, check_options
 from virtualbatch.jax._compiled import run_compiled
 from virtualbatch.jax._eager import run_eager
 from virtualbatch.jax._objective import Call
-from virtualbatch.jax._plan.memory import KINDS, is_out_of_memory, largest_arrays, left_bytes
+from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
 from virtualbatch.jax._plan.plan import planned
 from virtualbatch.jax._plan.sizes import needs_values, signature, stand_ins
 from virtualbatch.jax._replicas import varying
 from virtualbatch.jax._weights import host_shares, traced_shares
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
-from virtualbatch.plan.out_of_memory import free_frames, no_smaller_size
 from virtualbatch.plan.plan import Plan
+from virtualbatch.plan.retry import Memory, run_until_it_fits
 from virtualbatch.window.window import Window, refuse_sorted_rows, windows
 
 __all__ = ["Window", "certify", "certify_loop", "plan", "value_and_grad", "windows"]
@@ -163,26 +163,23 @@ def value_and_grad(
             return _in_micro_batches(options, args, kwargs, cut, traced)
         asked = given or max(cut.rows)
         size = size or sizes.asked(asked)
-        while True:
-            if size.rows < asked:
-                cut = _cut_smaller(batch, size.rows)
-            try:
-                # Errors arrive late in JAX; waiting once per window costs what its caller waits.
-                result = jax.block_until_ready(
-                    _in_micro_batches(options, args, kwargs, cut, traced)
-                )
-            except KINDS as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed = error
-            else:
-                size.succeeded()
-                return result
-            # Its frames hold the arrays of the window.
-            free_frames(failed)
-            if not size.shrink(max(cut.rows)):
-                largest = largest_arrays([args[k] for k in options.differentiated()])
-                raise no_smaller_size(failed, left_bytes(), largest) from failed
+        if size.rows < asked:
+            cut = _cut_smaller(batch, size.rows)
+        differentiated = [args[k] for k in options.differentiated()]
+        result = run_until_it_fits(
+            # Errors arrive late in JAX; waiting once per window costs what its caller waits.
+            lambda cut: jax.block_until_ready(
+                _in_micro_batches(options, args, kwargs, cut, traced)
+            ),
+            cut,
+            lambda cut: max(cut.rows),
+            partial(_cut_smaller, batch),
+            size,
+            Memory(ERRORS, left_bytes),
+            partial(largest_arrays, differentiated),
+        )
+        size.succeeded()
+        return result
 
     return wrapper
 

@@ -6,15 +6,15 @@ same batch, with everything that an attempt writes put back.
 
 import traceback
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import keras
 
 from virtualbatch.keras._train_step import TrainStep
 from virtualbatch.plan.auto import Auto, CurrentSize, Leaf, Signature, is_automatic
-from virtualbatch.plan.out_of_memory import free_frames, no_smaller_size
 from virtualbatch.plan.plan import Plan
-from virtualbatch.plan.retry import Memory
+from virtualbatch.plan.retry import Memory, run_until_it_fits
 from virtualbatch.window.tree import array_leaves, common_rows
 
 
@@ -83,27 +83,24 @@ class Guard:
         self._latest = size
         if self._take(size):
             make_again()
-        while True:
-            try:
-                result = attempt()
-            except self._memory.kinds as error:
-                out_of_memory = self._memory.is_out_of_memory(error)
-                if not out_of_memory or _has_moved(error, self._model):
-                    raise
-                failed = error
-            else:
-                return result
-            put_back()
-            # Its frames hold the tensors of the window.
-            free_frames(failed)
-            packed = self._step.packing is not None
-            if not (
-                size.shrink(size.rows, "tokens") if packed else size.shrink(min(size.rows, rows))
-            ):
-                left = self._memory.left_bytes()
-                raise no_smaller_size(failed, left, _largest(self._model)) from failed
+
+        def smaller(_: int) -> None:
             self._take(size)
             make_again()
+
+        packed = self._step.packing is not None
+        return run_until_it_fits(
+            lambda _: attempt(),
+            None,
+            lambda _: size.rows if packed else min(size.rows, rows),
+            smaller,
+            size,
+            self._memory,
+            partial(_largest, self._model),
+            put_back=put_back,
+            is_too_late=partial(_has_moved, self._model),
+            unit="tokens" if packed else "rows",
+        )
 
     def _take(self, size: CurrentSize) -> bool:
         """Puts a size in force; whether it is another one than before."""
@@ -135,7 +132,7 @@ class Guard:
         )
 
 
-def _has_moved(error: BaseException, model: keras.Model) -> bool:
+def _has_moved(model: keras.Model, error: BaseException) -> bool:
     """Whether some weights may have moved already, in Python, when an error was raised.
 
     They may have in the optimizer, and have in the metrics of Keras' own step, which come after it.

@@ -5,6 +5,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from virtualbatch.plan.plan import readable_bytes
 
@@ -21,6 +22,39 @@ _SHAPE = re.compile(r"shape\[(?P<shape>\d+(?:,\d+)*)\] and type (?P<type>\w+)")
 _BYTES = {"bool": 1, "half": 2, "bfloat16": 2, "float": 4, "double": 8, "complex64": 8}
 _BYTES |= {f"{sign}int{8 * size}": size for sign in ("", "u") for size in (1, 2, 4, 8)}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class MemoryErrors(NamedTuple):
+    """The errors by which one framework says that memory ran out, or that it may have.
+
+    Fields:
+        classes: errors that always say so.
+        kinds: errors whose text is read; `classes` are among them.
+        certain: texts that only a failed allocation has.
+        ambiguous: texts that a failed allocation has, and other faults have too.
+    """
+
+    classes: tuple[type[BaseException], ...]
+    kinds: tuple[type[BaseException], ...]
+    certain: re.Pattern[str]
+    ambiguous: re.Pattern[str]
+
+    def is_certain(self, error: BaseException) -> bool:
+        """Whether an error says that an allocation failed; by its class, else by its text."""
+        if isinstance(error, self.classes):
+            return True
+        return isinstance(error, self.kinds) and bool(self.certain.search(str(error)))
+
+    def is_possible(self, error: BaseException) -> bool:
+        """Whether an error says that an allocation failed, or may have failed."""
+        if self.is_certain(error):
+            return True
+        return isinstance(error, self.kinds) and bool(self.ambiguous.search(str(error)))
+
+
+def any_of(*texts: str) -> re.Pattern[str]:
+    """A pattern that finds any of some texts, word for word."""
+    return re.compile("|".join(map(re.escape, texts)))
 
 
 def bytes_asked(text: str) -> int | None:

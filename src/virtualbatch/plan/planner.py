@@ -66,8 +66,8 @@ def searched(
                     # Of more runs, so it may have grown.
                     peaks[size] = held + programs[size].peak_bytes()
                     search.tell(Question("memory", size), peaks[size])
-        except memory.kinds as error:
-            if not memory.is_out_of_memory(error):
+        except memory.errors.kinds as error:
+            if not memory.errors.is_possible(error):
                 raise
             search.tell(question, None)
     return search.plan()

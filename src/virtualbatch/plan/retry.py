@@ -1,18 +1,84 @@
 """Running a window again in smaller pieces, where memory ran out."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+from virtualbatch.plan.auto import CurrentSize
+from virtualbatch.plan.out_of_memory import MemoryErrors, free_frames, no_smaller_size
+
+_log = logging.getLogger("virtualbatch")
+
+Cut = TypeVar("Cut")
+Result = TypeVar("Result")
 
 
 class Memory(NamedTuple):
-    """What a backend knows of memory.
+    """What an engine knows of memory.
 
     Fields:
-        kinds: classes of errors among which those of allocators are.
-        is_out_of_memory: error -> whether it is one.
+        errors: by which its framework says that memory ran out.
         left_bytes: () -> what is left; None if the device does not tell.
     """
 
-    kinds: tuple[type[BaseException], ...]
-    is_out_of_memory: Callable[[BaseException], bool]
+    errors: MemoryErrors
     left_bytes: Callable[[], int | None]
+
+
+def run_until_it_fits(
+    run: Callable[[Cut], Result],
+    cut: Cut,
+    rows: Callable[[Cut], int],
+    smaller: Callable[[int], Cut],
+    size: CurrentSize,
+    memory: Memory,
+    largest: Callable[[], Sequence[tuple[str, int]]],
+    *,
+    put_back: Callable[[], None] = lambda: None,
+    is_too_late: Callable[[BaseException], bool] = lambda error: False,
+    unit: str = "rows",
+) -> Result:
+    """Runs a window, again with smaller micro-batches as long as memory runs out.
+
+    Some errors only may mean that. They are tried with smaller micro-batches too; if they still
+    come with one row, memory was not the reason, and the first of them is raised unchanged.
+
+    Args:
+        run: runs the window once, cut like this, and waits for it.
+        cut: the micro-batches of the first attempt.
+        rows: cut -> rows of its largest micro-batch.
+        smaller: rows -> a cut whose micro-batches have no more.
+        size: the size in force; the smaller one is kept in it.
+        memory: what the engine knows of memory.
+        largest: () -> names and bytes of the largest parameters, largest first.
+        put_back: undoes whatever a failed attempt wrote.
+        is_too_late: error -> whether more had been written by then than can be undone.
+        unit: what sizes count; "tokens" where rows are packed.
+
+    Raises:
+        MemoryError: not even a micro-batch of one row fits.
+    """
+    before = size.rows
+    first: BaseException | None = None
+    ran_out = False
+    while True:
+        try:
+            return run(cut)
+        except memory.errors.kinds as error:
+            if not memory.errors.is_possible(error) or is_too_late(error):
+                raise
+            failed = error
+        put_back()
+        # Its frames hold the tensors of the window.
+        free_frames(failed)
+        first = first or failed
+        if memory.errors.is_certain(failed):
+            ran_out = True
+        else:
+            _log.warning("This error may mean that memory ran out: %s", failed)
+        if not size.shrink(rows(cut), unit):
+            if ran_out:
+                raise no_smaller_size(failed, memory.left_bytes(), largest()) from failed
+            size.rows = before
+            raise first
+        cut = smaller(size.rows)

@@ -5,6 +5,7 @@ micro-batch's share of the gradient, and the sums come back as `tape.gradient` w
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, overload
 
 import tensorflow as tf
@@ -12,18 +13,13 @@ import tensorflow as tf
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
-from virtualbatch.plan.out_of_memory import free_frames, no_smaller_size
 from virtualbatch.plan.plan import Plan
+from virtualbatch.plan.retry import Memory, run_until_it_fits
 from virtualbatch.tensorflow._batch import as_tensor, named_arrays, segments, smaller_segments
 from virtualbatch.tensorflow._certify.certificate import certificate
 from virtualbatch.tensorflow._certify.loop import certify_loop
 from virtualbatch.tensorflow._checks import check_call
-from virtualbatch.tensorflow._plan.memory import (
-    KINDS,
-    is_out_of_memory,
-    largest_variables,
-    left_bytes,
-)
+from virtualbatch.tensorflow._plan.memory import ERRORS, largest_variables, left_bytes
 from virtualbatch.tensorflow._plan.plan import held_bytes, planned
 from virtualbatch.tensorflow._plan.sizes import kept_sizes, signature, stand_in
 from virtualbatch.tensorflow._window import Program
@@ -180,23 +176,19 @@ def _in_micro_batches(
         return program.run(cut)
     asked = microbatch_size or max(segment.rows(0) for segment in cut)
     size = size or kept_sizes(program.variables).asked(asked)
-    while True:
-        if size.rows < asked:
-            cut = smaller_segments(batch, size.rows)
-        try:
-            result = program.run(cut)
-        except KINDS as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = error
-        else:
-            size.succeeded()
-            return result
-        # Its frames hold the tensors of the window.
-        free_frames(failed)
-        if not size.shrink(max(segment.rows(0) for segment in cut)):
-            largest = largest_variables(program.variables)
-            raise no_smaller_size(failed, left_bytes(), largest) from failed
+    if size.rows < asked:
+        cut = smaller_segments(batch, size.rows)
+    result = run_until_it_fits(
+        program.run,
+        cut,
+        lambda cut: max(segment.rows(0) for segment in cut),
+        partial(smaller_segments, batch),
+        size,
+        Memory(ERRORS, left_bytes),
+        partial(largest_variables, program.variables),
+    )
+    size.succeeded()
+    return result
 
 
 def plan(

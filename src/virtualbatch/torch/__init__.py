@@ -5,6 +5,7 @@ differentiated in turn, and the sum is added to `.grad` once all of them have su
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -12,15 +13,15 @@ import torch
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
-from virtualbatch.plan.out_of_memory import free_frames, no_smaller_size
 from virtualbatch.plan.plan import Plan
+from virtualbatch.plan.retry import Memory, run_until_it_fits
 from virtualbatch.torch._batch import microbatches
 from virtualbatch.torch._capture import Captured
 from virtualbatch.torch._certify.certificate import certificate, check_cut
 from virtualbatch.torch._certify.loop import certify_loop
 from virtualbatch.torch._checks import check_call, refuse_foreign_accumulation
 from virtualbatch.torch._modules import inventory
-from virtualbatch.torch._plan.memory import is_out_of_memory, largest_parameters, left_bytes
+from virtualbatch.torch._plan.memory import ERRORS, largest_parameters, left_bytes
 from virtualbatch.torch._plan.plan import planned
 from virtualbatch.torch._plan.sizes import kept_sizes, signature
 from virtualbatch.torch._random import RandomState
@@ -176,24 +177,18 @@ def backward(
         size = kept_sizes(found.roots[0]).asked(asked)
         if size.rows < asked:
             cut = microbatches(batch, given, accumulation_steps, size.rows)
-    random = RandomState(found.accelerator)
-    while True:
-        try:
-            result = program.run(cut, program.shares(cut))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = error
-        else:
-            size.succeeded()
-            return result
-        random.restore()
-        # Its frames hold the tensors of the window.
-        free_frames(failed)
-        if not size.shrink(max(microbatch.rows for microbatch in cut)):
-            left = left_bytes(found.accelerator)
-            raise no_smaller_size(failed, left, largest_parameters(found.roots[0])) from failed
-        cut = microbatches(batch, given, accumulation_steps, size.rows)
+    result = run_until_it_fits(
+        lambda cut: program.run(cut, program.shares(cut)),
+        cut,
+        lambda cut: max(microbatch.rows for microbatch in cut),
+        lambda rows: microbatches(batch, given, accumulation_steps, rows),
+        size,
+        Memory(ERRORS, partial(left_bytes, found.accelerator)),
+        partial(largest_parameters, found.roots[0]),
+        put_back=RandomState(found.accelerator).restore,
+    )
+    size.succeeded()
+    return result
 
 
 def captured(loss_fn: Callable[[Any], Any]) -> Captured:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from virtualbatch.torch._batch import Microbatch
-from virtualbatch.torch._plan.memory import is_out_of_memory
+from virtualbatch.torch._plan.memory import ERRORS
 from virtualbatch.window.shares import accumulator_dtype
 
 # A loop asks the same question at every update, and the answer costs a run of the loss on shapes.
@@ -124,7 +124,7 @@ def _fake_leaves(loss_fn: Callable[[Any], Any], microbatch: Microbatch, rows: in
         try:
             return pytree.tree_leaves(loss_fn(fake)[1])
         except Exception as error:
-            if is_out_of_memory(error):
+            if ERRORS.is_possible(error):
                 raise
             raise TypeError(
                 "With has_aux=True a loss function must run on shapes alone, with any number of "

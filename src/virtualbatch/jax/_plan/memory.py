@@ -7,23 +7,26 @@ import jax
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.plan.host_memory import host_memory
+from virtualbatch.plan.out_of_memory import MemoryErrors, any_of
 
-# What JAX raises for an allocation: a ValueError where it makes an array, else an error of its own.
-KINDS = (MemoryError, ValueError, jax.errors.JaxRuntimeError)
-
-# XLA has this code for quotas and messages that are too long as well.
-_TEXT = re.compile(r"RESOURCE_EXHAUSTED: .*(out of memory|alloc)", re.IGNORECASE | re.DOTALL)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed; by its class, else by its text.
-
-    Args:
-        error: what was raised.
-    """
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, KINDS) and bool(_TEXT.match(str(error)))
+ERRORS = MemoryErrors(
+    classes=(MemoryError,),
+    # A ValueError where JAX makes an array, else an error of its own.
+    kinds=(MemoryError, ValueError, jax.errors.JaxRuntimeError),
+    # XLA has this code for quotas and messages that are too long as well.
+    certain=re.compile(r"\ARESOURCE_EXHAUSTED: .*(out of memory|alloc)", re.IGNORECASE | re.DOTALL),
+    ambiguous=any_of(
+        # All that XLA says on a CPU where a kernel gets no memory of its own.
+        "INTERNAL: YNNPACK operation failed",
+        # XLA leaves to the allocator what it did not reserve, and libraries then fail to start:
+        # https://github.com/jax-ml/jax/issues/16078
+        "DNN library initialization failed",
+        "CUDNN_STATUS_NOT_INITIALIZED",
+        "CUDNN_STATUS_INTERNAL_ERROR",
+        "CUBLAS_STATUS_NOT_INITIALIZED",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    ),
+)
 
 
 def left_bytes() -> int:

@@ -12,14 +12,11 @@ from typing import Any
 import jax
 
 from virtualbatch.jax._batch import is_array, rows_of
-from virtualbatch.jax._plan.memory import KINDS, is_out_of_memory, left_bytes
+from virtualbatch.jax._plan.memory import ERRORS, left_bytes
 from virtualbatch.plan.patience import TimeBudget
 from virtualbatch.plan.plan import Plan, parse_limit
 from virtualbatch.plan.search import Question, Search
 from virtualbatch.plan.timing import Timing
-
-# All that XLA says on a CPU where a kernel gets no memory of its own, which no program tells.
-_FAILED = "INTERNAL: YNNPACK operation failed"
 
 
 def planned(
@@ -86,8 +83,8 @@ def planned(
                 if size not in timings:
                     timings[size] = _timing(partial(program, arrays))
                 search.tell(question, timings[size].seconds())
-        except KINDS as error:
-            if not (is_out_of_memory(error) or str(error).startswith(_FAILED)):
+        except ERRORS.kinds as error:
+            if not ERRORS.is_possible(error):
                 raise
             search.tell(question, None)
     return search.plan()

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from virtualbatch.jax._plan.memory import KINDS, is_out_of_memory, left_bytes
+from virtualbatch.jax._plan.memory import ERRORS, left_bytes
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.planner import searched
 from virtualbatch.plan.retry import Memory
 from virtualbatch.plan.timing import Timing
 from virtualbatch.window.tree import array_leaves, common_rows
 
-MEMORY = Memory(KINDS, is_out_of_memory, left_bytes)
+MEMORY = Memory(ERRORS, left_bytes)
 
 
 def planned(

@@ -11,11 +11,11 @@ from virtualbatch.keras._snapshot import Snapshot
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.planner import searched
 from virtualbatch.plan.retry import Memory
-from virtualbatch.tensorflow._plan.memory import KINDS, is_out_of_memory, left_bytes
+from virtualbatch.tensorflow._plan.memory import ERRORS, left_bytes
 from virtualbatch.tensorflow._plan.peak import PeakMemory, Watched
 from virtualbatch.window.tree import array_leaves, common_rows
 
-MEMORY = Memory(KINDS, is_out_of_memory, left_bytes)
+MEMORY = Memory(ERRORS, left_bytes)
 
 
 def planned(

@@ -12,13 +12,13 @@ from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.planner import searched
 from virtualbatch.plan.retry import Memory
 from virtualbatch.plan.timing import Timing
-from virtualbatch.torch._plan.memory import is_out_of_memory, left_bytes
+from virtualbatch.torch._plan.memory import ERRORS, left_bytes
 from virtualbatch.torch._plan.peak import peak_bytes
 from virtualbatch.torch._random import RandomState
 from virtualbatch.window.cut import even_cut
 from virtualbatch.window.tree import array_leaves, common_rows
 
-MEMORY = Memory((RuntimeError, MemoryError), is_out_of_memory, lambda: left_bytes(place()))
+MEMORY = Memory(ERRORS, lambda: left_bytes(place()))
 
 
 def planned(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:

@@ -8,26 +8,42 @@ from typing import Any
 import tensorflow as tf
 
 from virtualbatch.plan.host_memory import host_memory
+from virtualbatch.plan.out_of_memory import MemoryErrors, any_of
 
-# What TensorFlow raises for an allocation; on a GPU some come as errors of the device.
-KINDS = (MemoryError, tf.errors.ResourceExhaustedError, tf.errors.InternalError)
-
-# The codes stand for quotas, messages that are too long and broken kernels as well.
-_TEXT = re.compile(
-    r"\bOOM\b|out of memory|out_of_memory|fail\w* to allocate|allocating \d|alloc_failed",
-    re.IGNORECASE,
+ERRORS = MemoryErrors(
+    classes=(MemoryError,),
+    # On a GPU some allocations come as errors of the device; oneDNN's as an operation aborted.
+    kinds=(
+        MemoryError,
+        tf.errors.ResourceExhaustedError,
+        tf.errors.InternalError,
+        tf.errors.AbortedError,
+        tf.errors.UnknownError,
+    ),
+    # The codes stand for quotas, messages that are too long and broken kernels as well.
+    certain=re.compile(
+        r"\bOOM\b|out of memory|out_of_memory|fail\w* to allocate|allocating \d"
+        r"|cudnn_status_\w*alloc\w*_failed",
+        re.IGNORECASE,
+    ),
+    ambiguous=any_of(
+        # oneDNN does not pass on that an allocation failed, and says the same of other faults:
+        # https://github.com/uxlfoundation/oneDNN/issues/1500
+        "could not create a primitive",
+        "could not execute a primitive",
+        "could not create a memory object",
+        # XLA compiles functions with jit_compile.
+        "YNNPACK operation failed",
+        # A handle did not fit, or the driver does not:
+        # https://github.com/tensorflow/tensorflow/issues/24496
+        "CUDNN_STATUS_NOT_INITIALIZED",
+        "CUDNN_STATUS_INTERNAL_ERROR",
+        "CUBLAS_STATUS_NOT_INITIALIZED",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "DNN library initialization failed",
+        "probably because cuDNN failed to initialize",
+    ),
 )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed; by its class, then by its text.
-
-    Args:
-        error: what was raised.
-    """
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, KINDS) and bool(_TEXT.search(str(error)))
 
 
 def left_bytes() -> int | None:

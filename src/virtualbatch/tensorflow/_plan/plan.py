@@ -13,7 +13,7 @@ from virtualbatch.plan.patience import TimeBudget
 from virtualbatch.plan.plan import Plan, parse_limit
 from virtualbatch.plan.search import ROOM_FOR_TOOLS, Question, Search
 from virtualbatch.plan.timing import Timing
-from virtualbatch.tensorflow._plan.memory import KINDS, is_out_of_memory, left_bytes
+from virtualbatch.tensorflow._plan.memory import ERRORS, left_bytes
 from virtualbatch.tensorflow._plan.peak import PeakMemory, Watched
 
 # size -> function of a batch that computes a window, to be made a graph.
@@ -74,8 +74,8 @@ def _searched(window: Window, batch: Any, rows: int, held: int, limit: int) -> P
                 # Of more runs, so it may have grown.
                 peaks[size] = held + found.peak_bytes()
                 search.tell(Question("memory", size), peaks[size])
-        except KINDS as error:
-            if not is_out_of_memory(error):
+        except ERRORS.kinds as error:
+            if not ERRORS.is_possible(error):
                 raise
             search.tell(question, None)
     return search.plan()
@@ -99,8 +99,8 @@ def _measuring(first: Callable[[], float]) -> PeakMemory | None:
         return None
     try:
         first()
-    except KINDS as error:
-        if not is_out_of_memory(error):
+    except ERRORS.kinds as error:
+        if not ERRORS.is_possible(error):
             raise
         return None
     return PeakMemory()

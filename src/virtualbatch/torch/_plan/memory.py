@@ -3,31 +3,53 @@
 import torch
 
 from virtualbatch.plan.host_memory import host_memory
+from virtualbatch.plan.out_of_memory import MemoryErrors, any_of
 
-# A RuntimeError has no class of its own for these; each text is that of one allocator.
-_TEXTS = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "CUDA out of memory",
-    "HIP out of memory",
-    "XPU out of memory",
-    "MPS backend out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "std::bad_alloc",
+ERRORS = MemoryErrors(
+    classes=(MemoryError, torch.OutOfMemoryError),
+    # A RuntimeError has no class of its own for these.
+    kinds=(MemoryError, RuntimeError),
+    # Each text is that of one allocator.
+    certain=any_of(
+        "DefaultCPUAllocator: can't allocate memory",
+        "DefaultCPUAllocator: not enough memory",
+        "std::bad_alloc",
+        "CUDA out of memory",
+        "CUDA error: out of memory",
+        # cuDNN names allocations: https://docs.nvidia.com/deeplearning/cudnn/backend/latest/
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+        "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "HIP out of memory",
+        "MPS backend out of memory",
+        "XPU out of memory",
+        # https://github.com/intel/torch-xpu-ops/issues/1598
+        "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY",
+        # https://github.com/vllm-project/vllm-omni/issues/1199
+        "NPU out of memory",
+        # https://github.com/mila-iqia/milabench/issues/301
+        "MODULE:PT_DEVMEM Allocation failed",
+    ),
+    ambiguous=any_of(
+        # oneDNN does not pass on that an allocation failed; it says the same where the system
+        # forbids executable memory: https://github.com/pytorch/pytorch/issues/143651
+        "could not create a primitive",
+        "could not execute a primitive",
+        "could not create a memory object",
+        # A handle or its workspace did not fit, or the driver does not:
+        # https://github.com/JuliaGPU/CUDA.jl/pull/244
+        "CUBLAS_STATUS_NOT_INITIALIZED",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_NOT_INITIALIZED",
+        "CUDNN_STATUS_INTERNAL_ERROR",
+        # On a slice of a GPU the text of an error cannot be made, because NVML does not answer:
+        # https://github.com/pytorch/pytorch/issues/112377
+        "NVML_SUCCESS == r INTERNAL ASSERT FAILED",
+        # Registers are resources as well: https://github.com/intel/torch-xpu-ops/issues/1526
+        "UR_RESULT_ERROR_OUT_OF_RESOURCES",
+        "PI_ERROR_OUT_OF_RESOURCES",
+    ),
 )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed; by its class, else by its text.
-
-    Args:
-        error: what was raised.
-    """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
 
 
 def left_bytes(device: torch.device | None) -> int:

@@ -14,7 +14,7 @@ from virtualbatch.plan.search import ROOM_FOR_TOOLS, Question, Search
 from virtualbatch.plan.timing import Timing
 from virtualbatch.torch._batch import Microbatch, microbatches, named_leaves
 from virtualbatch.torch._modules import inventory
-from virtualbatch.torch._plan.memory import is_out_of_memory, left_bytes
+from virtualbatch.torch._plan.memory import ERRORS, left_bytes
 from virtualbatch.torch._plan.peak import DeviceCount, can_fake, faked, peak_bytes
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._weights import Shares
@@ -72,8 +72,8 @@ def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
                 # A size that was only predicted to fit may need a little more.
                 if question.kind == "time" and peaks[size] <= limit:
                     search.tell(question, timings[size].seconds())
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+            except ERRORS.kinds as error:
+                if not ERRORS.is_possible(error):
                     raise
                 search.tell(question, None)
     finally:

@@ -1,0 +1,90 @@
+"""The loop that runs a window again: what it raises, what it keeps, what it puts back."""
+
+import logging
+import re
+
+import pytest
+
+from virtualbatch.plan.auto import CurrentSize
+from virtualbatch.plan.out_of_memory import MemoryErrors, any_of
+from virtualbatch.plan.retry import Memory, run_until_it_fits
+
+CERTAIN, AMBIGUOUS = "allocator: no memory", "could not start (a library)"
+ERRORS = MemoryErrors(
+    (MemoryError,), (RuntimeError, MemoryError), any_of(CERTAIN), any_of(AMBIGUOUS)
+)
+MEMORY = Memory(ERRORS, lambda: 2**20)
+
+
+class Window:
+    """A window of so many rows that raises, one after another, what it is told to."""
+
+    def __init__(self, *errors, rows=8):
+        self.errors, self.size = list(errors), CurrentSize(rows, None)
+        self.cuts, self.put_back = [], 0
+
+    def run(self, cut):
+        self.cuts.append(cut)
+        if self.errors and (error := self.errors.pop(0)) is not None:
+            raise error
+        return f"{cut} rows"
+
+    def undo(self):
+        self.put_back += 1
+
+    def result(self, **options):
+        return run_until_it_fits(
+            self.run, self.size.rows, int, int, self.size, MEMORY,
+            lambda: [("kernel", 2**20)], put_back=self.undo, **options,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [CERTAIN, AMBIGUOUS])
+def test_a_window_runs_again_in_smaller_pieces(text):
+    window = Window(RuntimeError(text), RuntimeError(text))
+    assert window.result() == "2 rows"
+    assert (window.cuts, window.put_back, window.size.rows) == ([8, 4, 2], 2, 2)
+
+
+def test_an_ambiguous_error_that_comes_back_at_one_row_is_raised_unchanged(caplog):
+    errors = [RuntimeError(f"{AMBIGUOUS} {rows}") for rows in (8, 4, 2, 1)]
+    window = Window(*errors)
+    with caplog.at_level(logging.WARNING, "virtualbatch"), pytest.raises(RuntimeError) as raised:
+        window.result()
+    assert raised.value is errors[0]
+    assert raised.value.__context__ is raised.value.__cause__ is None
+    # Memory was not the reason, so the next window is not cut smaller.
+    assert (window.cuts, window.put_back, window.size.rows) == ([8, 4, 2, 1], 4, 8)
+    assert f"may mean that memory ran out: {AMBIGUOUS} 8" in caplog.text
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_certain_error_on_the_way_makes_it_a_memory_error(order):
+    last = RuntimeError((CERTAIN, AMBIGUOUS)[::order][1])
+    window = Window(RuntimeError((CERTAIN, AMBIGUOUS)[::order][0]), last, rows=2)
+    with pytest.raises(MemoryError, match=r"one row must fit.*1\.0 MiB left.*kernel") as raised:
+        window.result()
+    assert raised.value.__cause__ is last
+
+
+def test_other_errors_are_raised_at_once():
+    window = Window(RuntimeError("no such thing"))
+    with pytest.raises(RuntimeError, match="no such thing"):
+        window.result()
+    assert (window.cuts, window.put_back) == ([8], 0)
+
+
+def test_nothing_runs_again_where_more_was_written_than_can_be_undone():
+    window = Window(MemoryError("of the optimizer"))
+    with pytest.raises(MemoryError, match="of the optimizer"):
+        window.result(is_too_late=lambda error: "optimizer" in str(error))
+    assert (window.cuts, window.put_back, window.size.rows) == ([8], 0, 8)
+
+
+def test_texts_are_read_word_for_word_and_only_in_errors_of_their_kind():
+    assert ERRORS.is_certain(MemoryError())
+    assert ERRORS.is_certain(RuntimeError(f"here: {CERTAIN}."))
+    assert not ERRORS.is_certain(RuntimeError(AMBIGUOUS))
+    assert ERRORS.is_possible(RuntimeError(AMBIGUOUS))
+    assert not ERRORS.is_possible(KeyError(CERTAIN))
+    assert any_of("a.b", "c").pattern == f"{re.escape('a.b')}|c"
