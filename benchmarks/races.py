@@ -20,10 +20,9 @@ import plan
 from children import result_of
 from plan_models import MODELS, ROWS, data, in_torch
 
-from virtualbatch.plan.patience import TIME_TO_SPEND
 from virtualbatch.plan.plan import NEARLY_AS_FAST
-from virtualbatch.plan.race import Race
-from virtualbatch.plan.search import _PRECISE
+from virtualbatch.plan.planner import BUDGET
+from virtualbatch.plan.timing import FastestSize
 
 SIZES = [4, 8, 16, 32, 64, 128, 256]
 # Of one look, where a window can be run in part.
@@ -86,7 +85,7 @@ def shortest_of_three(moments: Moments) -> int:
 def shortest_of_all(moments: Moments) -> int:
     """As many turns as the time allows."""
     looks = [{size: moments.look(size) for size in SIZES}]
-    while moments.spent < TIME_TO_SPEND:
+    while moments.spent < BUDGET.seconds:
         looks.append({size: moments.look(size) for size in SIZES})
     return smallest({size: min(turn[size] for turn in looks) for size in SIZES}, 0.02)
 
@@ -96,12 +95,20 @@ def means_of_nine(moments: Moments) -> int:
     return smallest({size: fmean(turn[size] for turn in looks) for size in SIZES}, 0.02)
 
 
-def race(moments: Moments, seconds: float = TIME_TO_SPEND) -> int:
+def means_of_all(moments: Moments) -> int:
+    """As many turns as the time allows: the plainest rule that takes no longer than a plan."""
+    looks = [{size: moments.look(size) for size in SIZES}]
+    while moments.spent < BUDGET.seconds:
+        looks.append({size: moments.look(size) for size in SIZES})
+    return smallest({size: fmean(turn[size] for turn in looks) for size in SIZES}, 0.02)
+
+
+def race(moments: Moments, seconds: float = BUDGET.seconds) -> int:
     """What a plan does, with every size in the first turn."""
-    found = Race()
+    found = FastestSize()
     for size in SIZES:
         found.tell(size, moments.look(size))
-    while moments.spent < seconds and (size := found.next_look(_PRECISE)) is not None:
+    while moments.spent < seconds and (size := found.next_measurement(BUDGET.precise)) is not None:
         found.tell(size, moments.look(size))
     return found.chosen(NEARLY_AS_FAST - 1)[0]
 
@@ -110,6 +117,7 @@ WAYS: dict[str, Callable[[Moments], int]] = {
     "shortest of three": shortest_of_three,
     "shortest in its time": shortest_of_all,
     "means of nine": means_of_nine,
+    "means in its time": means_of_all,
     "race": race,
     "race of 20 s": partial(race, seconds=20.0),
 }

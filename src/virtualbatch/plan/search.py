@@ -12,7 +12,7 @@ from collections.abc import Container
 from typing import Literal, NamedTuple
 
 from virtualbatch.plan.plan import NEARLY_AS_FAST, Plan, PlanRow, readable_bytes
-from virtualbatch.plan.race import Race
+from virtualbatch.plan.timing import FastestSize, TimeBudget
 
 _log = logging.getLogger(__name__)
 
@@ -26,9 +26,6 @@ _FIRST = 8
 _MOST_PEAKS = 8
 # Below this growth of the peak two sizes are both under the knee.
 _FLAT = 1.02
-# Standard errors of the times of sizes that may be the fastest: before others are timed because of
-# them, and at the end. With the last, a smaller size is surely as good where it is within 2 %.
-_SETTLED, _PRECISE = 0.075, 0.01
 # Sizes that are only tried grow until one takes this much longer than the fastest.
 _HOPELESS = 1.3
 
@@ -60,6 +57,7 @@ class Search:
         remainder: whether micro-batches that differ cost nothing. Where a program is compiled for
             each shape, a remainder is one more, with memory of its own; then sizes that divide
             the batch are asked for, where some are near.
+        budget: how well sizes are to be told apart by their times.
 
     Example:
         >>> search = Search(rows=256, memory_limit=1_000)
@@ -70,13 +68,21 @@ class Search:
         86
     """
 
-    def __init__(self, rows: int, memory_limit: int, *, remainder: bool = True):
+    def __init__(
+        self,
+        rows: int,
+        memory_limit: int,
+        *,
+        remainder: bool = True,
+        budget: TimeBudget | None = None,
+    ):
         self._rows = rows
         self._limit = memory_limit
         self._remainder = remainder
         self._peaks: dict[int, float] = {}
         self._failed: set[int] = set()
-        self._race = Race()
+        self._budget = TimeBudget() if budget is None else budget
+        self._times = FastestSize()
         # Whether further sizes, or nothing at all, are left to be timed.
         self._no_others = False
         self._stopped = False
@@ -111,15 +117,15 @@ class Search:
         if answer is None:
             # It ran out although it was to fit: whatever was told of this size is wrong.
             self._peaks.pop(size, None)
-            self._race.forget(size)
+            self._times.forget(size)
             self._failed.add(size)
         elif question.kind == "memory":
             self._peaks[size] = answer
             if answer > self._limit:
                 # Told again, because a later run needed more.
-                self._race.forget(size)
+                self._times.forget(size)
         else:
-            self._race.tell(size, answer)
+            self._times.tell(size, answer)
 
     def only_try(self) -> None:
         """Asks for no peaks, because what tells them does not fit in the memory that is left."""
@@ -141,7 +147,7 @@ class Search:
         Args:
             question: what `ask` gave.
         """
-        timed = self._race.seconds()
+        timed = self._times.seconds()
         if question.kind == "time" and timed and question.microbatch_size not in timed:
             self._no_others = True
         else:
@@ -149,11 +155,11 @@ class Search:
 
     def plan(self) -> Plan:
         """The plan, once `ask` has given None."""
-        seconds = self._race.seconds()
+        seconds = self._times.seconds()
         largest = max(seconds) if self._trial else self._largest_fitting()
         # One that was timed alone, because it took all the time there was, is not known to be fast.
         if largest in seconds or len(seconds) > 1:
-            size, fastest = self._race.chosen(NEARLY_AS_FAST - 1)
+            size, fastest = self._times.chosen(NEARLY_AS_FAST - 1)
             reason = (
                 f"{largest} rows fit at once; {size} is the smallest size within "
                 f"{NEARLY_AS_FAST - 1:.0%} of the fastest, {fastest}."
@@ -259,7 +265,7 @@ class Search:
         return not self._peaks and {1, self._rows} <= self._failed
 
     def _next_trial(self) -> int | None:
-        tried = self._race.seconds()
+        tried = self._times.seconds()
         if 1 in self._failed or (self._stopped and not tried):
             raise ValueError(self._nothing_fits())
         if not tried:
@@ -273,21 +279,21 @@ class Search:
     def _next_time(self) -> int | None:
         if self._stopped:
             return None
-        timed = self._race.seconds()
+        timed = self._times.seconds()
         # Small sizes first: where they are slow they are still done soonest.
         for size in self._far_apart():
             if size not in timed and not self._no_others:
                 return size
         if not timed:
             return None
-        if (again := self._race.next_look(_SETTLED)) is not None:
+        if (again := self._times.next_measurement(self._budget.settled)) is not None:
             return again
         other = None if self._no_others else self._further(timed)
-        return self._race.next_look(_PRECISE) if other is None else other
+        return self._times.next_measurement(self._budget.precise) if other is None else other
 
     def _further(self, timed: Container[int]) -> int | None:
         """A size beside the fastest, as long as it gets faster there or stays as good."""
-        smallest, fastest = self._race.chosen(NEARLY_AS_FAST - 1)
+        smallest, fastest = self._times.chosen(NEARLY_AS_FAST - 1)
         largest = self._largest_fitting()
         # Upwards first: a size between two that were timed is seldom much slower than both.
         above = 2 * fastest if 3 * fastest <= largest else largest

@@ -13,9 +13,10 @@ import jax
 
 from virtualbatch.jax._batch import is_array, rows_of
 from virtualbatch.jax._plan.memory import ERRORS, left_bytes
-from virtualbatch.plan.patience import TimeBudget
-from virtualbatch.plan.plan import Plan, parse_limit
-from virtualbatch.plan.search import Question, Search
+from virtualbatch.plan import planner
+from virtualbatch.plan.plan import Plan
+from virtualbatch.plan.planner import bytes_allowed
+from virtualbatch.plan.retry import Memory
 from virtualbatch.plan.timing import Timing
 
 
@@ -48,49 +49,41 @@ def planned(
     leaves, structure = jax.tree.flatten((args, kwargs))
     arrays = [leaf if is_array(leaf) else None for leaf in leaves]
     can_run = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
-    programs: dict[int, Any] = {}
-    timings: dict[int, Timing] = {}
 
-    def compiled(size: int) -> Any:
+    def compiled(size: int) -> _Program:
         def run(arrays: list[Any]) -> Any:
             given = [x if y is None else y for x, y in zip(leaves, arrays, strict=True)]
             args, kwargs = jax.tree.unflatten(structure, given)
             return window(size)(*args, **kwargs)
 
-        if size not in programs:
-            programs[size] = jax.jit(run).lower(arrays).compile()
-        return programs[size]
+        return _Program(jax.jit(run).lower(arrays).compile(), arrays)
 
-    limit = parse_limit(memory_limit, _left_bytes(arrays))
-    search = Search(rows, limit, remainder=False)
-    patience = TimeBudget()
-    while (question := search.ask()) is not None:
-        late = patience.is_over(question)
-        if late or (question.kind != "memory" and not can_run):
-            search.skip(question)
-            continue
-        size = question.microbatch_size
-        try:
-            if question.kind == "trial":
-                trial = _timing(partial(window(size), *args, **kwargs))
-                search.tell(question, trial.seconds())
-                continue
-            program = compiled(size)
-            peak = _peak_bytes(program)
-            search.tell(Question("memory", size), peak)
-            # What was only predicted to fit may need a little more.
-            if question.kind == "time" and peak <= limit:
-                if size not in timings:
-                    timings[size] = _timing(partial(program, arrays))
-                search.tell(question, timings[size].seconds())
-        except ERRORS.kinds as error:
-            if not ERRORS.is_possible(error):
-                raise
-            search.tell(question, None)
-    return search.plan()
+    held = sum(leaf.nbytes for leaf in arrays if isinstance(leaf, jax.Array))
+    return planner.planned(
+        compiled,
+        rows,
+        # The arguments are counted among what a program needs.
+        0,
+        bytes_allowed(memory_limit, held, Memory(ERRORS, left_bytes)),
+        ERRORS,
+        remainder=False,
+        trial=lambda size: _timing(partial(window(size), *args, **kwargs)),
+        can_run=can_run,
+    )
 
 
-def _peak_bytes(program: Any) -> int:
+class _Program:
+    """The window of one size, compiled."""
+
+    def __init__(self, program: Any, arrays: list[Any]):
+        self._program = program
+        self.timing = _timing(partial(program, arrays))
+
+    def peak_bytes(self) -> int:
+        return peak_bytes(self._program)
+
+
+def peak_bytes(program: Any) -> int:
     """Arguments, results and temporaries of a program."""
     found = program.memory_analysis()
     return int(
@@ -108,8 +101,3 @@ def _timing(window: Callable[[], Any]) -> Timing:
         return time.perf_counter() - start
 
     return Timing(run)
-
-
-def _left_bytes(arrays: list[Any]) -> int:
-    """What a window may take: what the device has left, and what the arguments hold of it."""
-    return left_bytes() + sum(leaf.nbytes for leaf in arrays if isinstance(leaf, jax.Array))

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from virtualbatch.jax._plan.memory import ERRORS, left_bytes
+from virtualbatch.jax._plan.plan import peak_bytes
+from virtualbatch.plan import planner
 from virtualbatch.plan.plan import Plan
-from virtualbatch.plan.planner import searched
+from virtualbatch.plan.planner import bytes_allowed
 from virtualbatch.plan.retry import Memory
 from virtualbatch.plan.timing import Timing
 from virtualbatch.window.tree import array_leaves, common_rows
@@ -35,13 +37,13 @@ def planned(
     if rows is None:
         raise ValueError("internal: a batch of JAX has no number of rows.")
     held = sum(x.nbytes for x in jax.tree.leaves((state, batch)) if hasattr(x, "nbytes"))
-    return searched(
+    return planner.planned(
         lambda size: _Update(step(size), state, batch, held),
         rows,
         held,
-        MEMORY,
-        memory_limit,
-        False,
+        bytes_allowed(memory_limit, held, MEMORY),
+        ERRORS,
+        remainder=False,
     )
 
 
@@ -59,14 +61,7 @@ class _Update:
         self.timing = Timing(self._run)
 
     def peak_bytes(self) -> int:
-        found = self._program.memory_analysis()
-        whole = (
-            found.argument_size_in_bytes
-            + found.output_size_in_bytes
-            + found.temp_size_in_bytes
-            - found.alias_size_in_bytes
-        )
-        return max(0, int(whole) - self._held)
+        return max(0, peak_bytes(self._program) - self._held)
 
     def _run(self) -> float:
         state = jax.block_until_ready(copied(self._state))

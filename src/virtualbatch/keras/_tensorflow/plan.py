@@ -8,8 +8,9 @@ import keras
 import tensorflow as tf
 
 from virtualbatch.keras._snapshot import Snapshot
+from virtualbatch.plan import planner
 from virtualbatch.plan.plan import Plan
-from virtualbatch.plan.planner import searched
+from virtualbatch.plan.planner import bytes_allowed
 from virtualbatch.plan.retry import Memory
 from virtualbatch.tensorflow._plan.memory import ERRORS, left_bytes
 from virtualbatch.tensorflow._plan.peak import PeakMemory, Watched
@@ -45,13 +46,13 @@ def planned(
     # What TensorFlow loads once, and what its allocator keeps of an update, is no update's need.
     _Update(step(1), batch, snapshot)()
     peak = PeakMemory()
-    return searched(
+    return planner.planned(
         lambda size: Watched(_Update(step(size), batch, snapshot), peak),
         rows,
         held,
-        MEMORY,
-        memory_limit,
-        False,
+        bytes_allowed(memory_limit, held, MEMORY),
+        ERRORS,
+        remainder=False,
     )
 
 

@@ -8,8 +8,9 @@ import keras
 from virtualbatch.keras._snapshot import Snapshot
 from virtualbatch.keras._torch.batch import place, window_of
 from virtualbatch.keras._torch.state import State
+from virtualbatch.plan import planner
 from virtualbatch.plan.plan import Plan
-from virtualbatch.plan.planner import searched
+from virtualbatch.plan.planner import bytes_allowed
 from virtualbatch.plan.retry import Memory
 from virtualbatch.plan.timing import Timing
 from virtualbatch.torch._plan.memory import ERRORS, left_bytes
@@ -34,13 +35,13 @@ def planned(model: keras.Model, batch: Any, memory_limit: int | str | None) -> P
         raise ValueError("internal: a batch of PyTorch has no number of rows.")
     snapshot = Snapshot(model)
     held = snapshot.nbytes() + sum(array.nbytes for _, array in array_leaves(batch))
-    return searched(
+    return planner.planned(
         lambda size: _Update(model, batch, rows, size, snapshot),
         rows,
         held,
-        MEMORY,
-        memory_limit,
-        True,
+        bytes_allowed(memory_limit, held, MEMORY),
+        ERRORS,
+        remainder=True,
     )
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from virtualbatch.plan import planner
 from virtualbatch.plan.host_memory import host_memory
-from virtualbatch.plan.patience import TimeBudget
-from virtualbatch.plan.plan import Plan, parse_limit
-from virtualbatch.plan.search import ROOM_FOR_TOOLS, Question, Search
+from virtualbatch.plan.plan import Plan
+from virtualbatch.plan.planner import bytes_allowed
+from virtualbatch.plan.retry import Memory
+from virtualbatch.plan.search import ROOM_FOR_TOOLS
 from virtualbatch.plan.timing import Timing
 from virtualbatch.tensorflow._plan.memory import ERRORS, left_bytes
 from virtualbatch.tensorflow._plan.peak import PeakMemory, Watched
@@ -36,8 +38,7 @@ def planned(
         ValueError: not even one row fits, or a limit does not parse.
         NotImplementedError: neither a GPU nor the kernel tells a peak.
     """
-    left = left_bytes()
-    limit = parse_limit(memory_limit, None if left is None else left + held)
+    limit = bytes_allowed(memory_limit, held, Memory(ERRORS, left_bytes))
     found = _searched(window, batch, rows, held, limit)
     _forget_graphs()
     return found
@@ -45,40 +46,23 @@ def planned(
 
 def _searched(window: Window, batch: Any, rows: int, held: int, limit: int) -> Plan:
     """The plan for a limit in bytes; what it made is referred to by nothing else afterwards."""
-    search = Search(rows, limit, remainder=False)
-    peaks: dict[int, int] = {}
-    windows: dict[int, Watched] = {}
     peak = _measuring(lambda: _Program(window(1), batch)())
-    if peak is None:
-        search.only_try()
-    patience = TimeBudget()
-    while (question := search.ask()) is not None:
-        if patience.is_over(question):
-            search.skip(question)
-            continue
-        size = question.microbatch_size
-        try:
-            if question.kind == "trial" or peak is None:
-                trial = Timing(_Program(window(size), batch, eager=True))
-                search.tell(question, trial.seconds())
-                continue
-            if size not in windows:
-                windows[size] = Watched(_Program(window(size), batch), peak)
-            found = windows[size]
-            if size not in peaks:
-                peaks[size] = held + found.peak_bytes()
-                search.tell(Question("memory", size), peaks[size])
-            # A size that was only predicted to fit may need a little more.
-            if question.kind == "time" and peaks[size] <= limit:
-                search.tell(question, found.timing.seconds())
-                # Of more runs, so it may have grown.
-                peaks[size] = held + found.peak_bytes()
-                search.tell(Question("memory", size), peaks[size])
-        except ERRORS.kinds as error:
-            if not ERRORS.is_possible(error):
-                raise
-            search.tell(question, None)
-    return search.plan()
+
+    def watched(size: int) -> Watched:
+        if peak is None:
+            raise RuntimeError("internal: peaks are not asked for where nothing tells them.")
+        return Watched(_Program(window(size), batch), peak)
+
+    return planner.planned(
+        watched,
+        rows,
+        held,
+        limit,
+        ERRORS,
+        remainder=False,
+        trial=lambda size: Timing(_Program(window(size), batch, eager=True)),
+        tells_peaks=peak is not None,
+    )
 
 
 def _forget_graphs() -> None:

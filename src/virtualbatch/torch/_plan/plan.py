@@ -3,14 +3,17 @@
 import logging
 import math
 import time
+from functools import partial
 from typing import Any
 
 import torch
 
+from virtualbatch.plan import planner
 from virtualbatch.plan.host_memory import host_memory
-from virtualbatch.plan.patience import TimeBudget
-from virtualbatch.plan.plan import Plan, parse_limit
-from virtualbatch.plan.search import ROOM_FOR_TOOLS, Question, Search
+from virtualbatch.plan.plan import Plan
+from virtualbatch.plan.planner import bytes_allowed
+from virtualbatch.plan.retry import Memory
+from virtualbatch.plan.search import ROOM_FOR_TOOLS
 from virtualbatch.plan.timing import Timing
 from virtualbatch.torch._batch import Microbatch, microbatches, named_leaves
 from virtualbatch.torch._modules import inventory
@@ -40,45 +43,49 @@ def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
         ValueError: not even one row fits, or a limit does not parse.
     """
     found = program.found
+    device = found.accelerator
     (whole,) = microbatches(batch, None, 1)
     held = _held_bytes(program, batch)
-    limit = parse_limit(memory_limit, left_bytes(found.accelerator) + held)
-    search = Search(whole.rows, limit)
-    if host_memory().left_bytes < ROOM_FOR_TOOLS:
-        search.only_try()
-    random = RandomState(found.accelerator)
-    device = found.accelerator
+    memory = Memory(ERRORS, partial(left_bytes, device))
+    limit = bytes_allowed(memory_limit, held, memory)
     count = DeviceCount(device) if device is not None and device.type == "cuda" else None
-    peaks: dict[int, int] = {}
-    timings: dict[int, Timing] = {}
-    patience = TimeBudget()
+    random = RandomState(device)
     try:
-        while (question := search.ask()) is not None:
-            if patience.is_over(question):
-                search.skip(question)
-                continue
-            size = question.microbatch_size
-            cut = microbatches(batch, size, None)
-            try:
-                shares = program.shares(cut)
-                if size not in timings:
-                    timings[size] = _timing(program, cut, shares)
-                if question.kind == "trial":
-                    search.tell(question, timings[size].seconds())
-                    continue
-                if size not in peaks:
-                    peaks[size] = held + _peak(program, cut, shares, limit - held, count)
-                    search.tell(Question("memory", size), peaks[size])
-                # A size that was only predicted to fit may need a little more.
-                if question.kind == "time" and peaks[size] <= limit:
-                    search.tell(question, timings[size].seconds())
-            except ERRORS.kinds as error:
-                if not ERRORS.is_possible(error):
-                    raise
-                search.tell(question, None)
+        return planner.planned(
+            lambda size: _Window(program, microbatches(batch, size, None), limit - held, count),
+            whole.rows,
+            held,
+            limit,
+            ERRORS,
+            remainder=True,
+            tells_peaks=host_memory().left_bytes >= ROOM_FOR_TOOLS,
+        )
     finally:
         random.restore()
-    return search.plan()
+
+
+class _Window:
+    """The window of one size.
+
+    Args:
+        program: what is to be run.
+        cut: the micro-batches.
+        room: bytes that it may make; what is known to need more is not run.
+        count: of the device, where it counts.
+    """
+
+    def __init__(
+        self, program: Program, cut: list[Microbatch], room: int, count: DeviceCount | None
+    ):
+        self._program, self._cut, self._room, self._count = program, cut, room, count
+        self._shares = program.shares(cut)
+        self.timing = _timing(program, cut, self._shares)
+        self._peak: int | None = None
+
+    def peak_bytes(self) -> int:
+        if self._peak is None:
+            self._peak = _peak(self._program, self._cut, self._shares, self._room, self._count)
+        return self._peak
 
 
 def _peak(
