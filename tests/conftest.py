@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from virtualbatch.plan import search
+from virtualbatch.plan import planner
+from virtualbatch.plan.timing import TimeBudget
 
 # Read when TensorFlow is imported. oneDNN picks other summation orders on other machines.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -28,8 +29,13 @@ def pytest_collection_modifyitems(items):
     refuse_a_tier_without_a_reason(items)
 
 
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch):
-    """Sizes are compared by one look each; how well more do is what benchmarks/plan.py measures."""
-    monkeypatch.setattr(search, "_SETTLED", 1.0)
-    monkeypatch.setattr(search, "_PRECISE", 1.0)
+@pytest.fixture
+def quick_plans(monkeypatch):
+    """Plans that time each size once; how well more of it does is what benchmarks/plan.py measures."""
+    monkeypatch.setattr(planner, "BUDGET", TimeBudget(settled=1.0, precise=1.0))
+
+
+@pytest.fixture
+def untimed_plans(monkeypatch):
+    """Plans by memory alone, for tests that read no times."""
+    monkeypatch.setattr(planner, "BUDGET", TimeBudget(seconds=0.0))

@@ -10,8 +10,11 @@ from typer.testing import CliRunner
 from virtualbatch.cli import app as cli
 from virtualbatch.cli.target import ENGINES
 
-# NumPy's word about variables of Keras, which Keras itself reads through NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
+pytestmark = [
+    pytest.mark.usefixtures("quick_plans"),
+    # NumPy's word about variables of Keras, which Keras itself reads through NumPy.
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy"),
+]
 
 PROGRAMS = Path(__file__).with_name("programs.py")
 LINES = {

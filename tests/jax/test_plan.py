@@ -14,6 +14,8 @@ import pytest
 
 import virtualbatch.jax as vb
 
+pytestmark = pytest.mark.usefixtures("untimed_plans")
+
 WIDTH, ROWS = 64, 256
 
 
@@ -97,7 +99,7 @@ def test_without_data_nothing_runs():
     assert found.microbatch_size == ROWS
 
 
-def test_with_data_sizes_are_timed_and_data_stays():
+def test_with_data_sizes_are_timed_and_data_stays(quick_plans):
     params, batch = problem()
     before = jax.tree.map(np.array, (params, batch))
     found = vb.plan(loss)(params, batch)
@@ -108,7 +110,7 @@ def test_with_data_sizes_are_timed_and_data_stays():
         np.testing.assert_array_equal(a, b)
 
 
-def test_what_is_planned_is_the_call_with_its_options():
+def test_what_is_planned_is_the_call_with_its_options(quick_plans):
     def with_options(batch, key, params, scale):
         noise = jax.random.normal(key, batch["y"].shape)
         return loss(params, batch) * scale + 0 * noise.sum(), {"kept": batch["x"] @ batch["x"].T}
@@ -158,7 +160,7 @@ def nothing_compiles(monkeypatch):
 
 
 @pytest.mark.usefixtures("nothing_compiles")
-def test_sizes_are_tried_where_nothing_compiles(caplog):
+def test_sizes_are_tried_where_nothing_compiles(caplog, quick_plans):
     seen = []
 
     def counted(params, batch):

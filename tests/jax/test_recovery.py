@@ -15,6 +15,8 @@ import virtualbatch.jax as vb
 from virtualbatch import Auto
 from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
 
+pytestmark = pytest.mark.usefixtures("quick_plans")
+
 ROWS = 24
 Error = jax.errors.JaxRuntimeError
 

@@ -12,6 +12,8 @@ import virtualbatch.jax as vb
 from virtualbatch import Auto
 from virtualbatch.plan.search import Search
 
+pytestmark = pytest.mark.usefixtures("untimed_plans")
+
 ROWS, WIDTH = 64, 32
 
 
@@ -40,7 +42,7 @@ def problem(rows=ROWS):
 
 
 @pytest.mark.parametrize("mode", [lambda fun: fun, jax.jit], ids=["eager", "jit"])
-def test_a_planned_call_is_that_of_the_same_size(mode, plans, caplog):
+def test_a_planned_call_is_that_of_the_same_size(mode, plans, caplog, quick_plans):
     params, batch = problem()
     with caplog.at_level(logging.INFO, "virtualbatch"):
         found = mode(vb.value_and_grad(loss, microbatch_size="auto"))(params, batch)
@@ -59,7 +61,7 @@ def test_a_signature_is_planned_once(mode, plans):
     assert [plan.memory_limit for plan in plans] == [2**30, 2**30]
 
 
-def test_sizes_are_timed_while_a_program_is_traced(plans):
+def test_sizes_are_timed_while_a_program_is_traced(plans, quick_plans):
     jax.jit(vb.value_and_grad(loss, microbatch_size="auto"))(*problem())
     assert any(row.seconds_per_batch is not None for row in plans[0].rows)
 

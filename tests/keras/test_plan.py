@@ -12,6 +12,8 @@ import virtualbatch.keras as vb
 from virtualbatch import Auto
 from virtualbatch.plan.search import Search
 
+pytestmark = pytest.mark.usefixtures("untimed_plans")
+
 ROWS = 64
 
 
@@ -65,7 +67,7 @@ def test_a_limit_is_kept():
     assert chosen.peak_bytes <= limit
 
 
-def test_planning_changes_nothing():
+def test_planning_changes_nothing(quick_plans):
     found = model()
     found.train_on_batch(X[:24], Y[:24])
     before = state(found)
@@ -99,7 +101,7 @@ def fit(found, size, **options):
     return found.fit(X, Y, **options).history
 
 
-def test_a_planned_run_is_that_of_the_same_size(plans, caplog):
+def test_a_planned_run_is_that_of_the_same_size(plans, caplog, quick_plans):
     with caplog.at_level(logging.INFO, "virtualbatch"):
         found = model()
         history = fit(found, "auto")
@@ -129,7 +131,7 @@ STEPS = [1, 2] if available("steps_per_execution") else [1]
 
 
 @pytest.mark.parametrize("steps_per_execution", STEPS)
-def test_several_steps_per_execution(plans, steps_per_execution):
+def test_several_steps_per_execution(plans, steps_per_execution, quick_plans):
     found, due = model(), model()
     for one in (found, due):
         one.steps_per_execution = steps_per_execution

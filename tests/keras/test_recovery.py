@@ -11,6 +11,8 @@ from tests.keras.running_out import BATCH, Model, Points, X, Y, ambiguous, asser
 import virtualbatch.keras as vb
 from virtualbatch import Auto
 
+pytestmark = pytest.mark.usefixtures("quick_plans")
+
 # Points of a window: of each micro-batch on PyTorch, else one.
 EACH = 2 if BACKEND == "torch" else 0
 

@@ -21,6 +21,8 @@ from virtualbatch.plan.search import Search
 from virtualbatch.tensorflow._plan import plan as _plan
 from virtualbatch.tensorflow._plan.peak import PeakMemory
 
+pytestmark = pytest.mark.usefixtures("untimed_plans")
+
 ROWS = 256
 
 
@@ -110,7 +112,7 @@ def test_a_limit_is_kept():
     assert held + PeakMemory().of(lambda: window(x)[0].numpy()) < 1.15 * limit
 
 
-def test_planning_changes_nothing():
+def test_planning_changes_nothing(quick_plans):
     loss_fn, x, variables, layers = program(16, 64)
     state = [v.numpy() for layer in layers for v in layer.variables]
     vb.plan(loss_fn, x, variables)
@@ -154,7 +156,7 @@ def test_a_graph_and_a_window_are_refused():
 
 
 @pytest.mark.parametrize("mode", ["eager", "static", "jit"])
-def test_a_planned_call_is_that_of_the_same_size(mode, plans, caplog):
+def test_a_planned_call_is_that_of_the_same_size(mode, plans, caplog, quick_plans):
     loss_fn, x, variables = small()
 
     def run(size):
@@ -228,7 +230,9 @@ def no_graph(monkeypatch):
     monkeypatch.setattr(_plan._Program, "__call__", run)
 
 
-def test_sizes_are_tried_eagerly_where_there_is_no_room_for_a_graph(monkeypatch, caplog):
+def test_sizes_are_tried_eagerly_where_there_is_no_room_for_a_graph(
+    monkeypatch, caplog, quick_plans
+):
     no_room(monkeypatch)
     count = tf.Variable(0)
     kernel = tf.Variable(tf.ones([8, 4]))

@@ -15,6 +15,8 @@ import virtualbatch.tensorflow as vb
 from virtualbatch import Auto
 from virtualbatch.tensorflow._plan.memory import ERRORS, largest_variables, left_bytes
 
+pytestmark = pytest.mark.usefixtures("quick_plans")
+
 ROWS = 24
 
 

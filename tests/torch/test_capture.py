@@ -48,7 +48,7 @@ def test_options_that_graphs_do_not_have_are_told(options, reason, caplog):
     assert caplog.text.count(reason) == 1
 
 
-def test_it_is_the_loss_function_to_everybody_else():
+def test_it_is_the_loss_function_to_everybody_else(quick_plans):
     model, loss_fn = problem()
     model.eval()
     captured, x = vb.captured(loss_fn), torch.randn(12, 4, dtype=torch.float64)

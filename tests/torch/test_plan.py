@@ -17,6 +17,8 @@ from virtualbatch.plan.search import Search
 from virtualbatch.torch._plan import plan as _plan
 from virtualbatch.torch._plan.peak import peak_bytes
 
+pytestmark = pytest.mark.usefixtures("untimed_plans")
+
 ROWS = 96
 
 
@@ -170,7 +172,7 @@ def test_one_row_is_a_plan():
     assert (plan.microbatch_size, plan.accumulation_steps) == (1, 1)
 
 
-def test_what_runs_out_while_timing_does_not_fit(monkeypatch):
+def test_what_runs_out_while_timing_does_not_fit(monkeypatch, quick_plans):
     module, loss_fn, batch = program("MLP")
     timing = _plan._timing
 
@@ -209,7 +211,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("with_gradients", [False, True])
-def test_planning_changes_nothing(name, with_gradients):
+def test_planning_changes_nothing(name, with_gradients, quick_plans):
     module, loss_fn, batch = program(name)
     if with_gradients:
         vb.backward(loss_fn, batch, module=module, microbatch_size=40)
@@ -237,7 +239,7 @@ def trained(size, batches, name="dropout"):
 
 
 @pytest.mark.parametrize("name", ["dropout", "CNN", "half precision"])
-def test_a_planned_run_is_that_of_the_same_size(name, caplog):
+def test_a_planned_run_is_that_of_the_same_size(name, caplog, quick_plans):
     batches = [ROWS, 17, ROWS]
     with caplog.at_level(logging.INFO, "virtualbatch"):
         losses, after = trained("auto", batches, name)

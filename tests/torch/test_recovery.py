@@ -15,6 +15,8 @@ import virtualbatch.torch as vb
 from virtualbatch import Auto
 from virtualbatch.torch._plan.memory import ERRORS, left_bytes
 
+pytestmark = pytest.mark.usefixtures("quick_plans")
+
 ROWS = 24
 
 OUT_OF_MEMORY = [
