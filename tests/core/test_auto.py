@@ -12,8 +12,11 @@ from virtualbatch.plan.auto import Auto, CurrentSize, Leaf, Signature, check_siz
 from virtualbatch.plan.plan import Plan, PlanRow
 
 
-def signature(rows=64, length=10, program="torch on cpu", place="batch['x']", dtype="float32"):
-    return Signature(program, rows, (Leaf(place, (length, 4), dtype), Leaf("batch['y']", (), "i8")))
+def signature(
+    rows=64, length=10, program="torch on cpu", place="batch['x']", dtype="float32", loss="loss 1"
+):
+    leaves = (Leaf(place, (length, 4), dtype), Leaf("batch['y']", (), "i8"))
+    return Signature(program, loss, rows, leaves)
 
 
 def plan(size=16):
@@ -44,6 +47,7 @@ def test_a_signature_is_planned_once():
         "shorter text": (signature(length=3), False),
         "longer text": (signature(length=11), True),
         "another program": (signature(program="torch on cuda"), True),
+        "another loss": (signature(loss="loss 2"), True),
         "another structure": (signature(place="batch['z']"), True),
         "another dtype": (signature(dtype="float64"), True),
         "fewer arrays": (signature()._replace(leaves=signature().leaves[:1]), True),
@@ -73,6 +77,29 @@ def test_plans_are_kept_in_a_file(tmp_path, caplog):
         "microbatch_size=16 for batches of up to 64 rows, memory limit 1.0 MiB (from "
         in (caplog.messages[0])
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "again"),
+    [("2GiB", "1GiB", True), ("2GiB", 2**31, False), (None, "1GiB", True), ("1GiB", "2GiB", True),
+     ("80%", "80%", False), ("80%", "40%", True)],
+)  # fmt: skip
+def test_a_plan_of_a_file_is_for_its_memory_limit(tmp_path, before, after, again):
+    file = tmp_path / "plans.json"
+    Auto(file=file, memory_limit=before).planned(signature(), Planner(16))
+    found = Auto(file=file, memory_limit=after).planned(signature(), Planner(4))
+    assert found.rows == (4 if again else 16)
+    # Both are kept.
+    assert Auto(file=file, memory_limit=before).planned(signature(), Planner()).rows == 16
+
+
+def test_plans_of_earlier_versions_are_made_anew(tmp_path):
+    file = tmp_path / "plans.json"
+    Auto(file=file).planned(signature(), Planner(16))
+    (entry,) = json.loads(file.read_text())
+    del entry["signature"]["loss"], entry["signature"]["limit"]
+    file.write_text(json.dumps([entry]))
+    assert Auto(file=file).planned(signature(), Planner(4)).rows == 4
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '[{"signature": {}}]', '{"a": 1}'])

@@ -3,8 +3,16 @@
 import jax
 import pytest
 
+from virtualbatch.jax._plan.sizes import _KEPT
+
 
 @pytest.fixture(autouse=True)
 def _float64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_sizes_of_other_tests():
+    """A size that shrank is kept for a loss that is made anew, also by the next test."""
+    _KEPT.clear()

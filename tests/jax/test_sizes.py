@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import virtualbatch.jax as vb
 from virtualbatch import Auto
+from virtualbatch.jax._plan import sizes as _sizes
 from virtualbatch.plan.search import Search
 
 pytestmark = pytest.mark.usefixtures("untimed_plans")
@@ -92,6 +93,47 @@ def test_plans_of_a_file_are_used(plans, tmp_path):
         size = Auto(file=tmp_path / "plans.json")
         vb.value_and_grad(loss, microbatch_size=size)(*problem())
     assert len(plans) == 1
+
+
+def test_a_plan_of_a_file_is_not_used_under_another_limit(plans, tmp_path):
+    for limit in ("2GiB", "1GiB"):
+        size = Auto(file=tmp_path / "plans.json", memory_limit=limit)
+        vb.value_and_grad(loss, microbatch_size=size)(*problem())
+    assert [plan.memory_limit for plan in plans] == [2**31, 2**30]
+
+
+@pytest.mark.parametrize("size", ["auto", Auto(memory_limit="1GiB")], ids=["auto", "Auto"])
+def test_a_loss_that_is_made_anew_is_planned_once_and_another_one_anew(size, plans):
+    def other(params, batch):
+        return jnp.mean(jnp.abs(batch["x"] @ params - batch["y"]))
+
+    for inner in (loss, other):
+        for _ in range(2):
+            vb.value_and_grad(lambda p, b, f=inner: f(p, b), microbatch_size=size)(*problem())
+    assert len(plans) == 2
+
+
+def test_a_size_that_shrank_is_kept_for_a_loss_that_is_made_anew():
+    tries = []
+
+    def update(params, batch):
+        def watched(params, batch):
+            tries.append(len(batch["x"]))
+            if len(batch["x"]) > 16:
+                raise MemoryError
+            return loss(params, batch)
+
+        return vb.value_and_grad(watched, microbatch_size=ROWS)(params, batch)
+
+    for _ in range(2):
+        update(*problem())
+    assert tries == [64, 32, *[16] * 4, *[16] * 4]
+    # Of these parameters only: another model may have room for more.
+    tries.clear()
+    params, batch = problem()
+    update(params[:, :8], {"x": batch["x"], "y": batch["y"][:, :8]})
+    assert tries[0] == 64
+    assert len(_sizes._KEPT) == 1
 
 
 def test_several_devices_are_refused():

@@ -149,6 +149,21 @@ def test_a_signature_is_planned_once(plans):
     assert plans[0].memory_limit == 2**30
 
 
+def test_another_loss_is_planned_anew(plans):
+    found = model()
+    fit(found, "auto", epochs=1)
+    for _ in range(2):
+        found.compile(optimizer="adam", loss="sparse_categorical_crossentropy")
+        found.fit(X, Y, batch_size=BATCH, verbose=0)
+    assert len(plans) == 2
+
+
+def test_a_plan_of_a_file_is_not_used_under_another_limit(plans, tmp_path):
+    for limit in ("2GiB", "1GiB"):
+        fit(model(), Auto(file=tmp_path / "plans.json", memory_limit=limit), epochs=1)
+    assert [plan.memory_limit for plan in plans] == [2**31, 2**30]
+
+
 def test_plans_of_a_file_are_used(plans, tmp_path):
     for _ in range(2):
         fit(model(), Auto(file=tmp_path / "plans.json"), epochs=1)

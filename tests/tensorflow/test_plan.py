@@ -186,6 +186,31 @@ def test_a_signature_is_planned_once(plans):
     assert plans[2].memory_limit == 2**30
 
 
+@pytest.mark.parametrize("mode", ["eager", "static"])
+def test_another_loss_of_the_same_variables_and_shapes_is_planned_anew(mode, plans):
+    _, x, (variable,) = small()
+    for reduce in (tf.reduce_mean, tf.reduce_max):
+        for _ in range(2):
+            # Made anew at each call, as loops do.
+            run = compiled(
+                mode,
+                lambda x, reduce=reduce: vb.value_and_gradients(
+                    lambda x: reduce(x @ variable), x, [variable], microbatch_size="auto"
+                ),
+                x,
+            )
+            run(x)
+    assert len(plans) == 2
+
+
+def test_a_plan_of_a_file_is_not_used_under_another_limit(plans, tmp_path):
+    loss_fn, x, variables = small()
+    for limit in ("2GiB", "1GiB"):
+        size = Auto(file=tmp_path / "plans.json", memory_limit=limit)
+        vb.value_and_gradients(loss_fn, x, variables, microbatch_size=size)
+    assert [plan.memory_limit for plan in plans] == [2**31, 2**30]
+
+
 def test_sizes_are_forgotten_with_the_variables():
     from virtualbatch.tensorflow._plan import sizes as _sizes
 

@@ -272,6 +272,40 @@ def test_auto_is_kept_for_the_module(monkeypatch):
     assert len(made) == 2
 
 
+def counted(monkeypatch):
+    """A list that grows with each plan that is made."""
+    made = []
+    ask = Search.plan
+    monkeypatch.setattr(Search, "plan", lambda self: made.append(ask(self)) or made[-1])
+    return made
+
+
+@pytest.mark.parametrize("size", ["auto", Auto(memory_limit="1GiB")], ids=["auto", "Auto"])
+def test_another_loss_of_the_same_module_and_shapes_is_planned_anew(size, monkeypatch):
+    made = counted(monkeypatch)
+    module, _, batch = program("MLP")
+    for criterion in (nn.functional.cross_entropy, nn.functional.multi_margin_loss):
+        for _ in range(2):
+            # Made anew at each call, as loops do.
+            vb.backward(
+                lambda batch, criterion=criterion: criterion(module(batch[0]), batch[1]),
+                batch,
+                module=module,
+                microbatch_size=size,
+            )
+    assert len(made) == 2
+
+
+def test_a_plan_of_a_file_is_not_used_under_a_smaller_limit(tmp_path, monkeypatch):
+    made = counted(monkeypatch)
+    module, loss_fn, batch = program("CNN")
+    rows = {row.microbatch_size: row.peak_bytes for row in peaks(module, loss_fn, batch)}
+    for limit in ("1GiB", (rows[8] + rows[32]) // 2):
+        size = Auto(file=tmp_path / "plans.json", memory_limit=limit)
+        vb.backward(loss_fn, batch, module=module, microbatch_size=size)
+    assert [plan.microbatch_size < 32 for plan in made[1:]] == [False, True]
+
+
 def test_a_plan_is_read_from_the_file_of_another_run(tmp_path, monkeypatch):
     file = tmp_path / "plans.json"
     for _ in range(2):

@@ -21,10 +21,11 @@ from virtualbatch.jax._eager import run_eager
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
 from virtualbatch.jax._plan.plan import planned
-from virtualbatch.jax._plan.sizes import needs_values, signature, stand_ins
+from virtualbatch.jax._plan.sizes import kept_sizes, needs_values, signature, stand_ins
 from virtualbatch.jax._replicas import varying
 from virtualbatch.jax._weights import host_shares, traced_shares
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
+from virtualbatch.plan.fingerprint import fingerprint
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_until_it_fits
 from virtualbatch.window.window import Window, refuse_sorted_rows, windows
@@ -130,7 +131,12 @@ def value_and_grad(
         grad_fn,
         stats,
     )
-    sizes = microbatch_size if isinstance(microbatch_size, Auto) else Auto()
+    computed = fingerprint(fun, weight, grad_fn, repr((argnums, batch_argnum, has_aux, key_argnum)))
+
+    def sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Auto:
+        if isinstance(microbatch_size, Auto):
+            return microbatch_size
+        return kept_sizes(fun, computed, args, kwargs, batch_argnum)
 
     def planned_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CurrentSize:
         reason = "a call with axis_name" if axis_name is not None else needs_values((args, kwargs))
@@ -143,9 +149,10 @@ def value_and_grad(
         def make() -> Plan:
             given, named = stand_ins((args, kwargs))
             window = partial(_window, options)
-            return planned(window, given[batch_argnum], given, named, sizes.memory_limit)
+            return planned(window, given[batch_argnum], given, named, kept.memory_limit)
 
-        return sizes.planned(signature(args, kwargs, batch_argnum), make)
+        kept = sizes(args, kwargs)
+        return kept.planned(signature(computed, args, kwargs, batch_argnum), make)
 
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -162,7 +169,7 @@ def value_and_grad(
         if traced:
             return _in_micro_batches(options, args, kwargs, cut, traced)
         asked = given or max(cut.rows)
-        size = size or sizes.asked(asked)
+        size = size or sizes(args, kwargs).asked(asked)
         if size.rows < asked:
             cut = _cut_smaller(batch, size.rows)
         differentiated = [args[k] for k in options.differentiated()]

@@ -13,6 +13,7 @@ import keras
 
 from virtualbatch.keras._train_step import TrainStep
 from virtualbatch.plan.auto import Auto, CurrentSize, Leaf, Signature, is_automatic
+from virtualbatch.plan.fingerprint import fingerprint
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_until_it_fits
 from virtualbatch.window.tree import array_leaves, common_rows
@@ -40,6 +41,10 @@ class Guard:
     def fitted(self, shape: Hashable) -> bool:
         """Whether a window of this shape has run with the size that is in force."""
         return shape in self._fitted
+
+    def forget(self) -> None:
+        """Forgets them, because the model computes something else now."""
+        self._fitted = set()
 
     def remember(self, shape: Hashable) -> None:
         """Remembers that one has."""
@@ -124,12 +129,22 @@ class Guard:
             self._program = f"keras on {keras.backend.backend()}, variables {variables}"
         return Signature(
             self._program,
+            _computed(self._model),
             rows,
             tuple(
                 Leaf(place, tuple(array.shape[1:]), keras.backend.standardize_dtype(array.dtype))
                 for place, array in arrays
             ),
         )
+
+
+def _computed(model: keras.Model) -> str:
+    """What a window computes beside the layers, which a later `compile` may change."""
+    losses = [
+        (type(found).__name__, getattr(found, "fn", found))
+        for found in keras.tree.flatten(model.loss)
+    ]
+    return fingerprint(losses, type(model).train_step, type(model.optimizer))
 
 
 def _has_moved(model: keras.Model, error: BaseException) -> bool:

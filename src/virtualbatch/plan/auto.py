@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from virtualbatch.plan.plan import Plan, PlanRow, readable_bytes
+from virtualbatch.plan.plan import Plan, PlanRow, limit_as_text, readable_bytes
 from virtualbatch.window.cut import check_sizes
 from virtualbatch.window.window import Window, check_cut
 
@@ -37,21 +37,25 @@ class Signature(NamedTuple):
 
     Fields:
         program: engine, device and parameters, in words.
+        loss: what is computed, as a fingerprint.
         rows: of the batch.
         leaves: arrays of the batch, in order.
+        limit: of memory, as a text; `Auto` fills it in.
     """
 
     program: str
+    loss: str
     rows: int
     leaves: tuple[Leaf, ...]
+    limit: str = ""
 
     def covers(self, other: "Signature") -> bool:
-        """Whether what fits here fits there: the same program with no longer rows or more of them.
+        """Whether what fits here fits there: the same, with no longer rows or more of them.
 
         So text that is padded to many lengths is planned again only when it grows longer.
         """
         return (
-            self.program == other.program
+            (self.program, self.loss, self.limit) == (other.program, other.loss, other.limit)
             and self.rows >= other.rows
             and len(self.leaves) == len(other.leaves)
             and all(
@@ -172,6 +176,7 @@ class Auto:
             signature: of the batch.
             plan: makes a plan for it.
         """
+        signature = signature._replace(limit=limit_as_text(self.memory_limit))
         for known, size in self._planned.items():
             if known.covers(signature):
                 return size
@@ -248,6 +253,8 @@ def _read(file: Path) -> list[tuple[Signature, Plan]]:
         return [
             (_signature(entry["signature"]), _plan(entry["plan"]))
             for entry in json.loads(file.read_text())
+            # Earlier versions did not say for which loss and limit: those plans are made anew.
+            if set(entry["signature"]) != {"program", "rows", "leaves"}
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -258,7 +265,7 @@ def _read(file: Path) -> list[tuple[Signature, Plan]]:
 
 def _signature(found: dict[str, Any]) -> Signature:
     leaves = (Leaf(place, tuple(shape), dtype) for place, shape, dtype in found["leaves"])
-    return Signature(found["program"], found["rows"], tuple(leaves))
+    return Signature(found["program"], found["loss"], found["rows"], tuple(leaves), found["limit"])
 
 
 def _plan(found: dict[str, Any]) -> Plan:

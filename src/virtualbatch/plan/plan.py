@@ -125,6 +125,16 @@ def parse_limit(limit: int | str | None, usable: int | None) -> int:
     return found
 
 
+def limit_as_text(limit: int | str | None) -> str:
+    """The same text for limits that mean the same: bytes, a share of what is left, or all of it.
+
+    Args:
+        limit: as `parse_limit` takes it.
+    """
+    found = _parsed(limit, None) if isinstance(limit, str) else limit
+    return str(limit if found is None else found)
+
+
 def _parsed(text: str, usable: int | None) -> int | None:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]+)\s*", text)
     if match is None:

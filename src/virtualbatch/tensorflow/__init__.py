@@ -329,7 +329,7 @@ def certify(
 def _planned_size(program: Program, batch: Any, automatic: Any) -> CurrentSize:
     loss_fn, variables, weight, has_aux, _ = program
     sizes = automatic if isinstance(automatic, Auto) else kept_sizes(variables)
-    found = signature(batch, variables)
+    found = signature(program, batch)
     graph = not tf.executing_eagerly()
 
     def make() -> Plan:

@@ -324,8 +324,7 @@ def certify(
 
 
 def _planned_size(program: Program, batch: Any, automatic: Any) -> CurrentSize:
-    found = program.found
-    sizes = automatic if isinstance(automatic, Auto) else kept_sizes(found.roots[0])
+    sizes = automatic if isinstance(automatic, Auto) else kept_sizes(program.found.roots[0])
     return sizes.planned(
-        signature(batch, found), lambda: planned(program, batch, sizes.memory_limit)
+        signature(program, batch), lambda: planned(program, batch, sizes.memory_limit)
     )

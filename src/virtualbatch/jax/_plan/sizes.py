@@ -1,32 +1,53 @@
 """What a plan depends on, and arguments that stand for traced ones where it is made."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.jax._batch import is_array, rows_of
-from virtualbatch.plan.auto import Leaf, Signature
+from virtualbatch.plan.auto import Auto, Leaf, Signature
+from virtualbatch.plan.fingerprint import owner_of
+
+# For as long as a loss can be made anew: the sizes of its calls.
+_KEPT: WeakKeyDictionary[Any, dict[str, Auto]] = WeakKeyDictionary()
 
 
-def signature(args: Sequence[Any], kwargs: Any, batch_argnum: int) -> Signature:
+def kept_sizes(
+    fun: Callable[..., Any], loss: str, args: Sequence[Any], kwargs: Any, batch_argnum: int
+) -> Auto:
+    """The sizes of a loss for which the user keeps none.
+
+    Args:
+        fun: the loss, which may have been made for this call alone.
+        loss: its fingerprint.
+        args: positional arguments; those beside the batch tell models apart.
+        kwargs: keyword arguments likewise.
+        batch_argnum: position of the batch.
+    """
+    key = f"{loss}, arguments {_parameters(args, kwargs, batch_argnum)}"
+    return _KEPT.setdefault(owner_of(fun), {}).setdefault(key, Auto())
+
+
+def signature(loss: str, args: Sequence[Any], kwargs: Any, batch_argnum: int) -> Signature:
     """The signature of a call.
 
     Args:
+        loss: fingerprint of what is called.
         args: positional arguments; arrays or traced ones.
         kwargs: keyword arguments likewise.
         batch_argnum: position of the batch.
     """
     batch = args[batch_argnum]
-    others = [*args[:batch_argnum], *args[batch_argnum + 1 :], kwargs]
     leaves, _ = tree_flatten_with_path(batch)
-    parameters = ", ".join(
-        f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(others) if is_array(x)
-    )
+    parameters = _parameters(args, kwargs, batch_argnum)
     return Signature(
-        f"jax on {jax.default_backend()}, arguments {parameters}",
+        f"jax on {_device()}, arguments {parameters}",
+        loss,
         rows_of(batch, "batch"),
         tuple(
             Leaf(f"batch{keystr(place)}", tuple(x.shape[1:]), str(x.dtype))
@@ -34,6 +55,21 @@ def signature(args: Sequence[Any], kwargs: Any, batch_argnum: int) -> Signature:
             if is_array(x)
         ),
     )
+
+
+def _parameters(args: Sequence[Any], kwargs: Any, batch_argnum: int) -> str:
+    """The arrays beside the batch, in words."""
+    others = [*args[:batch_argnum], *args[batch_argnum + 1 :], kwargs]
+    return ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(others) if is_array(x))
+
+
+@cache
+def _device() -> str:
+    device = jax.devices()[0]
+    statistics = device.memory_stats()
+    if statistics is None:
+        return str(device.platform)
+    return f"{device.platform}, {device.device_kind} of {statistics['bytes_limit']} bytes"
 
 
 def stand_ins(arguments: Any) -> Any:

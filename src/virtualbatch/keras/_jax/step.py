@@ -100,6 +100,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
     def make(force: bool = False) -> None:
         if model.train_function is not None and not force:
             return
+        guard.forget()
         run = compiled()
 
         def train_function(state: Any, iterator: Any) -> Any:

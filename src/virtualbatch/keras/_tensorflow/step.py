@@ -115,6 +115,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
         trained = False
         if model.train_function is not None and not force:
             return
+        guard.forget()
         run = compiled()
 
         def train_function(iterator: Any) -> Any:

@@ -1,12 +1,15 @@
 """Which size a window is cut by: kept for the variables, or planned for the shapes of a batch."""
 
 import weakref
+from functools import cache
 from typing import Any
 
 import tensorflow as tf
 
 from virtualbatch.plan.auto import Auto, Leaf, Signature
+from virtualbatch.plan.fingerprint import fingerprint
 from virtualbatch.tensorflow._batch import is_array, named_arrays
+from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.tree import common_rows
 
 # By the identity of a first variable, which cannot be hashed, for as long as it lives.
@@ -24,12 +27,12 @@ def kept_sizes(variables: Any) -> Auto:
     return _KEPT[id(owner)]
 
 
-def signature(batch: Any, variables: Any) -> Signature:
+def signature(program: Program, batch: Any) -> Signature:
     """What a plan for a batch depends on.
 
     Args:
+        program: what is run.
         batch: a batch of known shapes, not a Window.
-        variables: what is differentiated.
 
     Raises:
         ValueError: a shape is not known yet, or an array is ragged, inside a graph.
@@ -49,11 +52,11 @@ def signature(batch: Any, variables: Any) -> Signature:
         raise ValueError("internal: a batch has no number of rows.")
     kinds = ", ".join(
         f"{tf.as_dtype(found.dtype).name}{found.shape.as_list()}"
-        for found in tf.nest.flatten(variables)
+        for found in tf.nest.flatten(program.variables)
     )
-    device = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
     return Signature(
-        f"tensorflow on {device}, variables {kinds}",
+        f"tensorflow on {_device()}, variables {kinds}",
+        fingerprint(program.loss_fn, program.weight, program.has_aux),
         rows,
         tuple(
             Leaf(place, _row_shape(array), tf.as_dtype(array.dtype).name) for place, array in arrays
@@ -68,6 +71,14 @@ def stand_in(batch: Any) -> Any:
         return tf.zeros(leaf.shape, leaf.dtype) if is_array(leaf) else leaf
 
     return tf.nest.map_structure(zeros, batch)
+
+
+@cache
+def _device() -> str:
+    if not tf.config.list_logical_devices("GPU"):
+        return "CPU"
+    details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
+    return f"GPU, {details.get('device_name')}"
 
 
 def _row_shape(array: Any) -> tuple[int, ...]:

@@ -1,13 +1,15 @@
 """Which size a window is cut by, and what it depends on where it is planned."""
 
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
 from virtualbatch.plan.auto import Auto, Leaf, Signature
+from virtualbatch.plan.fingerprint import fingerprint
 from virtualbatch.torch._batch import named_leaves
-from virtualbatch.torch._modules import Inventory
+from virtualbatch.torch._window import Program
 from virtualbatch.window.tree import common_rows
 
 # For as long as a module lives: its plans, and sizes that were made smaller.
@@ -22,13 +24,14 @@ def kept_sizes(module: torch.nn.Module) -> Auto:
     return found
 
 
-def signature(batch: Any, found: Inventory) -> Signature:
+def signature(program: Program, batch: Any) -> Signature:
     """What a plan for a batch depends on.
 
     Args:
+        program: what is run.
         batch: a batch, not a Window.
-        found: what the modules hold.
     """
+    found = program.found
     tensors = [(place, x) for place, x in named_leaves(batch) if isinstance(x, torch.Tensor)]
     rows = common_rows(tensors)
     if rows is None:
@@ -36,10 +39,19 @@ def signature(batch: Any, found: Inventory) -> Signature:
     parameters = ", ".join(f"{_name(p.dtype)}{list(p.shape)}" for p in found.parameters)
     device = found.accelerator or torch.device("cpu")
     return Signature(
-        f"torch on {device.type}, parameters {parameters}",
+        f"torch on {_words(device)}, parameters {parameters}",
+        fingerprint(program.loss_fn, program.weight, program.backward_fn, program.has_aux),
         rows,
         tuple(Leaf(place, tuple(x.shape[1:]), _name(x.dtype)) for place, x in tensors),
     )
+
+
+@cache
+def _words(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    found = torch.cuda.get_device_properties(device)
+    return f"{device.type}, {found.name} of {found.total_memory} bytes"
 
 
 def _name(dtype: torch.dtype) -> str:

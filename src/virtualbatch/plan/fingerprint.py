@@ -1,0 +1,108 @@
+"""What a loss does, as a text that is the same in another process, so that a plan knows its loss.
+
+A loss is often written anew at each call, as a lambda or a closure, and is the same all the same.
+So a function is known by its code and by what it calls through its closure, never by its identity.
+Numbers and arrays are left out: they change from update to update, and memory rarely with them.
+"""
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+
+def fingerprint(*parts: Any) -> str:
+    """The text for some functions, and for options beside them.
+
+    Args:
+        parts: functions, callable objects, texts, flags, None, and containers of such.
+    """
+    lines = "\n".join(line for part in parts for line in _lines(part, set()))
+    names = ", ".join(_name(part) for part in parts if callable(part))
+    return f"{names} {hashlib.sha256(lines.encode()).hexdigest()[:16]}".strip()
+
+
+def owner_of(function: Any) -> Any:
+    """What lives as long as a function can be made anew: its code; for other objects their class.
+
+    Args:
+        function: a function or another callable object.
+    """
+    found = _unwrapped(function)
+    return found.__code__ if isinstance(found, FunctionType) else type(found)
+
+
+def _unwrapped(found: Any) -> Any:
+    """The function under partial, methods and decorators; another object as it is."""
+    while True:
+        if isinstance(found, functools.partial):
+            found = found.func
+        elif isinstance(found, MethodType):
+            found = found.__func__
+        elif callable(found) and inspect.unwrap(found) is not found:
+            found = inspect.unwrap(found)
+        else:
+            return found
+
+
+def _name(part: Any) -> str:
+    found = _unwrapped(part)
+    found = found if isinstance(found, FunctionType | type) else type(found)
+    return f"{found.__module__}.{found.__qualname__}"
+
+
+def _lines(part: Any, seen: set[int]) -> Iterator[str]:
+    """What a part is, a line at a time; `seen` are the functions that were described."""
+    if isinstance(part, functools.partial):
+        for value in (part.func, part.args, part.keywords):
+            yield from _lines(value, seen)
+    elif isinstance(part, Mapping):
+        for key, value in part.items():
+            yield repr(key)
+            yield from _lines(value, seen)
+    elif isinstance(part, list | tuple):
+        for value in part:
+            yield from _lines(value, seen)
+    elif isinstance(part, MethodType):
+        yield _name(part.__self__)
+        yield from _lines(part.__func__, seen)
+    else:
+        yield from _single(part, seen)
+
+
+def _single(part: Any, seen: set[int]) -> Iterator[str]:
+    """The same of what is no container; one in a closure may hold a whole data set."""
+    found = _unwrapped(part)
+    if found is None or isinstance(found, bool | str):
+        yield repr(found)
+    elif not isinstance(found, FunctionType):
+        yield _name(found)
+    # A function may be in its own closure.
+    elif id(found) not in seen:
+        seen.add(id(found))
+        yield _name(found)
+        yield from _code(found.__code__)
+        yield from _lines((found.__defaults__, found.__kwdefaults__), seen)
+        for value in _closure(found):
+            yield from _single(value, seen)
+
+
+def _closure(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+
+
+def _code(code: CodeType) -> Iterator[str]:
+    yield code.co_code.hex()
+    yield repr((code.co_names, code.co_varnames, code.co_freevars))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code(constant)
+        else:
+            # A set among them has another order in another process.
+            yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
