@@ -72,7 +72,8 @@ def value_and_grad(
         batch_argnum: position of the batch: a pytree whose arrays share their leading axis, the
             rows; or a `Window`, and then no size is given.
         microbatch_size: rows of one forward and backward; or "auto" or an `Auto`, which plan it at
-            the first call, under `jit` while it is traced, and remember it with this function.
+            the first call, under `jit` while it is traced, and remember it for this function, also
+            where fun is made anew at each update.
         accumulation_steps: micro-batches per window: `microbatch_size = ceil(rows / steps)`.
         weight: micro-batch -> what its mean was divided by, a scalar >= 0 (rows when None); for
             a dict of terms a dict with the same keys, None marking a term that does not depend
