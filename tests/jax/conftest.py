@@ -8,3 +8,13 @@ import pytest
 def _float64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def optimized():
+    """Programs as users get them, for tests of their speed and memory (tests/run.py says why)."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)

@@ -14,6 +14,8 @@ import pytest
 
 import virtualbatch.jax as vb
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 WIDTH, ROWS = 64, 256
 
 

@@ -12,6 +12,8 @@ import virtualbatch.jax as vb
 from virtualbatch import Auto
 from virtualbatch.plan.search import Search
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 ROWS, WIDTH = 64, 32
 
 
@@ -64,6 +66,7 @@ def test_sizes_are_timed_while_a_program_is_traced(plans):
     assert any(row.seconds_per_batch is not None for row in plans[0].rows)
 
 
+@pytest.mark.thorough("test_plan.py holds a limit")
 def test_a_limit_holds_under_jit(plans):
     params, batch = problem(4096)
     whole = jax.jit(vb.value_and_grad(loss, microbatch_size=4096)).lower(params, batch)
@@ -85,6 +88,7 @@ def test_keys_are_no_obstacle(plans):
     assert len(plans) == 2
 
 
+@pytest.mark.thorough("the files are those of the core, tests/core/test_auto.py")
 def test_plans_of_a_file_are_used(plans, tmp_path):
     for _ in range(2):
         size = Auto(file=tmp_path / "plans.json")
