@@ -11,17 +11,13 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	2>/dev/null && echo $$python && break; done)
 
-# One engine in an environment that has no other framework: its laws (but for random models) and its
-# examples run, and all of its tests are imported. Those tests themselves run in `make test`.
+# One engine in an environment that has no other framework: its types are checked, each of its verbs
+# runs, and all of its tests are imported. Those tests and the examples run in `make test`.
 ENGINE ?= torch
 ALONE := .venv-$(ENGINE)
 ALONE_EXTRAS_tensorflow := tensorflow,demo,test,lint
 ALONE_EXTRAS_torch := torch,test,lint
 ALONE_EXTRAS_jax := jax,examples,test,lint
-ALONE_PACKAGES_torch := scikit-learn
-ALONE_EXAMPLES_tensorflow := keras_fit tensorflow_loop
-ALONE_EXAMPLES_torch := torch_loop torch_language_model
-ALONE_EXAMPLES_jax := jax_optax flax_nnx equinox_model keras_jax
 
 .PHONY: help setup demo test test-all mutants test-gpu test-alone lint bench examples report-shots doctor clean
 
@@ -31,7 +27,7 @@ help:
 	@echo "make test       the quick tests of every part, and what each cost; make test-torch those of one"
 	@echo "make test-all   all tests; make test-all-torch those of one part"
 	@echo "make mutants    small wrong changes of the package, each of which the quick tests must catch"
-	@echo "make test-alone ENGINE=jax    one engine without the other frameworks: types, laws, examples"
+	@echo "make test-alone ENGINE=jax    one engine without the other frameworks: types, every verb"
 	@echo "make lint       ruff, mypy, import contracts"
 	@echo "make bench      measure speed and memory"
 	@echo "make examples   run every file in examples/"
@@ -79,14 +75,10 @@ test-alone-%:
 test-alone:
 	test -x $(ALONE)/bin/python || $(PYTHON) -m venv $(ALONE)
 	$(ALONE)/bin/python -m pip install --disable-pip-version-check \
-		--constraint constraints.txt --editable ".[$(ALONE_EXTRAS_$(ENGINE))]" \
-		$(ALONE_PACKAGES_$(ENGINE))
+		--constraint constraints.txt --editable ".[$(ALONE_EXTRAS_$(ENGINE))]"
 	$(ALONE)/bin/mypy
 	$(ALONE)/bin/python -m pytest --collect-only -qq tests/$(ENGINE)
-	$(ALONE)/bin/python -m pytest tests/core
-	$(ALONE)/bin/python -m pytest tests/conformance --engine $(ENGINE) -k 'not random'
-	set -e; for example in $(ALONE_EXAMPLES_$(ENGINE)); do \
-		echo "== $$example"; $(ALONE)/bin/python examples/$$example.py; done
+	$(ALONE)/bin/python -m tests.alone $(ENGINE)
 
 lint: setup
 	$(BIN)/ruff check .

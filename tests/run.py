@@ -48,10 +48,10 @@ JAX = {
 PARTS = {
     "keras-jax": Part(["tests/keras"], {"KERAS_BACKEND": "jax"} | JAX),
     "keras-tensorflow": Part(["tests/keras"], {"KERAS_BACKEND": "tensorflow"}),
-    "jax": Part(["tests/jax"]),
+    "jax": Part(["tests/jax"], JAX),
     "tensorflow": Part(["tests/tensorflow"]),
     "keras-torch": Part(["tests/keras"], {"KERAS_BACKEND": "torch"}),
-    "conformance": Part(["tests/conformance"]),
+    "conformance": Part(["tests/conformance"], JAX),
     "programs": Part(["tests/core", *sorted(str(file) for file in ROOT.glob("tests/test_*.py"))]),
     "torch": Part(["tests/torch"]),
 }

@@ -112,6 +112,7 @@ def test_a_case_is_the_same_every_time(model):
     np.testing.assert_array_equal(x, case.batch()[0])
 
 
+@pytest.mark.thorough("it measures, in a process for each case")
 def test_the_smallest_case_on_the_command_line(tmp_path):
     file = tmp_path / "bench.json"
     outcome = CliRunner().invoke(
@@ -139,6 +140,7 @@ def test_the_smallest_case_on_the_command_line(tmp_path):
     assert "wrong" in outcome.output
 
 
+@pytest.mark.thorough("it measures, in a process for each case")
 def test_memory_is_that_of_the_rows_at_once():
     # An update's threads free its memory after the result is there: taken at once, what is held
     # before the next update has it too, and the peak above that may be nothing.
@@ -178,6 +180,7 @@ def test_an_engine_that_is_not_installed(monkeypatch):
         Settings()
 
 
+@pytest.mark.thorough("it measures, in a process for each case")
 def test_a_case_without_a_result_is_noted_and_the_others_are_measured(monkeypatch):
     settings = Settings(engines=["torch"], models=["MLP", "CNN"], quick=True, peers="none")
     fails = """import sys

@@ -191,6 +191,7 @@ def test_the_loss_of_a_batch_follows_from_the_mean_that_keras_shows() -> None:
     assert len(kept.seconds) == 6
 
 
+@pytest.mark.thorough("three trainings; .ci/run has the same demo")
 @pytest.mark.timeout(240)
 def test_the_real_runs() -> None:
     settings = Settings(epochs=1)

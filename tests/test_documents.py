@@ -1,23 +1,28 @@
 """Every python block of README.md and docs/, every docstring example, every example file runs.
 
-The blocks of one page share one namespace and run in order, in a process of their own and in an
-empty folder. A block that cannot run starts with ```python no-run; it must still be Python.
+The blocks of one page share one namespace and run in order, in an empty folder. A block that cannot
+run starts with ```python no-run; it must still be Python. Programs of one Keras backend follow each
+other in one process: to load the frameworks takes longer than most programs do.
 """
 
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from tests.tiers import tiered
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("**/*.md"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MAX_EXAMPLE_LINES = 60
 
 BLOCK = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+BACKEND = re.compile(r'^os\.environ\["KERAS_BACKEND"\] = "(\w+)"$', re.MULTILINE)
 
 # `virtualbatch bench` imports a peer's module only where that peer is installed.
 DOCTESTS = """
@@ -30,7 +35,20 @@ results = [
     for name in ["virtualbatch", *names]
     if name.split(".")[-1] not in {"__main__", *absent}
 ]
-raise SystemExit(sum(result.failed for result in results))
+if failed := sum(result.failed for result in results):
+    raise AssertionError(f"{failed} docstring examples failed")
+"""
+# Each program is __main__ for as long as it runs; the first that fails ends the process.
+RUN = """
+import os, pathlib, runpy, sys
+for program in sys.argv[1:]:
+    folder = pathlib.Path("in " + pathlib.Path(program).name).absolute()
+    folder.mkdir()
+    before = os.getcwd()
+    os.chdir(folder)
+    runpy.run_path(program, run_name="__main__")
+    os.chdir(before)
+    print(f"\\nran {program}", flush=True)
 """
 
 
@@ -50,47 +68,97 @@ def runnable_program(page: str) -> str:
     return "\n".join(program)
 
 
-def run_in(folder: Path, *arguments: str | Path) -> None:
-    """Runs Python in `folder`; raises with what it printed when it fails."""
+def program_of(source: Path | str, folder: Path) -> Path:
+    """The file to run for a page, for an example, or for the docstrings."""
+    if source == "docstrings":
+        program, text = folder / "docstrings.py", DOCTESTS
+    elif source.suffix == ".md":
+        program, text = folder / f"{source.stem}_blocks.py", runnable_program(source.read_text())
+    else:
+        return source
+    program.write_text(text)
+    return program
+
+
+def run(sources: Sequence[Path | str], folder: Path) -> Callable[[Path | str], None]:
+    """Runs programs in one process.
+
+    Returns:
+        A function that raises, with what was printed, where a program did not run to its end.
+    """
+    programs = {source: program_of(source, folder) for source in sources}
     child = subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, "-c", RUN, *map(str, programs.values())],
         cwd=folder,
         env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1000,
         check=False,
     )
-    if child.returncode != 0:
-        raise AssertionError(
-            f"{arguments[-1]} ended with exit code {child.returncode}\n"
-            f"{child.stdout[-3000:]}\n{child.stderr[-3000:]}"
-        )
+    ran = re.findall(r"^ran (.*)$", child.stdout, re.MULTILINE)
+
+    def assert_ran(source: Path | str) -> None:
+        if str(programs[source]) not in ran:
+            raise AssertionError(
+                f"{source} did not run to its end: exit code {child.returncode} after {ran}\n"
+                f"{child.stdout[-3000:]}\n{child.stderr[-3000:]}"
+            )
+
+    return assert_ran
 
 
-def run_page(page: Path, folder: Path) -> None:
-    program = folder / f"{page.stem}_blocks.py"
-    program.write_text(runnable_program(page.read_text()))
-    run_in(folder, program)
+def backend_of(source: Path | str) -> str:
+    """The Keras backend that a program asks for; "" for the default one."""
+    found = BACKEND.search(source.read_text()) if isinstance(source, Path) else None
+    return found[1] if found else ""
 
 
-def check_example(example: Path, folder: Path) -> None:
+@pytest.fixture(scope="session")
+def assert_runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path | str], None]:
+    """Runs what this session of pytest is asked for; raises where it fails."""
+    asked = [
+        item.callspec.params["source"]
+        for item in request.session.items
+        if "assert_runs" in getattr(item, "fixturenames", ())
+    ]
+    ran: dict[str, Callable[[Path | str], None]] = {}
+
+    def check(source: Path | str) -> None:
+        backend = backend_of(source)
+        if backend not in ran:
+            together = [other for other in asked if backend_of(other) == backend]
+            ran[backend] = run(together, tmp_path_factory.mktemp("programs"))
+        ran[backend](source)
+
+    return check
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    "source",
+    tiered(
+        [README, "docstrings", *EXAMPLES, *DOCS], [README, "docstrings", *EXAMPLES], "pages of docs"
+    ),
+    ids=lambda source: getattr(source, "name", source),
+)
+def test_program(source: Path | str, assert_runs: Callable[[Path | str], None]) -> None:
+    assert_runs(source)
+
+
+def check_length(example: Path) -> None:
     num_lines = len(example.read_text().splitlines())
     if num_lines > MAX_EXAMPLE_LINES:
         raise AssertionError(
             f"{example.name} has {num_lines} lines, {MAX_EXAMPLE_LINES} are allowed"
         )
-    run_in(folder, example)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_page(page: Path, tmp_path: Path) -> None:
-    run_page(page, tmp_path)
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
-def test_example(example: Path, tmp_path: Path) -> None:
-    check_example(example, tmp_path)
+def test_examples_are_short() -> None:
+    for example in EXAMPLES:
+        check_length(example)
 
 
 def test_there_are_examples() -> None:
@@ -99,8 +167,9 @@ def test_there_are_examples() -> None:
     }
 
 
-def test_docstring_examples(tmp_path: Path) -> None:
-    run_in(tmp_path, "-c", DOCTESTS)
+def test_blocks_that_do_not_run_are_python() -> None:
+    for page in (README, *DOCS):
+        runnable_program(page.read_text())
 
 
 PAGE = """\
@@ -118,21 +187,36 @@ rows = rows + a_name_that_is_nowhere
 
 ```python
 assert rows == {rows}
+assert __import__("os").listdir() == []
 ```
 """
 
 
-def test_blocks_of_one_page_share_a_namespace(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(PAGE.format(rows=3))
-    run_page(page, tmp_path)
+def page_with(folder: Path, name: str, rows: int) -> Path:
+    page = folder / name
+    page.write_text(PAGE.format(rows=rows))
+    return page
+
+
+def test_blocks_of_one_page_share_a_namespace_and_pages_do_not(tmp_path: Path) -> None:
+    page = page_with(tmp_path, "page.md", 3)
+    other = tmp_path / "other.md"
+    other.write_text(
+        '```python\nassert "rows" not in globals()\nassert __name__ == "__main__"\n```\n'
+    )
+    assert_ran = run([page, other], tmp_path)
+    assert_ran(page)
+    assert_ran(other)
 
 
 def test_a_failing_block_fails_at_its_line_of_the_page(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(PAGE.format(rows=4))
-    with pytest.raises(AssertionError, match=r"line 14(.|\n)*AssertionError"):
-        run_page(page, tmp_path)
+    right, wrong = page_with(tmp_path, "right.md", 3), page_with(tmp_path, "wrong.md", 4)
+    after = page_with(tmp_path, "after.md", 3)
+    assert_ran = run([right, wrong, after], tmp_path)
+    assert_ran(right)
+    for page in (wrong, after):
+        with pytest.raises(AssertionError, match=r"line 14(.|\n)*AssertionError"):
+            assert_ran(page)
 
 
 def test_a_block_that_does_not_run_must_be_python() -> None:
@@ -144,11 +228,16 @@ def test_a_long_example_fails(tmp_path: Path) -> None:
     example = tmp_path / "long.py"
     example.write_text("pass\n" * (MAX_EXAMPLE_LINES + 1))
     with pytest.raises(AssertionError, match="61 lines, 60 are allowed"):
-        check_example(example, tmp_path)
+        check_length(example)
 
 
 def test_a_failing_example_fails(tmp_path: Path) -> None:
     example = tmp_path / "failing.py"
     example.write_text("raise ValueError('wrong by a row')")
     with pytest.raises(AssertionError, match="wrong by a row"):
-        check_example(example, tmp_path)
+        run([example], tmp_path)(example)
+
+
+def test_an_example_that_asks_for_a_backend_has_a_process_of_its_own() -> None:
+    assert backend_of(ROOT / "examples" / "keras_jax.py") == "jax"
+    assert backend_of(README) == backend_of("docstrings") == ""

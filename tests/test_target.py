@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tests.tiers import tiered
 from typer.testing import CliRunner
 
 from virtualbatch.cli import app as cli
@@ -113,7 +114,9 @@ def test_limits_that_are_none(limit, text):
     assert text in refused(target, "--batch-size", 8, "--memory-limit", limit)
 
 
-@pytest.mark.parametrize("program", LINES)
+@pytest.mark.parametrize(
+    "program", tiered(LINES, ["jax_program"], "the limits of engines are their own tests")
+)
 def test_a_limit_that_holds_no_row_says_what_one_needs(program):
     text = refused(f"{PROGRAMS}:{program}", "--batch-size", 8, "--memory-limit", "10B")
     assert re.search(r"Got a limit of 10 B, and one row needs \d+\.\d [KM]iB\. Raise", text)

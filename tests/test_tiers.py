@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from tests.run import Ran, table, without_durations
-from tests.tiers import refuse_a_tier_without_a_reason
+from tests.tiers import refuse_a_tier_without_a_reason, tiered
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,6 +46,16 @@ def test_pytest_refuses_it_at_collection(tmp_path):
     )
     assert child.returncode == pytest.ExitCode.USAGE_ERROR, child.stdout
     assert "must say in one line why" in child.stderr
+
+
+def test_some_values_of_a_parameter_are_tried_in_both_tiers():
+    first, second, third = tiered("abc", "b", "more letters")
+    assert second == "b"
+    for param in (first, third):
+        (mark,) = param.marks
+        assert (mark.name, mark.args) == ("thorough", ("more letters",))
+    with pytest.raises(ValueError, match=r"Got \['d'\], not among"):
+        tiered("abc", "d", "a slip of the pen")
 
 
 OUTPUT = """\

@@ -1,8 +1,29 @@
 """Two tiers: `make test` leaves out what is marked `thorough`, `make test-all` runs everything."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import pytest
+
+
+def tiered(values: Iterable[Any], quick: Collection[Any], reason: str) -> list[Any]:
+    """Values of a parameter, of which only some are tried in the quick tier.
+
+    Args:
+        values: all of them, in order.
+        quick: those that the quick tier tries too.
+        reason: why the others may wait, in one line.
+
+    Raises:
+        ValueError: `quick` holds what is not among the values.
+    """
+    values = list(values)
+    if strangers := [value for value in quick if value not in values]:
+        raise ValueError(
+            f"The quick tier tries some of the values. Got {strangers}, not among {values}."
+        )
+    marks = pytest.mark.thorough(reason)
+    return [value if value in quick else pytest.param(value, marks=marks) for value in values]
 
 
 def refuse_a_tier_without_a_reason(items: Iterable[pytest.Item]) -> None:

@@ -28,6 +28,20 @@ EXACT_CUTS = {
     "one micro-batch": [4],
     "one row each": [1, 1, 1],
 }
+# name -> options of calls, and sizes of Windows, for one batch of 7 rows.
+CUTS_OF_ONE_BATCH: dict[str, list[Any]] = {
+    "some": [{"microbatch_size": 3}, {"accumulation_steps": 2}, [1, 4, 2]],
+    "further": [
+        {"microbatch_size": 1},
+        {"microbatch_size": 7},
+        {"microbatch_size": 100},
+        {"accumulation_steps": 1},
+        {"accumulation_steps": 100},
+        {"microbatch_size": 3, "accumulation_steps": 3},
+        [7],
+        [2, 2, 3],
+    ],
+}
 
 
 def split(batch: Any, sizes: Any) -> Window:
@@ -114,20 +128,14 @@ def order_of_rows_does_not_matter(engine: Any, compiled: Any) -> None:
         assert_result(run(arrays(engine, mapped(lambda x, o=order: x[o], batch))), *due)
 
 
-def any_cut_is_the_same(engine: Any, compiled: Any) -> None:
+def any_cut_is_the_same(engine: Any, compiled: Any, cuts: list[Any]) -> None:
     params, loss_fn, weight = network(engine, "tokens")
-    rows = 7
-    batch = problems.data(rows)
+    batch = problems.data(7)
     due = problems.reference("tokens", problems.parameters(), batch)
-    sizes = [{"microbatch_size": size} for size in (1, 3, rows, 100)]
-    steps = [{"accumulation_steps": count} for count in (1, 2, 100)]
-    agreeing = [{"microbatch_size": 3, "accumulation_steps": 3}]
-    for options in [*sizes, *steps, *agreeing]:
+    for cut in cuts:
+        options, given = (cut, batch) if isinstance(cut, dict) else ({}, split(batch, cut))
         run = engine.program(loss_fn, params, compiled=compiled, **options, **weight)
-        assert_result(run(arrays(engine, batch)), *due)
-    run = engine.program(loss_fn, params, compiled=compiled, **weight)
-    for window in ([7], [1, 4, 2], [2, 2, 3]):
-        assert_result(run(split(arrays(engine, batch), window)), *due)
+        assert_result(run(arrays(engine, given)), *due)
 
 
 def terms_by_rows_are_means_over_rows(engine: Any, compiled: Any) -> None:

@@ -16,3 +16,13 @@ def _float64():
 def _no_sizes_of_other_tests():
     """A size that shrank is kept for a loss that is made anew, also by the next test."""
     _KEPT.clear()
+
+
+@pytest.fixture
+def optimized():
+    """Programs as users get them, for tests of their speed and memory (tests/run.py says why)."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)

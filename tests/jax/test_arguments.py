@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tests.jax.problems import MODES, assert_same, batch, in_mode, loss, params, pieces
+from tests.tiers import tiered
 
 import virtualbatch.jax as vb
 
@@ -21,7 +22,10 @@ def three(a, batch, c, *, factor=2.0):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("argnums", [0, 2, (0, 2), (2, 0), (0,), [0, 2], np.int64(2)])
+@pytest.mark.parametrize(
+    "argnums",
+    tiered([0, 2, (0, 2), (2, 0), (0,), [0, 2], np.int64(2)], [2, (2, 0)], "further forms"),
+)
 def test_argnums_and_keywords(argnums, mode):
     args = P["w"], B, P["b"]
     ours = in_mode(mode, vb.value_and_grad(three, argnums, microbatch_size=4))
@@ -42,7 +46,7 @@ def test_batch_argnum(position, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("steps", [1, 3, 12])
+@pytest.mark.parametrize("steps", tiered([1, 3, 12], [3], "further cuts"))
 def test_accumulation_steps(steps, mode):
     ours = in_mode(mode, vb.value_and_grad(loss, accumulation_steps=steps))
     assert_same(ours(P, B), jax.value_and_grad(loss)(P, B))
@@ -70,7 +74,7 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("name", tiered(CONTAINERS, ["None", "dataclass"], "further containers"))
 def test_containers(name, mode):
     def fun(params, found):
         x, y = jax.tree.leaves(found)
@@ -80,7 +84,7 @@ def test_containers(name, mode):
     assert_same(ours(P, CONTAINERS[name]), jax.value_and_grad(loss)(P, B))
 
 
-@pytest.mark.parametrize("size", [3, 4, 10])
+@pytest.mark.parametrize("size", tiered([3, 4, 10], [4], "further cuts"))
 def test_arrays_of_numpy_outside_and_inside_jit(size):
     run = vb.value_and_grad(loss, microbatch_size=size)
     due = jax.value_and_grad(loss)(P, B)
@@ -106,7 +110,7 @@ def test_leaves_of_integers_and_booleans(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("key", [jax.random.key, jax.random.PRNGKey])
-@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize("size", tiered([4, 5], [4], "further cuts"))
 def test_one_key_per_row(size, key, mode):
     found = {"x": X, "y": Y, "key": jax.random.split(key(0), 10)}
 
@@ -120,8 +124,8 @@ def test_one_key_per_row(size, key, mode):
     assert_same(in_mode(mode, vb.value_and_grad(fun))(P, window), jax.value_and_grad(fun)(P, found))
 
 
-@pytest.mark.parametrize("size", [4, 5])
-@pytest.mark.parametrize("value", [3.0, "three", None])
+@pytest.mark.parametrize("size", tiered([4, 5], [4], "further cuts"))
+@pytest.mark.parametrize("value", tiered([3.0, "three", None], ["three"], "further leaves"))
 def test_leaves_without_rows_go_to_every_micro_batch(value, size):
     found = {"x": X, "y": Y, "extra": value}
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tests.jax.problems import MODES, assert_same, batch, in_mode, loss, outputs, params, pieces
+from tests.tiers import tiered
 
 import virtualbatch.jax as vb
 
@@ -29,7 +30,7 @@ def fun(params, batch):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("size", [1, 4, 5, 10])
+@pytest.mark.parametrize("size", tiered([1, 4, 5, 10], [4], "further cuts"))
 def test_the_aux_of_the_whole_batch(size, mode):
     ours = in_mode(mode, vb.value_and_grad(fun, has_aux=True, microbatch_size=size))
     (value, aux), gradients = ours(P, B)

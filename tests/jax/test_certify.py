@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from tests.tiers import tiered
 
 import virtualbatch.jax as vb
 
@@ -93,7 +94,9 @@ CORRECT = {
 }
 
 
-@pytest.mark.parametrize("name", CORRECT)
+@pytest.mark.parametrize(
+    "name", tiered(CORRECT, ["dropout", "scan", "terms"], "further correct losses")
+)
 def test_no_false_alarm(name):
     fun, options, given = CORRECT[name]
     found = vb.certify(fun, microbatch_size=7, **options)(PARAMS, *given)
@@ -180,7 +183,14 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize(
+    "name",
+    tiered(
+        WRONG,
+        ["mask by rows", "a sum", "a sum and decay", "normalised", "a narrow buffer", "logarithm"],
+        "further losses of the same kinds",
+    ),
+)
 def test_the_cause_and_the_line_are_named(name):
     fun, options, batch, kind, where, text = WRONG[name]
     found = vb.certify(fun, microbatch_size=4, **options)(PARAMS, batch)

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tests.jax.problems import pieces
+from tests.tiers import tiered
 
 import virtualbatch.jax as vb
+
+pytestmark = pytest.mark.usefixtures("optimized")
 
 SIZE, WIDTH = 32, 64
 # Four square layers of float32.
@@ -67,7 +70,7 @@ class Loss:
         return self.window(microbatch_size=SIZE).lower(params(), batch(rows)).compile()
 
 
-@pytest.mark.parametrize("terms", WEIGHTS)
+@pytest.mark.parametrize("terms", tiered(WEIGHTS, ["two and None"], "further weights"))
 @pytest.mark.parametrize("aux", [None, lambda errors: (errors, errors.mean())])
 def test_the_loss_is_traced_once_per_shape(terms, aux):
     # With aux at one size of micro-batch, one more abstract trace tells rows from classes.
@@ -97,10 +100,14 @@ def test_terms_share_their_forward():
     assert 7 <= (two - one) / product < 7.6
 
 
+def aux(errors):
+    return errors.mean(), jnp.sum(errors > 0.1)
+
+
 # What is not the micro-batch: its share and its number, for each weight.
-@pytest.mark.parametrize("terms", ["rows", "one"])
-@pytest.mark.parametrize("rest", [0, 7, 31])
-@pytest.mark.parametrize("aux", [None, lambda errors: (errors.mean(), jnp.sum(errors > 0.1))])
+@pytest.mark.parametrize("terms", tiered(["rows", "one"], ["one"], "further weights"))
+@pytest.mark.parametrize("rest", tiered([0, 7, 31], [7], "further remainders"))
+@pytest.mark.parametrize("aux", tiered([None, aux], [None], "with aux, too"))
 def test_temporary_memory_does_not_depend_on_the_number_of_micro_batches(terms, rest, aux):
     def size(count):
         found = Loss(terms, aux).compiled(count * SIZE + rest)
@@ -119,8 +126,8 @@ def test_temporary_memory_does_not_depend_on_the_number_of_micro_batches(terms, 
     )
 
 
-@pytest.mark.parametrize("rest", [40, 63])
-@pytest.mark.parametrize("full", [1, 2, 4])
+@pytest.mark.parametrize("rest", tiered([40, 63], [40], "further remainders"))
+@pytest.mark.parametrize("full", tiered([1, 2, 4], [2], "further numbers of micro-batches"))
 def test_a_remainder_does_not_run_beside_what_comes_before_it(full, rest):
     # Of convolutions XLA would begin a second forward pass as soon as it can.
     kernels = [jnp.ones((3, 3, 3, 16)), jnp.ones((3, 3, 16, 32))]

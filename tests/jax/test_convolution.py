@@ -9,10 +9,13 @@ import pytest
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
 from tests.oracle import assert_all_close
+from tests.tiers import tiered
 
 import virtualbatch.jax as vb
 from virtualbatch.jax import _convolution
 from virtualbatch.jax._convolution import with_fast_convolutions
+
+pytestmark = pytest.mark.usefixtures("optimized")
 
 _random = np.random.default_rng(0)
 
@@ -74,7 +77,10 @@ def _slow(program):
     return list(_convolution._convolutions(program.jaxpr))
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    "name",
+    tiered(CONVOLUTIONS, ["padded unevenly", "transposed", "grouped by batch"], "further layouts"),
+)
 def test_same_gradients(name):
     x_shape, kernel_shape, options = CONVOLUTIONS[name]
     function = jax.value_and_grad(_loss(options), argnums=(0, 1))
@@ -96,7 +102,9 @@ WRAPPINGS = {
 }
 
 
-@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize(
+    "wrapping", tiered(WRAPPINGS, ["scan", "cond"], "further programs around it")
+)
 def test_inside_other_programs(wrapping):
     x_shape, kernel_shape, options = CONVOLUTIONS["plain"]
     function = jax.value_and_grad(WRAPPINGS[wrapping](_loss(options)), argnums=(0, 1))
@@ -127,6 +135,7 @@ def test_a_window_equals_the_whole_batch():
     assert_all_close(found, jax.value_and_grad(loss)(kernel, x))
 
 
+@pytest.mark.thorough("it measures time")
 def test_a_scan_is_not_slower_than_calls():
     """XLA's generic kernel would take ten times as long; 3 leaves room for a busy machine."""
     loss = _loss({"dimension_numbers": NHWC})

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.tiers import tiered
 
 ROOT = Path(__file__).parents[2]
 # In few processes: each of them loads JAX.
 CHECKS = [
-    ["one_reduction_of_all_rows"],
+    ["one_reduction_of_all_rows", "a_device_without_tokens"],
     [
-        "a_device_without_tokens",
         "aux_of_all_rows",
         "without_axis_name_like_jax",
         "a_model_per_device_on_one_batch",
@@ -23,7 +23,11 @@ CHECKS = [
 ]
 
 
-@pytest.mark.parametrize("checks", CHECKS, ids=lambda checks: checks[0])
+@pytest.mark.parametrize(
+    "checks",
+    tiered(CHECKS, CHECKS[:1], "further programs, each process loads JAX"),
+    ids=lambda checks: checks[0],
+)
 def test_on_four_devices(checks):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",

@@ -11,11 +11,15 @@ import pytest
 from flax import nnx
 from tests.jax.problems import MODES, assert_same, in_mode
 from tests.oracle import assert_close, tolerance
+from tests.tiers import tiered
 
 import virtualbatch.jax as vb
 
 MOMENTUM = 0.9
 ROWS = 10
+# The frameworks meet the same arrays and functions in both modes.
+UN_JITTED = "un-jitted, a framework calls what it calls jitted"
+JITTED = tiered(MODES, ["jit"], UN_JITTED)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +49,7 @@ class Linen(linen.Module):
         return linen.Dense(1)(jnp.tanh(linen.Dense(8)(x)))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", JITTED)
 def test_linen(mode):
     model = Linen()
     params = model.init(jax.random.key(0), batch()["x"])
@@ -77,8 +81,8 @@ def per_layer(fn, *stats):
     return jax.tree.map(fn, *stats, is_leaf=lambda x: "mean" in x)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize("mode", JITTED)
+@pytest.mark.parametrize("size", tiered([4, 5], [4], "further cuts"))
 def test_linen_batchnorm_statistics_of_all_rows(size, mode):
     model = Linen(norm=True)
     found = model.init(jax.random.key(0), batch()["x"])
@@ -140,7 +144,7 @@ def test_nnx_split_and_merge_trains_as_the_whole_batch():
     same(*models, summands=1000)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", JITTED)
 def test_nnx_batchnorm_statistics_of_all_rows(mode):
     model = Nnx(nnx.Rngs(0), norm=True)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
@@ -159,6 +163,7 @@ def test_nnx_batchnorm_statistics_of_all_rows(mode):
     same(found, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), 10 * ROWS)
 
 
+@pytest.mark.thorough("a further way to use the framework")
 def test_nnx_value_and_grad_works_un_jitted_only():
     model = Nnx(nnx.Rngs(0))
     ours = vb.value_and_grad(nnx_loss, microbatch_size=4, grad_fn=nnx.value_and_grad)
@@ -200,7 +205,7 @@ def equinox_loss(model, batch):
     return jnp.mean((jax.vmap(model)(batch["x"]) - batch["y"]) ** 2)
 
 
-@pytest.mark.parametrize("jit", [lambda f: f, eqx.filter_jit])
+@pytest.mark.parametrize("jit", tiered([lambda f: f, eqx.filter_jit], [eqx.filter_jit], UN_JITTED))
 def test_equinox_with_leaves_that_are_no_parameters(jit):
     model = Equinox()
     due = eqx.filter_value_and_grad(equinox_loss)(model, batch())
@@ -225,6 +230,7 @@ def test_equinox_with_leaves_that_are_no_parameters(jit):
     same(nothing(model, batch()), jax.tree.map(jnp.zeros_like, due))
 
 
+@pytest.mark.thorough("a further way to use the framework")
 def test_equinox_partition_and_combine():
     params, static = eqx.partition(Equinox(), eqx.is_inexact_array)
 
@@ -235,7 +241,7 @@ def test_equinox_partition_and_combine():
     same(ours(params, batch()), eqx.filter_value_and_grad(equinox_loss)(Equinox(), batch()))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", JITTED)
 def test_a_haiku_style_function(mode):
     # (params, state, rng, batch) -> (loss, state): what hk.transform_with_state gives.
     params = {"linear": {"w": np.ones((3, 1), "float32")}}

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tests.jax.problems import MODES, assert_same, in_mode, on_device
+from tests.tiers import tiered
 
 import virtualbatch.jax as vb
 
@@ -26,7 +27,7 @@ def window(fun, **options):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiered(KINDS, ["raw"], "further keys"))
 def test_masks_differ_between_micro_batches(kind, mode):
     key = KINDS[kind](0)
     for size in (2, 3):
@@ -49,7 +50,7 @@ def test_without_key_argnum_all_micro_batches_draw_the_same(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiered(KINDS, ["typed"], "further keys"))
 def test_one_micro_batch_uses_the_keys_as_they_are(kind, mode):
     key = KINDS[kind](3)
     ours = in_mode(mode, window(dropout, microbatch_size=8))(2.0, X, key)

@@ -9,6 +9,7 @@ import pytest
 from tests import packed
 from tests.oracle import EXACT, assert_all_close, tolerance
 from tests.packed import LENGTH, MICROBATCH_TOKENS, ROWS, SUMMANDS
+from tests.tiers import tiered
 
 import virtualbatch.jax as vb
 from virtualbatch import pack
@@ -34,8 +35,16 @@ def padded(loss):
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled loss", "compiled window"])
-@pytest.mark.parametrize(("dtype", "rtol"), [("float64", EXACT), ("float32", None)])
-@pytest.mark.parametrize("round_to", [None, 4])
+@pytest.mark.parametrize(
+    ("dtype", "rtol"),
+    [
+        ("float64", EXACT),
+        pytest.param("float32", None, marks=pytest.mark.thorough("a further dtype")),
+    ],
+)
+@pytest.mark.parametrize(
+    "round_to", tiered([None, 4], [4], "without rounding, more shapes are compiled")
+)
 def test_the_gradient_is_that_of_the_padded_batch(round_to, dtype, rtol, mode):
     functions, params, batch = problem(dtype)
     window = pack(batch, packed.lengths(), microbatch_tokens=MICROBATCH_TOKENS, round_to=round_to)

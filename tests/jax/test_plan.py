@@ -14,7 +14,7 @@ import pytest
 
 import virtualbatch.jax as vb
 
-pytestmark = pytest.mark.usefixtures("untimed_plans")
+pytestmark = pytest.mark.usefixtures("untimed_plans", "optimized")
 
 WIDTH, ROWS = 64, 256
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from tests.tiers import tiered
 
 import virtualbatch.jax as vb
 from virtualbatch import Auto
@@ -154,7 +155,7 @@ def assert_same(a, b):
         assert (x == y).all()
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", tiered(range(25), range(4), "test_injection.py has its points"))
 def test_a_window_that_ran_out_is_that_of_the_smaller_size(seed):
     chance = random.Random(seed)
     size = chance.choice([24, 12, 8, 7, 5])

@@ -13,7 +13,7 @@ from virtualbatch import Auto
 from virtualbatch.jax._plan import sizes as _sizes
 from virtualbatch.plan.search import Search
 
-pytestmark = pytest.mark.usefixtures("untimed_plans")
+pytestmark = pytest.mark.usefixtures("untimed_plans", "optimized")
 
 ROWS, WIDTH = 64, 32
 
@@ -67,6 +67,7 @@ def test_sizes_are_timed_while_a_program_is_traced(plans, quick_plans):
     assert any(row.seconds_per_batch is not None for row in plans[0].rows)
 
 
+@pytest.mark.thorough("test_plan.py holds a limit")
 def test_a_limit_holds_under_jit(plans):
     params, batch = problem(4096)
     whole = jax.jit(vb.value_and_grad(loss, microbatch_size=4096)).lower(params, batch)
@@ -88,6 +89,7 @@ def test_keys_are_no_obstacle(plans):
     assert len(plans) == 2
 
 
+@pytest.mark.thorough("the files are those of the core, tests/core/test_auto.py")
 def test_plans_of_a_file_are_used(plans, tmp_path):
     for _ in range(2):
         size = Auto(file=tmp_path / "plans.json")

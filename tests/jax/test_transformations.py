@@ -18,6 +18,7 @@ from tests.jax.problems import (
     tokens,
     uncut,
 )
+from tests.tiers import tiered
 
 import virtualbatch.jax as vb
 
@@ -63,7 +64,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", tiered(LOSSES, ["scan", "cond", "custom_vjp"], "further programs"))
 def test_inside_the_loss(name, mode):
     def both(params, batch):
         return {"tested": LOSSES[name](params, batch), "tokens": token_loss(params, batch)}
@@ -90,7 +91,7 @@ def test_derivatives_of_the_result(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", tiered([0, 1], [1], "the other axis"))
 def test_vmap_over_models_and_over_batches(axis, mode):
     models = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), P)
     batches = jax.tree.map(lambda x: jnp.stack([x, x[::-1]], axis=axis), B)

@@ -18,6 +18,7 @@ from tests.jax.problems import (
     tokens,
     uncut,
 )
+from tests.tiers import tiered
 
 import virtualbatch.jax as vb
 
@@ -26,7 +27,7 @@ NOTHING = np.zeros_like(B["mask"])
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("size", [1, 4, 10])
+@pytest.mark.parametrize("size", tiered([1, 4, 10], [4], "further cuts"))
 @pytest.mark.parametrize(
     ("fun", "weight"), [(token_loss, tokens), (terms, term_weights)], ids=["tokens", "terms"]
 )
@@ -40,7 +41,7 @@ def test_an_empty_micro_batch_with_nan_loss_and_nan_gradients_does_not_count(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("size", [1, 4, 10])
+@pytest.mark.parametrize("size", tiered([1, 4, 10], [4], "further cuts"))
 def test_a_term_without_weight_in_the_whole_window_counts_0(size, mode):
     ours = in_mode(mode, vb.value_and_grad(terms, microbatch_size=size, weight=term_weights))
     empty = B | {"mask": NOTHING}
@@ -57,7 +58,7 @@ def test_a_term_without_weight_in_the_whole_window_counts_0(size, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("has_aux", [False, True])
-@pytest.mark.parametrize("size", [1, 4, 10])
+@pytest.mark.parametrize("size", tiered([1, 4, 10], [4], "further cuts"))
 def test_a_window_without_any_weight_gives_zeros(size, has_aux, mode):
     def fun(params, batch):
         found = token_loss(params, batch)
@@ -83,7 +84,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", tiered(WEIGHTS, ["bfloat16", "traced"], "further numbers"))
 def test_every_kind_of_number(name, mode):
     ours = in_mode(mode, vb.value_and_grad(loss, microbatch_size=3, weight=WEIGHTS[name]))
     assert_same(ours(P, B), jax.value_and_grad(loss)(P, B))

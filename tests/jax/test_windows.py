@@ -17,6 +17,7 @@ from tests.jax.problems import (
     tokens,
     uncut,
 )
+from tests.tiers import tiered
 
 import virtualbatch.jax as vb
 
@@ -31,7 +32,7 @@ CUTS = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("name", tiered(CUTS, ["remainder", "alternating"], "further cuts"))
 def test_a_window_is_the_whole_batch(name, mode):
     def fun(params, batch):
         return terms(params, batch), (batch["y"] * 2, batch["y"].mean(), len(batch["y"]))

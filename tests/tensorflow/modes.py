@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tests.tiers import tiered
 
 # Eager; a graph that knows the rows; one that learns them at run time; XLA.
 MODES = ["eager", "static", "dynamic", "jit"]
+WITHOUT_XLA = tiered(MODES, MODES[:3], "XLA takes seconds for a program")
 
 
 def compiled(mode: str, function: Callable[[Any], Any], batch: Any) -> Callable[[Any], Any]:

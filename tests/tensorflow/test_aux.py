@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tests.oracle import assert_all_close, assert_close
-from tests.tensorflow.modes import MODES, arrays, compiled, uncut
+from tests.tensorflow.modes import WITHOUT_XLA, arrays, compiled, uncut
+from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
 
@@ -32,8 +33,8 @@ def run(mode, aux_of, size=4, batch=X):
     return compiled(mode, train, batch)(tf.constant(batch))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("mode", WITHOUT_XLA)
+@pytest.mark.parametrize("cut", tiered(CUTS, ["as many as classes"], "further cuts"))
 def test_every_kind_of_leaf(cut, mode):
     def aux_of(x):
         sign = x[:, 0] > 0
@@ -86,8 +87,8 @@ def test_leaves_that_are_no_tensors(aux, due, mode):
 
 
 @pytest.mark.parametrize("mode", ["eager", "static", "dynamic"])
-@pytest.mark.parametrize("order", [0, 1])
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("order", tiered([0, 1], [0], "the other order"))
+@pytest.mark.parametrize("size", tiered([2, 3], [2], "further cuts"))
 def test_rows_of_a_ragged_batch(size, order, mode):
     words = tf.ragged.constant([[1.0, 2], [3], [], [4, 5, 6], [7], [8, 9]], dtype=tf.float64)
     batch = (words, tf.constant(X[:6, 0]))[:: 1 - 2 * order]

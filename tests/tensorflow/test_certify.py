@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
 
@@ -31,16 +32,19 @@ def network(*layers, shape=(8,)):
     return loss_fn, model
 
 
+FURTHER = pytest.mark.thorough("further layers")
+
+
 @pytest.mark.parametrize(
     ("layers", "x"),
     [
-        (lambda: [L.Dense(16, "relu")], X),
+        pytest.param(lambda: [L.Dense(16, "relu")], X, marks=FURTHER),
         (lambda: [L.Dropout(0.5)], X),
         (lambda: [L.Embedding(12, 6, mask_zero=True), L.LSTM(5)], TOKENS),
-        (lambda: [L.Embedding(12, 6), L.GRU(5, dropout=0.3)], TOKENS),
-        (lambda: [L.Reshape((4, 2)), L.Conv1D(3, 2), L.Flatten()], X),
-        (lambda: [L.LayerNormalization()], X),
-        (lambda: [L.BatchNormalization(trainable=False)], X),
+        pytest.param(lambda: [L.Embedding(12, 6), L.GRU(5, dropout=0.3)], TOKENS, marks=FURTHER),
+        pytest.param(lambda: [L.Reshape((4, 2)), L.Conv1D(3, 2), L.Flatten()], X, marks=FURTHER),
+        pytest.param(lambda: [L.LayerNormalization()], X, marks=FURTHER),
+        pytest.param(lambda: [L.BatchNormalization(trainable=False)], X, marks=FURTHER),
     ],
     ids=["MLP", "dropout", "LSTM", "GRU with dropout", "CNN", "layer norm", "frozen batch norm"],
 )
@@ -138,7 +142,21 @@ def wrong(kernel):
     }
 
 
-@pytest.mark.parametrize("name", wrong(None))
+@pytest.mark.parametrize(
+    "name",
+    tiered(
+        wrong(None),
+        [
+            "mask by rows",
+            "a sum",
+            "a sum and decay",
+            "contrastive",
+            "counted in bfloat16",
+            "logarithm",
+        ],
+        "further losses of the same kinds",
+    ),
+)
 def test_the_cause_is_named(name, kernel):
     loss_fn, batch, options, kind, text = wrong(kernel)[name]
     found = vb.certify(loss_fn, batch, [kernel], microbatch_size=4, **options)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tests.oracle import assert_close
-from tests.tensorflow.modes import compiled, open_rows
+from tests.tensorflow.modes import WITHOUT_XLA, compiled, open_rows
+from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
 
@@ -35,7 +36,9 @@ def ones(*rows):
     return window if len(rows) > 1 else window[0]
 
 
-@pytest.mark.parametrize("mode", ["static", "jit"])
+@pytest.mark.parametrize(
+    "mode", tiered(["static", "jit"], ["static"], "XLA takes seconds for a program")
+)
 @pytest.mark.parametrize(
     ("batch", "options", "shapes"),
     [
@@ -132,7 +135,9 @@ def test_one_function_serves_any_number_of_rows():
         assert_close([loss, gradient], [x.mean()] * 2)
 
 
-@pytest.mark.parametrize("mode", ["static", "dynamic", "jit"])
+@pytest.mark.parametrize(
+    "mode", tiered(["static", "dynamic", "jit"], ["dynamic"], "further programs")
+)
 def test_python_control_flow_of_the_user_is_converted(mode):
     variable = tf.Variable(np.float64(1))
 
@@ -229,7 +234,7 @@ def test_losses_and_weights_may_close_over_tensors_of_the_graph():
     assert_close(aux, x)
 
 
-@pytest.mark.parametrize("mode", ["eager", "static", "dynamic", "jit"])
+@pytest.mark.parametrize("mode", WITHOUT_XLA)
 def test_state_of_the_loss_changes_once_per_micro_batch_and_in_order(mode):
     variable, seen = tf.Variable(np.float64(1)), tf.Variable(np.float64(0))
 
@@ -263,8 +268,8 @@ def test_functions_that_are_run_eagerly():
     assert_close(gradient, 3.0)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize("shape", tiered([(), (1,), (1, 1)], [(1,)], "further shapes"))
+@pytest.mark.parametrize("size", tiered([1, 2, 8], [2], "further cuts"))
 def test_broadcast_variables_keep_their_shape_in_the_loop(shape, size):
     # The static shape of such a gradient is easily lost with open rows.
     variable = tf.Variable(np.ones(shape))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
 from virtualbatch import Auto
@@ -169,7 +170,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", tiered(range(25), range(4), "test_injection.py has its points"))
 def test_a_window_that_ran_out_is_that_of_the_smaller_size(seed):
     chance = random.Random(seed)
     size = chance.choice([24, 12, 8, 7, 5])

@@ -10,6 +10,7 @@ import tensorflow as tf
 from tests.oracle import assert_all_close, assert_close, tolerance
 from tests.tensorflow.modes import MODES, arrays, compiled, uncut
 from tests.tensorflow.problems import NAMES, problem
+from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
 
@@ -27,9 +28,10 @@ ALL_CUTS = [(cut, mode) for cut in CUTS for mode in ("eager", "static", "dynamic
 XLA_CUTS = [("lone last row", "jit"), ("one row each", "jit")]
 
 
-@pytest.mark.parametrize(("cut", "mode"), ALL_CUTS + XLA_CUTS)
+@pytest.mark.parametrize("way", tiered(ALL_CUTS + XLA_CUTS, ALL_CUTS[3:6], "further cuts"), ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_law(name, cut, mode):
+def test_the_law(name, way):
+    cut, mode = way
     rows, size = CUTS[cut]
     loss_fn, weight, make_batch, variables, _ = problem(name)
     batch = make_batch(rows)
@@ -48,7 +50,7 @@ def test_the_law(name, cut, mode):
 
 
 @pytest.mark.parametrize("mode", ["eager", "static"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", tiered(NAMES, NAMES[-1:], "further losses"))
 def test_float32_is_within_its_rounding(name, mode):
     wide, narrow = problem(name), problem(name, "float32")
     expected_loss, expected = uncut(wide.loss_fn, wide.batch(11), wide.variables)
@@ -67,7 +69,7 @@ def test_float32_is_within_its_rounding(name, mode):
 
 
 @pytest.mark.parametrize("mode", ["eager", "static", "dynamic"])
-@pytest.mark.parametrize("steps", [1, 3, 8, 100])
+@pytest.mark.parametrize("steps", tiered([1, 3, 8, 100], [3], "further cuts"))
 def test_accumulation_steps(steps, mode):
     loss_fn, weight, make_batch, variables, _ = problem("tokens")
     batch = make_batch(8)
@@ -172,7 +174,9 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["eager", "static"])
+@pytest.mark.parametrize(
+    "mode", tiered(["eager", "static"], ["eager"], "a graph sees what it was given")
+)
 @pytest.mark.parametrize("structure", BATCHES)
 def test_batches_of_any_structure(structure, mode):
     batch, take = BATCHES[structure]
@@ -278,7 +282,9 @@ VARIABLES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["eager", "static", "jit"])
+@pytest.mark.parametrize(
+    "mode", tiered(["eager", "static", "jit"], ["static"], "structures are packed the same way")
+)
 @pytest.mark.parametrize("structure", VARIABLES)
 def test_gradients_have_the_structure_of_the_variables(structure, mode):
     variables = VARIABLES[structure]
@@ -314,7 +320,7 @@ def test_a_variable_used_by_some_micro_batches_only():
     assert_close(gradient, 0.5)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", tiered(MODES, ["static"], "a recurrence takes seconds to compile"))
 def test_a_keras_model_with_a_recurrence(mode):
     model = keras.Sequential(
         [keras.layers.LSTM(3, dtype="float64"), keras.layers.Dense(1, dtype="float64")]

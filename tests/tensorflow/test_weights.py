@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tests.oracle import assert_all_close, assert_close
-from tests.tensorflow.modes import MODES, arrays, compiled, uncut
+from tests.tensorflow.modes import MODES, WITHOUT_XLA, arrays, compiled, uncut
 from tests.tensorflow.problems import problem
+from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
 
@@ -50,7 +51,9 @@ ON_THE_HOST = {
 }
 
 
-@pytest.mark.parametrize("mode", ["eager", "static", "dynamic"])
+@pytest.mark.parametrize(
+    "mode", tiered(["eager", "static", "dynamic"], ["static"], "further ways to run it")
+)
 @pytest.mark.parametrize("kind", ON_ANY_DEVICE)
 def test_weights_of_any_kind(kind, mode):
     variable = scale()
@@ -141,8 +144,9 @@ def test_an_empty_micro_batch_really_is_not_a_number():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("mask", EMPTY.values(), ids=EMPTY)
-def test_an_empty_micro_batch_adds_nothing(mask, mode):
+@pytest.mark.parametrize("name", tiered(EMPTY, ["middle empty"], "further masks"))
+def test_an_empty_micro_batch_adds_nothing(name, mode):
+    mask = EMPTY[name]
     variable = scale()
     batch = {"x": tf.constant(ROWS), "mask": tf.constant(mask, tf.float64)}
 
@@ -155,7 +159,7 @@ def test_an_empty_micro_batch_adds_nothing(mask, mode):
     assert_close([loss, gradient], [due(mask), due(mask)])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", WITHOUT_XLA)
 @pytest.mark.parametrize("second", ["one left", "all empty"])
 def test_an_empty_term_leaves_the_others_alone(second, mode):
     variable, other = scale(), scale()

@@ -8,6 +8,7 @@ import tensorflow as tf
 from tests.oracle import assert_all_close, assert_close
 from tests.tensorflow.modes import arrays, compiled, open_rows, uncut
 from tests.tensorflow.problems import NAMES, problem
+from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
 
@@ -45,8 +46,17 @@ WINDOWS = {
 MODES = [(name, mode) for name in WINDOWS for mode in ("eager", "static", "dynamic")]
 
 
-@pytest.mark.parametrize(("name", "mode"), [*MODES, ("two runs", "jit")])
-def test_a_window_equals_its_rows_in_one_batch(name, mode):
+@pytest.mark.parametrize(
+    "way",
+    tiered(
+        [*MODES, ("two runs", "jit")],
+        [("two runs", mode) for mode in ("eager", "static", "dynamic")],
+        "further windows",
+    ),
+    ids=str,
+)
+def test_a_window_equals_its_rows_in_one_batch(way):
+    name, mode = way
     sizes = WINDOWS[name]
     loss_fn, weight, make_batch, variables, _ = problem("tokens")
     batch = make_batch(sum(sizes))
@@ -62,7 +72,7 @@ def test_a_window_equals_its_rows_in_one_batch(name, mode):
     assert_all_close(arrays(gradients), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", tiered(NAMES, NAMES[-1:], "further losses"))
 def test_micro_batches_may_come_in_any_order(name):
     loss_fn, weight, make_batch, variables, _ = problem(name)
     batch = make_batch(10)

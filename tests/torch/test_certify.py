@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from tests.tiers import tiered
 from tests.torch.certify_models import (
     CORRECT,
     ROWS,
@@ -31,7 +32,21 @@ def certified(step, microbatch_size=7):
     )
 
 
-@pytest.mark.parametrize("name", CORRECT)
+@pytest.mark.parametrize(
+    "name",
+    tiered(
+        CORRECT,
+        [
+            "dropout",
+            "sparse embedding",
+            "transformer",
+            "two terms and a regulariser",
+            "bfloat16",
+            "noise",
+        ],
+        "further correct models",
+    ),
+)
 def test_no_false_alarm(name):
     found = certified(CORRECT[name]())
     assert found.findings == ()
@@ -45,8 +60,24 @@ def test_there_are_thirty_correct_models():
     assert len(CORRECT) >= 30
 
 
-@pytest.mark.parametrize("name", WRONG)
-@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize(
+    "name",
+    tiered(
+        WRONG,
+        [
+            "tokens counted by rows",
+            "counted in bfloat16",
+            "a sum",
+            "a sum and a regulariser",
+            "contrastive",
+            "batch norm",
+            "a layer that remembers",
+            "logarithm",
+        ],
+        "further models of the same kinds",
+    ),
+)
+@pytest.mark.parametrize("size", tiered([4, 8], [4], "further cuts"))
 def test_the_cause_is_named(name, size):
     make, kind, where, text = WRONG[name]
     found = certified(make(), size)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tests.oracle import assert_all_close, assert_close, tolerance
+from tests.tiers import tiered
 from tests.torch.problems import NAMES, problem, taken, uncut
 
 import virtualbatch.torch as vb
@@ -33,7 +34,9 @@ def test_a_plain_loop_stalls():
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("microbatches", [1024, 4096])
+@pytest.mark.parametrize(
+    "microbatches", tiered([1024, 4096], [4096], "float16 stalls at 2048 only")
+)
 def test_unit_gradients_of_many_micro_batches(microbatches, dtype):
     # Peer case F12.
     model = One(dtype)

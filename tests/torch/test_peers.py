@@ -1,7 +1,8 @@
 """Cases that other accumulation loops get wrong, with the figures that are due.
 
 Most use one-hot samples and a step of size 1, so that what a weight moved by is the part of the
-update that its sample or token received. The names are those of the survey of peers.
+update that its sample or token received. The names are those of the survey of peers; the cases
+that every engine has stand in tests/conformance.
 """
 
 import copy
@@ -10,7 +11,6 @@ import pytest
 import torch
 from tests.oracle import assert_close
 from torch import nn
-from torch.utils.data import DataLoader
 
 import virtualbatch.torch as vb
 
@@ -39,76 +39,6 @@ class OneHot(nn.Module):
         self.optimizer.step()
         self.updates += 1
         return before - self.weight.detach()
-
-
-def test_f1_every_token_counts_once():
-    # Two micro-batches of 2 x 4 tokens, 7 valid and 1 valid. Peers give the lone token 4 times.
-    model = OneHot(16)
-    mask = torch.ones(4, 4, dtype=torch.float64)
-    mask[1, 3] = mask[3, 0] = 0
-    mask[2, :], mask[3, 1:] = 0, 0
-    mask[2, 2] = 1
-
-    def loss_fn(batch):
-        return (model(batch["tokens"]) * batch["mask"]).sum() / batch["mask"].sum()
-
-    moved = model.update(
-        {"tokens": eye(16).reshape(4, 4, 16), "mask": mask},
-        loss_fn,
-        microbatch_size=2,
-        weight=lambda batch: batch["mask"].sum(),
-    )
-    assert mask.sum() == 8
-    assert_close(moved, mask.reshape(-1) * 0.125)
-
-
-def test_f2_a_short_last_batch_is_an_update_of_its_own():
-    # 10 samples by 4, two per window, two epochs: peers carry the short batch into the next epoch.
-    model = OneHot(10)
-    for _ in range(2):
-        loader = DataLoader(eye(10), batch_size=4)
-        moved = [model.update(window) for window in vb.windows(loader, accumulation_steps=2)]
-        assert_close(moved[0], [1 / 8] * 8 + [0] * 2)
-        assert_close(moved[1], [0] * 8 + [1 / 2] * 2)
-    assert model.updates == 4
-
-
-def test_f3_a_trailing_window_is_neither_dropped_nor_too_small():
-    # 5 micro-batches, 4 per window. Peers never apply the fifth, or a quarter of it.
-    model = OneHot(10)
-    loader = DataLoader(eye(10), batch_size=2)
-    moved = [model.update(window) for window in vb.windows(loader, accumulation_steps=4)]
-    assert len(moved) == 2
-    assert_close(moved[1], [0] * 8 + [1 / 2] * 2)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_f4_a_term_that_is_already_a_mean_counts_once(steps):
-    # Squared error over 7 + 1 tokens, plus the mean of v squared: due is 1 for any cut.
-    model = OneHot(8)
-    model.extra = nn.Parameter(torch.tensor([1.0, -1.0], dtype=torch.float64))
-    mask = torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 0, 1, 0, 0, 0]).reshape(4, 3).double()
-    tokens = torch.randn(4, 3, 8).double()
-
-    def loss_fn(batch):
-        errors = (model(batch["tokens"]) - 1) ** 2
-        return {
-            "tokens": (errors * batch["mask"]).sum() / batch["mask"].sum(),
-            "extra": model.extra.square().mean(),
-        }
-
-    moved = model.update(
-        {"tokens": tokens, "mask": mask},
-        loss_fn,
-        accumulation_steps=steps,
-        weight=lambda batch: {"tokens": batch["mask"].sum(), "extra": None},
-    )
-    assert_close(model.extra.grad, [1.0, -1.0])
-    assert_close(moved, -2 * (tokens * mask[:, :, None]).sum((0, 1)) / mask.sum())
-
-
-def test_f5_the_loss_is_not_times_the_micro_batches():
-    assert_close(OneHot(8).update(eye(8), accumulation_steps=4), [1 / 8] * 8)
 
 
 def test_f6_a_schedule_counts_updates():
@@ -189,63 +119,6 @@ def test_f10_rows_of_an_embedding_are_neither_doubled_nor_lost(ids, due, sparse)
     vb.backward(lambda ids: table(ids).mean(), window, module=table)
     optimizer.step()
     assert_close(table.weight.detach()[:, 0], [-due[0], -due[1], 0.0])
-
-
-def test_r4_fewer_micro_batches_than_steps_are_no_smaller_update():
-    assert_close(OneHot(3).update(eye(3), accumulation_steps=4), [1 / 3] * 3)
-
-
-def test_r4_each_micro_batch_has_its_own_dropout_mask():
-    layer = nn.Linear(64, 64)
-
-    def loss_fn(rows):
-        kept = nn.functional.dropout(rows, 0.5)
-        return layer(kept).mean(), kept
-
-    _, masks = vb.backward(
-        loss_fn, torch.ones(4, 64), module=layer, microbatch_size=1, has_aux=True
-    )
-    assert len(masks.unique(dim=0)) == 4
-
-
-def test_r9_a_field_with_fewer_rows_is_not_truncated():
-    model = OneHot(2)
-    for rows in (8, 2):
-        with pytest.raises(ValueError, match="the same number of rows"):
-            model.update({"x": torch.ones(4, 2), "y": torch.ones(rows)}, microbatch_size=2)
-
-
-def test_r10_unequal_totals_of_sample_weights():
-    model = OneHot(4)
-    batch = {"x": eye(4), "w": torch.tensor([3.0, 3, 1, 1]).double()}
-
-    def loss_fn(batch):
-        return (model(batch["x"]) * batch["w"]).sum() / batch["w"].sum()
-
-    moved = model.update(batch, loss_fn, microbatch_size=2, weight=lambda batch: batch["w"].sum())
-    assert_close(moved, [0.375, 0.375, 0.125, 0.125])
-
-
-def test_r10_two_outputs_with_two_masks():
-    models = nn.ModuleDict({"first": OneHot(4), "second": OneHot(4)})
-    masks = {"first": [1.0, 0, 1, 1], "second": [1.0, 1, 1, 0]}
-    batch = {"x": eye(4)} | {name: torch.tensor(mask).double() for name, mask in masks.items()}
-
-    def loss_fn(batch):
-        return {
-            name: (model(batch["x"]) * batch[name]).sum() / batch[name].sum()
-            for name, model in models.items()
-        }
-
-    vb.backward(
-        loss_fn,
-        batch,
-        module=models,
-        microbatch_size=2,
-        weight=lambda batch: {name: batch[name].sum() for name in models},
-    )
-    for name, mask in masks.items():
-        assert_close(models[name].weight.grad, torch.tensor(mask) / 3, 1e-7)
 
 
 def test_a_virtual_batch_that_the_micro_batch_does_not_divide():

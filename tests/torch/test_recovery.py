@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.tiers import tiered
 from torch import nn
 
 import virtualbatch.torch as vb
@@ -188,7 +189,7 @@ def undisturbed(size, dtype=torch.float32, scaled=False):
     return loss, run.state(), run.points
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", tiered(range(25), range(4), "test_injection.py has its points"))
 def test_a_window_that_ran_out_is_that_of_the_smaller_size(seed):
     chance = random.Random(seed)
     size = chance.choice([24, 12, 8, 7, 5])
