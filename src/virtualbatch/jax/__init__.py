@@ -23,7 +23,7 @@ from virtualbatch.jax._plan.memory import KINDS, is_out_of_memory, largest_array
 from virtualbatch.jax._plan.plan import planned
 from virtualbatch.jax._plan.sizes import needs_values, signature, stand_ins
 from virtualbatch.jax._replicas import varying
-from virtualbatch.jax._weights import host_shares, traced_shares
+from virtualbatch.jax._weights import traced_shares, window_shares
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.out_of_memory import free_frames, no_smaller_size
 from virtualbatch.plan.plan import Plan
@@ -229,7 +229,7 @@ def _in_micro_batches(
         args = tuple(
             varying(arg, axis_name) if k in positions else arg for k, arg in enumerate(args)
         )
-    shares = traced_shares(cut, weight, axis_name) if traced else host_shares(cut, weight)
+    shares = traced_shares(cut, weight, axis_name) if traced else window_shares(cut, weight)
     call = Call(
         options.fun,
         args,
