@@ -80,6 +80,21 @@ def test_containers(name, mode):
     assert_same(ours(P, CONTAINERS[name]), jax.value_and_grad(loss)(P, B))
 
 
+@dataclasses.dataclass
+class NoPytree:
+    y: object
+
+
+@pytest.mark.parametrize("batch", [{"x": X, "rest": NoPytree(Y)}, NoPytree(Y)], ids=str)
+def test_arrays_that_jax_does_not_see_are_refused(batch):
+    # They would reach every micro-batch whole.
+    run = vb.value_and_grad(lambda params, batch: 0.0, microbatch_size=1)
+    with pytest.raises(
+        TypeError, match=r"Got batch.*\.y inside of NoPytree, which is no pytree\. Pass a dict"
+    ):
+        run(P, batch)
+
+
 @pytest.mark.parametrize("size", [3, 4, 10])
 def test_arrays_of_numpy_outside_and_inside_jit(size):
     run = vb.value_and_grad(loss, microbatch_size=size)
