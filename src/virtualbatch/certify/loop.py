@@ -5,7 +5,6 @@ accumulating. Both must leave the same state. If they do not, smaller runs tell 
 """
 
 import copy
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from virtualbatch.certify.certificate import Certificate, derived_tolerance
 from virtualbatch.certify.loop_causes import Probe, Runs, causes
 from virtualbatch.window.cut import check_sizes
-from virtualbatch.window.tree import array_leaves, builder, common_rows, is_text, mapped
+from virtualbatch.window.tree import array_leaves, common_rows, is_text, mapped, parts_of
 
 
 def certify_loop(
@@ -210,14 +209,19 @@ def _has_rows(leaf: Any, rows: int) -> bool:
     return hasattr(leaf, "shape") or (is_text(leaf) and len(leaf) == rows)
 
 
-def _leaves(state: Any) -> dict[str, Any]:
-    found: list[tuple[str, Any]] = []
-    builder(state, "", found)
-    return {
+def _leaves(state: Any, path: str = "") -> dict[str, Any]:
+    parts = parts_of(state)
+    if parts is None:
+        is_value = hasattr(state, "shape") or isinstance(state, int | float | np.number)
+        return {path.removeprefix(".") or "state": state} if is_value else {}
+    places = [place for place, _ in parts[0]]
+    if isinstance(state, Mapping):
         # Names as in state_dict: model.weight for ['model']['weight'].
-        re.sub(r"\['([^']*)'\]", r".\1", path).removeprefix(".") or "state": leaf
-        for path, leaf in found
-        if hasattr(leaf, "shape") or isinstance(leaf, int | float | np.number)
+        places = [f".{key}" for key in state]
+    return {
+        name: leaf
+        for place, (_, part) in zip(places, parts[0], strict=True)
+        for name, leaf in _leaves(part, path + place).items()
     }
 
 

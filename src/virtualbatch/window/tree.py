@@ -24,7 +24,7 @@ def builder(
         leaves: takes the expression and the leaf of every leaf found.
         one_leaf: classes that are leaves although they are sequences or mappings.
     """
-    parts = None if isinstance(structure, one_leaf) else _parts(structure)
+    parts = None if isinstance(structure, one_leaf) else parts_of(structure)
     if parts is None:
         leaves.append((path, structure))
         return itemgetter(len(leaves) - 1)
@@ -66,7 +66,7 @@ def is_text(leaf: Any) -> bool:
     )
 
 
-def _parts(structure: Any) -> tuple[list[tuple[str, Any]], Callable[[list[Any]], Any]] | None:
+def parts_of(structure: Any) -> tuple[list[tuple[str, Any]], Callable[[list[Any]], Any]] | None:
     """What is directly inside a structure, by the end of the expression that reaches it.
 
     Returns:
