@@ -1,5 +1,8 @@
 """certify_loop on loops of NumPy: right ones are exact, every mistake is named."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -232,3 +235,39 @@ def test_refusals():
 
     with pytest.raises(ValueError, match="must do the same each time"):
         certify_loop(noisy, BATCHES, microbatch_size=3, save=training.save, load=training.load)
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    x: np.ndarray
+    texts: list
+
+
+@dataclasses.dataclass
+class State:
+    weights: np.ndarray
+
+
+def test_batches_and_states_may_be_dataclasses_and_texts_follow_their_rows():
+    state = State(np.ones(2))
+
+    def loop(pieces, accumulation_steps):
+        for start in range(0, len(pieces), accumulation_steps):
+            window = pieces[start : start + accumulation_steps]
+            rows = sum(len(piece.x) for piece in window)
+            for piece in window:
+                lengths = np.array([len(text) for text in piece.texts])
+                state.weights -= 0.1 * (piece.x * lengths[:, None]).sum(0) / rows
+
+    def load(saved):
+        state.weights[:] = saved.weights
+
+    batches = [
+        Texts(RNG.normal(size=(ROWS, 2)), ["x" * n for n in RNG.integers(1, 9, ROWS)])
+        for _ in range(2)
+    ]
+    found = certify_loop(
+        loop, batches, microbatch_size=4, save=lambda: copy.deepcopy(state), load=load
+    )
+    assert found.exact
+    assert list(found.parameters) == ["weights"]

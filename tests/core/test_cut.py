@@ -1,6 +1,7 @@
 """How a batch is cut: sizes, rows, and streams that come already cut."""
 
 import copy
+import dataclasses
 import itertools
 import pickle
 from collections import OrderedDict, namedtuple
@@ -13,10 +14,18 @@ from hypothesis import strategies as st
 
 from virtualbatch import Window, windows
 from virtualbatch.window.cut import check_sizes, even_cut, rows_per_microbatch, sizes_disagree
-from virtualbatch.window.tree import array_leaves, common_rows, rank
+from virtualbatch.window.tree import array_leaves, common_rows, mapped, rank
 from virtualbatch.window.window import check_window
 
 Pair = namedtuple("Pair", "x y")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    x: object
+    y: object
+
+
 ROWS = st.integers(1, 300)
 SIZE = st.integers(1, 400)
 
@@ -162,6 +171,7 @@ A, B = np.zeros((4, 2)), np.zeros(4)
         ({"x": A, 3: B}, ["batch['x']", "batch[3]"]),
         (OrderedDict(b=A, a=B), ["batch['b']", "batch['a']"]),
         (Pair(A, {"y": [B]}), ["batch.x", "batch.y['y'][0]"]),
+        (Data(A, [B]), ["batch.x", "batch.y[0]"]),
         ([A, None, True, 2.5, "text", b"bytes", B], ["batch[0]", "batch[6]"]),
         (None, []),
         ("text", []),
@@ -175,6 +185,18 @@ def test_arrays_are_named_by_the_expression_that_reaches_them(structure, paths):
     names = {"batch": structure}
     for path, leaf in found.items():
         assert eval(path, names) is leaf
+
+
+def test_a_structure_is_built_again_of_other_leaves():
+    given = {"a": [1, Pair(2, (3,))], "b": OrderedDict(c=Data(4, None)), "d": ["two", "texts"]}
+    found = mapped(lambda leaf: leaf * 10 if isinstance(leaf, int) else leaf, given)
+    assert found == {
+        "a": [10, Pair(20, (30,))],
+        "b": OrderedDict(c=Data(40, None)),
+        "d": ["two", "texts"],
+    }
+    assert type(found["b"]) is OrderedDict
+    assert given["b"]["c"].x == 4
 
 
 def test_the_name_of_the_structure_itself_can_be_given():

@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.oracle import assert_close
 
-from virtualbatch.window.shares import Moments, accumulator_dtype, merge_moments, shares
+from virtualbatch.window.shares import (
+    Moments,
+    accumulator_dtype,
+    host_shares,
+    merge_moments,
+    shares,
+)
 
 WEIGHTS = st.lists(
     st.one_of(st.just(0.0), st.integers(0, 10**6), st.floats(0, 1e300, allow_subnormal=False)),
@@ -176,3 +182,40 @@ def test_an_empty_group_changes_nothing(order):
 
 def test_two_empty_groups_stay_empty():
     assert merge_moments(moments_of([]), moments_of([]), divide_no_nan) == (0, 0, 0)
+
+
+# Shares of a window
+
+
+def window_of(weight, rows=(1, 3)):
+    return host_shares(rows, weight, range(len(rows)), lambda values: values)
+
+
+def test_without_weights_every_term_goes_by_rows():
+    found = window_of(None)
+    assert (found.terms, found.window, found.of_rows_or_term()) == (None, 4, [0.25, 0.75])
+    assert found.of(["a", "b"], 1) == [0.75, 0.75]
+    assert not found.is_empty(0)
+
+
+def test_each_term_has_shares_of_its_own_and_a_steady_one_those_of_the_rows():
+    found = window_of([{"a": 0, "b": None, "c": 1}, {"c": 0, "a": 2, "b": None}].__getitem__)
+    assert found.terms == {"a": [0, 1], "b": [0.25, 0.75], "c": [1, 0]}
+    assert found.steady == {"b"}
+    assert found.of(["c", "a", "b"], 0) == [1, 0, 0.25]
+    assert found.of_rows_or_term() == [0.25, 0.75]
+    assert found.mapped(lambda vector: vector[:1]).terms == {"a": [0], "b": [0.25], "c": [1]}
+
+
+def test_a_micro_batch_is_empty_where_no_term_counts():
+    one = window_of([0, 2].__getitem__)
+    assert [one.is_empty(0), one.is_empty(1), one.counted] == [True, False, 1]
+    assert one.of_rows_or_term() == [0, 1]
+    # What does not depend on the rows always counts.
+    steady = window_of([{"a": 0, "b": None}, {"a": 0, "b": None}].__getitem__)
+    assert [steady.is_empty(0), steady.is_empty(1)] == [False, False]
+
+
+def test_shares_of_other_terms_are_refused():
+    with pytest.raises(ValueError, match="weight must name the same terms as the loss"):
+        window_of([{"a": 1}, {"a": 1}].__getitem__).of(["b"], 0)

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import pytest
 
 from virtualbatch.window.terms import (
+    WeightFunction,
     check_same_terms,
-    check_steady_weights,
     loss_and_aux,
     loss_terms,
     weight_terms,
@@ -92,7 +92,7 @@ def test_with_aux_anything_but_a_pair_is_refused(result, got):
 
 @pytest.mark.parametrize(
     ("weight", "terms"),
-    [(3, {"loss": 3}), (None, {"loss": None}), ({"a": 1, "b": None}, {"a": 1, "b": None})],
+    [(3, {"loss": 3}), (SCALAR, {"loss": SCALAR}), ({"a": 1, "b": None}, {"a": 1, "b": None})],
 )
 def test_weights_by_term(weight, terms):
     assert weight_terms(weight) == terms
@@ -115,16 +115,39 @@ def test_other_names_are_refused(weight, text):
         check_same_terms({"b": 1, "a": 1}, weight)
 
 
-def test_steady_weights_are_accepted():
-    check_steady_weights({"b": None, "a": 0.0}, {"a": 2.0, "b": None})
+@pytest.mark.parametrize(
+    ("weight", "got"),
+    [
+        (None, "None for term 'loss'"),
+        ("3", "'3' for term 'loss'"),
+        ({"a": [1.0]}, r"\[1\.0\] for term 'a'"),
+        ({"a": Tensor((2, 1))}, r"shape \(2, 1\) for term 'a'"),
+    ],
+)
+def test_a_weight_that_is_not_one_number_is_refused(weight, got):
+    with pytest.raises(ValueError, match=rf"one number per micro-batch and term\. Got {got}\."):
+        weight_terms(weight)
+
+
+def test_weights_are_given_in_the_order_of_the_first_micro_batch():
+    weights = WeightFunction({1: {"a": 2.0, "b": None, "c": 3}, 2: {"c": 4, "b": None, "a": 0}}.get)
+    assert [weights.values(1), weights.values(2)] == [[2.0, 3], [0, 4]]
+    assert weights.steady == {"b"}
+    assert weights.by_name(["of a", "of c"], "of rows") == {
+        "a": "of a",
+        "b": "of rows",
+        "c": "of c",
+    }
 
 
 @pytest.mark.parametrize("later", [{"a": None, "b": None}, {"a": 1, "b": 1}, {"a": 1}, {}])
 def test_weights_that_change_their_form_are_refused(later):
+    weights = WeightFunction(lambda weight: weight)
+    weights.values({"a": 1, "b": None})
     with pytest.raises(
         ValueError,
         match=r"the same terms for every micro-batch, None for the same ones\. "
         r"Got \{'a': 'a weight', 'b': 'None'\} and later .*"
         r"Return 0\.0 for a term without items",
     ):
-        check_steady_weights(later, {"a": 1, "b": None})
+        weights.values(later)

@@ -52,6 +52,127 @@ def test_accumulation_steps(steps, mode):
     assert_same(ours(P, B), jax.value_and_grad(loss)(P, B))
 
 
+def by_parts(params, x, scale, y):
+    return scale * loss(params, {"x": x, "y": y})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [1, 4, 12])
+def test_several_arguments_hold_rows(size, mode):
+    run = vb.value_and_grad(by_parts, batch_argnum=(1, 3), microbatch_size=size)
+    found = in_mode(mode, run)(P, X, 2.0, Y)
+    assert_same(found, jax.value_and_grad(by_parts)(P, X, 2.0, Y))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_weight_takes_all_arguments_that_hold_rows(mode):
+    def masked(params, x, y, mask):
+        errors = (x @ params["w"] + params["b"] - y) ** 2
+        return jnp.sum(errors * mask) / jnp.sum(mask)
+
+    mask = jnp.asarray(np.arange(len(Y)) % 3 > 0, Y.dtype)
+    run = vb.value_and_grad(
+        masked, batch_argnum=[1, 2, 3], microbatch_size=4, weight=lambda x, y, mask: mask.sum()
+    )
+    assert_same(in_mode(mode, run)(P, X, Y, mask), jax.value_and_grad(masked)(P, X, Y, mask))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_several_windows(mode):
+    run = vb.value_and_grad(by_parts, batch_argnum=(1, 3))
+    windows = vb.Window([X[:4], X[4:]]), 2.0, vb.Window([Y[:4], Y[4:]])
+    assert_same(in_mode(mode, run)(P, *windows), jax.value_and_grad(by_parts)(P, X, 2.0, Y))
+
+
+@pytest.mark.parametrize("other", [Y, vb.Window([Y])], ids=["an array", "a shorter window"])
+def test_windows_beside_something_else_are_refused(other):
+    run = vb.value_and_grad(by_parts, batch_argnum=(1, 3))
+    with pytest.raises(ValueError, match=r"all must be Windows of one length, or none\. Got a Win"):
+        run(P, vb.Window([X[:4], X[4:]]), 2.0, other)
+
+
+VERBS = {
+    "value_and_grad": lambda fun: vb.value_and_grad(fun, microbatch_size=1),
+    "auto": lambda fun: vb.value_and_grad(fun, microbatch_size="auto"),
+    "plan": vb.plan,
+    "certify": lambda fun: vb.certify(fun, microbatch_size=1),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_rows_that_would_not_be_cut_are_refused(verb):
+    # One row of outputs would be broadcast against all targets.
+    fun = lambda params, x, y: jnp.mean((x @ params["w"] + params["b"] - y) ** 2)  # noqa: E731
+    with pytest.raises(
+        ValueError,
+        match=rf"cut with the batch\. Got argument 2, an array of shape \({len(Y)},\), beside a "
+        rf"batch of {len(Y)} rows\. Pass it by position and name all.*or.* close over it\.",
+    ):
+        VERBS[verb](fun)(P, X, Y)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("other", "got"),
+    [
+        (Y, "an array of shape"),
+        ({"y": Y, "none": None}, "a dict"),
+        (vb.Window([Y]), "a Window of 1"),
+    ],
+    ids=["array", "all arrays of a pytree", "window"],
+)
+def test_rows_in_a_keyword_are_refused(other, got, mode):
+    run = vb.value_and_grad(lambda params, batch, y: 0.0, microbatch_size=4)
+    with pytest.raises(ValueError, match=rf"cut with the batch\. Got argument 'y', {got}"):
+        in_mode(mode, run)(P, B, y=other)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "table",
+    [
+        np.ones(len(Y) + 1),
+        np.ones((3, len(Y))),
+        {"mean": np.ones(len(Y)), "count": np.ones(())},
+        np.float32(1),
+    ],
+    ids=["another length", "another axis", "some leaves only", "scalar"],
+)
+def test_arrays_that_belong_to_every_row(table, mode):
+    def fun(params, batch, table):
+        return loss(params, batch) * jnp.mean(jax.tree.leaves(table)[0])
+
+    run = vb.value_and_grad(fun, microbatch_size=4)
+    assert_same(in_mode(mode, run)(P, B, table), jax.value_and_grad(fun)(P, B, table))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_uncut_batch_is_the_ordinary_computation_whatever_holds_rows(mode):
+    fun = lambda params, x, y: loss(params, {"x": x, "y": y})  # noqa: E731
+    run = vb.value_and_grad(fun, microbatch_size=len(Y))
+    assert_same(in_mode(mode, run)(P, X, Y), jax.value_and_grad(fun)(P, X, Y))
+
+
+def test_a_plan_and_a_certificate_of_several_arguments():
+    # Without data nothing is timed.
+    specs = [jax.ShapeDtypeStruct(x.shape, "float32") for x in (X, Y)]
+    found = vb.plan(by_parts, batch_argnum=(1, 3), memory_limit="1GiB")(P, specs[0], 2.0, specs[1])
+    assert 1 <= found.microbatch_size <= len(Y)
+    run = vb.certify(
+        by_parts, batch_argnum=(1, 3), microbatch_size=4, weight=lambda x, y: float(len(y))
+    )
+    assert run(P, X, 2.0, Y).exact
+
+
+def test_a_certificate_says_what_a_weight_of_several_arguments_takes():
+    def masked(params, x, mask):
+        return jnp.sum((x @ params["w"] + params["b"]) ** 2 * mask) / jnp.sum(mask)
+
+    mask = (np.arange(len(Y)) % 4 > 0).astype(float)
+    found = vb.certify(masked, batch_argnum=(1, 2), microbatch_size=5)(P, X, mask)
+    assert found.findings[0].fix == "Pass weight=lambda *batch: batch[1].sum()."
+
+
 Pair = namedtuple("Pair", "x y")
 
 
@@ -82,6 +203,21 @@ def test_containers(name, mode):
 
     ours = in_mode(mode, vb.value_and_grad(fun, microbatch_size=4))
     assert_same(ours(P, CONTAINERS[name]), jax.value_and_grad(loss)(P, B))
+
+
+@dataclasses.dataclass
+class NoPytree:
+    y: object
+
+
+@pytest.mark.parametrize("batch", [{"x": X, "rest": NoPytree(Y)}, NoPytree(Y)], ids=str)
+def test_arrays_that_jax_does_not_see_are_refused(batch):
+    # They would reach every micro-batch whole.
+    run = vb.value_and_grad(lambda params, batch: 0.0, microbatch_size=1)
+    with pytest.raises(
+        TypeError, match=r"Got batch.*\.y inside of NoPytree, which is no pytree\. Pass a dict"
+    ):
+        run(P, batch)
 
 
 @pytest.mark.parametrize("size", tiered([3, 4, 10], [4], "further cuts"))

@@ -87,7 +87,7 @@ def test_a_loss_that_takes_rows_in_pairs(mode):
 def test_booleans_are_neither_summed_nor_averaged(leaf, mode):
     run = vb.value_and_grad(lambda p, b: (loss(p, b), leaf), has_aux=True, microbatch_size=4)
     with pytest.raises(
-        TypeError, match=r"one entry per row, or be a number .*Got dtype bool\. Cast it to"
+        TypeError, match=r"one entry per row, or be a number .*Got bool\. Cast it to"
     ):
         in_mode(mode, run)(P, B)
 

@@ -131,6 +131,22 @@ OPTIONS = {
     "boolean": ({"argnums": True}, TypeError, POSITION.format("argnums=True")),
     "name": ({"argnums": "params"}, TypeError, POSITION.format("argnums='params'")),
     "fraction": ({"batch_argnum": 1.0}, TypeError, POSITION.format(r"batch_argnum=1\.0")),
+    "no batch": ({"batch_argnum": ()}, TypeError, POSITION.format(r"batch_argnum=\(\)")),
+    "a batch is negative": (
+        {"batch_argnum": (1, -2)},
+        TypeError,
+        POSITION.format(r"batch_argnum=\(1, -2\)"),
+    ),
+    "a batch twice": (
+        {"batch_argnum": (1, 1)},
+        ValueError,
+        r"Got argnums=0, batch_argnum=\(1, 1\)",
+    ),
+    "a batch is the key": (
+        {"batch_argnum": (1, 2), "key_argnum": 2},
+        ValueError,
+        r"must be different arguments\.",
+    ),
     "key": ({"key_argnum": -2}, TypeError, POSITION.format("key_argnum=-2")),
     "batch is differentiated": (
         {"argnums": (0, 1)},

@@ -1,5 +1,6 @@
 """The law: a cut batch has the loss and the gradients of the uncut one."""
 
+import dataclasses
 from collections import namedtuple
 
 import keras
@@ -197,6 +198,18 @@ def test_batches_of_any_structure(structure, mode):
     expected_loss, expected = uncut(loss_fn, batch, [kernel])
     assert_close(loss, expected_loss)
     assert_all_close(arrays(gradients), expected)
+
+
+@dataclasses.dataclass
+class Unseen:
+    y: object
+
+
+@pytest.mark.parametrize("batch", [{"x": X, "rest": Unseen(Y)}, Unseen(Y)], ids=["inside", "alone"])
+def test_arrays_that_tensorflow_does_not_see_are_refused(batch):
+    # They would reach every micro-batch whole.
+    with pytest.raises(TypeError, match=r"where tf\.nest finds them\. Got batch.*\.y inside"):
+        vb.value_and_gradients(lambda batch: 0.0, batch, [], microbatch_size=1)
 
 
 def test_rows_are_compared_wherever_tensorflow_finds_them():

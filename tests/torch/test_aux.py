@@ -103,9 +103,12 @@ def test_leaves_that_cannot_be_merged(leaf):
         )
 
 
-def test_structures_that_differ():
+@pytest.mark.parametrize(
+    "given", [[{"a": 1}, {"b": 1}], [1.0, None], [None, 1.0], [1, 1.0]], ids=str
+)
+def test_structures_that_differ(given):
     module = nn.Linear(3, 1).double()
-    results = iter([{"a": 1}, {"b": 1}])
+    results = iter(given)
     with pytest.raises(ValueError, match="aux must have the same structure"):
         vb.backward(
             lambda x: (module(x).mean(), next(results)),

@@ -13,7 +13,7 @@ import numpy as np
 from virtualbatch.certify.certificate import Certificate, derived_tolerance
 from virtualbatch.certify.loop_causes import Probe, Runs, causes
 from virtualbatch.window.cut import check_sizes
-from virtualbatch.window.tree import array_leaves, common_rows
+from virtualbatch.window.tree import array_leaves, common_rows, is_text, mapped, parts_of
 
 
 def certify_loop(
@@ -34,8 +34,8 @@ def certify_loop(
     Args:
         loop: (list of micro-batches, accumulation_steps) -> anything. It trains in place, and must
             draw no random numbers that differ from run to run.
-        batches: two whole batches or more, nested mappings and sequences of arrays that share
-            their leading axis; two are used.
+        batches: two whole batches or more, nested mappings, lists, tuples and dataclasses of arrays
+            that share their leading axis; two are used. Lists of one text per row follow them.
         microbatch_size: rows of one micro-batch; fewer than a batch has.
         save: () -> the state as nested mappings and sequences of arrays and numbers: weights,
             and whatever else should be compared, such as an average of weights or a learning rate.
@@ -182,7 +182,8 @@ def _rows(batch: Any) -> int:
 
 
 def _part(batch: Any, start: int, stop: int) -> Any:
-    return _mapped(lambda leaf: leaf[start:stop], batch)
+    rows = _rows(batch)
+    return mapped(lambda leaf: leaf[start:stop] if _has_rows(leaf, rows) else leaf, batch)
 
 
 def _cut(batch: Any, size: int) -> list[Any]:
@@ -190,34 +191,38 @@ def _cut(batch: Any, size: int) -> list[Any]:
 
 
 def _reversed(batch: Any) -> Any:
-    # PyTorch has no negative steps, NumPy's are no copy, and others have no flip.
-    return _mapped(lambda x: x.flip(0) if hasattr(x, "flip") else x[::-1] + 0, batch)
+    rows = _rows(batch)
+
+    def turned(leaf: Any) -> Any:
+        if not _has_rows(leaf, rows):
+            return leaf
+        if hasattr(leaf, "flip"):
+            # PyTorch has no negative steps.
+            return leaf.flip(0)
+        # NumPy's are no copy.
+        return leaf[::-1] + 0 if hasattr(leaf, "shape") else leaf[::-1]
+
+    return mapped(turned, batch)
 
 
-def _mapped(fn: Callable[[Any], Any], structure: Any) -> Any:
-    if hasattr(structure, "shape"):
-        return fn(structure)
-    if isinstance(structure, Mapping):
-        return {key: _mapped(fn, value) for key, value in structure.items()}
-    if hasattr(structure, "_fields"):
-        return type(structure)(*(_mapped(fn, value) for value in structure))
-    if isinstance(structure, list | tuple):
-        return type(structure)(_mapped(fn, value) for value in structure)
-    return structure
+def _has_rows(leaf: Any, rows: int) -> bool:
+    return hasattr(leaf, "shape") or (is_text(leaf) and len(leaf) == rows)
 
 
 def _leaves(state: Any, path: str = "") -> dict[str, Any]:
+    parts = parts_of(state)
+    if parts is None:
+        is_value = hasattr(state, "shape") or isinstance(state, int | float | np.number)
+        return {path.removeprefix(".") or "state": state} if is_value else {}
+    places = [place for place, _ in parts[0]]
     if isinstance(state, Mapping):
-        items = [(f"{path}.{key}" if path else str(key), value) for key, value in state.items()]
-    elif hasattr(state, "_fields"):
-        items = [(f"{path}.{key}", getattr(state, key)) for key in state._fields]
-    elif isinstance(state, list | tuple):
-        items = [(f"{path}[{index}]", value) for index, value in enumerate(state)]
-    elif hasattr(state, "shape") or isinstance(state, int | float | np.number):
-        return {path or "state": state}
-    else:
-        return {}
-    return {name: leaf for path, value in items for name, leaf in _leaves(value, path).items()}
+        # Names as in state_dict: model.weight for ['model']['weight'].
+        places = [f".{key}" for key in state]
+    return {
+        name: leaf
+        for place, (_, part) in zip(places, parts[0], strict=True)
+        for name, leaf in _leaves(part, path + place).items()
+    }
 
 
 def _flat(state: Any) -> dict[str, np.ndarray]:

@@ -38,6 +38,7 @@ class TrainingStep(ABC):
         narrow: what is summed in half precision, in words, each a place.
         notes: how it is observed, in sentences.
         place: the loss in words, where no line of it is known.
+        weight_takes: the arguments of a weight function, as code.
         weighs_itself: whether the engine finds the weights of a loss by itself.
     """
 
@@ -50,6 +51,7 @@ class TrainingStep(ABC):
     narrow: Sequence[str]
     notes: Sequence[str]
     place = "loss_fn"
+    weight_takes = "batch"
     weighs_itself = False
 
     @abstractmethod

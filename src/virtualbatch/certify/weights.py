@@ -123,10 +123,14 @@ def _wrong_weight(subject: TrainingStep, where: str, given: str, right: Weight) 
                 ", ".join(subject.narrow),
                 f"The loss divides by {right.text}, counted in half precision, where large "
                 "counts are rounded.",
-                f"Count in float32: weight=lambda batch: {right.code}.",
+                f"Count in float32: weight=lambda {subject.weight_takes}: {right.code}.",
             ),
         )
-    fix = f"Pass weight=lambda batch: {right.code}." if right.code else "Leave weight out."
+    fix = (
+        f"Pass weight=lambda {subject.weight_takes}: {right.code}."
+        if right.code
+        else "Leave weight out."
+    )
     fix = _ELEMENTS if subject.weighs_itself else fix
     why = (
         f"The mean of each micro-batch is weighted by {given}, but the loss divides by "

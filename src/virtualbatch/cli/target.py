@@ -7,7 +7,7 @@ Which engine that is follows from the names.
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -103,7 +103,8 @@ class Target(NamedTuple):
     def batch(self) -> Any:
         """The batch among the arguments."""
         if "args" in self.arguments:
-            return self.arguments["args"][self.arguments.get("batch_argnum", 1)]
+            args, position = self.arguments["args"], self.arguments.get("batch_argnum", 1)
+            return [args[k] for k in position] if isinstance(position, Sequence) else args[position]
         return self.arguments["batch"]
 
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.jax._batch import Cut, cut_batch, cut_further
+from virtualbatch.jax._arguments import BatchArguments, refuse_uncut_rows
+from virtualbatch.jax._batch import Cut, cut_batch, cut_further, rows_of
 from virtualbatch.jax._certify.certificate import certificate, check_cut
 from virtualbatch.jax._certify.loop import certify_loop
 from virtualbatch.jax._checks import check_arguments, check_options
@@ -23,8 +24,8 @@ from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
 from virtualbatch.jax._plan.plan import planned
 from virtualbatch.jax._plan.sizes import kept_sizes, needs_values, signature, stand_ins
 from virtualbatch.jax._replicas import varying
-from virtualbatch.jax._weights import host_shares, traced_shares
-from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
+from virtualbatch.jax._weights import traced_shares, window_shares
+from virtualbatch.plan.auto import Auto, CurrentSize, check_cut_or_auto, is_automatic
 from virtualbatch.plan.fingerprint import fingerprint
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_until_it_fits
@@ -45,7 +46,7 @@ def value_and_grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
-    batch_argnum: int = 1,
+    batch_argnum: int | Sequence[int] = 1,
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
     weight: Callable[[Any], Any] | None = None,
@@ -70,7 +71,8 @@ def value_and_grad(
             row come back concatenated in row order, other floating leaves averaged by rows,
             integers summed.
         batch_argnum: position of the batch: a pytree whose arrays share their leading axis, the
-            rows; or a `Window`, and then no size is given.
+            rows; or a `Window`, and then no size is given. Where several arguments hold rows, all
+            of their positions; all are Windows or none, and weight takes as many arguments.
         microbatch_size: rows of one forward and backward; or "auto" or an `Auto`, which plan it at
             the first call, under `jit` while it is traced, and remember it for this function, also
             where fun is made anew at each update.
@@ -99,8 +101,8 @@ def value_and_grad(
 
     Raises:
         ValueError: sizes are not positive integers or disagree (at once); rows differ or are
-            missing, a weight is negative or not finite, the loss is not a scalar, or names of
-            terms differ (when called).
+            missing, another argument holds rows too, a weight is negative or not finite, the loss
+            is not a scalar, or names of terms differ (when called).
         TypeError: the loss is not a floating array, or an argument is of the wrong kind.
 
     Source:
@@ -120,12 +122,13 @@ def value_and_grad(
         microbatch_size,
         accumulation_steps,
     )
+    rows = BatchArguments(batch_argnum)
     options = _Options(
-        fun,
+        rows.function(fun),
         argnums,
         has_aux,
-        batch_argnum,
-        weight,
+        rows.position,
+        rows.weight(weight),
         accumulator_dtype,
         key_argnum,
         axis_name,
@@ -137,7 +140,7 @@ def value_and_grad(
     def sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Auto:
         if isinstance(microbatch_size, Auto):
             return microbatch_size
-        return kept_sizes(fun, computed, args, kwargs, batch_argnum)
+        return kept_sizes(fun, computed, args, kwargs, rows.position)
 
     def planned_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CurrentSize:
         reason = "a call with axis_name" if axis_name is not None else needs_values((args, kwargs))
@@ -150,30 +153,35 @@ def value_and_grad(
         def make() -> Plan:
             given, named = stand_ins((args, kwargs))
             window = partial(_window, options)
-            return planned(window, given[batch_argnum], given, named, kept.memory_limit)
+            return planned(window, given[rows.position], given, named, kept.memory_limit)
 
         kept = sizes(args, kwargs)
-        return kept.planned(signature(computed, args, kwargs, batch_argnum), make)
+        return kept.planned(signature(computed, args, kwargs, rows.position), make)
 
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        check_arguments(args, batch_argnum, key_argnum, microbatch_size, accumulation_steps)
-        refuse_sorted_rows(args[batch_argnum], stats)
+        check_arguments(args, batch_argnum, key_argnum)
+        args = rows.gathered(args)
+        batch = args[rows.position]
+        check_cut_or_auto(batch, microbatch_size, accumulation_steps)
+        refuse_sorted_rows(batch, stats)
         traced = _is_traced(args, kwargs)
-        batch = args[batch_argnum]
         given: Any = microbatch_size
         size: CurrentSize | None = None
         if is_automatic(given):
+            options.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
             size = planned_size(args, kwargs)
             given = size.rows
         cut = cut_batch(batch, given, accumulation_steps, compiled=traced)
+        if cut.count > 1:
+            options.refuse_uncut_rows(args, kwargs, sum(cut.rows))
         if traced:
             return _in_micro_batches(options, args, kwargs, cut, traced)
         asked = given or max(cut.rows)
         size = size or sizes(args, kwargs).asked(asked)
         if size.rows < asked:
             cut = _cut_smaller(batch, size.rows)
-        differentiated = [args[k] for k in options.differentiated()]
+        differentiated = [args[k] for k in _positions(options.argnums)]
         result = run_until_it_fits(
             # Errors arrive late in JAX; waiting once per window costs what its caller waits.
             lambda cut: jax.block_until_ready(
@@ -206,15 +214,23 @@ class _Options(NamedTuple):
     grad_fn: Callable[..., Any] | None
     stats: bool = False
 
-    def differentiated(self) -> tuple[int, ...]:
-        """Positions of the arguments to differentiate with respect to."""
-        return tuple(self.argnums) if isinstance(self.argnums, Sequence) else (self.argnums,)
+    def refuse_uncut_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:
+        """See `refuse_uncut_rows`."""
+        taken = [*_positions(self.argnums), self.batch_argnum, *_positions(self.key_argnum)]
+        refuse_uncut_rows(args, kwargs, taken, rows)
 
     def differentiate(self) -> Callable[..., Any]:
         """What differentiates, called with a function and has_aux."""
         plain = self.grad_fn is not None and self.argnums == 0
         options = {} if plain else {"argnums": self.argnums}
         return partial(self.grad_fn or jax.value_and_grad, **options)
+
+
+def _positions(given: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Positions of arguments, from one, several or None."""
+    if given is None:
+        return ()
+    return tuple(given) if isinstance(given, Sequence) else (given,)
 
 
 def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -230,11 +246,11 @@ def _in_micro_batches(
     if axis_name is not None:
         # Numbers of axes mean nothing outside a trace: JAX names the axis that is missing.
         jax.lax.axis_size(axis_name)
-        positions = options.differentiated()
+        positions = _positions(options.argnums)
         args = tuple(
             varying(arg, axis_name) if k in positions else arg for k, arg in enumerate(args)
         )
-    shares = traced_shares(cut, weight, axis_name) if traced else host_shares(cut, weight)
+    shares = traced_shares(cut, weight, axis_name) if traced else window_shares(cut, weight)
     call = Call(
         options.fun,
         args,
@@ -277,7 +293,7 @@ def plan(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
-    batch_argnum: int = 1,
+    batch_argnum: int | Sequence[int] = 1,
     weight: Callable[[Any], Any] | None = None,
     accumulator_dtype: Any = None,
     key_argnum: int | None = None,
@@ -326,15 +342,27 @@ def plan(
         "auto",
         None,
     )
+    rows = BatchArguments(batch_argnum)
     options = _Options(
-        fun, argnums, has_aux, batch_argnum, weight, accumulator_dtype, key_argnum, None, grad_fn
+        rows.function(fun),
+        argnums,
+        has_aux,
+        rows.position,
+        rows.weight(weight),
+        accumulator_dtype,
+        key_argnum,
+        None,
+        grad_fn,
     )
 
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Plan:
-        check_arguments(args, batch_argnum, key_argnum, "auto", None)
-        window = partial(_window, options)
-        return planned(window, args[batch_argnum], args, kwargs, memory_limit)
+        check_arguments(args, batch_argnum, key_argnum)
+        args = rows.gathered(args)
+        batch = args[rows.position]
+        check_cut_or_auto(batch, "auto", None)
+        options.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
+        return planned(partial(_window, options), batch, args, kwargs, memory_limit)
 
     return wrapper
 
@@ -344,7 +372,7 @@ def certify(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
-    batch_argnum: int = 1,
+    batch_argnum: int | Sequence[int] = 1,
     microbatch_size: int | None = None,
     accumulation_steps: int | None = None,
     weight: Callable[[Any], Any] | None = None,
@@ -390,12 +418,14 @@ def certify(
     positions = {"argnums": argnums, "batch_argnum": batch_argnum, "key_argnum": key_argnum}
     check_options(options, positions, microbatch_size, accumulation_steps)
 
+    rows = BatchArguments(batch_argnum)
+
     def engine(function: Callable[..., Any], weight: Any) -> Callable[..., Any]:
         return value_and_grad(
             function,
             argnums,
             has_aux,
-            batch_argnum=batch_argnum,
+            batch_argnum=rows.position,
             microbatch_size=microbatch_size,
             accumulation_steps=accumulation_steps,
             weight=weight,
@@ -405,21 +435,29 @@ def certify(
 
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Certificate:
-        check_arguments(args, batch_argnum, key_argnum, microbatch_size, accumulation_steps)
-        check_cut(args[batch_argnum], microbatch_size, accumulation_steps)
+        check_arguments(args, batch_argnum, key_argnum)
+        args = rows.gathered(args)
+        batch = args[rows.position]
+        check_cut_or_auto(batch, microbatch_size, accumulation_steps)
+        check_cut(batch, microbatch_size, accumulation_steps)
+        taken = [*_positions(argnums), rows.position, *_positions(key_argnum)]
+        refuse_uncut_rows(args, kwargs, taken, rows_of(batch, "batch"))
         differentiate = partial(
             grad_fn or jax.value_and_grad,
             **({} if grad_fn is not None and argnums == 0 else {"argnums": argnums}),
         )
-        call = Call(fun, args, kwargs, batch_argnum, None, has_aux, None, differentiate)
+        call = Call(
+            rows.function(fun), args, kwargs, rows.position, None, has_aux, None, differentiate
+        )
         return certificate(
             call,
             argnums,
-            weight,
+            rows.weight(weight),
             engine,
             microbatch_size,
             accumulation_steps,
             accumulator_dtype,
+            rows.weight_takes,
         )
 
     return wrapper

@@ -1,9 +1,4 @@
-"""What a loss function gives beside its loss, put together again for the whole batch.
-
-A leaf with one entry per row is concatenated, an integer leaf is summed, any other is averaged by
-rows. Whether a leaf has one entry per row is judged by its shape at two numbers of rows, because
-a shape of 10 may be ten rows or ten classes.
-"""
+"""The aux of a window's micro-batches, put together again for the whole batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from virtualbatch.jax._batch import Cut, is_array, map_arrays, specs
 from virtualbatch.jax._objective import Call, wide_dtype
-
-ROWS, SUM, MEAN = "rows", "sum", "mean"
+from virtualbatch.window.aux import ROWS, SUM, AuxLeaf
+from virtualbatch.window.aux import kinds as kinds_of
 
 
 def kinds(call: Call, cut: Cut, auxes: Sequence[Any], rows: Sequence[int]) -> list[str]:
@@ -35,26 +30,11 @@ def kinds(call: Call, cut: Cut, auxes: Sequence[Any], rows: Sequence[int]) -> li
             traced where only that can tell rows from classes.
         ValueError: the structure differs between micro-batches.
     """
-    structure = jax.tree.structure(auxes[0])
-    if any(jax.tree.structure(aux) != structure for aux in auxes):
-        raise ValueError(
-            "aux must have the same structure for every micro-batch. "
-            "Got different ones. Return None for what a micro-batch lacks only if all lack it."
-        )
-    columns = list(zip(*map(jax.tree.leaves, auxes), strict=True))
-    per_row = [
-        all(_length(leaf) == n for leaf, n in zip(column, rows, strict=True)) for column in columns
-    ]
-    found = [ROWS if here else _kind(c[0]) for c, here in zip(columns, per_row, strict=True)]
-    if ROWS not in found or len(set(rows)) > 1:
-        return found
     # Twice as many, because devices and groups of rows may divide the rows.
     other = 2 * rows[0]
-    abstract = jax.tree.leaves(_abstract(call, cut, other))
-    return [
-        kind if kind != ROWS or _length(leaf) == other else _kind(leaf)
-        for kind, leaf in zip(found, abstract, strict=True)
-    ]
+    structures = [jax.tree.structure(found) for found in auxes]
+    leaves = [_leaves(found) for found in auxes]
+    return kinds_of(structures, leaves, rows, other, lambda: _leaves(_abstract(call, cut, other)))
 
 
 def routed(kinds: Sequence[str], shares: Any, index: Any, aux: Any) -> tuple[list[Any], list[Any]]:
@@ -120,9 +100,13 @@ def _merged_axes(piece: Any) -> Any:
     return jnp.reshape(piece, shape, out_sharding=sharding.update(spec=P(first, *spec[2:])))
 
 
-def _length(leaf: Any) -> int | None:
-    shape = getattr(leaf, "shape", ())
-    return shape[0] if shape else None
+def _leaves(found: Any) -> list[AuxLeaf]:
+    return [
+        AuxLeaf(tuple(getattr(x, "shape", ())[:1]), str(jnp.result_type(x)))
+        if hasattr(x, "dtype") or isinstance(x, int | float | complex)
+        else AuxLeaf((), type(x).__name__)
+        for x in jax.tree.leaves(found)
+    ]
 
 
 def _abstract(call: Call, cut: Cut, rows: int) -> Any:
@@ -142,21 +126,3 @@ def _abstract(call: Call, cut: Cut, rows: int) -> Any:
             f"Got {type(error).__name__} with {rows} rows: {error}. "
             "Use JAX operations instead of branches on values and of a fixed number of rows."
         ) from error
-
-
-def _kind(leaf: Any) -> str:
-    """How a leaf that does not have one entry per row is put together."""
-    dtype = jnp.result_type(leaf) if hasattr(leaf, "dtype") or _is_number(leaf) else None
-    if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
-        return MEAN
-    if dtype is not None and jnp.issubdtype(dtype, jnp.integer):
-        return SUM
-    kind = type(leaf).__name__ if dtype is None else f"dtype {dtype}"
-    raise TypeError(
-        "A leaf of aux must have one entry per row, or be a number to sum or average. "
-        f"Got {kind}. Cast it to an integer or a float."
-    )
-
-
-def _is_number(leaf: Any) -> bool:
-    return isinstance(leaf, int | float | complex)

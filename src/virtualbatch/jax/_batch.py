@@ -17,7 +17,7 @@ from jax import lax
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.window.cut import even_cut, rows_per_microbatch
-from virtualbatch.window.tree import common_rows
+from virtualbatch.window.tree import array_leaves, common_rows
 from virtualbatch.window.window import Window, check_alike, check_window
 
 
@@ -140,8 +140,17 @@ def rows_of(batch: Any, path: str) -> int:
 
     Raises:
         ValueError: rows differ or are missing.
+        TypeError: arrays are hidden in what is no pytree.
     """
     leaves, _ = tree_flatten_with_path(batch)
+    for place, leaf in leaves:
+        hidden = [] if hasattr(leaf, "shape") else array_leaves(leaf, path + keystr(place))
+        if hidden:
+            raise TypeError(
+                "Arrays of a batch must be where JAX finds them. "
+                f"Got {hidden[0][0]} inside of {type(leaf).__name__}, which is no pytree. "
+                "Pass a dict, or register the class: jax.tree_util.register_dataclass."
+            )
     rows = common_rows((path + keystr(place), leaf) for place, leaf in leaves if is_array(leaf))
     if rows is None:
         raise ValueError("internal: an array has no number of rows.")

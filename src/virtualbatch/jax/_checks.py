@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from virtualbatch.jax._keys import check_keys
-from virtualbatch.plan.auto import check_cut_or_auto, check_sizes_or_auto
+from virtualbatch.plan.auto import check_sizes_or_auto
 
 
 def check_options(
@@ -24,7 +24,7 @@ def check_options(
 
     Raises:
         TypeError: an argument is not a function, or a position not an integer.
-        ValueError: a size is not a positive integer, or the batch would be differentiated.
+        ValueError: a size is not a positive integer, or an argument is named twice.
     """
     for name, function in functions.items():
         if not callable(function) and not (name != "fun" and function is None):
@@ -38,9 +38,10 @@ def check_options(
     argnums, batch_argnum = positions["argnums"], positions["batch_argnum"]
     key_argnum = positions["key_argnum"]
     listed = list(argnums) if isinstance(argnums, Sequence) else [argnums]
+    rows = list(batch_argnum) if isinstance(batch_argnum, Sequence) else [batch_argnum]
     for name, position in [
         *(("argnums", k) for k in listed),
-        ("batch_argnum", batch_argnum),
+        *(("batch_argnum", k) for k in rows or [None]),
         ("key_argnum", 0 if key_argnum is None else key_argnum),
     ]:
         if isinstance(position, bool) or not hasattr(position, "__index__") or position < 0:
@@ -48,8 +49,9 @@ def check_options(
                 f"{name} must hold positions of arguments, 0 or more. "
                 f"Got {name}={positions[name]!r}. Count the arguments of fun from 0."
             )
+    cut = [operator.index(position) for position in rows]
     taken = [operator.index(position) for position in listed]
-    if batch_argnum in taken or key_argnum in taken or batch_argnum == key_argnum:
+    if len({*cut} - {*taken, key_argnum}) < len(cut) or key_argnum in taken:
         raise ValueError(
             "argnums, batch_argnum and key_argnum must be different arguments. "
             f"Got argnums={argnums}, batch_argnum={batch_argnum} and key_argnum={key_argnum}. "
@@ -58,19 +60,15 @@ def check_options(
 
 
 def check_arguments(
-    args: Sequence[Any],
-    batch_argnum: int,
-    key_argnum: int | None,
-    microbatch_size: Any,
-    accumulation_steps: Any,
+    args: Sequence[Any], batch_argnum: int | Sequence[int], key_argnum: int | None
 ) -> None:
     """Refuses a call whose arguments are not those that the options name.
 
     Raises:
         TypeError: the batch or the keys are no positional arguments, or the keys no keys.
-        ValueError: a size is missing, or comes with a Window.
     """
-    for name, position in (("batch_argnum", batch_argnum), ("key_argnum", key_argnum)):
+    rows = batch_argnum if isinstance(batch_argnum, Sequence) else [batch_argnum]
+    for name, position in [*(("batch_argnum", k) for k in rows), ("key_argnum", key_argnum)]:
         if position is not None and position >= len(args):
             raise TypeError(
                 f"{name} must be the position of a positional argument. "
@@ -79,4 +77,3 @@ def check_arguments(
             )
     if key_argnum is not None:
         check_keys(args[key_argnum])
-    check_cut_or_auto(args[batch_argnum], microbatch_size, accumulation_steps)

@@ -18,7 +18,8 @@ from virtualbatch.jax._convolution import with_fast_convolutions
 from virtualbatch.jax._objective import Call, wide_dtype
 from virtualbatch.jax._replicas import over_devices
 from virtualbatch.jax._stats import part_of, stats_of
-from virtualbatch.jax._weights import Shares
+from virtualbatch.jax._weights import groups, scaled
+from virtualbatch.window.shares import Shares
 
 
 class _Micro(NamedTuple):
@@ -66,22 +67,22 @@ def run_compiled(
         (loss, aux, gradients, stats); aux is None without has_aux, stats if not asked for.
     """
     alone = cut.count == 1
-    groups = shares.groups()
+    groups_of_terms = groups(shares)
     # Micro-batches of one shape may come in several runs.
     again = len(cut.segments) > len({segment.rows for segment in cut.segments})
-    call = call.traced_once() if again or len(groups) > 1 else call
+    call = call.traced_once() if again or len(groups_of_terms) > 1 else call
     dtypes: dict[str, Any] = {}
 
     def step(index: Any, microbatch: Any) -> _Micro:
         args = call.arguments(microbatch, None if alone else index)
         parts = []
-        for names in groups:
+        for names in groups_of_terms:
             terms, aux, gradients = call.gradients(args, names)
             dtypes["loss"] = jnp.result_type(*terms.values())
             dtypes["gradients"] = jax.tree.map(lambda x: x.dtype, gradients)
             found = [terms[name].astype(wide_dtype(terms[name])) for name in names or terms]
             wide = jax.tree.map(lambda x: x.astype(wide_dtype(x, accumulator_dtype)), gradients)
-            parts.append(shares.scaled((reduce(jnp.add, found), wide), names, index))
+            parts.append(scaled((reduce(jnp.add, found), wide), shares, names, index))
         loss, gradients = reduce(_added, parts)
         norm = part_of(gradients, jnp.asarray(shares.of_rows_or_term())[index]) if stats else None
         return _Micro(loss, gradients, norm, aux)
@@ -104,7 +105,7 @@ def run_compiled(
         loss, gradients, norm, sums = total
         aux = joined(aux_kinds, traced[0].outputs.aux, cut, sums, rows)
     gradients = jax.tree.map(lambda x, dtype: x.astype(dtype), gradients, dtypes["gradients"])
-    found = stats_of(gradients, shares, cut, norm, axis_name) if stats else None
+    found = stats_of(gradients, shares, norm, axis_name) if stats else None
     return loss.astype(dtypes["loss"]), aux, gradients, found
 
 

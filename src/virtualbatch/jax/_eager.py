@@ -13,7 +13,8 @@ from virtualbatch.jax._aux import joined, kinds, routed
 from virtualbatch.jax._batch import Cut
 from virtualbatch.jax._objective import Call, wide_dtype
 from virtualbatch.jax._stats import part_of, stats_of
-from virtualbatch.jax._weights import Shares
+from virtualbatch.jax._weights import part
+from virtualbatch.window.shares import Shares
 
 
 def run_eager(
@@ -24,7 +25,7 @@ def run_eager(
     Args:
         call: the call.
         cut: the window.
-        shares: its shares, vectors of NumPy.
+        shares: its shares.
         accumulator_dtype: dtype of the buffer; None for promote(parameter dtype, float32).
         stats: whether statistics are asked for.
 
@@ -38,9 +39,9 @@ def run_eager(
     norms: list[Any] = []
     for index, microbatch in enumerate(cut.microbatches()):
         args = call.arguments(microbatch, None if alone else index)
-        part = shares.part(index)
-        if part is not None:
-            names, factors, largest = part
+        counting = part(shares, index)
+        if counting is not None:
+            names, factors, largest = counting
             terms, aux, gradients = call.gradients(args, names, factors)
             auxes.append(aux)
             dtypes = _dtypes(terms, gradients)
@@ -64,7 +65,7 @@ def run_eager(
     gradients = jax.tree.map(lambda x, dtype: x.astype(dtype), gradients, dtypes[1])
     aux = _merged_aux(call, cut, shares, auxes)
     mean_square = sum(norms, jnp.zeros(()))
-    of_window = stats_of(gradients, shares, cut, mean_square, None) if stats else None
+    of_window = stats_of(gradients, shares, mean_square, None) if stats else None
     return loss.astype(dtypes[0]), aux, gradients, of_window
 
 

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from virtualbatch.jax._batch import Cut
-from virtualbatch.jax._weights import Shares
 from virtualbatch.noise.estimate import WindowStats
+from virtualbatch.window.shares import Shares
 
 
 def part_of(gradients: Any, share: Any) -> Any:
@@ -26,22 +25,19 @@ def part_of(gradients: Any, share: Any) -> Any:
     return jnp.where(share > 0, total / jnp.where(share > 0, share, 1), 0)
 
 
-def stats_of(
-    gradients: Any, shares: Shares, cut: Cut, mean_square: Any, axis_name: Any
-) -> WindowStats:
+def stats_of(gradients: Any, shares: Shares, mean_square: Any, axis_name: Any) -> WindowStats:
     """The statistics of a window, of all devices if it is spread over an axis.
 
     Args:
         gradients: those of the window.
         shares: its shares.
-        cut: the window.
         mean_square: sum of `part_of` over its micro-batches, and over the devices.
         axis_name: mesh axes over which the batch is spread, or None.
     """
-    rows, counted = sum(cut.rows), jnp.sum(jnp.asarray(shares.of_rows_or_term()) > 0)
+    counted = jnp.sum(jnp.asarray(shares.of_rows_or_term()) > 0)
     if axis_name is not None:
-        rows, counted = rows * lax.axis_size(axis_name), lax.psum(counted, axis_name)
-    return WindowStats(rows, counted, mean_square, squared_norm(gradients))
+        counted = lax.psum(counted, axis_name)
+    return WindowStats(shares.window, counted, mean_square, squared_norm(gradients))
 
 
 def squared_norm(gradients: Any) -> Any:

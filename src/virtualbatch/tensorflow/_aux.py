@@ -1,11 +1,5 @@
-"""What a loss function gives beside its loss, put together again for the whole batch.
+"""The aux of a window's micro-batches, put together again for the whole batch."""
 
-A leaf with one entry per row is concatenated, an integer leaf is summed, any other is averaged by
-rows. Whether a leaf has one entry per row is judged by its shape at two numbers of rows, because
-a shape of 10 may be ten rows or ten classes.
-"""
-
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,13 +7,11 @@ import tensorflow as tf
 
 from virtualbatch.tensorflow._batch import Segment, as_tensor, named_arrays, specs
 from virtualbatch.tensorflow._loop import Traced
+from virtualbatch.window.aux import MEAN, ROWS, SUM, AuxLeaf, AuxShapes, kinds
 from virtualbatch.window.shares import accumulator_dtype
 from virtualbatch.window.tree import common_rows
 
-_ROWS, _SUM, _MEAN, _NOTHING = "rows", "sum", "mean", "nothing"
-
-# An eager loop asks the same question at every update, and the answer costs a trace.
-_shapes: weakref.WeakKeyDictionary[Any, dict[str, list[Any]]] = weakref.WeakKeyDictionary()
+_shapes = AuxShapes()
 
 
 class WindowAux:
@@ -48,7 +40,8 @@ class WindowAux:
         self._in_graph = not tf.executing_eagerly() and not self._alone
         if self._in_graph:
             self._structure = traced[0].outputs.aux
-            self._kinds = self._traced_kinds()
+            found = [entry.outputs.aux for entry in traced]
+            self._kinds = self._kinds_of(found, tf.constant(0))
 
     def route(self, index: Any, aux: Any) -> tuple[list[Any], list[Any]]:
         """Splits one micro-batch's aux into what is summed and what is concatenated.
@@ -67,7 +60,7 @@ class WindowAux:
             return self._kept[0]
         if not self._in_graph:
             self._structure = self._kept[0]
-            self._kinds = self._eager_kinds()
+            self._kinds = self._kinds_of(self._kept, 0)
             routed = [
                 _routed(self._kinds, share, aux)
                 for share, aux in zip(self._shares, self._kept, strict=True)
@@ -80,50 +73,29 @@ class WindowAux:
         ]
         return tf.nest.pack_sequence_as(self._structure, leaves)
 
-    def _traced_kinds(self) -> list[str]:
-        microbatch = self._segments[0].get(tf.constant(0))
-        leaves = _tensors(self._structure)
-        rows = _rows(microbatch)
-        per_row = [_has_axis(leaf) and leaf.shape[0] == rows for leaf in leaves]
-        if any(per_row):
-            # With open rows the trace cannot tell one entry per row from any other open size.
-            other = 2 if rows is None else rows + 1
-            per_row = self._confirmed(per_row, leaves, specs(microbatch, other), other)
-        return [_kind(leaf, found) for leaf, found in zip(leaves, per_row, strict=True)]
+    def _kinds_of(self, auxes: Sequence[Any], index: Any) -> list[str]:
+        """How each leaf is put together.
 
-    def _eager_kinds(self) -> list[str]:
-        microbatches = [segment.get(0) for segment in self._segments]
-        rows = [_rows(microbatch) for microbatch in microbatches]
-        flat = [_tensors(aux) for aux in self._kept]
-        per_row = [
-            all(
-                _has_axis(leaf) and leaf.shape[0] == n for leaf, n in zip(column, rows, strict=True)
-            )
-            for column in zip(*flat, strict=True)
-        ]
-        if any(per_row) and len(set(rows)) == 1:
-            other = rows[0] + 1
-            microbatch = tf.nest.map_structure(as_tensor, microbatches[0])
-            per_row = self._confirmed(per_row, flat[0], specs(microbatch, other), other)
-        return [_kind(leaf, found) for leaf, found in zip(flat[0], per_row, strict=True)]
+        Args:
+            auxes: one of each segment.
+            index: number of the first micro-batch in its segment.
+        """
+        microbatches = [segment.get(index) for segment in self._segments]
+        rows = [common_rows(named_arrays(microbatch)) for microbatch in microbatches]
+        leaves = [_leaves(aux) for aux in auxes]
+        first = tf.nest.map_structure(as_tensor, microbatches[0])
+        # With open rows a trace cannot tell one entry per row from any other open size.
+        other = 2 if rows[0] is None else rows[0] + 1
 
-    def _confirmed(
-        self, per_row: list[bool], leaves: list[Any], spec: Any, rows: int
-    ) -> list[bool]:
-        """Which leaves still follow the rows when the loss is traced with another number."""
-        known = _known_shapes(self._loss_fn)
-        given = [None if leaf is None else (leaf.shape, leaf.dtype) for leaf in leaves]
-        key = str((getattr(self._loss_fn, "__name__", None), tf.nest.flatten(spec), given))
-        if key not in known:
-            known[key] = [
-                None if leaf is None else leaf.shape for leaf in self._traced_aux(spec, rows)
-            ]
-        return [
-            found and bool(shape.rank) and shape[0] == rows
-            for found, shape in zip(per_row, known[key], strict=True)
-        ]
+        def at_other() -> Sequence[AuxLeaf]:
+            spec = specs(first, other)
+            given = [x if isinstance(x, tf.TypeSpec) else type(x) for x in tf.nest.flatten(spec)]
+            key = (_structure(spec), tuple(given), tuple(leaves[0]))
+            return _shapes.of(self._loss_fn, key, lambda: self._traced_leaves(spec, other))
 
-    def _traced_aux(self, spec: Any, rows: int) -> list[Any]:
+        return kinds(list(map(_structure, auxes)), leaves, rows, other, at_other)
+
+    def _traced_leaves(self, spec: Any, rows: int) -> list[AuxLeaf]:
         traced = tf.function(lambda microbatch: self._loss_fn(microbatch)[1])
         try:
             outputs = traced.get_concrete_function(spec).structured_outputs
@@ -134,19 +106,19 @@ class WindowAux:
                 f"Got {type(error).__name__} with {rows} rows: {error}. "
                 "Use TensorFlow operations instead of .numpy() and of a fixed number of rows."
             ) from error
-        return tf.nest.flatten(outputs)
+        return _leaves(outputs)
 
 
 def _routed(kinds: Sequence[str], share: Any, aux: Any) -> tuple[list[Any], list[Any]]:
     sums: list[Any] = []
     rows: list[Any] = []
     for kind, value in zip(kinds, _tensors(aux), strict=True):
-        if kind == _MEAN:
+        if kind == MEAN:
             wide = tf.cast(value, accumulator_dtype(value.dtype.name))
             sums.append(wide * tf.cast(share, wide.dtype))
         else:
-            sums.append(value if kind == _SUM else None)
-        rows.append(value if kind == _ROWS else None)
+            sums.append(value if kind == SUM else None)
+        rows.append(value if kind == ROWS else None)
     return sums, rows
 
 
@@ -162,14 +134,17 @@ def _tensors(aux: Any) -> list[Any]:
     return [None if leaf is None else tf.convert_to_tensor(leaf) for leaf in leaves]
 
 
-def _known_shapes(loss_fn: Any) -> dict[str, list[Any]]:
-    """What was found about aux of this loss function before; empty if it cannot be remembered."""
-    # A bound method is a new object at every access, but its instance is not.
-    owner = getattr(loss_fn, "__self__", loss_fn)
-    try:
-        return _shapes.setdefault(owner, {})
-    except TypeError:  # not hashable, or without weak references
-        return {}
+def _leaves(aux: Any) -> list[AuxLeaf]:
+    return [
+        AuxLeaf((), "NoneType")
+        if leaf is None
+        else AuxLeaf(tuple(leaf.shape[:1]) if leaf.shape.rank else (), leaf.dtype.name)
+        for leaf in _tensors(aux)
+    ]
+
+
+def _structure(nested: Any) -> str:
+    return repr(tf.nest.map_structure(lambda _: 0, nested))
 
 
 def _total(column: Sequence[Any]) -> Any:
@@ -182,26 +157,3 @@ def _joined(column: Sequence[Any]) -> Any:
 
 def _cast_like(total: Any, leaf: Any) -> Any:
     return tf.cast(total, leaf.dtype) if hasattr(leaf, "dtype") else total
-
-
-def _rows(microbatch: Any) -> Any:
-    return common_rows(named_arrays(microbatch))
-
-
-def _has_axis(leaf: Any) -> bool:
-    return leaf is not None and bool(leaf.shape.rank)
-
-
-def _kind(leaf: Any, per_row: bool) -> str:
-    if leaf is None:
-        return _NOTHING
-    if per_row:
-        return _ROWS
-    if leaf.dtype.is_integer:
-        return _SUM
-    if leaf.dtype.is_floating or leaf.dtype.is_complex:
-        return _MEAN
-    raise TypeError(
-        "A leaf of aux must have one entry per row, or be a number to sum or average. "
-        f"Got dtype {leaf.dtype.name} and shape {leaf.shape}. Cast it to an integer or a float."
-    )

@@ -132,9 +132,17 @@ def specs(microbatch: Any, rows: int | None = None) -> Any:
 
 def named_arrays(batch: Any, path: str = "batch") -> list[tuple[str, Any]]:
     """Every array of a batch, with the expression that reaches it."""
-    named = list(array_leaves(batch, path))
-    if len(named) == len(_arrays(batch)):
+    named, seen = array_leaves(batch, path), _arrays(batch)
+    if len(named) == len(seen):
         return named
+    known = set(map(id, seen))
+    for place, leaf in named:
+        if id(leaf) not in known:
+            raise TypeError(
+                "Arrays of a batch must be where tf.nest finds them. "
+                f"Got {place} inside of something else. "
+                "Pass a dict, or give its class TensorFlow's nest protocol (__tf_flatten__)."
+            )
     # TensorFlow also looks into attrs classes and into those with its nest protocol.
     flat = tf.nest.flatten(batch)
     return [(f"tf.nest.flatten({path})[{i}]", x) for i, x in enumerate(flat) if is_array(x)]

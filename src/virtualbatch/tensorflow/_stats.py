@@ -6,8 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from virtualbatch.noise.estimate import WindowStats
-from virtualbatch.tensorflow._weights import Shares
-from virtualbatch.window.shares import accumulator_dtype
+from virtualbatch.window.shares import Shares, accumulator_dtype
 
 
 def part_of(gradients: Sequence[Any], share: Any) -> Any:

@@ -1,11 +1,5 @@
-"""What a loss function gives beside its loss, put together again for the whole batch.
+"""The aux of a window's micro-batches, put together again for the whole batch."""
 
-A leaf with one entry per row is concatenated, an integer leaf is summed, any other is averaged by
-rows. Whether a leaf has one entry per row is judged by its shape at two numbers of rows, because
-a shape of 10 may be ten rows or ten classes.
-"""
-
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,10 +9,10 @@ from torch.utils import _pytree as pytree
 
 from virtualbatch.torch._batch import Microbatch
 from virtualbatch.torch._plan.memory import ERRORS
+from virtualbatch.window.aux import MEAN, NOTHING, ROWS, AuxLeaf, AuxShapes, kinds
 from virtualbatch.window.shares import accumulator_dtype
 
-# A loop asks the same question at every update, and the answer costs a run of the loss on shapes.
-_shapes: weakref.WeakKeyDictionary[Any, dict[Any, list[Any]]] = weakref.WeakKeyDictionary()
+_shapes = AuxShapes()
 
 
 def detached(aux: Any) -> Any:
@@ -52,61 +46,46 @@ def merged_aux(
     if len(found) == 1:
         return found[0]
     flat = [pytree.tree_flatten(aux) for aux in found]
-    structure = flat[0][1]
-    if any(other != structure for _, other in flat):
-        raise ValueError(
-            "aux must have the same structure for every micro-batch. "
-            "Got different ones. Return None for what a micro-batch lacks only if all lack it."
-        )
-    columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
+    leaves = [list(map(_leaf, leaves)) for leaves, _ in flat]
     rows = [microbatch.rows for microbatch in microbatches]
-    per_row = [
-        all(_length(leaf) == n for leaf, n in zip(column, rows, strict=True)) for column in columns
-    ]
-    if any(per_row) and len(set(rows)) == 1:
-        lengths = _lengths_at(loss_fn, microbatches[0], rows[0] + 1, flat[0][0])
-        per_row = [here and n == rows[0] + 1 for here, n in zip(per_row, lengths, strict=True)]
-    leaves = [_merged(c, here, shares) for c, here in zip(columns, per_row, strict=True)]
-    return pytree.tree_unflatten(leaves, structure)
+    first, other = microbatches[0], rows[0] + 1
+
+    def at_other() -> Sequence[AuxLeaf]:
+        kinds_of_leaves = [(x.shape, x.dtype) if _is_tensor(x) else type(x) for x in first.leaves]
+        key = (first.places, tuple(kinds_of_leaves), tuple(leaves[0]))
+        return _shapes.of(
+            loss_fn, key, lambda: list(map(_leaf, _fake_leaves(loss_fn, first, other)))
+        )
+
+    found_kinds = kinds([structure for _, structure in flat], leaves, rows, other, at_other)
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    merged = [_merged(c, kind, shares) for c, kind in zip(columns, found_kinds, strict=True)]
+    return pytree.tree_unflatten(merged, flat[0][1])
 
 
-def _length(leaf: Any) -> int | None:
-    return leaf.shape[0] if isinstance(leaf, torch.Tensor) and leaf.dim() else None
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)
 
 
-def _merged(column: Sequence[Any], per_row: bool, shares: Sequence[float]) -> Any:
+def _leaf(x: Any) -> AuxLeaf:
+    if not _is_tensor(x):
+        return AuxLeaf((), type(x).__name__)
+    return AuxLeaf(tuple(x.shape[:1]), str(x.dtype).removeprefix("torch."))
+
+
+def _merged(column: Sequence[Any], kind: str, shares: Sequence[float]) -> Any:
     first = column[0]
-    if first is None:
+    if kind == NOTHING:
         return None
-    if per_row:
+    if kind == ROWS:
         return torch.cat(list(column))
-    if isinstance(first, torch.Tensor):
-        if first.is_floating_point() or first.is_complex():
-            wide = getattr(torch, accumulator_dtype(str(first.dtype).removeprefix("torch.")))
-            parts = [leaf.to(wide) * share for leaf, share in zip(column, shares, strict=True)]
-            return sum(parts[1:], parts[0]).to(first.dtype)
-        if first.dtype != torch.bool:
-            return sum(column[1:], first)
-    elif isinstance(first, float):
+    if kind != MEAN:
+        return sum(column[1:], first)
+    if not _is_tensor(first):
         return sum(leaf * share for leaf, share in zip(column, shares, strict=True))
-    elif isinstance(first, int) and not isinstance(first, bool):
-        return sum(column)
-    kind = f"dtype {first.dtype}" if isinstance(first, torch.Tensor) else type(first).__name__
-    raise TypeError(
-        "A leaf of aux must have one entry per row, or be a number to sum or average. "
-        f"Got {kind}. Cast it to an integer or a float."
-    )
-
-
-def _lengths_at(
-    loss_fn: Callable[[Any], Any], microbatch: Microbatch, rows: int, leaves: Sequence[Any]
-) -> list[int | None]:
-    """First axes of the leaves of aux when the loss is run on shapes of another number of rows."""
-    known = _known(loss_fn)
-    key = (microbatch.rows, *(getattr(leaf, "shape", None) for leaf in leaves))
-    if key not in known:
-        known[key] = [_length(leaf) for leaf in _fake_leaves(loss_fn, microbatch, rows)]
-    return known[key]
+    wide = getattr(torch, accumulator_dtype(str(first.dtype).removeprefix("torch.")))
+    parts = [leaf.to(wide) * share for leaf, share in zip(column, shares, strict=True)]
+    return sum(parts[1:], parts[0]).to(first.dtype)
 
 
 def _fake_leaves(loss_fn: Callable[[Any], Any], microbatch: Microbatch, rows: int) -> list[Any]:
@@ -135,13 +114,3 @@ def _fake_leaves(loss_fn: Callable[[Any], Any], microbatch: Microbatch, rows: in
             ) from error
         finally:
             torch.clear_autocast_cache()
-
-
-def _known(loss_fn: Any) -> dict[Any, list[Any]]:
-    """What was found about aux of this loss function before; empty if it cannot be remembered."""
-    # A bound method is a new object at every access, but its instance is not.
-    owner = getattr(loss_fn, "__self__", loss_fn)
-    try:
-        return _shapes.setdefault(owner, {})
-    except TypeError:  # not hashable, or without weak references
-        return {}

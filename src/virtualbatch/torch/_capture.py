@@ -19,8 +19,8 @@ from virtualbatch.torch._batch import Microbatch
 from virtualbatch.torch._gradients import HALF, committed, unknown_leaf
 from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._modules import Inventory
-from virtualbatch.torch._weights import Shares
-from virtualbatch.window.terms import check_same_terms
+from virtualbatch.window.shares import Shares
+from virtualbatch.window.terms import SINGLE, check_same_terms
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ class Captured:
             The mean loss, a detached scalar; None if the window takes the normal path, and then
             nothing was changed.
         """
-        parts = [_parts(shares, index) for index in range(len(cut))]
+        names = [SINGLE] if shares.terms is None else list(shares.terms)
+        parts = [shares.of(names, index) for index in range(len(cut))]
         counted = [index for index, share in enumerate(parts) if any(share)]
         # Where some term has no share it may be NaN, and a graph would multiply it by zero.
         if self._gave_up or not counted or not all(all(parts[index]) for index in counted):
@@ -274,13 +275,6 @@ def _capturing(graph: Any, pool: Any) -> Iterator[None]:
 def _generator() -> Any:
     """The default generator of the present CUDA device."""
     return torch.cuda.default_generators[torch.cuda.current_device()]
-
-
-def _parts(shares: Shares, index: int) -> list[float]:
-    """The shares of a micro-batch, one for each term that has weights of its own."""
-    if shares.terms is None:
-        return [shares.rows[index]]
-    return [found[index] for found in shares.terms.values()]
 
 
 def _state(found: Inventory, shares: Shares) -> tuple[Any, ...]:

@@ -15,7 +15,8 @@ from virtualbatch.torch._loss import WindowLoss, checked_terms
 from virtualbatch.torch._modules import Inventory
 from virtualbatch.torch._state import Buffers
 from virtualbatch.torch._stats import GradientNorms
-from virtualbatch.torch._weights import Shares, window_shares
+from virtualbatch.torch._weights import window_shares
+from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import loss_and_aux
 
 
@@ -123,7 +124,7 @@ class _Run(NamedTuple):
         """The loss of the window, and the aux of each micro-batch if it is asked for."""
         loss_fn, has_aux, statistics, gradients, norms = self
         forward = statistics.heard(loss_fn) if statistics else loss_fn
-        empty = shares.empty()
+        empty = [shares.is_empty(index) for index in range(len(cut))]
         # A window without any weight has the loss 0 and, where one micro-batch reaches a
         # parameter, the gradient 0.
         nothing = all(empty)

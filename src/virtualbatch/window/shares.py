@@ -6,8 +6,10 @@ from that. Tensors are only seen through `+ - * /`, so the same lines serve ever
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
+
+from virtualbatch.window.terms import WeightFunction, check_same_terms
 
 _WIDE_ENOUGH = {"float64", "complex64", "complex128"}
 
@@ -51,6 +53,97 @@ def shares(weights: Sequence[float]) -> list[float]:
             )
     total = math.fsum(weights)
     return [value / total if total else 0.0 for value in weights]
+
+
+class Shares(NamedTuple):
+    """Shares of every micro-batch of a window.
+
+    A vector holds one number per micro-batch: on the host a sequence of float64, in a compiled
+    program a tensor.
+
+    Fields:
+        rows: part of the window's rows; a vector.
+        terms: term name -> the same for that term's weight; None when all terms weigh by rows.
+            A term that does not depend on the rows has the shares of the rows, which sum to 1.
+        steady: names of the terms that do not depend on the rows.
+        window: rows of the window; a number, or a scalar of the program.
+    """
+
+    rows: Any
+    terms: dict[Any, Any] | None
+    steady: frozenset[Any]
+    window: Any
+
+    def of_rows_or_term(self) -> Any:
+        """The shares of each micro-batch as one: of its only term, or of its rows."""
+        if self.terms is None or len(self.terms) != 1:
+            return self.rows
+        return next(iter(self.terms.values()))
+
+    def of(self, names: Iterable[Any], index: Any) -> list[Any]:
+        """Shares of a micro-batch for each of its terms.
+
+        Args:
+            names: of the terms of its loss.
+            index: number of the micro-batch.
+
+        Raises:
+            ValueError: the names are not those of the weights.
+        """
+        names = list(names)
+        if self.terms is None:
+            return [self.rows[index]] * len(names)
+        check_same_terms(names, self.terms)
+        return [self.terms[name][index] for name in names]
+
+    def mapped(self, fn: Callable[[Any], Any]) -> "Shares":
+        """The same with a function applied to every vector."""
+        terms = self.terms and {name: fn(found) for name, found in self.terms.items()}
+        return self._replace(rows=fn(self.rows), terms=terms)
+
+    @property
+    def counted(self) -> int:
+        """Micro-batches that count for something; only where shares can be read."""
+        return sum(1 for share in self.of_rows_or_term() if share > 0)
+
+    def is_empty(self, index: int) -> bool:
+        """Whether a micro-batch contributes nothing to any term; only where shares can be read."""
+        return self.terms is not None and not any(found[index] for found in self.terms.values())
+
+
+def host_shares(
+    rows: Sequence[int],
+    weight: Callable[[Any], Any] | None,
+    microbatches: Iterable[Any],
+    on_host: Callable[[list[Any]], Iterable[Any]],
+) -> Shares:
+    """Shares of a window whose weights can be read.
+
+    Args:
+        rows: rows of each micro-batch.
+        weight: micro-batch -> what the loss was divided by: a scalar >= 0, or a dict of them by
+            term name, None marking a term that does not depend on the rows; None for rows.
+        microbatches: the micro-batches as the weight function takes them, in order.
+        on_host: weights -> the same as numbers, all in one copy.
+
+    Returns:
+        The shares, in lists of Python floats.
+
+    Raises:
+        ValueError: a weight is negative, not finite, not a scalar, or names differ between
+            micro-batches.
+    """
+    of_rows = shares([float(n) for n in rows])
+    if weight is None:
+        return Shares(of_rows, None, frozenset(), sum(rows))
+    checked = WeightFunction(weight)
+    # All weights of a term follow each other.
+    columns = list(zip(*[checked.values(microbatch) for microbatch in microbatches], strict=True))
+    values = [value for column in columns for value in column]
+    table = [float(number) for number in on_host(values)] if values else []
+    count = len(rows)
+    vectors = [shares(table[k * count : (k + 1) * count]) for k in range(len(columns))]
+    return Shares(of_rows, checked.by_name(vectors, of_rows), checked.steady, sum(rows))
 
 
 class Moments(NamedTuple):

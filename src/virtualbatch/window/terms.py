@@ -4,7 +4,7 @@ A loss is one mean, or a dict of means whose sum is the loss; each term is divid
 its own. Everything that engines refuse about either is refused here, with the same texts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from virtualbatch.window.tree import rank
@@ -67,12 +67,46 @@ def loss_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
 
 
 def weight_terms(weight: Any) -> dict[Any, Any]:
-    """The weights of one micro-batch, by term name, as the weight function returned them."""
-    return dict(weight) if isinstance(weight, Mapping) else {SINGLE: weight}
+    """The weights of one micro-batch, by term name.
+
+    Args:
+        weight: what the weight function returned.
+
+    Returns:
+        A dict of term name to weight, None for a term that does not depend on the rows.
+
+    Raises:
+        ValueError: a weight is not one number.
+    """
+    if not isinstance(weight, Mapping):
+        _check_number(SINGLE, weight)
+        return {SINGLE: weight}
+    for name, value in weight.items():
+        if value is not None:
+            _check_number(name, value)
+    return dict(weight)
 
 
-def check_same_terms(loss: Mapping[Any, Any], weight: Mapping[Any, Any]) -> None:
+def _check_number(name: Any, value: Any) -> None:
+    is_array = hasattr(value, "shape")
+    if is_array and rank(value) in (0, None):
+        return
+    if not is_array and hasattr(value, "__float__") and not isinstance(value, str | bytes):
+        return
+    got = f"shape {tuple(value.shape)}" if is_array else repr(value)
+    raise ValueError(
+        "A weight must be one number per micro-batch and term. "
+        f"Got {got} for term {name!r}. "
+        "Reduce it to what the loss was divided by, for example by a sum over the mask."
+    )
+
+
+def check_same_terms(loss: Collection[Any], weight: Collection[Any]) -> None:
     """Refuses weights that do not belong to the terms of the loss.
+
+    Args:
+        loss: names of the terms of the loss.
+        weight: names of the weights.
 
     Raises:
         ValueError: the names differ.
@@ -86,23 +120,48 @@ def check_same_terms(loss: Mapping[Any, Any], weight: Mapping[Any, Any]) -> None
         )
 
 
-def check_steady_weights(later: Mapping[Any, Any], first: Mapping[Any, Any]) -> None:
-    """Refuses weights whose names, or whose Nones, change within a window.
+class WeightFunction:
+    """The weight function of one window, which must name the same terms for every micro-batch.
 
     Args:
-        later: weights of a micro-batch by term name, as the weight function returned them.
-        first: the same of the window's first micro-batch.
-
-    Raises:
-        ValueError: the names differ, or a term is None in only one of them.
+        weight: micro-batch -> a weight, or a dict of them by term name.
     """
-    if _marked(later) != _marked(first):
-        raise ValueError(
-            "weight must return the same terms for every micro-batch, None for the same ones. "
-            f"Got {_marked(first)} and later {_marked(later)}. "
-            "Return 0.0 for a term without items in a micro-batch."
-        )
 
+    def __init__(self, weight: Callable[[Any], Any]):
+        self._weight = weight
+        self._first: dict[Any, str] | None = None
 
-def _marked(weight: Mapping[Any, Any]) -> dict[Any, str]:
-    return {name: "None" if value is None else "a weight" for name, value in weight.items()}
+    def values(self, microbatch: Any) -> list[Any]:
+        """Weights of the terms that depend on the rows, in the order of the first micro-batch.
+
+        Raises:
+            ValueError: a weight is not one number, or the names, or those that are None, are not
+                those of the first micro-batch.
+        """
+        terms = weight_terms(self._weight(microbatch))
+        found = {name: "None" if value is None else "a weight" for name, value in terms.items()}
+        if self._first is None:
+            self._first = found
+        if found != self._first:
+            raise ValueError(
+                "weight must return the same terms for every micro-batch, None for the same ones. "
+                f"Got {self._first} and later {found}. "
+                "Return 0.0 for a term without items in a micro-batch."
+            )
+        return [terms[name] for name in self._first if terms[name] is not None]
+
+    @property
+    def steady(self) -> frozenset[Any]:
+        """Names of the terms that do not depend on the rows."""
+        return frozenset(n for n, kind in (self._first or {}).items() if kind == "None")
+
+    def by_name(self, vectors: Iterable[Any], steady: Any) -> dict[Any, Any]:
+        """Term name -> what was made of its weights.
+
+        Args:
+            vectors: one for each weight that `values` gives, in that order.
+            steady: what stands for a term that does not depend on the rows.
+        """
+        given = iter(vectors)
+        names = self._first or {}
+        return {name: steady if kind == "None" else next(given) for name, kind in names.items()}

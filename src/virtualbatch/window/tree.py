@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -24,17 +24,37 @@ def builder(
         leaves: takes the expression and the leaf of every leaf found.
         one_leaf: classes that are leaves although they are sequences or mappings.
     """
-    if isinstance(structure, one_leaf):
-        pass
-    elif isinstance(structure, list | tuple):
-        if not is_text(structure):
-            return _sequence_builder(structure, path, leaves, one_leaf)
-    elif isinstance(structure, Mapping):
-        return _mapping_builder(structure, path, leaves, one_leaf)
-    elif dataclasses.is_dataclass(structure) and not isinstance(structure, type):
-        return _dataclass_builder(structure, path, leaves, one_leaf)
-    leaves.append((path, structure))
-    return itemgetter(len(leaves) - 1)
+    parts = None if isinstance(structure, one_leaf) else parts_of(structure)
+    if parts is None:
+        leaves.append((path, structure))
+        return itemgetter(len(leaves) - 1)
+    items, join = parts
+    builds = [builder(item, f"{path}{place}", leaves, one_leaf) for place, item in items]
+    return lambda found: join([build(found) for build in builds])
+
+
+def array_leaves(structure: Any, path: str = "batch") -> list[tuple[str, Any]]:
+    """Every array in a nested structure with the expression that reaches it.
+
+    Arrays are what has a `shape`; other leaves (None, numbers, text) belong to every row.
+
+    Args:
+        structure: as in `builder`.
+        path: name of the structure itself.
+
+    Returns:
+        Pairs such as `("batch['x'][0]", array)`; mappings in the order of their keys.
+    """
+    leaves: list[tuple[str, Any]] = []
+    builder(structure, path, leaves)
+    return [(place, leaf) for place, leaf in leaves if hasattr(leaf, "shape")]
+
+
+def mapped(fn: Callable[[Any], Any], structure: Any) -> Any:
+    """The structure with a function applied to every leaf."""
+    leaves: list[tuple[str, Any]] = []
+    build = builder(structure, "", leaves)
+    return build([fn(leaf) for _, leaf in leaves])
 
 
 def is_text(leaf: Any) -> bool:
@@ -46,88 +66,44 @@ def is_text(leaf: Any) -> bool:
     )
 
 
-def _sequence_builder(
-    structure: Sequence[Any],
-    path: str,
-    leaves: list[tuple[str, Any]],
-    one_leaf: tuple[type, ...],
-) -> Builder:
-    kind: Any = type(structure)
-    if hasattr(structure, "_fields"):
-        fields = [
-            builder(getattr(structure, n), f"{path}.{n}", leaves, one_leaf)
-            for n in structure._fields
-        ]
-        return lambda found: kind(*[build(found) for build in fields])
-    items = [builder(item, f"{path}[{i}]", leaves, one_leaf) for i, item in enumerate(structure)]
-    return lambda found: kind([build(found) for build in items])
+def parts_of(structure: Any) -> tuple[list[tuple[str, Any]], Callable[[list[Any]], Any]] | None:
+    """What is directly inside a structure, by the end of the expression that reaches it.
 
-
-def _mapping_builder(
-    structure: Mapping[Any, Any],
-    path: str,
-    leaves: list[tuple[str, Any]],
-    one_leaf: tuple[type, ...],
-) -> Builder:
-    items = {
-        key: builder(structure[key], f"{path}[{key!r}]", leaves, one_leaf) for key in structure
-    }
-    if type(structure) is dict or not isinstance(structure, MutableMapping):
-        return lambda found: {key: build(found) for key, build in items.items()}
-
-    def mapping(found: Sequence[Any]) -> Any:
-        # Constructors of other mappings take who knows what.
-        result = copy.copy(structure)
-        for key, build in items.items():
-            result[key] = build(found)
-        return result
-
-    return mapping
-
-
-def _dataclass_builder(
-    structure: Any, path: str, leaves: list[tuple[str, Any]], one_leaf: tuple[type, ...]
-) -> Builder:
-    fields = {
-        field.name: builder(
-            getattr(structure, field.name), f"{path}.{field.name}", leaves, one_leaf
-        )
-        for field in dataclasses.fields(structure)
-    }
-
-    def instance(found: Sequence[Any]) -> Any:
-        result = copy.copy(structure)
-        for name, build in fields.items():
-            # A frozen dataclass refuses plain assignment.
-            object.__setattr__(result, name, build(found))
-        return result
-
-    return instance
-
-
-def array_leaves(structure: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
-    """Every array in a nested structure with the expression that reaches it.
-
-    Arrays are what has a `shape`; other leaves (None, numbers, text) belong to every row.
-
-    Args:
-        structure: nested mappings, sequences and arrays.
-        path: name of the structure itself.
-
-    Yields:
-        Pairs such as `("batch['x'][0]", array)`; mappings in the order of their keys.
+    Returns:
+        The parts, and what makes the same structure of others; None for a leaf.
     """
-    if hasattr(structure, "shape"):
-        yield path, structure
-    elif isinstance(structure, Mapping):
-        for key in structure:
-            yield from array_leaves(structure[key], f"{path}[{key!r}]")
-    elif hasattr(structure, "_fields"):
-        for field in structure._fields:
-            yield from array_leaves(getattr(structure, field), f"{path}.{field}")
-    elif isinstance(structure, Sequence) and not isinstance(structure, str | bytes):
-        for index, item in enumerate(structure):
-            yield from array_leaves(item, f"{path}[{index}]")
+    kind: Any = type(structure)
+    if hasattr(structure, "_fields") and isinstance(structure, tuple):
+        names = kind._fields
+        return [(f".{n}", getattr(structure, n)) for n in names], lambda parts: kind(*parts)
+    if isinstance(structure, list | tuple) and not is_text(structure):
+        return [(f"[{k}]", item) for k, item in enumerate(structure)], kind
+    if isinstance(structure, Mapping):
+        keys = list(structure)
+
+        def mapping(parts: list[Any]) -> Any:
+            pairs = zip(keys, parts, strict=True)
+            if kind is dict or not isinstance(structure, MutableMapping):
+                return dict(pairs)
+            # Constructors of other mappings take who knows what.
+            result = copy.copy(structure)
+            for key, part in pairs:
+                result[key] = part
+            return result
+
+        return [(f"[{key!r}]", structure[key]) for key in keys], mapping
+    if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
+        names = [field.name for field in dataclasses.fields(structure)]
+
+        def instance(parts: list[Any]) -> Any:
+            result = copy.copy(structure)
+            for name, part in zip(names, parts, strict=True):
+                # A frozen dataclass refuses plain assignment.
+                object.__setattr__(result, name, part)
+            return result
+
+        return [(f".{name}", getattr(structure, name)) for name in names], instance
+    return None
 
 
 def rank(array: Any) -> int | None:

@@ -23,6 +23,7 @@ def certificate(
     microbatch_size: int | None,
     accumulation_steps: int | None,
     accumulator_dtype: Any,
+    weight_takes: str,
 ) -> Certificate:
     """The certificate of a call; see `virtualbatch.jax.certify` and `JaxTrainingStep`."""
 
@@ -30,6 +31,7 @@ def certificate(
         subject = JaxTrainingStep(
             call, argnums, weight, engine, microbatch_size, accumulation_steps, accumulator_dtype
         )
+        subject.weight_takes = weight_takes
         if note:
             subject.notes = [*subject.notes, note]
         return certified(subject)

@@ -1,13 +1,14 @@
 """Certifying a training loop of one's own in PyTorch: its state is whatever has a state_dict."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from virtualbatch.certify import loop as loops
 from virtualbatch.certify.certificate import Certificate
+from virtualbatch.window.tree import mapped
 
 
 def certify_loop(
@@ -57,7 +58,7 @@ def certify_loop(
             )
 
     def save() -> Any:
-        return {name: _on_host(part.state_dict()) for name, part in state.items()}
+        return {name: mapped(_on_host, part.state_dict()) for name, part in state.items()}
 
     def load(saved: Any) -> None:
         for name, part in state.items():
@@ -68,13 +69,9 @@ def certify_loop(
     return loops.certify_loop(loop, batches, microbatch_size=microbatch_size, save=save, load=load)
 
 
-def _on_host(state: Any) -> Any:
-    if isinstance(state, torch.Tensor):
-        found = state.detach().cpu()
-        # NumPy does not know bfloat16.
-        return found.float() if found.dtype == torch.bfloat16 else found.clone()
-    if isinstance(state, Mapping):
-        return {key: _on_host(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(map(_on_host, state))
-    return state
+def _on_host(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    found = leaf.detach().cpu()
+    # NumPy does not know bfloat16.
+    return found.float() if found.dtype == torch.bfloat16 else found.clone()

@@ -20,8 +20,8 @@ from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._plan.memory import ERRORS, left_bytes
 from virtualbatch.torch._plan.peak import DeviceCount, can_fake, faked, peak_bytes
 from virtualbatch.torch._random import RandomState
-from virtualbatch.torch._weights import Shares
 from virtualbatch.torch._window import Program
+from virtualbatch.window.shares import Shares
 
 _log = logging.getLogger(__name__)
 
@@ -150,9 +150,7 @@ def _timing(program: Program, cut: list[Microbatch], shares: Shares) -> Timing:
 
 def _first(count: int, cut: list[Microbatch], shares: Shares) -> tuple[list[Microbatch], Shares]:
     """A window of the first micro-batches alone."""
-    some = slice(count)
-    terms = shares.terms and {name: found[some] for name, found in shares.terms.items()}
-    return cut[some], shares._replace(rows=shares.rows[some], terms=terms)
+    return cut[:count], shares.mapped(lambda found: found[:count])
 
 
 def _held_bytes(program: Program, batch: Any) -> int:

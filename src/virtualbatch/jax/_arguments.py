@@ -1,0 +1,116 @@
+"""The arguments of a call that hold rows, and what the loss function is given in their place."""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from virtualbatch.jax._batch import is_array
+from virtualbatch.window.window import Window
+
+
+class BatchArguments:
+    """The arguments that hold rows, as one batch.
+
+    The engine cuts one argument. Where several hold rows, the place of the first takes the tuple
+    of them all, and the places of the others None.
+
+    Args:
+        batch_argnum: checked position, or positions, as the user gave them.
+    """
+
+    def __init__(self, batch_argnum: int | Sequence[int]):
+        self._several = isinstance(batch_argnum, Sequence)
+        given = batch_argnum if isinstance(batch_argnum, Sequence) else [batch_argnum]
+        self._positions = [operator.index(position) for position in given]
+        self.position = self._positions[0]
+
+    def function(self, fun: Callable[..., Any]) -> Callable[..., Any]:
+        """The user's function, of the arguments that `gathered` gives."""
+        if not self._several:
+            return fun
+
+        def of_gathered(*args: Any, **kwargs: Any) -> Any:
+            given = list(args)
+            for position, part in zip(self._positions, args[self.position], strict=True):
+                given[position] = part
+            return fun(*given, **kwargs)
+
+        return of_gathered
+
+    def weight(self, weight: Callable[..., Any] | None) -> Callable[[Any], Any] | None:
+        """The user's weight function, of a batch as `gathered` gives it."""
+        if weight is None or not self._several:
+            return weight
+        return lambda batch: weight(*batch)
+
+    @property
+    def weight_takes(self) -> str:
+        """The arguments of the user's weight function, as code."""
+        return "*batch" if self._several else "batch"
+
+    def gathered(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The positional arguments, with one batch among them.
+
+        Raises:
+            ValueError: some of several batch arguments are Windows, or they differ in length.
+        """
+        if not self._several:
+            return tuple(args)
+        parts = [args[position] for position in self._positions]
+        batch: Any = tuple(parts)
+        if any(isinstance(part, Window) for part in parts):
+            if len({len(part) if isinstance(part, Window) else None for part in parts}) > 1:
+                raise ValueError(
+                    "Of several batch arguments all must be Windows of one length, or none. "
+                    f"Got {', '.join(map(_in_words, parts))}. Cut all of them alike."
+                )
+            is_sorted = any(part.sorted_rows for part in parts)
+            batch = Window(zip(*parts, strict=True), sorted_rows=is_sorted)
+        result = [None if k in self._positions else arg for k, arg in enumerate(args)]
+        result[self.position] = batch
+        return tuple(result)
+
+
+def refuse_uncut_rows(
+    args: Sequence[Any], kwargs: Mapping[str, Any], cut: Sequence[int], rows: int
+) -> None:
+    """Refuses arguments that look like rows of the batch, but would reach every micro-batch whole.
+
+    A loss may broadcast them against the rows of a micro-batch, and be wrong in silence.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        cut: positions of those that are cut, differentiated, or keys.
+        rows: rows of the batch.
+
+    Raises:
+        ValueError: an argument is a Window, or all its arrays are as long as the batch. One array
+            among others that has that length by coincidence is no argument of rows.
+    """
+    others = [(str(k), arg) for k, arg in enumerate(args) if k not in cut]
+    for name, arg in [*others, *((repr(name), arg) for name, arg in kwargs.items())]:
+        arrays = [leaf for leaf in jax.tree.leaves(arg) if is_array(leaf) and not _is_key(leaf)]
+        as_rows = bool(arrays) and all(leaf.shape[:1] == (rows,) for leaf in arrays)
+        if as_rows or isinstance(arg, Window):
+            raise ValueError(
+                "Arguments that hold rows must be cut with the batch. "
+                f"Got argument {name}, {_in_words(arg)}, beside a batch of {rows} rows. "
+                "Pass it by position and name all of them, such as batch_argnum=(1, 2); or, if it "
+                "belongs to every row, close over it."
+            )
+
+
+def _is_key(leaf: Any) -> bool:
+    """Whether this may be one raw key of `PRNGKey`, which has two numbers or four."""
+    return bool(leaf.dtype == jax.numpy.uint32) and leaf.shape in ((2,), (4,))
+
+
+def _in_words(arg: Any) -> str:
+    if isinstance(arg, Window):
+        return f"a Window of {len(arg)}"
+    if is_array(arg):
+        return f"an array of shape {tuple(arg.shape)}"
+    return f"a {type(arg).__name__}"

@@ -1,0 +1,127 @@
+"""What a loss function gives beside its loss, and how each leaf of it is put together again.
+
+A leaf with one entry per row is concatenated, an integer leaf is summed, any other is averaged by
+rows. Whether a leaf has one entry per row is judged by its shape at two numbers of rows, because
+a shape of 10 may be ten rows or ten classes.
+"""
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+ROWS, SUM, MEAN, NOTHING = "rows", "sum", "mean", "nothing"
+
+
+class AuxLeaf(NamedTuple):
+    """As much of a leaf of aux as says how it is put together.
+
+    Fields:
+        length: the first entry of its shape, None where a trace leaves it open; () without axes.
+        dtype: name of its dtype, or of its type where it is no array.
+    """
+
+    length: tuple[int | None, ...]
+    dtype: str
+
+
+def kinds(
+    structures: Sequence[Any],
+    auxes: Sequence[Sequence[AuxLeaf]],
+    rows: Sequence[int | None],
+    other: int,
+    at_other: Callable[[], Sequence[AuxLeaf]],
+) -> list[str]:
+    """How each leaf of aux is put together.
+
+    Args:
+        structures: of the aux of each micro-batch, or of one of each shape; equal if they are.
+        auxes: leaves of the same, in order.
+        rows: rows of the same; None where a trace leaves them open.
+        other: another number of rows.
+        at_other: gives the leaves of aux as they are with that many rows; asked only where the
+            numbers of rows at hand cannot tell.
+
+    Returns:
+        One kind for each leaf.
+
+    Raises:
+        TypeError: a leaf can be neither concatenated, summed nor averaged.
+        ValueError: the structure differs between micro-batches.
+    """
+    if any(structure != structures[0] for structure in structures):
+        raise _changed()
+    columns = list(zip(*auxes, strict=True))
+    follows = [
+        all(leaf.length == (n,) for leaf, n in zip(column, rows, strict=True)) for column in columns
+    ]
+    found = [_kind(column, here) for column, here in zip(columns, follows, strict=True)]
+    if any(follows) and len({n for n in rows if n is not None}) < 2:
+        leaves = at_other()
+        if len(leaves) != len(columns):
+            raise _changed()
+        found = [
+            kind if not here else _kind(column, leaf.length == (other,))
+            for kind, column, here, leaf in zip(found, columns, follows, leaves, strict=True)
+        ]
+    return found
+
+
+def _kind(column: Sequence[AuxLeaf], per_row: bool) -> str:
+    if per_row:
+        return ROWS
+    first, *others = {_kind_of(leaf.dtype) for leaf in column}
+    if others:
+        raise _changed()
+    return first
+
+
+def _kind_of(dtype: str) -> str:
+    if dtype == "NoneType":
+        return NOTHING
+    if dtype.startswith(("int", "uint")):
+        return SUM
+    if dtype.startswith(("float", "bfloat", "complex")):
+        return MEAN
+    raise TypeError(
+        "A leaf of aux must have one entry per row, or be a number to sum or average. "
+        f"Got {dtype}. Cast it to an integer or a float."
+    )
+
+
+def _changed() -> ValueError:
+    return ValueError(
+        "aux must have the same structure for every micro-batch. "
+        "Got different ones. Return None for what a micro-batch lacks only if all lack it."
+    )
+
+
+class AuxShapes:
+    """What runs on shapes alone found about aux, kept as long as the loss functions live.
+
+    A loop asks the same question at every update, and each answer costs a trace of the loss.
+    """
+
+    def __init__(self) -> None:
+        self._found: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def of(self, loss_fn: Any, key: Hashable, find: Callable[[], Sequence[AuxLeaf]]) -> Any:
+        """The answer for a loss function.
+
+        Args:
+            loss_fn: the function.
+            key: whatever else the answer depends on: structure, shapes and dtypes.
+            find: gives the answer where it is not known.
+        """
+        # A bound method is a new object at every access, but its instance is not.
+        owner = getattr(loss_fn, "__self__", loss_fn)
+        try:
+            known = self._found.setdefault(owner, {})
+        except TypeError:  # not hashable, or without weak references
+            return find()
+        # The instance may have several methods.
+        key = (getattr(loss_fn, "__code__", None), key)
+        if key not in known:
+            known[key] = find()
+        return known[key]

@@ -1,0 +1,92 @@
+"""How a leaf of aux is put together, and what is remembered of it."""
+
+import gc
+
+import pytest
+
+from virtualbatch.window.aux import AuxLeaf, AuxShapes, kinds
+
+NOTHING = AuxLeaf((), "NoneType")
+
+
+def judged(column, rows, other=99, at_other=None):
+    """The kind of a single leaf."""
+    auxes = [[leaf] for leaf in column]
+    (kind,) = kinds(
+        [0] * len(auxes), auxes, rows, other, at_other or (lambda: pytest.fail("asked"))
+    )
+    return kind
+
+
+@pytest.mark.parametrize(
+    ("leaf", "kind"),
+    [
+        (AuxLeaf((), "float32"), "mean"),
+        (AuxLeaf((3,), "bfloat16"), "mean"),
+        (AuxLeaf((), "complex"), "mean"),
+        (AuxLeaf((), "int"), "sum"),
+        (AuxLeaf((3,), "uint8"), "sum"),
+        (NOTHING, "nothing"),
+    ],
+)
+def test_kinds(leaf, kind):
+    assert judged([leaf, leaf], [4, 2]) == kind
+
+
+def test_entries_per_row_are_told_by_two_numbers_of_rows():
+    assert judged([AuxLeaf((4,), "bool"), AuxLeaf((2,), "bool")], [4, 2]) == "rows"
+    assert judged([AuxLeaf((4,), "int8"), AuxLeaf((4,), "int8")], [4, 2]) == "sum"
+
+
+@pytest.mark.parametrize("rows", [4, None])
+@pytest.mark.parametrize(("length", "kind"), [(5, "rows"), (4, "mean")])
+def test_equal_micro_batches_are_asked_at_another_number_of_rows(rows, length, kind):
+    leaf = AuxLeaf((rows,), "float32")
+    asked = lambda: [AuxLeaf((length,), "float32")]  # noqa: E731
+    assert judged([leaf, leaf], [rows, rows], 5, asked) == kind
+
+
+@pytest.mark.parametrize("dtype", ["bool", "string", "str", "object", "key<fry>"])
+def test_what_can_be_neither_summed_nor_averaged_is_refused(dtype):
+    with pytest.raises(TypeError, match=rf"one entry per row, or be a number.*Got {dtype}\. Cast"):
+        judged([AuxLeaf((), dtype)] * 2, [4, 2])
+
+
+@pytest.mark.parametrize(
+    "column", [[NOTHING, AuxLeaf((), "int")], [AuxLeaf((), "int"), AuxLeaf((), "float")]]
+)
+def test_a_leaf_that_changes_its_kind_is_refused(column):
+    with pytest.raises(ValueError, match="aux must have the same structure"):
+        judged(column, [4, 2])
+
+
+def test_a_structure_that_changes_is_refused():
+    with pytest.raises(ValueError, match="aux must have the same structure"):
+        kinds(["a", "b"], [[NOTHING], [NOTHING]], [4, 2], 5, list)
+    leaf = AuxLeaf((4,), "int8")
+    with pytest.raises(ValueError, match="aux must have the same structure"):
+        judged([leaf, leaf], [4, 4], 5, list)
+
+
+def test_answers_are_kept_as_long_as_the_function_lives():
+    shapes = AuxShapes()
+
+    class Owner:
+        def one(self):
+            pass
+
+        def other(self):
+            pass
+
+    def function():
+        pass
+
+    owner, answers = Owner(), iter(range(9))
+    ask = lambda fn, key: shapes.of(fn, key, lambda: next(answers))  # noqa: E731
+    found = [ask(fn, key) for fn in (function, owner.one, owner.other) for key in "ab"]
+    assert found == [0, 1, 2, 3, 4, 5]
+    assert [ask(fn, key) for fn in (function, owner.one, owner.other) for key in "ab"] == found
+    assert len(shapes._found) == 2
+    del function, owner
+    gc.collect()
+    assert len(shapes._found) == 0
