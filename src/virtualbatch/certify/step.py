@@ -7,6 +7,36 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from virtualbatch.certify.activations import Activation
+from virtualbatch.window.window import Window
+
+
+def refuse_window(batch: Any) -> None:
+    """Refuses a batch that is cut already.
+
+    Raises:
+        ValueError: it is a Window.
+    """
+    if isinstance(batch, Window):
+        raise ValueError(
+            "certify cuts the batch itself. Got a Window. "
+            "Pass the batch that the window was cut from."
+        )
+
+
+def check_microbatches(rows: Sequence[int]) -> None:
+    """Refuses a cut that leaves nothing to compare.
+
+    Args:
+        rows: of each micro-batch.
+
+    Raises:
+        ValueError: there is only one.
+    """
+    if len(rows) < 2:
+        raise ValueError(
+            "certify needs a batch that is cut into two micro-batches or more. "
+            f"Got {sum(rows)} rows in one. Pass more rows, or a smaller microbatch_size."
+        )
 
 
 class Observed(NamedTuple):

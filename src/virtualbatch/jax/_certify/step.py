@@ -9,6 +9,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.certify.activations import Activation
+from virtualbatch.certify.randomness import axes_of_rows
 from virtualbatch.certify.step import Observed, TrainingStep
 from virtualbatch.jax._batch import cut_batch, is_array, map_arrays
 from virtualbatch.jax._jaxpr import Traced, drawn_shapes, evaluate, floating_dtypes, traced
@@ -160,10 +161,8 @@ class JaxTrainingStep(TrainingStep):
         if not shapes:
             return []
         part, _ = _as_program(call.fun, call.arguments(self._some(self.pieces[0])[0]), call.kwargs)
-        axes = [
-            _axis(shape, other, self.rows)
-            for shape, other in zip(shapes, drawn_shapes(part.program), strict=True)
-        ]
+        some = len(self.pieces[0])
+        axes = axes_of_rows(shapes, drawn_shapes(part.program), self.rows, some)
 
         def keep(bits: Any) -> Any:
             self._bits.append(bits)
@@ -200,19 +199,6 @@ def _as_program(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Traced
         return fun(*args, **kwargs)
 
     return traced(run, arrays), arrays
-
-
-def _axis(whole: tuple[int, ...], part: tuple[int, ...], rows: int) -> int | None:
-    axes = [k for k, (a, b) in enumerate(zip(whole, part, strict=True)) if a != b]
-    if not axes:
-        return None
-    if len(axes) > 1 or whole[axes[0]] % rows:
-        raise ValueError(
-            "certify keeps random numbers by row. "
-            f"Got random numbers of shape {whole} for {rows} rows, which do not belong to rows. "
-            "Turn them off for the comparison."
-        )
-    return axes[0]
 
 
 def _names(tree: Any) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import tensorflow as tf
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import certified
+from virtualbatch.certify.step import check_microbatches, refuse_window
 from virtualbatch.tensorflow._batch import as_tensor, segments
 from virtualbatch.tensorflow._certify.step import Engine, TensorFlowTrainingStep
-from virtualbatch.window.window import Window
 
 
 def certificate(
@@ -58,16 +58,8 @@ def _handle(variable: Any) -> int:
 
 
 def _check_cut(batch: Any, microbatch_size: int | None, accumulation_steps: int | None) -> None:
-    if isinstance(batch, Window):
-        raise ValueError(
-            "certify cuts the batch itself. Got a Window. "
-            "Pass the batch that the window was cut from."
-        )
+    refuse_window(batch)
     if not tf.executing_eagerly():
         raise ValueError("certify reads values. Got a call inside tf.function. Call it outside.")
     cut = segments(batch, microbatch_size, accumulation_steps)
-    if len(cut) < 2:
-        raise ValueError(
-            "certify needs a batch that is cut into two micro-batches or more. "
-            f"Got {int(cut[0].rows(0))} rows in one. Pass more rows, or a smaller microbatch_size."
-        )
+    check_microbatches([int(segment.rows(0)) for segment in cut])

@@ -65,7 +65,7 @@ class TensorFlowTrainingStep(TrainingStep):
             self._terms(self.pieces[0])
         with watched(self._random) as whole:
             terms = self._terms(np.arange(self.rows))
-        self._random.keep(whole, part)
+        self._random.keep(whole, part, len(self.pieces[0]))
         dtype = next(iter(terms.values())).dtype
         self.epsilon = _epsilon(tf.float32 if dtype.size < 4 else dtype)
         self.narrowest = max(map(_epsilon, [dtype, *self._random.dtypes]))

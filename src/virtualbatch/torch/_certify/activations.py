@@ -1,9 +1,7 @@
 """Every value that a forward computes, with the layer and the line that computed it."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from virtualbatch.certify.activations import Activation
+from virtualbatch.certify.users_line import OURS, folder, frames, line_of, users_line
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent.parent))
+_LIBRARIES = (folder(torch.__file__), OURS)
 # Larger values are not kept.
 _LARGEST = 2**26
 
@@ -69,24 +68,13 @@ class Recorder(TorchDispatchMode):
                 handle.remove()
 
     def _where(self) -> str:
-        line = _users_line()
+        line = users_line(map(line_of, frames()), _LIBRARIES)
         if not self._stack:
             return line or "loss_fn"
         layer = self._stack[-1]
         name = self._names.get(id(layer)) or "module"
         place = f"{name} ({type(layer).__name__})"
         return f"{place}, {line}" if line else place
-
-
-def _users_line() -> str:
-    """The innermost line that is neither PyTorch's nor ours, or an empty text."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith(_LIBRARIES) and not file.startswith("<"):
-            return f"{Path(file).name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
 
 
 def recorded(
