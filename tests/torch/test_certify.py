@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -253,6 +254,35 @@ def test_an_error_of_the_users_leaves_everything_too():
     with pytest.raises(KeyError, match="theirs"):
         vb.certify(loss_fn, torch.ones(6, 8), module=module, microbatch_size=2)
     assert module[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_switches_of_the_process_are_as_they_were(fails):
+    module, seen = nn.Linear(8, 4), []
+
+    def loss_fn(batch):
+        seen.append((torch.get_default_dtype(), _stance()))
+        if fails:
+            raise KeyError("theirs")
+        return module(batch).square().mean()
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.compiler.set_stance("eager_on_recompile"):
+            with pytest.raises(KeyError) if fails else nullcontext():
+                vb.certify(loss_fn, torch.randn(ROWS, 8), module=module, microbatch_size=7)
+            after = torch.get_default_dtype(), _stance()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert set(seen) == {(torch.float64, "force_eager")}
+    assert after == (torch.bfloat16, "eager_on_recompile")
+
+
+def _stance():
+    """The compiler's stance; PyTorch tells it only to who sets another one."""
+    other = torch.compiler.set_stance("default")
+    with other:
+        return other.prev.stance
 
 
 def test_randomness_without_rows_is_replaced_and_said():

@@ -1,6 +1,7 @@
 """Certifying a TensorFlow training step, and leaving its variables as they were."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import tensorflow as tf
@@ -29,9 +30,7 @@ def certificate(
     graph = tf.function(loss_fn).get_concrete_function(tensors).graph
     differentiated = {_handle(variable) for variable in tf.nest.flatten(variables)}
     others = [v for v in graph.variables if _handle(v) not in differentiated]
-    eagerly = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
+    with _run_eagerly():
         subject = TensorFlowTrainingStep(
             loss_fn,
             batch,
@@ -47,8 +46,17 @@ def certificate(
             return certified(subject)
         finally:
             subject.restore()
+
+
+@contextmanager
+def _run_eagerly() -> Iterator[None]:
+    """Functions of TensorFlow run as they are written for the length of a context."""
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
     finally:
-        tf.config.run_functions_eagerly(eagerly)
+        tf.config.run_functions_eagerly(before)
 
 
 def _handle(variable: Any) -> int:

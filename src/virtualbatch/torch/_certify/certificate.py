@@ -46,11 +46,10 @@ def _untouched(program: Program) -> Iterator[None]:
     """Puts back gradients and random numbers; compiled modules run as they are written."""
     gradients = [(p, p.grad) for root in program.found.roots for p in root.parameters()]
     random = RandomState(program.found.accelerator)
-    torch.compiler.set_stance("force_eager")
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
-        torch.compiler.set_stance("default")
         random.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
