@@ -192,7 +192,9 @@ def test_the_cause_and_the_line_are_named(name):
     assert text in found.findings[0].why + found.findings[0].fix
 
 
-def test_the_line_is_the_one_that_couples_rows():
+@pytest.mark.parametrize("kept", [2**28, 0], ids=["whole", "sketched"])
+def test_the_line_is_the_one_that_couples_rows(kept, monkeypatch):
+    monkeypatch.setattr("virtualbatch.certify.activations._KEPT_BYTES", kept)
     found = vb.certify(normalised, microbatch_size=4)(PARAMS, X)
     line = normalised.__code__.co_firstlineno + 2
     assert found.findings[0].where == f"{LINES}{line}"

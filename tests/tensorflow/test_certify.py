@@ -153,6 +153,16 @@ def test_the_cause_is_named(name, kernel):
     assert where.get(name, where.get(kind, "test_certify.py:")) in finding.where
 
 
+@pytest.mark.parametrize(
+    "name", [n for n, c in wrong(None).items() if c[3] in ("coupled_rows", "non_finite")]
+)
+def test_the_cause_is_the_same_from_sketches(name, kernel, monkeypatch):
+    loss_fn, batch, *_ = wrong(kernel)[name]
+    due = vb.certify(loss_fn, batch, [kernel], microbatch_size=4).findings
+    monkeypatch.setattr("virtualbatch.certify.activations._KEPT_BYTES", 0)
+    assert vb.certify(loss_fn, batch, [kernel], microbatch_size=4).findings == due
+
+
 def test_batch_norm_is_named_with_its_layer():
     loss_fn, model = network(keras.layers.Dense(8), keras.layers.BatchNormalization())
     before = [v.numpy() for v in model.variables]

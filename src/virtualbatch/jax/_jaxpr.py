@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from virtualbatch.certify.activations import Activation
+from virtualbatch.certify.activations import Recording
 from virtualbatch.certify.users_line import OURS, Line, folder, users_line
 
 # Programs within a program that are looked into. Derivative rules of others must stay.
@@ -87,7 +87,7 @@ def evaluate(
     found: Traced,
     arrays: Sequence[Any],
     draw: Callable[[Any], Any] | None = None,
-    activations: list[Activation] | None = None,
+    recording: Recording | None = None,
 ) -> Any:
     """Runs the equations.
 
@@ -95,7 +95,7 @@ def evaluate(
         found: the function.
         arrays: its argument.
         draw: random bits as they would be -> those to take instead; None to take them.
-        activations: where all floating values are put, or None.
+        recording: takes all floating values, or None.
 
     Returns:
         What the function returns.
@@ -104,13 +104,13 @@ def evaluate(
     def outputs_of(place: str, jaxpr: Any, equation: Any, given: Sequence[Any]) -> list[Any]:
         name = equation.primitive.name
         where = _line(equation) or place
-        if name in _CALLS or (name in _RULES and activations is not None):
+        if name in _CALLS or (name in _RULES and recording is not None):
             return run(_closed(equation), given, partial(outputs_of, where))
         outputs = run_equation(jaxpr, equation, given)
         if name == "random_bits" and draw is not None:
             outputs = [draw(outputs[0])]
-        if activations is not None:
-            activations.extend(_floating(equation, outputs, where))
+        if recording is not None:
+            _record(equation, outputs, where, recording)
         return outputs
 
     return jax.tree.unflatten(found.structure, run(found.program, arrays, partial(outputs_of, "")))
@@ -167,15 +167,13 @@ def run_equation(jaxpr: Any, equation: Any, given: Sequence[Any]) -> list[Any]:
     return [None if isinstance(atom, jex.DropVar) else next(outputs) for atom in equation.outvars]
 
 
-def _floating(equation: Any, outputs: Sequence[Any], where: str) -> list[Activation]:
+def _record(equation: Any, outputs: Sequence[Any], where: str, recording: Recording) -> None:
     layer = str(equation.source_info.name_stack)
     norm = "BatchNorm" if "BatchNorm" in layer or "BatchNorm" in where else layer
     place = f"{layer}, {where}" if layer else where or "fun"
-    return [
-        Activation(place, norm, np.asarray(output, np.float64))
-        for output in outputs
-        if hasattr(output, "dtype") and jnp.issubdtype(output.dtype, jnp.floating)
-    ]
+    for output in outputs:
+        if hasattr(output, "dtype") and jnp.issubdtype(output.dtype, jnp.floating):
+            recording.add(place, norm, np.asarray(output, np.float64))
 
 
 def _line(equation: Any) -> str:

@@ -14,15 +14,13 @@ import tensorflow as tf
 # What TensorFlow's own debugger is built on; there is no public name for it.
 from tensorflow.python.framework import op_callbacks
 
-from virtualbatch.certify.activations import Activation
+from virtualbatch.certify.activations import Recording
 from virtualbatch.certify.randomness import axes_of_rows
 from virtualbatch.certify.users_line import OURS, folder, frames, is_in, line_of, users_line
 
 # All packages beside TensorFlow: its layers are in Keras, which is not imported here.
 _LIBRARIES = (folder(str(Path(tf.__file__).parent)), OURS)
 _DRAWS = ("RandomUniform", "RandomNormal", "RandomStandardNormal", "TruncatedNormal")
-# Larger values are not kept.
-_LARGEST = 2**26
 
 
 class RowwiseRandom:
@@ -81,14 +79,12 @@ class RowwiseRandom:
 
 
 @contextmanager
-def watched(
-    random: RowwiseRandom, activations: list[Activation] | None = None
-) -> Iterator[list[Any]]:
+def watched(random: RowwiseRandom, recording: Recording | None = None) -> Iterator[list[Any]]:
     """Watches the operations of a context.
 
     Args:
         random: what to draw.
-        activations: where all floating values are put, or None.
+        recording: takes all floating values, or None.
 
     Yields:
         A list of all random numbers, filled as they are drawn.
@@ -108,8 +104,8 @@ def watched(
             return
         found = [getattr(output, "dtype", None) for output in outputs]
         random.dtypes |= {dtype for dtype in found if dtype is not None and dtype.is_floating}
-        if activations is not None:
-            activations.extend(_floating(outputs))
+        if recording is not None:
+            _record(outputs, recording)
 
     op_callbacks.add_op_callback(seen)
     try:
@@ -118,13 +114,11 @@ def watched(
         op_callbacks.remove_op_callback(seen)
 
 
-def _floating(outputs: Sequence[Any]) -> Iterator[Activation]:
+def _record(outputs: Sequence[Any], recording: Recording) -> None:
     for output in outputs:
-        if getattr(output, "dtype", None) is None or not output.dtype.is_floating:
-            continue
-        if output.shape.num_elements() <= _LARGEST:
+        if getattr(output, "dtype", None) is not None and output.dtype.is_floating:
             layer, where = _place()
-            yield Activation(where, layer, output.numpy().astype(np.float64))
+            recording.add(where, layer, output.numpy().astype(np.float64))
 
 
 def _place() -> tuple[str, str]:

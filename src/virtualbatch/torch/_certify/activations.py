@@ -8,12 +8,10 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from virtualbatch.certify.activations import Activation
+from virtualbatch.certify.activations import Activation, Recording
 from virtualbatch.certify.users_line import OURS, folder, frames, line_of, users_line
 
 _LIBRARIES = (folder(torch.__file__), OURS)
-# Larger values are not kept.
-_LARGEST = 2**26
 
 
 class Recorder(TorchDispatchMode):
@@ -21,26 +19,28 @@ class Recorder(TorchDispatchMode):
 
     Args:
         names: layer by identity -> its name.
+
+    Attributes:
+        recording: what it keeps.
     """
 
     def __init__(self, names: dict[int, str]):
         super().__init__()
-        self.activations: list[Activation] = []
+        self.recording = Recording()
         self._names = names
         self._stack: list[torch.nn.Module] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        found = result[0] if isinstance(result, tuple) and result else result
+        output = result[0] if isinstance(result, tuple) and result else result
         if (
-            isinstance(found, torch.Tensor)
-            and found.is_floating_point()
-            and found.layout == torch.strided
-            and found.numel() <= _LARGEST
+            isinstance(output, torch.Tensor)
+            and output.is_floating_point()
+            and output.layout == torch.strided
         ):
-            value = np.array(found.detach().to("cpu", torch.float64).numpy())
+            value = np.array(output.detach().to("cpu", torch.float64).numpy())
             layer = type(self._stack[-1]).__name__ if self._stack else ""
-            self.activations.append(Activation(self._where(), layer, value))
+            self.recording.add(self._where(), layer, value)
         return result
 
     @contextmanager
@@ -90,4 +90,4 @@ def recorded(
     recorder = Recorder(names)
     with recorder.following(layers), recorder, torch.no_grad():
         run()
-    return recorder.activations
+    return recorder.recording.activations
