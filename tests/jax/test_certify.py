@@ -1,5 +1,7 @@
 """certify on JAX: no false alarm, the right cause and line, and random bits kept by row."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,7 +202,9 @@ def test_the_cause_and_the_line_are_named(name):
     assert text in found.findings[0].why + found.findings[0].fix
 
 
-def test_the_line_is_the_one_that_couples_rows():
+@pytest.mark.parametrize("kept", [2**28, 0], ids=["whole", "sketched"])
+def test_the_line_is_the_one_that_couples_rows(kept, monkeypatch):
+    monkeypatch.setattr("virtualbatch.certify.activations._KEPT_BYTES", kept)
     found = vb.certify(normalised, microbatch_size=4)(PARAMS, X)
     line = normalised.__code__.co_firstlineno + 2
     assert found.findings[0].where == f"{LINES}{line}"
@@ -259,8 +263,20 @@ def test_traced_calls_and_windows_are_refused():
         run(PARAMS, vb.Window([X[:4], X[4:]]))
 
 
-def test_x64_is_as_it_was():
-    before = jax.config.jax_enable_x64
-    vb.certify(classifier, microbatch_size=4)(PARAMS, (X, Y))
-    assert jax.config.jax_enable_x64 == before
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_x64_is_as_it_was(before, fails):
+    seen = []
+
+    def fun(params, x):
+        seen.append(jax.config.jax_enable_x64)
+        if fails:
+            raise KeyError("theirs")
+        return (hidden(params, x) ** 2).mean()
+
+    with jax.enable_x64(before):
+        with pytest.raises(KeyError) if fails else nullcontext():
+            vb.certify(fun, microbatch_size=4)(PARAMS, X)
+        assert jax.config.jax_enable_x64 == before
+    assert set(seen) == {True}
     assert PARAMS["first"].dtype == jnp.float32

@@ -180,6 +180,15 @@ def test_wrong_models(kind, where, model):
     assert where in found.findings[0].where
 
 
+@pytest.mark.parametrize("case", [BAD[2], BAD[5]], ids=["between layers", "stateful"])
+def test_the_cause_is_the_same_from_sketches(case, monkeypatch):
+    kind, where, model = case
+    monkeypatch.setattr("virtualbatch.certify.activations._KEPT_BYTES", 0)
+    found = vb.certify(made(model), (X, TARGETS), microbatch_size=8)
+    assert found.findings[0].kind == kind
+    assert where in found.findings[0].where
+
+
 @pytest.mark.parametrize(("kind", "where", "options"), BAD_OPTIONS)
 def test_wrong_losses_and_metrics(kind, where, options):
     found = vb.certify(made(PLAIN, **options), (X, TARGETS), microbatch_size=8)
@@ -228,6 +237,7 @@ def test_an_engine_that_is_wrong_is_caught(monkeypatch):
     assert not found.exact
     wrong = [name for name, error in found.parameters.items() if error > found.tolerance]
     assert wrong == ["sequential/dense/kernel"]
+    assert "bug of virtualbatch, please report it" in found.findings[0].fix
 
 
 def test_randomness_is_named():

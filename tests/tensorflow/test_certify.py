@@ -1,9 +1,12 @@
 """certify on TensorFlow: no false alarm, the right cause, layer and line, nothing touched."""
 
+from contextlib import nullcontext
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.eager import context
 from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
@@ -168,6 +171,16 @@ def test_the_cause_is_named(name, kernel):
     assert where.get(name, where.get(kind, "test_certify.py:")) in finding.where
 
 
+@pytest.mark.parametrize(
+    "name", [n for n, c in wrong(None).items() if c[3] in ("coupled_rows", "non_finite")]
+)
+def test_the_cause_is_the_same_from_sketches(name, kernel, monkeypatch):
+    loss_fn, batch, *_ = wrong(kernel)[name]
+    due = vb.certify(loss_fn, batch, [kernel], microbatch_size=4).findings
+    monkeypatch.setattr("virtualbatch.certify.activations._KEPT_BYTES", 0)
+    assert vb.certify(loss_fn, batch, [kernel], microbatch_size=4).findings == due
+
+
 def test_batch_norm_is_named_with_its_layer():
     loss_fn, model = network(keras.layers.Dense(8), keras.layers.BatchNormalization())
     before = [v.numpy() for v in model.variables]
@@ -188,6 +201,29 @@ def test_state_is_named_and_put_back(kernel):
     assert [finding.kind for finding in found.findings] == ["stateful"]
     assert count.numpy() == 1.0
     assert not tf.config.functions_run_eagerly()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_switches_of_the_process_are_as_they_were(before, fails, kernel):
+    seen = []
+
+    def loss_fn(batch):
+        if tf.executing_eagerly():
+            seen.append(tf.config.functions_run_eagerly())
+            if fails:
+                raise KeyError("theirs")
+        return squares(batch, kernel)
+
+    tf.config.run_functions_eagerly(before)
+    try:
+        with pytest.raises(KeyError) if fails else nullcontext():
+            vb.certify(loss_fn, X, [kernel], microbatch_size=4)
+        assert tf.config.functions_run_eagerly() == before
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert set(seen) == {True}
+    assert not context.context().op_callbacks
 
 
 def test_a_variable_without_gradient_is_named(kernel):

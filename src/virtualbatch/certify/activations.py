@@ -1,13 +1,19 @@
-"""Where rows first meet: values of a run on some rows, against those of its parts.
+"""Where rows first meet: activations of a run on some rows, against those of its parts.
 
-What a model computes row by row is the same whichever rows run together. The first value along a
-run for which that fails is where rows are coupled.
+What a model computes row by row is the same whichever rows run together. The first activation along
+a run for which that fails is where rows are coupled.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from virtualbatch.certify.sketch import Sketch, sketched
+
+# Of one run; three are compared at a time. A model whose activations take more is held in memory
+# several times over by its own training, and a host has this to spare.
+_KEPT_BYTES = 2**28
 
 
 class Activation(NamedTuple):
@@ -16,103 +22,168 @@ class Activation(NamedTuple):
     Fields:
         where: the layer and the line, in words.
         layer: class of the innermost layer, or an empty text.
-        value: the value; any shape.
+        value: the value, any shape, or its sketch.
     """
 
     where: str
     layer: str
-    value: np.ndarray
+    value: np.ndarray | Sketch
+
+
+class Recording:
+    """The activations of one run: whole as long as they are few, then as sketches.
+
+    Attributes:
+        activations: in order.
+    """
+
+    def __init__(self) -> None:
+        self.activations: list[Activation] = []
+        self._left = _KEPT_BYTES
+
+    def add(self, where: str, layer: str, value: np.ndarray) -> None:
+        """Takes an activation.
+
+        Args:
+            where: see `Activation`.
+            layer: see `Activation`.
+            value: the value in float64; it must not change any more.
+        """
+        # A single number has no axis to sketch.
+        fits = value.nbytes <= self._left or not value.ndim
+        if fits:
+            self._left -= value.nbytes
+        self.activations.append(Activation(where, layer, value if fits else sketched(value)))
 
 
 def first_difference(
     whole: Sequence[Activation], parts: Sequence[Sequence[Activation]], tolerance: float
 ) -> Activation | None:
-    """The first value of a run that its parts do not compute alike, row by row.
+    """The first activation of a run that its parts do not compute alike, row by row.
 
-    Values without an axis of rows are passed over: a sum over rows differs, and should.
+    Activations without an axis of rows are passed over: a sum over rows differs, and should.
 
     Args:
-        whole: values of a run on all rows, in order.
-        parts: values of runs on consecutive groups of these rows.
+        whole: activations of a run on all rows, in order.
+        parts: those of runs on consecutive groups of these rows.
         tolerance: relative difference that is put down to rounding.
 
     Returns:
-        The record of `whole`, or None if all agree.
+        That of `whole`, or None if all agree.
     """
-    for index, record in enumerate(whole):
+    for index, activation in enumerate(whole):
         if any(index >= len(part) for part in parts):
-            return record
+            return activation
         pieces = [part[index].value for part in parts]
-        if not _agree(record.value, pieces, tolerance):
-            return record
+        if not _agree(activation.value, pieces, tolerance):
+            return activation
     return None
 
 
 def reduced_at(
     whole: Sequence[Activation], parts: Sequence[Sequence[Activation]]
 ) -> Activation | None:
-    """The last value that has no axis of rows although the one before it has.
+    """The last activation that has no axis of rows although the one before it has.
 
     That is where a loss is reduced to a number.
 
     Args:
-        whole: values of a run on all rows, in order.
-        parts: values of runs on consecutive groups of these rows.
+        whole: activations of a run on all rows, in order.
+        parts: those of runs on consecutive groups of these rows.
     """
-    found = None
+    last = None
     had_rows = False
-    for index, record in enumerate(whole):
+    for index, activation in enumerate(whole):
         if any(index >= len(part) for part in parts):
-            return found
-        has_rows = record.value.shape != parts[0][index].value.shape
+            return last
+        has_rows = activation.value.shape != parts[0][index].value.shape
         if had_rows and not has_rows:
-            found = record
+            last = activation
         had_rows = has_rows
-    return found
+    return last
 
 
 def first_not_finite(
     activations: Sequence[Activation], rows: int
 ) -> tuple[Activation, list[int]] | None:
-    """The first value that holds NaN or infinity, and the rows of it that do.
+    """The first activation that holds NaN or infinity, and the rows of it that do.
 
     Args:
-        activations: values of a run, in order.
+        activations: of a run, in order.
         rows: rows of the run.
 
     Returns:
-        The record and its rows (none where it has no axis of rows), or None.
+        The activation and its rows (none where it has no axis of rows), or None.
     """
-    for record in activations:
-        bad = ~np.isfinite(record.value)
-        # Masks of attention hold minus infinity on purpose.
-        if not np.any(bad & ~np.isneginf(record.value)):
+    for activation in activations:
+        broken, entries = _not_finite(activation.value)
+        if not broken:
             continue
-        if bad.ndim == 0 or bad.shape[0] % rows:
-            return record, []
-        per_row = bad.reshape(rows, -1).any(axis=1)
-        return record, np.flatnonzero(per_row).tolist()
+        if entries is None or len(entries) % rows:
+            return activation, []
+        per_row = entries.reshape(rows, -1).any(axis=1)
+        return activation, np.flatnonzero(per_row).tolist()
     return None
 
 
 def same_values(first: Activation, second: Activation, tolerance: float) -> bool:
     """Whether two runs on the same rows computed the same value."""
-    return first.value.shape == second.value.shape and _close(first.value, second.value, tolerance)
+    a, b = first.value, second.value
+    if a.shape != b.shape:
+        return False
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return _close(a, b, tolerance)
+    return all(_sketches_agree(a, [b], axis, tolerance) for axis in range(len(a.shape)))
 
 
-def _agree(whole: np.ndarray, parts: list[np.ndarray], tolerance: float) -> bool:
-    if whole.ndim != parts[0].ndim:
+def _not_finite(value: np.ndarray | Sketch) -> tuple[bool, np.ndarray | None]:
+    """Whether there is NaN or infinity, and which entries of the first axis are not finite."""
+    if isinstance(value, Sketch):
+        first = value.axes[0]
+        return value.broken, None if first is None else np.any(first.not_finite, axis=1)
+    bad = ~np.isfinite(value)
+    # Masks of attention hold minus infinity on purpose.
+    broken = bool(np.any(bad & ~np.isneginf(value)))
+    entries = None if bad.ndim == 0 else np.any(bad.reshape(len(bad), -1), axis=1)
+    return broken, entries
+
+
+def _agree(
+    whole: np.ndarray | Sketch, parts: Sequence[np.ndarray | Sketch], tolerance: float
+) -> bool:
+    if len(whole.shape) != len(parts[0].shape):
         return False
     axes = [
         axis
-        for axis in range(whole.ndim)
-        if any(part.shape[axis] != whole.shape[axis] for part in parts)
+        for axis, length in enumerate(whole.shape)
+        if any(part.shape[axis] != length for part in parts)
     ]
     if not axes:
         return True
-    if len(axes) > 1 or sum(part.shape[axes[0]] for part in parts) != whole.shape[axes[0]]:
-        return False
     axis = axes[0]
+    if len(axes) > 1 or sum(part.shape[axis] for part in parts) != whole.shape[axis]:
+        return False
+    arrays = [value for value in (whole, *parts) if isinstance(value, np.ndarray)]
+    if len(arrays) == 1 + len(parts):
+        return _joined_agree(arrays[0], arrays[1:], axis, tolerance)
+    return _sketches_agree(whole, parts, axis, tolerance)
+
+
+def _sketches_agree(
+    whole: np.ndarray | Sketch, parts: Sequence[np.ndarray | Sketch], axis: int, tolerance: float
+) -> bool:
+    """Whether values agree along an axis, as far as sketches have it."""
+    entries = [sketched(value).axes[axis] for value in (whole, *parts)]
+    known = [each for each in entries if each is not None]
+    if len(known) < len(entries):
+        return True
+    first, *rest = known
+    return _joined_agree(
+        first.projections, [each.projections for each in rest], 0, tolerance
+    ) and _joined_agree(first.not_finite, [each.not_finite for each in rest], 0, 0.0)
+
+
+def _joined_agree(whole: np.ndarray, parts: list[np.ndarray], axis: int, tolerance: float) -> bool:
     if _close(whole, np.concatenate(parts, axis), tolerance):
         return True
     # Rows may have been folded into an axis behind another one, such as time.

@@ -5,30 +5,28 @@ micro-batches: the cause is the one whose arithmetic reproduces the whole batch'
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from virtualbatch.certify.activations import (
+    Activation,
     first_difference,
     first_not_finite,
     reduced_at,
     same_values,
 )
 from virtualbatch.certify.certificate import Certificate, Finding, derived_tolerance
-from virtualbatch.certify.combining import miscombined, stale
 from virtualbatch.certify.errors import (
     Scales,
     all_finite,
     differ,
     gradient_errors,
     measured_scales,
-    norm_of_sum,
     state_errors,
     total_loss,
 )
 from virtualbatch.certify.step import Observed, TrainingStep
-from virtualbatch.certify.weights import Sketch, explained, given_shares
+from virtualbatch.certify.weights import explained
 
 
 def certified(subject: TrainingStep) -> Certificate:
@@ -67,7 +65,7 @@ def certified(subject: TrainingStep) -> Certificate:
     if same_gradient and not exact:
         findings = [_kept(max(kept, key=lambda name: kept[name]))]
     elif not exact:
-        findings = _causes(subject, whole, accumulated, scales, tolerance, coarse, stateful)
+        findings = _causes(subject, whole, scales, tolerance, coarse, stateful)
     elif stateful:
         findings = [_stateful(subject, every, coarse)]
     findings += _advice(subject, whole)
@@ -85,7 +83,6 @@ def certified(subject: TrainingStep) -> Certificate:
 def _causes(
     subject: TrainingStep,
     whole: Observed,
-    accumulated: Observed,
     scales: Scales,
     tolerance: float,
     coarse: float,
@@ -114,24 +111,24 @@ def _causes(
     if findings:
         return findings
     if not wrong:
-        return [_of_the_sum(subject, whole, accumulated, scales, tolerance)]
+        return [_of_the_sum(subject)]
     return [_coupled(different, wrong[0])]
 
 
-def _coupled(record: Any, place: str) -> Finding:
-    where = record.where if record is not None else place
-    if record is not None and "BatchNorm" in record.layer:
+def _coupled(activation: Activation | None, place: str) -> Finding:
+    where = activation.where if activation is not None else place
+    if activation is not None and "BatchNorm" in activation.layer:
         return Finding(
             "batchnorm",
             where,
-            f"{record.layer} in training mode normalises each micro-batch with its own mean and "
-            "variance, so its outputs are not those of the whole batch.",
+            f"{activation.layer} in training mode normalises each micro-batch with its own mean "
+            "and variance, so its outputs are not those of the whole batch.",
             "Use GroupNorm or LayerNorm, or put it in evaluation mode, or choose the largest "
             "micro-batch that fits.",
         )
     why = (
         "Its values for the rows of a micro-batch change with the other rows of the batch."
-        if record is not None
+        if activation is not None
         else "The loss is no mean over rows of anything: a function of a mean is not a mean."
     )
     return Finding(
@@ -167,37 +164,8 @@ def _kept(name: str) -> Finding:
     )
 
 
-def _of_the_sum(
-    subject: TrainingStep, whole: Observed, accumulated: Observed, scales: Scales, tolerance: float
-) -> Finding:
+def _of_the_sum(subject: TrainingStep) -> Finding:
     """Why the sum is wrong although each micro-batch is right."""
-    errors = gradient_errors(accumulated, subject.accumulated(), scales)
-    if max(errors.values()) > tolerance:
-        return stale("the accumulation")
-    sketch = Sketch(subject.parameters, scales, tolerance)
-    shares = {term: np.asarray(given_shares(subject, term)) for term in whole.terms}
-    # Terms are in one sum: each counts relative to the first one's shares.
-    first = next(iter(shares.values()))
-    parts, norms = [], []
-    for index, piece in enumerate(subject.pieces):
-        only = len(shares) == 1
-        runs = {term: subject.alone(piece, None if only else term) for term in shares}
-        relative = {term: shares[term][index] / (first[index] or 1.0) for term in shares}
-        parts.append(sum(relative[term] * sketch.gradient(run) for term, run in runs.items()))
-        norms.append(norm_of_sum([(relative[term], run) for term, run in runs.items()]))
-    found = miscombined(
-        sketch,
-        sketch.gradient(accumulated),
-        np.stack(parts),
-        np.asarray(norms),
-        first.tolist(),
-        gradient_errors(whole, accumulated, scales),
-        tolerance,
-    )
-    return _unexplained(subject) if found is None else found
-
-
-def _unexplained(subject: TrainingStep) -> Finding:
     if subject.narrow:
         return Finding(
             "low_precision",
@@ -209,8 +177,9 @@ def _unexplained(subject: TrainingStep) -> Finding:
         "stateful",
         "the window",
         "Each micro-batch alone gives the right gradient; together, one after another, they do "
-        "not: one of them changes what the next one computes.",
-        "Look for state that loss_fn changes, and update it once after the window.",
+        "not.",
+        "This is a bug of virtualbatch, please report it, unless loss_fn changes something that "
+        "the next micro-batch reads: then update that once after the window.",
     )
 
 
@@ -240,10 +209,10 @@ def _not_finite(subject: TrainingStep, every: np.ndarray) -> Finding:
             "The loss's values are finite and its gradient is not.",
             "Look for a square root or a norm at 0, and add a small number inside.",
         )
-    record, rows = found
+    activation, rows = found
     return Finding(
         "non_finite",
-        f"{record.where}, {_rows(rows)}" if rows else record.where,
+        f"{activation.where}, {_rows(rows)}" if rows else activation.where,
         "It is the first to compute NaN or infinity.",
         "Look for a logarithm, a division or an exponential of a value out of range.",
     )

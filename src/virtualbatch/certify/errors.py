@@ -1,6 +1,5 @@
 """Differences between two runs, in units in which one tolerance serves every parameter."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -88,23 +87,6 @@ def total_loss(found: Observed) -> float:
 def largest_gradient(found: Observed) -> float:
     """The largest number in any gradient."""
     return max((_largest(g) for g in found.gradients.values()), default=0.0)
-
-
-def norm_of_sum(runs: Sequence[tuple[float, Observed]]) -> float:
-    """Norm of a weighted sum of gradients.
-
-    Args:
-        runs: (factor, run) pairs.
-    """
-    squares = 0.0
-    for name in runs[0][1].gradients:
-        total = np.zeros(())
-        for factor, run in runs:
-            gradient = run.gradients[name]
-            if gradient is not None:
-                total = total + factor * gradient
-        squares += float(np.sum(total**2))
-    return math.sqrt(squares)
 
 
 def _minus(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:

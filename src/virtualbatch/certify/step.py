@@ -1,12 +1,62 @@
 """What an engine observes of a training step so that the step can be certified."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from virtualbatch.certify.activations import Activation
+from virtualbatch.window.terms import weight_terms
+from virtualbatch.window.window import Window
+
+
+def refuse_window(batch: Any) -> None:
+    """Refuses a batch that is cut already.
+
+    Raises:
+        ValueError: it is a Window.
+    """
+    if isinstance(batch, Window):
+        raise ValueError(
+            "certify cuts the batch itself. Got a Window. "
+            "Pass the batch that the window was cut from."
+        )
+
+
+def check_microbatches(rows: Sequence[int]) -> None:
+    """Refuses a cut that leaves nothing to compare.
+
+    Args:
+        rows: of each micro-batch.
+
+    Raises:
+        ValueError: there is only one.
+    """
+    if len(rows) < 2:
+        raise ValueError(
+            "certify needs a batch that is cut into two micro-batches or more. "
+            f"Got {sum(rows)} rows in one. Pass more rows, or a smaller microbatch_size."
+        )
+
+
+def weights_of(
+    weight: Callable[[Any], Any] | None, microbatches: Sequence[Any], rows: Sequence[int]
+) -> Mapping[Any, Sequence[float]] | None:
+    """Term name -> the weights of micro-batches as the user gives them; None for rows.
+
+    Args:
+        weight: the user's weight function, or None.
+        microbatches: what it is called with.
+        rows: of each micro-batch; the weights of a term that does not depend on them.
+    """
+    if weight is None:
+        return None
+    given = [weight_terms(weight(microbatch)) for microbatch in microbatches]
+    return {
+        name: [float(x) for x in (rows if first is None else [terms[name] for terms in given])]
+        for name, first in given[0].items()
+    }
 
 
 class Observed(NamedTuple):

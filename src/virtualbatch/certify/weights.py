@@ -68,27 +68,27 @@ def explained(
         scales: what gradients and losses are measured in.
         tolerance: of the certificate.
     """
-    sketch = Sketch(subject.parameters, scales, tolerance)
+    coordinates = Coordinates(subject.parameters, scales, tolerance)
 
     def value(rows: np.ndarray) -> np.ndarray:
-        return sketch.of(subject.alone(rows, term), term)
+        return coordinates.of(subject.alone(rows, term), term)
 
     pieces = subject.pieces
-    whole = sketch.zoomed(value(np.arange(subject.rows)))
+    whole = coordinates.zoomed(value(np.arange(subject.rows)))
     if subject.weighs_itself:
-        found = sketch.of(subject.accumulated_term(term), term)
-        if sketch.fits(found, whole):
+        found = coordinates.of(subject.accumulated_term(term), term)
+        if coordinates.fits(found, whole):
             return Explanation(True, None)
     parts = np.stack([value(piece) for piece in pieces])
     rows = shares([float(len(piece)) for piece in pieces])
     weights = subject.weights()
     weight = given_shares(subject, term)
-    if sketch.fits(np.dot(weight, parts), whole):
+    if coordinates.fits(np.dot(weight, parts), whole):
         return Explanation(True, None)
     given = "rows" if weights is None else "what weight returned"
-    if weights is not None and sketch.fits(np.dot(rows, parts), whole):
+    if weights is not None and coordinates.fits(np.dot(rows, parts), whole):
         return _wrong_weight(subject, where, given, Weight("rows", "", np.ones(subject.rows)))
-    if sketch.fits(parts.sum(0), whole):
+    if coordinates.fits(parts.sum(0), whole):
         return Explanation(
             False,
             Finding(
@@ -102,9 +102,9 @@ def explained(
         )
     for candidate in _candidates(subject):
         counted = [float(candidate.per_row[piece].sum()) for piece in pieces]
-        if sketch.fits(np.dot(shares(counted), parts), whole):
+        if coordinates.fits(np.dot(shares(counted), parts), whole):
             return _wrong_weight(subject, where, given, candidate)
-    return _of_other_parts(subject, where, value, sketch, whole)
+    return _of_other_parts(subject, where, value, coordinates, whole)
 
 
 def given_shares(subject: TrainingStep, term: Any) -> list[float]:
@@ -140,7 +140,7 @@ def _wrong_weight(subject: TrainingStep, where: str, given: str, right: Weight) 
 
 
 def _of_other_parts(
-    subject: TrainingStep, where: str, value: Any, sketch: "Sketch", whole: np.ndarray
+    subject: TrainingStep, where: str, value: Any, coordinates: "Coordinates", whole: np.ndarray
 ) -> Explanation:
     """Hypotheses that need other cuts than the user's."""
     every = np.arange(subject.rows)
@@ -149,7 +149,7 @@ def _of_other_parts(
         thirds = [value(third) for third in np.array_split(every, 3)]
         once, twice = sum(halves) - whole, (sum(thirds) - whole) / 2
         # What each part has once more than the batch, however many parts there are.
-        if sketch.fits(once, twice) and not sketch.fits(once, np.zeros_like(once)):
+        if coordinates.fits(once, twice) and not coordinates.fits(once, np.zeros_like(once)):
             return Explanation(
                 False,
                 Finding(
@@ -166,7 +166,7 @@ def _of_other_parts(
     away = halves[0] - halves[1]
     part = float(np.dot(whole - halves[1], away) / np.dot(away, away)) if np.any(away) else 0.5
     guess = halves[1] + part * away
-    if sketch.known >= _ENOUGH and 0 <= part <= 1 and sketch.fits(guess, whole):
+    if coordinates.known >= _ENOUGH and 0 <= part <= 1 and coordinates.fits(guess, whole):
         return Explanation(
             False,
             Finding(
@@ -182,7 +182,7 @@ def _of_other_parts(
     if subject.rows >= 4:
         # Of equal size, so that few shapes run.
         quarters = np.split(every[: subject.rows // 4 * 4], 4)
-        pair = _two_means(subject, value, sketch, quarters)
+        pair = _two_means(subject, value, coordinates, quarters)
         if pair is not None:
             return Explanation(
                 False,
@@ -200,7 +200,7 @@ def _of_other_parts(
 
 
 def _two_means(
-    subject: TrainingStep, value: Any, sketch: "Sketch", quarters: Sequence[np.ndarray]
+    subject: TrainingStep, value: Any, coordinates: "Coordinates", quarters: Sequence[np.ndarray]
 ) -> tuple[Weight, Weight] | None:
     """The weights of two means whose sum the loss is.
 
@@ -220,7 +220,7 @@ def _two_means(
                 for q in union:
                     table[index, 4 * k + q] = 1 / count if count else 0.0
         solved, *_ = np.linalg.lstsq(table, values, rcond=None)
-        if sketch.fits(table @ solved, values):
+        if coordinates.fits(table @ solved, values):
             return first, second
     return None
 
@@ -260,7 +260,7 @@ def _counts(path: str, leaf: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]
         yield f"the sum of {path}", f"{path}.sum()", leaf
 
 
-class Sketch:
+class Coordinates:
     """Some coordinates of a gradient and the loss, in units of the tolerance.
 
     Args:
@@ -280,18 +280,14 @@ class Sketch:
         self.known = sum(map(len, self._places.values()))
 
     def of(self, found: Observed, term: Any) -> np.ndarray:
-        """The sketch of a run, with the loss of one term first."""
-        loss = found.terms[term] / self._scales.loss / self._tolerance
-        return np.concatenate([[loss], self.gradient(found)])
-
-    def gradient(self, found: Observed) -> np.ndarray:
-        """The sketch of a run without its loss."""
+        """The coordinates of a run, with the loss of one term first."""
+        loss = found.terms[term] / self._scales.loss
         parts = [np.zeros(len(places)) for places in self._places.values()]
         for part, (name, places) in zip(parts, self._places.items(), strict=True):
             gradient = found.gradients[name]
             if gradient is not None:
                 part += gradient.reshape(-1)[places] / self._scales.gradients[name]
-        return np.concatenate(parts) / self._tolerance
+        return np.concatenate([[loss], *parts]) / self._tolerance
 
     def zoomed(self, whole: np.ndarray) -> np.ndarray:
         """Takes the size of a term for the unit from now on; returns the term in that unit."""

@@ -7,13 +7,15 @@ of a micro-batch's program is given transposed operands in the order of the kern
 that pass would do.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from virtualbatch.jax._jaxpr import run, run_equation
 
 
 def with_fast_convolutions(program: ClosedJaxpr) -> ClosedJaxpr:
@@ -62,27 +64,14 @@ def _is_canonical(numbers: Any) -> bool:
 
 
 def _evaluated(program: ClosedJaxpr, *args: Any) -> list[Any]:
-    values: dict[Any, Any] = {}
+    return run(program, args, _fast)
 
-    def read(variable: Any) -> Any:
-        return variable.val if isinstance(variable, Literal) else values[variable]
 
-    values.update(zip(program.jaxpr.constvars, program.consts, strict=True))
-    values.update(zip(program.jaxpr.invars, args, strict=True))
-    for equation in program.jaxpr.eqns:
-        inputs = [read(variable) for variable in equation.invars]
-        if _is_slow(equation):
-            outputs = [_convolved(inputs[0], inputs[1], equation.params)]
-        else:
-            params = {name: _rewritten(value) for name, value in equation.params.items()}
-            found = equation.primitive.get_bind_params(params)
-            # JAX before 0.10 gives the functions apart.
-            functions, params = found if isinstance(found, tuple) else ((), found)
-            with equation.ctx.manager:
-                outputs = equation.primitive.bind(*functions, *inputs, **params)
-            outputs = outputs if equation.primitive.multiple_results else [outputs]
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(variable) for variable in program.jaxpr.outvars]
+def _fast(jaxpr: Jaxpr, equation: Any, given: Sequence[Any]) -> list[Any]:
+    if _is_slow(equation):
+        return [_convolved(given[0], given[1], equation.params)]
+    params = {name: _rewritten(value) for name, value in equation.params.items()}
+    return run_equation(jaxpr, equation.replace(params=params), given)
 
 
 def _rewritten(value: Any) -> Any:

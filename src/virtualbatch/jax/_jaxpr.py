@@ -5,22 +5,27 @@ run on some rows of a batch draws what the whole batch drew for them.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 
-from virtualbatch.certify.activations import Activation
+from virtualbatch.certify.activations import Recording
+from virtualbatch.certify.users_line import OURS, Line, folder, users_line
 
 # Programs within a program that are looked into. Derivative rules of others must stay.
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
 # What has a derivative rule of its own is looked into where nothing is differentiated.
 _RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _DRAWS = {"random_bits", "rng_bit_generator", "threefry2x32"}
-_OURS = (str(Path(jax.__file__).parent), str(Path(__file__).parent.parent))
+_LIBRARIES = (folder(jax.__file__), folder(jaxlib.__file__), OURS)
+
+# (program, equation in it, values of its inputs) -> values of its outputs.
+Equation = Callable[[Any, Any, Sequence[Any]], list[Any]]
 
 
 class Traced(NamedTuple):
@@ -82,7 +87,7 @@ def evaluate(
     found: Traced,
     arrays: Sequence[Any],
     draw: Callable[[Any], Any] | None = None,
-    activations: list[Activation] | None = None,
+    recording: Recording | None = None,
 ) -> Any:
     """Runs the equations.
 
@@ -90,43 +95,47 @@ def evaluate(
         found: the function.
         arrays: its argument.
         draw: random bits as they would be -> those to take instead; None to take them.
-        activations: where all floating values are put, or None.
+        recording: takes all floating values, or None.
 
     Returns:
         What the function returns.
     """
-    program = found.program
-    outputs = _run(program.jaxpr, program.consts, arrays, draw, activations, "")
-    return jax.tree.unflatten(found.structure, outputs)
+
+    def outputs_of(place: str, jaxpr: Any, equation: Any, given: Sequence[Any]) -> list[Any]:
+        name = equation.primitive.name
+        where = _line(equation) or place
+        if name in _CALLS or (name in _RULES and recording is not None):
+            return run(_closed(equation), given, partial(outputs_of, where))
+        outputs = run_equation(jaxpr, equation, given)
+        if name == "random_bits" and draw is not None:
+            outputs = [draw(outputs[0])]
+        if recording is not None:
+            _record(equation, outputs, where, recording)
+        return outputs
+
+    return jax.tree.unflatten(found.structure, run(found.program, arrays, partial(outputs_of, "")))
 
 
-def _run(
-    jaxpr: Any,
-    consts: Sequence[Any],
-    arguments: Sequence[Any],
-    draw: Callable[[Any], Any] | None,
-    activations: list[Activation] | None,
-    place: str,
-) -> list[Any]:
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+def run(program: Any, arguments: Sequence[Any], outputs_of: Equation) -> list[Any]:
+    """Runs a program equation by equation.
+
+    Args:
+        program: a `ClosedJaxpr`.
+        arguments: its arguments.
+        outputs_of: what runs each equation, such as `run_equation`.
+
+    Returns:
+        What the program returns.
+    """
+    jaxpr = program.jaxpr
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, program.consts, strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, jex.Literal) else values[atom]
 
     for equation in jaxpr.eqns:
-        given = [read(atom) for atom in equation.invars]
-        name = equation.primitive.name
-        where = _line(equation) or place
-        if name in _CALLS or (name in _RULES and activations is not None):
-            inner = _closed(equation)
-            outputs = _run(inner.jaxpr, inner.consts, given, draw, activations, where)
-        else:
-            outputs = _single(jaxpr, equation, given)
-            if name == "random_bits" and draw is not None:
-                outputs = [draw(outputs[0])]
-            if activations is not None:
-                activations += _floating(equation, outputs, where)
+        outputs = outputs_of(jaxpr, equation, [read(atom) for atom in equation.invars])
         kept = zip(equation.outvars, outputs, strict=True)
         values.update(
             (variable, x) for variable, x in kept if not isinstance(variable, jex.DropVar)
@@ -134,8 +143,17 @@ def _run(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _single(jaxpr: Any, equation: Any, given: Sequence[Any]) -> list[Any]:
-    """Runs one equation, as a program of its own: how a primitive is bound differs by version."""
+def run_equation(jaxpr: Any, equation: Any, given: Sequence[Any]) -> list[Any]:
+    """Runs one equation, as a program of its own: how a primitive is bound differs by version.
+
+    Args:
+        jaxpr: the program that it stands in.
+        equation: the equation.
+        given: values of its inputs.
+
+    Returns:
+        Values of its outputs; None for those that nothing reads.
+    """
     read = {
         atom: x
         for atom, x in zip(equation.invars, given, strict=True)
@@ -149,36 +167,21 @@ def _single(jaxpr: Any, equation: Any, given: Sequence[Any]) -> list[Any]:
     return [None if isinstance(atom, jex.DropVar) else next(outputs) for atom in equation.outvars]
 
 
-def _floating(equation: Any, outputs: Sequence[Any], where: str) -> list[Activation]:
+def _record(equation: Any, outputs: Sequence[Any], where: str, recording: Recording) -> None:
     layer = str(equation.source_info.name_stack)
     norm = "BatchNorm" if "BatchNorm" in layer or "BatchNorm" in where else layer
     place = f"{layer}, {where}" if layer else where or "fun"
-    return [
-        Activation(place, norm, np.asarray(output, np.float64))
-        for output in outputs
-        if hasattr(output, "dtype") and jnp.issubdtype(output.dtype, jnp.floating)
-    ]
+    for output in outputs:
+        if hasattr(output, "dtype") and jnp.issubdtype(output.dtype, jnp.floating):
+            recording.add(place, norm, np.asarray(output, np.float64))
 
 
 def _line(equation: Any) -> str:
-    """The user's line of an equation, or that of a library they use; empty if none is known."""
+    """The line of the user's that an equation comes from; empty if none is known."""
     traceback = equation.source_info.traceback
-    frames = [
-        frame
-        for frame in (traceback.frames if traceback is not None else [])
-        if not frame.file_name.startswith(_OURS) and not frame.file_name.startswith("<")
-    ]
-    if not frames:
-        return ""
-    inner, *outer = frames
-    text = f"{Path(inner.file_name).name}:{inner.line_num}"
-    if "site-packages" in inner.file_name:
-        # A library's own line says little without the one that called it.
-        owner = inner.function_name.split(".")[0]
-        user = next((f for f in outer if "site-packages" not in f.file_name), None)
-        text = f"{owner} ({text})"
-        return f"{text}, {Path(user.file_name).name}:{user.line_num}" if user else text
-    return text
+    frames = traceback.frames if traceback is not None else []
+    lines = (Line(frame.file_name, frame.line_num, frame.function_name) for frame in frames)
+    return users_line(lines, _LIBRARIES)
 
 
 def _closed(equation: Any) -> Any:

@@ -9,10 +9,10 @@ import numpy as np
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import certified
+from virtualbatch.certify.step import check_microbatches, refuse_window
 from virtualbatch.jax._batch import cut_batch, is_array
 from virtualbatch.jax._certify.step import Engine, JaxTrainingStep
 from virtualbatch.jax._objective import Call
-from virtualbatch.window.window import Window
 
 
 def certificate(
@@ -52,21 +52,12 @@ def check_cut(batch: Any, microbatch_size: int | None, accumulation_steps: int |
     Raises:
         ValueError: there is one row, or one micro-batch, or the batch is a Window or traced.
     """
-    if isinstance(batch, Window):
-        raise ValueError(
-            "certify cuts the batch itself. Got a Window. "
-            "Pass the batch that the window was cut from."
-        )
+    refuse_window(batch)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(batch)):
         raise ValueError(
             "certify reads values. Got a call inside jit or another trace. Call it outside."
         )
-    cut = cut_batch(batch, microbatch_size, accumulation_steps, compiled=False)
-    if cut.count < 2:
-        raise ValueError(
-            "certify needs a batch that is cut into two micro-batches or more. "
-            f"Got {sum(cut.rows)} rows in one. Pass more rows, or a smaller microbatch_size."
-        )
+    check_microbatches(cut_batch(batch, microbatch_size, accumulation_steps, compiled=False).rows)
 
 
 def _widened(leaf: Any) -> Any:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from virtualbatch.certify.activations import Activation
-from virtualbatch.certify.step import Observed, TrainingStep
+from virtualbatch.certify.activations import Activation, Recording
+from virtualbatch.certify.randomness import axes_of_rows
+from virtualbatch.certify.step import Observed, TrainingStep, weights_of
 from virtualbatch.jax._batch import cut_batch, is_array, map_arrays
 from virtualbatch.jax._jaxpr import Traced, drawn_shapes, evaluate, floating_dtypes, traced
 from virtualbatch.jax._objective import Call
@@ -103,21 +104,14 @@ class JaxTrainingStep(TrainingStep):
 
     def weights(self) -> Mapping[Any, Sequence[float]] | None:
         """See `TrainingStep`."""
-        if self._weight is None:
-            return None
-        found = [weight_terms(self._weight(piece)) for piece in self._microbatches]
-        rows = [float(len(piece)) for piece in self.pieces]
-        return {
-            name: rows if found[0][name] is None else [float(terms[name]) for terms in found]
-            for name in found[0]
-        }
+        return weights_of(self._weight, self._microbatches, list(map(len, self.pieces)))
 
     def activations(self, rows: np.ndarray, again: bool = False) -> list[Activation]:
         """See `TrainingStep`."""
         del again
-        found: list[Activation] = []
-        self._evaluate(self._call.arguments(self._some(rows)), self._call.kwargs, found)
-        return found
+        recording = Recording()
+        self._evaluate(self._call.arguments(self._some(rows)), self._call.kwargs, recording)
+        return recording.activations
 
     def _some(self, rows: np.ndarray) -> tuple[Any, Any]:
         index = np.ascontiguousarray(rows)
@@ -132,7 +126,7 @@ class JaxTrainingStep(TrainingStep):
         """The user's function of (batch, row numbers) instead of a batch."""
         return self._evaluate(args, kwargs, None)
 
-    def _evaluate(self, args: Any, kwargs: Any, activations: list[Activation] | None) -> Any:
+    def _evaluate(self, args: Any, kwargs: Any, recording: Recording | None) -> Any:
         position = self._call.batch_argnum
         batch, rows = args[position]
         given = (*args[:position], batch, *args[position + 1 :])
@@ -149,7 +143,7 @@ class JaxTrainingStep(TrainingStep):
             places = (rows[:, None] * each + jnp.arange(each)).reshape(-1)
             return jnp.take(kept, places, axis)
 
-        return evaluate(program, arrays, draw if self._bits else None, activations)
+        return evaluate(program, arrays, draw if self._bits else None, recording)
 
     def _axes_of_draws(self) -> list[int | None]:
         """Keeps the bits of the whole batch, and finds their axes of rows."""
@@ -160,10 +154,8 @@ class JaxTrainingStep(TrainingStep):
         if not shapes:
             return []
         part, _ = _as_program(call.fun, call.arguments(self._some(self.pieces[0])[0]), call.kwargs)
-        axes = [
-            _axis(shape, other, self.rows)
-            for shape, other in zip(shapes, drawn_shapes(part.program), strict=True)
-        ]
+        some = len(self.pieces[0])
+        axes = axes_of_rows(shapes, drawn_shapes(part.program), self.rows, some)
 
         def keep(bits: Any) -> Any:
             self._bits.append(bits)
@@ -200,19 +192,6 @@ def _as_program(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Traced
         return fun(*args, **kwargs)
 
     return traced(run, arrays), arrays
-
-
-def _axis(whole: tuple[int, ...], part: tuple[int, ...], rows: int) -> int | None:
-    axes = [k for k, (a, b) in enumerate(zip(whole, part, strict=True)) if a != b]
-    if not axes:
-        return None
-    if len(axes) > 1 or whole[axes[0]] % rows:
-        raise ValueError(
-            "certify keeps random numbers by row. "
-            f"Got random numbers of shape {whole} for {rows} rows, which do not belong to rows. "
-            "Turn them off for the comparison."
-        )
-    return axes[0]
 
 
 def _names(tree: Any) -> dict[str, Any]:

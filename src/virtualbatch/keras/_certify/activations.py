@@ -8,11 +8,11 @@ import keras
 import numpy as np
 from keras import tree
 
-from virtualbatch.certify.activations import Activation
+from virtualbatch.certify.activations import Recording
 
 
 @contextmanager
-def recorded(model: keras.Model, is_concrete: Callable[[Any], bool]) -> Iterator[list[Activation]]:
+def recorded(model: keras.Model, is_concrete: Callable[[Any], bool]) -> Iterator[Recording]:
     """Notes inputs and outputs of all layers, operations and losses while a context runs.
 
     An input that differs where all outputs before it agree was made between layers, in the code
@@ -23,9 +23,9 @@ def recorded(model: keras.Model, is_concrete: Callable[[Any], bool]) -> Iterator
         is_concrete: whether a tensor has a value that can be read.
 
     Yields:
-        A list that fills with activations.
+        What is noted.
     """
-    found: list[Activation] = []
+    recording = Recording()
 
     def note(where: str, layer: str, values: Any) -> None:
         for value in tree.flatten(values):
@@ -33,7 +33,7 @@ def recorded(model: keras.Model, is_concrete: Callable[[Any], bool]) -> Iterator
                 continue
             array = np.asarray(keras.ops.convert_to_numpy(value))
             if array.dtype.kind not in "OSU":
-                found.append(Activation(where, layer, array.astype(np.float64)))
+                recording.add(where, layer, array.astype(np.float64))
 
     def listener(owner: Any, where: str, called: Callable[..., Any]) -> Callable[..., Any]:
         layer = type(owner).__name__
@@ -66,7 +66,7 @@ def recorded(model: keras.Model, is_concrete: Callable[[Any], bool]) -> Iterator
     for loss, where in losses.values():
         vars(loss)["call"] = loss_listener(loss, where)
     try:
-        yield found
+        yield recording
     finally:
         for owner, own in before:
             if own is None:

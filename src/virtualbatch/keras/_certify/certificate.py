@@ -9,6 +9,7 @@ import numpy as np
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import certified
+from virtualbatch.certify.step import check_microbatches, refuse_window
 from virtualbatch.keras._backend import Engine
 from virtualbatch.keras._certify.full_precision import in_full_precision
 from virtualbatch.keras._certify.no_randomness import without_randomness
@@ -17,7 +18,6 @@ from virtualbatch.keras._certify.untouched import Attributes, RandomNumbers
 from virtualbatch.keras._snapshot import Snapshot
 from virtualbatch.window.cut import rows_per_microbatch
 from virtualbatch.window.tree import array_leaves, common_rows
-from virtualbatch.window.window import Window
 
 
 def build_symbolically(model: keras.Model, batch: Any) -> None:
@@ -45,11 +45,7 @@ def certificate(
     if rows is None:
         raise ValueError("internal: a batch of arrays has no number of rows.")
     size = rows_per_microbatch(rows, size, steps)
-    if size >= rows:
-        raise ValueError(
-            "certify needs a batch that is cut into two micro-batches or more. "
-            f"Got {rows} rows in one. Pass more rows, or a smaller microbatch_size."
-        )
+    check_microbatches(engine.backend.cut(rows, size))
     engine.build(model, batch)
     with ExitStack() as held:
         held.enter_context(_untouched(model, engine))
@@ -90,11 +86,8 @@ def _arrays(batch: Any) -> Any:
     Raises:
         ValueError: it is a Window, or an array whose rows differ in length.
     """
-    if isinstance(batch, Window) or any(isinstance(part, Window) for part in batch):
-        raise ValueError(
-            "certify cuts the batch itself. Got a Window. "
-            "Pass the batch that the window was cut from."
-        )
+    for part in (batch, *batch):
+        refuse_window(part)
 
     def array(leaf: Any) -> Any:
         if not hasattr(leaf, "shape"):

@@ -103,10 +103,10 @@ class KerasStep(TrainingStep):
         self._fresh()
         if again:
             self._forward(rows)
-        with recorded(self._model, self._backend.is_concrete) as found:
+        with recorded(self._model, self._backend.is_concrete) as recording:
             self._forward(rows)
         self._fresh()
-        return found
+        return recording.activations
 
     @property
     def _parts(self) -> LossParts:

@@ -3,7 +3,6 @@
 TensorFlow tells whoever asks of each operation that Python runs.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +14,13 @@ import tensorflow as tf
 # What TensorFlow's own debugger is built on; there is no public name for it.
 from tensorflow.python.framework import op_callbacks
 
-from virtualbatch.certify.activations import Activation
+from virtualbatch.certify.activations import Recording
+from virtualbatch.certify.randomness import axes_of_rows
+from virtualbatch.certify.users_line import OURS, folder, frames, is_in, line_of, users_line
 
-_LIBRARIES = (str(Path(tf.__file__).parent), str(Path(__file__).parent.parent.parent), "<")
+# All packages beside TensorFlow: its layers are in Keras, which is not imported here.
+_LIBRARIES = (folder(str(Path(tf.__file__).parent)), OURS)
 _DRAWS = ("RandomUniform", "RandomNormal", "RandomStandardNormal", "TruncatedNormal")
-# Larger values are not kept.
-_LARGEST = 2**26
 
 
 class RowwiseRandom:
@@ -44,25 +44,19 @@ class RowwiseRandom:
         """How many times the whole batch draws."""
         return len(self._kept)
 
-    def keep(self, whole: Sequence[np.ndarray], part: Sequence[np.ndarray]) -> None:
+    def keep(self, whole: Sequence[np.ndarray], part: Sequence[np.ndarray], some: int) -> None:
         """Takes what the whole batch drew.
 
         Args:
             whole: random numbers of a run on all rows, in order.
             part: those of a run on fewer rows.
+            some: these rows.
 
         Raises:
             ValueError: numbers do not belong to rows.
         """
-        if len(whole) != len(part):
-            raise ValueError(_unknown(f"{len(whole)} draws for all rows and {len(part)} for some"))
-        for kept, other in zip(whole, part, strict=True):
-            axes = [
-                k for k, (a, b) in enumerate(zip(kept.shape, other.shape, strict=True)) if a != b
-            ]
-            if len(axes) > 1 or (axes and kept.shape[axes[0]] % self._rows):
-                raise ValueError(_unknown(f"shape {kept.shape} for {self._rows} rows"))
-            self._axes.append(axes[0] if axes else None)
+        shapes, others = [x.shape for x in whole], [x.shape for x in part]
+        self._axes = axes_of_rows(shapes, others, self._rows, some)
         self._kept = list(whole)
 
     def choose(self, rows: np.ndarray) -> None:
@@ -85,14 +79,12 @@ class RowwiseRandom:
 
 
 @contextmanager
-def watched(
-    random: RowwiseRandom, activations: list[Activation] | None = None
-) -> Iterator[list[Any]]:
+def watched(random: RowwiseRandom, recording: Recording | None = None) -> Iterator[list[Any]]:
     """Watches the operations of a context.
 
     Args:
         random: what to draw.
-        activations: where all floating values are put, or None.
+        recording: takes all floating values, or None.
 
     Yields:
         A list of all random numbers, filled as they are drawn.
@@ -112,8 +104,8 @@ def watched(
             return
         found = [getattr(output, "dtype", None) for output in outputs]
         random.dtypes |= {dtype for dtype in found if dtype is not None and dtype.is_floating}
-        if activations is not None:
-            activations.extend(_floating(outputs))
+        if recording is not None:
+            _record(outputs, recording)
 
     op_callbacks.add_op_callback(seen)
     try:
@@ -122,35 +114,23 @@ def watched(
         op_callbacks.remove_op_callback(seen)
 
 
-def _floating(outputs: Sequence[Any]) -> Iterator[Activation]:
+def _record(outputs: Sequence[Any], recording: Recording) -> None:
     for output in outputs:
-        if getattr(output, "dtype", None) is None or not output.dtype.is_floating:
-            continue
-        if output.shape.num_elements() <= _LARGEST:
+        if getattr(output, "dtype", None) is not None and output.dtype.is_floating:
             layer, where = _place()
-            yield Activation(where, layer, output.numpy().astype(np.float64))
+            recording.add(where, layer, output.numpy().astype(np.float64))
 
 
 def _place() -> tuple[str, str]:
     """Class of the innermost layer, and layer and line in words."""
-    frame: Any = sys._getframe(1)
-    layer, name, line = "", "", ""
-    while frame is not None:
-        file = frame.f_code.co_filename
-        owner = frame.f_locals.get("self")
-        if not layer and hasattr(owner, "trainable_variables") and hasattr(owner, "call"):
+    layer, name = "", ""
+    for frame in frames():
+        owner: Any = frame.f_locals.get("self")
+        if hasattr(owner, "trainable_variables") and hasattr(owner, "call"):
             layer = type(owner).__name__
             name = f"{getattr(owner, 'path', '') or owner.name} ({layer})"
-        if not file.startswith(_LIBRARIES) and "/site-packages/" not in file:
-            line = f"{Path(file).name}:{frame.f_lineno}"
-        if line:
             break
-        frame = frame.f_back
+        if not is_in(frame.f_code.co_filename, _LIBRARIES):
+            break
+    line = users_line(map(line_of, frames()), _LIBRARIES)
     return layer, ", ".join(text for text in (name, line) if text) or "loss_fn"
-
-
-def _unknown(got: str) -> str:
-    return (
-        f"certify keeps random numbers by row. Got random numbers that do not belong to rows "
-        f"({got}). Turn them off for the comparison, for example by training=False."
-    )

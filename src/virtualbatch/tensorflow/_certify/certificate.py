@@ -1,15 +1,16 @@
 """Certifying a TensorFlow training step, and leaving its variables as they were."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import tensorflow as tf
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import certified
+from virtualbatch.certify.step import check_microbatches, refuse_window
 from virtualbatch.tensorflow._batch import as_tensor, segments
 from virtualbatch.tensorflow._certify.step import Engine, TensorFlowTrainingStep
-from virtualbatch.window.window import Window
 
 
 def certificate(
@@ -29,9 +30,7 @@ def certificate(
     graph = tf.function(loss_fn).get_concrete_function(tensors).graph
     differentiated = {_handle(variable) for variable in tf.nest.flatten(variables)}
     others = [v for v in graph.variables if _handle(v) not in differentiated]
-    eagerly = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
+    with _run_eagerly():
         subject = TensorFlowTrainingStep(
             loss_fn,
             batch,
@@ -47,8 +46,17 @@ def certificate(
             return certified(subject)
         finally:
             subject.restore()
+
+
+@contextmanager
+def _run_eagerly() -> Iterator[None]:
+    """Functions of TensorFlow run as they are written for the length of a context."""
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
     finally:
-        tf.config.run_functions_eagerly(eagerly)
+        tf.config.run_functions_eagerly(before)
 
 
 def _handle(variable: Any) -> int:
@@ -58,16 +66,8 @@ def _handle(variable: Any) -> int:
 
 
 def _check_cut(batch: Any, microbatch_size: int | None, accumulation_steps: int | None) -> None:
-    if isinstance(batch, Window):
-        raise ValueError(
-            "certify cuts the batch itself. Got a Window. "
-            "Pass the batch that the window was cut from."
-        )
+    refuse_window(batch)
     if not tf.executing_eagerly():
         raise ValueError("certify reads values. Got a call inside tf.function. Call it outside.")
     cut = segments(batch, microbatch_size, accumulation_steps)
-    if len(cut) < 2:
-        raise ValueError(
-            "certify needs a batch that is cut into two micro-batches or more. "
-            f"Got {int(cut[0].rows(0))} rows in one. Pass more rows, or a smaller microbatch_size."
-        )
+    check_microbatches([int(segment.rows(0)) for segment in cut])

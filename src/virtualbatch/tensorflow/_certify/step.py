@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from virtualbatch.certify.activations import Activation
-from virtualbatch.certify.step import Observed, TrainingStep
+from virtualbatch.certify.activations import Activation, Recording
+from virtualbatch.certify.step import Observed, TrainingStep, weights_of
 from virtualbatch.tensorflow._batch import as_tensor, named_arrays, segments
 from virtualbatch.tensorflow._certify.activations import RowwiseRandom, watched
 from virtualbatch.window.terms import loss_and_aux, loss_terms, weight_terms
@@ -65,7 +65,7 @@ class TensorFlowTrainingStep(TrainingStep):
             self._terms(self.pieces[0])
         with watched(self._random) as whole:
             terms = self._terms(np.arange(self.rows))
-        self._random.keep(whole, part)
+        self._random.keep(whole, part, len(self.pieces[0]))
         dtype = next(iter(terms.values())).dtype
         self.epsilon = _epsilon(tf.float32 if dtype.size < 4 else dtype)
         self.narrowest = max(map(_epsilon, [dtype, *self._random.dtypes]))
@@ -114,25 +114,18 @@ class TensorFlowTrainingStep(TrainingStep):
 
     def weights(self) -> Mapping[Any, Sequence[float]] | None:
         """See `TrainingStep`."""
-        if self._weight is None:
-            return None
-        found = [weight_terms(self._weight(piece)) for piece in self._microbatches]
-        rows = [float(len(piece)) for piece in self.pieces]
-        return {
-            name: rows if found[0][name] is None else [float(terms[name]) for terms in found]
-            for name in found[0]
-        }
+        return weights_of(self._weight, self._microbatches, list(map(len, self.pieces)))
 
     def activations(self, rows: np.ndarray, again: bool = False) -> list[Activation]:
         """See `TrainingStep`."""
         self.restore()
-        found: list[Activation] = []
+        recording = Recording()
         if again:
             with watched(self._random):
                 self._terms(rows)
-        with watched(self._random, found):
+        with watched(self._random, recording):
             self._terms(rows)
-        return found
+        return recording.activations
 
     def _terms(self, rows: np.ndarray) -> dict[Any, Any]:
         index = np.ascontiguousarray(rows)

@@ -1,20 +1,17 @@
 """Every value that a forward computes, with the layer and the line that computed it."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from virtualbatch.certify.activations import Activation
+from virtualbatch.certify.activations import Activation, Recording
+from virtualbatch.certify.users_line import OURS, folder, frames, line_of, users_line
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent.parent))
-# Larger values are not kept.
-_LARGEST = 2**26
+_LIBRARIES = (folder(torch.__file__), OURS)
 
 
 class Recorder(TorchDispatchMode):
@@ -22,26 +19,28 @@ class Recorder(TorchDispatchMode):
 
     Args:
         names: layer by identity -> its name.
+
+    Attributes:
+        recording: what it keeps.
     """
 
     def __init__(self, names: dict[int, str]):
         super().__init__()
-        self.activations: list[Activation] = []
+        self.recording = Recording()
         self._names = names
         self._stack: list[torch.nn.Module] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        found = result[0] if isinstance(result, tuple) and result else result
+        output = result[0] if isinstance(result, tuple) and result else result
         if (
-            isinstance(found, torch.Tensor)
-            and found.is_floating_point()
-            and found.layout == torch.strided
-            and found.numel() <= _LARGEST
+            isinstance(output, torch.Tensor)
+            and output.is_floating_point()
+            and output.layout == torch.strided
         ):
-            value = np.array(found.detach().to("cpu", torch.float64).numpy())
+            value = np.array(output.detach().to("cpu", torch.float64).numpy())
             layer = type(self._stack[-1]).__name__ if self._stack else ""
-            self.activations.append(Activation(self._where(), layer, value))
+            self.recording.add(self._where(), layer, value)
         return result
 
     @contextmanager
@@ -69,24 +68,13 @@ class Recorder(TorchDispatchMode):
                 handle.remove()
 
     def _where(self) -> str:
-        line = _users_line()
+        line = users_line(map(line_of, frames()), _LIBRARIES)
         if not self._stack:
             return line or "loss_fn"
         layer = self._stack[-1]
         name = self._names.get(id(layer)) or "module"
         place = f"{name} ({type(layer).__name__})"
         return f"{place}, {line}" if line else place
-
-
-def _users_line() -> str:
-    """The innermost line that is neither PyTorch's nor ours, or an empty text."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith(_LIBRARIES) and not file.startswith("<"):
-            return f"{Path(file).name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
 
 
 def recorded(
@@ -102,4 +90,4 @@ def recorded(
     recorder = Recorder(names)
     with recorder.following(layers), recorder, torch.no_grad():
         run()
-    return recorder.activations
+    return recorder.recording.activations

@@ -8,11 +8,11 @@ import torch
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import certified
+from virtualbatch.certify.step import check_microbatches, refuse_window
 from virtualbatch.torch._batch import microbatches
 from virtualbatch.torch._certify.step import LayerState, TorchTrainingStep, wide_batch, widened
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._window import Program
-from virtualbatch.window.window import Window
 
 
 def certificate(
@@ -46,11 +46,10 @@ def _untouched(program: Program) -> Iterator[None]:
     """Puts back gradients and random numbers; compiled modules run as they are written."""
     gradients = [(p, p.grad) for root in program.found.roots for p in root.parameters()]
     random = RandomState(program.found.accelerator)
-    torch.compiler.set_stance("force_eager")
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
-        torch.compiler.set_stance("default")
         random.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
@@ -62,14 +61,6 @@ def check_cut(batch: Any, microbatch_size: int | None, accumulation_steps: int |
     Raises:
         ValueError: there is one row, or one micro-batch, or the batch is a Window.
     """
-    if isinstance(batch, Window):
-        raise ValueError(
-            "certify cuts the batch itself. Got a Window. "
-            "Pass the batch that the window was cut from."
-        )
+    refuse_window(batch)
     cut = microbatches(batch, microbatch_size, accumulation_steps)
-    if len(cut) < 2:
-        raise ValueError(
-            "certify needs a batch that is cut into two micro-batches or more. "
-            f"Got {cut[0].rows} rows in one. Pass more rows, or a smaller microbatch_size."
-        )
+    check_microbatches([piece.rows for piece in cut])

@@ -1,8 +1,7 @@
-"""Random numbers that belong to rows: whatever rows run together, each draws what it drew before.
+"""Random numbers kept by row.
 
 Dropout draws one number per element, in the order of the batch. Cut into micro-batches the same
-rows would draw others. Here the numbers of one run on the whole batch are kept, and every other run
-is given those of its own rows.
+rows would draw others.
 """
 
 from typing import Any
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from virtualbatch.certify.randomness import axes_of_rows
 
 
 class RowwiseRandom(TorchDispatchMode):
@@ -55,13 +56,14 @@ class RowwiseRandom(TorchDispatchMode):
         Returns:
             Whether the numbers of some rows can be told; else constants are given from now on.
         """
-        pairs = zip(self._kept, self._probe, strict=False)
-        known = [_axis(kept.shape, seen, self._rows, some) for kept, seen in pairs]
-        if len(known) == len(self._kept) == len(self._probe) and -1 not in known:
-            self._axes, self._phase = known, "replay"
-            return True
-        self._phase = "constant"
-        return False
+        whole = [kept.shape for kept in self._kept]
+        try:
+            self._axes = axes_of_rows(whole, self._probe, self._rows, some)
+        except ValueError:
+            self._phase = "constant"
+            return False
+        self._phase = "replay"
+        return True
 
     def choose(self, rows: torch.Tensor | np.ndarray) -> None:
         """Says which rows of the batch run next."""
@@ -122,15 +124,3 @@ def _draws(func: Any, args: Any, kwargs: Any) -> bool:
     names = [argument.name for argument in func._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
     return bool(given.get("dropout_p", 1.0) != 0.0)
-
-
-def _axis(whole: torch.Size, part: torch.Size, rows: int, some: int) -> int | None:
-    """The axis of rows; None if there is none, -1 if it cannot be told."""
-    if len(whole) != len(part):
-        return -1
-    axes = [axis for axis, (a, b) in enumerate(zip(whole, part, strict=True)) if a != b]
-    if not axes:
-        return None
-    if len(axes) == 1 and whole[axes[0]] * some == part[axes[0]] * rows:
-        return axes[0] if whole[axes[0]] % rows == 0 else -1
-    return -1

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from virtualbatch.certify.activations import Activation
-from virtualbatch.certify.step import Observed, TrainingStep
+from virtualbatch.certify.step import Observed, TrainingStep, weights_of
 from virtualbatch.torch._batch import Microbatch, microbatches, named_leaves, on_device
 from virtualbatch.torch._certify.activations import recorded
 from virtualbatch.torch._certify.randomness import RowwiseRandom
@@ -109,11 +109,9 @@ class TorchTrainingStep(TrainingStep):
 
     def weights(self) -> Mapping[Any, Sequence[float]] | None:
         """See `TrainingStep`."""
-        weight = self._program.weight
-        if weight is None:
-            return None
-        program = self._program._replace(weight=lambda pair: weight(pair[0]))
-        return program.shares(self._cut).terms
+        microbatches = [piece.get()[0] for piece in self._cut]
+        with torch.no_grad():
+            return weights_of(self._program.weight, microbatches, list(map(len, self.pieces)))
 
     def activations(self, rows: np.ndarray, again: bool = False) -> list[Activation]:
         """See `TrainingStep`."""

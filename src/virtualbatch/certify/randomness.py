@@ -1,0 +1,50 @@
+"""Random numbers that belong to rows: whatever rows run together, each draws what it drew before.
+
+What one run on the whole batch draws is kept, and every other run is given the numbers of its own
+rows. For that the axis of rows in each draw must be known.
+"""
+
+from collections.abc import Sequence
+
+Shape = Sequence[int]
+
+
+def axes_of_rows(
+    whole: Sequence[Shape], part: Sequence[Shape], rows: int, some: int
+) -> list[int | None]:
+    """The axis of rows in every draw, told by two runs.
+
+    Args:
+        whole: shapes that a run on all rows draws, in order.
+        part: the same of a run on fewer rows.
+        rows: all rows.
+        some: the fewer rows.
+
+    Returns:
+        For each draw its axis, or None if it has no axis of rows.
+
+    Raises:
+        ValueError: random numbers do not belong to rows.
+    """
+    if len(whole) != len(part):
+        raise ValueError(_refusal(f"{len(whole)} draws for {rows} rows and {len(part)} for {some}"))
+    return [_axis(a, b, rows, some) for a, b in zip(whole, part, strict=True)]
+
+
+def _axis(whole: Shape, part: Shape, rows: int, some: int) -> int | None:
+    if len(whole) == len(part):
+        axes = [k for k, (a, b) in enumerate(zip(whole, part, strict=True)) if a != b]
+        if not axes:
+            return None
+        each, rest = divmod(whole[axes[0]], rows)
+        if len(axes) == 1 and not rest and part[axes[0]] == each * some:
+            return axes[0]
+    raise ValueError(_refusal(f"shape {tuple(whole)} for {rows} rows, {tuple(part)} for {some}"))
+
+
+def _refusal(got: str) -> str:
+    return (
+        "certify keeps random numbers by row. "
+        f"Got random numbers that do not belong to rows ({got}). "
+        "Turn them off for the comparison."
+    )

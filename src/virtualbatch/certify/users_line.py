@@ -1,0 +1,70 @@
+"""The line of the user's own code that a value comes from."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+
+class Line(NamedTuple):
+    """A line that runs.
+
+    Fields:
+        file: path of its file; interpreters write `<...>` for code without one.
+        number: of the line.
+        function: qualified name of its function.
+    """
+
+    file: str
+    number: int
+    function: str
+
+
+def folder(file: str) -> str:
+    """The folder of a file, written so that the paths inside begin with it and no others do."""
+    return f"{Path(file).parent}{os.sep}"
+
+
+# Where this package lies.
+OURS = folder(str(Path(__file__).parent))
+
+
+def users_line(lines: Iterable[Line], libraries: Sequence[str]) -> str:
+    """The innermost line outside of some libraries, in words; empty if there is none.
+
+    Args:
+        lines: the innermost first.
+        libraries: folders, as `folder` writes them, whose lines are passed over.
+    """
+    outside = (line for line in lines if not is_in(line.file, libraries))
+    inner = next(outside, None)
+    if inner is None:
+        return ""
+    text = f"{Path(inner.file).name}:{inner.number}"
+    if "site-packages" not in inner.file:
+        return text
+    # Another library's own line says little without the one that called it.
+    text = f"{inner.function.split('.')[0]} ({text})"
+    user = next((line for line in outside if "site-packages" not in line.file), None)
+    return f"{text}, {Path(user.file).name}:{user.number}" if user else text
+
+
+def is_in(file: str, libraries: Sequence[str]) -> bool:
+    """Whether a file is one of some libraries, or none at all."""
+    return file.startswith(("<", *libraries))
+
+
+def frames() -> Iterator[FrameType]:
+    """The frames that run, the caller's first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def line_of(frame: FrameType) -> Line:
+    """The line that a frame runs."""
+    code = frame.f_code
+    return Line(code.co_filename, frame.f_lineno, code.co_qualname)
