@@ -5,6 +5,7 @@ makes sense on one backend at all is in the folder of its name.
 """
 
 import keras
+import pytest
 
 BACKEND = keras.backend.backend()
 
@@ -54,8 +55,9 @@ def supported(cases):
 
 def modes():
     """Arguments of `compile` for every way in which Keras runs a step on this backend."""
-    compiled = [{"jit_compile": True}] if available("jit_compile") else []
-    return [{}, {"run_eagerly": True}, *compiled]
+    thorough = pytest.mark.thorough("another way of running the same window; see test_modes.py")
+    further = [{"run_eagerly": True}, {"jit_compile": True}][: 1 + available("jit_compile")]
+    return [{}, *(pytest.param(mode, marks=thorough) for mode in further)]
 
 
 def ignored(backend):

@@ -20,6 +20,17 @@ if BACKEND == "jax":
     import jax
 
     jax.config.update("jax_enable_x64", True)
+if BACKEND == "torch":
+    import torch
+
+    # Threads for arrays of this size mostly wait for each other, and use the processor for it.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    # What imports have made lives as long as the process; each full collection would walk it.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

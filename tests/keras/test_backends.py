@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import keras
+import pytest
 from tests.keras.backends import BACKEND, LACKING, available, ignored
 
 HERE = Path(__file__).parent
@@ -18,6 +19,7 @@ def test_folders_are_those_of_backends():
         assert folders - {backend} <= set(ignored(backend))
 
 
+@pytest.mark.thorough("collects all tests once more in a process of its own")
 def test_every_file_of_this_backend_is_collected():
     root = HERE.parents[1]
     child = subprocess.run(

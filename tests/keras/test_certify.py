@@ -163,7 +163,31 @@ BAD_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
+def with_their_tier(cases, quick, reason):
+    """Cases of both tiers and of the thorough one, told by their name, kind or place."""
+    found = [any(name in quick for name in case if isinstance(name, str)) for case in cases]
+    assert sum(found) >= len(quick)
+    thorough = pytest.mark.thorough(reason)
+    return [(case, () if both else thorough) for case, both in zip(cases, found, strict=True)]
+
+
+QUICK_EXACT = {
+"two outputs", "masked token weights", "regularisers", "mixed_float16",
+}  # fmt: skip
+QUICK_BAD = {
+    "batch_normalization", "centred (Centred)", "counting/calls", "compute_loss of OwnLoss",
+    "parameter sequential/dense/kernel", "unused/unused/kernel",
+}  # fmt: skip
+QUICK_OPTIONS = {"the loss contrastive_rows", "the loss batch_sum", "metric largest_error"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=marks)
+        for case, marks in with_their_tier(EXACT, QUICK_EXACT, "another model that is exact")
+    ],
+)
 def test_exact(case):
     found = vb.certify(made(case.model, **case.options()), case.batch, microbatch_size=8)
     assert found.findings == ()
@@ -173,7 +197,13 @@ def test_exact(case):
     found.raise_if_inexact()
 
 
-@pytest.mark.parametrize(("kind", "where", "model"), BAD)
+@pytest.mark.parametrize(
+    ("kind", "where", "model"),
+    [
+        pytest.param(*case, marks=marks)
+        for case, marks in with_their_tier(BAD, QUICK_BAD, "another place of a kind that is found")
+    ],
+)
 def test_wrong_models(kind, where, model):
     found = vb.certify(made(model), (X, TARGETS), microbatch_size=8)
     assert (found.findings[0].kind, found.exact) == (kind, kind == "no_gradient")
@@ -189,7 +219,13 @@ def test_the_cause_is_the_same_from_sketches(case, monkeypatch):
     assert where in found.findings[0].where
 
 
-@pytest.mark.parametrize(("kind", "where", "options"), BAD_OPTIONS)
+@pytest.mark.parametrize(
+    ("kind", "where", "options"),
+    [
+        pytest.param(*case, marks=marks)
+        for case, marks in with_their_tier(BAD_OPTIONS, QUICK_OPTIONS, "another loss of that kind")
+    ],
+)
 def test_wrong_losses_and_metrics(kind, where, options):
     found = vb.certify(made(PLAIN, **options), (X, TARGETS), microbatch_size=8)
     assert not found.exact
@@ -208,6 +244,7 @@ def test_the_weight_of_a_mean_over_tokens():
     assert "one value per row or token" in found.findings[0].fix
 
 
+@pytest.mark.thorough("another place of a kind that is found")
 def test_the_one_wrong_output_is_named():
     model = made(two_outputs, loss={"a": batch_sum, "b": crossentropy()})
     found = vb.certify(model, (X, {"a": TARGETS, "b": LABELS}), microbatch_size=8)
@@ -222,6 +259,7 @@ def test_rows_of_data_that_is_not_finite():
     assert found.findings[0].where == "x, rows 3, 17"
 
 
+@pytest.mark.thorough("another place of a kind that is found")
 def test_the_layer_that_is_not_finite():
     model = sequential(FIRST, Log, dense(2))
     found = vb.certify(made(model), (X, TARGETS), microbatch_size=8)
@@ -248,6 +286,7 @@ def test_randomness_is_named():
     assert not any("turned off" in note for note in notes)
 
 
+@pytest.mark.thorough("another place of a kind that is found")
 def test_randomness_that_cannot_be_turned_off_is_named():
     found = vb.certify(made(sequential(dense(4), Sampling)), (X, X[:, :4]), microbatch_size=8)
     assert not found.exact
@@ -256,7 +295,13 @@ def test_randomness_that_cannot_be_turned_off_is_named():
     assert any("What sampling may draw could not be turned off" in note for note in found.notes)
 
 
-@pytest.mark.parametrize("sizes", [{"accumulation_steps": 3}, {"microbatch_size": 1}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"accumulation_steps": 3},
+        pytest.param({"microbatch_size": 1}, marks=pytest.mark.thorough("another size")),
+    ],
+)
 def test_sizes(sizes):
     assert vb.certify(made(PLAIN), (X, TARGETS), **sizes).exact
 

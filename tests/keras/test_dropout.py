@@ -14,6 +14,7 @@ import virtualbatch.keras as vb
 LABELS = problems.LABELS
 
 
+@pytest.mark.thorough("the masks of the other tests, drawn once more")
 def test_rate_zero_equals_keras():
     def model():
         return keras.Sequential([keras.Input((FEATURES,)), layers.Dropout(0.0), layers.Dense(3)])
@@ -59,12 +60,15 @@ def test_masks_are_fresh(mode):
     assert not np.array_equal(second, third)
 
 
+@pytest.mark.thorough("the masks of the other tests, drawn once more")
 def test_masks_follow_the_seed():
     first, again = gradients_of_kept_features({}), gradients_of_kept_features({})
     np.testing.assert_array_equal(first, again)
 
 
-@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(
+    "eager", [False, pytest.param(True, marks=pytest.mark.thorough("the same, run eagerly"))]
+)
 def test_counting_masked_tokens_draws_no_seeds(eager):
     # The forward that only counts leaves seeds, statistics and metrics as they were.
     def model(mask):

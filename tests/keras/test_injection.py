@@ -6,6 +6,7 @@ end, its arguments are gone, and then it fails.
 """
 
 import functools
+import random
 from collections import Counter
 
 import keras
@@ -180,9 +181,18 @@ def points_of(phase):
     return [(size, i) for size in sizes for i in range(len(BATCHES) * each(size, phase))]
 
 
-@pytest.mark.parametrize(
-    ("phase", "size", "fail"), [(phase, *point) for phase in PHASES for point in points_of(phase)]
-)
+def points_in_tiers():
+    """Arguments of the test: of each phase one point that is drawn, then all others."""
+    draw = random.Random(0)
+    further = pytest.mark.thorough("one point of each phase is drawn for the quick tier")
+    for phase in PHASES:
+        points = points_of(phase)
+        drawn = draw.randrange(len(points))
+        for number, point in enumerate(points):
+            yield pytest.param(phase, *point, marks=() if number == drawn else further)
+
+
+@pytest.mark.parametrize(("phase", "size", "fail"), [*points_in_tiers()])
 def test_any_point_may_run_out(phase, size, fail):
     points = Points(phase, fail)
     logs, after = trained(points, *[size] * len(BATCHES))

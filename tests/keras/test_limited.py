@@ -52,12 +52,19 @@ def limited(phase, verb):
 # Each phase by one of the verbs: what runs out is the same program.
 @pytest.mark.parametrize(
     ("phase", "verb"),
-    list(zip(RECOVERED[BACKEND], ["fit", "train_on_batch", "fit"], strict=False)),
+    [
+        ("forward", "fit"),
+        *(
+            pytest.param(phase, verb, marks=pytest.mark.thorough("another process without memory"))
+            for phase, verb in zip(RECOVERED[BACKEND][1:], ["train_on_batch", "fit"], strict=False)
+        ),
+    ],
 )
 def test_an_update_that_runs_out_is_that_of_the_smaller_size(phase, verb):
     assert limited(phase, verb) in (32, 16, 8, 4)
 
 
+@pytest.mark.thorough("another process without memory")
 @pytest.mark.parametrize("phase", REFUSED[BACKEND])
 def test_one_row_that_does_not_fit_leaves_the_model_as_it_was(phase):
     found = limited(phase, "train_on_batch")

@@ -7,7 +7,7 @@ from keras import layers, ops
 from tests.keras import problems
 from tests.keras.backends import supported
 from tests.keras.problems import compiled, crossentropy
-from tests.keras.training import MICRO, Case, assert_equals_keras, names, train
+from tests.keras.training import MICRO, ROWS, Case, assert_equals_keras, in_tiers, train
 
 import virtualbatch.keras as vb
 
@@ -89,43 +89,58 @@ def cases_of(reduction):
     return [case._replace(needs=case.needs + unreduced) for case in cases]
 
 
+REASON = "other pairs of a reduction, weights and masks"
+REDUCED = {case.name: case for reduction in REDUCTIONS for case in cases_of(reduction)}
+
 CASES = supported([
-    *(case for reduction in REDUCTIONS for case in cases_of(reduction)),
-    Case("mean, masks", problems.tagger, reduced("mean"), *TOKEN_DATA),
+    # With a short last batch.
+    REDUCED.pop("sum_over_batch_size, masks, token weights")._replace(rows=ROWS),
+    *(REDUCED.pop(name) for name in (
+        "sum_over_batch_size, row weights", "sum_over_batch_size, masks",
+        "sum_over_batch_size, masks, ignore_class", "sum, masks, token weights",
+        "mean_with_sample_weight, row weights", "mean_with_sample_weight, masks, token weights",
+        "None, masks, token weights")),
     Case("class_weight", problems.classifier, compiled(), *ROWS_DATA,
          {"class_weight": {0: 1.0, 1: 3.0, 2: 0.2}}),
-    Case("ignore_class, token weights", lambda: problems.tagger(False),
-         reduced("mean_with_sample_weight", ignore_class=1), *TOKEN_DATA,
-         weighted(problems.TOKEN_WEIGHTS)),
     Case("a whole batch masked", problems.tagger, compiled(), EMPTY_IDS, problems.TOKEN_LABELS),
     Case("a micro-batch of weight 0", problems.classifier, reduced("mean_with_sample_weight"),
          *ROWS_DATA, weighted(problems.ROW_WEIGHTS * (np.arange(len(problems.X)) >= MICRO))),
+    Case("values in a matrix", problems.classifier,
+         compiled(loss=Matrix), *ROWS_DATA, weighted(problems.ROW_WEIGHTS[:, None])),
+    Case("a function of one number, masks, token weights", problems.tagger,
+         compiled(loss=lambda: number), *TOKEN_DATA, weighted(problems.TOKEN_WEIGHTS)),
+    Case("a __call__ of its own", problems.classifier, compiled(loss=OwnCall), *ROWS_DATA),
+    Case("mask from activations", lambda: masked_by_sign(), compiled(),
+         problems.SERIES, problems.TOKEN_LABELS),
+    Case("one number, mean_with_sample_weight, masks, row weights", problems.tagger,
+         compiled(loss=lambda: Number(reduction="mean_with_sample_weight"), metrics=None),
+         *TOKEN_DATA, weighted(problems.ROW_WEIGHTS[:, None]), needs=NARROW),
+])  # fmt: skip
+
+FURTHER = supported([
+    *REDUCED.values(),
+    Case("mean, masks", problems.tagger, reduced("mean"), *TOKEN_DATA),
+    Case("ignore_class, token weights", lambda: problems.tagger(False),
+         reduced("mean_with_sample_weight", ignore_class=1), *TOKEN_DATA,
+         weighted(problems.TOKEN_WEIGHTS)),
     Case("negative weights, masks", problems.tagger, reduced("mean_with_sample_weight"),
          *TOKEN_DATA, weighted(problems.TOKEN_WEIGHTS - 0.3)),
     Case("a loss by name", problems.classifier,
          compiled(loss="mse", metrics=["mae"]), problems.X, np.eye(3)[problems.LABELS]),
-    Case("values in a matrix", problems.classifier,
-         compiled(loss=Matrix), *ROWS_DATA, weighted(problems.ROW_WEIGHTS[:, None])),
     Case("weights wider than the values", problems.classifier,
          compiled(loss=Column), *ROWS_DATA, weighted(problems.TOKEN_WEIGHTS[:, :3])),
     Case("a function of one number", problems.classifier,
          compiled(loss=lambda: number), *ROWS_DATA),
     Case("a function of one number, row weights", problems.classifier,
          compiled(loss=lambda: number), *ROWS_DATA, weighted(problems.ROW_WEIGHTS)),
-    Case("a function of one number, masks, token weights", problems.tagger,
-         compiled(loss=lambda: number), *TOKEN_DATA, weighted(problems.TOKEN_WEIGHTS)),
     *(
         Case(f"one number, {reduction}, masks, row weights", problems.tagger,
              compiled(loss=lambda reduction=reduction: Number(reduction=reduction), metrics=None),
              *TOKEN_DATA, weighted(problems.ROW_WEIGHTS[:, None]), needs=needs)
-        for reduction, needs in [("sum", NARROW), ("mean_with_sample_weight", NARROW),
-                                 (None, (*NARROW, "unreduced losses"))]
+        for reduction, needs in [("sum", NARROW), (None, (*NARROW, "unreduced losses"))]
     ),
-    Case("a __call__ of its own", problems.classifier, compiled(loss=OwnCall), *ROWS_DATA),
     Case("a __call__ of its own, per row", problems.classifier,
          compiled(loss=OwnCallPerRow), *ROWS_DATA, needs=("unreduced losses",)),
-    Case("mask from activations", lambda: masked_by_sign(), compiled(),
-         problems.SERIES, problems.TOKEN_LABELS),
 ])  # fmt: skip
 
 
@@ -143,12 +158,21 @@ def masked_by_sign():
     return keras.Sequential([keras.Input((7, 4)), layers.Dense(4), PositiveOnly(), layers.Dense(3)])
 
 
-@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+@pytest.mark.parametrize("case", in_tiers(CASES, FURTHER, REASON))
 def test_equals_keras(case):
     assert_equals_keras(case)
 
 
-@pytest.mark.parametrize("loss", [lambda: number, OwnCall, lambda: keras.losses.Dice()])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: number,
+        *(
+            pytest.param(loss, marks=pytest.mark.thorough("another loss that returns one number"))
+            for loss in (OwnCall, keras.losses.Dice)
+        ),
+    ],
+)
 def test_a_loss_of_one_number_is_named_once(loss, caplog):
     y = np.eye(3)[problems.LABELS] if isinstance(loss(), keras.losses.Dice) else problems.LABELS
     case = Case("", problems.classifier, compiled(loss=loss, metrics=None), problems.X, y)

@@ -7,7 +7,7 @@ from keras import layers, ops
 from tests.keras import problems
 from tests.keras.backends import supported
 from tests.keras.problems import FEATURES, X, compiled
-from tests.keras.training import Case, assert_equals_keras, names
+from tests.keras.training import ROWS, Case, assert_equals_keras, in_tiers
 
 metrics = keras.metrics
 POSITIVE = (problems.LABELS > 0)[:, None].astype("float64")
@@ -94,10 +94,12 @@ class OwnMetrics(keras.Model):
         return results | {"seven": 7.0 + ops.zeros((), "float64")}
 
 
+REASON = "the quick case, run eagerly"
+
 CASES = supported([
     Case("stateful, weighted too", probability,
          compiled(loss="binary_crossentropy", metrics=stateful, weighted_metrics=stateful),
-         X, POSITIVE, WEIGHTS),
+         X, POSITIVE, WEIGHTS, rows=ROWS),
     Case("MeanIoU, functions", problems.classifier,
          compiled(metrics=functions, weighted_metrics=lambda: ["accuracy"]),
          X, problems.LABELS, WEIGHTS),
@@ -106,10 +108,13 @@ CASES = supported([
          {"sample_weight": problems.TOKEN_WEIGHTS}, needs=("masked weights in metrics",)),
     Case("of a layer", watched, compiled(), X, problems.LABELS, needs=("metrics in layers",)),
     Case("own compute_metrics", OwnMetrics, compiled(), X, problems.LABELS),
+])  # fmt: skip
+
+FURTHER = supported([
     Case("own compute_metrics, eager", OwnMetrics, compiled(run_eagerly=True), X, problems.LABELS),
 ])  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+@pytest.mark.parametrize("case", in_tiers(CASES, FURTHER, REASON))
 def test_equals_keras(case):
     assert_equals_keras(case)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 from tests.keras import problems
-from tests.keras.backends import modes
+from tests.keras.backends import available, modes
 from tests.keras.problems import FEATURES, X, crossentropy
 from tests.oracle import assert_close, tolerance
 
@@ -39,14 +39,21 @@ def trained(policy, accumulates, x=X, epochs=2, **options):
 
 
 EAGER = {"run_eagerly": True}
+JITTED = [("mixed_float16", {"jit_compile": True})] if available("jit_compile") else []
 
 
 @pytest.mark.parametrize(
     ("policy", "mode"),
-    [*(("mixed_float16", mode) for mode in modes()),
-     ("mixed_bfloat16", {}), ("mixed_bfloat16", EAGER)],
+    [
+        ("mixed_float16", {}),
+        ("mixed_bfloat16", EAGER),
+        *(
+            pytest.param(*given, marks=pytest.mark.thorough("the other policy in the other mode"))
+            for given in [("mixed_float16", EAGER), ("mixed_bfloat16", {}), *JITTED]
+        ),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_mixed_policies_take_the_steps_that_keras_takes(policy, mode):
     start, _ = trained(policy, False, epochs=0)
     expected, due = trained(policy, False, epochs=1, **mode)
@@ -72,7 +79,7 @@ def test_half_variables_agree_to_their_rounding(policy, mode):
 
 def test_float32_agrees_to_its_rounding():
     start, _ = trained("float32", False, epochs=0)
-    expected, due = trained("float32", False, epochs=1)
+    expected, due = trained("float32", False, epochs=1, **EAGER)
     actual, found = trained("float32", True, epochs=1)
     # What a weight moves by sums over 50 rows, three times.
     for a, b, c in zip(*(x.get_weights() for x in (actual, expected, start)), strict=True):
@@ -108,8 +115,13 @@ def test_a_skipped_window_leaves_everything_but_the_scale():
     assert float(model.optimizer.dynamic_scale) == 2.0**14
 
 
-@pytest.mark.parametrize("policy", ["bfloat16", "float16"])
-@pytest.mark.parametrize("count", [1024, 4096])
+@pytest.mark.parametrize(
+    ("policy", "count"),
+    [
+        ("bfloat16", 512),
+        pytest.param("float16", 4096, marks=pytest.mark.thorough("thousands of micro-batches")),
+    ],
+)
 def test_f12_sums_do_not_stall(policy, count):
     # Gradients of exactly 1: a bfloat16 sum of ones stops at 256, one of float16 at 2048.
     set_policy(policy)

@@ -7,7 +7,7 @@ from keras import layers, ops
 from tests.keras import problems
 from tests.keras.backends import supported
 from tests.keras.problems import FEATURES, TOKENS, WORDS, X, compiled
-from tests.keras.training import BATCH, Batches, Case, assert_equals_keras, names, train
+from tests.keras.training import BATCH, Batches, Case, assert_equals_keras, in_tiers, train
 
 LABELS, TOKEN_LABELS, SERIES = problems.LABELS, problems.TOKEN_LABELS, problems.SERIES
 
@@ -142,47 +142,53 @@ def only_added_loss():
 
 DICT = {"a": X, "b": X[::-1].copy()}
 
+REASON = "other layers and modes with the terms of the quick cases"
+
 CASES = supported([
     Case("regularisers", lambda: problems.classifier(
         kernel_regularizer="l1", bias_regularizer="l2", activity_regularizer="l2"),
         compiled(), X, LABELS),
-    Case("add_loss", stacked(lambda: layers.Dense(4), Penalised), compiled(), X, LABELS),
     Case("add_loss and masks", stacked(layers.Masking, Penalised, inputs=SERIES.shape[1:]),
          compiled(), SERIES, TOKEN_LABELS),
-    Case("add_loss and masks, eager", stacked(layers.Masking, Penalised, inputs=SERIES.shape[1:]),
-         compiled(run_eagerly=True), SERIES, TOKEN_LABELS),
     Case("add_loss only, no y", only_added_loss, lambda: {"optimizer": "sgd"}, X, None,
          {"batch_size": BATCH}),
     Case("subclassed, dict", Lazy, compiled(), DICT, LABELS),
-    Case("subclassed, dict, eager", Lazy, compiled(run_eagerly=True), DICT, LABELS),
-    Case("subclassed, tuples", FromLists, compiled(),
-         lambda: Batches((X, (3 * X,)), LABELS)),
     Case("needs values", NeedsValues, compiled(run_eagerly=True), X, LABELS,
          needs=("values in call",)),
     Case("own compute_loss", OwnLoss, compiled(loss=None), X, LABELS),
-    Case("own compute_loss, eager", OwnLoss, compiled(loss=None, run_eagerly=True), X, LABELS),
     Case("nested and shared", nested, compiled(), X, LABELS),
-    Case("convolution", stacked(lambda: layers.Conv2D(3, 3, activation="relu"), layers.MaxPool2D,
-                                layers.Flatten, inputs=problems.IMAGES.shape[1:]),
-         compiled(), problems.IMAGES, LABELS),
-    Case("recurrent, masked", stacked(layers.Masking, recurrent, inputs=SERIES.shape[1:]),
-         compiled(), SERIES, TOKEN_LABELS),
-    Case("attention, masked", attention, compiled(), SERIES, TOKEN_LABELS),
     Case("tied embedding", tied, compiled(), problems.WORD_IDS,
          problems.WORD_IDS[:, ::-1].copy()),
     Case("embedding, clipped Adam", stacked(lambda: layers.Embedding(WORDS, 4), layers.Flatten,
                                             inputs=TOKENS, dtype="int32"),
          compiled(optimizer=lambda: keras.optimizers.Adam(clipnorm=0.01)),
          problems.WORD_IDS, LABELS),
+])  # fmt: skip
+
+FURTHER = supported([
+    Case("add_loss", stacked(lambda: layers.Dense(4), Penalised), compiled(), X, LABELS),
+    Case("add_loss and masks, eager", stacked(layers.Masking, Penalised, inputs=SERIES.shape[1:]),
+         compiled(run_eagerly=True), SERIES, TOKEN_LABELS),
+    Case("subclassed, dict, eager", Lazy, compiled(run_eagerly=True), DICT, LABELS),
+    Case("subclassed, tuples", FromLists, compiled(),
+         lambda: Batches((X, (3 * X,)), LABELS)),
+    Case("own compute_loss, eager", OwnLoss, compiled(loss=None, run_eagerly=True), X, LABELS),
+    Case("convolution", stacked(lambda: layers.Conv2D(3, 3, activation="relu"), layers.MaxPool2D,
+                                layers.Flatten, inputs=problems.IMAGES.shape[1:]),
+         compiled(), problems.IMAGES, LABELS),
+    Case("recurrent, masked", stacked(layers.Masking, recurrent, inputs=SERIES.shape[1:]),
+         compiled(), SERIES, TOKEN_LABELS),
+    Case("attention, masked", attention, compiled(), SERIES, TOKEN_LABELS),
     Case("frozen layer", stacked(lambda: layers.Dense(4, trainable=False)), compiled(), X, LABELS),
 ])  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+@pytest.mark.parametrize("case", in_tiers(CASES, FURTHER, REASON))
 def test_equals_keras(case):
     assert_equals_keras(case)
 
 
+@pytest.mark.thorough("nothing is trained")
 @pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
 def test_a_model_without_trainable_weights_equals_keras():
     def frozen():

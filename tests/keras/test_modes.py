@@ -6,7 +6,7 @@ import pytest
 from tests.keras import problems
 from tests.keras.backends import supported
 from tests.keras.problems import X, compiled
-from tests.keras.training import Case, assert_equals_keras, names
+from tests.keras.training import Case, assert_equals_keras, in_tiers
 from tests.oracle import assert_close
 
 import virtualbatch.keras as vb
@@ -20,32 +20,37 @@ def tagged(name, *needs, **options):
 
 
 def cut(name, rows=130, batch_size=50, **sizes):
-    x, y = X[:rows], LABELS[:rows]
-    return Case(name, problems.classifier, compiled(), x, y, {"batch_size": batch_size}, sizes)
+    fit = {"batch_size": batch_size}
+    return Case(name, problems.classifier, compiled(), X, LABELS, fit, sizes, rows=rows)
 
+
+REASON = "other sizes and modes, and two of them together"
 
 CASES = supported([
     tagged("jit_compile=True", "jit_compile", jit_compile=True),
     tagged("jit_compile=False", jit_compile=False),
     tagged("run_eagerly", run_eagerly=True),
     tagged("steps_per_execution=2", "steps_per_execution", steps_per_execution=2),
-    tagged("steps_per_execution=7, jit", "steps_per_execution", "jit_compile",
-           steps_per_execution=7, jit_compile=True),
     cut("micro-batches of one row", microbatch_size=1),
     cut("micro-batches larger than the batch", microbatch_size=1000),
-    cut("micro-batches that divide the batch", microbatch_size=25),
     cut("accumulation_steps", accumulation_steps=7),
-    cut("more accumulation_steps than rows", accumulation_steps=60),
     cut("both sizes, a short last batch", microbatch_size=16, accumulation_steps=4),
     cut("a last batch of one row", rows=101, microbatch_size=16),
+])  # fmt: skip
+
+FURTHER = supported([
+    tagged("steps_per_execution=7, jit", "steps_per_execution", "jit_compile",
+           steps_per_execution=7, jit_compile=True),
+    cut("micro-batches that divide the batch", microbatch_size=25),
+    cut("more accumulation_steps than rows", accumulation_steps=60),
     cut("batches of one row", rows=5, batch_size=1, microbatch_size=16),
     cut("sizes of NumPy", microbatch_size=np.int64(16)),
 ])  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+@pytest.mark.parametrize("case", in_tiers(CASES, FURTHER, REASON))
 def test_equals_keras(case):
-    assert_equals_keras(case)
+    assert_equals_keras(case, in_its_mode="batch_size" not in case.fit)
 
 
 def test_callbacks_steer_as_ever():
@@ -65,11 +70,11 @@ def per_row(y_true, y_pred):
     return keras.ops.max(y_pred, -1)
 
 
-def life(accumulates):
+def life(accumulates, **mode):
     """A model that is trained, accumulates, changes its size, is compiled again and restored."""
     keras.utils.set_random_seed(3)
     model = problems.classifier()
-    model.compile(**compiled(optimizer="adam")())
+    model.compile(**compiled(optimizer="adam")(), **mode)
     seen = []
 
     def fit(**options):
@@ -86,7 +91,8 @@ def life(accumulates):
     change(vb.accumulate, microbatch_size=7)
     change(vb.accumulate, accumulation_steps=3)
     fit(class_weight={0: 1.0, 1: 2.0, 2: 3.0})
-    model.compile(**compiled(optimizer="sgd", metrics=["accuracy", per_row], jit_compile=False)())
+    again = compiled(optimizer="sgd", metrics=["accuracy", per_row], jit_compile=False)
+    model.compile(**again(), **mode)
     fit()
     seen.append(model.evaluate(X, LABELS, verbose=0, batch_size=40))
     seen.append(model.test_on_batch(X[:9], LABELS[:9]))
@@ -104,8 +110,16 @@ def life(accumulates):
     return [*seen, *model.get_weights()]
 
 
-def test_a_model_may_change_its_mind():
-    for actual, expected in zip(life(True), life(False), strict=True):
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"run_eagerly": True},
+        pytest.param({}, marks=pytest.mark.thorough("compiles a program at every turn")),
+    ],
+    ids=str,
+)
+def test_a_model_may_change_its_mind(mode):
+    for actual, expected in zip(life(True, **mode), life(False, run_eagerly=True), strict=True):
         assert_close(actual, expected, 1e-10)
 
 

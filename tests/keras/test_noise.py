@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from tests.keras.backends import BACKEND, available
+from tests.keras.backends import BACKEND, available, modes
 from tests.keras.packing import IDS, LABELS, PACKED, tagger
 from tests.keras.problems import compiled
 from tests.oracle import assert_close, tolerance
@@ -20,8 +20,6 @@ X = _random.normal(size=(ROWS, FEATURES))
 Y = _random.normal(size=(ROWS, 2))
 WORD_IDS = _random.integers(0, WORDS, (ROWS, 3))
 WEIGHTS = _random.random(ROWS) + 0.5
-
-MODES = [{}, {"run_eagerly": True}] + [{"jit_compile": True}] * available("jit_compile")
 
 
 class Seen(vb.NoiseScale):
@@ -73,7 +71,7 @@ def cut(rows, size, eagerly):
 
 def gradient(model, x, y, weight=None):
     """The gradient of a batch, by an update of plain Keras."""
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", run_eagerly=True)
     model.optimizer.learning_rate = 1.0
     before = [np.array(w) for w in model.get_weights()]
     model.train_on_batch(x, y, weight)
@@ -113,14 +111,17 @@ def fitted(make, x, y, size, *, epochs=1, sample_weight=None, callbacks=(), **op
     return seen, history.history, model
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("size", [5, 4, 1])
+@pytest.mark.parametrize("mode", modes(), ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [4, *(pytest.param(n, marks=pytest.mark.thorough("another size")) for n in (5, 1))],
+)
 def test_numbers_are_those_of_each_micro_batch(mode, size):
     seen, *_ = fitted(dense, X, Y, size, **mode)
     assert_close(seen.stats, [expected(dense, X, Y, size, **mode)])
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", modes(), ids=str)
 def test_rows_of_an_embedding_that_come_twice(mode):
     seen, *_ = fitted(embedding, WORD_IDS, Y, 4, **mode)
     assert_close(seen.stats, [expected(embedding, WORD_IDS, Y, 4, **mode)])
@@ -162,7 +163,7 @@ def test_one_micro_batch_shows_nothing():
     assert seen.windows == 0
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", modes(), ids=str)
 def test_training_is_the_same(mode):
     _, history, model = fitted(dense, X, Y, 4, epochs=2, metrics=["mae"], **mode)
     plain = dense()

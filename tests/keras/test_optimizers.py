@@ -4,7 +4,7 @@ import keras
 import pytest
 from tests.keras import problems
 from tests.keras.problems import X, compiled
-from tests.keras.training import Case, assert_equals_keras, names
+from tests.keras.training import ROWS, Case, assert_equals_keras, eagerly, in_tiers, train
 from tests.oracle import assert_all_close
 
 import virtualbatch.keras as vb
@@ -24,6 +24,8 @@ def bounded():
     )
 
 
+REASON = "what the quick cases apply, in other combinations"
+
 CASES = [
     trained_with("clipnorm", lambda: optimizers.SGD(1.0, clipnorm=0.05)),
     trained_with("clipvalue", lambda: optimizers.Adam(0.1, clipvalue=0.01)),
@@ -31,27 +33,37 @@ CASES = [
                  lambda: optimizers.SGD(1.0, momentum=0.9, global_clipnorm=0.05)),
     trained_with("weight decay", lambda: optimizers.AdamW(0.1, weight_decay=0.1)),
     trained_with("EMA, overwriting", lambda: optimizers.Adam(
-        0.1, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=4)),
-    trained_with("EMA", lambda: optimizers.SGD(1.0, use_ema=True, ema_momentum=0.9)),
+        0.1, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=4))._replace(rows=ROWS),
     trained_with("constraints", lambda: optimizers.SGD(1.0), model=bounded),
     trained_with("schedule", lambda: optimizers.SGD(
-        optimizers.schedules.PiecewiseConstantDecay([2, 4], [1.0, 2.0, 0.5]))),
-    trained_with("loss_scale_factor", lambda: optimizers.SGD(1.0, loss_scale_factor=8.0)),
-    # Nine updates, of which every second doubles the scale.
+        optimizers.schedules.PiecewiseConstantDecay([1, 2], [1.0, 2.0, 0.5]))),
+    # Four updates, of which every second doubles the scale.
     trained_with("LossScaleOptimizer", lambda: optimizers.LossScaleOptimizer(
         optimizers.Adam(0.1, clipnorm=0.1), dynamic_growth_steps=2)),
+]  # fmt: skip
+
+FURTHER = [
+    trained_with("EMA", lambda: optimizers.SGD(1.0, use_ema=True, ema_momentum=0.9)),
+    trained_with("loss_scale_factor", lambda: optimizers.SGD(1.0, loss_scale_factor=8.0)),
     trained_with("LossScaleOptimizer, eager", lambda: optimizers.LossScaleOptimizer(
         optimizers.SGD(1.0), dynamic_growth_steps=2), run_eagerly=True),
     trained_with("Lamb", lambda: optimizers.Lamb(0.1)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+@pytest.mark.parametrize("case", in_tiers(CASES, FURTHER, REASON))
 def test_equals_keras(case):
     assert_equals_keras(case)
 
 
-@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.thorough("the same scale, read inside a program")),
+        {"run_eagerly": True},
+    ],
+    ids=str,
+)
 def test_a_loss_scale_compiled_later_is_read_at_every_window(options):
     weights = []
     for accumulates in (True, False):
@@ -70,6 +82,6 @@ def test_a_loss_scale_compiled_later_is_read_at_every_window(options):
 
 
 def test_one_fit_batch_is_one_update():
-    run = assert_equals_keras(CASES[0])
-    assert int(run.model.optimizer.iterations) == 9
-    assert sum(event == "batch end" for event, _ in run.events) == 9
+    run = train(eagerly(CASES[0]), accumulated=True)
+    assert int(run.model.optimizer.iterations) == 4
+    assert sum(event == "batch end" for event, _ in run.events) == 4

@@ -6,7 +6,7 @@ from keras import layers
 from tests.keras import problems
 from tests.keras.backends import supported
 from tests.keras.problems import FEATURES, TOKENS, WORDS, X, compiled, crossentropy
-from tests.keras.training import Batches, Case, assert_equals_keras, names, train
+from tests.keras.training import Batches, Case, assert_equals_keras, in_tiers, train
 
 LABELS, TARGETS = problems.LABELS, problems.TARGETS
 WEIGHTS = [problems.ROW_WEIGHTS, problems.ROW_WEIGHTS[::-1].copy()]
@@ -79,24 +79,17 @@ def tagging(*reductions):
 
 DOUBLE = ("masked weights in metrics",)
 
+REASON = "other spellings of the outputs and weights of the quick cases"
+
 CASES = supported([
-    Case("lists, loss_weights, metrics", two_in_a_list,
-         compiled(loss=losses, loss_weights=[0.3, 2.0], metrics=[["accuracy"], ["mse", "mae"]]),
-         X, [LABELS, TARGETS]),
     Case("lists, a weight per output", two_in_a_list,
          compiled(loss=losses, metrics=None, weighted_metrics=[["accuracy"], ["mse"]]),
          X, [LABELS, TARGETS], {"sample_weight": WEIGHTS}),
-    Case("one weight for all outputs", two_in_a_list,
-         compiled(loss=losses, metrics=None, weighted_metrics=[["accuracy"], ["mse"]]),
-         X, [LABELS, TARGETS], {"sample_weight": WEIGHTS[0]}),
     Case("dicts", two_in_a_dict,
          compiled(loss=lambda: by_name(losses("mean_with_sample_weight", "sum")),
                   loss_weights={"a": 0.3, "b": 2.0}, metrics={"b": "mse"},
                   weighted_metrics={"a": "accuracy", "b": "mae"}),
          X, {"a": LABELS, "b": TARGETS}, {"sample_weight": by_name(WEIGHTS)}),
-    Case("dict of losses for a list", two_in_a_list,
-         compiled(loss=lambda: by_name(losses()), metrics=None),
-         X, {"a": LABELS, "b": TARGETS}),
     Case("deeply nested", Nested,
          compiled(loss=lambda: {"u": (crossentropy(),), "v": ["mse", "mae"]}, metrics=None),
          nested_rows),
@@ -105,6 +98,18 @@ CASES = supported([
     Case("masks apart, token weights", two_masks,
          tagging("mean_with_sample_weight", "mean", "sum"), IDS, TAGS,
          {"sample_weight": TAG_WEIGHTS}, needs=DOUBLE),
+])  # fmt: skip
+
+FURTHER = supported([
+    Case("lists, loss_weights, metrics", two_in_a_list,
+         compiled(loss=losses, loss_weights=[0.3, 2.0], metrics=[["accuracy"], ["mse", "mae"]]),
+         X, [LABELS, TARGETS]),
+    Case("one weight for all outputs", two_in_a_list,
+         compiled(loss=losses, metrics=None, weighted_metrics=[["accuracy"], ["mse"]]),
+         X, [LABELS, TARGETS], {"sample_weight": WEIGHTS[0]}),
+    Case("dict of losses for a list", two_in_a_list,
+         compiled(loss=lambda: by_name(losses()), metrics=None),
+         X, {"a": LABELS, "b": TARGETS}),
     Case("masks apart, eager", two_masks, lambda: tagging("mean", "mean", "mean")()
          | {"run_eagerly": True}, IDS, TAGS, {"sample_weight": TAG_WEIGHTS}, needs=DOUBLE),
 ])  # fmt: skip
@@ -119,13 +124,13 @@ WITHOUT_A_LOSS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+@pytest.mark.parametrize("case", in_tiers(CASES, FURTHER, REASON))
 def test_equals_keras(case):
     assert_equals_keras(case)
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")
-@pytest.mark.parametrize("case", WITHOUT_A_LOSS, ids=names(WITHOUT_A_LOSS))
+@pytest.mark.parametrize("case", in_tiers(WITHOUT_A_LOSS[:1], WITHOUT_A_LOSS[1:], REASON))
 def test_an_output_without_loss_equals_keras(case):
     assert_equals_keras(case)
 

@@ -64,7 +64,10 @@ def test_f2_f3_a_short_last_batch_is_an_update_of_its_own():
     assert_close(moved, 2 * np.array([1 / 8] * 8 + [1 / 2] * 2))
 
 
-@pytest.mark.parametrize("microbatch_size", [8, 4, 3, 2])
+@pytest.mark.parametrize(
+    "microbatch_size",
+    [3, *(pytest.param(n, marks=pytest.mark.thorough("another size")) for n in (8, 4, 2))],
+)
 def test_f4_a_term_of_weights_counts_once(microbatch_size):
     # 0.1 v^2 at v = 1 has gradient 0.2, whatever the number of micro-batches.
     class Term(layers.Layer):
@@ -84,6 +87,7 @@ def test_f4_a_term_of_weights_counts_once(microbatch_size):
     assert_close(term.v.numpy(), 0.8)
 
 
+@pytest.mark.thorough("by figures what cases of other files compare with plain Keras")
 @pytest.mark.parametrize(("reduction", "due"), [("sum", 1.0), ("sum_over_batch_size", 1 / 8)])
 def test_f5_no_factor_of_the_number_of_micro_batches(reduction, due):
     class Prediction(keras.losses.Loss):
@@ -94,6 +98,7 @@ def test_f5_no_factor_of_the_number_of_micro_batches(reduction, due):
     assert_close(fit(model, np.eye(8), batch_size=8), np.full(8, due))
 
 
+@pytest.mark.thorough("by figures what cases of other files compare with plain Keras")
 def test_f6_a_schedule_counts_updates():
     # Rate 1 for updates 0, 1 and 2, then 0. Keras reads the schedule at 3 first and never moves.
     rate = schedules.PiecewiseConstantDecay([2], [1.0, 0.0])
@@ -101,6 +106,7 @@ def test_f6_a_schedule_counts_updates():
     assert_close(fit(model, np.ones((20, 1)), batch_size=4), [3.0])
 
 
+@pytest.mark.thorough("by figures what cases of other files compare with plain Keras")
 def test_f7_one_average_per_update():
     # The weight is -1, -2, -3; its average -1, -1.1, -1.29.
     optimizer = optimizers.SGD(1.0, use_ema=True, ema_momentum=0.9)
@@ -109,7 +115,11 @@ def test_f7_one_average_per_update():
     assert_close(optimizer._model_variables_moving_average[0].numpy(), [[-1.29]])
 
 
-@pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}], ids=str)
+@pytest.mark.parametrize(
+    "mode",
+    [{}, pytest.param({"run_eagerly": True}, marks=pytest.mark.thorough("the same, run eagerly"))],
+    ids=str,
+)
 def test_f9_one_nan_skips_one_window(mode):
     optimizer = optimizers.LossScaleOptimizer(optimizers.SGD(1.0), initial_scale=8.0)
     model = one_hot(1, optimizer, **mode)
@@ -119,6 +129,7 @@ def test_f9_one_nan_skips_one_window(mode):
     assert float(optimizer.dynamic_scale) == 4.0
 
 
+@pytest.mark.thorough("by figures what cases of other files compare with plain Keras")
 @pytest.mark.parametrize("mode", modes(), ids=str)
 @pytest.mark.parametrize(
     ("ids", "due"),
@@ -149,6 +160,7 @@ def test_r7_batchnorm_counts_the_spread_between_micro_batches():
     assert_close(norm.moving_variance.numpy(), [0.5 * 1 + 0.5 * 1])
 
 
+@pytest.mark.thorough("by figures what cases of other files compare with plain Keras")
 def test_r7_gradient_of_gamma_is_that_of_replicas():
     # Rows (0, 2) and (10, 14): each pair is normalised to -1 and 1 (without epsilon).
     norm = layers.BatchNormalization(epsilon=0.0)
@@ -192,7 +204,9 @@ def test_r10_two_outputs_have_a_mask_each():
         assert_close(-head.kernel.numpy().ravel(), np.array(found) / 3)
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize(
+    "epochs", [1, pytest.param(2, marks=pytest.mark.thorough("the same once more"))]
+)
 def test_batches_of_130_by_32_count_every_sample_once(epochs):
     # 650 samples; Keras' own accumulation loses ten, and weighs those of a short piece 13 times.
     model = one_hot(650, microbatch_size=32)

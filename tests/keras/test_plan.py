@@ -43,6 +43,7 @@ def large(rows=ROWS):
     return found, (rng.normal(size=(rows, 256, 8)), rng.normal(size=(rows, 1)))
 
 
+@pytest.mark.thorough("plans many sizes; every engine's test_plan.py measures peaks")
 def test_peaks_grow_with_the_rows():
     found, batch = large()
     plan = vb.plan(found, batch)
@@ -79,6 +80,7 @@ def test_planning_changes_nothing(quick_plans):
     assert_same(state(found), state(due))
 
 
+@pytest.mark.thorough("plans many sizes; every engine's test_plan.py measures peaks")
 @pytest.mark.parametrize("batch", [(X, Y), (X, Y, np.arange(60.0))], ids=["x, y", "weights"])
 def test_batches_as_fit_yields_them(batch):
     plan = vb.plan(model(), batch)
@@ -130,6 +132,7 @@ def test_a_generator_loses_no_batch(plans):
 STEPS = [1, 2] if available("steps_per_execution") else [1]
 
 
+@pytest.mark.thorough("plans many sizes; every engine's test_plan.py measures peaks")
 @pytest.mark.parametrize("steps_per_execution", STEPS)
 def test_several_steps_per_execution(plans, steps_per_execution, quick_plans):
     found, due = model(), model()

@@ -28,7 +28,9 @@ def windows(size, rows):
     return max(1, EACH * -(-rows // size))
 
 
-@pytest.mark.parametrize("size", [24, 12, 7])
+@pytest.mark.parametrize(
+    "size", [12, *(pytest.param(n, marks=pytest.mark.thorough("another size")) for n in (24, 7))]
+)
 def test_the_first_batch_runs_again(size, caplog):
     # A short batch runs out with its own rows; here the first one does.
     with caplog.at_level(logging.WARNING, "virtualbatch"):
@@ -39,8 +41,9 @@ def test_the_first_batch_runs_again(size, caplog):
     assert f"micro-batches of {size // 2} rows, which are kept" in caplog.text
 
 
+@pytest.mark.thorough("test_injection.py lets some of these points run out in the quick tier")
 @pytest.mark.parametrize(
-    ("size", "point"), [(size, i) for size in (24, 12, 8) for i in range(windows(size, BATCH))]
+    ("size", "point"), [(size, i) for size in (24, 12, 8) for i in range(1, windows(size, BATCH))]
 )
 def test_any_point_of_the_first_batch(size, point):
     _, history, after = fitted(size, Points([point]))
@@ -157,6 +160,7 @@ def test_other_errors_come_out_as_they_are(monkeypatch):
         found.train_on_batch(X[:24], Y[:24])
 
 
+@pytest.mark.thorough("test_saving.py saves models that accumulate")
 def test_a_saved_model_does_not_know_of_it(tmp_path):
     found, _, _ = fitted(24, Points([0]), epochs=1)
     found.save_weights(tmp_path / "model.weights.h5")

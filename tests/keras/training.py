@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+import pytest
 from tests.keras.backends import BACKEND
 from tests.oracle import assert_close
 
@@ -14,9 +15,10 @@ from virtualbatch.window.cut import even_cut
 # What issue 2 asks of float64 after several updates; what was seen is 1e-15.
 RTOL = 1e-10
 
-# 130 rows are batches of 50, 50 and 30, which are cut into 16 16 16 2, the same, and 16 14; on an
-# eager backend into 13 13 12 12, the same, and 15 15.
-ROWS, BATCH, MICRO, EPOCHS = 130, 50, 16, 3
+# A batch of 50 rows is cut into 16 16 16 2, on an eager backend into 13 13 12 12. Of the 130 rows
+# that there are, most cases train on two batches, which are one shape and so one program; with all
+# of them the last batch has 30 rows, which are cut into 16 14, or 15 15.
+ROWS, BATCH, MICRO, EPOCHS = 130, 50, 16, 2
 
 
 class Run(NamedTuple):
@@ -69,6 +71,7 @@ class Case(NamedTuple):
         fit: further arguments of `fit`.
         sizes: arguments of `accumulate`.
         needs: what plain Keras must be able to do on the backend; names of `backends.LACKING`.
+        rows: of the arrays, how many are trained on; `ROWS` ends each epoch with a short batch.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Case(NamedTuple):
     fit: dict[str, Any] = {}  # noqa: RUF012
     sizes: dict[str, Any] = {"microbatch_size": MICRO}  # noqa: RUF012
     needs: tuple[str, ...] = ()
+    rows: int = 2 * BATCH
 
 
 class Batches(keras.utils.PyDataset):
@@ -89,7 +93,7 @@ class Batches(keras.utils.PyDataset):
         self._arrays = arrays
 
     def __len__(self):
-        return -(-ROWS // BATCH)
+        return 2
 
     def __getitem__(self, index):
         rows = slice(index * BATCH, (index + 1) * BATCH)
@@ -103,9 +107,13 @@ def sizes_of(rows):
     return [min(MICRO, rows - start) for start in range(0, rows, MICRO)]
 
 
-def names(cases):
-    """Ids for pytest."""
-    return [case.name for case in cases]
+def in_tiers(cases, further, reason):
+    """Cases for pytest: those of both tiers, and further ones that are thorough for that reason."""
+    thorough = pytest.mark.thorough(reason)
+    return [
+        *(pytest.param(case, id=case.name) for case in cases),
+        *(pytest.param(case, id=case.name, marks=thorough) for case in further),
+    ]
 
 
 def train(case: Case, accumulated: bool) -> Run:
@@ -121,14 +129,45 @@ def train(case: Case, accumulated: bool) -> Run:
     if isinstance(case.y, np.ndarray | list | dict) or hasattr(case.y, "iloc"):
         options = {"batch_size": BATCH} | options
     callbacks = [*options.pop("callbacks", list)(), recorder]
-    x = case.x() if callable(case.x) else case.x
-    history = model.fit(x, case.y, callbacks=callbacks, **options)
+    x = case.x() if callable(case.x) else _first(case.x, case.rows)
+    if "sample_weight" in options:
+        options["sample_weight"] = _first(options["sample_weight"], case.rows)
+    history = model.fit(x, _first(case.y, case.rows), callbacks=callbacks, **options)
     return Run(model, history.history, recorder.events, recorder.logs)
 
 
-def assert_equals_keras(case: Case, rtol: float = RTOL) -> Run:
-    """Raises unless accumulation gives what plain Keras gives; returns the accumulated run."""
-    expected, actual = train(case, accumulated=False), train(case, accumulated=True)
+def _first(arrays: Any, rows: int) -> Any:
+    """The first rows of arrays, frames or tensors in any structure."""
+    return keras.tree.map_structure(lambda array: None if array is None else array[:rows], arrays)
+
+
+def eagerly(case: Case) -> Case:
+    """The same computation, for which nothing is compiled."""
+
+    def arguments():
+        given = case.compile()
+        # Callbacks hear of several batches at once, which they do not eagerly.
+        if given.get("steps_per_execution", 1) > 1:
+            return given
+        return given | {"run_eagerly": True, "jit_compile": False}
+
+    return case._replace(compile=arguments)
+
+
+def assert_equals_keras(case: Case, rtol: float = RTOL, in_its_mode: bool = False) -> Run:
+    """Raises unless accumulation gives what plain Keras gives.
+
+    Args:
+        case: what is trained.
+        rtol: how far numbers may be off.
+        in_its_mode: compile plain Keras as the case asks for; otherwise it runs eagerly, which
+            gives the same and takes a fraction of the time.
+
+    Returns:
+        The accumulated run.
+    """
+    expected = train(case if in_its_mode else eagerly(case), accumulated=False)
+    actual = train(case, accumulated=True)
     assert_same_run(actual, expected, rtol)
     return actual
 

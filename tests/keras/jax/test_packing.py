@@ -1,5 +1,6 @@
 """Packed batches on JAX: a program of four lengths, whatever the data."""
 
+import pytest
 from tests.keras.packing import IDS, LABELS, counting, length_of, tagger
 from tests.keras.problems import compiled
 from tests.keras.training import Case, assert_equals_keras
@@ -18,6 +19,7 @@ def test_four_lengths_are_traced_whatever_the_data():
     assert len(packed) == 8
 
 
+@pytest.mark.thorough("trains once more on packed rows")
 def test_lengths_beyond_the_padded_axis_trim_nothing():
     # A program does not read values, so it cannot refuse them.
     lengths = {"microbatch_tokens": 40, "lengths": lambda ids: 100 * length_of(ids)}

@@ -98,7 +98,11 @@ class Failing(layers.Layer):
         return inputs
 
 
-@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"run_eagerly": True}, marks=pytest.mark.thorough("the same, run eagerly"))],
+    ids=str,
+)
 def test_a_failed_batch_leaves_the_model_as_it_was(options):
     model = keras.Sequential([keras.Input((FEATURES,)), layers.Dense(3), Failing()])
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), crossentropy(), **options)
@@ -116,6 +120,7 @@ def test_a_failed_batch_leaves_the_model_as_it_was(options):
     assert int(model.optimizer.iterations) == 4
 
 
+@pytest.mark.thorough("test_models.py has other layers in the quick tier")
 def test_convolutions():
     def convolutional():
         return keras.Sequential(
@@ -156,6 +161,7 @@ assert_same_run(train(case, accumulated=True), plain)
 """
 
 
+@pytest.mark.thorough("starts another process, with four devices")
 def test_data_parallel_equals_one_device():
     child = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SHARDED)],

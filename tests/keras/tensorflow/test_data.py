@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import layers
 from tests.keras import problems
 from tests.keras.problems import X, compiled
-from tests.keras.training import BATCH, Case, assert_equals_keras, names
+from tests.keras.training import BATCH, Case, assert_equals_keras, in_tiers
 
 LABELS, WEIGHTS = problems.LABELS, problems.ROW_WEIGHTS
 
@@ -38,16 +38,21 @@ def reads_words():
     return keras.Model(inputs, layers.Dense(3)(layers.Embedding(5, 4)(ids)))
 
 
+REASON = "another way to the same batches"
+
 CASES = [
     Case("tf.data.Dataset", problems.classifier, compiled(), dataset),
-    Case("tf.data.Dataset of small batches", problems.classifier, compiled(),
-         small_batches_regrouped),
     Case("rows known when traced", problems.classifier, compiled(),
          lambda: rows().batch(BATCH, drop_remainder=True)),
     Case("text", reads_words, compiled(), words),
 ]  # fmt: skip
 
+FURTHER = [
+    Case("tf.data.Dataset of small batches", problems.classifier, compiled(),
+         small_batches_regrouped),
+]  # fmt: skip
 
-@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+
+@pytest.mark.parametrize("case", in_tiers(CASES, FURTHER, REASON))
 def test_equals_keras(case):
     assert_equals_keras(case)

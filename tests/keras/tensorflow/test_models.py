@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import layers
 from tests.keras import problems
 from tests.keras.problems import WORDS, compiled
-from tests.keras.training import BATCH, ROWS, Case, assert_equals_keras, names
+from tests.keras.training import BATCH, ROWS, Case, assert_equals_keras
 
 LABELS = problems.LABELS
 
@@ -43,6 +43,6 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_keras(case):
     assert_equals_keras(case)

@@ -11,6 +11,7 @@ from tests.keras.training import Case, assert_same_run, train
 LABELS = problems.LABELS
 
 
+@pytest.mark.thorough("XLA compiles convolutions for seconds")
 @pytest.mark.timeout(120)
 def test_convolutions_do_not_hang_under_xla():
     # A convolution in a loop inside an XLA program takes seconds per micro-batch on CPU.

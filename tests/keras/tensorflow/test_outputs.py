@@ -6,7 +6,7 @@ import tensorflow as tf
 from tests.keras import problems
 from tests.keras.problems import X, compiled, crossentropy
 from tests.keras.test_outputs import by_name, losses, two_in_a_dict
-from tests.keras.training import BATCH, Case, assert_equals_keras, names, train
+from tests.keras.training import BATCH, Case, assert_equals_keras, in_tiers, train
 
 
 def rows_known():
@@ -15,19 +15,25 @@ def rows_known():
 
 
 # Where a trace knows the rows, Keras weights the losses per output by them in History.
+REASON = "the quick case, run eagerly"
+
 CASES = [
     Case("rows known when traced", two_in_a_dict,
          compiled(loss=lambda: by_name(losses()), metrics=None), rows_known),
+]  # fmt: skip
+
+FURTHER = [
     Case("rows known when run eagerly", two_in_a_dict,
          compiled(loss=lambda: by_name(losses()), metrics=None, run_eagerly=True), rows_known),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+@pytest.mark.parametrize("case", in_tiers(CASES, FURTHER, REASON))
 def test_equals_keras(case):
     assert_equals_keras(case)
 
 
+@pytest.mark.thorough("test_losses.py compares both reductions with plain Keras")
 def test_the_suggested_sum_has_the_same_gradient():
     weights = []
     for reduction in (None, "sum"):

@@ -18,7 +18,11 @@ def test_lengths_that_do_not_fit_are_refused(factor, text):
         model.fit(IDS, LABELS, verbose=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"jit_compile": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"jit_compile": True}, marks=pytest.mark.thorough("another mode of it"))],
+    ids=str,
+)
 def test_one_trace_serves_all_lengths(options):
     model, calls = counting(**options)
     model.fit(IDS[:60], LABELS[:60], batch_size=10, verbose=0, shuffle=False)
@@ -29,6 +33,7 @@ def test_one_trace_serves_all_lengths(options):
     assert once.count((None, None, 4)) <= 2
 
 
+@pytest.mark.thorough("other data for the same program")
 def test_batches_that_are_padded_to_their_own_longest_row():
     def data():
         def rows():

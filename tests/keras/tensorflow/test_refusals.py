@@ -90,6 +90,7 @@ def test_no_data_is_refused(mode, source):
         assert int(model.optimizer.iterations) == 0
 
 
+@pytest.mark.thorough("Keras itself stops there")
 def test_data_that_ends_in_a_later_epoch_is_left_to_keras():
     model = compiled_model()
     vb.accumulate(model, microbatch_size=8)

@@ -53,7 +53,15 @@ def fit(model, x=X, y=LABELS, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"jit_compile": True}, {"steps_per_execution": 2}], ids=str
+    "options",
+    [
+        {},
+        *(
+            pytest.param(mode, marks=pytest.mark.thorough("another mode of the same trace"))
+            for mode in ({"jit_compile": True}, {"steps_per_execution": 2})
+        ),
+    ],
+    ids=str,
 )
 def test_one_trace_serves_every_batch(options):
     model, calls, loss = counting(**options)
@@ -84,6 +92,7 @@ def test_masks_are_traced_once_more_to_be_counted():
     assert len(calls) == 2
 
 
+@pytest.mark.thorough("other ways to the same traces")
 def test_train_on_batch_settles_on_one_trace():
     model, calls, _ = counting(sizes={"accumulation_steps": 4})
     for rows in (40, 40, 20, 12, 50, 3):
@@ -92,6 +101,7 @@ def test_train_on_batch_settles_on_one_trace():
     assert calls == [(10, FEATURES), (None, FEATURES)]
 
 
+@pytest.mark.thorough("other ways to the same traces")
 def test_a_lazy_model_is_traced_no_more_often_than_by_keras():
     class Lazy(keras.Model):
         def __init__(self):

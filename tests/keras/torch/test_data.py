@@ -5,7 +5,7 @@ import pytest
 import torch
 from tests.keras import problems
 from tests.keras.problems import X, compiled
-from tests.keras.training import BATCH, Case, assert_equals_keras, assert_same_values, names
+from tests.keras.training import BATCH, Case, assert_equals_keras, assert_same_values
 
 import virtualbatch.keras as vb
 
@@ -37,7 +37,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=names(CASES))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_keras(case):
     assert_equals_keras(case)
 
