@@ -6,15 +6,14 @@ sum, which is wrong and has to be explained. Each engine in a process of its own
 Usage: python benchmarks/certify.py [--engines torch jax tensorflow keras] [--json FILE]
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from children import result_of
+from command import apart, parser_of, save
+
+from virtualbatch.bench.children import tell
 
 ENGINES = ["torch", "jax", "tensorflow", "keras"]
 FEATURES, UNITS, ROWS, MICROBATCH_SIZE = 1024, 2048, 64, 16
@@ -121,24 +120,19 @@ def measured(engine: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, engines=ENGINES).parse_args()
     if arguments.one:
-        print(json.dumps(measured(arguments.one)))
+        tell(measured(*arguments.one))
         return
     count = sum(a * b for a, b in SIZES)
     print(f"{count:,} parameters, {ROWS} rows in micro-batches of {MICROBATCH_SIZE}")
     results = {}
     for engine in arguments.engines:
-        results[engine] = result_of(__file__, ["--one", engine], 600)
+        results[engine] = apart(engine)
         for reduce, found in results[engine].items():
             verdict = "exact" if found["exact"] else ", ".join(found["findings"])
             print(f"{engine:12}{reduce:6}{verdict:12}{found['seconds']:6.1f} s")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2))
+    save(arguments.json, results)
 
 
 if __name__ == "__main__":
