@@ -2,6 +2,11 @@
 
 import io
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +37,8 @@ from virtualbatch.bench.stopwatch import TimedPieces
 from virtualbatch.bench.sweeps import SWEEPS
 from virtualbatch.bench.table import tables
 from virtualbatch.cli import app as cli
+
+ROOT = Path(__file__).parent.parent
 
 
 def stepping(name, role, by, seconds=0.001):
@@ -209,6 +216,37 @@ def test_ours_being_wrong_is_an_exit_code(monkeypatch):
     wrong = Comparison(Case("torch", "MLP"), [Row("virtualbatch", OURS, "wrong", error=0.5)])
     monkeypatch.setattr(cli, "run_bench", lambda *_: result_of([wrong]))
     assert CliRunner().invoke(cli.app, ["bench", "--engine", "torch"]).exit_code == 1
+
+
+def test_a_script_measures_a_case_in_a_process_of_its_own(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""
+import os
+from command import apart, parser_of, save
+from virtualbatch.bench.children import tell
+arguments = parser_of("What it does.", engines=("torch", "jax"), rounds=3).parse_args()
+if arguments.one:
+    print("a line of the framework's own")
+    tell([arguments.one, arguments.rounds, os.environ["OF_THE_CASE"]])
+else:
+    save(arguments.json, [apart(name, "MLP", OF_THE_CASE="1") for name in arguments.engines])
+""")
+    file = tmp_path / "found.json"
+    options = ["--engines", "jax", "--rounds", "5", "--json", str(file)]
+    subprocess.run(
+        [sys.executable, str(script), *options],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), *sys.path])},
+        check=True,
+        timeout=60,
+    )
+    assert json.loads(file.read_text()) == [[["jax", "MLP"], 5, "1"]]
+
+
+def test_every_script_that_a_page_names_is_there():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "Makefile"]
+    named = {name for page in pages for name in re.findall(r"benchmarks/\w+\.py", page.read_text())}
+    assert len(named) > 10
+    assert not [name for name in named if not (ROOT / name).is_file()]
 
 
 def result_of(comparisons, sweeps=None, peaks=None):
