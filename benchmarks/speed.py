@@ -43,10 +43,11 @@ def report(case: Case, rows: list[Row]) -> None:
             f"{row.error:14.1e}"
         )
     for peer, engine in PEERS.items():
-        best = min(row.times_ours[1] for row in rows if row.name.startswith(peer))
-        target = asked(engine, case.model, peer, PEER)
-        verdict = "ok" if best >= target else "MISSED"
-        print(f"  {best:6.2f} x the updates of {peer}; promised {target:g}: {verdict}")
+        found = (row for row in rows if row.name.startswith(peer))
+        best = min(found, key=lambda row: row.times_ours[1])
+        times, target = best.times_ours[1], asked(engine, case.model, best.name, PEER)
+        verdict = "ok" if times >= target else "MISSED"
+        print(f"  {times:6.2f} x the updates of {best.name}; promised {target:g}: {verdict}")
 
 
 def main() -> None:
