@@ -9,21 +9,18 @@ one run: their noise scale, and the time per row and per update from a line thro
 Usage: python benchmarks/best_batch.py [--tasks digits text regression] [--json FILE]
 """
 
-import argparse
-import json
-import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from best_batch_tasks import TASKS, Task
+from command import parser_of, save
 
 import virtualbatch.jax as vb
 from virtualbatch import NoiseScale
+from virtualbatch.bench.rounds import in_rounds, seconds_of
 
 SIZES = [2**k for k in range(1, 11)]
 RATES = [2.0 ** (k / 2) for k in range(-16, 5)]
@@ -65,26 +62,24 @@ def updates_needed(task: Task, size: int, most: float) -> float:
 
 
 def update_seconds(task: Task) -> dict[int, float]:
-    """Median seconds of one update, for each batch size, in turns."""
+    """Median seconds of one update, for each batch size, in interleaved rounds."""
     params = task.start(jax.random.key(0))
-    runs: dict[int, Callable[[], Any]] = {}
+
+    @jax.jit
+    def update(params: Any, batch: Any) -> Any:
+        gradient = jax.grad(task.loss)(params, batch)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+
+    def run(batch: Any) -> None:
+        jax.block_until_ready(update(params, batch))
+
+    runs = {}
     for size in SIZES:
-        batch = task.x[:size], task.y[:size]
-
-        @jax.jit
-        def update(params: Any, batch: Any) -> Any:
-            gradient = jax.grad(task.loss)(params, batch)
-            return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
-
-        runs[size] = partial(update, params, jax.tree.map(lambda a, n=size: _rows(a, n), batch))
-        jax.block_until_ready(runs[size]())
-    seconds: dict[int, list[float]] = {size: [] for size in SIZES}
-    for _ in range(200):
-        for size, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            seconds[size].append(time.perf_counter() - start)
-    return {size: float(np.median(found)) for size, found in seconds.items()}
+        batch = jax.tree.map(partial(_rows, count=size), (task.x[:size], task.y[:size]))
+        runs[size] = partial(seconds_of, partial(run, batch))
+    # What is compiled is compiled here.
+    in_rounds(runs, 1)
+    return {size: float(np.median(found)) for size, found in in_rounds(runs, 200).items()}
 
 
 def _rows(array: Any, count: int) -> Any:
@@ -137,10 +132,7 @@ def compared(task: Task) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, tasks=TASKS).parse_args()
     results = {}
     for name in arguments.tasks:
         found = results[name] = compared(TASKS[name]())
@@ -152,8 +144,7 @@ def main() -> None:
         print("  rows    " + "".join(f"{size:>8}" for size in SIZES))
         print("  updates " + "".join(f"{value:8.0f}" for value in found["updates"].values()))
         print("  time    " + "".join(f"{value:8.2f}" for value in found["slower"].values()))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2))
+    save(arguments.json, results)
 
 
 if __name__ == "__main__":

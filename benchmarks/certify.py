@@ -1,116 +1,101 @@
 """How long a check of ten million parameters takes, and what it says.
 
-Three dense layers of 2,048 units on 64 rows in micro-batches of 16, once as a mean and once as a
-sum, which is wrong and has to be explained. Each engine in a process of its own.
+Three dense layers, two of them of 3,200 units, on 64 rows in micro-batches of 16, once as a mean
+and once as a sum, which is wrong and has to be explained. Each engine in a process of its own.
 
 Usage: python benchmarks/certify.py [--engines torch jax tensorflow keras] [--json FILE]
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from children import result_of
+from command import apart, parser_of, save
+
+from virtualbatch.bench.case import CLASSES, Case
+from virtualbatch.bench.children import tell
 
 ENGINES = ["torch", "jax", "tensorflow", "keras"]
-FEATURES, UNITS, ROWS, MICROBATCH_SIZE = 1024, 2048, 64, 16
-X = np.random.default_rng(0).normal(size=(ROWS, FEATURES)).astype("float32")
-SIZES = [(FEATURES, UNITS), (UNITS, UNITS), (UNITS, UNITS)]
+ROWS, MICROBATCH_SIZE, SCALE = 64, 16, 25
+
+# Whether the loss is a sum -> its certificate.
+Certified = Callable[[bool], Any]
 
 
-def weights() -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    return [rng.normal(size=size).astype("float32") / size[0] ** 0.5 for size in SIZES]
-
-
-def on_torch() -> Callable[[str], Any]:
-    import torch
-
+def on_torch(case: Case) -> Certified:
     import virtualbatch.torch as vb
+    from virtualbatch.bench.torch_models import problem
 
-    layers = [torch.nn.Linear(*size) for size in SIZES]
-    module = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), layers[2])
+    given = problem(case)
 
-    def certified(reduce: str) -> Any:
+    def certified(is_sum: bool) -> Any:
+        def loss(batch: Any) -> Any:
+            return given.loss(given.model, batch) * (len(batch[0]) if is_sum else 1)
+
         return vb.certify(
-            lambda x: getattr(module(x) ** 2, reduce)(),
-            torch.as_tensor(X),
-            module=module,
-            microbatch_size=MICROBATCH_SIZE,
+            loss, given.batch, module=given.model, microbatch_size=case.microbatch_size
         )
 
     return certified
 
 
-def on_jax() -> Callable[[str], Any]:
-    import jax
-
+def on_jax(case: Case) -> Certified:
     import virtualbatch.jax as vb
+    from virtualbatch.bench.jax_models import problem
 
-    def outputs(params: Any, x: Any) -> Any:
-        for kernel in params[:-1]:
-            x = jax.nn.relu(x @ kernel)
-        return x @ params[-1]
+    given = problem(case)
 
-    def certified(reduce: str) -> Any:
-        def loss(params: Any, x: Any) -> Any:
-            return getattr(outputs(params, x) ** 2, reduce)()
+    def certified(is_sum: bool) -> Any:
+        def loss(params: Any, batch: Any) -> Any:
+            return given.loss(params, batch) * (len(batch[0]) if is_sum else 1)
 
-        return vb.certify(loss, microbatch_size=MICROBATCH_SIZE)(weights(), X)
+        return vb.certify(loss, microbatch_size=case.microbatch_size)(given.params, given.batch)
 
     return certified
 
 
-def on_tensorflow() -> Callable[[str], Any]:
-    import tensorflow as tf
-
+def on_tensorflow(case: Case) -> Certified:
     import virtualbatch.tensorflow as vb
+    from virtualbatch.bench.tensorflow_ways import problem
 
-    kernels = [tf.Variable(kernel) for kernel in weights()]
+    given = problem(case)
 
-    def certified(reduce: str) -> Any:
-        def loss(x: Any) -> Any:
-            for kernel in kernels[:-1]:
-                x = tf.nn.relu(x @ kernel)
-            return getattr(tf, f"reduce_{reduce}")((x @ kernels[-1]) ** 2)
+    def certified(is_sum: bool) -> Any:
+        def loss(batch: Any) -> Any:
+            return given.loss(batch) * (len(batch[0]) if is_sum else 1)
 
-        return vb.certify(loss, X, kernels, microbatch_size=MICROBATCH_SIZE)
+        variables = given.model.trainable_variables
+        return vb.certify(loss, given.batch, variables, microbatch_size=case.microbatch_size)
 
     return certified
 
 
-def on_keras() -> Callable[[str], Any]:
-    import keras
-
+def on_keras(case: Case) -> Certified:
     import virtualbatch.keras as vb
+    from virtualbatch.bench.keras_models import cross_entropy, model_of
 
-    model = keras.Sequential(
-        [
-            keras.Input((FEATURES,)),
-            keras.layers.Dense(UNITS, activation="relu"),
-            keras.layers.Dense(UNITS, activation="relu"),
-            keras.layers.Dense(UNITS),
-        ]
-    )
+    model = model_of(case)
 
-    def certified(reduce: str) -> Any:
-        model.compile("sgd", lambda y, found: getattr(keras.ops, reduce)((found - y) ** 2))
-        batch = X, np.zeros((ROWS, UNITS), "float32")
-        return vb.certify(model, batch, microbatch_size=MICROBATCH_SIZE)
+    def certified(is_sum: bool) -> Any:
+        def loss(y: Any, found: Any) -> Any:
+            return cross_entropy()(y, found) * (len(y) if is_sum else 1)
+
+        model.compile("sgd", loss)
+        return vb.certify(model, case.batch(), microbatch_size=case.microbatch_size)
 
     return certified
+
+
+def case_of(engine: str) -> Case:
+    return Case(engine, "MLP", MICROBATCH_SIZE, ROWS // MICROBATCH_SIZE, SCALE)
 
 
 def measured(engine: str) -> dict[str, Any]:
-    certified = globals()[f"on_{engine}"]()
+    certified = globals()[f"on_{engine}"](case_of(engine))
     result = {}
     for reduce in ("mean", "sum"):
         start = time.perf_counter()
-        found = certified(reduce)
+        found = certified(reduce == "sum")
         kinds = [finding.kind for finding in found.findings]
         result[reduce] = {
             "exact": found.exact,
@@ -121,24 +106,21 @@ def measured(engine: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, engines=ENGINES).parse_args()
     if arguments.one:
-        print(json.dumps(measured(arguments.one)))
+        tell(measured(*arguments.one))
         return
-    count = sum(a * b for a, b in SIZES)
+    case = case_of("torch")
+    width = case.width
+    count = (case.input_shape[0] + width + CLASSES) * width
     print(f"{count:,} parameters, {ROWS} rows in micro-batches of {MICROBATCH_SIZE}")
     results = {}
     for engine in arguments.engines:
-        results[engine] = result_of(__file__, ["--one", engine], 600)
+        results[engine] = apart(engine)
         for reduce, found in results[engine].items():
             verdict = "exact" if found["exact"] else ", ".join(found["findings"])
             print(f"{engine:12}{reduce:6}{verdict:12}{found['seconds']:6.1f} s")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2))
+    save(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""PyTorch on a GPU: ours beside the loop written by hand and the floor, in turns in one process.
+"""PyTorch on a GPU: ours beside the loop written by hand and the floor, in interleaved rounds.
 
 A small CNN and a transformer, 8 micro-batches of 1 to 128 rows; each as it is, and with
 `virtualbatch.torch.captured`. Then a wider transformer in bfloat16 autocast, both ways too.
@@ -6,29 +6,29 @@ A small CNN and a transformer, 8 micro-batches of 1 to 128 rows; each as it is, 
 Usage: python benchmarks/gpu.py [--rounds 15] [--json FILE]
 """
 
-import argparse
-import json
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 
 import torch
+from command import parser_of, save
 
 from virtualbatch.bench.case import Case
+from virtualbatch.bench.comparison import compared, lasting
 from virtualbatch.bench.contender import FLOOR, OURS
 from virtualbatch.bench.result import Row
+from virtualbatch.bench.torch_models import problem
 from virtualbatch.bench.torch_ways import captured_loop, loops
-from virtualbatch.bench.turns import compared
 
 SIZES = (1, 2, 4, 32, 128)
 STEPS = 8
 # Wide enough to be bound by arithmetic.
 BF16_ROWS, BF16_SCALE = 128, 16
-SECONDS_PER_TURN = 0.1
+SECONDS_PER_ROUND = 0.1
 
 
 def measure(case: Case, rounds: int) -> list[Row]:
-    contenders = [*loops(case, "cuda"), captured_loop(case)]
-    return compared([contenders], rounds, SECONDS_PER_TURN)[0]
+    contenders = [*loops(partial(problem, case, "cuda")), captured_loop(case)]
+    return compared([contenders], rounds, lasting(SECONDS_PER_ROUND))[0]
 
 
 def report(title: str, rows: list[Row], judged: bool = True) -> None:
@@ -48,9 +48,7 @@ def bf16(rounds: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
+    parser = parser_of(__doc__, rounds=15)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed. Got none.")
@@ -70,8 +68,7 @@ def main() -> None:
     for row in rows:
         if row.role == OURS:
             print(f"{row.name} over the floor in bfloat16: {row.milliseconds[1] / floor:.3f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2))
+    save(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -1,49 +1,35 @@
 """What the loop over micro-batches costs, without `fit` around it.
 
-The same gradient of 8 micro-batches of 32, four ways, in turns in one process: our loop; the loop
-written out as one graph (its memory grows with the number of micro-batches); the compiled step
-called 8 times from Python; and the whole batch at once.
+The same gradient of 8 micro-batches of 32, four ways, in interleaved rounds in one process: our
+loop; the loop written out as one graph (its memory grows with the number of micro-batches); the
+compiled step called 8 times from Python; and the whole batch at once.
 
 Usage: python benchmarks/loop.py [--models MLP CNN] [--rounds 60] [--json FILE]
 """
 
-import argparse
-import json
 import os
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["KERAS_BACKEND"] = "tensorflow"
 
-import keras
 import numpy as np
 import tensorflow as tf
-from models import MODELS, data
+from command import parser_of, save
 
 import virtualbatch.tensorflow as vb
+from virtualbatch.bench.case import Case
+from virtualbatch.bench.rounds import in_rounds, seconds_of
+from virtualbatch.bench.tensorflow_ways import problem
 
-MICROBATCH_SIZE, ACCUMULATION_STEPS = 32, 8
 
-
-def ways(name: str) -> dict[str, Callable[[], Any]]:
-    keras.utils.set_random_seed(0)
-    model = MODELS[name]()
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    batch = tuple(map(tf.constant, data(name, MICROBATCH_SIZE * ACCUMULATION_STEPS)))
-    pieces = [
-        tuple(leaf[i : i + MICROBATCH_SIZE] for leaf in batch)
-        for i in range(0, len(batch[0]), MICROBATCH_SIZE)
-    ]
-
-    def loss_fn(part: Any) -> tf.Tensor:
-        return loss(part[1], model(part[0], training=True))
+def ways(case: Case) -> dict[str, Callable[[], Any]]:
+    given = problem(case)
 
     def gradients(part: Any) -> list[tf.Tensor]:
-        with tf.GradientTape() as tape:
-            value = loss_fn(part)
-        return tape.gradient(value, model.trainable_variables)
+        return given.gradients(part)[1]
 
     def added(parts: Any, step: Callable[[Any], list[tf.Tensor]]) -> list[tf.Tensor]:
         total = step(parts[0])
@@ -51,50 +37,39 @@ def ways(name: str) -> dict[str, Callable[[], Any]]:
             total = [a + b for a, b in zip(total, step(part), strict=True)]
         return total
 
-    def accumulated(part: Any) -> list[tf.Tensor]:
+    def accumulated(batch: Any) -> list[tf.Tensor]:
         return vb.value_and_gradients(
-            loss_fn, part, model.trainable_variables, microbatch_size=MICROBATCH_SIZE
+            given.loss,
+            batch,
+            given.model.trainable_variables,
+            microbatch_size=case.microbatch_size,
         )[1]
 
     ours, step = tf.function(accumulated), tf.function(gradients)
     written_out = tf.function(lambda parts: added(parts, gradients))
     return {
-        "virtualbatch": lambda: ours(batch),
-        "written out in one graph": lambda: written_out(pieces),
-        "compiled step, 8 calls": lambda: added(pieces, step),
-        "whole batch at once": lambda: step(batch),
+        "virtualbatch": lambda: ours(given.batch),
+        "written out in one graph": lambda: written_out(given.pieces),
+        "compiled step, 8 calls": lambda: added(given.pieces, step),
+        "whole batch at once": lambda: step(given.batch),
     }
 
 
-def measure(name: str, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each way."""
-    runs = ways(name)
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {label: [] for label in runs}
-    for _ in range(rounds):
-        for label, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[label].append((time.perf_counter() - start) * 1e3)
-    return {label: float(np.median(found)) for label, found in times.items()}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, models=("MLP", "CNN"), rounds=60).parse_args()
     result = {}
     for name in arguments.models:
-        found = result[name] = measure(name, arguments.rounds)
-        print(f"\n{name}: {ACCUMULATION_STEPS} micro-batches of {MICROBATCH_SIZE}")
+        case = Case("tensorflow", name)
+        runs = {label: partial(seconds_of, run) for label, run in ways(case).items()}
+        # What is compiled is compiled here.
+        in_rounds(runs, 1)
+        times = in_rounds(runs, arguments.rounds)
+        found = result[name] = {label: np.median(times[label]) * 1e3 for label in runs}
+        print(f"\n{name}: {case.accumulation_steps} micro-batches of {case.microbatch_size}")
         for label, milliseconds in found.items():
             ratio = milliseconds / found["virtualbatch"]
             print(f"{label:28} {milliseconds:8.2f} ms {ratio:6.2f} x ours")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"ms": result}, indent=2))
+    save(arguments.json, {"ms": result})
 
 
 if __name__ == "__main__":

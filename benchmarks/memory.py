@@ -8,13 +8,11 @@ the process held after an update of one row, so that code, kernels and weights a
 Usage: python benchmarks/memory.py [--counts 2 8 64] [--json FILE]
 """
 
-import argparse
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
+
+from command import apart, parser_of, save
+
+from virtualbatch.bench.children import FREED_AT_ONCE, tell
 
 MICROBATCH_SIZE = 32
 TARGET = 1.03
@@ -22,7 +20,7 @@ WAYS = ("fit", "tf.function", "eager", "whole")
 _MIB = 1024**2
 
 
-def child(way: str, count: int) -> int:
+def peak_of(way: str, count: int) -> int:
     """Peak bytes of a few updates of `count` micro-batches, measured in this process."""
     import keras
     import numpy as np
@@ -79,43 +77,25 @@ def child(way: str, count: int) -> int:
     return peak.stop()
 
 
-def measured(way: str, count: int) -> int:
-    environment = dict(
-        os.environ,
-        TF_CPP_MIN_LOG_LEVEL="3",
-        # Freed blocks go back at once, so that the peak is what was in use and not what glibc kept.
-        MALLOC_ARENA_MAX="1",
-        MALLOC_MMAP_THRESHOLD_="65536",
-        MALLOC_TRIM_THRESHOLD_="0",
-    )
-    command = [sys.executable, __file__, "--child", way, str(count)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise RuntimeError(f"{way} with {count} micro-batches failed:\n{done.stderr[-2000:]}")
-    return int(done.stdout.split()[-1])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--counts", nargs="+", type=int, default=[2, 4, 8, 16, 32, 64])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        print(child(arguments.child[0], int(arguments.child[1])))
+    if arguments.one:
+        way, count = arguments.one
+        tell(peak_of(way, int(count)))
         return
     peaks: dict[str, dict[int, int]] = {}
     print(f"peak MiB, micro-batches of {MICROBATCH_SIZE} rows")
     for way in WAYS:
         # The whole batch is shown for scale; 64 times 32 rows at once would not fit everywhere.
         counts = [n for n in arguments.counts if n <= 4] if way == "whole" else arguments.counts
-        peaks[way] = {count: measured(way, count) for count in counts}
+        peaks[way] = {count: apart(way, str(count), **FREED_AT_ONCE) for count in counts}
         line = "  ".join(f"{count}: {peak / _MIB:.1f}" for count, peak in peaks[way].items())
         grows = max(peaks[way].values()) / peaks[way][min(counts)]
         verdict = "" if way == "whole" else "ok" if grows <= TARGET else "MISSED"
         print(f"{way:12} {line}  grows {grows:.3f} {verdict}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"peak_bytes": peaks}, indent=2))
+    save(arguments.json, {"peak_bytes": peaks})
 
 
 if __name__ == "__main__":

@@ -3,22 +3,22 @@
 Bias: the gradient of row x at parameters p is p - x, with x drawn from a normal distribution of
 known variances, so the noise scale is known. Over many windows the estimate is compared with it,
 for several cuts, beside what is often done instead. Cost: the time of a window with `stats=True`
-over that without, in turns, each engine in a process of its own.
+over that without, in interleaved rounds, each engine in a process of its own.
 
 Usage: python benchmarks/noise.py [--windows 10000] [--rounds 60] [--engines torch] [--json FILE]
 """
 
-import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
-from children import result_of
+from command import apart, parser_of, save
 from noise_costs import ENGINES, windows_of
+
+from virtualbatch.bench.children import tell
+from virtualbatch.bench.rounds import in_rounds, seconds_of
 
 ENTRIES, SCALE = 40, 100.0
 # Micro-batches of a window of 64 rows, and of one that does not divide evenly.
@@ -92,34 +92,25 @@ def instead(rows: Any, count: Any, mean_square: Any, square: Any) -> dict[str, f
 def cost(engine: str, rounds: int) -> dict[str, Any]:
     """Median ratio of a window with statistics over one without, in pairs, for each model."""
     results = {}
-    for name, (without, with_stats) in windows_of(engine).items():
-        ratios = []
-        for turn in range(rounds):
-            order = (without, with_stats) if turn % 2 else (with_stats, without)
-            seconds = {run: timed(run) for run in order}
-            ratios.append(seconds[with_stats] / seconds[without])
+    for name, pair in windows_of(engine).items():
+        runs = {stats: partial(seconds_of, partial(twice, run)) for stats, run in pair.items()}
+        times = in_rounds(runs, rounds)
+        ratios = np.divide(times[True], times[False])
         quarters = statistics.quantiles(ratios, n=4)
         results[name] = {"ratio": quarters[1], "quartiles": [quarters[0], quarters[2]]}
     return results
 
 
-def timed(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    for _ in range(2):
-        run()
-    return time.perf_counter() - start
+def twice(run: Callable[[], object]) -> None:
+    run()
+    run()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--windows", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--engines", nargs="*", default=ENGINES, choices=ENGINES)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser = parser_of(__doc__, windows=10_000, rounds=60, engines=ENGINES)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(cost(arguments.one, arguments.rounds)))
+        tell(cost(*arguments.one, arguments.rounds))
         return
     results: dict[str, Any] = {"bias": bias(arguments.windows), "cost": {}}
     print(f"Noise scale {SCALE:.0f} rows, {arguments.windows:,} windows: how far off, in percent")
@@ -128,16 +119,12 @@ def main() -> None:
         texts = [f"{way} {100 * value:+.1f}" for way, value in found.items()]
         print(f"{name:20}{', '.join(texts)} (interval {100 * low:+.1f} to {100 * high:+.1f})")
     for engine in arguments.engines:
-        backend = (
-            engine.removeprefix("keras on ") if engine.startswith("keras on ") else "tensorflow"
-        )
-        options = ["--one", engine, "--rounds", str(arguments.rounds)]
-        results["cost"][engine] = result_of(__file__, options, 600, KERAS_BACKEND=backend)
+        framework = engine.removeprefix("keras on ")
+        results["cost"][engine] = apart(engine, KERAS_BACKEND=framework)
         for name, found in results["cost"][engine].items():
             low, high = found["quartiles"]
             print(f"{engine:20}{name:12}{found['ratio']:.3f} ({low:.3f} to {high:.3f})")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2))
+    save(arguments.json, results)
 
 
 if __name__ == "__main__":

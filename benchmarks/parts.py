@@ -1,24 +1,24 @@
 """Whether a few micro-batches tell how long a whole batch takes, where windows are programs.
 
 A plan times whole batches on JAX, TensorFlow and Keras. A program of the first few micro-batches
-would be over sooner, and could be looked at more often; but it has to be built too, and what a
+would be over sooner, and could be measured more often; but it has to be built too, and what a
 window does once counts for more in it.
 
 Usage: python benchmarks/parts.py [--engines jax keras] [--models CNN] [--seconds 60] [--json FILE]
 """
 
-import argparse
-import json
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import plan
-from children import result_of
+from command import apart, parser_of, save
 from plan_models import MODELS, ROWS
+
+from virtualbatch.bench.children import tell
+from virtualbatch.bench.rounds import seconds_of
 
 SETTINGS = {"jax": plan.on_jax, "tensorflow": plan.on_tensorflow, "keras": plan.on_keras}
 SIZES = (8, 32, 64)
@@ -50,7 +50,7 @@ def built(engine: str, name: str, size: int, rows: int) -> Built:
 
 
 def measured(engine: str, name: str, seconds: float) -> list[dict[str, float]]:
-    """Times of whole batches and of parts, in turns.
+    """Times of whole batches and of parts, in interleaved rounds.
 
     Returns:
         For each size its rows, those of the part, the time of the whole batch that follows from
@@ -79,29 +79,18 @@ def measured(engine: str, name: str, seconds: float) -> list[dict[str, float]]:
     ]
 
 
-def seconds_of(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engines", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each model")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=2, metavar=("ENGINE", "MODEL"), help=argparse.SUPPRESS)
+    # Of each model.
+    parser = parser_of(__doc__, engines=SETTINGS, models=MODELS, seconds=60.0)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measured(*arguments.one, arguments.seconds)))
+        tell(measured(*arguments.one, arguments.seconds))
         return
     print(f"the time of {ROWS} rows as a part tells it / the true one; building it in true ones")
     results: dict[str, list[dict[str, float]]] = {}
     for engine in arguments.engines:
         for name in arguments.models:
-            options = ["--one", engine, name, "--seconds", str(arguments.seconds)]
-            found = result_of(__file__, options, arguments.seconds + 300, **plan.COUNTED)
+            found = apart(engine, name, seconds=arguments.seconds + 300, **plan.COUNTED)
             results[f"{engine} {name}"] = found
             for line in found:
                 print(
@@ -109,8 +98,7 @@ def main() -> None:
                     f"{line['told']:5.2f}{line['building']:8.1f}",
                     flush=True,
                 )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+    save(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ at once. No plan can state a peak more exactly than that.
 Usage: python benchmarks/peak_scatter.py [--engine keras] [--models MLP CNN] [--runs 40]
 """
 
-import argparse
-import json
-
 import plan
-from children import result_of
+from command import apart, parser_of, save
 from plan_models import MODELS, ROWS
+
+from virtualbatch.bench.children import tell
 
 SIZES = (64, ROWS)
 SETTINGS = {"tensorflow": plan.on_tensorflow, "keras": plan.on_keras}
@@ -38,24 +37,23 @@ def measured(engine: str, name: str, runs: int) -> dict[int, tuple[int, int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__, models=MODELS, runs=40)
     parser.add_argument("--engine", default="tensorflow", choices=list(SETTINGS))
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--runs", type=int, default=40)
-    parser.add_argument("--one", metavar="MODEL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measured(arguments.engine, arguments.one, arguments.runs)))
+        tell(measured(arguments.engine, *arguments.one, arguments.runs))
         return
     print(f"MB of {arguments.runs} runs of the same window: least, most, most / least")
+    results = {}
     for name in arguments.models:
-        options = ["--engine", arguments.engine, "--runs", str(arguments.runs), "--one", name]
-        found = result_of(__file__, options, 600, KERAS_BACKEND="tensorflow", **plan.COUNTED)
+        found = apart(name, KERAS_BACKEND="tensorflow", **plan.COUNTED)
+        results[name] = found
         for size, (least, most) in found.items():
             print(
                 f"{name:20}{size:>4} rows{least / 1e6:9.1f}{most / 1e6:9.1f}{most / least:7.2f}",
                 flush=True,
             )
+    save(arguments.json, results)
 
 
 if __name__ == "__main__":

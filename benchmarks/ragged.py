@@ -2,23 +2,24 @@
 
 A transformer of three layers tags the tokens of 128 rows that are padded to 256; lengths are
 log-normal. All contenders compute the gradient of the whole batch, and it is compared with that of
-the padded one in the same run. They run in turns in one process an engine, packing included; the
-padded loop is compiled as a whole where that is faster, so it is the best of its engine.
+the padded one in the same run. They run in interleaved rounds in one process an engine, packing
+included; the padded loop is compiled as a whole where that is faster, so it is the best of its
+engine.
 
 Usage: python benchmarks/ragged.py [--engines torch keras-jax] [--rounds 7] [--json FILE]
 """
 
-import argparse
-import json
 import os
-import time
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
-from children import result_of
+from command import apart, parser_of, save
 from ragged_contenders import ENGINES, PADDED
 from ragged_model import LENGTH, MICROBATCH_SIZE, ROWS, TOKENS, data
+
+from virtualbatch.bench.children import tell
+from virtualbatch.bench.rounds import in_rounds, seconds_of
 
 NAMES = ["torch", "tensorflow", "jax", "keras-torch", "keras-tensorflow", "keras-jax"]
 
@@ -41,17 +42,12 @@ def measured(engine: str, rounds: int, threads: int) -> dict[str, Any]:
     }
     if max(off.values()) > 1e-5:
         raise AssertionError(f"gradients differ: {off}")
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds):
-        # Whoever comes first in a round may find other caches.
-        for name in sorted(contenders, reverse=bool(turn % 2)):
-            start = time.perf_counter()
-            contenders[name]()
-            times[name].append((time.perf_counter() - start) * 1e3)
+    runs = {name: partial(seconds_of, run) for name, run in contenders.items()}
+    times = in_rounds(runs, rounds)
     return {
         name: {
-            "ms": float(np.median(found)),
-            "spread": [min(found), max(found)],
+            "ms": float(np.median(found)) * 1e3,
+            "spread": [min(found) * 1e3, max(found) * 1e3],
             "faster": float(np.median(np.divide(times[PADDED], found))),
             "gradient off by": off[name],
         }
@@ -60,15 +56,9 @@ def measured(engine: str, rounds: int, threads: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engines", nargs="+", default=NAMES, choices=NAMES)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, engines=NAMES, rounds=7, threads=2).parse_args()
     if arguments.one:
-        print(json.dumps(measured(arguments.one, arguments.rounds, arguments.threads)))
+        tell(measured(*arguments.one, arguments.rounds, arguments.threads))
         return
     _, lengths = data()
     print(
@@ -76,10 +66,8 @@ def main() -> None:
         f"micro-batches of {MICROBATCH_SIZE} padded rows or {TOKENS} tokens"
     )
     results = {}
-    threads = str(arguments.threads)
     for engine in arguments.engines:
-        options = ["--one", engine, "--rounds", str(arguments.rounds), "--threads", threads]
-        results[engine] = result_of(__file__, options, 460, OMP_NUM_THREADS=threads)
+        results[engine] = apart(engine, OMP_NUM_THREADS=str(arguments.threads))
         print(
             f"\n{engine:30}{'ms':>8}{'fastest':>9}{'slowest':>9}{'times as fast':>15}{'off by':>10}"
         )
@@ -89,8 +77,7 @@ def main() -> None:
                 f"{name:30}{found['ms']:8.0f}{low:9.0f}{high:9.0f}{found['faster']:15.2f}"
                 f"{found['gradient off by']:10.1e}"
             )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2))
+    save(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ ends the process ("ended") or never returns ("hung").
 Usage: python benchmarks/recovery.py [--times 3] [--only keras-tensorflow] [--json FILE]
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,6 +17,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from command import parser_of, save
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 ENGINES = ("torch", "jax", "tensorflow")
@@ -75,12 +76,8 @@ def of_keras(backend: str, limited_by: str) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
     names = [*ENGINES, *(f"keras-{engine}" for engine in ENGINES), "keras-tensorflow-allocator"]
-    parser.add_argument("--only", nargs="+", default=names, choices=names)
-    parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, only=names, times=3).parse_args()
     results: dict[str, dict[str, Counter[str]]] = {}
     for name in arguments.only:
         counted = results.setdefault(name, {})
@@ -95,8 +92,7 @@ def main() -> None:
             print(
                 f"  {case:28}" + ", ".join(f"{n} {word}" for word, n in words.items()), flush=True
             )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+    save(arguments.json, results)
 
 
 if __name__ == "__main__":

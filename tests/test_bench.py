@@ -2,6 +2,11 @@
 
 import io
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ from typer.testing import CliRunner
 from virtualbatch.bench import parent
 from virtualbatch.bench.asked import asked
 from virtualbatch.bench.case import MODELS, Case
+from virtualbatch.bench.comparison import compared, lasting
 from virtualbatch.bench.contender import (
     FLOOR,
     OURS,
@@ -21,16 +27,18 @@ from virtualbatch.bench.contender import (
     Absent,
     Contender,
 )
+from virtualbatch.bench.order import Order
 from virtualbatch.bench.page import page_of
-from virtualbatch.bench.parent import peak_of, run_bench
+from virtualbatch.bench.parent import run, run_bench
 from virtualbatch.bench.plots import write_plots
 from virtualbatch.bench.result import BenchResult, Comparison, Peak, Row
 from virtualbatch.bench.settings import Settings
 from virtualbatch.bench.stopwatch import TimedPieces
 from virtualbatch.bench.sweeps import SWEEPS
 from virtualbatch.bench.table import tables
-from virtualbatch.bench.turns import compared
 from virtualbatch.cli import app as cli
+
+ROOT = Path(__file__).parent.parent
 
 
 def stepping(name, role, by, seconds=0.001):
@@ -45,7 +53,7 @@ def stepping(name, role, by, seconds=0.001):
 
 
 def rows_of(*entries):
-    found = compared([[stepping("whole", WHOLE, [1, 2]), *entries]], 3, 0.01)
+    found = compared([[stepping("whole", WHOLE, [1, 2]), *entries]], 3, lasting(0.01))
     return {row.name: row for row in found[0]}
 
 
@@ -81,7 +89,7 @@ def test_times_are_medians_and_relative_to_ours():
     assert rows["peer"].times_ours == pytest.approx((2.5, 2.5, 2.5))
 
 
-def test_contenders_take_turns_and_turn_round():
+def test_contenders_are_timed_in_rounds_that_go_forth_and_back():
     order = []
 
     def entry(name, role):
@@ -91,7 +99,7 @@ def test_contenders_take_turns_and_turn_round():
 
         return Contender(name, role, train, lambda: [np.arange(2.0) + len(order)])
 
-    compared([[entry("a", WHOLE), entry("b", OURS), entry("c", PEER)]], 2, 0.5)
+    compared([[entry("a", WHOLE), entry("b", OURS), entry("c", PEER)]], 2, lasting(0.5))
     assert order[-6:] == ["a", "b", "c", "c", "b", "a"]
 
 
@@ -144,8 +152,9 @@ def test_the_smallest_case_on_the_command_line(tmp_path):
 def test_memory_is_that_of_the_rows_at_once():
     # An update's threads free its memory after the result is there: taken at once, what is held
     # before the next update has it too, and the peak above that may be nothing.
-    whole = peak_of(Case("jax", "transformer", 16, 8), WHOLE_BATCH).peak_bytes
-    cut = peak_of(Case("jax", "transformer", 16, 8), VIRTUALBATCH).peak_bytes
+    case = Case("jax", "transformer", 16, 8)
+    whole = run(Order([case], [WHOLE_BATCH], peak_of=WHOLE_BATCH))
+    cut = run(Order([case], [VIRTUALBATCH], peak_of=VIRTUALBATCH))
     # 105 MiB at once for 256 rows, here 128; and an eighth of the rows at once in pieces.
     assert 40 * 2**20 < whole < 70 * 2**20
     assert 4 * 2**20 < cut < whole / 3
@@ -210,6 +219,37 @@ def test_ours_being_wrong_is_an_exit_code(monkeypatch):
     wrong = Comparison(Case("torch", "MLP"), [Row("virtualbatch", OURS, "wrong", error=0.5)])
     monkeypatch.setattr(cli, "run_bench", lambda *_: result_of([wrong]))
     assert CliRunner().invoke(cli.app, ["bench", "--engine", "torch"]).exit_code == 1
+
+
+def test_a_script_measures_a_case_in_a_process_of_its_own(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""
+import os
+from command import apart, parser_of, save
+from virtualbatch.bench.children import tell
+arguments = parser_of("What it does.", engines=("torch", "jax"), rounds=3).parse_args()
+if arguments.one:
+    print("a line of the framework's own")
+    tell([arguments.one, arguments.rounds, os.environ["OF_THE_CASE"]])
+else:
+    save(arguments.json, [apart(name, "MLP", OF_THE_CASE="1") for name in arguments.engines])
+""")
+    file = tmp_path / "found.json"
+    options = ["--engines", "jax", "--rounds", "5", "--json", str(file)]
+    subprocess.run(
+        [sys.executable, str(script), *options],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), *sys.path])},
+        check=True,
+        timeout=60,
+    )
+    assert json.loads(file.read_text()) == [[["jax", "MLP"], 5, "1"]]
+
+
+def test_every_script_that_a_page_names_is_there():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "Makefile"]
+    named = {name for page in pages for name in re.findall(r"benchmarks/\w+\.py", page.read_text())}
+    assert len(named) > 10
+    assert not [name for name in named if not (ROOT / name).is_file()]
 
 
 def result_of(comparisons, sweeps=None, peaks=None):

@@ -163,7 +163,7 @@ def test_peak_memory_sees_what_was_freed_again(
     kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernel:
-        monkeypatch.setattr(peak_memory, "_kernel_peak_was_reset", lambda: False)
+        monkeypatch.setattr(peak_memory, "kernel_tells_peak", lambda: False)
     measured = PeakMemory()
     block = np.ones(64 * MEBIBYTE, "uint8")
     # Long enough for the sampler to look at least once.

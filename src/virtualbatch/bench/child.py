@@ -1,17 +1,16 @@
 """What a process of its own does: it reads an order as JSON and prints what it found as JSON."""
 
 import importlib
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from virtualbatch.bench.case import Case
+from virtualbatch.bench.children import tell
+from virtualbatch.bench.comparison import compared, lasting
 from virtualbatch.bench.contender import ALL_PEERS, FLOOR, VIRTUALBATCH, WHOLE, Absent, Contender
-from virtualbatch.bench.order import RESULT, Order
-from virtualbatch.bench.turns import compared
+from virtualbatch.bench.order import Order
 from virtualbatch.plan.host_memory import give_back_freed_memory
 
 _SECONDS_TO_SETTLE = 1.0
@@ -52,14 +51,12 @@ def _peak(case: Case, name: str) -> int | None:
 def main() -> None:
     """Reads the order from the only argument."""
     order = Order.from_json(sys.argv[1])
-    found: Any
     if order.peak_of is not None:
-        found = _peak(order.cases[0], order.peak_of)
-    else:
-        groups = [entries(case, order.peers) for case in order.cases]
-        rows = compared(groups, order.rounds, order.seconds_per_turn)
-        found = [[asdict(row) for row in group] for group in rows]
-    print(RESULT + json.dumps(found), flush=True)
+        tell(_peak(order.cases[0], order.peak_of))
+        return
+    groups = [entries(case, order.peers) for case in order.cases]
+    rows = compared(groups, order.rounds, lasting(order.seconds_per_round))
+    tell([[asdict(row) for row in group] for group in rows])
 
 
 if __name__ == "__main__":

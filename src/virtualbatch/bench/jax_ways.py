@@ -36,7 +36,7 @@ def entries(case: Case) -> list[Contender | Absent]:
     given = problem(case)
     size = case.microbatch_size
     found: list[Contender | Absent] = [
-        _contender(VIRTUALBATCH, OURS, given, _ours(given, size)),
+        _contender(VIRTUALBATCH, OURS, given, ours(given, size)),
         _contender("forward, backward in a scan, one update", FLOOR, given, _floor(given, size)),
         _called(given, size),
         _contender(WHOLE_BATCH, WHOLE, given, jax.value_and_grad(given.loss)),
@@ -86,7 +86,8 @@ def _contender(
     return Contender(name, role, looped(update, jax.block_until_ready), state.weights)
 
 
-def _ours(given: Problem, size: int) -> Callable[[Any, Any], Any]:
+def ours(given: Problem, size: int) -> Callable[[Any, Any], Any]:
+    """(parameters, batch) -> (loss, gradients) by `virtualbatch.jax`."""
     return vb.value_and_grad(given.loss, microbatch_size=size, weight=given.weight)
 
 

@@ -1,6 +1,8 @@
 """Ways of training by Keras' `fit`, on the backend that `KERAS_BACKEND` names."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -18,26 +20,25 @@ def entries(case: Case) -> list[Contender]:
     """Everybody who can run a case, each with a model of its own."""
     jax = keras.backend.backend() == "jax"
     tensorflow = keras.backend.backend() == "tensorflow"
+    ours = partial(vb.accumulate, microbatch_size=case.microbatch_size)
     found = [
-        _contender(VIRTUALBATCH, OURS, case, accumulates=True),
-        _contender(WHOLE_BATCH, WHOLE, case),
+        contender(VIRTUALBATCH, OURS, case, ours),
+        contender(WHOLE_BATCH, WHOLE, case),
     ]
     if tensorflow:
-        found.append(
-            _contender(f"{VIRTUALBATCH}, jit_compile=True", OURS, case, accumulates=True, jit=True)
-        )
+        found.append(contender(f"{VIRTUALBATCH}, jit_compile=True", OURS, case, ours, jit=True))
     # Plain Keras compiles by XLA unless it is told not to, which on CPU may be slower; JAX cannot
     # train without.
     for jit in (True, False) if tensorflow else (jax,):
         mode = f"jit_compile={jit}" if tensorflow else ""
         names = [_BUILT_IN, mode]
-        found.append(_contender(", ".join(filter(None, names)), PEER, case, built_in=True, jit=jit))
+        found.append(contender(", ".join(filter(None, names)), PEER, case, built_in=True, jit=jit))
         if not tensorflow and not jax:
             continue
         steps = case.accumulation_steps
         names.insert(1, f"steps_per_execution={steps}")
         found.append(
-            _contender(
+            contender(
                 ", ".join(filter(None, names)), PEER, case, built_in=True, jit=jit, execution=steps
             )
         )
@@ -56,16 +57,27 @@ class _Clock(keras.callbacks.Callback):
         self.seconds = time.perf_counter() - self._start
 
 
-def _contender(
+def contender(
     name: str,
     role: str,
     case: Case,
+    prepare: Callable[[keras.Model], object] | None = None,
     *,
-    accumulates: bool = False,
     built_in: bool = False,
     jit: bool | str = "auto",
     execution: int = 1,
 ) -> Contender:
+    """A contender that trains by `fit`.
+
+    Args:
+        name: of the way.
+        role: see `virtualbatch.bench.contender.Contender`.
+        case: what is trained.
+        prepare: changes the compiled model.
+        built_in: whether Keras' own accumulation is on.
+        jit: `jit_compile`.
+        execution: `steps_per_execution`.
+    """
     model = model_of(case)
     # Keras refuses to accumulate one micro-batch; that is a plain update.
     steps = case.accumulation_steps if built_in and case.accumulation_steps > 1 else None
@@ -76,8 +88,8 @@ def _contender(
         jit_compile=jit,
         steps_per_execution=execution,
     )
-    if accumulates:
-        vb.accumulate(model, microbatch_size=case.microbatch_size)
+    if prepare is not None:
+        prepare(model)
     size = case.microbatch_size if built_in else case.rows
     clock = _Clock()
 

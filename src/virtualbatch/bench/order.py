@@ -6,27 +6,24 @@ from dataclasses import asdict, dataclass
 
 from virtualbatch.bench.case import Case
 
-# Frameworks print too; the line that starts so is ours.
-RESULT = "virtualbatch bench: "
-
 
 @dataclass(frozen=True)
 class Order:
     """What a child is to do.
 
     Args:
-        cases: of one engine. Contenders of all of them take turns.
+        cases: of one engine. Contenders of all of them are timed in the same rounds.
         peers: `ALL_PEERS`, or the names of those that take part beside ours as it is by default,
             the floor and the uncut batch.
-        rounds: turns of each contender.
-        seconds_per_turn: how long one turn is, about.
+        rounds: in how many each contender is timed.
+        seconds_per_round: how long a contender trains in a round, about.
         peak_of: name of a contender whose memory is measured in the first case; nothing is timed.
     """
 
     cases: Sequence[Case]
     peers: str | Sequence[str]
-    rounds: int
-    seconds_per_turn: float
+    rounds: int = 0
+    seconds_per_round: float = 0.0
     peak_of: str | None = None
 
     def to_json(self) -> str:

@@ -10,7 +10,7 @@ from virtualbatch.bench.sweeps import SWEEPS
 
 _MIB = 2**20
 _READING = (
-    "How many times our time each takes for an update; medians of turns that alternate. Ours is in "
+    "How many times our time each takes for an update; medians of interleaved rounds. Ours is in "
     "milliseconds, to make sense of the rest. Less than the project asks of itself is **bold**, "
     "with what was asked. The first update of each is compared with that of the uncut batch: "
     "*wrong* is one that differs by more than rounding, and by which part of its length."

@@ -1,26 +1,23 @@
 """The parent of a benchmark: says what is measured and starts a process for each case."""
 
 import importlib.metadata
-import json
 import os
 import platform
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
 
 from virtualbatch.bench.case import Case
+from virtualbatch.bench.children import FREED_AT_ONCE, ChildFailure, result_of
 from virtualbatch.bench.contender import ALL_PEERS, NO_PEERS, VIRTUALBATCH, WHOLE_BATCH
-from virtualbatch.bench.order import RESULT, Order
+from virtualbatch.bench.order import Order
 from virtualbatch.bench.result import BenchResult, Comparison, Peak, Row
 from virtualbatch.bench.settings import Settings
 from virtualbatch.bench.sweeps import SWEEPS, peer_along
 
 CHILD = ("-m", "virtualbatch.bench.child")
 _SECONDS_PER_CHILD = 600
-_LINES_OF_STDERR = 20
 _PACKAGES = (
     "virtualbatch",
     "numpy",
@@ -33,17 +30,6 @@ _PACKAGES = (
     "lightning",
     "transformers",
 )
-_ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "3"}
-_OF_PEAKS = {
-    # Freed blocks go back at once, so that the peak is what was in use and not what glibc kept.
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "0",
-}
-
-
-class _Failure(RuntimeError):
-    """A case's process ended without a result."""
 
 
 def run_bench(
@@ -59,10 +45,11 @@ def run_bench(
     machine = _machine()
     failures: list[str] = []
 
-    def comparisons_of(order: Order) -> list[Comparison]:
+    def ran(order: Order) -> list[Any]:
+        """What its process found, as the only entry; no entry where there is no result."""
         try:
-            return _comparisons(order, child)
-        except _Failure as failure:
+            return [run(order, child)]
+        except ChildFailure as failure:
             failures.append(str(failure))
             return []
 
@@ -71,8 +58,8 @@ def run_bench(
         for model in settings.chosen_models:
             say(f"{engine}, {model}")
             peers = ALL_PEERS if settings.peers == ALL_PEERS else []
-            order = Order([Case(engine, model)], peers, settings.rounds, settings.seconds_per_turn)
-            comparisons += comparisons_of(order)
+            order = Order([Case(engine, model)], peers, settings.rounds, settings.seconds_per_round)
+            comparisons += _comparisons(order, ran(order))
     sweeps: dict[str, list[Comparison]] = {}
     peaks: dict[str, list[Peak]] = {}
     for name, sweep in SWEEPS.items() if settings.sweeps else ():
@@ -82,15 +69,13 @@ def run_bench(
             for model in sweep.cuts:
                 say(f"{engine}, {model}, by {name}")
                 cases = sweep.cases(engine, model)
-                order = Order(cases, peers, settings.sweep_rounds, settings.seconds_per_turn)
-                sweeps[name] += comparisons_of(order)
+                order = Order(cases, peers, settings.sweep_rounds, settings.seconds_per_round)
+                sweeps[name] += _comparisons(order, ran(order))
             for case in sweep.peak_cases(engine):
                 for contender in (VIRTUALBATCH, WHOLE_BATCH, *peers):
                     say(f"{engine}, memory of {contender}, by {name}")
-                    try:
-                        peaks[name].append(peak_of(case, contender, child))
-                    except _Failure as failure:
-                        failures.append(str(failure))
+                    order = Order([case], [contender], peak_of=contender)
+                    peaks[name] += [Peak(case, contender, found) for found in ran(order)]
     return BenchResult(
         machine,
         {package: _version(package) for package in _PACKAGES},
@@ -102,49 +87,25 @@ def run_bench(
     )
 
 
-def _comparisons(order: Order, child: Sequence[str]) -> list[Comparison]:
-    found = _run(order, child)
+def _comparisons(order: Order, results: Sequence[Any]) -> list[Comparison]:
     return [
         Comparison(case, [Row(**row) for row in rows])
+        for found in results
         for case, rows in zip(order.cases, found, strict=True)
     ]
 
 
-def peak_of(case: Case, name: str, child: Sequence[str] = CHILD) -> Peak:
-    """Measures the memory of a contender's update.
+def run(order: Order, child: Sequence[str] = CHILD) -> Any:
+    """What a child finds: for each case a row of each contender, or the bytes of a peak.
 
-    Args:
-        case: what is run.
-        name: of the contender.
-        child: arguments for Python that start a child.
+    Raises:
+        ChildFailure: it ended without a result.
     """
-    return Peak(case, name, _run(Order([case], [name], 0, 0.0, peak_of=name), child))
-
-
-def _run(order: Order, child: Sequence[str]) -> Any:
-    framework = order.cases[0].framework
-    environment = os.environ | _ENVIRONMENT
-    if order.peak_of is not None:
-        environment |= _OF_PEAKS
     # Loops of one's own use Keras' models with TensorFlow too.
-    environment["KERAS_BACKEND"] = framework
-    failure = f"{_named(order)} ended without a result. "
-    try:
-        done = subprocess.run(
-            [sys.executable, *child, order.to_json()],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS_PER_CHILD,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise _Failure(f"{failure}Got none in {_SECONDS_PER_CHILD} s.") from error
-    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
-    if done.returncode != 0 or not lines:
-        last = "\n".join(done.stderr.splitlines()[-_LINES_OF_STDERR:])
-        raise _Failure(f"{failure}Got exit code {done.returncode}.\n{last}")
-    return json.loads(lines[-1].removeprefix(RESULT))
+    environment = {"KERAS_BACKEND": order.cases[0].framework}
+    if order.peak_of is not None:
+        environment |= FREED_AT_ONCE
+    return result_of(_named(order), [*child, order.to_json()], _SECONDS_PER_CHILD, environment)
 
 
 def _named(order: Order) -> str:

@@ -73,17 +73,17 @@ class Settings:
 
     @property
     def rounds(self) -> int:
-        """Turns of each contender."""
+        """In how many each contender is timed."""
         return 5 if self.quick else 9
 
     @property
     def sweep_rounds(self) -> int:
-        """Turns of each contender at each point along a line."""
+        """The same at each point along a line."""
         return 5
 
     @property
-    def seconds_per_turn(self) -> float:
-        """How long one turn is, about."""
+    def seconds_per_round(self) -> float:
+        """How long a contender trains in a round, about."""
         return 0.05 if self.quick else 0.25
 
 

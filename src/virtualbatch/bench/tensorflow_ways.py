@@ -22,7 +22,7 @@ from virtualbatch.bench.contender import (
 from virtualbatch.bench.keras_models import adam, cross_entropy, model_of
 
 
-class _Problem(NamedTuple):
+class Problem(NamedTuple):
     """A model with its optimizer, a batch and its cut."""
 
     model: keras.Model
@@ -48,6 +48,17 @@ class _Problem(NamedTuple):
         self.optimizer.apply_gradients(zip(gradients, self.model.trainable_variables, strict=True))
 
 
+def problem(case: Case) -> Problem:
+    """A case, always with the same weights."""
+    model, optimizer = model_of(case), adam()
+    optimizer.build(model.trainable_variables)
+    batch = tuple(map(tf.constant, case.batch()))
+    size = case.microbatch_size
+    pieces = [tuple(leaf[i : i + size] for leaf in batch) for i in range(0, case.rows, size)]
+    weight = valid_tokens if case.model == "tokens" else None
+    return Problem(model, optimizer, batch, pieces, weight)
+
+
 def entries(case: Case) -> list[Contender]:
     """Everybody who can run a case, each with a model of its own."""
     return [
@@ -55,24 +66,25 @@ def entries(case: Case) -> list[Contender]:
         _contender("forward, backward in a loop, one update", FLOOR, case, _floor_in_a_loop),
         _contender("forward, backward called, one update", FLOOR, case, _floor_called),
         _contender(WHOLE_BATCH, WHOLE, case, _whole),
-        _contender("eager loop", PEER, case, _eager),
+        eager_loop(case),
         _contender("compiled step, added in Python", PEER, case, _compiled_step),
     ]
 
 
+def eager_loop(case: Case) -> Contender:
+    """The loop that most people write: gradients added in Python, then divided."""
+    return _contender("eager loop", PEER, case, _eager)
+
+
 def _contender(
-    name: str, role: str, case: Case, make: Callable[[_Problem], Callable[[], Any]]
+    name: str, role: str, case: Case, make: Callable[[Problem], Callable[[], Any]]
 ) -> Contender:
-    model, optimizer = model_of(case), adam()
-    optimizer.build(model.trainable_variables)
-    batch = tuple(map(tf.constant, case.batch()))
-    size = case.microbatch_size
-    pieces = [tuple(leaf[i : i + size] for leaf in batch) for i in range(0, case.rows, size)]
-    weight = valid_tokens if case.model == "tokens" else None
-    update = make(_Problem(model, optimizer, batch, pieces, weight))
-    return Contender(
-        name, role, looped(update, float), lambda: [np.array(w) for w in model.get_weights()]
-    )
+    given = problem(case)
+
+    def weights() -> list[np.ndarray]:
+        return [np.array(w) for w in given.model.get_weights()]
+
+    return Contender(name, role, looped(make(given), float), weights)
 
 
 def valid_tokens(batch: Any) -> Any:
@@ -80,7 +92,7 @@ def valid_tokens(batch: Any) -> Any:
     return tf.math.count_nonzero(batch[0])
 
 
-def _ours(given: _Problem) -> Callable[[], Any]:
+def _ours(given: Problem) -> Callable[[], Any]:
     size = len(given.pieces[0][0])
 
     @tf.function
@@ -98,7 +110,7 @@ def _ours(given: _Problem) -> Callable[[], Any]:
     return lambda: update(given.batch)
 
 
-def _floor_in_a_loop(given: _Problem) -> Callable[[], Any]:
+def _floor_in_a_loop(given: Problem) -> Callable[[], Any]:
     """Every micro-batch in one loop of a graph; each overwrites the gradients before it."""
     count = len(given.pieces)
     stacks = [tf.stack(leaves) for leaves in zip(*given.pieces, strict=True)]
@@ -125,7 +137,7 @@ def _floor_in_a_loop(given: _Problem) -> Callable[[], Any]:
     return update
 
 
-def _floor_called(given: _Problem) -> Callable[[], Any]:
+def _floor_called(given: Problem) -> Callable[[], Any]:
     """The same as graphs that are called one after another."""
     step, apply = tf.function(given.gradients), tf.function(given.apply)
 
@@ -138,7 +150,7 @@ def _floor_called(given: _Problem) -> Callable[[], Any]:
     return update
 
 
-def _whole(given: _Problem) -> Callable[[], Any]:
+def _whole(given: Problem) -> Callable[[], Any]:
     @tf.function
     def update(batch: Any) -> tf.Tensor:
         loss, gradients = given.gradients(batch)
@@ -148,18 +160,17 @@ def _whole(given: _Problem) -> Callable[[], Any]:
     return lambda: update(given.batch)
 
 
-def _eager(given: _Problem) -> Callable[[], Any]:
-    """The loop that most people write: gradients added in Python, then divided."""
+def _eager(given: Problem) -> Callable[[], Any]:
     return lambda: _added(given, given.gradients, given.apply)
 
 
-def _compiled_step(given: _Problem) -> Callable[[], Any]:
-    """The same with forward and backward, and the update, as graphs."""
+def _compiled_step(given: Problem) -> Callable[[], Any]:
+    """The eager loop with forward and backward, and the update, as graphs."""
     step, apply = tf.function(given.gradients), tf.function(given.apply)
     return lambda: _added(given, step, apply)
 
 
-def _added(given: _Problem, step: Callable[[Any], Any], apply: Callable[[Any], Any]) -> tf.Tensor:
+def _added(given: Problem, step: Callable[[Any], Any], apply: Callable[[Any], Any]) -> tf.Tensor:
     total: list[Any] | None = None
     for piece in given.pieces:
         loss, gradients = step(piece)

@@ -12,7 +12,7 @@ from virtualbatch.bench.torch_ways import weights_of
 
 def contender(name: str, case: Case, given: Problem) -> Contender:
     """The contender of a case."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=given.batch[0].device.type == "cpu")
     model, optimizer = accelerator.prepare(given.model, given.optimizer)
 
     def update() -> Any:

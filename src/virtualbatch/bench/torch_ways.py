@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,33 +22,42 @@ from virtualbatch.bench.contender import (
 )
 from virtualbatch.bench.torch_models import Problem, problem
 
+# Package -> the peer's name, the module that makes the contender.
+_TRAINERS = {
+    "accelerate": ("Accelerate", "torch_accelerate"),
+    "lightning": ("Lightning", "torch_lightning"),
+    "transformers": ("Hugging Face Trainer", "torch_transformers"),
+}
+
 
 def entries(case: Case) -> list[Contender | Absent]:
     """Everybody who can run a case, each with a model of its own."""
-    found: list[Contender | Absent] = [*loops(case)]
+    found: list[Contender | Absent] = [*loops(partial(problem, case))]
     if case.model in ("CNN", "transformer"):
         found += compiled_loops(case)
-    for name, package, makers in (
-        ("Accelerate", "accelerate", "torch_accelerate"),
-        ("Lightning", "lightning", "torch_lightning"),
-        ("Hugging Face Trainer", "transformers", "torch_transformers"),
-    ):
-        if importlib.util.find_spec(package) is None:
-            found.append(Absent(name, package))
-            continue
-        module = importlib.import_module(f"virtualbatch.bench.{makers}")
-        found.append(module.contender(name, case, problem(case)))
-    return found
+    return found + [trainer(package, case, problem(case)) for package in _TRAINERS]
 
 
-def loops(case: Case, device: str = "cpu") -> list[Contender]:
-    """Ours, the floor, the uncut batch and the loop that one would write."""
+def loops(make: Callable[[], Problem]) -> list[Contender]:
+    """Ours, the floor, the uncut batch and the loop that one would write.
+
+    Args:
+        make: makes the problem, once for each.
+    """
     return [
-        _contender(VIRTUALBATCH, OURS, problem(case, device), _ours),
-        _contender("forward, backward, one update", FLOOR, problem(case, device), _floor),
-        _contender(WHOLE_BATCH, WHOLE, problem(case, device), _whole),
-        _contender("hand-written loop", PEER, problem(case, device), _by_hand),
+        _contender(VIRTUALBATCH, OURS, make(), _ours),
+        _contender("forward, backward, one update", FLOOR, make(), _floor),
+        _contender(WHOLE_BATCH, WHOLE, make(), _whole),
+        _contender("hand-written loop", PEER, make(), _by_hand),
     ]
+
+
+def trainer(package: str, case: Case, given: Problem) -> Contender | Absent:
+    """A peer that trains by a package of its own, which may not be installed."""
+    name, module = _TRAINERS[package]
+    if importlib.util.find_spec(package) is None:
+        return Absent(name, package)
+    return importlib.import_module(f"virtualbatch.bench.{module}").contender(name, case, given)
 
 
 def captured_loop(case: Case) -> Contender:
@@ -55,19 +65,14 @@ def captured_loop(case: Case) -> Contender:
     return _contender(f"{VIRTUALBATCH}, captured", OURS, problem(case, "cuda"), _captured)
 
 
-def compiled_loops(case: Case, device: str = "cpu") -> list[Contender]:
-    """Ours and a hand-written loop with forward and backward of a micro-batch compiled.
-
-    Args:
-        case: the case.
-        device: of the model and the batch.
-    """
+def compiled_loops(case: Case) -> list[Contender]:
+    """Ours and a hand-written loop with forward and backward of a micro-batch compiled."""
     found = []
     for beginning, role, make in (
         (VIRTUALBATCH, OURS, _ours),
         ("hand-written loop", PEER, _by_hand),
     ):
-        given = problem(case, device)
+        given = problem(case)
         # The same code compiled for a second model would else count as one for changing shapes.
         compiled = torch.compile(given.loss, dynamic=False)
         found.append(

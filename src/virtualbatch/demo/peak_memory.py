@@ -6,14 +6,15 @@ pause between two samples can be missed.
 """
 
 import threading
-from pathlib import Path
 
 import psutil
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-# See proc(5): writing 5 resets the peak resident set size to the current one.
-_RESET_PEAK = "5"
+from virtualbatch.plan.resident_memory import (
+    kernel_tells_peak,
+    peak_resident_bytes,
+    resident_bytes,
+)
+
 _SECONDS_BETWEEN_SAMPLES = 0.002
 
 
@@ -31,9 +32,9 @@ class PeakMemory:
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._sampler: _Sampler | None = None
-        if _kernel_peak_was_reset():
+        if kernel_tells_peak():
             self.method = "VmHWM"
-            self.baseline_bytes = _status_bytes("VmRSS")
+            self.baseline_bytes = resident_bytes()
         else:
             self.method = "sampled RSS"
             self.baseline_bytes = self._process.memory_info().rss
@@ -46,7 +47,7 @@ class PeakMemory:
         Returns:
             The peak above the baseline, in bytes, >= 0.
         """
-        peak = _status_bytes("VmHWM") if self._sampler is None else self._sampler.finish()
+        peak = peak_resident_bytes() if self._sampler is None else self._sampler.finish()
         return max(0, peak - self.baseline_bytes)
 
 
@@ -69,21 +70,3 @@ class _Sampler(threading.Thread):
 
     def _sample(self) -> None:
         self._peak = max(self._peak, self._process.memory_info().rss)
-
-
-def _kernel_peak_was_reset() -> bool:
-    # Other systems lack the file, some sandboxes refuse the write or have no peak to show.
-    try:
-        _CLEAR_REFS.write_text(_RESET_PEAK)
-        return _status_bytes("VmHWM") > 0
-    except (OSError, KeyError):
-        return False
-
-
-def _status_bytes(key: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            kibibytes, _unit = value.split()
-            return int(kibibytes) * 1024
-    raise KeyError(key)

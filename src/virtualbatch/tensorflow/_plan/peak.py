@@ -9,18 +9,19 @@ sizes are measured from small to large.
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
 from virtualbatch.plan.host_memory import give_back_freed_memory
+from virtualbatch.plan.resident_memory import (
+    kernel_tells_peak,
+    peak_resident_bytes,
+    reset_peak,
+    resident_bytes,
+)
 from virtualbatch.plan.timing import Timing
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-# See proc(5): writing 5 resets the peak resident set size to the current one.
-_RESET_PEAK = "5"
 # Runs of which a peak is taken, as long as they do not take longer.
 _RUNS = 24
 _SECONDS = 1.0
@@ -35,7 +36,7 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self._device = _device_that_counts()
-        if self._device is None and not _kernel_tells():
+        if self._device is None and not kernel_tells_peak():
             raise NotImplementedError(
                 "A plan on TensorFlow needs a GPU, or Linux that shows VmHWM and clear_refs. "
                 f"Got {sys.platform} without them. Pass microbatch_size as a number."
@@ -76,9 +77,9 @@ class PeakMemory:
             run()
             return self._peak(self._device)
         give_back_freed_memory()
-        _CLEAR_REFS.write_text(_RESET_PEAK)
+        reset_peak()
         run()
-        return _status_bytes("VmHWM")
+        return peak_resident_bytes()
 
     def _reset(self, device: str) -> None:
         tf.config.experimental.reset_memory_stats(device)
@@ -89,7 +90,7 @@ class PeakMemory:
     def _current(self) -> int:
         if self._device is not None:
             return int(tf.config.experimental.get_memory_info(self._device)["current"])
-        return _status_bytes("VmRSS")
+        return resident_bytes()
 
 
 class Watched:
@@ -135,19 +136,3 @@ def _device_that_counts() -> str | None:
         # This allocator keeps no count.
         return None
     return "CPU:0" if counted >= held.shape[0] else None
-
-
-def _kernel_tells() -> bool:
-    try:
-        _CLEAR_REFS.write_text(_RESET_PEAK)
-        return _status_bytes("VmHWM") > 0
-    except (OSError, KeyError):
-        return False
-
-
-def _status_bytes(key: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) * 1024
-    raise KeyError(key)

@@ -1,39 +1,57 @@
-"""Contenders taking turns: the update of each is compared, then each is timed in every round."""
+"""Contenders beside each other: the update of each is compared, then each is timed in rounds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from virtualbatch.bench.contender import FLOOR, OURS, PEER, WHOLE, Absent, Contender
 from virtualbatch.bench.result import NOT_CHECKED, NOT_INSTALLED, RIGHT, WRONG, Row
+from virtualbatch.bench.rounds import in_rounds
 
 # Rounding in float32 moves an update by 1e-7 to 1e-5 of its length; a mean of means moves it by
 # percents. Between them lie two decimal orders.
 TOLERANCE = 1e-3
-_LOOKS = 3
+_MEASUREMENTS = 3
 
 Group = Sequence[Contender | Absent]
 
 
-def compared(groups: Sequence[Group], rounds: int, seconds_per_turn: float) -> list[list[Row]]:
+def compared(
+    groups: Sequence[Group], rounds: int, updates: Callable[[Contender], int]
+) -> list[list[Row]]:
     """Checks and times contenders.
 
     Args:
         groups: those of one case each, one of role `WHOLE` and one of role `OURS` among them at
             least. Nobody has trained yet.
-        rounds: turns of each contender.
-        seconds_per_turn: a turn has as many updates as take about so long, one at least.
+        rounds: in how many everybody is timed.
+        updates: how many of them a contender makes in a round, see `lasting`.
 
     Returns:
         A row for each of them, in the same order.
     """
     present = [[entry for entry in group if isinstance(entry, Contender)] for group in groups]
     errors = [_errors(contenders) for contenders in present]
-    turns = [contender for contenders in present for contender in contenders]
-    found = iter(_times(turns, rounds, seconds_per_turn))
-    times = [{contender.name: next(found) for contender in contenders} for contenders in present]
+    everybody = dict(enumerate(entry for contenders in present for entry in contenders))
+    runs = {k: partial(entry.train, updates(entry)) for k, entry in everybody.items()}
+    found = iter(in_rounds(runs, rounds).values())
+    times = [{entry.name: np.array(next(found)) for entry in contenders} for contenders in present]
     return [_rows(*entry) for entry in zip(groups, errors, times, strict=True)]
+
+
+def lasting(seconds: float) -> Callable[[Contender], int]:
+    """As many updates as take about so long, one at least."""
+
+    def updates(contender: Contender) -> int:
+        number = 1
+        # Measured again with as many: what a start costs is then shared by more.
+        for _ in range(_MEASUREMENTS):
+            number = max(1, round(seconds / contender.train(number)))
+        return number
+
+    return updates
 
 
 def _rows(
@@ -84,25 +102,6 @@ def _errors(contenders: Sequence[Contender]) -> dict[str, float]:
 def _vector(contender: Contender) -> np.ndarray[Any, Any]:
     # In float64, or the difference of two weights would be rounded once more.
     return np.concatenate([np.ravel(w).astype("float64") for w in contender.weights()])
-
-
-def _times(
-    contenders: Sequence[Contender], rounds: int, seconds_per_turn: float
-) -> list[np.ndarray[Any, Any]]:
-    """Seconds that an update of each took, round by round."""
-    updates = []
-    for contender in contenders:
-        number = 1
-        # Looked at again with as many: what a start costs is then shared by more.
-        for _ in range(_LOOKS):
-            number = max(1, round(seconds_per_turn / contender.train(number)))
-        updates.append(number)
-    times: list[list[float]] = [[] for _ in contenders]
-    for turn in range(rounds):
-        # Whoever comes after a slow one may find other caches, so every second round goes back.
-        for k in range(len(contenders))[:: -1 if turn % 2 else 1]:
-            times[k].append(contenders[k].train(updates[k]))
-    return [np.array(found) for found in times]
 
 
 def _quartiles(found: np.ndarray[Any, Any]) -> tuple[float, float, float]:
