@@ -233,3 +233,27 @@ def test_restore_leaves_what_it_did_not_set():
     before = dict(vars(plain))
     vb.restore(plain)
     assert vars(plain) == before
+
+
+@pytest.mark.parametrize(
+    "verb", [vb.plan, lambda *given: vb.certify(*given, microbatch_size=2)], ids=["plan", "certify"]
+)
+def test_a_list_is_no_pair_of_inputs_and_targets(verb):
+    model = compiled_model()
+    with pytest.raises(
+        ValueError, match=r"a list is all of x\. Got a list of 2 .*Pass a tuple: \(x"
+    ):
+        verb(model, [X[:4], LABELS[:4]])
+    assert not model.optimizer.built
+
+
+def test_a_list_of_inputs_needs_no_targets_where_the_model_adds_its_loss():
+    class Distance(layers.Layer):
+        def call(self, inputs):
+            self.add_loss(keras.ops.mean((inputs[0] - inputs[1]) ** 2))
+            return inputs[0]
+
+    inputs = [keras.Input((FEATURES,)), keras.Input((FEATURES,))]
+    model = keras.Model(inputs, Distance()([layers.Dense(FEATURES)(inputs[0]), inputs[1]]))
+    model.compile("sgd")
+    assert vb.certify(model, [X[:8], X[8:16]], microbatch_size=4).exact

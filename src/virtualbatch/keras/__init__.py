@@ -5,14 +5,20 @@ micro-batches; everything around it (data, callbacks, optimizer, saving) stays K
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 
 from virtualbatch.certify.certificate import Certificate
+from virtualbatch.keras._backend import Backend, backend
+from virtualbatch.keras._certify.certificate import certificate
 from virtualbatch.keras._certify.loop import certify_loop
-from virtualbatch.keras._checks import accumulates, check_model
-from virtualbatch.keras._inexact import say_what_is_not_exact
+from virtualbatch.keras._checks import (
+    accumulates,
+    check_model,
+    say_what_is_not_exact,
+    unpacked_batch,
+)
 from virtualbatch.keras._noise import NoiseScale
 from virtualbatch.keras._packing import asked_packing
 from virtualbatch.plan.auto import Auto, check_sizes_or_auto, is_automatic
@@ -75,13 +81,12 @@ def accumulate(
             f"Got microbatch_tokens={microbatch_tokens} with microbatch_size={microbatch_size} "
             f"and accumulation_steps={accumulation_steps}. Pass microbatch_tokens and lengths only."
         )
-    check_model(model)
-    engine = _engine()
-    step = engine.step(model, microbatch_size, accumulation_steps, packing)
+    keras_backend = _backend_for(model)
+    step = keras_backend.step(model, microbatch_size, accumulation_steps, packing)
     restore(model)
     say_what_is_not_exact(model)
     model.train_step = step
-    model.make_train_function = engine.make_train_function(model)
+    model.make_train_function = keras_backend.make_train_function(model)
     model.train_function = None
 
 
@@ -104,8 +109,8 @@ def plan(model: keras.Model, batch: Any, *, memory_limit: int | str | None = Non
 
     Raises:
         TypeError: `model` is not a Keras model.
-        ValueError: not even one row fits, a limit does not parse, or the model is one that
-            `accumulate` refuses.
+        ValueError: not even one row fits, a limit does not parse, targets are missing, or the
+            model is one that `accumulate` refuses.
         NotImplementedError: this version does not support the backend, or nothing tells a peak.
 
     Example:
@@ -115,12 +120,10 @@ def plan(model: keras.Model, batch: Any, *, memory_limit: int | str | None = Non
         >>> found.microbatch_size <= 64
         True
     """
-    check_model(model)
-    engine = _engine()
-    given = batch if isinstance(batch, tuple) else (batch,)
-    model._symbolic_build(data_batch=keras.utils.unpack_x_y_sample_weight(given))
-    found: Plan = engine.plan(model, given, memory_limit)
-    return found
+    keras_backend = _backend_for(model)
+    given = unpacked_batch(model, batch)
+    model._symbolic_build(data_batch=given)
+    return keras_backend.plan(model, given, memory_limit)
 
 
 def certify(
@@ -149,8 +152,8 @@ def certify(
 
     Raises:
         TypeError: `model` is not a Keras model.
-        ValueError: there is only one row or one micro-batch, or the model is one that `accumulate`
-            refuses.
+        ValueError: there is only one row or one micro-batch, targets are missing, or the model is
+            one that `accumulate` refuses.
         NotImplementedError: this version does not support the backend.
 
     Example:
@@ -166,11 +169,9 @@ def certify(
             'certify compares one cut. Got microbatch_size="auto". '
             "Pass the rows of a micro-batch, such as those that plan found."
         )
-    check_model(model)
-    engine = _engine()
-    given = keras.utils.unpack_x_y_sample_weight(batch if isinstance(batch, tuple) else (batch,))
-    found: Certificate = engine.certify(model, given, microbatch_size, accumulation_steps)
-    return found
+    keras_backend = _backend_for(model)
+    given = unpacked_batch(model, batch)
+    return certificate(model, given, microbatch_size, accumulation_steps, keras_backend)
 
 
 def restore(model: keras.Model) -> None:
@@ -187,50 +188,9 @@ def restore(model: keras.Model) -> None:
         model.train_function = None
 
 
-class _Engine(NamedTuple):
-    """What a backend of Keras needs to accumulate.
-
-    Fields:
-        step: (model, microbatch_size, accumulation_steps, packing) -> train step.
-        make_train_function: model -> its `make_train_function`.
-        plan: (model, batch, memory limit) -> plan.
-        certify: (model, batch, microbatch_size, accumulation_steps) -> certificate.
-    """
-
-    step: Callable[..., Any]
-    make_train_function: Callable[..., Any]
-    plan: Callable[..., Plan]
-    certify: Callable[..., Certificate]
-
-
-def _engine() -> _Engine:
-    """The engine of Keras' backend; that is the one framework that is imported.
-
-    Raises:
-        NotImplementedError: this version does not support the backend.
-    """
-    match keras.backend.backend():
-        case "tensorflow":
-            from virtualbatch.keras._tensorflow import step as _tensorflow
-
-            return _Engine(
-                _tensorflow.TensorFlowStep,
-                _tensorflow.make_train_function,
-                _tensorflow.plan,
-                _tensorflow.certify,
-            )
-        case "torch":
-            from virtualbatch.keras._torch import step as _torch
-
-            return _Engine(
-                _torch.TorchStep, _torch.make_train_function, _torch.plan, _torch.certify
-            )
-        case "jax":
-            from virtualbatch.keras._jax import step as _jax
-
-            return _Engine(_jax.JaxStep, _jax.make_train_function, _jax.plan, _jax.certify)
-        case other:
-            raise NotImplementedError(
-                "accumulate works on Keras' TensorFlow, JAX and PyTorch backends. "
-                f"Got the backend {other!r}. Set KERAS_BACKEND to tensorflow, jax or torch."
-            )
+def _backend_for(model: Any) -> Backend:
+    """Keras' backend, for a model that it can train by windows."""
+    check_model(model)
+    keras_backend = backend()
+    keras_backend.refuse(model)
+    return keras_backend

@@ -1,9 +1,11 @@
-"""What a backend of Keras has to bring, so that steps can be observed on it."""
+"""What a backend of Keras has to bring."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import keras
+
+from virtualbatch.plan.plan import Plan
 
 
 class Ran(NamedTuple):
@@ -34,22 +36,6 @@ class Program(Protocol):
         """
 
 
-class Backend(NamedTuple):
-    """How a backend of Keras runs a train step.
-
-    Fields:
-        program: (model, step) -> a program of the step.
-        step: (model, microbatch_size) -> the step that accumulates.
-        cut: (rows, microbatch_size) -> rows of each micro-batch.
-        is_concrete: whether a tensor has a value that can be read.
-    """
-
-    program: Callable[[keras.Model, Any], Program]
-    step: Callable[[keras.Model, int], Any]
-    cut: Callable[[int, int], Sequence[int]]
-    is_concrete: Callable[[Any], bool]
-
-
 class Kept(Protocol):
     """What else a backend puts back."""
 
@@ -57,15 +43,54 @@ class Kept(Protocol):
         """Puts everything back."""
 
 
-class Engine(NamedTuple):
-    """What certifying needs of a backend.
+class Backend(NamedTuple):
+    """How a backend of Keras trains a model by windows, plans for it and observes its steps.
 
     Fields:
-        backend: how it runs a step.
-        kept: model -> what else is put back at the end.
-        build: (model, batch) -> nothing; makes what `fit` would make at its first batch.
+        refuse: model -> nothing; refuses what only this backend cannot train.
+        step: (model, microbatch_size, accumulation_steps, packing) -> the step that accumulates.
+        make_train_function: model -> its `make_train_function`.
+        plan: (model, (x, y, sample_weight), memory limit) -> plan.
+        build: (model, (x, y, sample_weight)) -> nothing; makes what `fit` would make at its first
+            batch.
+        program: (model, step) -> a program of the step.
+        cut: (rows, microbatch_size) -> rows of each micro-batch.
+        is_concrete: whether a tensor has a value that can be read.
+        kept: model -> what else is put back after its steps were observed.
     """
 
-    backend: Backend
-    kept: Callable[[keras.Model], Sequence[Kept]]
+    refuse: Callable[[keras.Model], None]
+    step: Callable[[keras.Model, Any, int | None, Any], Any]
+    make_train_function: Callable[[keras.Model], Callable[..., Any]]
+    plan: Callable[[keras.Model, Any, int | str | None], Plan]
     build: Callable[[keras.Model, Any], None]
+    program: Callable[[keras.Model, Any], Program]
+    cut: Callable[[int, int], Sequence[int]]
+    is_concrete: Callable[[Any], bool]
+    kept: Callable[[keras.Model], Sequence[Kept]]
+
+
+def backend() -> Backend:
+    """That of Keras' backend; its framework is the only one that is imported.
+
+    Raises:
+        NotImplementedError: this version does not support the backend.
+    """
+    match keras.backend.backend():
+        case "tensorflow":
+            from virtualbatch.keras._tensorflow.step import BACKEND as tensorflow
+
+            return tensorflow
+        case "torch":
+            from virtualbatch.keras._torch.step import BACKEND as torch
+
+            return torch
+        case "jax":
+            from virtualbatch.keras._jax.step import BACKEND as jax
+
+            return jax
+        case other:
+            raise NotImplementedError(
+                "accumulate works on Keras' TensorFlow, JAX and PyTorch backends. "
+                f"Got the backend {other!r}. Set KERAS_BACKEND to tensorflow, jax or torch."
+            )

@@ -58,8 +58,8 @@ def recorded_moments(layers: Sequence[Any]) -> Iterator[list[tuple[Any, Moments]
                 values = ops.cast(ops.size(inputs), "float64") / inputs.shape[layer.axis]
                 weight = ops.cast(values, mean.dtype)
             # Else each micro-batch's activations would be held until the window ends.
-            found = Moments(weight, ops.stop_gradient(mean), ops.stop_gradient(variance))
-            seen.append((layer, found))
+            computed_moments = Moments(weight, ops.stop_gradient(mean), ops.stop_gradient(variance))
+            seen.append((layer, computed_moments))
             return mean, variance
 
         return moments

@@ -1,8 +1,11 @@
-"""Models that cannot be trained by windows, and why."""
+"""What cannot be trained by windows is refused, and what they do not make exact is named."""
 
+import logging
 from typing import Any
 
 import keras
+
+_log = logging.getLogger("virtualbatch")
 
 
 def check_model(model: Any) -> None:
@@ -77,3 +80,73 @@ def refuse_replicas(model: keras.Model) -> None:
             f"Got a model of {type(strategy).__name__} with {replicas} replicas. "
             "Build, compile and fit the model outside the strategy's scope."
         )
+
+
+def unpacked_batch(model: keras.Model, batch: Any) -> tuple[Any, Any, Any]:
+    """(x, y, sample_weight) of a batch that a user gives.
+
+    Args:
+        model: a compiled model.
+        batch: x, (x, y) or (x, y, sample_weight).
+
+    Raises:
+        ValueError: it is a list, which is all of x, for a model whose loss needs targets.
+    """
+    if isinstance(batch, list) and model.loss is not None:
+        raise ValueError(
+            "A batch must be x, (x, y) or (x, y, sample_weight), where a list is all of x. "
+            f"Got a list of {len(batch)} and no targets, which the loss needs. "
+            "Pass a tuple: (x, y), or tuple(batch) for what a PyTorch DataLoader gives."
+        )
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
+        batch if isinstance(batch, tuple) else (batch,)
+    )
+    return x, y, sample_weight
+
+
+def say_what_is_not_exact(model: keras.Model) -> None:
+    """Warns of layers and losses whose result depends on how the batch is cut.
+
+    Args:
+        model: a compiled model.
+    """
+    layers = list(model._flatten_layers())
+    batchnorm = [
+        layer
+        for layer in layers
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+    ]
+    merged = [layer.name for layer in batchnorm if not layer.renorm]
+    if merged:
+        _log.warning(
+            "BatchNormalization (%s) normalises each micro-batch by its own statistics, as data "
+            "parallelism does; its moving averages are updated once per batch.",
+            ", ".join(merged),
+        )
+    spectral = [x for x in layers if isinstance(x, keras.layers.SpectralNormalization)]
+    stepwise = [layer.name for layer in batchnorm if layer.renorm] + [x.name for x in spectral]
+    if stepwise:
+        _log.warning(
+            "BatchNormalization with renorm=True and SpectralNormalization (%s) change with each "
+            "forward, so they change with each micro-batch.",
+            ", ".join(stepwise),
+        )
+    if any(_couples_rows(loss) for loss in keras.tree.flatten(model.loss)):
+        _log.warning(
+            "The Circle loss compares the rows of a batch with each other, so it sees those of a "
+            "micro-batch only."
+        )
+    if type(model).compute_loss is not keras.Model.compute_loss:
+        _log.warning(
+            "%s overrides compute_loss: its result is taken for one mean over rows.",
+            type(model).__name__,
+        )
+
+
+def _couples_rows(loss: Any) -> bool:
+    """Whether this is a loss of Keras with one value per row that depends on other rows."""
+    return (
+        isinstance(loss, keras.losses.Circle)
+        or loss is keras.losses.circle
+        or (isinstance(loss, str) and loss.lower() == "circle")
+    )

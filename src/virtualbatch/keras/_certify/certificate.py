@@ -10,7 +10,7 @@ import numpy as np
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import certified
 from virtualbatch.certify.step import check_microbatches, refuse_window
-from virtualbatch.keras._backend import Engine
+from virtualbatch.keras._backend import Backend
 from virtualbatch.keras._certify.full_precision import in_full_precision
 from virtualbatch.keras._certify.no_randomness import without_randomness
 from virtualbatch.keras._certify.step import NUMBERS, KerasStep
@@ -26,7 +26,7 @@ def build_symbolically(model: keras.Model, batch: Any) -> None:
 
 
 def certificate(
-    model: keras.Model, batch: Any, size: int | None, steps: int | None, engine: Engine
+    model: keras.Model, batch: Any, size: int | None, steps: int | None, backend: Backend
 ) -> Certificate:
     """The certificate of a compiled model; see `virtualbatch.keras.certify`.
 
@@ -35,7 +35,7 @@ def certificate(
         batch: (x, y, sample_weight) as the user gives them.
         size: checked rows of one micro-batch, or None.
         steps: checked micro-batches per window, or None.
-        engine: of the backend.
+        backend: that of Keras.
 
     Raises:
         ValueError: there is one row, or one micro-batch, or the batch is no batch of arrays.
@@ -45,10 +45,10 @@ def certificate(
     if rows is None:
         raise ValueError("internal: a batch of arrays has no number of rows.")
     size = rows_per_microbatch(rows, size, steps)
-    check_microbatches(engine.backend.cut(rows, size))
-    engine.build(model, batch)
+    check_microbatches(backend.cut(rows, size))
+    backend.build(model, batch)
     with ExitStack() as held:
-        held.enter_context(_untouched(model, engine))
+        held.enter_context(_untouched(model, backend))
         notes = []
         drawing = held.enter_context(without_randomness(model))
         if drawing.quieted:
@@ -63,14 +63,14 @@ def certificate(
             )
         if held.enter_context(in_full_precision(model)):
             notes.append("Half precision was replaced by float32 for the comparison.")
-        return certified(KerasStep(model, batch, rows, size, engine.backend, notes))
+        return certified(KerasStep(model, batch, rows, size, backend, notes))
 
 
 @contextmanager
-def _untouched(model: keras.Model, engine: Engine) -> Iterator[None]:
+def _untouched(model: keras.Model, backend: Backend) -> Iterator[None]:
     """Puts back all values, attributes of layers, gradients and random numbers."""
     attributes, random = Attributes(model), RandomNumbers()
-    kept = [Snapshot(model), *engine.kept(model)]
+    kept = [Snapshot(model), *backend.kept(model)]
     try:
         yield
     finally:
@@ -97,9 +97,9 @@ def _arrays(batch: Any) -> Any:
                 "certify compares arrays row by row, so rows must have one length. "
                 "Got a RaggedTensor. Pass it padded, and masked, as fit may take it too."
             )
-        found = np.asarray(keras.ops.convert_to_numpy(leaf) if keras.ops.is_tensor(leaf) else leaf)
-        if found.dtype.kind not in NUMBERS:
+        values = np.asarray(keras.ops.convert_to_numpy(leaf) if keras.ops.is_tensor(leaf) else leaf)
+        if values.dtype.kind not in NUMBERS:
             return leaf
-        return found.astype(keras.config.floatx()) if found.dtype.kind == "f" else found
+        return values.astype(keras.config.floatx()) if values.dtype.kind == "f" else values
 
     return keras.tree.map_structure(array, batch)

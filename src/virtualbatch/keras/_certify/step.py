@@ -78,7 +78,7 @@ class KerasStep(TrainingStep):
 
     def accumulated_term(self, term: Any) -> Observed:
         """See `TrainingStep`."""
-        step = self._backend.step(self._model, self._size)
+        step = self._backend.step(self._model, self._size, None, None)
         return self._ran(("accumulated", term), step, np.arange(self.rows), term, 1)
 
     def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:

@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import keras
 
-from virtualbatch.certify.certificate import Certificate
 from virtualbatch.jax._batch import cut_batch
-from virtualbatch.keras._backend import Backend, Engine
-from virtualbatch.keras._certify.certificate import build_symbolically, certificate
+from virtualbatch.keras._backend import Backend
+from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._jax.packing import packed_cut
 from virtualbatch.keras._jax.plan import MEMORY, copied, planned
@@ -40,11 +39,6 @@ class JaxStep(TrainStep):
         packing: Packing | None = None,
     ):
         super().__init__(model, microbatch_size, accumulation_steps, packing)
-        if keras.config.is_nnx_enabled():
-            raise NotImplementedError(
-                "accumulate works on Keras' own variables. Got Keras with its NNX mode enabled. "
-                "Unset KERAS_NNX_ENABLED."
-            )
         self._seen_whole = False
 
     def __call__(self, state: Any, data: Any) -> tuple[dict[str, Any], Any]:
@@ -156,8 +150,8 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
             type(model).make_train_function(model, force=True)
         finally:
             model.train_step = step
-        found, model.train_function = model.train_function, ours
-        return found
+        plain, model.train_function = model.train_function, ours
+        return plain
 
     return make
 
@@ -207,18 +201,33 @@ def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan
     return planned(partial(_step_of, model), state, batch, memory_limit)
 
 
-def certify(model: keras.Model, batch: Any, size: int | None, steps: int | None) -> Certificate:
-    """The certificate of a model; see `virtualbatch.keras.certify`."""
+def _refuse_nnx(model: keras.Model) -> None:
+    """Refuses a mode of Keras in which variables are not Keras' own.
 
-    def is_concrete(value: Any) -> bool:
-        return not isinstance(value, jax.core.Tracer)
-
-    backend = Backend(JaxProgram, _step_of, _sizes, is_concrete)
-    return certificate(
-        model, batch, size, steps, Engine(backend, lambda model: [], build_symbolically)
-    )
+    Raises:
+        NotImplementedError: it is on.
+    """
+    del model
+    if keras.config.is_nnx_enabled():
+        raise NotImplementedError(
+            "accumulate works on Keras' own variables. Got Keras with its NNX mode enabled. "
+            "Unset KERAS_NNX_ENABLED."
+        )
 
 
 def _sizes(rows: int, size: int) -> list[int]:
     """Rows of each micro-batch: of one size, and a remainder."""
     return [min(size, rows - start) for start in range(0, rows, size)]
+
+
+BACKEND = Backend(
+    refuse=_refuse_nnx,
+    step=JaxStep,
+    make_train_function=make_train_function,
+    plan=plan,
+    build=build_symbolically,
+    program=JaxProgram,
+    cut=_sizes,
+    is_concrete=lambda value: not isinstance(value, jax.core.Tracer),
+    kept=lambda model: [],
+)

@@ -15,9 +15,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from virtualbatch.certify.certificate import Certificate
-from virtualbatch.keras._backend import Backend, Engine
-from virtualbatch.keras._certify.certificate import build_symbolically, certificate
+from virtualbatch.keras._backend import Backend
+from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.eager_program import EagerProgram
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._rows import unstretched
@@ -192,8 +191,8 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
         ours = model.train_function
         with uncompiled(model):
             type(model).make_train_function(model, force=True)
-        found, model.train_function = model.train_function, ours
-        return found
+        plain, model.train_function = model.train_function, ours
+        return plain
 
     return make
 
@@ -201,12 +200,6 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
 def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
     """The plan for a batch, for a model that need not accumulate; see `virtualbatch.keras.plan`."""
     return planned(partial(_step_of, model), model, batch, memory_limit)
-
-
-def certify(model: keras.Model, batch: Any, size: int | None, steps: int | None) -> Certificate:
-    """The certificate of a model; see `virtualbatch.keras.certify`."""
-    backend = Backend(EagerProgram, _step_of, _sizes, lambda value: hasattr(value, "numpy"))
-    return certificate(model, batch, size, steps, Engine(backend, lambda model: [], _build))
 
 
 def _build(model: keras.Model, batch: Any) -> None:
@@ -234,18 +227,18 @@ def _rows(batch: Any) -> int:
 
 def _size(batch: Any) -> int:
     # A ragged array does not know all its lengths; its rows decide then.
-    lengths = [tf.TensorShape(array.shape).as_list() for _, array in array_leaves(batch)]
-    return sum(math.prod(length or 1 for length in found) for found in lengths)
+    shapes = [tf.TensorShape(array.shape).as_list() for _, array in array_leaves(batch)]
+    return sum(math.prod(length or 1 for length in shape) for shape in shapes)
 
 
 def _refusal(error: tf.errors.InvalidArgumentError) -> str | None:
     """Text of a check that could only run inside the graph, or None if it was none of ours."""
-    found = re.search(
+    assertion = re.search(
         r"assertion failed: \[((?:microbatch_size and|All arrays of|No length may).*)\]",
         str(error),
     )
     # What was printed is pieces of text and numbers, each in brackets.
-    return " ".join(re.split(r"\s*\] \[\s*", found[1])) if found else None
+    return " ".join(re.split(r"\s*\] \[\s*", assertion[1])) if assertion else None
 
 
 def _build_layers(model: keras.Model, x: Any) -> None:
@@ -286,3 +279,17 @@ def _created_outside(next_creator: Callable[..., Any], **arguments: Any) -> Any:
     """
     with tf.init_scope():
         return next_creator(**arguments | {"experimental_enable_variable_lifting": False})
+
+
+BACKEND = Backend(
+    # What else it cannot train, Keras' own strategies, is refused of every backend.
+    refuse=lambda model: None,
+    step=TensorFlowStep,
+    make_train_function=make_train_function,
+    plan=plan,
+    build=_build,
+    program=EagerProgram,
+    cut=_sizes,
+    is_concrete=lambda value: hasattr(value, "numpy"),
+    kept=lambda model: [],
+)

@@ -9,9 +9,8 @@ from typing import Any
 
 import keras
 
-from virtualbatch.certify.certificate import Certificate
-from virtualbatch.keras._backend import Backend, Engine
-from virtualbatch.keras._certify.certificate import build_symbolically, certificate
+from virtualbatch.keras._backend import Backend
+from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.eager_program import EagerProgram
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._packing import Packing
@@ -19,7 +18,6 @@ from virtualbatch.keras._torch.batch import packed_window_of, place, window_of
 from virtualbatch.keras._torch.plan import MEMORY, planned
 from virtualbatch.keras._torch.state import State, torch_modules
 from virtualbatch.keras._train_step import TrainStep, uncompiled
-from virtualbatch.plan.plan import Plan
 from virtualbatch.torch._distributed import (
     distributed_classes,
     no_distributed_module,
@@ -40,7 +38,6 @@ class TorchStep(TrainStep):
         accumulation_steps: int | None,
         packing: Packing | None = None,
     ):
-        refuse_distributed(model)
         super().__init__(model, microbatch_size, accumulation_steps, packing)
         self._guard = Guard(model, self, MEMORY)
 
@@ -123,24 +120,22 @@ def refuse_distributed(model: keras.Model) -> None:
             raise no_distributed_module(module)
 
 
-def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
-    """The plan for a batch, for a model that need not accumulate; see `virtualbatch.keras.plan`."""
-    refuse_distributed(model)
-    return planned(model, keras.utils.unpack_x_y_sample_weight(batch), memory_limit)
+def _sizes(rows: int, size: int) -> list[int]:
+    return [stop - start for start, stop in even_cut(rows, size)]
 
 
-def certify(model: keras.Model, batch: Any, size: int | None, steps: int | None) -> Certificate:
-    """The certificate of a model; see `virtualbatch.keras.certify`."""
-    refuse_distributed(model)
+def _kept(model: keras.Model) -> list[Any]:
+    return [State(model), RandomState(place())]
 
-    def step(model: keras.Model, size: int) -> TorchStep:
-        return TorchStep(model, size, None)
 
-    def sizes(rows: int, size: int) -> list[int]:
-        return [stop - start for start, stop in even_cut(rows, size)]
-
-    def kept(model: keras.Model) -> list[Any]:
-        return [State(model), RandomState(place())]
-
-    backend = Backend(EagerProgram, step, sizes, lambda value: True)
-    return certificate(model, batch, size, steps, Engine(backend, kept, build_symbolically))
+BACKEND = Backend(
+    refuse=refuse_distributed,
+    step=TorchStep,
+    make_train_function=make_train_function,
+    plan=planned,
+    build=build_symbolically,
+    program=EagerProgram,
+    cut=_sizes,
+    is_concrete=lambda value: True,
+    kept=_kept,
+)
