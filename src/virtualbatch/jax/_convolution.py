@@ -5,6 +5,8 @@ XLA's CPU compiler brings a convolution to the axis order of that kernel only ou
 order, so in a loop it falls to a generic one that takes ten times as long. Here each convolution
 of a micro-batch's program is given transposed operands in the order of the kernel, which is what
 that pass would do.
+
+Cause: https://github.com/jax-ml/jax/issues/12868
 """
 
 from collections.abc import Iterator, Sequence

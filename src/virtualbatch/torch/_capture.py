@@ -255,7 +255,7 @@ def _capturing(graph: Any, pool: Any) -> Iterator[None]:
     state = generator.clone_state()
     cached = torch.is_autocast_cache_enabled()
     # A cast weight that is kept would be that of the moment of the capture, and it ties its
-    # parameter to the stream that it was cast on.
+    # parameter to the stream that it was cast on: https://github.com/pytorch/pytorch/pull/84289
     torch.set_autocast_cache_enabled(False)
     torch.clear_autocast_cache()
     try:

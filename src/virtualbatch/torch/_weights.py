@@ -41,7 +41,7 @@ def _on_host(values: Sequence[Any]) -> list[float]:
         if isinstance(value, torch.Tensor):
             groups.setdefault(value.device, []).append(index)
     for device, places in groups.items():
-        # Apple's GPUs have no float64.
+        # Apple's GPUs have no float64: https://github.com/pytorch/pytorch/issues/122602
         wide = torch.float32 if device.type == "mps" else torch.float64
         numbers = torch.stack([values[index].detach().to(wide) for index in places]).tolist()
         for index, number in zip(places, numbers, strict=True):

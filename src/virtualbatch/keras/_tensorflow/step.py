@@ -100,7 +100,8 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
 
     Keras would compile the whole `train_step`. A loop inside an XLA program is slow on some
     devices (on CPU a convolution in it takes a thousand times longer), so only the micro-batch's
-    forward and backward are compiled, and the loop around them stays a plain graph.
+    forward and backward are compiled, and the loop around them stays a plain graph. Cause of the
+    slow convolution: https://github.com/jax-ml/jax/issues/12868
 
     A graph writes metrics and seeds while it runs. Until a window of some shape has fitted once,
     everything is copied before it, so that it can run again.
