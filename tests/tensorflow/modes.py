@@ -9,7 +9,10 @@ from tests.tiers import tiered
 
 # Eager; a graph that knows the rows; one that learns them at run time; XLA.
 MODES = ["eager", "static", "dynamic", "jit"]
-WITHOUT_XLA = tiered(MODES, MODES[:3], "XLA takes seconds for a program")
+# A graph that knows its rows is a simpler one than a graph that does not.
+QUICK = ["eager", "dynamic"]
+TIERED = tiered(MODES, QUICK, "a further way to run it; XLA takes seconds for a program")
+WITHOUT_XLA = tiered(MODES[:3], QUICK, "a graph that knows its rows is a simpler one")
 
 
 def compiled(mode: str, function: Callable[[Any], Any], batch: Any) -> Callable[[Any], Any]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tests.oracle import assert_all_close, assert_close
-from tests.tensorflow.modes import WITHOUT_XLA, arrays, compiled, uncut
+from tests.tensorflow.modes import TIERED, WITHOUT_XLA, arrays, compiled, uncut
 from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
@@ -33,7 +33,7 @@ def run(mode, aux_of, size=4, batch=X):
     return compiled(mode, train, batch)(tf.constant(batch))
 
 
-@pytest.mark.parametrize("mode", WITHOUT_XLA)
+@pytest.mark.parametrize("mode", TIERED)
 @pytest.mark.parametrize("cut", tiered(CUTS, ["as many as classes"], "further cuts"))
 def test_every_kind_of_leaf(cut, mode):
     def aux_of(x):
@@ -59,7 +59,7 @@ def test_every_kind_of_leaf(cut, mode):
         assert_close(found, want)
 
 
-@pytest.mark.parametrize("mode", ["eager", "static", "dynamic"])
+@pytest.mark.parametrize("mode", WITHOUT_XLA)
 def test_a_leaf_with_two_entries_is_not_taken_for_two_rows(mode):
     # Micro-batches of two rows; the leaf has two classes.
     (_, aux), _ = run(mode, lambda x: tf.reduce_mean(x, 0)[:2], size=2)
@@ -86,7 +86,7 @@ def test_leaves_that_are_no_tensors(aux, due, mode):
         assert leaf is None if want is None else float(leaf) == want
 
 
-@pytest.mark.parametrize("mode", ["eager", "static", "dynamic"])
+@pytest.mark.parametrize("mode", WITHOUT_XLA)
 @pytest.mark.parametrize("order", tiered([0, 1], [0], "the other order"))
 @pytest.mark.parametrize("size", tiered([2, 3], [2], "further cuts"))
 def test_rows_of_a_ragged_batch(size, order, mode):

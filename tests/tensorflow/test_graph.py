@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tests.oracle import assert_close
-from tests.tensorflow.modes import WITHOUT_XLA, compiled, open_rows
+from tests.tensorflow.modes import TIERED, compiled, open_rows
 from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
@@ -234,7 +234,7 @@ def test_losses_and_weights_may_close_over_tensors_of_the_graph():
     assert_close(aux, x)
 
 
-@pytest.mark.parametrize("mode", WITHOUT_XLA)
+@pytest.mark.parametrize("mode", TIERED)
 def test_state_of_the_loss_changes_once_per_micro_batch_and_in_order(mode):
     variable, seen = tf.Variable(np.float64(1)), tf.Variable(np.float64(0))
 

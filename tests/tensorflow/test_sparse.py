@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tests.oracle import assert_all_close, assert_close
-from tests.tensorflow.modes import WITHOUT_XLA, arrays, compiled, uncut
+from tests.tensorflow.modes import TIERED, arrays, compiled, uncut
 from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
@@ -34,7 +34,7 @@ def lookup_and_dense(table, ids):
     return one_lookup(table, ids) + 0.1 * tf.reduce_sum(table**2)
 
 
-@pytest.mark.parametrize("mode", WITHOUT_XLA)
+@pytest.mark.parametrize("mode", TIERED)
 @pytest.mark.parametrize("size", tiered([1, 3, 20], [3], "further cuts"))
 @pytest.mark.parametrize("use", [one_lookup, two_lookups, lookup_and_dense])
 def test_any_use_of_a_table(use, size, mode):
@@ -54,7 +54,7 @@ def test_any_use_of_a_table(use, size, mode):
     assert_all_close(arrays(gradients), [tf.convert_to_tensor(plain)])
 
 
-@pytest.mark.parametrize("mode", WITHOUT_XLA)
+@pytest.mark.parametrize("mode", TIERED)
 @pytest.mark.parametrize("dtype", tiered(["int32", "int64"], ["int64"], "further ids"))
 def test_slices_come_in_row_order_as_the_tape_gives_them(dtype, mode):
     table, ids = new_table(), tf.cast(IDS, dtype)
@@ -75,7 +75,7 @@ def test_slices_come_in_row_order_as_the_tape_gives_them(dtype, mode):
     assert found.dense_shape.numpy().tolist() == [7, 2]
 
 
-@pytest.mark.parametrize("mode", WITHOUT_XLA)
+@pytest.mark.parametrize("mode", TIERED)
 @pytest.mark.parametrize(
     "second",
     [
@@ -145,7 +145,7 @@ def test_an_optimizer_takes_the_same_step(mode):
     assert_all_close(trained(cut), trained(whole), 1e-10)
 
 
-@pytest.mark.parametrize("mode", WITHOUT_XLA)
+@pytest.mark.parametrize("mode", TIERED)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_repeated_id_is_summed_wide_in_half_precision(dtype, mode):
     # 2048 lookups of row 0: in bfloat16 the reader's own sum would stall. Powers of 2 keep TF's

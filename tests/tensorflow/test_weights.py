@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tests.oracle import assert_all_close, assert_close
-from tests.tensorflow.modes import MODES, WITHOUT_XLA, arrays, compiled, uncut
+from tests.tensorflow.modes import MODES, TIERED, WITHOUT_XLA, arrays, compiled, uncut
 from tests.tensorflow.problems import problem
 from tests.tiers import tiered
 
@@ -159,7 +159,7 @@ def test_an_empty_micro_batch_adds_nothing(name, mode):
     assert_close([loss, gradient], [due(mask), due(mask)])
 
 
-@pytest.mark.parametrize("mode", WITHOUT_XLA)
+@pytest.mark.parametrize("mode", TIERED)
 @pytest.mark.parametrize("second", ["one left", "all empty"])
 def test_an_empty_term_leaves_the_others_alone(second, mode):
     variable, other = scale(), scale()
@@ -207,7 +207,7 @@ def test_an_empty_micro_batch_adds_nothing_in_any_precision(dtype, mode):
     assert_close([float(loss), float(gradient)], [3.5, 3.5])
 
 
-@pytest.mark.parametrize("mode", ["eager", "static", "dynamic"])
+@pytest.mark.parametrize("mode", WITHOUT_XLA)
 def test_an_empty_micro_batch_of_an_embedding_adds_zero_rows(mode):
     table = tf.Variable(np.ones((3, 1)))
     batch = {"ids": tf.constant([0, 1, 2, 2]), "mask": tf.constant([0, 0, 1, 1], tf.float64)}
@@ -243,7 +243,7 @@ def test_a_nan_of_a_micro_batch_with_items_is_not_hidden():
 # Terms
 
 
-@pytest.mark.parametrize("mode", ["eager", "static", "dynamic"])
+@pytest.mark.parametrize("mode", WITHOUT_XLA)
 def test_a_term_that_does_not_depend_on_the_rows_counts_once(mode):
     variable = scale()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tests.oracle import assert_all_close, assert_close
-from tests.tensorflow.modes import arrays, compiled, open_rows, uncut
+from tests.tensorflow.modes import QUICK, WITHOUT_XLA, arrays, compiled, open_rows, uncut
 from tests.tensorflow.problems import NAMES, problem
 from tests.tiers import tiered
 
@@ -50,7 +50,7 @@ MODES = [(name, mode) for name in WINDOWS for mode in ("eager", "static", "dynam
     "way",
     tiered(
         [*MODES, ("two runs", "jit")],
-        [("two runs", mode) for mode in ("eager", "static", "dynamic")],
+        [("two runs", mode) for mode in QUICK],
         "further windows",
     ),
     ids=str,
@@ -126,7 +126,7 @@ def test_micro_batches_with_other_leaves(mode):
     assert_close(gradient, 3.0)
 
 
-@pytest.mark.parametrize("mode", ["eager", "static", "dynamic"])
+@pytest.mark.parametrize("mode", WITHOUT_XLA)
 def test_ragged_micro_batches(mode):
     scale = tf.Variable(np.float64(2))
     rows = [[1.0, 2], [3], [], [4, 5, 6], [7]]
