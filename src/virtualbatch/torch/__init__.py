@@ -15,7 +15,7 @@ from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_until_it_fits
-from virtualbatch.torch._batch import microbatches
+from virtualbatch.torch._batch import ReadBatch, read
 from virtualbatch.torch._capture import Captured
 from virtualbatch.torch._certify.certificate import certificate, check_cut
 from virtualbatch.torch._certify.loop import certify_loop
@@ -167,21 +167,22 @@ def backward(
     refuse_foreign_accumulation()
     program = Program(loss_fn, weight, has_aux, backward_fn, found, stats)
     given: Any = microbatch_size
+    rows = read(batch)
     if is_automatic(given):
-        size = _planned_size(program, batch, given)
+        size = _planned_size(program, rows, given)
         given = size.rows
-        cut = microbatches(batch, given, None)
+        cut = rows.cut(given, None)
     else:
-        cut = microbatches(batch, given, accumulation_steps)
+        cut = rows.cut(given, accumulation_steps)
         asked = given or max(microbatch.rows for microbatch in cut)
         size = kept_sizes(found.roots[0]).asked(asked)
         if size.rows < asked:
-            cut = microbatches(batch, given, accumulation_steps, size.rows)
+            cut = rows.cut(given, accumulation_steps, size.rows)
     result = run_until_it_fits(
         lambda cut: program.run(cut, program.shares(cut)),
         cut,
         lambda cut: max(microbatch.rows for microbatch in cut),
-        lambda rows: microbatches(batch, given, accumulation_steps, rows),
+        lambda most: rows.cut(given, accumulation_steps, most),
         size,
         Memory(ERRORS, partial(left_bytes, found.accelerator)),
         partial(largest_parameters, found.roots[0]),
@@ -271,7 +272,8 @@ def plan(
     check_call(functions, batch, "auto", None)
     found = inventory(module)
     refuse_foreign_accumulation()
-    return planned(Program(loss_fn, weight, has_aux, backward_fn, found), batch, memory_limit)
+    program = Program(loss_fn, weight, has_aux, backward_fn, found)
+    return planned(program, read(batch), memory_limit)
 
 
 def certify(
@@ -323,8 +325,8 @@ def certify(
     return certificate(program, batch, microbatch_size, accumulation_steps)
 
 
-def _planned_size(program: Program, batch: Any, automatic: Any) -> CurrentSize:
+def _planned_size(program: Program, batch: ReadBatch, automatic: Any) -> CurrentSize:
     sizes = automatic if isinstance(automatic, Auto) else kept_sizes(program.found.roots[0])
     return sizes.planned(
-        signature(program, batch), lambda: planned(program, batch, sizes.memory_limit)
+        signature(program, batch.whole), lambda: planned(program, batch, sizes.memory_limit)
     )

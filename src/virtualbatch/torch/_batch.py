@@ -1,8 +1,8 @@
 """A batch as micro-batches: nested structures of tensors, cut by rows without copying them.
 
-A structure is looked at once per window: its leaves are found, checked and cut. A micro-batch is
-built of its pieces when it is asked for. Where the batch is on the host and the model on a
-device, that is when it is copied there.
+A structure is read once per call: its leaves are found and checked, then cut as often as need be.
+A micro-batch is built of its pieces when it is asked for. Where the batch is on the host and the
+model on a device, that is when it is copied there.
 """
 
 import numbers
@@ -47,49 +47,87 @@ class Microbatch(NamedTuple):
         """The structure with fn applied to every tensor where the batch is."""
         return self.build([fn(x) if isinstance(x, torch.Tensor) else x for x in self.leaves])
 
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """The tensors with the expressions that reach them in `batch`."""
+        pairs = zip(self.places, self.leaves, strict=True)
+        return [(f"batch{place}", x) for place, x in pairs if isinstance(x, torch.Tensor)]
+
+    def in_words(self) -> list[str]:
+        """Its leaves in words."""
+        return [
+            f"microbatch{place} "
+            + ("a tensor" if isinstance(x, torch.Tensor) else f"of type {type(x).__name__}")
+            for place, x in zip(self.places, self.leaves, strict=True)
+        ]
+
     def faked(self, fake: Callable[[torch.Tensor], Any]) -> "Microbatch":
         """The micro-batch with fake tensors for its tensors."""
         leaves = [fake(x) if isinstance(x, torch.Tensor) else x for x in self.leaves]
         return self._replace(leaves=leaves, given=None)
 
 
-def microbatches(
-    batch: Any,
-    microbatch_size: int | None,
-    accumulation_steps: int | None,
-    most: int | None = None,
-) -> list[Microbatch]:
-    """Cuts a batch evenly, or takes a Window as it is cut.
+class ReadBatch(NamedTuple):
+    """A batch or a Window whose structure has been read.
+
+    Fields:
+        given: its micro-batches as they came: those of a Window, or the whole batch as one.
+        is_window: which of the two.
+    """
+
+    given: list[Microbatch]
+    is_window: bool
+
+    @property
+    def whole(self) -> Microbatch:
+        """The batch as one micro-batch; not of a Window."""
+        (whole,) = self.given
+        return whole
+
+    def cut(
+        self,
+        microbatch_size: int | None,
+        accumulation_steps: int | None,
+        most: int | None = None,
+    ) -> list[Microbatch]:
+        """Cuts a batch evenly, or takes a Window as it is cut.
+
+        Args:
+            microbatch_size: checked rows of one micro-batch, or None; None for a Window.
+            accumulation_steps: checked micro-batches per window, or None; None for a Window.
+            most: rows that no micro-batch may exceed, those of a Window neither; None for any.
+
+        Returns:
+            The micro-batches in row order. Sizes differ by at most one row, unless a Window says
+            otherwise.
+
+        Raises:
+            ValueError: the two sizes disagree.
+        """
+        if not self.is_window:
+            size = rows_per_microbatch(self.whole.rows, microbatch_size, accumulation_steps)
+            return _cut(self.whole, size if most is None else min(size, most))
+        if most is None:
+            return self.given
+        return [piece for microbatch in self.given for piece in _cut(microbatch, most)]
+
+
+def read(batch: Any) -> ReadBatch:
+    """Reads the structure of a batch.
 
     Args:
         batch: nested structure of tensors that share their leading axis, or a Window of such.
-        microbatch_size: checked rows of one micro-batch, or None; None for a Window.
-        accumulation_steps: checked micro-batches per window, or None; None for a Window.
-        most: rows that no micro-batch may exceed, those of a Window neither; None for any.
-
-    Returns:
-        The micro-batches in row order. Sizes differ by at most one row, unless a Window says
-        otherwise.
 
     Raises:
-        ValueError: rows differ or are missing, the two sizes disagree, or a window is empty or
-            holds micro-batches of different structures.
+        ValueError: rows differ or are missing, or a window is empty or holds micro-batches of
+            different structures.
         TypeError: an array is not a dense tensor of PyTorch, or a leaf cannot be cut.
     """
-    if isinstance(batch, Window):
-        check_window(batch)
-        found = [_uncut(given, f"window[{index}]") for index, given in enumerate(batch)]
-        check_alike([_places(leaves, f"window[{i}]") for i, (leaves, _) in enumerate(found)])
-        given = [microbatch for _, microbatch in found]
-        return given if most is None else [piece for one in given for piece in _cut(one, most)]
-    _, uncut = _uncut(batch, "batch")
-    size = rows_per_microbatch(uncut.rows, microbatch_size, accumulation_steps)
-    return _cut(uncut, size if most is None else min(size, most))
-
-
-def named_leaves(batch: Any) -> list[tuple[str, Any]]:
-    """The leaves of a batch with the expressions that reach them."""
-    return _uncut(batch, "batch")[0]
+    if not isinstance(batch, Window):
+        return ReadBatch([_uncut(batch, "batch")], is_window=False)
+    check_window(batch)
+    found = [_uncut(given, f"window[{index}]") for index, given in enumerate(batch)]
+    check_alike([microbatch.in_words() for microbatch in found])
+    return ReadBatch(found, is_window=True)
 
 
 def _cut(uncut: Microbatch, size: int) -> list[Microbatch]:
@@ -121,15 +159,14 @@ def on_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
     return microbatch._replace(build=lambda leaves: build(list(map(copied, leaves))), given=None)
 
 
-def _uncut(structure: Any, path: str) -> tuple[list[tuple[str, Any]], Microbatch]:
-    """A structure as one micro-batch, and its leaves with the expressions that reach them."""
+def _uncut(structure: Any, path: str) -> Microbatch:
     found: list[tuple[str, Any]] = []
     build = builder(structure, path, found, _ONE_LEAF)
     rows = common_rows([(place, leaf) for place, leaf in found if _is_tensor(place, leaf)])
     if rows is None:
         raise ValueError("internal: a tensor has no number of rows.")
     places = tuple(place.removeprefix(path) for place, _ in found)
-    return found, Microbatch(rows, [leaf for _, leaf in found], build, structure, places)
+    return Microbatch(rows, [leaf for _, leaf in found], build, structure, places)
 
 
 def _pieces(leaf: Any, rows: int, cut: Sequence[tuple[int, int]]) -> Sequence[Any]:
@@ -164,11 +201,3 @@ def _is_tensor(path: str, leaf: Any) -> bool:
             "Pass its tensors instead, or pass it to the loss function by a closure."
         )
     return False
-
-
-def _places(leaves: Sequence[tuple[str, Any]], path: str) -> list[str]:
-    return [f"microbatch{place.removeprefix(path)} {_kind(leaf)}" for place, leaf in leaves]
-
-
-def _kind(leaf: Any) -> str:
-    return "a tensor" if isinstance(leaf, torch.Tensor) else f"of type {type(leaf).__name__}"

@@ -9,7 +9,7 @@ import torch
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import certified
 from virtualbatch.certify.step import check_microbatches, refuse_window
-from virtualbatch.torch._batch import microbatches
+from virtualbatch.torch._batch import read
 from virtualbatch.torch._certify.step import LayerState, TorchTrainingStep, wide_batch, widened
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._window import Program
@@ -62,5 +62,5 @@ def check_cut(batch: Any, microbatch_size: int | None, accumulation_steps: int |
         ValueError: there is one row, or one micro-batch, or the batch is a Window.
     """
     refuse_window(batch)
-    cut = microbatches(batch, microbatch_size, accumulation_steps)
+    cut = read(batch).cut(microbatch_size, accumulation_steps)
     check_microbatches([piece.rows for piece in cut])

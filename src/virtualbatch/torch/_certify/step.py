@@ -9,7 +9,7 @@ import torch
 
 from virtualbatch.certify.activations import Activation
 from virtualbatch.certify.step import Observed, TrainingStep, weights_of
-from virtualbatch.torch._batch import Microbatch, microbatches, named_leaves, on_device
+from virtualbatch.torch._batch import Microbatch, on_device, read
 from virtualbatch.torch._certify.activations import recorded
 from virtualbatch.torch._certify.randomness import RowwiseRandom
 from virtualbatch.torch._loss import checked_terms
@@ -42,17 +42,13 @@ class TorchTrainingStep(TrainingStep):
         self._program = program
         self._state = state
         self._roots = program.found.roots
-        (whole,) = microbatches(batch, None, 1)
+        whole = read(batch).whole
         self.rows = whole.rows
-        pair = (batch, torch.arange(self.rows))
-        (self._whole,) = microbatches(pair, None, 1)
-        self._cut = microbatches(pair, microbatch_size, accumulation_steps)
+        pair = read((batch, torch.arange(self.rows)))
+        self._whole = pair.whole
+        self._cut = pair.cut(microbatch_size, accumulation_steps)
         self.pieces = [piece.get()[1].numpy() for piece in self._cut]
-        self.leaves = {
-            path: _numpy(leaf)
-            for path, leaf in named_leaves(batch)
-            if isinstance(leaf, torch.Tensor)
-        }
+        self.leaves = {path: _numpy(leaf) for path, leaf in whole.tensors()}
         self._names = _parameter_names(program)
         self.parameters = {name: _numpy(p) for name, p in self._names.items()}
         notes = []
@@ -225,8 +221,7 @@ def widened(roots: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 def wide_batch(batch: Any) -> Any:
     """The batch with its floating tensors in float64."""
-    (whole,) = microbatches(batch, None, 1)
-    return whole.mapped(lambda x: x.double() if x.is_floating_point() else x)
+    return read(batch).whole.mapped(lambda x: x.double() if x.is_floating_point() else x)
 
 
 def _parameter_names(program: Program) -> dict[str, torch.nn.Parameter]:

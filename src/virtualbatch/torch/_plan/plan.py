@@ -15,7 +15,7 @@ from virtualbatch.plan.planner import bytes_allowed
 from virtualbatch.plan.retry import Memory
 from virtualbatch.plan.search import ROOM_FOR_TOOLS
 from virtualbatch.plan.timing import Timing
-from virtualbatch.torch._batch import Microbatch, microbatches, named_leaves
+from virtualbatch.torch._batch import Microbatch, ReadBatch
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._plan.memory import ERRORS, left_bytes
 from virtualbatch.torch._plan.peak import DeviceCount, can_fake, faked, peak_bytes
@@ -31,7 +31,7 @@ _MOMENT = 0.1
 _STEADY = 3
 
 
-def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Plan:
+def planned(program: Program, batch: ReadBatch, memory_limit: int | str | None) -> Plan:
     """The plan for a batch.
 
     Args:
@@ -44,7 +44,6 @@ def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
     """
     found = program.found
     device = found.accelerator
-    (whole,) = microbatches(batch, None, 1)
     held = _held_bytes(program, batch)
     memory = Memory(ERRORS, partial(left_bytes, device))
     limit = bytes_allowed(memory_limit, held, memory)
@@ -52,8 +51,8 @@ def planned(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
     random = RandomState(device)
     try:
         return planner.planned(
-            lambda size: _Window(program, microbatches(batch, size, None), limit - held, count),
-            whole.rows,
+            lambda size: _Window(program, batch.cut(size, None), limit - held, count),
+            batch.whole.rows,
             held,
             limit,
             ERRORS,
@@ -153,10 +152,10 @@ def _first(count: int, cut: list[Microbatch], shares: Shares) -> tuple[list[Micr
     return cut[:count], shares.mapped(lambda found: found[:count])
 
 
-def _held_bytes(program: Program, batch: Any) -> int:
+def _held_bytes(program: Program, batch: ReadBatch) -> int:
     """Bytes of parameters, their gradients, buffers and the batch, where the modules are."""
     device = program.found.accelerator or torch.device("cpu")
-    tensors: list[Any] = [leaf for _, leaf in named_leaves(batch)]
+    tensors: list[Any] = [tensor for _, tensor in batch.whole.tensors()]
     for root in program.found.roots:
         tensors += [*root.parameters(), *root.buffers()]
         tensors += [parameter.grad for parameter in root.parameters()]

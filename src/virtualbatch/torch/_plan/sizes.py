@@ -1,16 +1,14 @@
 """Which size a window is cut by, and what it depends on where it is planned."""
 
 from functools import cache
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
 from virtualbatch.plan.auto import Auto, Leaf, Signature
 from virtualbatch.plan.fingerprint import fingerprint
-from virtualbatch.torch._batch import named_leaves
+from virtualbatch.torch._batch import Microbatch
 from virtualbatch.torch._window import Program
-from virtualbatch.window.tree import common_rows
 
 # For as long as a module lives: its plans, and sizes that were made smaller.
 _KEPT: WeakKeyDictionary[torch.nn.Module, Auto] = WeakKeyDictionary()
@@ -24,25 +22,21 @@ def kept_sizes(module: torch.nn.Module) -> Auto:
     return found
 
 
-def signature(program: Program, batch: Any) -> Signature:
+def signature(program: Program, batch: Microbatch) -> Signature:
     """What a plan for a batch depends on.
 
     Args:
         program: what is run.
-        batch: a batch, not a Window.
+        batch: the whole batch.
     """
     found = program.found
-    tensors = [(place, x) for place, x in named_leaves(batch) if isinstance(x, torch.Tensor)]
-    rows = common_rows(tensors)
-    if rows is None:
-        raise ValueError("internal: a batch of PyTorch has no number of rows.")
     parameters = ", ".join(f"{_name(p.dtype)}{list(p.shape)}" for p in found.parameters)
     device = found.accelerator or torch.device("cpu")
     return Signature(
         f"torch on {_words(device)}, parameters {parameters}",
         fingerprint(program.loss_fn, program.weight, program.backward_fn, program.has_aux),
-        rows,
-        tuple(Leaf(place, tuple(x.shape[1:]), _name(x.dtype)) for place, x in tensors),
+        batch.rows,
+        tuple(Leaf(place, tuple(x.shape[1:]), _name(x.dtype)) for place, x in batch.tensors()),
     )
 
 
