@@ -121,7 +121,7 @@ def test_parameters_without_a_gradient_are_named_and_nothing_is_wrong():
 
 
 def mean_of_means(patch):
-    patch.setattr("virtualbatch.torch._weights.shares", lambda w: [1 / len(w)] * len(w))
+    patch.setattr("virtualbatch.window.shares.shares", lambda w: [1 / len(w)] * len(w))
 
 
 def adding(patch, change):

@@ -5,12 +5,13 @@ of all parameters follow, a tolerance derived from the dtype and from the model'
 findings that name a cause.
 """
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from html import escape
 from typing import Literal
+
+from virtualbatch.result import Result
 
 Kind = Literal[
     "weight",
@@ -55,7 +56,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Result):
     """Whether accumulation gives the update of the whole batch.
 
     Args:
@@ -93,14 +94,6 @@ class Certificate:
         if hidden > 0:
             lines.append(f"{'':12}  and {hidden} more parameters")
         return "\n".join(lines)
-
-    def to_json(self) -> str:
-        """The certificate as one JSON object; null stands for an error that is not finite."""
-        found = asdict(self)
-        found["parameters"] = {name: _number(error) for name, error in self.parameters.items()}
-        found["max_error"] = _number(self.max_error)
-        found["loss_error"] = _number(self.loss_error)
-        return json.dumps(found, indent=2)
 
     def _repr_html_(self) -> str:
         findings = "".join(
@@ -142,7 +135,3 @@ def derived_tolerance(epsilon: float, narrowest: float, rows: int) -> float:
     """
     inside = 4 * narrowest if narrowest > epsilon else 0.0
     return 64 * epsilon * math.sqrt(rows) + inside
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

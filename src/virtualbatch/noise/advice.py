@@ -1,9 +1,9 @@
 """Which batch is worth its rows: from the noise scale and from times, no model needed."""
 
-import json
 import math
-from dataclasses import asdict, dataclass
-from html import escape
+from dataclasses import dataclass
+
+from virtualbatch.result import Result
 
 # Times that differ by less are alike.
 _ALIKE = 1.1
@@ -38,7 +38,7 @@ class ScalingRule:
 
 
 @dataclass(frozen=True)
-class Advice:
+class Advice(Result):
     """What a noise scale and two times say of a batch size.
 
     Args:
@@ -79,17 +79,6 @@ class Advice:
             lines.append(f"Should the batch become {_number(self.best_rows)} rows:")
             lines += [f"  {rule}" for rule in self.rules]
         return "\n".join(lines)
-
-    def to_json(self) -> str:
-        """The advice as JSON; what is infinite is null."""
-        found = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(self).items()
-        }
-        return json.dumps(found, indent=2)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
 
 
 def advice(

@@ -4,14 +4,13 @@ Micro-batches of one window are samples of the same gradient. How much they diff
 one row's gradient is, and so how many rows are worth averaging.
 """
 
-import json
 import math
-from dataclasses import asdict, dataclass
-from html import escape
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
 from virtualbatch.noise.advice import Advice, advice
+from virtualbatch.result import Result
 
 # Fewer windows have no spread that an interval could be drawn from.
 _FEWEST = 3
@@ -37,7 +36,7 @@ class WindowStats(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NoiseEstimate:
+class NoiseEstimate(Result):
     """An estimate of the gradient noise scale.
 
     Args:
@@ -64,15 +63,6 @@ class NoiseEstimate:
             f"noise scale {_rows(self.scale)} rows ({self.confidence:.0%} between "
             f"{_rows(self.low)} and {_rows(self.high)}, {self.windows} windows)"
         )
-
-    def to_json(self) -> str:
-        """The estimate as JSON; what is infinite is null."""
-        entries = asdict(self).items()
-        finite = {key: value if math.isfinite(value) else None for key, value in entries}
-        return json.dumps(finite, indent=2)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
 
 
 class NoiseScale:

@@ -1,9 +1,10 @@
 """A plan: the micro-batch that fits and is fast, with what is known of other sizes."""
 
 import html
-import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+
+from virtualbatch.result import Result
 
 # A smaller micro-batch is as good as the fastest one if it takes at most this much longer.
 NEARLY_AS_FAST = 1.05
@@ -37,7 +38,7 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Result):
     """How to cut a batch so that it fits and is fast.
 
     Args:
@@ -57,10 +58,6 @@ class Plan:
     def __str__(self) -> str:
         lines = ["  ".join(cell.rjust(12) for cell in cells).rstrip() for cells in self._table()]
         return "\n".join([self._headline(), self.reason, *lines])
-
-    def to_json(self) -> str:
-        """The plan as one JSON object, sizes in bytes and times in seconds."""
-        return json.dumps(asdict(self), indent=2)
 
     def _repr_html_(self) -> str:
         lines = [

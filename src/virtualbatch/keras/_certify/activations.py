@@ -57,7 +57,7 @@ def recorded(model: keras.Model, is_concrete: Callable[[Any], bool]) -> Iterator
     owners = [(layer, place_of(layer)) for layer in _operations(model)]
     losses = {
         id(entry.loss): (entry.loss, f"the loss {entry.loss.name}")
-        for entry in getattr(model._compile_loss, "_flat_losses", None) or []
+        for entry in compiled_losses(model)
         if type(entry.loss).__call__ is keras.losses.Loss.__call__
     }
     before = [(owner, vars(owner).get("call")) for owner, _ in [*owners, *losses.values()]]
@@ -78,6 +78,11 @@ def recorded(model: keras.Model, is_concrete: Callable[[Any], bool]) -> Iterator
 def place_of(layer: Any) -> str:
     """A layer in words: its path and class."""
     return f"{getattr(layer, 'path', None) or layer.name} ({type(layer).__name__})"
+
+
+def compiled_losses(model: keras.Model) -> list[Any]:
+    """What Keras keeps of each loss that the model was compiled with; none before it has run."""
+    return getattr(model._compile_loss, "_flat_losses", None) or []
 
 
 def _operations(model: keras.Model) -> Sequence[Any]:

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from virtualbatch.keras._certify.activations import compiled_losses
+
 _HALF = ("float16", "bfloat16")
 
 
@@ -28,7 +30,7 @@ def in_full_precision(model: keras.Model) -> Iterator[bool]:
     ]
     losses = [
         (entry.loss, entry.loss._dtype)
-        for entry in getattr(model._compile_loss, "_flat_losses", None) or []
+        for entry in compiled_losses(model)
         if getattr(entry.loss, "_dtype", None) in _HALF
     ]
     variables = [

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from virtualbatch.keras._certify.activations import place_of
+from virtualbatch.keras._certify.activations import compiled_losses, place_of
 
 
 class LossParts:
@@ -25,7 +25,7 @@ class LossParts:
         if type(model).compute_loss is not keras.Model.compute_loss:
             self.places["all"] = f"compute_loss of {type(model).__name__}"
             return
-        entries = _compiled(model)
+        entries = compiled_losses(model)
         for k, entry in enumerate(entries):
             output = f" of the output {entry.name}" if len(entries) > 1 else ""
             self.places["loss", k] = f"the loss {entry.loss.name}{output}"
@@ -42,7 +42,7 @@ class LossParts:
             return
         kind, number = part
         model, compiled = self._model, self._model._compile_loss
-        entries = _compiled(model)
+        entries = compiled_losses(model)
         seen = 0
 
         def aggregated(loss: Any) -> Any:
@@ -64,7 +64,3 @@ class LossParts:
             del vars(model)["_aggregate_additional_loss"]
             if entries:
                 vars(compiled)["_flat_losses"] = entries
-
-
-def _compiled(model: keras.Model) -> list[Any]:
-    return getattr(model._compile_loss, "_flat_losses", None) or []

@@ -10,7 +10,7 @@ import numpy as np
 from virtualbatch.certify.activations import Activation
 from virtualbatch.certify.step import Observed, TrainingStep
 from virtualbatch.keras._backend import Backend, Program, Ran
-from virtualbatch.keras._certify.activations import recorded
+from virtualbatch.keras._certify.activations import compiled_losses, recorded
 from virtualbatch.keras._certify.loss_parts import LossParts
 from virtualbatch.keras._certify.untouched import Attributes
 from virtualbatch.keras._snapshot import Snapshot
@@ -209,11 +209,10 @@ def _coarsest(model: keras.Model) -> str:
 
     Outside TensorFlow, Keras rounds to float32 inside means and divisions of float64 models.
     """
-    entries = getattr(model._compile_loss, "_flat_losses", None) or []
     dtypes = {
         *(variable.dtype for variable in model.trainable_variables),
         *(layer.compute_dtype for layer in model._flatten_layers()),
-        *(getattr(entry.loss, "_dtype", "float32") for entry in entries),
+        *(getattr(entry.loss, "_dtype", "float32") for entry in compiled_losses(model)),
     }
     for half in ("bfloat16", "float16"):
         if half in dtypes:
