@@ -154,7 +154,10 @@ def limit():
 phase, verb = sys.argv[1:]
 SIZES = (32, 16, 8, 4)
 if phase in ("forward", "backward", "accumulate"):
-    wide, WIDTH = WIDTH, 1 if BY_ALLOCATOR else WIDTH
+    if not BY_ALLOCATOR:
+        # What a program loads is there before the limit.
+        trained(phase, SIZES[-1], verb)
+    wide, WIDTH = WIDTH, 1
     due = {size: trained(phase, size, verb) for size in SIZES}
     WIDTH = wide
     limit()
@@ -162,7 +165,6 @@ if phase in ("forward", "backward", "accumulate"):
     got = trained(phase, 2 * SIZES[0], verb)
     result = next((size for size in SIZES if due[size] == got), None)
 else:
-    # What a program loads is there before the limit.
     trained("none", 4, verb)
     WIDTH = 2**28
     limit()

@@ -6,25 +6,20 @@ micro-batch's share of the gradient, and the sums come back as `jax.value_and_gr
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.jax._arguments import BatchArguments, refuse_uncut_rows
-from virtualbatch.jax._batch import Cut, cut_batch, cut_further, rows_of
+from virtualbatch.jax._arguments import BatchArguments
+from virtualbatch.jax._batch import cut_batch, cut_smaller, rows_of
 from virtualbatch.jax._certify.certificate import certificate, check_cut
 from virtualbatch.jax._certify.loop import certify_loop
 from virtualbatch.jax._checks import check_arguments, check_options
-from virtualbatch.jax._compiled import run_compiled
-from virtualbatch.jax._eager import run_eager
-from virtualbatch.jax._objective import Call
 from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
 from virtualbatch.jax._plan.plan import planned
 from virtualbatch.jax._plan.sizes import kept_sizes, needs_values, signature, stand_ins
-from virtualbatch.jax._replicas import varying
-from virtualbatch.jax._weights import traced_shares, window_shares
+from virtualbatch.jax._window import Program, is_traced, positions
 from virtualbatch.plan.auto import Auto, CurrentSize, check_cut_or_auto, is_automatic
 from virtualbatch.plan.fingerprint import fingerprint
 from virtualbatch.plan.plan import Plan
@@ -123,7 +118,7 @@ def value_and_grad(
         accumulation_steps,
     )
     rows = BatchArguments(batch_argnum)
-    options = _Options(
+    program = Program(
         rows.function(fun),
         argnums,
         has_aux,
@@ -152,8 +147,7 @@ def value_and_grad(
 
         def make() -> Plan:
             given, named = stand_ins((args, kwargs))
-            window = partial(_window, options)
-            return planned(window, given[rows.position], given, named, kept.memory_limit)
+            return planned(program.window, given[rows.position], given, named, kept.memory_limit)
 
         kept = sizes(args, kwargs)
         return kept.planned(signature(computed, args, kwargs, rows.position), make)
@@ -165,31 +159,29 @@ def value_and_grad(
         batch = args[rows.position]
         check_cut_or_auto(batch, microbatch_size, accumulation_steps)
         refuse_sorted_rows(batch, stats)
-        traced = _is_traced(args, kwargs)
+        traced = is_traced(args, kwargs)
         given: Any = microbatch_size
         size: CurrentSize | None = None
         if is_automatic(given):
-            options.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
+            program.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
             size = planned_size(args, kwargs)
             given = size.rows
         cut = cut_batch(batch, given, accumulation_steps, compiled=traced)
         if cut.count > 1:
-            options.refuse_uncut_rows(args, kwargs, sum(cut.rows))
+            program.refuse_uncut_rows(args, kwargs, sum(cut.rows))
         if traced:
-            return _in_micro_batches(options, args, kwargs, cut, traced)
+            return program.run(args, kwargs, cut, traced)
         asked = given or max(cut.rows)
         size = size or sizes(args, kwargs).asked(asked)
         if size.rows < asked:
-            cut = _cut_smaller(batch, size.rows)
-        differentiated = [args[k] for k in _positions(options.argnums)]
+            cut = cut_smaller(batch, size.rows)
+        differentiated = [args[k] for k in positions(argnums)]
         result = run_until_it_fits(
             # Errors arrive late in JAX; waiting once per window costs what its caller waits.
-            lambda cut: jax.block_until_ready(
-                _in_micro_batches(options, args, kwargs, cut, traced)
-            ),
+            lambda cut: jax.block_until_ready(program.run(args, kwargs, cut, traced)),
             cut,
             lambda cut: max(cut.rows),
-            partial(_cut_smaller, batch),
+            partial(cut_smaller, batch),
             size,
             Memory(ERRORS, left_bytes),
             partial(largest_arrays, differentiated),
@@ -198,94 +190,6 @@ def value_and_grad(
         return result
 
     return wrapper
-
-
-class _Options(NamedTuple):
-    """Arguments of `value_and_grad` that are not sizes."""
-
-    fun: Callable[..., Any]
-    argnums: int | Sequence[int]
-    has_aux: bool
-    batch_argnum: int
-    weight: Callable[[Any], Any] | None
-    accumulator_dtype: Any
-    key_argnum: int | None
-    axis_name: Any
-    grad_fn: Callable[..., Any] | None
-    stats: bool = False
-
-    def refuse_uncut_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:
-        """See `refuse_uncut_rows`."""
-        taken = [*_positions(self.argnums), self.batch_argnum, *_positions(self.key_argnum)]
-        refuse_uncut_rows(args, kwargs, taken, rows)
-
-    def differentiate(self) -> Callable[..., Any]:
-        """What differentiates, called with a function and has_aux."""
-        plain = self.grad_fn is not None and self.argnums == 0
-        options = {} if plain else {"argnums": self.argnums}
-        return partial(self.grad_fn or jax.value_and_grad, **options)
-
-
-def _positions(given: int | Sequence[int] | None) -> tuple[int, ...]:
-    """Positions of arguments, from one, several or None."""
-    if given is None:
-        return ()
-    return tuple(given) if isinstance(given, Sequence) else (given,)
-
-
-def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    # Under jit new values are traced too, where a loss uses traced ones that are no arguments.
-    leaves = jax.tree.leaves((args, kwargs, jnp.zeros(())))
-    return any(isinstance(x, jax.core.Tracer) for x in leaves)
-
-
-def _in_micro_batches(
-    options: _Options, args: tuple[Any, ...], kwargs: dict[str, Any], cut: Cut, traced: bool
-) -> Any:
-    axis_name, weight = options.axis_name, options.weight
-    if axis_name is not None:
-        # Numbers of axes mean nothing outside a trace: JAX names the axis that is missing.
-        jax.lax.axis_size(axis_name)
-        positions = _positions(options.argnums)
-        args = tuple(
-            varying(arg, axis_name) if k in positions else arg for k, arg in enumerate(args)
-        )
-    shares = traced_shares(cut, weight, axis_name) if traced else window_shares(cut, weight)
-    call = Call(
-        options.fun,
-        args,
-        kwargs,
-        options.batch_argnum,
-        options.key_argnum,
-        options.has_aux,
-        shares.terms,
-        options.differentiate(),
-    )
-    dtype = options.accumulator_dtype
-    if traced:
-        result = run_compiled(call, cut, shares, dtype, axis_name, options.stats)
-    else:
-        result = run_eager(call, cut, shares, dtype, options.stats)
-    value, aux, gradients, stats = result
-    found = ((value, aux) if options.has_aux else value), gradients
-    return (*found, stats) if options.stats else found
-
-
-def _window(options: _Options, size: int) -> Callable[..., Any]:
-    """A window of one size, without recovery: a search is to know that memory ran out."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        traced = _is_traced(args, kwargs)
-        cut = cut_batch(args[options.batch_argnum], size, None, compiled=traced)
-        return _in_micro_batches(options, args, kwargs, cut, traced)
-
-    return run
-
-
-def _cut_smaller(batch: Any, most: int) -> Cut:
-    if isinstance(batch, Window):
-        return cut_batch(cut_further(batch, most), None, None, compiled=False)
-    return cut_batch(batch, most, None, compiled=False)
 
 
 def plan(
@@ -343,7 +247,7 @@ def plan(
         None,
     )
     rows = BatchArguments(batch_argnum)
-    options = _Options(
+    program = Program(
         rows.function(fun),
         argnums,
         has_aux,
@@ -361,8 +265,8 @@ def plan(
         args = rows.gathered(args)
         batch = args[rows.position]
         check_cut_or_auto(batch, "auto", None)
-        options.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
-        return planned(partial(_window, options), batch, args, kwargs, memory_limit)
+        program.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
+        return planned(program.window, batch, args, kwargs, memory_limit)
 
     return wrapper
 
@@ -415,10 +319,21 @@ def certify(
         (False, 'sum_loss')
     """
     options = {"fun": fun, "weight": weight, "grad_fn": grad_fn}
-    positions = {"argnums": argnums, "batch_argnum": batch_argnum, "key_argnum": key_argnum}
-    check_options(options, positions, microbatch_size, accumulation_steps)
+    named = {"argnums": argnums, "batch_argnum": batch_argnum, "key_argnum": key_argnum}
+    check_options(options, named, microbatch_size, accumulation_steps)
 
     rows = BatchArguments(batch_argnum)
+    program = Program(
+        rows.function(fun),
+        argnums,
+        has_aux,
+        rows.position,
+        rows.weight(weight),
+        accumulator_dtype,
+        key_argnum,
+        None,
+        grad_fn,
+    )
 
     def engine(function: Callable[..., Any], weight: Any) -> Callable[..., Any]:
         return value_and_grad(
@@ -440,19 +355,13 @@ def certify(
         batch = args[rows.position]
         check_cut_or_auto(batch, microbatch_size, accumulation_steps)
         check_cut(batch, microbatch_size, accumulation_steps)
-        taken = [*_positions(argnums), rows.position, *_positions(key_argnum)]
-        refuse_uncut_rows(args, kwargs, taken, rows_of(batch, "batch"))
-        differentiate = partial(
-            grad_fn or jax.value_and_grad,
-            **({} if grad_fn is not None and argnums == 0 else {"argnums": argnums}),
-        )
-        call = Call(
-            rows.function(fun), args, kwargs, rows.position, None, has_aux, None, differentiate
-        )
+        program.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
+        # Rows keep their random numbers: keys of its own would make each micro-batch differ.
+        call = program._replace(key_argnum=None).call(args, kwargs, None)
         return certificate(
             call,
             argnums,
-            rows.weight(weight),
+            program.weight,
             engine,
             microbatch_size,
             accumulation_steps,

@@ -121,14 +121,21 @@ def cut_batch(
     return Cut([Segment(1, n, partial(_piece, batch, start, n)) for start, n in pieces])
 
 
-def cut_further(window: Window, most: int) -> Window:
-    """A Window of micro-batches that have no more rows than that, in the same order."""
+def cut_smaller(batch: Any, most: int) -> Cut:
+    """The same micro-batches, outside a trace, with no more rows than that; a Window is cut.
+
+    Args:
+        batch: a batch or a Window.
+        most: rows of a micro-batch, >= 1.
+    """
+    if not isinstance(batch, Window):
+        return cut_batch(batch, most, None, compiled=False)
     pieces = (
         _piece(microbatch, start, stop - start)
-        for index, microbatch in enumerate(window)
+        for index, microbatch in enumerate(batch)
         for start, stop in even_cut(rows_of(microbatch, f"window[{index}]"), most)
     )
-    return Window(pieces, sorted_rows=window.sorted_rows)
+    return cut_batch(Window(pieces), None, None, compiled=False)
 
 
 def rows_of(batch: Any, path: str) -> int:

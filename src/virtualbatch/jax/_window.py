@@ -1,0 +1,125 @@
+"""One window of a call: inside a trace one program, outside one micro-batch after another."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from virtualbatch.jax._arguments import refuse_uncut_rows
+from virtualbatch.jax._batch import Cut, cut_batch
+from virtualbatch.jax._compiled import run_compiled
+from virtualbatch.jax._eager import run_eager
+from virtualbatch.jax._objective import Call
+from virtualbatch.jax._replicas import varying
+from virtualbatch.jax._weights import traced_shares, window_shares
+
+
+class Program(NamedTuple):
+    """What `value_and_grad` was given beside the sizes.
+
+    Fields:
+        fun: the user's function, of arguments of which one is the batch.
+        argnums: positions of what is differentiated.
+        has_aux: whether fun returns (loss, aux).
+        batch_argnum: position of the batch.
+        weight: micro-batch -> weight, or None.
+        accumulator_dtype: dtype of the buffer; None for promote(parameter dtype, float32).
+        key_argnum: position of the argument with PRNG keys, or None.
+        axis_name: mesh axes over which the batch is spread, or None.
+        grad_fn: what differentiates in place of `jax.value_and_grad`, or None.
+        stats: whether the statistics of the window are returned too.
+    """
+
+    fun: Callable[..., Any]
+    argnums: int | Sequence[int]
+    has_aux: bool
+    batch_argnum: int
+    weight: Callable[[Any], Any] | None
+    accumulator_dtype: Any
+    key_argnum: int | None
+    axis_name: Any
+    grad_fn: Callable[..., Any] | None
+    stats: bool = False
+
+    def refuse_uncut_rows(self, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int) -> None:
+        """See `refuse_uncut_rows`."""
+        cut = [*positions(self.argnums), self.batch_argnum, *positions(self.key_argnum)]
+        refuse_uncut_rows(args, kwargs, cut, rows)
+
+    def call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weighted: Mapping[Any, Any] | None
+    ) -> Call:
+        """The user's function with the arguments of one call.
+
+        Args:
+            args: positional arguments, the batch among them.
+            kwargs: keyword arguments.
+            weighted: names of the terms that have weights, None if all weigh by rows.
+        """
+        plain = self.grad_fn is not None and self.argnums == 0
+        options = {} if plain else {"argnums": self.argnums}
+        return Call(
+            self.fun,
+            args,
+            kwargs,
+            self.batch_argnum,
+            self.key_argnum,
+            self.has_aux,
+            weighted,
+            partial(self.grad_fn or jax.value_and_grad, **options),
+        )
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], cut: Cut, traced: bool) -> Any:
+        """Runs a window, without recovery.
+
+        Args:
+            args: positional arguments, the batch among them.
+            kwargs: keyword arguments.
+            cut: the batch, cut.
+            traced: whether this runs inside a trace.
+
+        Returns:
+            (loss or (loss, aux), gradients), and with `stats` the `WindowStats`.
+        """
+        axis_name, weight = self.axis_name, self.weight
+        if axis_name is not None:
+            # Numbers of axes mean nothing outside a trace: JAX names the axis that is missing.
+            jax.lax.axis_size(axis_name)
+            own = positions(self.argnums)
+            args = tuple(varying(arg, axis_name) if k in own else arg for k, arg in enumerate(args))
+        shares = traced_shares(cut, weight, axis_name) if traced else window_shares(cut, weight)
+        call = self.call(args, kwargs, shares.terms)
+        dtype = self.accumulator_dtype
+        if traced:
+            result = run_compiled(call, cut, shares, dtype, axis_name, self.stats)
+        else:
+            result = run_eager(call, cut, shares, dtype, self.stats)
+        value, aux, gradients, stats = result
+        found = ((value, aux) if self.has_aux else value), gradients
+        return (*found, stats) if self.stats else found
+
+    def window(self, size: int) -> Callable[..., Any]:
+        """A window of one size, without recovery: a search is to know that memory ran out."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            traced = is_traced(args, kwargs)
+            cut = cut_batch(args[self.batch_argnum], size, None, compiled=traced)
+            return self.run(args, kwargs, cut, traced)
+
+        return run
+
+
+def positions(given: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Positions of arguments, from one, several or None."""
+    if given is None:
+        return ()
+    return tuple(given) if isinstance(given, Sequence) else (given,)
+
+
+def is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call with these arguments runs inside a trace."""
+    # Under jit new values are traced too, where a loss uses traced ones that are no arguments.
+    leaves = jax.tree.leaves((args, kwargs, jnp.zeros(())))
+    return any(isinstance(x, jax.core.Tracer) for x in leaves)
