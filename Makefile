@@ -19,7 +19,7 @@ ALONE_EXTRAS_tensorflow := tensorflow,demo,test,lint
 ALONE_EXTRAS_torch := torch,test,lint
 ALONE_EXTRAS_jax := jax,examples,test,lint
 
-.PHONY: help setup demo test test-all mutants test-gpu test-alone lint bench examples report-shots doctor clean
+.PHONY: help setup demo test test-all mutants test-gpu test-alone test-floors lint bench examples report-shots doctor clean
 
 help:
 	@echo "make setup      create .venv and install the package with its tools"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-all   all tests; make test-all-torch those of one part"
 	@echo "make mutants    small wrong changes of the package, each of which the quick tests must catch"
 	@echo "make test-alone ENGINE=jax    one engine without the other frameworks: types, every verb"
+	@echo "make test-floors   the lowest releases that pyproject.toml allows; installs them"
 	@echo "make lint       ruff, mypy, import contracts"
 	@echo "make bench      measure speed and memory"
 	@echo "make examples   run every file in examples/"
@@ -79,6 +80,21 @@ test-alone:
 	$(ALONE)/bin/mypy
 	$(ALONE)/bin/python -m pytest --collect-only -qq tests/$(ENGINE)
 	$(ALONE)/bin/python -m tests.alone $(ENGINE)
+
+# The lowest releases that pyproject.toml allows, in an environment of their own: the laws, the public
+# names, and Keras' private ones.
+FLOORS := .venv-floors
+
+test-floors:
+	test -x $(FLOORS)/bin/python || $(PYTHON) -m venv $(FLOORS)
+	mkdir -p build
+	$(FLOORS)/bin/python tests/floors.py > build/floors.txt
+	$(FLOORS)/bin/python -m pip install --disable-pip-version-check --constraint build/floors.txt \
+		--editable ".[tensorflow,torch,jax,report,test]"
+	$(FLOORS)/bin/python -m pytest -m "not thorough" tests/conformance tests/jax/test_convolution.py
+	$(FLOORS)/bin/python -m pytest tests/test_public_api.py tests/test_imports.py
+	set -e; for backend in tensorflow torch jax; do KERAS_BACKEND=$$backend $(FLOORS)/bin/python \
+		-m pytest tests/keras/test_keras_internals.py tests/keras/test_metrics.py; done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,32 +1,85 @@
 """The private parts of Keras that the engine stands on, so that an upgrade breaks here first."""
 
+import importlib
 import inspect
 
 import keras
 import numpy as np
+import pytest
 from keras.src import backend
 from keras.src.losses import loss as loss_module
 from keras.src.trainers.compile_utils import CompileLoss
+from tests.private_names import private_imports, private_names
 
-
-def test_the_trainer_has_what_a_window_calls() -> None:
-    model = keras.Sequential([keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
-    model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
-    for name in (
+# Private names in src, by what has them. Whoever uses another one names it here.
+NAMES = {
+    "model": {
         "_aggregate_additional_loss",
         "_call_has_training_arg",
         "_compile_loss",
+        "_compile_metrics",
         "_compute_loss",
         "_flatten_layers",
         "_loss_tracker",
-    ):
-        assert hasattr(model, name), name
+        "_losses",
+        "_losses_override",
+        "_non_trainable_variables",
+        "_operations",
+        "_symbolic_build",
+    },
+    "layer": {"_dtype_policy", "_moments", "_seed_generators"},
+    "variable": {"_dtype", "_initialize", "_value"},
+    "compile_loss": {
+        "_flat_losses",
+        "_metrics",
+        "_y_pred_build_structure",
+        "_y_true_build_structure",
+    },
+}
+# What only the trainer of JAX has; the second is set by each of its functions.
+OF_JAX = {"_get_jax_state", "_jax_state"}
+IMPORTS = {
+    "keras.src.backend",
+    "keras.src.backend.common.global_state",
+    "keras.src.losses.loss.apply_mask",
+    "keras.src.random.seed_generator.GLOBAL_SEED_GENERATOR",
+}
+
+
+def test_every_private_name_in_use_is_named_here() -> None:
+    assert private_names("keras") == set().union(*NAMES.values(), OF_JAX)
+    assert private_imports("keras", r"keras\.src") == IMPORTS
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_what_is_imported_is_there(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    assert hasattr(importlib.import_module(module), attribute)
+
+
+def test_keras_has_every_private_name() -> None:
+    model = keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization()])
+    model.compile("sgd", "mse")
+    model.fit(np.ones((4, 2)), np.ones((4, 2)), verbose=0)
+    owners = {
+        "model": model,
+        "layer": model.layers[0],
+        "variable": model.trainable_variables[0],
+        "compile_loss": model._compile_loss,
+    }
     assert isinstance(model._compile_loss, CompileLoss)
+    for owner, names in NAMES.items():
+        # A functional model has its operations in the functions that it is made of.
+        lacking = {name for name in names if not hasattr(owners[owner], name)}
+        assert lacking <= ({"_operations"} if owner == "model" else set())
+    functional = keras.Model(model.inputs, model.outputs)
+    assert functional._operations
+    if keras.backend.backend() == "jax":
+        assert callable(model._get_jax_state)
+        assert "self._jax_state = " in inspect.getsource(type(model).fit)
     entry = model._compile_loss._flat_losses[0]
     assert entry._fields == ("path", "loss", "loss_weights", "name")
-    for name in ("_metrics", "_y_pred_build_structure", "_y_true_build_structure", "built"):
-        assert name in vars(model._compile_loss), name
+    assert "built" in vars(model._compile_loss)
 
 
 def test_a_loss_reduces_in_its_call_as_the_terms_assume() -> None:

@@ -96,6 +96,7 @@ PROCESS = """
 """
 
 
+@pytest.mark.thorough("two processes; the rule itself is tried in one")
 def test_two_real_processes(tmp_path):
     running = [
         subprocess.Popen(

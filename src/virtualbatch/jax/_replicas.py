@@ -37,7 +37,4 @@ def over_devices(total: Any, axis_name: Any) -> Any:
 
 
 def _varies_over(x: Any) -> frozenset[Any]:
-    kind = jax.typeof(x)
-    manual = getattr(kind, "manual_axis_type", None)
-    # JAX before 0.10 keeps it under another name.
-    return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
