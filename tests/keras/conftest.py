@@ -10,7 +10,7 @@ import keras
 import pytest
 from keras.src.backend.common import dtypes
 from tests.keras.backends import BACKEND, available, ignored
-from tests.keras.neutral import leave_to_torch
+from tests.keras.neutral import leave_out
 
 # Selection, not a skip: on its own backend every folder is collected.
 collect_ignore = ignored(BACKEND)
@@ -36,8 +36,7 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    if BACKEND != "torch":
-        leave_to_torch(items)
+    leave_out(items, BACKEND)
     # NumPy's word about variables of Keras, which Keras itself reads through NumPy.
     allowed = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
     for item in items:

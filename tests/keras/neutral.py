@@ -1,12 +1,17 @@
-"""Tests of what is the same on every backend; the quick tier tries them on PyTorch alone.
+"""Tests that the quick tier leaves out on some backends.
 
-There nothing is compiled, and a case costs a tenth. What a backend does by itself (its loop, its
-buffers, counted masks, moments, packing, retry) stays in the quick tier of each.
+What is the same on every backend is tried on PyTorch alone: there nothing is compiled, and a case
+costs a tenth. What a backend does by itself (its loop, its buffers, counted masks, moments, packing,
+retry) stays in the quick tier of each. On JAX `run_eagerly` compiles every operation alone, so there
+one case of it is enough.
 """
 
 import pytest
 
 REASON = "the same code as on PyTorch, where the quick tier tries it and nothing is compiled"
+REASON_ON_JAX = (
+    "half a minute and more of compiling; test_modes.py tries it eagerly, jax/ in traces"
+)
 
 # File -> functions, or ids of their cases.
 NEUTRAL = {
@@ -65,22 +70,52 @@ NEUTRAL = {
 }
 
 
-def leave_to_torch(items):
-    """Marks them on another backend.
+# The same on JAX.
+SLOW_ON_JAX = {
+    "test_batchnorm.py": {
+        "test_the_statistics_of_the_first_batchnorm_are_those_of_the_whole_batch[eager]"
+    },
+    "test_metrics.py": {"test_equals_keras[stateful, weighted too]"},
+    "test_mixed_precision.py": {
+        "test_mixed_policies_take_the_steps_that_keras_takes[mixed_bfloat16-{'run_eagerly': True}]"
+    },
+    "test_modes.py": {
+        "test_a_model_may_change_its_mind[{'run_eagerly': True}]",
+        "test_train_on_batch_eagerly",
+    },
+    "test_packing.py": {
+        "test_equals_keras[eagerly]",
+        "test_four_lengths_are_traced_whatever_the_data",
+        "test_memory_that_runs_out_halves_the_tokens",
+    },
+}
+
+
+def leave_out(items, backend):
+    """Marks those of a backend.
 
     Args:
         items: all tests that were collected.
+        backend: the backend under test.
 
     Raises:
-        pytest.UsageError: a whole file was collected, and a name is none of its tests.
+        pytest.UsageError: whole files were collected, and a name is none of their tests.
     """
-    for file, names in NEUTRAL.items():
+    if backend != "torch":
+        _mark(items, NEUTRAL, REASON)
+    if backend == "jax":
+        _mark(items, SLOW_ON_JAX, REASON_ON_JAX)
+
+
+def _mark(items, table, reason):
+    for file, names in table.items():
         found = [item for item in items if item.path.name == file and "keras" in item.path.parts]
         for item in found:
             if {item.name, item.originalname} & names:
-                item.add_marker(pytest.mark.thorough(REASON))
+                item.add_marker(pytest.mark.thorough(reason))
         known = {name for item in found for name in (item.name, item.originalname)}
-        if found and len(known) > len(names) and (strangers := names - known):
+        # One test may have been asked for by its name.
+        if len(found) > len(names) and (strangers := names - known):
             raise pytest.UsageError(
                 f"tests/keras/neutral.py names tests of {file}. Got {sorted(strangers)}, which "
                 "are none. Mend the list."
