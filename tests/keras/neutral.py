@@ -1,16 +1,16 @@
 """Tests that the quick tier leaves out on some backends.
 
 What is the same on every backend is tried on PyTorch alone: there nothing is compiled, and a case
-costs a tenth. What a backend does by itself (its loop, its buffers, counted masks, moments, packing,
-retry) stays in the quick tier of each. On JAX `run_eagerly` compiles every operation alone, so there
-one case of it is enough.
+costs a tenth. What a backend does by itself (its loop, its buffers, counted masks, moments,
+packing, retry) stays in the quick tier of each. On JAX `run_eagerly` compiles every operation
+alone, so there one case of it is enough.
 """
 
 import pytest
 
 REASON = "the same code as on PyTorch, where the quick tier tries it and nothing is compiled"
 REASON_ON_JAX = (
-    "half a minute and more of compiling; test_modes.py tries it eagerly, jax/ in traces"
+    "compiles for half a minute and more; test_modes.py and jax/ try it with less"
 )
 
 # File -> functions, or ids of their cases.
