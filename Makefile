@@ -25,7 +25,7 @@ help:
 	@echo "make setup      create .venv and install the package with its tools"
 	@echo "make demo       train on real digits: small, whole, accumulated; writes report.html"
 	@echo "make test       the quick tests of every part, and what each cost; make test-torch those of one"
-	@echo "make test-all   all tests; make test-all-torch those of one part"
+	@echo "make test-all   all tests, and some with the lowest releases; make test-all-torch those of one part"
 	@echo "make mutants    small wrong changes of the package, each of which the quick tests must catch"
 	@echo "make test-alone ENGINE=jax    one engine without the other frameworks: types, every verb"
 	@echo "make test-floors   the lowest releases that pyproject.toml allows; installs them"
@@ -57,6 +57,7 @@ test: setup
 
 test-all: setup
 	$(BIN)/python tests/run.py --thorough
+	$(MAKE) --no-print-directory test-floors
 
 mutants: setup
 	$(BIN)/python -m tests.mutants.run

@@ -9,9 +9,7 @@ alone, so there one case of it is enough.
 import pytest
 
 REASON = "the same code as on PyTorch, where the quick tier tries it and nothing is compiled"
-REASON_ON_JAX = (
-    "compiles for half a minute and more; test_modes.py and jax/ try it with less"
-)
+REASON_ON_JAX = "compiles for half a minute and more; test_modes.py and jax/ try it with less"
 
 # File -> functions, or ids of their cases.
 NEUTRAL = {
