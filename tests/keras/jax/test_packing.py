@@ -6,6 +6,7 @@ from tests.keras.problems import compiled
 from tests.keras.training import Case, assert_equals_keras
 
 
+@pytest.mark.thorough("compiles a program for each length; test_program.py counts traces too")
 def test_four_lengths_are_traced_whatever_the_data():
     model, calls = counting()
     model.fit(IDS[:60], LABELS[:60], batch_size=10, verbose=0, shuffle=False)
