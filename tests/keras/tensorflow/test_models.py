@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import layers
 from tests.keras import problems
 from tests.keras.problems import WORDS, compiled
-from tests.keras.training import BATCH, ROWS, Case, assert_equals_keras
+from tests.keras.training import BATCH, ROWS, Case, assert_equals_keras, in_tiers
 
 LABELS = problems.LABELS
 
