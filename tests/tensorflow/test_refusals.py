@@ -136,7 +136,7 @@ WEIGHTS = {
 FORMS = {
     "vector": (lambda b: tf.ones([2]), r"Got shape \(2,\) for term 'loss'\. Reduce it"),
     "NumPy vector": (lambda b: np.ones(3), r"Got shape \(3,\) for term 'loss'\."),
-    "list": (lambda b: [1, 2], r"Got shape \(2,\) for term 'loss'\."),
+    "list": (lambda b: [1, 2], r"Got \[1, 2\] for term 'loss'\."),
     "None": (lambda b: None, r"Got None for term 'loss'\."),
     "text": (lambda b: "4", r"Got '4' for term 'loss'\."),
     "vector of a term": (lambda b: {"a": tf.ones([2])}, r"Got shape \(2,\) for term 'a'\."),
