@@ -71,7 +71,13 @@ class Loss:
 
 
 @pytest.mark.parametrize("terms", tiered(WEIGHTS, ["two and None"], "further weights"))
-@pytest.mark.parametrize("aux", [None, lambda errors: (errors, errors.mean())])
+@pytest.mark.parametrize(
+    "aux",
+    [
+        pytest.param(None, marks=pytest.mark.thorough("less than with aux")),
+        lambda errors: (errors, errors.mean()),
+    ],
+)
 def test_the_loss_is_traced_once_per_shape(terms, aux):
     # With aux at one size of micro-batch, one more abstract trace tells rows from classes.
     abstract = [] if aux is None else [2 * SIZE]

@@ -90,7 +90,7 @@ def test_derivatives_of_the_result(mode):
     assert_same(tangents, jax.jvp(lambda p: loss(p, B), (on_device(P),), (on_device(P),)))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", tiered(MODES, MODES[1:], "un-jitted, batching is traced anew"))
 @pytest.mark.parametrize("axis", tiered([0, 1], [1], "the other axis"))
 def test_vmap_over_models_and_over_batches(axis, mode):
     models = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), P)
