@@ -48,6 +48,9 @@ for program in sys.argv[1:]:
     os.chdir(folder)
     runpy.run_path(program, run_name="__main__")
     os.chdir(before)
+    if "keras" in sys.modules:
+        # It numbers the names that it gives.
+        sys.modules["keras"].backend.clear_session()
     print(f"\\nran {program}", flush=True)
 """
 

@@ -185,6 +185,16 @@ def test_running_out_is_logged_with_both_sizes(caplog):
     assert "micro-batches of 25 rows, which are kept" in caplog.text
 
 
+def test_it_grows_no_larger_than_planned():
+    # 50, halved twice, is 12: four times that, doubled again, would be 96.
+    size = CurrentSize(50, grow_after=1)
+    assert size.shrink(50)
+    assert size.shrink(25)
+    for rows in (24, 48, 50, 50):
+        size.succeeded()
+        assert size.rows == rows
+
+
 def test_automatic_sizes_are_legal_alone():
     for size in ("auto", Auto()):
         check_sizes_or_auto(size, None)
