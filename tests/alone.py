@@ -39,7 +39,7 @@ def torch() -> dict[str, Callable[[], object]]:
         "plan": lambda: vb.plan(**call),
         "certify": lambda: vb.certify(**call, microbatch_size=SIZE).raise_if_inexact(),
         "certify_loop": lambda: vb.certify_loop(
-            loop, [call["batch"]], microbatch_size=SIZE, module=module, optimizer=optimizer
+            loop, [call["batch"]] * 2, microbatch_size=SIZE, module=module, optimizer=optimizer
         ).raise_if_inexact(),
     }
 
@@ -66,7 +66,7 @@ def jax() -> dict[str, Callable[[], object]]:
         "plan": lambda: vb.plan(fun)(params, batch),
         "certify": lambda: vb.certify(fun, microbatch_size=SIZE)(params, batch).raise_if_inexact(),
         "certify_loop": lambda: vb.certify_loop(
-            loop, {"params": params}, [batch], microbatch_size=SIZE
+            loop, {"params": params}, [batch] * 2, microbatch_size=SIZE
         ).raise_if_inexact(),
     }
 
@@ -89,7 +89,7 @@ def tensorflow() -> dict[str, Callable[[], object]]:
         "plan": lambda: vb.plan(**call),
         "certify": lambda: vb.certify(**call, microbatch_size=SIZE).raise_if_inexact(),
         "certify_loop": lambda: vb.certify_loop(
-            loop, [call["batch"]], microbatch_size=SIZE, weights=variables
+            loop, [call["batch"]] * 2, microbatch_size=SIZE, weights=variables
         ).raise_if_inexact(),
     }
 
