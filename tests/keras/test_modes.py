@@ -138,3 +138,30 @@ def test_train_on_batch_eagerly():
             ]
         )
     assert_close(results[0], results[1], 1e-10)
+
+
+class Seen(keras.layers.Layer):
+    """Notes how many rows it is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def call(self, x):
+        self.rows.append(x.shape[0])
+        return x
+
+
+def test_after_restore_batches_are_whole_again():
+    # The train function that Keras kept would go on cutting them, with the same weights at the end.
+    layer = Seen()
+    model = keras.Sequential([keras.Input((3,)), layer, keras.layers.Dense(1)])
+    model.compile(optimizer="sgd", loss="mse", run_eagerly=True)
+    x = np.ones((4, 3))
+    vb.accumulate(model, microbatch_size=2)
+    model.fit(x, x[:, :1], batch_size=4, verbose=0)
+    assert layer.rows[-2:] == [2, 2]
+    vb.restore(model)
+    layer.rows.clear()
+    model.fit(x, x[:, :1], batch_size=4, verbose=0)
+    assert layer.rows == [4]
