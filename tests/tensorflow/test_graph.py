@@ -325,3 +325,23 @@ def test_a_batch_of_unknown_rank():
         )
 
     assert_close(train(tf.constant([[1.0], [2], [6]], tf.float64))[1][0], 3.0)
+
+
+def test_a_step_that_reads_no_row_does_not_run_where_rows_are_refused():
+    calls, variable = tf.Variable(0), tf.Variable(1.0)
+    spec = tf.TensorSpec([None, 1])
+
+    @tf.function(input_signature=[{"x": spec, "y": spec}])
+    def train(batch):
+        def loss_fn(batch):
+            calls.assign_add(1)
+            return tf.reduce_mean(batch["x"]) * variable
+
+        return vb.value_and_gradients(loss_fn, batch, [variable], microbatch_size=2)
+
+    train({"x": tf.ones([4, 1]), "y": tf.ones([4, 1])})
+    assert calls.numpy() == 2
+    for _ in range(10):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            train({"x": tf.ones([4, 1]), "y": tf.ones([3, 1])})
+    assert calls.numpy() == 2
