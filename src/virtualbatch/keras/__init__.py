@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.keras._backend import Backend, backend
+from virtualbatch.keras._backend import Backend
 from virtualbatch.keras._certify.certificate import certificate
 from virtualbatch.keras._certify.loop import certify_loop
 from virtualbatch.keras._checks import (
@@ -191,6 +191,32 @@ def restore(model: keras.Model) -> None:
 def _backend_for(model: Any) -> Backend:
     """Keras' backend, for a model that it can train by windows."""
     check_model(model)
-    keras_backend = backend()
+    keras_backend = _backend()
     keras_backend.refuse(model)
     return keras_backend
+
+
+def _backend() -> Backend:
+    """That of Keras' backend; its framework is the only one that is imported.
+
+    Raises:
+        NotImplementedError: this version does not support the backend.
+    """
+    match keras.backend.backend():
+        case "tensorflow":
+            from virtualbatch.keras._tensorflow.step import BACKEND as tensorflow
+
+            return tensorflow
+        case "torch":
+            from virtualbatch.keras._torch.step import BACKEND as torch
+
+            return torch
+        case "jax":
+            from virtualbatch.keras._jax.step import BACKEND as jax
+
+            return jax
+        case other:
+            raise NotImplementedError(
+                "accumulate works on Keras' TensorFlow, JAX and PyTorch backends. "
+                f"Got the backend {other!r}. Set KERAS_BACKEND to tensorflow, jax or torch."
+            )

@@ -68,29 +68,3 @@ class Backend(NamedTuple):
     cut: Callable[[int, int], Sequence[int]]
     is_concrete: Callable[[Any], bool]
     kept: Callable[[keras.Model], Sequence[Kept]]
-
-
-def backend() -> Backend:
-    """That of Keras' backend; its framework is the only one that is imported.
-
-    Raises:
-        NotImplementedError: this version does not support the backend.
-    """
-    match keras.backend.backend():
-        case "tensorflow":
-            from virtualbatch.keras._tensorflow.step import BACKEND as tensorflow
-
-            return tensorflow
-        case "torch":
-            from virtualbatch.keras._torch.step import BACKEND as torch
-
-            return torch
-        case "jax":
-            from virtualbatch.keras._jax.step import BACKEND as jax
-
-            return jax
-        case other:
-            raise NotImplementedError(
-                "accumulate works on Keras' TensorFlow, JAX and PyTorch backends. "
-                f"Got the backend {other!r}. Set KERAS_BACKEND to tensorflow, jax or torch."
-            )
