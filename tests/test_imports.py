@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.tiers import tiered
 
 ROOT = Path(__file__).parent.parent
 FRAMEWORKS = ("tensorflow", "keras", "torch", "jax")
@@ -99,7 +100,9 @@ def test_an_engine_needs_no_other_framework(engine: str, others: tuple[str, ...]
     assert_not_imported((f"import virtualbatch.{engine}", others))
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "torch", "jax"])
+@pytest.mark.parametrize(
+    "backend", tiered(["tensorflow", "torch", "jax"], ["tensorflow"], "loads Keras once more")
+)
 def test_keras_imports_the_engine_of_its_backend_only(backend: str) -> None:
     # Keras itself imports other frameworks for its data adapters.
     program = f"""

@@ -31,6 +31,9 @@ NEUTRAL = {
         "test_a_step_at_each_microbatch",
     },
     "test_data.py": {"test_equals_keras[frames]", "test_equals_keras[PyDataset]"},
+    "test_limited.py": {
+        "test_an_update_that_runs_out_is_that_of_the_smaller_size[forward-fit]",
+    },
     "test_losses.py": {
         "test_equals_keras[sum_over_batch_size, row weights]",
         "test_equals_keras[sum_over_batch_size, masks]",
@@ -86,7 +89,11 @@ SLOW_ON_JAX = {
     },
     "test_metrics.py": {"test_equals_keras[stateful, weighted too]"},
     "test_mixed_precision.py": {
-        "test_mixed_policies_take_the_steps_that_keras_takes[mixed_bfloat16-{'run_eagerly': True}]"
+        "test_half_variables_agree_to_their_rounding[bfloat16-{'run_eagerly': True}]",
+        "test_mixed_policies_take_the_steps_that_keras_takes[mixed_bfloat16-{'run_eagerly': True}]",
+    },
+    "test_optimizers.py": {
+        "test_a_loss_scale_compiled_later_is_read_at_every_window[{'run_eagerly': True}]"
     },
     "test_modes.py": {
         "test_a_model_may_change_its_mind[{'run_eagerly': True}]",

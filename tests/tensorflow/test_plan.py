@@ -71,6 +71,7 @@ def measured_peaks():
     return {row.microbatch_size: row.peak_bytes for row in found.rows if row.measured}
 
 
+@pytest.mark.thorough("half a minute of measured peaks")
 def test_a_line_predicts_peaks_within_fifteen_percent():
     # With threads, what a graph holds at once depends on their order, so on the machine's load.
     child = subprocess.run(
@@ -277,6 +278,7 @@ def test_sizes_are_tried_eagerly_where_there_is_no_room_for_a_graph(
     assert int(count) == 0
 
 
+@pytest.mark.thorough("another process under a limit")
 def test_sizes_are_tried_in_a_process_of_little_address_space():
     script = Path(__file__).with_name("tight.py")
     # Else the C library keeps what is freed, and what fits is a matter of luck.

@@ -20,7 +20,7 @@ from virtualbatch.torch._gradients import WindowGradients
 ROWS = 24
 SEEDS = 100
 # One of each phase.
-QUICK = (0, 1, 2, 12)
+QUICK = (0, 1, 2, 12, 29)
 PHASES = ("weight", "forward", "backward", "accumulate", "commit")
 
 
