@@ -46,6 +46,19 @@ def test_a_window_runs_again_in_smaller_pieces(text):
     assert (window.cuts, window.put_back, window.size.rows) == ([8, 4, 2], 2, 2)
 
 
+def test_memory_that_runs_out_while_a_window_is_cut_is_no_other_error():
+    window = Window(RuntimeError(CERTAIN))
+
+    def smaller(rows):
+        raise RuntimeError(f"{CERTAIN} for the pieces")
+
+    with pytest.raises(MemoryError, match=r"A micro-batch of one row must fit in memory\."):
+        run_until_it_fits(
+            window.run, 8, int, smaller, window.size, MEMORY, list, put_back=window.undo
+        )
+    assert (window.cuts, window.size.rows) == ([8], 1)
+
+
 def test_an_ambiguous_error_that_comes_back_at_one_row_is_raised_unchanged(caplog):
     errors = [RuntimeError(f"{AMBIGUOUS} {rows}") for rows in (8, 4, 2, 1)]
     window = Window(*errors)

@@ -61,8 +61,12 @@ def run_until_it_fits(
     before = size.rows
     first: BaseException | None = None
     ran_out = False
+    # Rows of a cut that is still to be made: that may run out of memory as well.
+    wanted: int | None = None
     while True:
         try:
+            if wanted is not None:
+                cut, wanted = smaller(wanted), None
             return run(cut)
         except memory.errors.kinds as error:
             if not memory.errors.is_possible(error) or is_too_late(error):
@@ -76,9 +80,9 @@ def run_until_it_fits(
             ran_out = True
         else:
             _log.warning("This error may mean that memory ran out: %s", failed)
-        if not size.shrink(rows(cut), unit):
+        if not size.shrink(rows(cut) if wanted is None else wanted, unit):
             if ran_out:
                 raise no_smaller_size(failed, memory.left_bytes(), largest()) from failed
             size.rows = before
             raise first
-        cut = smaller(size.rows)
+        wanted = size.rows
