@@ -178,7 +178,8 @@ class _Clock:
                 self._begin = now
             # Nothing is built for a trial.
             needed = self._cost + self._budget.reserve if new and question.kind == "time" else 0.0
-            if now - self._begin + needed >= self._budget.seconds:
+            spent = now - self._begin
+            if spent >= self._budget.seconds or spent + needed > self._budget.seconds:
                 return True
         if new:
             self._met.add(question.microbatch_size)
