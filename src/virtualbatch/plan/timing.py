@@ -108,7 +108,7 @@ class FastestSize:
     def seconds(self) -> dict[int, float]:
         """The time of each size, in a round of mean load; by size.
 
-        The model is seconds = time of the size x load of the round, fitted by turns to either.
+        The model is seconds = time of the size x load of the round, fitted to each in alternation.
         """
         found, loads = self._fitted()
         return {size: found[size] * fmean(loads) for size in found}

@@ -124,7 +124,7 @@ def _peak(
 def _timing(program: Program, cut: list[Microbatch], shares: Shares) -> Timing:
     """The time of a window, by as many of its micro-batches as take a moment.
 
-    What else a machine does comes and goes within seconds: many short runs of all sizes, in turns,
+    What else a machine does comes and goes within seconds: many short runs of all sizes, in rounds,
     tell them apart where a few whole windows do not.
     """
 
