@@ -9,19 +9,17 @@ chosen one is compared with the fastest.
 Usage: python benchmarks/plan.py [--engines torch jax] [--models MLP CNN] [--json FILE]
 """
 
-import argparse
-import json
 import math
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from children import result_of
+from command import apart, parser_of, save
 from plan_models import MODELS, ROWS, data, in_keras, in_torch
 
+from virtualbatch.bench.children import tell
 from virtualbatch.plan.search import Question, Search
 
 ENGINES = ["jax", "torch", "tensorflow", "keras"]
@@ -322,14 +320,9 @@ def line_error(plans: list[Any]) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=2, metavar=("ENGINE", "MODEL"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, engines=ENGINES, models=MODELS).parse_args()
     if arguments.one:
-        print(json.dumps(measured(*arguments.one)))
+        tell(measured(*arguments.one))
         return
     results: dict[str, dict[str, Any]] = {}
     for engine in arguments.engines:
@@ -339,7 +332,7 @@ def main() -> None:
             f"{'line off':>9}{'s':>7}"
         )
         for name in arguments.models:
-            found = result_of(__file__, ["--one", engine, name], 900, **COUNTED)
+            found = apart(engine, name, seconds=900, **COUNTED)
             results.setdefault(engine, {})[name] = found
             off, line = (
                 "" if found[key] is None else f"{found[key]:.1%}" for key in ("error", "line_error")
@@ -351,8 +344,7 @@ def main() -> None:
                 f"{off:>9}{line:>9}{found['seconds_to_plan']:7.1f}",
                 flush=True,
             )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+    save(arguments.json, results)
 
 
 if __name__ == "__main__":

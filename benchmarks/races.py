@@ -7,19 +7,17 @@ many points of it, and each look that it takes moves it on by what the look took
 Usage: python benchmarks/races.py [--engines torch jax] [--models CNN] [--seconds 90] [--json FILE]
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import plan
-from children import result_of
+from command import apart, parser_of, save
 from plan_models import MODELS, ROWS, data, in_torch
 
+from virtualbatch.bench.children import tell
 from virtualbatch.plan.plan import NEARLY_AS_FAST
 from virtualbatch.plan.planner import BUDGET
 from virtualbatch.plan.timing import FastestSize
@@ -197,24 +195,18 @@ def scores(record: dict[int, list[float]], parts: dict[int, float]) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
     engines = [engine for engine in plan.ENGINES if engine != "keras"]
-    parser.add_argument("--engines", nargs="+", default=engines, choices=engines)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--seconds", type=float, default=90.0, help="of each record")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=2, metavar=("ENGINE", "MODEL"), help=argparse.SUPPRESS)
+    parser = parser_of(__doc__, seconds=90.0, engines=engines, models=MODELS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measured(*arguments.one, arguments.seconds)))
+        tell(measured(*arguments.one, arguments.seconds))
         return
     print(f"choices with {plan.THROUGHPUT:.0%} of the best throughput, mean throughput, seconds")
     print(f"{'':32}{'spread':>7}  " + "".join(f"{way:>24}" for way in WAYS))
     results: dict[str, Any] = {}
     for engine in arguments.engines:
         for name in arguments.models:
-            options = ["--one", engine, name, "--seconds", str(arguments.seconds)]
-            found = result_of(__file__, options, arguments.seconds + 300, **plan.COUNTED)
+            found = apart(engine, name, seconds=arguments.seconds + 300, **plan.COUNTED)
             results[f"{engine} {name}"] = found
             cells = [
                 f"{way['reached']:.0%} {way['mean']:.2f} {way['seconds']:.1f} s"
@@ -222,8 +214,7 @@ def main() -> None:
             ]
             line = "".join(f"{cell:>24}" for cell in cells)
             print(f"{engine + ' ' + name:32}{found['spread']:7.1%}  {line}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results))
+    save(arguments.json, results)
 
 
 if __name__ == "__main__":
