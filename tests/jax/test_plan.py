@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.tiers import tiered
 
 import virtualbatch.jax as vb
 
@@ -181,9 +180,8 @@ def test_sizes_are_tried_where_nothing_compiles(caplog, quick_plans):
     assert "sizes are tried from the smallest" in line
 
 
-@pytest.mark.parametrize(
-    "room", tiered([12, 100], [12], "another process under a limit, with more room")
-)
+@pytest.mark.thorough("another process under a limit")
+@pytest.mark.parametrize("room", [12, 100])
 def test_a_plan_lives_within_a_limit_of_the_process(room):
     script = Path(__file__).with_name("tight.py")
     # Else the C library keeps what is freed, and what fits is a matter of luck.

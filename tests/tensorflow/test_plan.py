@@ -97,6 +97,7 @@ def test_a_line_predicts_peaks_within_fifteen_percent():
     assert abs((rows[32] + 32 * slope) / rows[64] - 1) < 0.15
 
 
+@pytest.mark.thorough("half a minute of measured peaks; Keras keeps a limit in the quick tier")
 def test_a_limit_is_kept():
     loss_fn, x, variables, _ = program(64)
     rows = vb.plan(loss_fn, x, variables).rows

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.tiers import tiered
 from torch import nn
 
 import virtualbatch.torch as vb
@@ -89,7 +90,9 @@ def held(module, batch):
     return sum(tensor.nbytes for tensor in tensors)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", tiered(MODELS, ["CNN", "branch on values", "half precision"], "further models")
+)
 def test_peaks_are_those_of_real_windows(name):
     module, loss_fn, batch = program(name)
     plan = vb.plan(loss_fn, batch, module=module)
@@ -130,7 +133,7 @@ def peaks(module, loss_fn, batch):
     return vb.plan(loss_fn, batch, module=module).rows
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("share", tiered([0.3, 0.6, 0.9], [0.6], "further limits"))
 @pytest.mark.parametrize("name", ["CNN", "transformer", "LSTM"])
 def test_a_limit_is_kept(name, share):
     module, loss_fn, batch = program(name)
@@ -209,7 +212,7 @@ def assert_same(a, b):
         assert (x is None and y is None) or torch.equal(x, y), name
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiered(MODELS, ["CNN", "dropout"], "further models"))
 @pytest.mark.parametrize("with_gradients", [False, True])
 def test_planning_changes_nothing(name, with_gradients, quick_plans):
     module, loss_fn, batch = program(name)
