@@ -232,6 +232,7 @@ def test_equinox_with_leaves_that_are_no_parameters(jit):
     same(nothing(model, batch()), jax.tree.map(jnp.zeros_like, due))
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.thorough("a further way to use the framework")
 def test_equinox_partition_and_combine():
     params, static = eqx.partition(Equinox(), eqx.is_inexact_array)
