@@ -9,7 +9,6 @@ import pytest
 from tests import packed
 from tests.oracle import EXACT, assert_all_close, tolerance
 from tests.packed import LENGTH, MICROBATCH_TOKENS, ROWS, SUMMANDS
-from tests.tiers import tiered
 
 import virtualbatch.jax as vb
 from virtualbatch import pack
@@ -34,13 +33,18 @@ def padded(loss):
     return jax.tree.leaves(jax.value_and_grad(partial(loss, functions))(params, batch))
 
 
+MODES = ["compiled loss", "compiled window"]
+MORE_SHAPES = pytest.mark.thorough("without rounding, more shapes are compiled")
+OPERATIONS = pytest.mark.thorough("un-jitted, each shape compiles every operation")
+
+
 @pytest.mark.parametrize(
-    "mode",
-    tiered(
-        ["eager", "compiled loss", "compiled window"],
-        ["compiled loss", "compiled window"],
-        "un-jitted, each shape compiles every operation",
-    ),
+    ("mode", "round_to"),
+    [
+        *((mode, 4) for mode in MODES),
+        *(pytest.param(mode, None, marks=MORE_SHAPES) for mode in MODES),
+        pytest.param("eager", 4, marks=OPERATIONS),
+    ],
 )
 @pytest.mark.parametrize(
     ("dtype", "rtol"),
@@ -49,10 +53,7 @@ def padded(loss):
         pytest.param("float32", None, marks=pytest.mark.thorough("a further dtype")),
     ],
 )
-@pytest.mark.parametrize(
-    "round_to", tiered([None, 4], [4], "without rounding, more shapes are compiled")
-)
-def test_the_gradient_is_that_of_the_padded_batch(round_to, dtype, rtol, mode):
+def test_the_gradient_is_that_of_the_padded_batch(mode, round_to, dtype, rtol):
     functions, params, batch = problem(dtype)
     window = pack(batch, packed.lengths(), microbatch_tokens=MICROBATCH_TOKENS, round_to=round_to)
     loss = partial(packed.token_loss, functions)
