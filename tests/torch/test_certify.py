@@ -222,7 +222,7 @@ MUTATIONS = {
     "name",
     tiered(
         MUTATIONS,
-        ["mean of means", "missing last", "share of the wrong term", "one layer lost"],
+        ["mean of means", "stale accumulator", "share of the wrong term", "one layer lost"],
         "further wrong engines; they end in the same finding",
     ),
 )
