@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def quick_plans(monkeypatch):
     """Plans that time each size once; what more of it gains is what benchmarks/plan.py measures."""
-    monkeypatch.setattr(planner, "BUDGET", TimeBudget(settled=1.0, precise=1.0))
+    monkeypatch.setattr(planner, "BUDGET", TimeBudget(rounds=1))
 
 
 @pytest.fixture

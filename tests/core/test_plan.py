@@ -161,7 +161,7 @@ def test_the_smallest_size_that_is_nearly_as_fast_is_chosen():
 def test_times_near_the_fastest_are_taken_again_in_turns():
     # The first look at the two fastest was disturbed.
     first = {64: 1.2, 32: 1.3, 16: 1.25, 8: 1.24, 4: 3.0}
-    again = {64: 1.0, 32: 1.01, 16: 1.3, 8: 1.3}
+    again = {64: 1.0, 32: 1.01, 16: 1.6, 8: 1.6}
     asked = []
 
     def seconds(m):
@@ -170,7 +170,7 @@ def test_times_near_the_fastest_are_taken_again_in_turns():
 
     plan, _ = searched(64, 10**9, constant(5), seconds)
     assert plan.microbatch_size == 32
-    assert asked[:6] == [8, 32, 64] * 2
+    assert asked[:9] == [8, 32, 64] * 3
     # The others are left once turns have shown that they are slower.
     assert max(asked.count(8), asked.count(16)) < min(asked.count(32), asked.count(64))
     assert asked[-4:] in ([32, 64] * 2, [64, 32] * 2)
@@ -251,7 +251,7 @@ def test_a_size_that_took_all_the_time_is_not_taken_for_the_fastest():
 
 
 def test_without_time_for_other_sizes_those_that_are_there_are_timed_again():
-    looks = {8: iter([3.0]), 32: iter([0.9, 1.2, 1.2, 1.2, 1.2]), 128: iter([1.0] * 5)}
+    looks = {8: iter([3.0] * 3), 32: iter([0.9, 1.2, 1.2, 1.2, 1.2]), 128: iter([1.0] * 5)}
     search, skipped = Search(128, 10**9), []
     while (question := search.ask()) is not None:
         size = question.microbatch_size

@@ -73,7 +73,7 @@ ERRORS = MemoryErrors(
     (MemoryError,), (RuntimeError, MemoryError), any_of("no memory"), any_of("no handle")
 )
 # Sizes are measured once each, and nothing waits.
-QUICK = TimeBudget(settled=1.0, precise=1.0)
+QUICK = TimeBudget(rounds=1)
 
 
 class Window:

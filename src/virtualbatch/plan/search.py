@@ -12,7 +12,7 @@ from collections.abc import Container
 from typing import Literal, NamedTuple
 
 from virtualbatch.plan.plan import NEARLY_AS_FAST, Plan, PlanRow, readable_bytes
-from virtualbatch.plan.timing import FastestSize, TimeBudget
+from virtualbatch.plan.timing import EARLY, HOPELESS, FastestSize, TimeBudget
 
 _log = logging.getLogger(__name__)
 
@@ -26,8 +26,6 @@ _FIRST = 8
 _MOST_PEAKS = 8
 # Below this growth of the peak two sizes are both under the knee.
 _FLAT = 1.02
-# Sizes that are only tried grow until one takes this much longer than the fastest.
-_HOPELESS = 1.3
 
 
 class Question(NamedTuple):
@@ -57,7 +55,7 @@ class Search:
         remainder: whether micro-batches that differ cost nothing. Where a program is compiled for
             each shape, a remainder is one more, with memory of its own; then sizes that divide
             the batch are asked for, where some are near.
-        budget: how well sizes are to be told apart by their times.
+        budget: how often sizes are to be timed.
 
     Example:
         >>> search = Search(rows=256, memory_limit=1_000)
@@ -81,7 +79,7 @@ class Search:
         self._remainder = remainder
         self._peaks: dict[int, float] = {}
         self._failed: set[int] = set()
-        self._budget = TimeBudget() if budget is None else budget
+        self._rounds = (TimeBudget() if budget is None else budget).rounds
         self._times = FastestSize()
         # Whether further sizes, or nothing at all, are left to be timed.
         self._no_others = False
@@ -159,7 +157,7 @@ class Search:
         largest = max(seconds) if self._trial else self._largest_fitting()
         # One that was timed alone, because it took all the time there was, is not known to be fast.
         if largest in seconds or len(seconds) > 1:
-            size, fastest = self._times.chosen(NEARLY_AS_FAST - 1)
+            size, fastest = self._times.chosen()
             reason = (
                 f"{largest} rows fit at once; {size} is the smallest size within "
                 f"{NEARLY_AS_FAST - 1:.0%} of the fastest, {fastest}."
@@ -271,7 +269,7 @@ class Search:
         if not tried:
             return 1
         largest = max(tried)
-        hopeless = tried[largest] > _HOPELESS * min(tried.values())
+        hopeless = tried[largest] > HOPELESS * min(tried.values())
         if self._stopped or self._failed or hopeless or largest == self._rows:
             return None
         return min(2 * largest, self._rows)
@@ -286,14 +284,14 @@ class Search:
                 return size
         if not timed:
             return None
-        if (again := self._times.next_measurement(self._budget.settled)) is not None:
+        if (again := self._times.next_measurement(min(EARLY, self._rounds))) is not None:
             return again
         other = None if self._no_others else self._further(timed)
-        return self._times.next_measurement(self._budget.precise) if other is None else other
+        return self._times.next_measurement(self._rounds) if other is None else other
 
     def _further(self, timed: Container[int]) -> int | None:
         """A size beside the fastest, as long as it gets faster there or stays as good."""
-        smallest, fastest = self._times.chosen(NEARLY_AS_FAST - 1)
+        smallest, fastest = self._times.chosen()
         largest = self._largest_fitting()
         # Upwards first: a size between two that were timed is seldom much slower than both.
         above = 2 * fastest if 3 * fastest <= largest else largest

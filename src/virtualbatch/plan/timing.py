@@ -1,19 +1,19 @@
 """How long windows take, for a plan: the time of one size, and which size is the fastest."""
 
-import math
 from collections.abc import Callable
 from statistics import fmean
 from typing import NamedTuple
 
 # Seconds of runs for one answer. A window of microseconds needs many before they tell.
 ENOUGH = 0.1
+# A size that takes this much longer than the fastest is left, if it was timed EARLY times.
+HOPELESS = 1.3
+EARLY = 3
 
-# What one time is off by, as a share of it, before times tell; and for how many times that counts.
-_EXPECTED, _WEIGHT = 0.1, 3
-# A size is out if it is slower by this many standard errors, of its time and of the fastest.
-_SURE = 2.0
-# Alternations between the loads of rounds and the times of sizes; they settle within a few.
-_ALTERNATIONS = 10
+# No disturbance makes a size look this much slower than it is; it is left at once.
+_FAR_BEHIND = 2.0
+# What is as fast as the fastest to this share by disturbed means is so to NEARLY_AS_FAST in truth.
+_ALIKE = 0.02
 
 
 class TimeBudget(NamedTuple):
@@ -24,16 +24,12 @@ class TimeBudget(NamedTuple):
             measurement or two of each size; what they cannot tell apart is in docs/plan.md.
         reserve: of them, seconds that have to be left for measurements once a size is there that
             was not met before.
-        settled: standard errors, as a share, that the times of sizes that may be the fastest are
-            to have before others are timed because of them.
-        precise: the same at the end. With the default, a smaller size is surely as good where it
-            is within 2 %.
+        rounds: measurements of each size that may be the fastest.
     """
 
     seconds: float = 10.0
     reserve: float = 2.0
-    settled: float = 0.075
-    precise: float = 0.01
+    rounds: int = 9
 
 
 class Timing:
@@ -77,16 +73,14 @@ class FastestSize:
     """Which of some sizes is the fastest, where every time is disturbed.
 
     What else a machine does comes and goes within seconds, and slows whatever runs then. So sizes
-    are timed in rounds, and a time is taken for that of the size times the load of the round, the
-    same for all that ran in it. How far times are off all the same is seen from what that leaves
-    over; a size is given up once it is slower by more than that can explain, as in the elimination
-    of [Even-Dar et al. 2006](https://jmlr.org/papers/v7/evendar06a.html). A shortest time would be
-    that of whichever size met the quietest moment.
+    are timed in rounds, one measurement of each, and the mean of a size is its time. A shortest
+    time would be that of whichever size met the quietest moment. `benchmarks/races.py` compares
+    ways to choose.
     """
 
     def __init__(self) -> None:
-        # size -> seconds, of each round. In a round a size runs once.
-        self._rounds: list[dict[int, float]] = []
+        # size -> seconds, in the order in which they were told.
+        self._told: dict[int, list[float]] = {}
 
     def tell(self, size: int, seconds: float) -> None:
         """Takes one measurement of a size.
@@ -95,93 +89,45 @@ class FastestSize:
             size: rows of a micro-batch.
             seconds: what the whole batch took.
         """
-        if not self._rounds or size in self._rounds[-1]:
-            self._rounds.append({})
-        self._rounds[-1][size] = seconds
+        self._told.setdefault(size, []).append(seconds)
 
     def forget(self, size: int) -> None:
         """Takes a size out, because it does not fit."""
-        for times in self._rounds:
-            times.pop(size, None)
-        self._rounds = [times for times in self._rounds if times]
+        self._told.pop(size, None)
 
     def seconds(self) -> dict[int, float]:
-        """The time of each size, in a round of mean load; by size.
+        """The mean time of each size, smallest size first."""
+        return {size: fmean(self._told[size]) for size in sorted(self._told)}
 
-        The model is seconds = time of the size x load of the round, fitted to each in alternation.
-        """
-        found, loads = self._fitted()
-        return {size: found[size] * fmean(loads) for size in found}
-
-    def errors(self) -> dict[int, float]:
-        """The standard error of the time of each size, as a share of it; by size."""
-        found, loads = self._fitted()
-        left_over = [
-            times[size] / (found[size] * load) - 1
-            for times, load in zip(self._rounds, loads, strict=True)
-            for size in times
-        ]
-        free = max(0, len(left_over) - len(found) - len(loads) + 1)
-        squares = _WEIGHT * _EXPECTED**2 + sum(x * x for x in left_over)
-        spread = math.sqrt(squares / (_WEIGHT + free))
-        counts = {size: sum(size in times for times in self._rounds) for size in found}
-        return {size: spread / math.sqrt(counts[size]) for size in found}
-
-    def near(self) -> list[int]:
-        """The sizes that may be the fastest, smallest first."""
-        found, errors = self.seconds(), self.errors()
-        least = min((found[m] * (1 + _SURE * errors[m]) for m in found), default=0.0)
-        return [size for size in found if found[size] * (1 - _SURE * errors[size]) <= least]
-
-    def next_measurement(self, error: float) -> int | None:
-        """The size to be timed again.
+    def next_measurement(self, rounds: int) -> int | None:
+        """The size to be timed again: of those that may be the fastest the one least timed.
 
         Args:
-            error: the standard error, as a share, that every size near the fastest is to have.
+            rounds: measurements that each of them is to have.
 
         Returns:
-            A size; None if they have it, or only one is left.
+            A size; None if they have them, or only one is left.
         """
-        near, errors = self.near(), self.errors()
-        if len(near) < 2 or max(errors[size] for size in near) <= error:
-            return None
-        waiting = [size for size in near if size not in self._rounds[-1]]
-        return min(waiting or near)
-
-    def chosen(self, tolerance: float) -> tuple[int, int]:
-        """What the times so far speak for.
-
-        The better they are known the more they let a smaller size win. The fastest is that which
-        is so with its error added, so that one lucky measurement does not decide.
-
-        Args:
-            tolerance: by how much more time a smaller size may take, as a share.
-
-        Returns:
-            (the smallest size that is surely within the tolerance of the fastest, the fastest).
-            At least one size was timed.
-        """
-        found, errors = self.seconds(), self.errors()
-        fastest = min(found, key=lambda size: found[size] * (1 + errors[size]))
-        most = (1 + tolerance) * found[fastest]
-        sure = [
+        seconds = self.seconds()
+        counts = {size: len(self._told[size]) for size in seconds}
+        least = min(seconds.values(), default=0.0)
+        near = [size for size in seconds if seconds[size] <= HOPELESS * least]
+        early = [
             size
-            for size in found
-            if found[size] * (1 + _SURE * math.hypot(errors[size], errors[fastest])) <= most
+            for size in seconds
+            if counts[size] < min(rounds, EARLY) and seconds[size] <= _FAR_BEHIND * least
         ]
-        return min([*sure, fastest]), fastest
+        if len(seconds) < 2 or (len(near) < 2 and not early):
+            return None
+        size = min(sorted({*near, *early}), key=counts.__getitem__)
+        return size if counts[size] < rounds else None
 
-    def _fitted(self) -> tuple[dict[int, float], list[float]]:
-        """Times of sizes, and loads of rounds."""
-        sizes = sorted({size for times in self._rounds for size in times})
-        found = dict.fromkeys(sizes, 1.0)
-        loads: list[float] = []
-        for _ in range(_ALTERNATIONS):
-            loads = [fmean(times[size] / found[size] for size in times) for times in self._rounds]
-            for size in sizes:
-                found[size] = fmean(
-                    times[size] / load
-                    for times, load in zip(self._rounds, loads, strict=True)
-                    if size in times
-                )
-        return found, loads
+    def chosen(self) -> tuple[int, int]:
+        """(the smallest size that is about as fast as the fastest, the fastest), by their means.
+
+        At least one size was timed.
+        """
+        seconds = self.seconds()
+        fastest = min(seconds, key=seconds.__getitem__)
+        most = (1 + _ALIKE) * seconds[fastest]
+        return min(size for size in seconds if seconds[size] <= most), fastest
