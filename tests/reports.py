@@ -27,7 +27,7 @@ def plan() -> Plan:
             (208, True, None),
         )
     )
-    reason = "104 rows fit at once; 32 is the smallest size within 5% of the fastest, 64."
+    reason = "104 rows fit at once; 32 is the smallest size measured within 2% of the fastest, 64."
     return Plan(32, 8, 300 * MEBIBYTE, reason, rows)
 
 

@@ -208,7 +208,7 @@ def plan(
 
     XLA tells a program's memory without running it, and that memory is affine in the rows of a
     micro-batch, so about three compilations predict every size. Then a few sizes are timed, the
-    whole batch each, for ten seconds at the most; the smallest within 5 % of the fastest is
+    whole batch each, for ten seconds at the most; the smallest within 2 % of the fastest is
     chosen.
 
     Args:

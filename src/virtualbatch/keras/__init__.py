@@ -96,7 +96,7 @@ def plan(model: keras.Model, batch: Any, *, memory_limit: int | str | None = Non
     Peak memory is that of a whole update, the optimizer included: on JAX as XLA tells it without
     running it; on PyTorch counted, and on TensorFlow measured, while updates run that are taken
     back. It is a straight line in the rows of a micro-batch, so few are needed. Then a few sizes
-    are timed, the whole batch each, for ten seconds at the most; the smallest within 5 % of the
+    are timed, the whole batch each, for ten seconds at the most; the smallest within 2 % of the
     fastest is chosen. All values of the model, its optimizer and its metrics are as before.
 
     Args:

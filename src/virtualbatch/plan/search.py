@@ -11,8 +11,8 @@ import math
 from collections.abc import Container
 from typing import Literal, NamedTuple
 
-from virtualbatch.plan.plan import NEARLY_AS_FAST, Plan, PlanRow, readable_bytes
-from virtualbatch.plan.timing import EARLY, HOPELESS, FastestSize, TimeBudget
+from virtualbatch.plan.plan import Plan, PlanRow, readable_bytes
+from virtualbatch.plan.timing import ALIKE, EARLY, HOPELESS, FastestSize, TimeBudget
 
 _log = logging.getLogger(__name__)
 
@@ -159,8 +159,8 @@ class Search:
         if largest in seconds or len(seconds) > 1:
             size, fastest = self._times.chosen()
             reason = (
-                f"{largest} rows fit at once; {size} is the smallest size within "
-                f"{NEARLY_AS_FAST - 1:.0%} of the fastest, {fastest}."
+                f"{largest} rows fit at once; {size} is the smallest size measured "
+                f"within {ALIKE:.0%} of the fastest, {fastest}."
             )
             if self._trial:
                 reason += " Sizes were tried, because memory was too short for what tells peaks."

@@ -10,10 +10,11 @@ ENOUGH = 0.1
 HOPELESS = 1.3
 EARLY = 3
 
-# No disturbance makes a size look this much slower than it is; it is left at once.
+# A size that takes this much longer is left at once: disturbances seldom double a time.
 _FAR_BEHIND = 2.0
-# What is as fast as the fastest to this share by disturbed means is so to NEARLY_AS_FAST in truth.
-_ALIKE = 0.02
+# Means are off by a few percent, and a size is to be within 5 % of the fastest (NEARLY_AS_FAST). So
+# less is asked of the means.
+ALIKE = 0.02
 
 
 class TimeBudget(NamedTuple):
@@ -129,5 +130,5 @@ class FastestSize:
         """
         seconds = self.seconds()
         fastest = min(seconds, key=seconds.__getitem__)
-        most = (1 + _ALIKE) * seconds[fastest]
+        most = (1 + ALIKE) * seconds[fastest]
         return min(size for size in seconds if seconds[size] <= most), fastest

@@ -205,7 +205,7 @@ def plan(
     TensorFlow cannot tell a window's memory beforehand, so windows are run in a graph, smallest
     first, and their peak is measured; it is a straight line in the rows of a micro-batch, so few
     are needed. Then a few sizes are timed, the whole batch each, for ten seconds at the most;
-    the smallest within 5 % of the fastest is chosen. Variables are as before the call.
+    the smallest within 2 % of the fastest is chosen. Variables are as before the call.
 
     Args:
         loss_fn: as in `value_and_gradients`, like all arguments that are not explained here.

@@ -238,7 +238,7 @@ def plan(
     Peak memory comes from a window on fake tensors, which have shapes and hold nothing; where a
     loss needs values, from a window that is run. It is a straight line in the rows of a
     micro-batch, so about three windows tell every size. Then a few sizes are timed, by as many of
-    their micro-batches as take a moment, for ten seconds at the most; the smallest within 5 % of
+    their micro-batches as take a moment, for ten seconds at the most; the smallest within 2 % of
     the fastest is chosen.
     Parameters, `.grad`s, buffers and random states are as before the call.
 
