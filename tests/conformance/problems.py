@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 TOKENS = 3
-NAMES = ["rows", "tokens", "sample weights", "terms"]
+NAMES = ["rows", "tokens", "sample weights", "terms", "sum", "a sum among terms"]
 # Numbers that meet in one entry of a gradient, per row: tokens times entries of a layer.
 SUMMANDS = TOKENS * 16
 PENALTY = 0.125
@@ -21,11 +21,11 @@ class Problem(NamedTuple):
 
     Fields:
         loss_fn: (params, batch) -> loss, in the operations of an engine.
-        weight: micro-batch -> what that loss was divided by; None for rows.
+        weight: micro-batch -> what that loss was divided by; "sum" for a sum; None for rows.
     """
 
     loss_fn: Callable[[Any, Any], Any]
-    weight: Callable[[Any], Any] | None
+    weight: Callable[[Any], Any] | str | None
 
 
 def parameters() -> dict[str, Any]:
@@ -90,6 +90,16 @@ def problem(name: str, ops: Any, errors: Callable[[Any, Any], Any]) -> Problem:
     def terms_by_rows(params: Any, batch: Any) -> Any:
         return {"rows": rows(params, batch), "penalty": penalty(params)}
 
+    def summed(params: Any, batch: Any) -> Any:
+        return ops.sum(errors(params, batch))
+
+    def a_sum_among_terms(params: Any, batch: Any) -> Any:
+        return {
+            "summed": summed(params, batch),
+            "tokens": tokens(params, batch),
+            "penalty": penalty(params),
+        }
+
     def mask(batch: Any) -> Any:
         return ops.sum(batch["mask"])
 
@@ -100,12 +110,17 @@ def problem(name: str, ops: Any, errors: Callable[[Any, Any], Any]) -> Problem:
         # In another order than the terms of the loss.
         return {"weighted": sample_weight(batch), "penalty": None, "tokens": mask(batch)}
 
+    def of_tokens(batch: Any) -> Any:
+        return {"tokens": mask(batch), "penalty": None, "summed": "sum"}
+
     return {
         "rows": Problem(rows, None),
         "tokens": Problem(tokens, mask),
         "sample weights": Problem(weighted, sample_weight),
         "terms": Problem(terms, both),
         "terms by rows": Problem(terms_by_rows, None),
+        "sum": Problem(summed, "sum"),
+        "a sum among terms": Problem(a_sum_among_terms, of_tokens),
     }[name]
 
 
@@ -122,6 +137,8 @@ def counts(name: str, batch: Any) -> Any:
         "sample weights": by_weight,
         "terms": by_tokens + by_weight,
         "terms by rows": by_rows,
+        "sum": np.ones((rows, tokens)),
+        "a sum among terms": 1 + by_tokens,
     }[name]
 
 
@@ -158,7 +175,7 @@ def reference(
 def _penalised(
     name: str, params: Any, loss: Any, gradients: Any, penalty: float = PENALTY
 ) -> tuple[Any, dict[str, Any]]:
-    if not name.startswith("terms"):
+    if "terms" not in name:
         return loss, gradients
     loss += penalty * sum((value**2).sum() for value in params.values())
     return loss, {key: found + 2 * penalty * params[key] for key, found in gradients.items()}

@@ -201,10 +201,29 @@ def test_without_weights_every_term_goes_by_rows():
 def test_each_term_has_shares_of_its_own_and_a_steady_one_those_of_the_rows():
     found = window_of([{"a": 0, "b": None, "c": 1}, {"c": 0, "a": 2, "b": None}].__getitem__)
     assert found.terms == {"a": [0, 1], "b": [0.25, 0.75], "c": [1, 0]}
-    assert found.steady == {"b"}
+    assert found.certain == {"b"}
     assert found.of(["c", "a", "b"], 0) == [1, 0, 0.25]
     assert found.of_rows_or_term() == [0.25, 0.75]
     assert found.mapped(lambda vector: vector[:1]).terms == {"a": [0], "b": [0.25], "c": [1]}
+
+
+def test_the_shares_of_a_sum_are_one():
+    every = window_of("sum")
+    assert (every.terms, every.of(["a", "b"], 1), every.is_empty(0)) == (None, [1, 1], False)
+    # What a micro-batch is of the window still goes by rows.
+    assert every.of_rows_or_term() == [0.25, 0.75]
+    among = window_of([{"a": 0, "b": "sum"}, {"a": 2, "b": "sum"}].__getitem__)
+    assert among.terms == {"a": [0, 1], "b": [1, 1]}
+    assert (among.certain, among.is_empty(0)) == ({"b"}, False)
+    alone = window_of([{"b": "sum"}, {"b": "sum"}].__getitem__)
+    assert alone.of_rows_or_term() == [0.25, 0.75]
+
+
+def test_a_total_beside_its_parts_needs_weights_of_its_own():
+    with pytest.raises(ValueError, match="count twice"):
+        window_of(None).of(["loss", "ce"], 0)
+    named = window_of(([{"loss": 1, "ce": 1}] * 2).__getitem__)
+    assert named.of(["loss", "ce"], 0) == [0.5, 0.5]
 
 
 def test_a_micro_batch_is_empty_where_no_term_counts():

@@ -7,6 +7,7 @@ import pytest
 from virtualbatch.window.terms import (
     WeightFunction,
     check_same_terms,
+    check_total,
     loss_and_aux,
     loss_terms,
     weight_terms,
@@ -92,7 +93,11 @@ def test_with_aux_anything_but_a_pair_is_refused(result, got):
 
 @pytest.mark.parametrize(
     ("weight", "terms"),
-    [(3, {"loss": 3}), (SCALAR, {"loss": SCALAR}), ({"a": 1, "b": None}, {"a": 1, "b": None})],
+    [
+        (3, {"loss": 3}),
+        (SCALAR, {"loss": SCALAR}),
+        ({"a": 1, "b": None, "c": "sum"}, {"a": 1, "b": None, "c": "sum"}),
+    ],
 )
 def test_weights_by_term(weight, terms):
     assert weight_terms(weight) == terms
@@ -130,14 +135,25 @@ def test_a_weight_that_is_not_one_number_is_refused(weight, got):
 
 
 def test_weights_are_given_in_the_order_of_the_first_micro_batch():
-    weights = WeightFunction({1: {"a": 2.0, "b": None, "c": 3}, 2: {"c": 4, "b": None, "a": 0}}.get)
+    first = {"a": 2.0, "b": None, "c": 3, "d": "sum"}
+    later = {"c": 4, "b": None, "d": "sum", "a": 0}
+    weights = WeightFunction({1: first, 2: later}.get)
     assert [weights.values(1), weights.values(2)] == [[2.0, 3], [0, 4]]
-    assert weights.steady == {"b"}
-    assert weights.by_name(["of a", "of c"], "of rows") == {
+    assert weights.certain == {"b", "d"}
+    assert weights.by_name(["of a", "of c"], "of rows", "ones") == {
         "a": "of a",
         "b": "of rows",
         "c": "of c",
+        "d": "ones",
     }
+
+
+def test_a_total_beside_its_parts_is_refused():
+    text = r"count twice\. Got the term 'loss' beside 'ce', 'kl'\. Return the total alone"
+    with pytest.raises(ValueError, match=text):
+        check_total(["ce", "loss", "kl"])
+    check_total(["loss"])
+    check_total(["ce", "kl"])
 
 
 @pytest.mark.parametrize("later", [{"a": None, "b": None}, {"a": 1, "b": 1}, {"a": 1}, {}])

@@ -157,7 +157,7 @@ WRONG = {
         LINES,
         "Leave weight out",
     ),
-    "a sum": (summed, {}, X, "sum_loss", LINES, "Divide"),
+    "a sum": (summed, {}, X, "sum_loss", LINES, 'weight="sum"'),
     "a sum and decay": (sum_and_decay, {}, X, "regulariser", LINES, "None"),
     "normalised": (normalised, {}, X, "coupled_rows", LINES, "row"),
     "contrastive": (contrastive, {}, X, "coupled_rows", LINES, "row"),

@@ -111,7 +111,7 @@ def wrong(kernel):
     masked = {"x": X, "mask": MASK}
     return {
         "mask by rows": (of_mask(kernel), masked, {}, "weight", "batch['mask'].sum()"),
-        "a sum": (lambda b: tf.reduce_sum((b @ kernel) ** 2), X, {}, "sum_loss", "Divide"),
+        "a sum": (lambda b: tf.reduce_sum((b @ kernel) ** 2), X, {}, "sum_loss", 'weight="sum"'),
         "a sum and decay": (
             lambda b: tf.reduce_sum((b @ kernel) ** 2) + tf.reduce_sum(kernel**2),
             X,

@@ -475,7 +475,7 @@ WRONG = {
         summed,
         "sum_loss",
         "certify_models.py:",
-        "Divide it",
+        'weight="sum"',
     ),
     "a sum and a regulariser": (
         sum_and_regulariser,

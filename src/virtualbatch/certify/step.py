@@ -2,12 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from virtualbatch.certify.activations import Activation
-from virtualbatch.window.terms import weight_terms
+from virtualbatch.window.terms import SUM, GivenWeight, weight_terms
 from virtualbatch.window.window import Window
 
 
@@ -40,23 +40,29 @@ def check_microbatches(rows: Sequence[int]) -> None:
         )
 
 
-def weights_of(
-    weight: Callable[[Any], Any] | None, microbatches: Sequence[Any], rows: Sequence[int]
-) -> Mapping[Any, Sequence[float]] | None:
-    """Term name -> the weights of micro-batches as the user gives them; None for rows.
+# Of each piece what its mean was divided by; "sum" where pieces add up; None for rows.
+PieceWeights = Sequence[float] | Literal["sum"] | None
+
+
+def weights_of(weight: GivenWeight, microbatches: Sequence[Any]) -> Callable[[Any], PieceWeights]:
+    """Term name -> its weights in micro-batches, as the user gives them.
 
     Args:
-        weight: the user's weight function, or None.
-        microbatches: what it is called with.
-        rows: of each micro-batch; the weights of a term that does not depend on them.
+        weight: as the engine is given it.
+        microbatches: what a weight function is called with.
     """
-    if weight is None:
-        return None
+    if not callable(weight):
+        same: PieceWeights = weight
+        return lambda term: same
     given = [weight_terms(weight(microbatch)) for microbatch in microbatches]
-    return {
-        name: [float(x) for x in (rows if first is None else [terms[name] for terms in given])]
-        for name, first in given[0].items()
-    }
+
+    def of(term: Any) -> PieceWeights:
+        first = given[0][term]
+        if first is None or isinstance(first, str):
+            return None if first is None else SUM
+        return [float(terms[term]) for terms in given]
+
+    return of
 
 
 class Observed(NamedTuple):
@@ -120,8 +126,8 @@ class TrainingStep(ABC):
         """
 
     @abstractmethod
-    def weights(self) -> Mapping[Any, Sequence[float]] | None:
-        """Term name -> the weights of the pieces as the user gives them; None for rows."""
+    def weights(self) -> Callable[[Any], PieceWeights]:
+        """Term name -> the weights of the pieces as the user gives them."""
 
     @abstractmethod
     def activations(self, rows: np.ndarray, again: bool = False) -> list[Activation]:

@@ -28,6 +28,10 @@ _ELEMENTS = (
     "Return what is averaged, one value per row or token, and let the framework divide: the "
     "engine finds its weights then."
 )
+_ONE_PER_ROW = (
+    "Return one value per row and let the framework add them up, or divide by what it counts, such "
+    "as the rows."
+)
 
 
 class Weight(NamedTuple):
@@ -81,11 +85,12 @@ def explained(
             return Explanation(True, None)
     parts = np.stack([value(piece) for piece in pieces])
     rows = shares([float(len(piece)) for piece in pieces])
-    weights = subject.weights()
-    weight = given_shares(subject, term)
-    if coordinates.fits(np.dot(weight, parts), whole):
+    weights = subject.weights()(term)
+    if coordinates.fits(np.dot(given_shares(subject, term), parts), whole):
         return Explanation(True, None)
-    given = "rows" if weights is None else "what weight returned"
+    given = "what weight returned"
+    if weights is None or isinstance(weights, str):
+        given = "rows" if weights is None else "nothing, as a sum"
     if weights is not None and coordinates.fits(np.dot(rows, parts), whole):
         return _wrong_weight(subject, where, given, Weight("rows", "", np.ones(subject.rows)))
     if coordinates.fits(parts.sum(0), whole):
@@ -96,8 +101,9 @@ def explained(
                 where,
                 "The loss is a sum over rows, not a mean: micro-batches add up instead of "
                 "averaging.",
-                "Divide it by what it counts, such as the rows, and scale the learning rate "
-                "instead if you mean a sum.",
+                _ONE_PER_ROW
+                if subject.weighs_itself
+                else 'Pass weight="sum", or divide it by what it counts, such as the rows.',
             ),
         )
     for candidate in _candidates(subject):
@@ -109,9 +115,10 @@ def explained(
 
 def given_shares(subject: TrainingStep, term: Any) -> list[float]:
     """The shares of the pieces as the user has them weighed."""
-    weights = subject.weights()
-    rows = [float(len(piece)) for piece in subject.pieces]
-    return shares(rows if weights is None else weights.get(term, rows))
+    weights = subject.weights()(term)
+    if isinstance(weights, str):
+        return [1.0] * len(subject.pieces)
+    return shares([float(len(piece)) for piece in subject.pieces] if weights is None else weights)
 
 
 def _wrong_weight(subject: TrainingStep, where: str, given: str, right: Weight) -> Explanation:

@@ -24,6 +24,7 @@ from virtualbatch.plan.auto import Auto, CurrentSize, check_cut_or_auto, is_auto
 from virtualbatch.plan.fingerprint import fingerprint
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_until_it_fits
+from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.window import Window, refuse_sorted_rows, windows
 
 __all__ = ["Window", "certify", "certify_loop", "plan", "value_and_grad", "windows"]
@@ -44,7 +45,7 @@ def value_and_grad(
     batch_argnum: int | Sequence[int] = 1,
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     accumulator_dtype: Any = None,
     key_argnum: int | None = None,
     axis_name: Any = None,
@@ -74,7 +75,7 @@ def value_and_grad(
         accumulation_steps: micro-batches per window: `microbatch_size = ceil(rows / steps)`.
         weight: micro-batch -> what its mean was divided by, a scalar >= 0 (rows when None); for
             a dict of terms a dict with the same keys, None marking a term that does not depend
-            on the rows.
+            on the rows and "sum" one that is a sum; or "sum" for a loss that is a sum.
         accumulator_dtype: dtype of the buffer; None for promote(parameter dtype, float32).
         key_argnum: position of an argument that holds PRNG keys, each of which is folded with the
             number of the micro-batch, so that random numbers differ between micro-batches. A
@@ -198,7 +199,7 @@ def plan(
     has_aux: bool = False,
     *,
     batch_argnum: int | Sequence[int] = 1,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     accumulator_dtype: Any = None,
     key_argnum: int | None = None,
     grad_fn: Callable[..., Any] | None = None,
@@ -279,7 +280,7 @@ def certify(
     batch_argnum: int | Sequence[int] = 1,
     microbatch_size: int | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     accumulator_dtype: Any = None,
     key_argnum: int | None = None,
     grad_fn: Callable[..., Any] | None = None,

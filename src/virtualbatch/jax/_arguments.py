@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from virtualbatch.jax._batch import is_array
+from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.window import Window
 
 
@@ -39,9 +40,9 @@ class BatchArguments:
 
         return of_gathered
 
-    def weight(self, weight: Callable[..., Any] | None) -> Callable[[Any], Any] | None:
-        """The user's weight function, of a batch as `gathered` gives it."""
-        if weight is None or not self._several:
+    def weight(self, weight: GivenWeight) -> GivenWeight:
+        """The user's weight, of a batch as `gathered` gives it."""
+        if not callable(weight) or not self._several:
             return weight
         return lambda batch: weight(*batch)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from virtualbatch.jax._keys import check_keys
 from virtualbatch.plan.auto import check_sizes_or_auto
+from virtualbatch.window.terms import SUM
 
 
 def check_options(
@@ -27,7 +28,8 @@ def check_options(
         ValueError: a size is not a positive integer, or an argument is named twice.
     """
     for name, function in functions.items():
-        if not callable(function) and not (name != "fun" and function is None):
+        may_be_other = function is None or (name == "weight" and function == SUM)
+        if not callable(function) and not (name != "fun" and may_be_other):
             of_what = " of one batch" if name == "weight" else ""
             fix = f"{name}=lambda batch: ..." if name == "weight" else "a function."
             raise TypeError(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from virtualbatch.jax._keys import folded
 from virtualbatch.window.shares import accumulator_dtype
-from virtualbatch.window.terms import check_same_terms, loss_and_aux, loss_terms
+from virtualbatch.window.terms import check_same_terms, check_total, loss_and_aux, loss_terms
 
 
 class Call(NamedTuple):
@@ -47,7 +47,9 @@ class Call(NamedTuple):
         """Terms of the loss and aux for some positional arguments."""
         loss, aux = loss_and_aux(self.fun(*args, **self.kwargs), self.has_aux)
         found = loss_terms(loss)
-        if self.weighted is not None:
+        if self.weighted is None:
+            check_total(found)
+        else:
             check_same_terms(found, self.weighted)
         for term in found.values():
             if not jnp.issubdtype(term.dtype, jnp.floating):

@@ -4,7 +4,6 @@ Un-jitted, the weights of all micro-batches come to the host in one copy and are
 under a trace they stay on the device and are not read.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,10 +13,10 @@ from jax import lax
 
 from virtualbatch.jax._batch import Cut
 from virtualbatch.window.shares import Shares, host_shares, shares
-from virtualbatch.window.terms import WeightFunction
+from virtualbatch.window.terms import GivenWeight, WeightFunction
 
 
-def window_shares(cut: Cut, weight: Callable[[Any], Any] | None) -> Shares:
+def window_shares(cut: Cut, weight: GivenWeight) -> Shares:
     """Shares of a window whose values can be read.
 
     Args:
@@ -30,7 +29,7 @@ def window_shares(cut: Cut, weight: Callable[[Any], Any] | None) -> Shares:
     return host_shares(cut.rows, weight, cut.microbatches(), jax.device_get)
 
 
-def traced_shares(cut: Cut, weight: Callable[[Any], Any] | None, axis_name: Any) -> Shares:
+def traced_shares(cut: Cut, weight: GivenWeight, axis_name: Any) -> Shares:
     """Shares of a window inside a trace.
 
     Args:
@@ -48,8 +47,9 @@ def traced_shares(cut: Cut, weight: Callable[[Any], Any] | None, axis_name: Any)
     replicas = 1 if axis_name is None else lax.axis_size(axis_name)
     rows = np.asarray(shares([float(n) for n in cut.rows])) / replicas
     window = sum(cut.rows) * replicas
-    if weight is None:
-        return Shares(rows, None, frozenset(), window)
+    ones = np.ones_like(rows)
+    if not callable(weight):
+        return Shares(rows, None, frozenset(), window, rows if weight is None else ones)
     checked = WeightFunction(weight)
 
     def one(microbatch: Any) -> list[Any]:
@@ -68,20 +68,25 @@ def traced_shares(cut: Cut, weight: Callable[[Any], Any] | None, axis_name: Any)
         total = jnp.sum(weights)
         total = total if axis_name is None else lax.psum(total, axis_name)
         vectors.append(jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), 0))
-    return Shares(rows, checked.by_name(vectors, rows), checked.steady, window)
+    terms = checked.by_name(vectors, rows, ones)
+    return Shares(rows, terms, checked.certain, window, rows)
 
 
 def groups(shares: Shares) -> list[list[Any] | None]:
     """Names of terms that are differentiated together; None for all of them.
 
-    A term that can be empty stands alone: its gradient may be NaN and has to be left out.
+    A term that can be empty stands alone: its gradient may be NaN and has to be left out. Of the
+    others those of the same shares stand together.
     """
     if shares.terms is None:
         return [None]
-    steady = [name for name in shares.terms if name in shares.steady]
-    alone: list[list[Any] | None] = [[name] for name in shares.terms if name not in shares.steady]
+    together: dict[int, list[Any]] = {}
+    for name in shares.terms:
+        if name in shares.certain:
+            together.setdefault(id(shares.terms[name]), []).append(name)
+    alone: list[list[Any] | None] = [[n] for n in shares.terms if n not in shares.certain]
     # Without any name the loss is still asked for its own, which are then refused.
-    return ([steady] if steady else []) + alone or [None]
+    return [*together.values(), *alone] or [None]
 
 
 def scaled(value: Any, shares: Shares, names: list[Any] | None, index: Any) -> Any:
@@ -93,15 +98,15 @@ def scaled(value: Any, shares: Shares, names: list[Any] | None, index: Any) -> A
         names: the group of terms that they belong to, as `groups` gives it.
         index: number of the micro-batch.
     """
-    vector = None
-    if shares.terms is not None and names is not None and names[0] not in shares.steady:
-        vector = shares.terms[names[0]]
-    share = jnp.asarray(shares.rows if vector is None else vector)[index]
+    vector, may_be_empty = shares.unnamed, False
+    if shares.terms is not None and names is not None:
+        vector, may_be_empty = shares.terms[names[0]], names[0] not in shares.certain
+    share = jnp.asarray(vector)[index]
 
     def times(x: Any) -> Any:
         product = x * share.astype(x.dtype)
         # 0 times NaN is NaN.
-        return product if vector is None else jnp.where(share > 0, product, 0)
+        return jnp.where(share > 0, product, 0) if may_be_empty else product
 
     return jax.tree.map(times, value)
 
@@ -114,7 +119,7 @@ def part(shares: Shares, index: int) -> tuple[list[Any] | None, dict[Any, float]
         shares to the largest one where it is not 1; that share. None if all are empty.
     """
     if shares.terms is None:
-        return None, {}, float(shares.rows[index])
+        return None, {}, float(shares.unnamed[index])
     if shares.is_empty(index):
         return None
     parts = {name: found[index] for name, found in shares.terms.items() if found[index]}

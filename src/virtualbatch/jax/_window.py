@@ -14,6 +14,7 @@ from virtualbatch.jax._eager import run_eager
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._replicas import varying
 from virtualbatch.jax._weights import traced_shares, window_shares
+from virtualbatch.window.terms import GivenWeight
 
 
 class Program(NamedTuple):
@@ -24,7 +25,7 @@ class Program(NamedTuple):
         argnums: positions of what is differentiated.
         has_aux: whether fun returns (loss, aux).
         batch_argnum: position of the batch.
-        weight: micro-batch -> weight, or None.
+        weight: micro-batch -> weight, "sum", or None.
         accumulator_dtype: dtype of the buffer; None for promote(parameter dtype, float32).
         key_argnum: position of the argument with PRNG keys, or None.
         axis_name: mesh axes over which the batch is spread, or None.
@@ -36,7 +37,7 @@ class Program(NamedTuple):
     argnums: int | Sequence[int]
     has_aux: bool
     batch_argnum: int
-    weight: Callable[[Any], Any] | None
+    weight: GivenWeight
     accumulator_dtype: Any
     key_argnum: int | None
     axis_name: Any

@@ -23,6 +23,7 @@ from virtualbatch.tensorflow._plan.memory import ERRORS, largest_variables, left
 from virtualbatch.tensorflow._plan.plan import held_bytes, planned
 from virtualbatch.tensorflow._plan.sizes import kept_sizes, signature, stand_in
 from virtualbatch.tensorflow._window import Program
+from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.tree import common_rows
 from virtualbatch.window.window import Window, refuse_sorted_rows, windows
 
@@ -37,7 +38,7 @@ def value_and_gradients(
     *,
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: Literal[False] = False,
     stats: Literal[False] = False,
 ) -> tuple[tf.Tensor, Any]: ...
@@ -49,7 +50,7 @@ def value_and_gradients(
     *,
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: Literal[True],
     stats: Literal[False] = False,
 ) -> tuple[tuple[tf.Tensor, Any], Any]: ...
@@ -61,7 +62,7 @@ def value_and_gradients(
     *,
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: Literal[False] = False,
     stats: Literal[True],
 ) -> tuple[tf.Tensor, Any, WindowStats]: ...
@@ -73,7 +74,7 @@ def value_and_gradients(
     *,
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: Literal[True],
     stats: Literal[True],
 ) -> tuple[tuple[tf.Tensor, Any], Any, WindowStats]: ...
@@ -85,7 +86,7 @@ def value_and_gradients(
     *,
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: bool = False,
     stats: bool = False,
 ) -> Any: ...
@@ -96,7 +97,7 @@ def value_and_gradients(
     *,
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: bool = False,
     stats: bool = False,
 ) -> Any:
@@ -116,7 +117,7 @@ def value_and_gradients(
         accumulation_steps: micro-batches per window: `microbatch_size = ceil(rows / steps)`.
         weight: micro-batch -> what its mean was divided by, a scalar >= 0 (rows when None); for
             a dict of terms a dict with the same keys, None marking a term that does not depend
-            on the rows.
+            on the rows and "sum" one that is a sum; or "sum" for a loss that is a sum.
         has_aux: whether `loss_fn` returns something beside the loss. Leaves of aux with one entry
             per row come back concatenated in row order, other floating leaves averaged by rows,
             integers summed.
@@ -157,7 +158,8 @@ def value_and_gradients(
         autograph = tf.__internal__.autograph
         status = autograph.control_status_ctx()
         loss_fn = autograph.tf_convert(loss_fn, status)
-        weight = weight and autograph.tf_convert(weight, status)
+        if callable(weight):
+            weight = autograph.tf_convert(weight, status)
     program = Program(loss_fn, variables, weight, has_aux, stats)
     return _in_micro_batches(program, batch, microbatch_size, accumulation_steps)
 
@@ -196,7 +198,7 @@ def plan(
     batch: Any,
     variables: Any,
     *,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: bool = False,
     memory_limit: int | str | None = None,
 ) -> Plan:
@@ -271,7 +273,7 @@ def certify(
     *,
     microbatch_size: int | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: bool = False,
 ) -> Certificate:
     """Proves that accumulation gives the gradient of the whole batch, or names what breaks it.

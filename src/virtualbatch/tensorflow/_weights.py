@@ -4,7 +4,7 @@ Eagerly the weights of all micro-batches come to the host in one copy and are ch
 graph they stay tensors. Either way a share is formed in float64.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._gradients import add
 from virtualbatch.tensorflow._loop import Output, fold, trace
 from virtualbatch.window.shares import Shares, host_shares
-from virtualbatch.window.terms import WeightFunction
+from virtualbatch.window.terms import GivenWeight, WeightFunction
 
 
-def window_shares(segments: Sequence[Segment], weight: Callable[[Any], Any] | None) -> Shares:
+def window_shares(segments: Sequence[Segment], weight: GivenWeight) -> Shares:
     """Shares of a window by rows and, if a weight function is given, by its weights.
 
     Args:
@@ -37,8 +37,10 @@ def window_shares(segments: Sequence[Segment], weight: Callable[[Any], Any] | No
         return found.mapped(np.asarray)
     counts = _graph_rows(segments)
     of_rows, window = _divided(counts), tf.reduce_sum(counts)
-    if weight is None:
-        return Shares(of_rows, None, frozenset(), window)
+    ones = tf.ones_like(of_rows)
+    if not callable(weight):
+        unnamed = of_rows if weight is None else ones
+        return Shares(of_rows, None, frozenset(), window, unnamed)
     checked = WeightFunction(weight)
 
     def weights(index: Any, microbatch: Any) -> Any:
@@ -48,7 +50,8 @@ def window_shares(segments: Sequence[Segment], weight: Callable[[Any], Any] | No
     # Not tf.map_fn: an error of the user's function in it breaks later variable scopes.
     (table,) = fold(trace(segments, weights), lambda _, found: Output([], [found]), add).rows
     columns = [_divided(table[:, k]) for k in range(table.shape[1])]
-    return Shares(of_rows, checked.by_name(columns, of_rows), checked.steady, window)
+    terms = checked.by_name(columns, of_rows, ones)
+    return Shares(of_rows, terms, checked.certain, window, of_rows)
 
 
 def _graph_rows(segments: Sequence[Segment]) -> Any:

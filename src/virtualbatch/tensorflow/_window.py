@@ -19,7 +19,7 @@ from virtualbatch.tensorflow._gradients import (
 from virtualbatch.tensorflow._loop import Output, fold, trace
 from virtualbatch.tensorflow._stats import part_of, stats_of
 from virtualbatch.tensorflow._weights import window_shares
-from virtualbatch.window.terms import loss_and_aux, loss_terms
+from virtualbatch.window.terms import GivenWeight, loss_and_aux, loss_terms
 
 
 class _Micro(NamedTuple):
@@ -46,14 +46,14 @@ class Program(NamedTuple):
     Fields:
         loss_fn: micro-batch -> loss, or (loss, aux).
         variables: nested structure of what is differentiated with respect to.
-        weight: micro-batch -> weight, or None.
+        weight: micro-batch -> weight, "sum", or None.
         has_aux: whether `loss_fn` returns aux.
         stats: whether the statistics of the window are returned too.
     """
 
     loss_fn: Callable[[Any], Any]
     variables: Any
-    weight: Callable[[Any], Any] | None
+    weight: GivenWeight
     has_aux: bool
     stats: bool
 
@@ -79,7 +79,7 @@ class Program(NamedTuple):
                 terms = scalar_terms(named.values())
             dtypes.append(loss_dtype(terms))
             parts = shares.of(list(named), index)
-            may_be_empty = weight is not None
+            may_be_empty = shares.terms is not None
             gradients = scaled_gradients(tape, terms, parts, flat_variables, may_be_empty)
             norm = part_of(gradients, shares.of_rows_or_term()[index]) if stats else None
             loss = selected_loss(terms, parts, may_be_empty)

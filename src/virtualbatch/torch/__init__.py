@@ -26,6 +26,7 @@ from virtualbatch.torch._plan.plan import planned
 from virtualbatch.torch._plan.sizes import kept_sizes, signature
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._window import Program
+from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.window import Window, refuse_sorted_rows, windows
 
 __all__ = ["Window", "backward", "captured", "certify", "certify_loop", "plan", "windows"]
@@ -39,7 +40,7 @@ def backward(
     module: torch.nn.Module | Iterable[torch.nn.Module],
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: Literal[False] = False,
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: Literal[False] = False,
@@ -52,7 +53,7 @@ def backward(
     module: torch.nn.Module | Iterable[torch.nn.Module],
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: Literal[True],
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: Literal[False] = False,
@@ -65,7 +66,7 @@ def backward(
     module: torch.nn.Module | Iterable[torch.nn.Module],
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: Literal[False] = False,
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: Literal[True],
@@ -78,7 +79,7 @@ def backward(
     module: torch.nn.Module | Iterable[torch.nn.Module],
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: Literal[True],
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: Literal[True],
@@ -91,7 +92,7 @@ def backward(
     module: torch.nn.Module | Iterable[torch.nn.Module],
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: bool = False,
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: bool = False,
@@ -103,7 +104,7 @@ def backward(
     module: torch.nn.Module | Iterable[torch.nn.Module],
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: bool = False,
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: bool = False,
@@ -127,7 +128,8 @@ def backward(
         accumulation_steps: micro-batches per window: `microbatch_size = ceil(rows / steps)`.
         weight: micro-batch -> what its mean was divided by, a scalar >= 0 (rows when None); for
             a dict of terms a dict with the same keys, None marking a term that does not depend
-            on the rows. It gets the micro-batch where the batch is, before it is copied.
+            on the rows and "sum" one that is a sum; or "sum" for a loss that is a sum. It gets
+            the micro-batch where the batch is, before it is copied.
         has_aux: whether `loss_fn` returns something beside the loss. Leaves of aux with one entry
             per row come back concatenated in row order, other floating leaves averaged by rows,
             integers summed, all detached.
@@ -228,7 +230,7 @@ def plan(
     batch: Any,
     *,
     module: torch.nn.Module | Iterable[torch.nn.Module],
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: bool = False,
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
     memory_limit: int | str | None = None,
@@ -283,7 +285,7 @@ def certify(
     module: torch.nn.Module | Iterable[torch.nn.Module],
     microbatch_size: int | None = None,
     accumulation_steps: int | None = None,
-    weight: Callable[[Any], Any] | None = None,
+    weight: GivenWeight = None,
     has_aux: bool = False,
 ) -> Certificate:
     """Proves that accumulation gives the gradient of the whole batch, or names what breaks it.

@@ -20,7 +20,7 @@ from virtualbatch.torch._gradients import HALF, committed, unknown_leaf
 from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._modules import Inventory
 from virtualbatch.window.shares import Shares
-from virtualbatch.window.terms import SINGLE, check_same_terms
+from virtualbatch.window.terms import SINGLE, check_same_terms, check_total
 
 _log = logging.getLogger(__name__)
 
@@ -192,6 +192,7 @@ class _Graph:
         with _capturing(self._graph, totals.pool):
             terms = checked_terms(loss_fn(microbatch.build(self._leaves)))
             if names is None:
+                check_total(terms)
                 each = self._shares * len(terms)
             else:
                 check_same_terms(terms, names)

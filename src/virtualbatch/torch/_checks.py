@@ -7,6 +7,7 @@ import torch
 
 from virtualbatch.plan.auto import check_cut_or_auto
 from virtualbatch.torch._distributed import refuse_several_processes
+from virtualbatch.window.terms import SUM
 
 
 def check_call(
@@ -27,7 +28,8 @@ def check_call(
         NotImplementedError: this is one of several processes.
     """
     for name, function in functions.items():
-        if not callable(function) and not (name != "loss_fn" and function is None):
+        may_be_other = function is None or (name == "weight" and function == SUM)
+        if not callable(function) and not (name != "loss_fn" and may_be_other):
             of_what = "loss" if name == "backward_fn" else "batch"
             raise TypeError(
                 f"{name} must be a function of one {of_what}. Got {name}={function!r}. "

@@ -4,18 +4,17 @@ The weights of all micro-batches come to the host in one copy, are checked there
 the window is read after that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from virtualbatch.torch._batch import Microbatch
 from virtualbatch.window.shares import Shares, host_shares
+from virtualbatch.window.terms import GivenWeight
 
 
-def window_shares(
-    microbatches: Sequence[Microbatch], weight: Callable[[Any], Any] | None
-) -> Shares:
+def window_shares(microbatches: Sequence[Microbatch], weight: GivenWeight) -> Shares:
     """Shares of a window by rows and, if a weight function is given, by its weights.
 
     Args:

@@ -17,7 +17,7 @@ from virtualbatch.torch._state import Buffers
 from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.torch._weights import window_shares
 from virtualbatch.window.shares import Shares
-from virtualbatch.window.terms import loss_and_aux
+from virtualbatch.window.terms import GivenWeight, loss_and_aux
 
 
 class Program(NamedTuple):
@@ -25,7 +25,7 @@ class Program(NamedTuple):
 
     Fields:
         loss_fn: micro-batch -> loss, or (loss, aux).
-        weight: micro-batch -> weight, or None.
+        weight: micro-batch -> weight, "sum", or None.
         has_aux: whether `loss_fn` returns aux.
         backward_fn: scalar loss -> None, or None.
         found: what its modules hold.
@@ -33,7 +33,7 @@ class Program(NamedTuple):
     """
 
     loss_fn: Callable[[Any], Any]
-    weight: Callable[[Any], Any] | None
+    weight: GivenWeight
     has_aux: bool
     backward_fn: Callable[[torch.Tensor], Any] | None
     found: Inventory

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from virtualbatch.window.terms import WeightFunction, check_same_terms
+from virtualbatch.window.terms import GivenWeight, WeightFunction, check_same_terms, check_total
 
 _WIDE_ENOUGH = {"float64", "complex64", "complex128"}
 
@@ -64,19 +64,23 @@ class Shares(NamedTuple):
     Fields:
         rows: part of the window's rows; a vector.
         terms: term name -> the same for that term's weight; None when all terms weigh by rows.
-            A term that does not depend on the rows has the shares of the rows, which sum to 1.
-        steady: names of the terms that do not depend on the rows.
+            A term that does not depend on the rows has the shares of the rows, which sum to 1; a
+            term that is a sum has the share 1 everywhere.
+        certain: names of the terms that are never empty: they do not depend on the rows, or are
+            sums.
         window: rows of the window; a number, or a scalar of the program.
+        unnamed: where `terms` is None the shares of every term: those of the rows, or 1.
     """
 
     rows: Any
     terms: dict[Any, Any] | None
-    steady: frozenset[Any]
+    certain: frozenset[Any]
     window: Any
+    unnamed: Any
 
     def of_rows_or_term(self) -> Any:
-        """The shares of each micro-batch as one: of its only term, or of its rows."""
-        if self.terms is None or len(self.terms) != 1:
+        """The part that each micro-batch is of the window: by its only weight, or by its rows."""
+        if self.terms is None or len(self.terms) != 1 or self.certain:
             return self.rows
         return next(iter(self.terms.values()))
 
@@ -88,18 +92,19 @@ class Shares(NamedTuple):
             index: number of the micro-batch.
 
         Raises:
-            ValueError: the names are not those of the weights.
+            ValueError: the names are not those of the weights, or a total stands beside its parts.
         """
         names = list(names)
         if self.terms is None:
-            return [self.rows[index]] * len(names)
+            check_total(names)
+            return [self.unnamed[index]] * len(names)
         check_same_terms(names, self.terms)
         return [self.terms[name][index] for name in names]
 
     def mapped(self, fn: Callable[[Any], Any]) -> "Shares":
         """The same with a function applied to every vector."""
         terms = self.terms and {name: fn(found) for name, found in self.terms.items()}
-        return self._replace(rows=fn(self.rows), terms=terms)
+        return self._replace(rows=fn(self.rows), terms=terms, unnamed=fn(self.unnamed))
 
     @property
     def counted(self) -> int:
@@ -113,7 +118,7 @@ class Shares(NamedTuple):
 
 def host_shares(
     rows: Sequence[int],
-    weight: Callable[[Any], Any] | None,
+    weight: GivenWeight,
     microbatches: Iterable[Any],
     on_host: Callable[[list[Any]], Iterable[Any]],
 ) -> Shares:
@@ -122,7 +127,8 @@ def host_shares(
     Args:
         rows: rows of each micro-batch.
         weight: micro-batch -> what the loss was divided by: a scalar >= 0, or a dict of them by
-            term name, None marking a term that does not depend on the rows; None for rows.
+            term name, None marking a term that does not depend on the rows and "sum" one that is
+            a sum; "sum" for a loss that is a sum; None for rows.
         microbatches: the micro-batches as the weight function takes them, in order.
         on_host: weights -> the same as numbers, all in one copy.
 
@@ -134,8 +140,10 @@ def host_shares(
             micro-batches.
     """
     of_rows = shares([float(n) for n in rows])
-    if weight is None:
-        return Shares(of_rows, None, frozenset(), sum(rows))
+    ones = [1.0] * len(rows)
+    if not callable(weight):
+        unnamed = of_rows if weight is None else ones
+        return Shares(of_rows, None, frozenset(), sum(rows), unnamed)
     checked = WeightFunction(weight)
     # All weights of a term follow each other.
     columns = list(zip(*[checked.values(microbatch) for microbatch in microbatches], strict=True))
@@ -143,7 +151,8 @@ def host_shares(
     table = [float(number) for number in on_host(values)] if values else []
     count = len(rows)
     vectors = [shares(table[k * count : (k + 1) * count]) for k in range(len(columns))]
-    return Shares(of_rows, checked.by_name(vectors, of_rows), checked.steady, sum(rows))
+    terms = checked.by_name(vectors, of_rows, ones)
+    return Shares(of_rows, terms, checked.certain, sum(rows), of_rows)
 
 
 class Moments(NamedTuple):

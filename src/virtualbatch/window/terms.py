@@ -5,12 +5,17 @@ its own. Everything that engines refuse about either is refused here, with the s
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from virtualbatch.window.tree import rank
 
 # Name of the only term of a loss that is not a dict.
 SINGLE = "loss"
+# In the place of a weight: the term is a sum, and micro-batches add up.
+SUM: Literal["sum"] = "sum"
+
+# What an engine is given: micro-batch -> weight, or a dict of them; "sum"; None for rows.
+GivenWeight = Callable[[Any], Any] | Literal["sum"] | None
 
 
 def loss_terms(loss: Any) -> dict[Any, Any]:
@@ -73,7 +78,8 @@ def weight_terms(weight: Any) -> dict[Any, Any]:
         weight: what the weight function returned.
 
     Returns:
-        A dict of term name to weight, None for a term that does not depend on the rows.
+        A dict of term name to weight, None for a term that does not depend on the rows, "sum" for
+        one that is a sum.
 
     Raises:
         ValueError: a weight is not one number.
@@ -87,7 +93,19 @@ def weight_terms(weight: Any) -> dict[Any, Any]:
     return dict(weight)
 
 
+def of_part(weight: GivenWeight, part: Callable[[Any], Any]) -> GivenWeight:
+    """The same weight, of what holds the micro-batch as a part.
+
+    Args:
+        weight: as an engine is given it.
+        part: what the result is called with -> the micro-batch.
+    """
+    return (lambda whole: weight(part(whole))) if callable(weight) else weight
+
+
 def _check_number(name: Any, value: Any) -> None:
+    if isinstance(value, str) and value == SUM:
+        return
     is_array = hasattr(value, "shape")
     if is_array and rank(value) in (0, None):
         return
@@ -99,6 +117,24 @@ def _check_number(name: Any, value: Any) -> None:
         f"Got {got} for term {name!r}. "
         "Reduce it to what the loss was divided by, for example by a sum over the mask."
     )
+
+
+def check_total(names: Collection[Any]) -> None:
+    """Refuses a total beside its parts, which terms without weights of their own may be.
+
+    Args:
+        names: of the terms of a loss for which no dict of weights is given.
+
+    Raises:
+        ValueError: one of several is called "loss".
+    """
+    if SINGLE in names and len(names) > 1:
+        others = ", ".join(repr(name) for name in names if name != SINGLE)
+        raise ValueError(
+            "A dict of terms is added up, so a total and its parts would count twice. "
+            f"Got the term 'loss' beside {others}. Return the total alone and the parts with "
+            "has_aux=True; or call that term otherwise if it is only a part."
+        )
 
 
 def check_same_terms(loss: Collection[Any], weight: Collection[Any]) -> None:
@@ -139,7 +175,7 @@ class WeightFunction:
                 those of the first micro-batch.
         """
         terms = weight_terms(self._weight(microbatch))
-        found = {name: "None" if value is None else "a weight" for name, value in terms.items()}
+        found = {name: _kind(value) for name, value in terms.items()}
         if self._first is None:
             self._first = found
         if found != self._first:
@@ -148,20 +184,31 @@ class WeightFunction:
                 f"Got {self._first} and later {found}. "
                 "Return 0.0 for a term without items in a micro-batch."
             )
-        return [terms[name] for name in self._first if terms[name] is not None]
+        return [terms[name] for name, kind in self._first.items() if kind == _WEIGHED]
 
     @property
-    def steady(self) -> frozenset[Any]:
-        """Names of the terms that do not depend on the rows."""
-        return frozenset(n for n, kind in (self._first or {}).items() if kind == "None")
+    def certain(self) -> frozenset[Any]:
+        """Names of the terms that have no weights, so that they are never empty."""
+        return frozenset(n for n, kind in (self._first or {}).items() if kind != _WEIGHED)
 
-    def by_name(self, vectors: Iterable[Any], steady: Any) -> dict[Any, Any]:
+    def by_name(self, vectors: Iterable[Any], steady: Any, of_a_sum: Any) -> dict[Any, Any]:
         """Term name -> what was made of its weights.
 
         Args:
             vectors: one for each weight that `values` gives, in that order.
             steady: what stands for a term that does not depend on the rows.
+            of_a_sum: what stands for a term that is a sum.
         """
         given = iter(vectors)
+        certain = {"None": steady, SUM: of_a_sum}
         names = self._first or {}
-        return {name: steady if kind == "None" else next(given) for name, kind in names.items()}
+        return {n: next(given) if kind == _WEIGHED else certain[kind] for n, kind in names.items()}
+
+
+_WEIGHED = "a weight"
+
+
+def _kind(weight: Any) -> str:
+    if isinstance(weight, str):
+        return SUM
+    return "None" if weight is None else _WEIGHED

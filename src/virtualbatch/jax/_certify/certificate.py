@@ -1,6 +1,6 @@
 """Certifying a function of JAX, in float64 where it can."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,12 +13,13 @@ from virtualbatch.certify.step import check_microbatches, refuse_window
 from virtualbatch.jax._batch import cut_batch, is_array
 from virtualbatch.jax._certify.step import Engine, JaxTrainingStep
 from virtualbatch.jax._objective import Call
+from virtualbatch.window.terms import GivenWeight
 
 
 def certificate(
     call: Call,
     argnums: int | Sequence[int],
-    weight: Callable[[Any], Any] | None,
+    weight: GivenWeight,
     engine: Engine,
     microbatch_size: int | None,
     accumulation_steps: int | None,

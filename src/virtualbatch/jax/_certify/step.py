@@ -1,6 +1,7 @@
 """A function as `certify` observes it on JAX: uncut and cut, with random bits kept by row."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -10,11 +11,11 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.certify.activations import Activation, Recording
 from virtualbatch.certify.randomness import axes_of_rows
-from virtualbatch.certify.step import Observed, TrainingStep, weights_of
+from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weights_of
 from virtualbatch.jax._batch import cut_batch, is_array, map_arrays
 from virtualbatch.jax._jaxpr import Traced, drawn_shapes, evaluate, floating_dtypes, traced
 from virtualbatch.jax._objective import Call
-from virtualbatch.window.terms import weight_terms
+from virtualbatch.window.terms import GivenWeight, of_part, weight_terms
 
 # (function, weight) -> what `value_and_grad` makes of them, with the rest as the user gave it.
 Engine = Callable[[Callable[..., Any], Any], Callable[..., Any]]
@@ -26,7 +27,7 @@ class JaxTrainingStep(TrainingStep):
     Args:
         call: the user's call.
         argnums: which arguments are differentiated.
-        weight: the user's weight function, or None.
+        weight: the user's weight function, "sum", or None.
         engine: see there.
         microbatch_size: checked rows of one micro-batch, or None.
         accumulation_steps: checked micro-batches per window, or None.
@@ -37,7 +38,7 @@ class JaxTrainingStep(TrainingStep):
         self,
         call: Call,
         argnums: int | Sequence[int],
-        weight: Callable[[Any], Any] | None,
+        weight: GivenWeight,
         engine: Engine,
         microbatch_size: int | None,
         accumulation_steps: int | None,
@@ -86,8 +87,7 @@ class JaxTrainingStep(TrainingStep):
     def accumulated(self) -> Observed:
         """See `TrainingStep`."""
         call = self._call
-        weight = self._weight
-        run = self._engine(self._by_rows, weight and (lambda pair: weight(pair[0])))
+        run = self._engine(self._by_rows, of_part(self._weight, itemgetter(0)))
         args = list(call.args)
         args[call.batch_argnum] = (args[call.batch_argnum], jnp.arange(self.rows))
         value, gradients = run(*args, **call.kwargs)
@@ -102,9 +102,9 @@ class JaxTrainingStep(TrainingStep):
         terms, _, gradients = call.gradients(args, None if term is None else [term])
         return Observed({k: float(v) for k, v in terms.items()}, self._named(gradients), {})
 
-    def weights(self) -> Mapping[Any, Sequence[float]] | None:
+    def weights(self) -> Callable[[Any], PieceWeights]:
         """See `TrainingStep`."""
-        return weights_of(self._weight, self._microbatches, list(map(len, self.pieces)))
+        return weights_of(self._weight, self._microbatches)
 
     def activations(self, rows: np.ndarray, again: bool = False) -> list[Activation]:
         """See `TrainingStep`."""
@@ -173,7 +173,7 @@ class JaxTrainingStep(TrainingStep):
 
     def _weight_dtypes(self) -> set[Any]:
         """Floating dtypes of what weight returns."""
-        if self._weight is None:
+        if not callable(self._weight):
             return set()
         values = weight_terms(self._weight(self._microbatches[0])).values()
         dtypes = {value.dtype for value in values if hasattr(value, "dtype")}

@@ -1,6 +1,6 @@
 """A Keras train step as `certify` observes it: Keras' own, and that of `accumulate`."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from virtualbatch.certify.activations import Activation
-from virtualbatch.certify.step import Observed, TrainingStep
+from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weights_of
 from virtualbatch.keras._backend import Backend, Program, Ran
 from virtualbatch.keras._certify.activations import compiled_losses, recorded
 from virtualbatch.keras._certify.loss_parts import LossParts
@@ -90,8 +90,9 @@ class KerasStep(TrainingStep):
 
         return self._ran(("alone", term), step, rows, term, 2 if again else 1)
 
-    def weights(self) -> None:
+    def weights(self) -> Callable[[Any], PieceWeights]:
         """See `TrainingStep`. A loss that gives one number is taken for a mean over rows."""
+        return weights_of(None, [])
 
     def places(self, place: str, terms: Collection[Any]) -> Mapping[Any, str]:
         """See `TrainingStep`. The places are known by themselves."""

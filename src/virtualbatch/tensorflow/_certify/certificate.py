@@ -11,13 +11,14 @@ from virtualbatch.certify.diagnosis import certified
 from virtualbatch.certify.step import check_microbatches, refuse_window
 from virtualbatch.tensorflow._batch import as_tensor, segments
 from virtualbatch.tensorflow._certify.step import Engine, TensorFlowTrainingStep
+from virtualbatch.window.terms import GivenWeight
 
 
 def certificate(
     loss_fn: Callable[[Any], Any],
     batch: Any,
     variables: Any,
-    weight: Callable[[Any], Any] | None,
+    weight: GivenWeight,
     has_aux: bool,
     engine: Engine,
     microbatch_size: int | None,

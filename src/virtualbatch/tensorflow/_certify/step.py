@@ -1,16 +1,23 @@
 """A TensorFlow training step as `certify` observes it: eagerly, uncut and cut."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from virtualbatch.certify.activations import Activation, Recording
-from virtualbatch.certify.step import Observed, TrainingStep, weights_of
+from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weights_of
 from virtualbatch.tensorflow._batch import as_tensor, named_arrays, segments
 from virtualbatch.tensorflow._certify.activations import RowwiseRandom, watched
-from virtualbatch.window.terms import loss_and_aux, loss_terms, weight_terms
+from virtualbatch.window.terms import (
+    GivenWeight,
+    loss_and_aux,
+    loss_terms,
+    of_part,
+    weight_terms,
+)
 
 # (loss_fn, batch, weight) -> (loss, gradients), by the engine.
 Engine = Callable[[Callable[[Any], Any], Any, Any], tuple[Any, Any]]
@@ -23,7 +30,7 @@ class TensorFlowTrainingStep(TrainingStep):
         loss_fn: the user's loss function.
         batch: a batch, not a Window.
         variables: what is differentiated, in any nested structure.
-        weight: the user's weight function, or None.
+        weight: the user's weight function, "sum", or None.
         has_aux: whether loss_fn returns (loss, aux).
         engine: see there.
         microbatch_size: checked rows of one micro-batch, or None.
@@ -36,7 +43,7 @@ class TensorFlowTrainingStep(TrainingStep):
         loss_fn: Callable[[Any], Any],
         batch: Any,
         variables: Any,
-        weight: Callable[[Any], Any] | None,
+        weight: GivenWeight,
         has_aux: bool,
         engine: Engine,
         microbatch_size: int | None,
@@ -85,7 +92,7 @@ class TensorFlowTrainingStep(TrainingStep):
 
     def accumulated(self) -> Observed:
         """See `TrainingStep`."""
-        weight = self._weight
+        weight = of_part(self._weight, itemgetter(0))
 
         def loss_fn(pair: Any) -> Any:
             batch, rows = pair
@@ -95,7 +102,7 @@ class TensorFlowTrainingStep(TrainingStep):
         self.restore()
         pair = (self._batch, tf.range(self.rows))
         with watched(self._random):
-            loss, gradients = self._engine(loss_fn, pair, weight and (lambda pair: weight(pair[0])))
+            loss, gradients = self._engine(loss_fn, pair, weight)
         value = loss[0] if self._has_aux else loss
         return self._observed({"loss": float(value)}, tf.nest.flatten(gradients))
 
@@ -112,9 +119,9 @@ class TensorFlowTrainingStep(TrainingStep):
             gradients = tape.gradient(total, self._variables)
         return self._observed({name: float(value) for name, value in terms.items()}, gradients)
 
-    def weights(self) -> Mapping[Any, Sequence[float]] | None:
+    def weights(self) -> Callable[[Any], PieceWeights]:
         """See `TrainingStep`."""
-        return weights_of(self._weight, self._microbatches, list(map(len, self.pieces)))
+        return weights_of(self._weight, self._microbatches)
 
     def activations(self, rows: np.ndarray, again: bool = False) -> list[Activation]:
         """See `TrainingStep`."""
@@ -148,7 +155,7 @@ class TensorFlowTrainingStep(TrainingStep):
         return Observed(terms, found, state)
 
     def _half_weights(self) -> list[str]:
-        if self._weight is None:
+        if not callable(self._weight):
             return []
         values = weight_terms(self._weight(self._microbatches[0])).values()
         return [

@@ -1,21 +1,22 @@
 """A PyTorch training step as `certify` observes it: uncut, cut, in float64 where that works."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 
 from virtualbatch.certify.activations import Activation
-from virtualbatch.certify.step import Observed, TrainingStep, weights_of
+from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weights_of
 from virtualbatch.torch._batch import Microbatch, on_device, read
 from virtualbatch.torch._certify.activations import recorded
 from virtualbatch.torch._certify.randomness import RowwiseRandom
 from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._window import Program
-from virtualbatch.window.terms import loss_and_aux
+from virtualbatch.window.terms import loss_and_aux, of_part, weight_terms
 
 _HALF = {torch.float16, torch.bfloat16}
 
@@ -77,10 +78,10 @@ class TorchTrainingStep(TrainingStep):
 
     def accumulated(self) -> Observed:
         """See `TrainingStep`."""
-        program, weight = self._program, self._program.weight
+        program = self._program
         seen = program._replace(
             loss_fn=lambda pair: self._chosen(pair)(pair[0]),
-            weight=weight and (lambda pair: weight(pair[0])),
+            weight=of_part(self._program.weight, itemgetter(0)),
             found=inventory(self._roots),
         )
         self._fresh()
@@ -103,11 +104,11 @@ class TorchTrainingStep(TrainingStep):
                     total.backward()
         return self._observed({name: float(value.detach()) for name, value in terms.items()})
 
-    def weights(self) -> Mapping[Any, Sequence[float]] | None:
+    def weights(self) -> Callable[[Any], PieceWeights]:
         """See `TrainingStep`."""
         microbatches = [piece.get()[0] for piece in self._cut]
         with torch.no_grad():
-            return weights_of(self._program.weight, microbatches, list(map(len, self.pieces)))
+            return weights_of(self._program.weight, microbatches)
 
     def activations(self, rows: np.ndarray, again: bool = False) -> list[Activation]:
         """See `TrainingStep`."""
@@ -157,10 +158,10 @@ class TorchTrainingStep(TrainingStep):
 
     def _weight_dtypes(self) -> set[torch.dtype]:
         """Floating dtypes of what weight returns."""
-        if self._program.weight is None:
+        weight = self._program.weight
+        if not callable(weight):
             return set()
-        found = self._program.weight(self._cut[0].get()[0])
-        values = found.values() if isinstance(found, Mapping) else [found]
+        values = weight_terms(weight(self._cut[0].get()[0])).values()
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         return {value.dtype for value in tensors if value.is_floating_point()}
 
