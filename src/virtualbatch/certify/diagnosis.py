@@ -115,6 +115,12 @@ def _causes(
     return [_coupled(different, wrong[0])]
 
 
+# Why of a finding that saw it in the values themselves.
+SEES_OTHER_ROWS = (
+    "Its values for the rows of a micro-batch change with the other rows of the batch."
+)
+
+
 def _coupled(activation: Activation | None, place: str) -> Finding:
     where = activation.where if activation is not None else place
     if activation is not None and "BatchNorm" in activation.layer:
@@ -127,7 +133,7 @@ def _coupled(activation: Activation | None, place: str) -> Finding:
             "micro-batch that fits.",
         )
     why = (
-        "Its values for the rows of a micro-batch change with the other rows of the batch."
+        SEES_OTHER_ROWS
         if activation is not None
         else "The loss is no mean over rows of anything: a function of a mean is not a mean."
     )

@@ -4,9 +4,35 @@ What one run on the whole batch draws is kept, and every other run is given the 
 rows. For that the axis of rows in each draw must be known.
 """
 
+import random
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 Shape = Sequence[int]
+
+
+class HostRandom:
+    """The random generators of Python and NumPy, as they are now."""
+
+    def __init__(self) -> None:
+        self._python, self._numpy = random.getstate(), np.random.get_state(legacy=False)
+
+    def has_moved(self) -> bool:
+        """Whether random numbers were drawn since."""
+        numpy: Any = np.random.get_state(legacy=False)
+        before: Any = self._numpy
+        return (
+            random.getstate() != self._python
+            or numpy["state"]["pos"] != before["state"]["pos"]
+            or not np.array_equal(numpy["state"]["key"], before["state"]["key"])
+        )
+
+    def restore(self) -> None:
+        """Lets the generators go on from where they were."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
 
 
 def axes_of_rows(

@@ -86,8 +86,23 @@ def explained(
     parts = np.stack([value(piece) for piece in pieces])
     rows = shares([float(len(piece)) for piece in pieces])
     weights = subject.weights()(term)
-    if coordinates.fits(np.dot(given_shares(subject, term), parts), whole):
+    given_parts = np.asarray(given_shares(subject, term))
+    # What has no share is left out, and may be NaN.
+    empty = given_parts == 0
+    if coordinates.fits(np.dot(given_parts, np.where(empty[:, None], 0, parts)), whole):
         return Explanation(True, None)
+    if np.any(parts[empty]) and np.all(np.isfinite(parts[empty])):
+        return Explanation(
+            False,
+            Finding(
+                "weight",
+                where,
+                "A micro-batch of weight 0 is left out, and its loss is not 0: what it is divided "
+                "by has a floor, such as max(1, count).",
+                'Pass weight="sum", and divide by the count of the whole batch, with its floor: '
+                "count before the call, and put the number into the batch.",
+            ),
+        )
     given = "what weight returned"
     if weights is None or isinstance(weights, str):
         given = "rows" if weights is None else "nothing, as a sum"

@@ -12,13 +12,15 @@ import jax
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.jax._arguments import BatchArguments
-from virtualbatch.jax._batch import cut_batch, cut_smaller, rows_of
+from virtualbatch.jax._batch import Cut, cut_batch, cut_smaller, rows_of
 from virtualbatch.jax._certify.certificate import certificate, check_cut
+from virtualbatch.jax._certify.first_window import prove_first_window
 from virtualbatch.jax._certify.loop import certify_loop
 from virtualbatch.jax._checks import check_arguments, check_options
 from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
 from virtualbatch.jax._plan.plan import planned
 from virtualbatch.jax._plan.sizes import kept_sizes, needs_values, signature, stand_ins
+from virtualbatch.jax._weights import window_shares
 from virtualbatch.jax._window import Program, is_traced, positions
 from virtualbatch.plan.auto import Auto, CurrentSize, check_cut_or_auto, is_automatic
 from virtualbatch.plan.fingerprint import fingerprint
@@ -51,6 +53,7 @@ def value_and_grad(
     axis_name: Any = None,
     grad_fn: Callable[..., Any] | None = None,
     stats: bool = False,
+    check: bool = True,
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` of a whole batch, on the memory of a micro-batch.
 
@@ -89,6 +92,8 @@ def value_and_grad(
             with `argnums=` too unless that is 0.
         stats: whether the `WindowStats` of the window are returned too, from which
             `virtualbatch.NoiseScale` estimates the noise of its gradients.
+        check: whether un-jitted the first window proves itself: a few rows of it run in parts and
+            together, which calls fun some ten times more, once. Under `jit` run `certify` once.
 
     Returns:
         A function with fun's arguments that returns (value, gradients), or
@@ -177,9 +182,16 @@ def value_and_grad(
         if size.rows < asked:
             cut = cut_smaller(batch, size.rows)
         differentiated = [args[k] for k in positions(argnums)]
-        result = run_until_it_fits(
+
+        def run(cut: Cut) -> Any:
+            shares = window_shares(cut, program.weight)
+            if check:
+                prove_first_window(program, args, kwargs, cut, shares, rows.weight_takes)
             # Errors arrive late in JAX; waiting once per window costs what its caller waits.
-            lambda cut: jax.block_until_ready(program.run(args, kwargs, cut, traced)),
+            return jax.block_until_ready(program.run(args, kwargs, cut, traced, shares))
+
+        result = run_until_it_fits(
+            run,
             cut,
             lambda cut: max(cut.rows),
             partial(cut_smaller, batch),
@@ -336,19 +348,6 @@ def certify(
         grad_fn,
     )
 
-    def engine(function: Callable[..., Any], weight: Any) -> Callable[..., Any]:
-        return value_and_grad(
-            function,
-            argnums,
-            has_aux,
-            batch_argnum=rows.position,
-            microbatch_size=microbatch_size,
-            accumulation_steps=accumulation_steps,
-            weight=weight,
-            accumulator_dtype=accumulator_dtype,
-            grad_fn=grad_fn,
-        )
-
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Certificate:
         check_arguments(args, batch_argnum, key_argnum)
@@ -357,17 +356,8 @@ def certify(
         check_cut_or_auto(batch, microbatch_size, accumulation_steps)
         check_cut(batch, microbatch_size, accumulation_steps)
         program.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
-        # Rows keep their random numbers: keys of its own would make each micro-batch differ.
-        call = program._replace(key_argnum=None).call(args, kwargs, None)
         return certificate(
-            call,
-            argnums,
-            program.weight,
-            engine,
-            microbatch_size,
-            accumulation_steps,
-            accumulator_dtype,
-            rows.weight_takes,
+            program, args, kwargs, microbatch_size, accumulation_steps, rows.weight_takes
         )
 
     return wrapper

@@ -14,6 +14,7 @@ from virtualbatch.jax._eager import run_eager
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._replicas import varying
 from virtualbatch.jax._weights import traced_shares, window_shares
+from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import GivenWeight
 
 
@@ -72,7 +73,14 @@ class Program(NamedTuple):
             partial(self.grad_fn or jax.value_and_grad, **options),
         )
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], cut: Cut, traced: bool) -> Any:
+    def run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cut: Cut,
+        traced: bool,
+        shares: Shares | None = None,
+    ) -> Any:
         """Runs a window, without recovery.
 
         Args:
@@ -80,6 +88,7 @@ class Program(NamedTuple):
             kwargs: keyword arguments.
             cut: the batch, cut.
             traced: whether this runs inside a trace.
+            shares: its shares, where they are known already.
 
         Returns:
             (loss or (loss, aux), gradients), and with `stats` the `WindowStats`.
@@ -90,7 +99,8 @@ class Program(NamedTuple):
             jax.lax.axis_size(axis_name)
             own = positions(self.argnums)
             args = tuple(varying(arg, axis_name) if k in own else arg for k, arg in enumerate(args))
-        shares = traced_shares(cut, weight, axis_name) if traced else window_shares(cut, weight)
+        if shares is None:
+            shares = traced_shares(cut, weight, axis_name) if traced else window_shares(cut, weight)
         call = self.call(args, kwargs, shares.terms)
         dtype = self.accumulator_dtype
         if traced:

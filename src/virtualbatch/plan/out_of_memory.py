@@ -111,3 +111,10 @@ def no_smaller_size(
         "instead of keeping them (checkpointing), train in bfloat16 or with an optimizer that "
         "keeps less state, or make the rows shorter or the device larger."
     )
+
+
+def in_words(error: BaseException, errors: MemoryErrors) -> str:
+    """An error in one line: that memory ran out, or its class and the first line of its text."""
+    if errors.is_possible(error):
+        return "memory ran out"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -4,7 +4,7 @@ A batch becomes segments of micro-batches, their weights become shares, one loop
 micro-batch's share of the gradient, and the sums come back as `tape.gradient` would give them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -15,13 +15,21 @@ from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_until_it_fits
-from virtualbatch.tensorflow._batch import as_tensor, named_arrays, segments, smaller_segments
+from virtualbatch.tensorflow._batch import (
+    Segment,
+    as_tensor,
+    named_arrays,
+    segments,
+    smaller_segments,
+)
 from virtualbatch.tensorflow._certify.certificate import certificate
+from virtualbatch.tensorflow._certify.first_window import prove_first_window
 from virtualbatch.tensorflow._certify.loop import certify_loop
 from virtualbatch.tensorflow._checks import check_call
 from virtualbatch.tensorflow._plan.memory import ERRORS, largest_variables, left_bytes
 from virtualbatch.tensorflow._plan.plan import held_bytes, planned
 from virtualbatch.tensorflow._plan.sizes import kept_sizes, signature, stand_in
+from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.tree import common_rows
@@ -41,6 +49,7 @@ def value_and_gradients(
     weight: GivenWeight = None,
     has_aux: Literal[False] = False,
     stats: Literal[False] = False,
+    check: bool = True,
 ) -> tuple[tf.Tensor, Any]: ...
 @overload
 def value_and_gradients(
@@ -53,6 +62,7 @@ def value_and_gradients(
     weight: GivenWeight = None,
     has_aux: Literal[True],
     stats: Literal[False] = False,
+    check: bool = True,
 ) -> tuple[tuple[tf.Tensor, Any], Any]: ...
 @overload
 def value_and_gradients(
@@ -65,6 +75,7 @@ def value_and_gradients(
     weight: GivenWeight = None,
     has_aux: Literal[False] = False,
     stats: Literal[True],
+    check: bool = True,
 ) -> tuple[tf.Tensor, Any, WindowStats]: ...
 @overload
 def value_and_gradients(
@@ -77,6 +88,7 @@ def value_and_gradients(
     weight: GivenWeight = None,
     has_aux: Literal[True],
     stats: Literal[True],
+    check: bool = True,
 ) -> tuple[tuple[tf.Tensor, Any], Any, WindowStats]: ...
 @overload
 def value_and_gradients(
@@ -89,6 +101,7 @@ def value_and_gradients(
     weight: GivenWeight = None,
     has_aux: bool = False,
     stats: bool = False,
+    check: bool = True,
 ) -> Any: ...
 def value_and_gradients(
     loss_fn: Callable[[Any], Any],
@@ -100,6 +113,7 @@ def value_and_gradients(
     weight: GivenWeight = None,
     has_aux: bool = False,
     stats: bool = False,
+    check: bool = True,
 ) -> Any:
     """The loss of a whole batch and its gradients, on the memory of a micro-batch.
 
@@ -123,6 +137,9 @@ def value_and_gradients(
             integers summed.
         stats: whether the `WindowStats` of the window are returned too, from which
             `virtualbatch.NoiseScale` estimates the noise of its gradients.
+        check: whether eagerly the first window of a loss proves itself: a few rows of it run in
+            parts and together, which calls `loss_fn` some ten times more, once. In a graph run
+            `certify` once.
 
     Returns:
         (loss, gradients), or ((loss, aux), gradients), and the stats last. The gradients have the
@@ -131,7 +148,8 @@ def value_and_gradients(
 
     Raises:
         ValueError: sizes are not positive integers or disagree, rows differ or are missing, a
-            weight is negative or not finite, the loss is not a scalar, or names of terms differ.
+            weight is negative or not finite, the loss is not a scalar, names of terms differ, or
+            the first rows show that gradients of micro-batches do not add up to their batch's.
         TypeError: the loss is not a floating tensor, or an argument is of the wrong kind.
         tf.errors.InvalidArgumentError: the same faults of rows and sizes, in a graph that learns
             its shapes at run time.
@@ -161,12 +179,16 @@ def value_and_gradients(
         if callable(weight):
             weight = autograph.tf_convert(weight, status)
     program = Program(loss_fn, variables, weight, has_aux, stats)
-    return _in_micro_batches(program, batch, microbatch_size, accumulation_steps)
+    return _in_micro_batches(program, batch, microbatch_size, accumulation_steps, check)
 
 
 @tf.autograph.experimental.do_not_convert
 def _in_micro_batches(
-    program: Program, batch: Any, microbatch_size: Any, accumulation_steps: int | None
+    program: Program,
+    batch: Any,
+    microbatch_size: Any,
+    accumulation_steps: int | None,
+    check: bool,
 ) -> Any:
     """A window of the size in force; eagerly once more with a smaller one if memory runs out."""
     size: CurrentSize | None = None
@@ -180,8 +202,15 @@ def _in_micro_batches(
     size = size or kept_sizes(program.variables).asked(asked)
     if size.rows < asked:
         cut = smaller_segments(batch, size.rows)
+
+    def run(cut: Sequence[Segment]) -> Any:
+        shares = window_shares(cut, program.weight)
+        if check:
+            prove_first_window(program, batch, cut, shares)
+        return program.run(cut, shares)
+
     result = run_until_it_fits(
-        program.run,
+        run,
         cut,
         lambda cut: max(segment.rows(0) for segment in cut),
         partial(smaller_segments, batch),
@@ -311,21 +340,8 @@ def certify(
         (False, 'sum_loss')
     """
     check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
-
-    def engine(loss_fn: Callable[[Any], Any], pair: Any, weight: Any) -> tuple[Any, Any]:
-        return value_and_gradients(
-            loss_fn,
-            pair,
-            variables,
-            microbatch_size=microbatch_size,
-            accumulation_steps=accumulation_steps,
-            weight=weight,
-            has_aux=has_aux,
-        )
-
-    return certificate(
-        loss_fn, batch, variables, weight, has_aux, engine, microbatch_size, accumulation_steps
-    )
+    program = Program(loss_fn, variables, weight, has_aux, stats=False)
+    return certificate(program, batch, microbatch_size, accumulation_steps)
 
 
 def _planned_size(program: Program, batch: Any, automatic: Any) -> CurrentSize:

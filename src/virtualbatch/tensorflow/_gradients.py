@@ -209,11 +209,12 @@ def _apart(
     total: list[Any] = [None] * len(variables)
     for term, share in zip(terms, shares, strict=True):
         part = _selected(share, _backward(tape, [term], [share], variables))
-        total = [_add_any(x, y) for x, y in zip(total, part, strict=True)]
+        total = [added(x, y) for x, y in zip(total, part, strict=True)]
     return total
 
 
-def _add_any(a: Any, b: Any) -> Any:
+def added(a: Any, b: Any) -> Any:
+    """Sum of two gradients: tensors, IndexedSlices or None."""
     if a is None or b is None:
         return b if a is None else a
     if isinstance(a, tf.IndexedSlices) and isinstance(b, tf.IndexedSlices):

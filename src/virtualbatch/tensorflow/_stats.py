@@ -38,7 +38,7 @@ def stats_of(gradients: Sequence[Any], shares: Shares, mean_square: Any) -> Wind
 
 def squared_norm(gradients: Sequence[Any]) -> Any:
     """Sum of squares of all entries, at least float32."""
-    values = [_summed(gradient) for gradient in gradients if gradient is not None]
+    values = [summed(gradient) for gradient in gradients if gradient is not None]
     # One kernel, which writes no squares down as a product and a sum would.
     halves = [tf.nn.l2_loss(_wide(x)) for x in values]
     dtype = max((x.dtype for x in halves), key=lambda dtype: dtype.size, default=tf.float32)
@@ -50,7 +50,7 @@ def _wide(x: Any) -> Any:
     return tf.abs(wide) if wide.dtype.is_complex else wide
 
 
-def _summed(gradient: Any) -> Any:
+def summed(gradient: Any) -> Any:
     """Values whose squares add up: slices of one row are added first."""
     if not isinstance(gradient, tf.IndexedSlices):
         return tf.convert_to_tensor(gradient)

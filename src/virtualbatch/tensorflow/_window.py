@@ -19,6 +19,7 @@ from virtualbatch.tensorflow._gradients import (
 from virtualbatch.tensorflow._loop import Output, fold, trace
 from virtualbatch.tensorflow._stats import part_of, stats_of
 from virtualbatch.tensorflow._weights import window_shares
+from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import GivenWeight, loss_and_aux, loss_terms
 
 
@@ -57,18 +58,20 @@ class Program(NamedTuple):
     has_aux: bool
     stats: bool
 
-    def run(self, cut: Sequence[Segment]) -> tuple[Any, ...]:
+    def run(self, cut: Sequence[Segment], shares: Shares | None = None) -> tuple[Any, ...]:
         """Runs a window, without recovery.
 
         Args:
             cut: its segments.
+            shares: theirs, where they are known already.
 
         Returns:
             (loss or (loss, aux), gradients), and with `stats` the `WindowStats`.
         """
         loss_fn, variables, weight, has_aux, stats = self
         flat_variables = tf.nest.flatten(variables)
-        shares = window_shares(cut, weight)
+        if shares is None:
+            shares = window_shares(cut, weight)
         several = shares.terms is not None and len(shares.terms) > 1
         dtypes: list[tf.DType] = []
 

@@ -4,7 +4,7 @@ A batch becomes micro-batches, their weights become shares, each micro-batch's s
 differentiated in turn, and the sum is added to `.grad` once all of them have succeeded.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -15,9 +15,10 @@ from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_until_it_fits
-from virtualbatch.torch._batch import ReadBatch, read
+from virtualbatch.torch._batch import Microbatch, ReadBatch, read
 from virtualbatch.torch._capture import Captured
 from virtualbatch.torch._certify.certificate import certificate, check_cut
+from virtualbatch.torch._certify.first_window import prove_first_window
 from virtualbatch.torch._certify.loop import certify_loop
 from virtualbatch.torch._checks import check_call, refuse_foreign_accumulation
 from virtualbatch.torch._modules import inventory
@@ -44,6 +45,7 @@ def backward(
     has_aux: Literal[False] = False,
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: Literal[False] = False,
+    check: bool = True,
 ) -> torch.Tensor: ...
 @overload
 def backward(
@@ -57,6 +59,7 @@ def backward(
     has_aux: Literal[True],
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: Literal[False] = False,
+    check: bool = True,
 ) -> tuple[torch.Tensor, Any]: ...
 @overload
 def backward(
@@ -70,6 +73,7 @@ def backward(
     has_aux: Literal[False] = False,
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: Literal[True],
+    check: bool = True,
 ) -> tuple[torch.Tensor, WindowStats]: ...
 @overload
 def backward(
@@ -83,6 +87,7 @@ def backward(
     has_aux: Literal[True],
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: Literal[True],
+    check: bool = True,
 ) -> tuple[torch.Tensor, Any, WindowStats]: ...
 @overload
 def backward(
@@ -96,6 +101,7 @@ def backward(
     has_aux: bool = False,
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: bool = False,
+    check: bool = True,
 ) -> Any: ...
 def backward(
     loss_fn: Callable[[Any], Any],
@@ -108,6 +114,7 @@ def backward(
     has_aux: bool = False,
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: bool = False,
+    check: bool = True,
 ) -> Any:
     """Does what `loss_fn(batch).backward()` does, on the memory of a micro-batch.
 
@@ -137,6 +144,8 @@ def backward(
             than `loss.backward()`, such as `lambda loss: scaler.scale(loss).backward()`.
         stats: whether the `WindowStats` of the window are returned too, from which
             `virtualbatch.NoiseScale` estimates the noise of its gradients.
+        check: whether the first window of a loss proves itself: a few rows of it run in parts and
+            together, which calls `loss_fn` some ten times more, once.
 
     Returns:
         The mean loss of the whole batch, a detached scalar of the loss's dtype and device; with
@@ -145,7 +154,8 @@ def backward(
     Raises:
         ValueError: sizes are not positive integers or disagree, rows differ or are missing, a
             weight is negative or not finite, the loss is not a scalar or has no gradient, names
-            of terms differ, there is no trainable parameter, or another library accumulates too.
+            of terms differ, there is no trainable parameter, another library accumulates too, or
+            the first rows show that gradients of micro-batches do not add up to their batch's.
         TypeError: the loss is not a floating tensor, or an argument is of the wrong kind.
         RuntimeError: a BatchNorm layer in training mode was not called as a module, or is inside
             another window.
@@ -180,8 +190,16 @@ def backward(
         size = kept_sizes(found.roots[0]).asked(asked)
         if size.rows < asked:
             cut = rows.cut(given, accumulation_steps, size.rows)
+
+    def run(cut: Sequence[Microbatch]) -> Any:
+        shares = program.shares(cut)
+        if check:
+            source = max(rows.given, key=lambda microbatch: microbatch.rows)
+            prove_first_window(program, source, cut, shares)
+        return program.run(cut, shares)
+
     result = run_until_it_fits(
-        lambda cut: program.run(cut, program.shares(cut)),
+        run,
         cut,
         lambda cut: max(microbatch.rows for microbatch in cut),
         lambda most: rows.cut(given, accumulation_steps, most),

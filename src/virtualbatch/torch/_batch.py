@@ -43,6 +43,19 @@ class Microbatch(NamedTuple):
         """The structure. What was cut is built anew each time, so that it may be taken apart."""
         return self.build(self.leaves) if self.given is None else self.given
 
+    def some(self, rows: Sequence[int]) -> "Microbatch":
+        """Copies of some of its rows, given by their numbers."""
+        numbers = torch.as_tensor(rows)
+
+        def chosen(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor):
+                return leaf.index_select(0, numbers.to(leaf.device))
+            if is_text(leaf) and len(leaf) == self.rows:
+                return [leaf[row] for row in rows]
+            return leaf
+
+        return self._replace(rows=len(rows), leaves=list(map(chosen, self.leaves)), given=None)
+
     def mapped(self, fn: Callable[[torch.Tensor], Any]) -> Any:
         """The structure with fn applied to every tensor where the batch is."""
         return self.build([fn(x) if isinstance(x, torch.Tensor) else x for x in self.leaves])

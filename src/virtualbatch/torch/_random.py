@@ -21,6 +21,13 @@ class RandomState:
         self._place = () if device is None or device.type == "mps" else (device,)
         self._on_device = self._module and self._module.get_rng_state(*self._place)
 
+    def has_moved(self) -> bool:
+        """Whether random numbers were drawn since."""
+        moved = not torch.equal(self._host, torch.get_rng_state())
+        if self._module is None:
+            return moved
+        return moved or not torch.equal(self._on_device, self._module.get_rng_state(*self._place))
+
     def restore(self) -> None:
         """Lets the generators go on from where they were."""
         torch.set_rng_state(self._host)

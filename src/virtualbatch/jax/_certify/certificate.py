@@ -1,6 +1,5 @@
 """Certifying a function of JAX, in float64 where it can."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,27 +10,26 @@ from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import certified
 from virtualbatch.certify.step import check_microbatches, refuse_window
 from virtualbatch.jax._batch import cut_batch, is_array
-from virtualbatch.jax._certify.step import Engine, JaxTrainingStep
+from virtualbatch.jax._certify.step import JaxTrainingStep
 from virtualbatch.jax._objective import Call
-from virtualbatch.window.terms import GivenWeight
+from virtualbatch.jax._window import Program
 
 
 def certificate(
-    call: Call,
-    argnums: int | Sequence[int],
-    weight: GivenWeight,
-    engine: Engine,
+    program: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     microbatch_size: int | None,
     accumulation_steps: int | None,
-    accumulator_dtype: Any,
     weight_takes: str,
 ) -> Certificate:
     """The certificate of a call; see `virtualbatch.jax.certify` and `JaxTrainingStep`."""
+    # Rows keep their random numbers: keys of its own would make each micro-batch differ.
+    program = program._replace(key_argnum=None)
+    call = program.call(args, kwargs, None)
 
     def observed(call: Call, note: str) -> Certificate:
-        subject = JaxTrainingStep(
-            call, argnums, weight, engine, microbatch_size, accumulation_steps, accumulator_dtype
-        )
+        subject = JaxTrainingStep(program, call, microbatch_size, accumulation_steps)
         subject.weight_takes = weight_takes
         if note:
             subject.notes = [*subject.notes, note]

@@ -15,38 +15,32 @@ from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weig
 from virtualbatch.jax._batch import cut_batch, is_array, map_arrays
 from virtualbatch.jax._jaxpr import Traced, drawn_shapes, evaluate, floating_dtypes, traced
 from virtualbatch.jax._objective import Call
-from virtualbatch.window.terms import GivenWeight, of_part, weight_terms
-
-# (function, weight) -> what `value_and_grad` makes of them, with the rest as the user gave it.
-Engine = Callable[[Callable[..., Any], Any], Callable[..., Any]]
+from virtualbatch.jax._window import Program
+from virtualbatch.window.terms import of_part, weight_terms
 
 
 class JaxTrainingStep(TrainingStep):
     """See `virtualbatch.certify.step.TrainingStep`.
 
     Args:
-        call: the user's call.
-        argnums: which arguments are differentiated.
-        weight: the user's weight function, "sum", or None.
-        engine: see there.
+        program: the user's program; without keys of micro-batches.
+        call: the user's call of it, in the dtype to observe.
         microbatch_size: checked rows of one micro-batch, or None.
         accumulation_steps: checked micro-batches per window, or None.
-        accumulator_dtype: the user's dtype of the buffer, or None.
     """
 
     def __init__(
         self,
+        program: Program,
         call: Call,
-        argnums: int | Sequence[int],
-        weight: GivenWeight,
-        engine: Engine,
         microbatch_size: int | None,
         accumulation_steps: int | None,
-        accumulator_dtype: Any,
     ):
+        self._program = program
         self._call = call
-        self._weight = weight
-        self._engine = engine
+        self._weight = program.weight
+        self._sizes = microbatch_size, accumulation_steps
+        argnums, accumulator_dtype = program.argnums, program.accumulator_dtype
         batch = call.args[call.batch_argnum]
         arrays = [
             (keystr(path), leaf)
@@ -80,17 +74,20 @@ class JaxTrainingStep(TrainingStep):
         buffers = [] if accumulator_dtype is None else [jnp.dtype(accumulator_dtype)]
         self.narrow += [f"accumulator_dtype={d}" for d in buffers if jnp.finfo(d).bits < 32]
         inside = [d for d in (*dtypes, *buffers) if jnp.finfo(d).bits >= 32]
-        program, _ = _as_program(call.fun, call.arguments(self._microbatches[0]), call.kwargs)
-        inside += [dtype, *floating_dtypes(program.program)]
+        run, _ = _as_program(call.fun, call.arguments(self._microbatches[0]), call.kwargs)
+        inside += [dtype, *floating_dtypes(run.program)]
         self.narrowest = max(float(jnp.finfo(d).eps) for d in inside)
 
     def accumulated(self) -> Observed:
         """See `TrainingStep`."""
         call = self._call
-        run = self._engine(self._by_rows, of_part(self._weight, itemgetter(0)))
+        weight = of_part(self._weight, itemgetter(0))
+        program = self._program._replace(fun=self._by_rows, weight=weight)
         args = list(call.args)
-        args[call.batch_argnum] = (args[call.batch_argnum], jnp.arange(self.rows))
-        value, gradients = run(*args, **call.kwargs)
+        pair = args[call.batch_argnum], jnp.arange(self.rows)
+        args[call.batch_argnum] = pair
+        cut = cut_batch(pair, *self._sizes, compiled=False)
+        value, gradients = program.run(tuple(args), dict(call.kwargs), cut, traced=False)
         loss = value[0] if call.has_aux else value
         return Observed({"loss": float(loss)}, self._named(gradients), {})
 

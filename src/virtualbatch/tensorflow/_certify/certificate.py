@@ -1,6 +1,6 @@
 """Certifying a TensorFlow training step, and leaving its variables as they were."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,38 +10,19 @@ from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import certified
 from virtualbatch.certify.step import check_microbatches, refuse_window
 from virtualbatch.tensorflow._batch import as_tensor, segments
-from virtualbatch.tensorflow._certify.step import Engine, TensorFlowTrainingStep
-from virtualbatch.window.terms import GivenWeight
+from virtualbatch.tensorflow._certify.step import TensorFlowTrainingStep
+from virtualbatch.tensorflow._window import Program
 
 
 def certificate(
-    loss_fn: Callable[[Any], Any],
-    batch: Any,
-    variables: Any,
-    weight: GivenWeight,
-    has_aux: bool,
-    engine: Engine,
-    microbatch_size: int | None,
-    accumulation_steps: int | None,
+    program: Program, batch: Any, microbatch_size: int | None, accumulation_steps: int | None
 ) -> Certificate:
-    """The certificate of a call; see `virtualbatch.tensorflow.certify`."""
+    """The certificate of a program; see `virtualbatch.tensorflow.certify`."""
     _check_cut(batch, microbatch_size, accumulation_steps)
-    # A graph knows all variables that a function reaches.
-    tensors = tf.nest.map_structure(as_tensor, batch)
-    graph = tf.function(loss_fn).get_concrete_function(tensors).graph
-    differentiated = {_handle(variable) for variable in tf.nest.flatten(variables)}
-    others = [v for v in graph.variables if _handle(v) not in differentiated]
-    with _run_eagerly():
+    others = other_variables(program, batch)
+    with run_eagerly():
         subject = TensorFlowTrainingStep(
-            loss_fn,
-            batch,
-            variables,
-            weight,
-            has_aux,
-            engine,
-            microbatch_size,
-            accumulation_steps,
-            others,
+            program, batch, microbatch_size, accumulation_steps, others
         )
         try:
             return certified(subject)
@@ -49,8 +30,17 @@ def certificate(
             subject.restore()
 
 
+def other_variables(program: Program, batch: Any) -> list[Any]:
+    """The variables that a loss reaches and that are not differentiated."""
+    # A graph knows all variables that a function reaches.
+    tensors = tf.nest.map_structure(as_tensor, batch)
+    graph = tf.function(program.loss_fn).get_concrete_function(tensors).graph
+    differentiated = {_handle(variable) for variable in tf.nest.flatten(program.variables)}
+    return [v for v in graph.variables if _handle(v) not in differentiated]
+
+
 @contextmanager
-def _run_eagerly() -> Iterator[None]:
+def run_eagerly() -> Iterator[None]:
     """Functions of TensorFlow run as they are written for the length of a context."""
     before = tf.config.functions_run_eagerly()
     tf.config.run_functions_eagerly(True)

@@ -11,28 +11,21 @@ from virtualbatch.certify.activations import Activation, Recording
 from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weights_of
 from virtualbatch.tensorflow._batch import as_tensor, named_arrays, segments
 from virtualbatch.tensorflow._certify.activations import RowwiseRandom, watched
+from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.terms import (
-    GivenWeight,
     loss_and_aux,
     loss_terms,
     of_part,
     weight_terms,
 )
 
-# (loss_fn, batch, weight) -> (loss, gradients), by the engine.
-Engine = Callable[[Callable[[Any], Any], Any, Any], tuple[Any, Any]]
-
 
 class TensorFlowTrainingStep(TrainingStep):
     """See `virtualbatch.certify.step.TrainingStep`.
 
     Args:
-        loss_fn: the user's loss function.
+        program: the user's program, without statistics.
         batch: a batch, not a Window.
-        variables: what is differentiated, in any nested structure.
-        weight: the user's weight function, "sum", or None.
-        has_aux: whether loss_fn returns (loss, aux).
-        engine: see there.
         microbatch_size: checked rows of one micro-batch, or None.
         accumulation_steps: checked micro-batches per window, or None.
         others: variables that the loss may change.
@@ -40,18 +33,19 @@ class TensorFlowTrainingStep(TrainingStep):
 
     def __init__(
         self,
-        loss_fn: Callable[[Any], Any],
+        program: Program,
         batch: Any,
-        variables: Any,
-        weight: GivenWeight,
-        has_aux: bool,
-        engine: Engine,
         microbatch_size: int | None,
         accumulation_steps: int | None,
         others: Sequence[Any],
     ):
-        self._loss_fn, self._weight, self._has_aux = loss_fn, weight, has_aux
-        self._engine = engine
+        self._program = program
+        self._loss_fn, self._weight, self._has_aux = (
+            program.loss_fn,
+            program.weight,
+            program.has_aux,
+        )
+        self._sizes = microbatch_size, accumulation_steps
         self._others = [(variable, variable.numpy()) for variable in others]
         self._batch = tf.nest.map_structure(as_tensor, batch)
         arrays = dict(named_arrays(self._batch))
@@ -61,7 +55,7 @@ class TensorFlowTrainingStep(TrainingStep):
         pieces = [part.get(0) for part in segments(pair, microbatch_size, accumulation_steps)]
         self._microbatches = [microbatch for microbatch, _ in pieces]
         self.pieces = [np.asarray(rows) for _, rows in pieces]
-        self._variables = tf.nest.flatten(variables)
+        self._variables = tf.nest.flatten(program.variables)
         self._names = _names(self._variables)
         self.parameters = {
             name: _numpy(variable)
@@ -102,7 +96,8 @@ class TensorFlowTrainingStep(TrainingStep):
         self.restore()
         pair = (self._batch, tf.range(self.rows))
         with watched(self._random):
-            loss, gradients = self._engine(loss_fn, pair, weight)
+            program = self._program._replace(loss_fn=loss_fn, weight=weight)
+            loss, gradients = program.run(segments(pair, *self._sizes))
         value = loss[0] if self._has_aux else loss
         return self._observed({"loss": float(value)}, tf.nest.flatten(gradients))
 

@@ -1,0 +1,282 @@
+"""The law, tried on a few of the user's own rows before the first window of a loss is run.
+
+Two parts of one to four rows run alone and together. If the gradients of the parts do not add up
+to that of both, the rows are certified, which tells rounding from a fault, and names the fault.
+"""
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from virtualbatch.certify.certificate import Certificate, Finding
+from virtualbatch.certify.diagnosis import SEES_OTHER_ROWS
+from virtualbatch.plan.fingerprint import fingerprint
+
+_log = logging.getLogger("virtualbatch")
+
+# Right weights miss by about one epsilon of the narrowest dtype, wrong ones by 30 and more; what is
+# between is certified as well, and so never refused for its rounding.
+_ROUNDING = 16.0
+# Finding -> the page that explains it. Others are no fault of the loss.
+_PAGES = {
+    "weight": "docs/sums.md",
+    "sum_loss": "docs/sums.md",
+    "regulariser": "docs/sums.md",
+    "coupled_rows": "docs/rows.md",
+    "stateful": "docs/state.md",
+}
+
+
+class Distance(NamedTuple):
+    """How far two parts are from the whole of them.
+
+    Fields:
+        off: largest difference in any gradient, in the largest gradient times epsilon of the
+            narrowest dtype; NaN where something is not finite.
+        is_same: whether both parts and the whole have one loss and one gradient.
+        constant: the values of terms of the loss that have no gradient at all.
+    """
+
+    off: float
+    is_same: bool
+    constant: Mapping[Any, float]
+
+    @classmethod
+    def of(
+        cls,
+        sizes: Sequence[float],
+        shares: Sequence[float],
+        losses: Sequence[Mapping[Any, float]],
+        constant: Mapping[Any, float],
+        epsilon: float,
+    ) -> "Distance":
+        """The distance from what was measured.
+
+        Args:
+            sizes: the largest number of the first part's share; of it without the whole, which is
+                the other part's share where the law holds; and of what is left without that.
+            shares: what each part is of the whole.
+            losses: of the first part, the whole and the other part, by term.
+            constant: see above.
+            epsilon: of the narrowest dtype.
+        """
+        first, second, left = sizes
+        largest = max(sizes) if math.isfinite(first + second + left) else math.nan
+        off = left / (largest * epsilon) if largest else 0.0
+        alike = abs(first * shares[1] - second * shares[0]) <= 1e-3 * first * shares[1]
+        is_same = bool(first) and alike and losses[0] == losses[1] == losses[2]
+        return cls(off, is_same, constant)
+
+
+class UntriedError(Exception):
+    """Says why a loss cannot be tried."""
+
+
+class Trial(ABC):
+    """A loss and some rows of the user's; every method leaves the training as it was.
+
+    Attributes:
+        rows: how many there are to choose from.
+        sizes: rows of the micro-batches of the window.
+        empty: the rows of a micro-batch without weight.
+        pairs: rows of the two parts of each pair. One and one tell a sum, unequal ones a wrong
+            weight, and only about four and four show what sorts or compares rows.
+    """
+
+    rows: int
+    sizes: Sequence[int]
+    empty: range = range(0)
+    pairs: Sequence[tuple[int, int]] = ((1, 1), (1, 2), (4, 4))
+
+    @abstractmethod
+    def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance | None:
+        """How far the shares of two parts are from the gradient of both.
+
+        Args:
+            a: row numbers of the first part.
+            b: of the second.
+
+        Returns:
+            The distance; None where the loss draws random numbers, which only `certificate` can
+            keep by row.
+
+        Raises:
+            UntriedError: it draws random numbers that nobody can keep by row.
+        """
+
+    @abstractmethod
+    def certificate(self, rows: Sequence[int], size: int) -> Certificate:
+        """The certificate of some rows, cut into micro-batches of a size."""
+
+
+def parts(trial: Trial) -> list[tuple[list[int], list[int]]]:
+    """The pairs of parts that are tried, as row numbers, spread over the batch."""
+    some = min(trial.rows, max(a + b for a, b in trial.pairs))
+    spread = [round(k * (trial.rows - 1) / max(1, some - 1)) for k in range(some)]
+    first = [*trial.empty][: some // 2]
+    spread = [*first, *(row for row in spread if row not in first)][:some]
+    most = len(first) or some // 2
+    sizes = {(min(a, most), min(b, some - some // 2)): None for a, b in trial.pairs}
+    return [(spread[:a], spread[-b:]) for a, b in sizes if a and b]
+
+
+def prove(trial: Trial, why: Callable[[Exception], str]) -> str | None:
+    """Tries the law on a few rows.
+
+    Args:
+        trial: see there.
+        why: error -> why nothing could be tried, in words.
+
+    Returns:
+        None, or why it could not be tried.
+
+    Raises:
+        ValueError: the gradients of parts do not add up to that of the whole.
+    """
+    found: list[Distance] = []
+    reason = "there is one row"
+    chosen = parts(trial)
+    for a, b in chosen:
+        try:
+            distance = trial.distance(a, b)
+            if distance is None:
+                a, b = chosen[-1]
+            elif not distance.off > _ROUNDING:
+                if math.isfinite(distance.off):
+                    found.append(distance)
+                reason = "its gradient is not finite"
+                continue
+            certificate = trial.certificate([*a, *b], max(len(a), len(b)))
+        except Exception as error:  # the user's code, on rows that it may not be made for
+            reason = str(error) if isinstance(error, UntriedError) else why(error)
+            continue
+        if not certificate.exact:
+            return _refused(trial, _explained(trial, chosen[-1], certificate))
+        if distance is None:
+            return None
+        found.append(distance)
+    if not found:
+        return reason
+    constant = [
+        name
+        for name in found[0].constant
+        if all(name in distance.constant for distance in found)
+        and any(distance.constant[name] for distance in found)
+    ]
+    if constant:
+        raise ValueError(
+            "Every term of a loss must have a gradient. "
+            f"Got {', '.join(map(repr, constant))} without one, which is added "
+            "to the loss all the same. Return it beside the loss, with has_aux=True."
+        )
+    if all(distance.is_same for distance in found):
+        _log.warning(
+            "The loss is the same whatever rows it is given. If it uses a whole batch from outside "
+            "instead of its argument, micro-batches save no memory. See docs/rows.md."
+        )
+    return None
+
+
+def untried(reason: str) -> None:
+    """Logs that the law could not be tried.
+
+    Args:
+        reason: why.
+    """
+    _log.warning(
+        "Whether micro-batches add up to their batch could not be tried (%s). Run certify once.",
+        reason,
+    )
+
+
+def _explained(trial: Trial, largest: tuple[list[int], list[int]], of_pair: Certificate) -> Finding:
+    """What is wrong, told by as many rows as there are, else by those of the pair."""
+    rows = [row for part in largest for row in part]
+    try:
+        of_all = trial.certificate(rows, math.ceil(len(rows) / 3))
+    except Exception:  # the same code, on another number of rows
+        return of_pair.findings[0]
+    return (of_pair if of_all.exact else of_all).findings[0]
+
+
+def _refused(trial: Trial, finding: Finding) -> str | None:
+    """Refuses a loss by what is wrong with it; says it where that is no fault of the loss."""
+    page = _PAGES.get(finding.kind)
+    if page is None:
+        return f"{finding.kind} at {finding.where}: {finding.why}"
+    group = _group(trial) if finding.why == SEES_OTHER_ROWS else None
+    if group is not None:
+        _log.warning(
+            "The rows of this loss belong together by %d. Keep every micro-batch a multiple of "
+            "that, the last one of an epoch too. See docs/rows.md.",
+            group,
+        )
+        return None
+    raise ValueError(
+        "The gradients of micro-batches must add up to that of their batch. "
+        f"Got a loss whose first rows show that they do not: {finding.kind} at {finding.where}. "
+        f"{finding.why} {finding.fix} See {page}; check=False turns this check off."
+    )
+
+
+def _group(trial: Trial) -> int | None:
+    """Rows that belong together, if the law holds for groups that no micro-batch cuts apart."""
+    start = trial.empty.start
+    for group in (2, 3, 4):
+        if any(size % group for size in trial.sizes) or trial.rows < start + 3 * group:
+            continue
+        rows = [*range(start, start + 3 * group)]
+        first, others = rows[:group], rows[group:]
+        found = [trial.distance(first, others[:group]), trial.distance(first, others)]
+        if all(distance is not None and distance.off <= _ROUNDING for distance in found):
+            return group
+    return None
+
+
+class Proven:
+    """The losses that were tried with one module, or one set of variables.
+
+    A loss is often written anew at each call. One that is still the same object is known at once,
+    any other by what it does.
+    """
+
+    def __init__(self) -> None:
+        self._objects: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
+        self._texts: set[Hashable] = set()
+
+    def knows(self, loss_fn: Any, weight: Any, structure: Hashable) -> bool:
+        """Whether a loss was tried.
+
+        Args:
+            loss_fn: the loss function.
+            weight: as the engine is given it.
+            structure: of the batch, and whatever else asks for another try.
+        """
+        known, key = self._of_object(loss_fn, weight, structure)
+        if key in known:
+            return True
+        if (fingerprint(loss_fn, weight), structure) not in self._texts:
+            return False
+        known.add(key)
+        return True
+
+    def remember(self, loss_fn: Any, weight: Any, structure: Hashable) -> None:
+        """Remembers that it was."""
+        known, key = self._of_object(loss_fn, weight, structure)
+        known.add(key)
+        self._texts.add((fingerprint(loss_fn, weight), structure))
+
+    def _of_object(
+        self, loss_fn: Any, weight: Any, structure: Hashable
+    ) -> tuple[set[Hashable], Hashable]:
+        # A bound method is a new object at every access, but its instance is not.
+        owner = getattr(loss_fn, "__self__", loss_fn)
+        code = getattr(loss_fn, "__code__", None)
+        key = (code, getattr(weight, "__code__", weight), structure)
+        try:
+            return self._objects.setdefault(owner, set()), key
+        except TypeError:  # not hashable, or without weak references
+            return set(), key

@@ -1,0 +1,153 @@
+"""The first window of a loss proves itself: JAX's part of `certify.first_window`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.first_window import (
+    Distance,
+    Proven,
+    Trial,
+    UntriedError,
+    prove,
+    untried,
+)
+from virtualbatch.certify.randomness import HostRandom
+from virtualbatch.jax._batch import Cut, cut_batch, is_array, map_arrays, rows_of
+from virtualbatch.jax._certify.certificate import certificate
+from virtualbatch.jax._plan.memory import ERRORS
+from virtualbatch.jax._weights import part, window_shares
+from virtualbatch.jax._window import Program, positions
+from virtualbatch.plan.fingerprint import owner_of
+from virtualbatch.plan.out_of_memory import in_words
+from virtualbatch.window.shares import Shares
+from virtualbatch.window.window import Window
+
+# For as long as a loss can be made anew: that it was tried.
+_PROVEN: WeakKeyDictionary[Any, Proven] = WeakKeyDictionary()
+
+
+def prove_first_window(
+    program: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    cut: Cut,
+    shares: Shares,
+    weight_takes: str,
+) -> None:
+    """Tries the law on rows of a batch, outside a trace, if its loss has not been tried before.
+
+    Args:
+        program: what is run.
+        args: positional arguments, the batch among them.
+        kwargs: keyword arguments.
+        cut: the batch, cut.
+        shares: its shares.
+        weight_takes: the arguments of the user's weight function, as code.
+
+    Raises:
+        ValueError: micro-batches of this loss do not add up to their batch.
+    """
+    if cut.count == 1:
+        return
+    known = _PROVEN.setdefault(owner_of(program.fun), Proven())
+    empty = next((k for k in range(cut.count) if shares.is_empty(k)), None)
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    kinds = tuple((x.dtype.name, x.ndim) if is_array(x) else None for x in leaves)
+    structure = (program.has_aux, program.argnums, tree, kinds, empty is None)
+    if known.knows(program.fun, program.weight, structure):
+        return
+    trial = _JaxTrial(program, args, kwargs, cut.rows, weight_takes)
+    if empty is not None and not isinstance(args[program.batch_argnum], Window):
+        trial.empty = range(sum(cut.rows[:empty]), sum(cut.rows[: empty + 1]))
+    host = HostRandom()
+    # Else each number of rows would be compiled, by whatever the user has jitted.
+    with jax.disable_jit():
+        reason = prove(trial, lambda error: in_words(error, ERRORS))
+    host.restore()
+    if reason is not None:
+        untried(reason)
+    known.remember(program.fun, program.weight, structure)
+
+
+class _JaxTrial(Trial):
+    """See `virtualbatch.certify.first_window.Trial`."""
+
+    # Un-jitted, each operation is compiled for each number of rows.
+    pairs = ((3, 4),)
+
+    def __init__(
+        self,
+        program: Program,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        sizes: Sequence[int],
+        weight_takes: str,
+    ):
+        # Every part takes the keys as they are given, so that the whole may have them too.
+        self._program = program._replace(stats=False, key_argnum=None)
+        self._args, self._kwargs = args, dict(kwargs)
+        self._weight_takes = weight_takes
+        batch = args[program.batch_argnum]
+        self._source = max(batch, key=_rows) if isinstance(batch, Window) else batch
+        self.rows = _rows(self._source)
+        self.sizes = sizes
+
+    def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance:
+        """See `Trial`."""
+        parts = [self._some(rows) for rows in (a, [*a, *b], b)]
+        position, weight = self._program.batch_argnum, self._program.weight
+        both = Window([parts[0][position], parts[2][position]])
+        shares = window_shares(cut_batch(both, None, None, compiled=False), weight)
+        call = self._program.call(self._args, self._kwargs, shares.terms)
+        host = HostRandom()
+        total: Any = None
+        sizes, losses, dtypes = [], [], []
+        for k, args in enumerate(parts):
+            # A part, then less by the whole, then the other part.
+            counting = (None, {}, -1.0) if k == 1 else part(shares, k // 2)
+            if counting is None:
+                terms, _ = call.terms(args)
+            else:
+                terms, _, gradients = call.gradients(args, *counting[:2])
+                scaled = jax.tree.map(lambda x, f=counting[2]: _wide(x) * f, gradients)
+                total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
+            losses.append({name: float(value) for name, value in terms.items()})
+            dtypes += [value.dtype for value in terms.values()]
+            sizes.append(_largest(total))
+        if host.has_moved():
+            raise UntriedError("it draws random numbers by Python or NumPy")
+        differentiated = [self._args[k] for k in positions(self._program.argnums)]
+        dtypes += [x.dtype for x in jax.tree.leaves(differentiated) if is_array(x)]
+        epsilon = max(float(jnp.finfo(d).eps) for d in dtypes if jnp.issubdtype(d, jnp.inexact))
+        return Distance.of(sizes, shares.of_rows_or_term(), losses, {}, epsilon)
+
+    def certificate(self, rows: Sequence[int], size: int) -> Certificate:
+        """See `Trial`."""
+        args = self._some(rows)
+        return certificate(self._program, args, self._kwargs, size, None, self._weight_takes)
+
+    def _some(self, rows: Sequence[int]) -> tuple[Any, ...]:
+        args = list(self._args)
+        index = np.asarray(rows)
+        args[self._program.batch_argnum] = map_arrays(lambda x: jnp.asarray(x)[index], self._source)
+        return tuple(args)
+
+
+def _rows(batch: Any) -> int:
+    return rows_of(batch, "batch")
+
+
+def _wide(x: Any) -> Any:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _largest(gradients: Any) -> float:
+    """The largest number in some gradients; NaN if one is not a number."""
+    found = [float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(gradients) if x.size]
+    return float(np.max(found)) if found else 0.0

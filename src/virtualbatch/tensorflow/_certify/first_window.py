@@ -1,0 +1,186 @@
+"""The first window of a loss proves itself: TensorFlow's part of `certify.first_window`."""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+# Eager random numbers follow from it; there is no public name for its state.
+from tensorflow.python.eager import context
+
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.first_window import (
+    Distance,
+    Proven,
+    Trial,
+    UntriedError,
+    prove,
+    untried,
+)
+from virtualbatch.certify.randomness import HostRandom
+from virtualbatch.plan.out_of_memory import in_words
+from virtualbatch.tensorflow._batch import Segment, as_tensor, map_rows, named_arrays, segments
+from virtualbatch.tensorflow._certify.certificate import (
+    certificate,
+    other_variables,
+    run_eagerly,
+)
+from virtualbatch.tensorflow._gradients import added, scalar_terms, scaled_gradients
+from virtualbatch.tensorflow._plan.memory import ERRORS
+from virtualbatch.tensorflow._stats import summed
+from virtualbatch.tensorflow._weights import window_shares
+from virtualbatch.tensorflow._window import Program
+from virtualbatch.window.shares import Shares
+from virtualbatch.window.terms import loss_and_aux, loss_terms
+from virtualbatch.window.tree import common_rows
+from virtualbatch.window.window import Window
+
+# By the identity of a first variable, which cannot be hashed, for as long as it lives: the losses
+# that were tried with it.
+_PROVEN: dict[int, Proven] = {}
+
+
+def prove_first_window(
+    program: Program, batch: Any, cut: Sequence[Segment], shares: Shares
+) -> None:
+    """Tries the law on rows of a batch, if its loss has not been tried with the variables before.
+
+    Args:
+        program: what is run.
+        batch: a batch, or a Window.
+        cut: the micro-batches of the window.
+        shares: theirs.
+
+    Raises:
+        ValueError: micro-batches of this loss do not add up to their batch.
+    """
+    if len(cut) == 1:
+        return
+    known = _proven(program.variables)
+    sizes = [segment.rows(0) for segment in cut]
+    source = batch[int(np.argmax(sizes))] if isinstance(batch, Window) else batch
+    arrays = named_arrays(source)
+    empty = next((k for k in range(len(cut)) if shares.is_empty(k)), None)
+    kinds = tuple((place, tf.as_dtype(x.dtype), len(x.shape)) for place, x in arrays)
+    structure = (program.has_aux, kinds, empty is None)
+    if known.knows(program.loss_fn, program.weight, structure):
+        return
+    trial = _TensorFlowTrial(program, tf.nest.map_structure(as_tensor, source), sizes)
+    if empty is not None and not isinstance(batch, Window):
+        trial.empty = range(sum(sizes[:empty]), sum(sizes[: empty + 1]))
+    with _random_numbers_kept():
+        reason = prove(trial, lambda error: in_words(error, ERRORS))
+    if reason is not None:
+        untried(reason)
+    known.remember(program.loss_fn, program.weight, structure)
+
+
+def _proven(variables: Any) -> Proven:
+    owner = next(iter(tf.nest.flatten(variables)), None)
+    if owner is None:
+        return Proven()
+    if id(owner) not in _PROVEN:
+        _PROVEN[id(owner)] = Proven()
+        weakref.finalize(owner, _PROVEN.pop, id(owner), None)
+    return _PROVEN[id(owner)]
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    host, eager = HostRandom(), context.context()
+    seeded = getattr(eager, "_rng", None)
+    state = seeded and seeded.getstate()
+    try:
+        yield
+    finally:
+        host.restore()
+        if seeded is not None:
+            seeded.setstate(state)
+            # A kernel that is kept goes on from where it was.
+            eager.clear_kernel_cache()
+
+
+class _TensorFlowTrial(Trial):
+    """See `virtualbatch.certify.first_window.Trial`."""
+
+    def __init__(self, program: Program, source: Any, sizes: Sequence[int]):
+        self._program = program._replace(stats=False)
+        self._source = source
+        self._flat = tf.nest.flatten(program.variables)
+        self._others: list[tuple[Any, Any]] | None = None
+        self.rows = int(common_rows(named_arrays(source)) or 0)
+        self.sizes = sizes
+
+    def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance:
+        """See `Trial`."""
+        parts = [self._some(rows) for rows in (a, [*a, *b], b)]
+        both = segments(Window([parts[0], parts[2]]), None, None)
+        shares = window_shares(both, self._program.weight)
+        host = HostRandom()
+        total: list[Any] = [None] * len(self._flat)
+        sizes, losses, reached = [], [], set()
+        with run_eagerly(), self._others_kept():
+            for k, part in enumerate(parts):
+                # A part, then less by the whole, then the other part.
+                terms, gradients, found = self._gradients(
+                    part, None if k == 1 else (shares, k // 2)
+                )
+                total = [added(x, y) for x, y in zip(total, gradients, strict=True)]
+                sizes.append(_largest(total))
+                losses.append({name: float(value) for name, value in terms.items()})
+                reached |= found
+        if host.has_moved():
+            raise UntriedError("it draws random numbers by Python or NumPy")
+        constant = {name: value for name, value in losses[1].items() if name not in reached}
+        dtypes = [x.dtype for x in (*self._flat, *terms.values())]
+        epsilon = max(float(np.finfo(tf.as_dtype(d).real_dtype.as_numpy_dtype).eps) for d in dtypes)
+        return Distance.of(sizes, shares.of_rows_or_term(), losses, constant, epsilon)
+
+    def certificate(self, rows: Sequence[int], size: int) -> Certificate:
+        """See `Trial`."""
+        return certificate(self._program, self._some(rows), size, None)
+
+    def _some(self, rows: Sequence[int]) -> Any:
+        return map_rows(lambda x: tf.gather(x, list(rows)), self._source)
+
+    def _gradients(
+        self, part: Any, share: tuple[Shares, int] | None
+    ) -> tuple[dict[Any, Any], list[Any], set[Any]]:
+        """Terms of a part, the gradient of their shares, and those that have one."""
+        with tf.GradientTape(persistent=True) as tape:
+            loss, _ = loss_and_aux(self._program.loss_fn(part), self._program.has_aux)
+            named = loss_terms(loss)
+            terms = scalar_terms(named.values())
+        shares = [-1.0] * len(terms) if share is None else share[0].of(named, share[1])
+        may_be_empty = share is not None and share[0].terms is not None
+        gradients = scaled_gradients(tape, terms, shares, self._flat, may_be_empty)
+        reached = set(named)
+        if len(terms) > 1:
+            reached = {
+                name
+                for name, term in zip(named, terms, strict=True)
+                if any(x is not None for x in tape.gradient(term, self._flat))
+            }
+        return dict(zip(named, terms, strict=True)), gradients, reached
+
+    @contextmanager
+    def _others_kept(self) -> Iterator[None]:
+        """Puts back what the loss may change beside what is differentiated."""
+        if self._others is None:
+            found = other_variables(self._program, self._some([0]))
+            self._others = [(variable, variable.numpy()) for variable in found]
+        try:
+            yield
+        finally:
+            for variable, value in self._others:
+                variable.assign(value)
+
+
+def _largest(gradients: Sequence[Any]) -> float:
+    """The largest number in some gradients; NaN if one is not a number."""
+    found = [summed(x) for x in gradients if x is not None]
+    norms = [float(tf.reduce_max(tf.abs(x))) for x in found if x.shape.num_elements() != 0]
+    return float(np.max(norms)) if norms else 0.0

@@ -1,0 +1,173 @@
+"""The first window of a loss proves itself: PyTorch's part of `certify.first_window`."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.first_window import (
+    Distance,
+    Proven,
+    Trial,
+    UntriedError,
+    prove,
+    untried,
+)
+from virtualbatch.certify.randomness import HostRandom
+from virtualbatch.plan.out_of_memory import in_words
+from virtualbatch.torch._batch import Microbatch, on_device
+from virtualbatch.torch._certify.certificate import certificate
+from virtualbatch.torch._certify.step import LayerState
+from virtualbatch.torch._gradients import WindowGradients
+from virtualbatch.torch._loss import checked_terms
+from virtualbatch.torch._plan.memory import ERRORS
+from virtualbatch.torch._random import RandomState
+from virtualbatch.torch._window import Program
+from virtualbatch.window.shares import Shares
+from virtualbatch.window.terms import loss_and_aux
+
+# For as long as a module lives: the losses that were tried with it.
+_PROVEN: WeakKeyDictionary[torch.nn.Module, Proven] = WeakKeyDictionary()
+
+# Layers that draw numbers or couple rows in training mode, on purpose.
+_RANDOM_OR_COUPLED = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._NormBase)
+
+
+def prove_first_window(
+    program: Program, source: Microbatch, cut: Sequence[Microbatch], shares: Shares
+) -> None:
+    """Tries the law on rows of a batch, if its loss has not been tried with the module before.
+
+    Args:
+        program: what is run.
+        source: what rows are taken from: the batch, or a micro-batch of a Window.
+        cut: the micro-batches of the window.
+        shares: theirs.
+
+    Raises:
+        ValueError: micro-batches of this loss do not add up to their batch.
+    """
+    if len(cut) == 1:
+        return
+    root = program.found.roots[0]
+    known = _PROVEN.get(root)
+    if known is None:
+        known = _PROVEN[root] = Proven()
+    empty = next((k for k in range(len(cut)) if shares.is_empty(k)), None)
+    kinds = [(x.dtype, x.dim()) if isinstance(x, torch.Tensor) else None for x in source.leaves]
+    structure = (program.has_aux, source.places, tuple(kinds), empty is None)
+    if known.knows(program.loss_fn, program.weight, structure):
+        return
+    trial = _TorchTrial(program, source)
+    trial.sizes = [piece.rows for piece in cut]
+    if empty is not None and sum(piece.rows for piece in cut) == source.rows:
+        start = sum(piece.rows for piece in cut[:empty])
+        trial.empty = range(start, start + cut[empty].rows)
+    with _untouched(program) as layers:
+        for is_quiet in (_is_not_recurrent, _is_random_or_coupled):
+            layers.restore()
+            for layer in {layer for root in program.found.roots for layer in root.modules()}:
+                layer.training = layer.training and not is_quiet(layer)
+            reason = prove(trial, lambda error: in_words(error, ERRORS))
+            # A model may be another one in evaluation mode, without a loss.
+            if reason is None:
+                break
+    if reason is not None:
+        untried(reason)
+    known.remember(program.loss_fn, program.weight, structure)
+
+
+def _is_not_recurrent(layer: torch.nn.Module) -> bool:
+    # cuDNN has no backward pass in evaluation mode.
+    return not isinstance(layer, torch.nn.RNNBase)
+
+
+def _is_random_or_coupled(layer: torch.nn.Module) -> bool:
+    return isinstance(layer, _RANDOM_OR_COUPLED)
+
+
+@contextmanager
+def _untouched(program: Program) -> Iterator[LayerState]:
+    """Puts back layers and random numbers; compiled modules run as they are written."""
+    layers, drawn = LayerState(program.found.roots), RandomState(program.found.accelerator)
+    host = HostRandom()
+    # Whatever is compiled has loaded this, which takes seconds.
+    is_loaded = "torch._dynamo" in sys.modules
+    try:
+        with torch.compiler.set_stance("force_eager") if is_loaded else nullcontext():
+            yield layers
+    finally:
+        layers.restore()
+        drawn.restore()
+        host.restore()
+
+
+class _TorchTrial(Trial):
+    """See `virtualbatch.certify.first_window.Trial`."""
+
+    def __init__(self, program: Program, source: Microbatch):
+        self.rows = source.rows
+        self._program = program
+        self._source = source
+
+    def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance | None:
+        """See `Trial`. The three gradients meet in one buffer, so that none is kept."""
+        program = self._program
+        parts = [self._some(rows) for rows in (a, [*a, *b], b)]
+        shares = program.shares([parts[0], parts[2]])
+        drawn, of_host = RandomState(program.found.accelerator), HostRandom()
+        gradients = WindowGradients(program.found.parameters, program.backward_fn)
+        losses: list[Mapping[Any, torch.Tensor]] = []
+        sizes = []
+        try:
+            gradients.start()
+            for k, part in enumerate(parts):
+                loss, _ = loss_and_aux(program.loss_fn(part.get()), program.has_aux)
+                losses.append(checked_terms(loss))
+                # A part, then less by the whole, then the other part.
+                factors = [-1.0] * len(losses[k]) if k == 1 else shares.of(losses[k], k // 2)
+                gradients.add(losses[k].values(), factors)
+                sizes.append(_largest(gradients.sums()))
+        finally:
+            gradients.restore()
+        if of_host.has_moved():
+            raise UntriedError("it draws random numbers by Python or NumPy")
+        if drawn.has_moved():
+            return None
+        share = shares.of_rows_or_term()
+        values = [{name: float(x.detach()) for name, x in terms.items()} for terms in losses]
+        constant = {
+            name: value
+            for name, value in values[1].items()
+            if not any(terms[name].requires_grad for terms in losses)
+        }
+        return Distance.of(sizes, share, values, constant, self._epsilon(losses[0].values()))
+
+    def certificate(self, rows: Sequence[int], size: int) -> Certificate:
+        """See `Trial`."""
+        some = self._some(rows)
+        return certificate(self._program, some.build(some.leaves), size, None)
+
+    def _some(self, rows: Sequence[int]) -> Microbatch:
+        found, device = self._source.some(rows), self._program.found.accelerator
+        return found if device is None else on_device(found, device)
+
+    def _epsilon(self, terms: Iterable[torch.Tensor]) -> float:
+        """Of the narrowest dtype that is known to be used."""
+        tensors = [x for x in (*self._program.found.parameters, *terms) if x.is_floating_point()]
+        dtypes = {x.dtype for x in tensors}
+        for device in {x.device.type for x in tensors}:
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                dtypes.add(torch.get_autocast_dtype(device))
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _largest(gradients: Sequence[torch.Tensor]) -> float:
+    """The largest number in some gradients; NaN if one is not a number."""
+    dense = [x.coalesce().values() if x.is_sparse else x for x in gradients]
+    norms = [torch.linalg.vector_norm(x.detach(), float("inf")) for x in dense if x.numel()]
+    return float(torch.stack([x.to("cpu", torch.float64) for x in norms]).max()) if norms else 0.0
