@@ -15,6 +15,11 @@ from virtualbatch.jax._certify.step import Engine, JaxTrainingStep
 from virtualbatch.jax._objective import Call
 from virtualbatch.window.terms import GivenWeight
 
+_SAME_DRAWS = (
+    "The loss draws random numbers and no key_argnum is given: in training all micro-batches draw "
+    "the same ones, and so do all updates if the key is part of the loss. See docs/state.md."
+)
+
 
 def certificate(
     call: Call,
@@ -25,6 +30,7 @@ def certificate(
     accumulation_steps: int | None,
     accumulator_dtype: Any,
     weight_takes: str,
+    folds_keys: bool,
 ) -> Certificate:
     """The certificate of a call; see `virtualbatch.jax.certify` and `JaxTrainingStep`."""
 
@@ -33,6 +39,8 @@ def certificate(
             call, argnums, weight, engine, microbatch_size, accumulation_steps, accumulator_dtype
         )
         subject.weight_takes = weight_takes
+        if subject.draws and not folds_keys:
+            subject.notes = [*subject.notes, _SAME_DRAWS]
         if note:
             subject.notes = [*subject.notes, note]
         return certified(subject)

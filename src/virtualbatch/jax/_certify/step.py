@@ -70,8 +70,9 @@ class JaxTrainingStep(TrainingStep):
         dtype = next(iter(loss.values())).dtype
         wide = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
         self.epsilon = float(jnp.finfo(wide).eps)
+        self.draws = bool(self._bits)
         notes = [f"Compared in {dtype}."]
-        if self._bits:
+        if self.draws:
             notes.append("Random numbers were kept by row, so that every cut drew the same ones.")
         self.notes = notes
         dtypes = self._weight_dtypes()
@@ -90,8 +91,7 @@ class JaxTrainingStep(TrainingStep):
         run = self._engine(self._by_rows, of_part(self._weight, itemgetter(0)))
         args = list(call.args)
         args[call.batch_argnum] = (args[call.batch_argnum], jnp.arange(self.rows))
-        value, gradients = run(*args, **call.kwargs)
-        loss = value[0] if call.has_aux else value
+        loss, gradients = run(*args, **call.kwargs)
         return Observed({"loss": float(loss)}, self._named(gradients), {})
 
     def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:
