@@ -67,7 +67,8 @@ def start(n=0):
 @pytest.mark.parametrize("mode", MODES)
 def test_state_that_no_row_changes_is_that_of_the_whole_batch(mode):
     ours, whole = start(), start()
-    run, uncut = in_mode(mode, window(counted)), in_mode(mode, counted)
+    # A function that is jitted by itself is looked into.
+    run, uncut = in_mode(mode, window(jax.jit(counted))), jax.jit(counted)
     for update in range(3):
         aux, due = run(PARAMS, ours, X)[0][1], uncut(PARAMS, whole, X)[1]
         assert int(aux["n"]) == update + 1
@@ -106,6 +107,10 @@ def test_counts_of_rows_are_summed(count, mode):
         lambda n, x: jax.lax.scan(lambda c, row: (c + (row > 3), None), n, x)[0],
         lambda n, x: jax.lax.while_loop(lambda c: c < x.sum(), lambda c: c + 1, n),
         lambda n, x: jax.jit(lambda n, x: n + (x > 3).sum())(n, x),
+        # From one carried value to the other.
+        lambda n, x: jax.lax.scan(
+            lambda c, _: ((c[0] + c[1], (x > 3).sum()), None), (n, 0), length=3
+        )[0][0],
     ],
 )
 def test_a_count_that_goes_on_is_refused(count, mode):

@@ -1,6 +1,7 @@
 """The aux of a loss function without data: its shapes, and what its leaves are computed from."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -28,9 +29,14 @@ class AuxTrace:
     def __init__(self, call: Call, cut: Cut, auxes: Sequence[Sequence[AuxLeaf]]):
         self._call = call
         self._cut = cut
+        self._aux = tuple(auxes[0])
         self._traced: dict[int, _Traced] = {}
-        arguments, structure = jax.tree.flatten((call.args, dict(call.kwargs)))
-        self._key = (structure, *map(_kind_of, arguments), *auxes[0])
+
+    @cached_property
+    def _key(self) -> tuple[Any, ...]:
+        """What the answers depend on beside the loss and the rows."""
+        arguments, structure = jax.tree.flatten((self._call.args, dict(self._call.kwargs)))
+        return (structure, *map(_kind_of, arguments), *self._aux)
 
     def leaves(self, rows: int) -> list[AuxLeaf]:
         """The leaves of aux as they are with that many rows."""

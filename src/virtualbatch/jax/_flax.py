@@ -7,10 +7,11 @@ import sys
 from typing import Any
 
 
-def module_state_errors() -> tuple[type[Exception], ...]:
-    """What NNX raises where a loss changes a module that is not the loss's own."""
+def framework_errors() -> tuple[type[Exception], ...]:
+    """What differentiation raises where `explanation` may know more."""
     errors = sys.modules.get("flax.errors")
-    return () if errors is None else (errors.TraceContextError,)
+    of_flax = () if errors is None else (errors.TraceContextError,)
+    return (TypeError, ValueError, *of_flax)
 
 
 def explanation(error: Exception) -> Exception | None:

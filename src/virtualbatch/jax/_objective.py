@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from virtualbatch.jax._flax import (
     check_differentiated,
     explanation,
-    module_state_errors,
+    framework_errors,
     refuse_scaled_gradients,
 )
 from virtualbatch.jax._keys import folded
@@ -119,7 +119,7 @@ class Call(NamedTuple):
 
         try:
             result = self.differentiate(objective, has_aux=True)(*args, **self.kwargs)
-        except (TypeError, ValueError, *module_state_errors()) as error:
+        except framework_errors() as error:
             explained = explanation(error)
             if explained is None:
                 raise

@@ -121,7 +121,7 @@ class AuxShapes:
             weakref.WeakKeyDictionary()
         )
 
-    def of(self, loss_fn: Any, key: Hashable, find: Callable[[], Sequence[AuxLeaf]]) -> Any:
+    def of(self, loss_fn: Any, key: Hashable, find: Callable[[], Any]) -> Any:
         """The answer for a loss function.
 
         Args:
