@@ -69,12 +69,12 @@ SIGNATURES = {
     ),
     virtualbatch.jax.plan: (
         "(fun, argnums=0, has_aux=False, *, batch_argnum=1, weight=None, accumulator_dtype=None, "
-        "key_argnum=None, grad_fn=None, memory_limit=None)"
+        "key_argnum=None, grad_fn=None, aux_merge=None, memory_limit=None)"
     ),
     virtualbatch.jax.value_and_grad: (
         "(fun, argnums=0, has_aux=False, *, batch_argnum=1, microbatch_size=None, "
         "accumulation_steps=None, weight=None, accumulator_dtype=None, key_argnum=None, "
-        "axis_name=None, grad_fn=None, stats=False)"
+        "axis_name=None, grad_fn=None, aux_merge=None, stats=False)"
     ),
 }
 

@@ -92,6 +92,20 @@ def aux_of_all_rows():
         assert_same(found, jax.value_and_grad(fun, has_aux=True)(PARAMS, BATCH))
 
 
+def state_of_all_devices():
+    def fun(params, state, batch):
+        y = batch["y"]
+        aux = {"updates": state + 1, "rows": len(y), "first": state < 1, "any": (y > 0.5).any()}
+        return loss(params, batch), aux | {"largest": y.max()}
+
+    words = {"updates": None, "rows": None, "first": None, "any": "max", "largest": "max"}
+    run = vb.value_and_grad(
+        fun, has_aux=True, batch_argnum=2, microbatch_size=4, axis_name=AXIS, aux_merge=words
+    )
+    found = sharded(run, in_specs=(P(), P(), P(AXIS)))(PARAMS, jnp.asarray(5), BATCH)
+    assert_same(found, jax.value_and_grad(fun, has_aux=True)(PARAMS, jnp.asarray(5), BATCH))
+
+
 def without_axis_name_like_jax():
     def per_device(run):
         # Gradients of replicated parameters are summed over devices by JAX itself.

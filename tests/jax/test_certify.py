@@ -109,7 +109,17 @@ def test_random_bits_are_kept_by_row():
     fun, options, given = CORRECT["dropout"]
     found = vb.certify(fun, microbatch_size=7, **options)(PARAMS, *given)
     assert any("kept by row" in note for note in found.notes)
+    assert not any("draw the same ones" in note for note in found.notes)
     assert found.max_error < 1e-14
+
+
+def test_numbers_that_all_micro_batches_would_draw_alike():
+    def frozen(params, x):
+        kept = jax.random.bernoulli(jax.random.key(0), 0.5, x.shape)
+        return ((x * kept) @ params["first"]).mean()
+
+    found = vb.certify(frozen, microbatch_size=7)(PARAMS, X)
+    assert any("no key_argnum is given: in training all" in note for note in found.notes)
 
 
 def normalised(params, x):

@@ -11,7 +11,12 @@ from tests.tiers import tiered
 ROOT = Path(__file__).parents[2]
 # In few processes: each of them loads JAX.
 CHECKS = [
-    ["one_reduction_of_all_rows", "a_device_without_tokens", "sharded_batches"],
+    [
+        "one_reduction_of_all_rows",
+        "a_device_without_tokens",
+        "state_of_all_devices",
+        "sharded_batches",
+    ],
     [
         "aux_of_all_rows",
         "without_axis_name_like_jax",

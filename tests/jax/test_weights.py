@@ -113,3 +113,13 @@ def test_the_law_for_terms_in_a_dict_without_weights(mode):
     for size in (3, 10):
         ours = in_mode(mode, vb.value_and_grad(fun, microbatch_size=size))
         assert_same(ours(P, B), uncut(fun, P, B))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_empty_micro_batch_passes_the_check_for_nan(mode):
+    # The first micro-batch of one row has no token, so its loss is 0/0 until it is selected away.
+    assert B["mask"][0].sum() == 0
+    due = uncut(token_loss, P, B)
+    with jax.debug_nans(True):
+        run = in_mode(mode, vb.value_and_grad(token_loss, microbatch_size=1, weight=tokens))
+        assert_same(run(P, B), due)

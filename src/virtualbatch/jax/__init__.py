@@ -16,7 +16,7 @@ from virtualbatch.jax._batch import Cut, cut_batch, cut_smaller, rows_of
 from virtualbatch.jax._certify.certificate import certificate, check_cut
 from virtualbatch.jax._certify.first_window import prove_first_window
 from virtualbatch.jax._certify.loop import certify_loop
-from virtualbatch.jax._checks import check_arguments, check_options
+from virtualbatch.jax._checks import check_arguments, check_options, check_words
 from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
 from virtualbatch.jax._plan.plan import planned
 from virtualbatch.jax._plan.sizes import kept_sizes, needs_values, signature, stand_ins
@@ -52,6 +52,7 @@ def value_and_grad(
     key_argnum: int | None = None,
     axis_name: Any = None,
     grad_fn: Callable[..., Any] | None = None,
+    aux_merge: Any = None,
     stats: bool = False,
     check: bool = True,
 ) -> Callable[..., Any]:
@@ -68,7 +69,7 @@ def value_and_grad(
         argnums: which arguments to differentiate with respect to; not the batch.
         has_aux: whether fun returns something beside the loss. Leaves of aux with one entry per
             row come back concatenated in row order, other floating leaves averaged by rows,
-            integers summed.
+            integers summed; integers, booleans and keys that no row changes come back as they are.
         batch_argnum: position of the batch: a pytree whose arrays share their leading axis, the
             rows; or a `Window`, and then no size is given. Where several arguments hold rows, all
             of their positions; all are Windows or none, and weight takes as many arguments.
@@ -90,6 +91,9 @@ def value_and_grad(
         grad_fn: what differentiates instead of `jax.value_and_grad`, such as
             `equinox.filter_value_and_grad`. It is called as `grad_fn(function, has_aux=True)`,
             with `argnums=` too unless that is 0.
+        aux_merge: how leaves of aux are put together where that is not what has_aux says: "keep",
+            "sum", "mean", "max" or "rows" for all of aux, or a prefix of it with one of these or
+            None in each place.
         stats: whether the `WindowStats` of the window are returned too, from which
             `virtualbatch.NoiseScale` estimates the noise of its gradients.
         check: whether un-jitted the first window proves itself: a few rows of it run in parts and
@@ -123,6 +127,7 @@ def value_and_grad(
         microbatch_size,
         accumulation_steps,
     )
+    check_words(aux_merge, has_aux)
     rows = BatchArguments(batch_argnum)
     program = Program(
         rows.function(fun),
@@ -135,6 +140,7 @@ def value_and_grad(
         axis_name,
         grad_fn,
         stats,
+        aux_merge,
     )
     computed = fingerprint(fun, weight, grad_fn, repr((argnums, batch_argnum, has_aux, key_argnum)))
 
@@ -215,6 +221,7 @@ def plan(
     accumulator_dtype: Any = None,
     key_argnum: int | None = None,
     grad_fn: Callable[..., Any] | None = None,
+    aux_merge: Any = None,
     memory_limit: int | str | None = None,
 ) -> Callable[..., Plan]:
     """Finds the micro-batch that fits and is fast, before anything is trained.
@@ -233,6 +240,7 @@ def plan(
         accumulator_dtype: see there.
         key_argnum: see there.
         grad_fn: see there.
+        aux_merge: see there.
         memory_limit: what arguments, gradients and temporaries of a window may take together, such
             as the 2 * 2**30 or "2GiB" that a budget leaves beside optimizer state, or "80%" of
             what is left; None for what the device, or the container that this process is in, has
@@ -259,6 +267,7 @@ def plan(
         "auto",
         None,
     )
+    check_words(aux_merge, has_aux)
     rows = BatchArguments(batch_argnum)
     program = Program(
         rows.function(fun),
@@ -270,6 +279,7 @@ def plan(
         key_argnum,
         None,
         grad_fn,
+        aux_merge=aux_merge,
     )
 
     @wraps(fun)

@@ -1,16 +1,25 @@
 """The aux of a window's micro-batches, put together again for the whole batch."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import keystr, tree_flatten_with_path
 
-from virtualbatch.jax._batch import Cut, is_array, map_arrays, specs
+from virtualbatch.jax._aux_trace import AuxTrace, leaves_of
+from virtualbatch.jax._batch import Cut
 from virtualbatch.jax._objective import Call, wide_dtype
-from virtualbatch.window.aux import ROWS, SUM, AuxLeaf
+from virtualbatch.window.aux import KEEP, MAX, MEAN, ROWS, SUM, kind_of_dtype
 from virtualbatch.window.aux import kinds as kinds_of
+
+WORDS = (KEEP, SUM, MEAN, MAX, ROWS)
+# What each word can be said of, by the beginning of the dtype's name.
+_NUMBERS = ("int", "uint", "float", "bfloat", "complex")
+_WHOLE = ("int", "uint", "bool", "key<")
+_DTYPES = {SUM: _NUMBERS, MEAN: _NUMBERS[2:], MAX: (*_NUMBERS[:4], "bool")}
 
 
 def kinds(call: Call, cut: Cut, auxes: Sequence[Any], rows: Sequence[int]) -> list[str]:
@@ -26,37 +35,109 @@ def kinds(call: Call, cut: Cut, auxes: Sequence[Any], rows: Sequence[int]) -> li
         One kind for each leaf.
 
     Raises:
-        TypeError: a leaf can be neither concatenated, summed nor averaged, or the loss cannot be
-            traced where only that can tell rows from classes.
-        ValueError: the structure differs between micro-batches.
+        TypeError: a leaf can be neither kept, concatenated, summed nor averaged, or the loss
+            cannot be traced where only that can tell.
+        ValueError: the structure differs between micro-batches, `aux_merge` does not fit it, or
+            a leaf counts on from one micro-batch to the next.
     """
+    structures = [jax.tree.structure(found) for found in auxes]
+    leaves = [leaves_of(found) for found in auxes]
+    asked = _asked(call.aux_merge, auxes[0])
+    for leaf, word in zip(leaves[0], asked, strict=True):
+        if word is None and not leaf.length and not leaf.dtype.startswith(_WHOLE):
+            kind_of_dtype(leaf.dtype)  # which may refuse it: no trace takes a text
+    if call.aux_merge is not None and len(set(structures)) == 1:
+        _check_shapes(asked, auxes)
+    trace = AuxTrace(call, cut, leaves)
     # Twice as many, because devices and groups of rows may divide the rows.
     other = 2 * rows[0]
-    structures = [jax.tree.structure(found) for found in auxes]
-    leaves = [_leaves(found) for found in auxes]
-    return kinds_of(structures, leaves, rows, other, lambda: _leaves(_abstract(call, cut, other)))
+    origins_at = next((n for n in rows if n != rows[0]), other)
+    judged = partial(_judged, trace, auxes[0], rows[0], origins_at)
+    return kinds_of(structures, leaves, rows, other, lambda: trace.leaves(other), asked, judged)
+
+
+def _judged(trace: AuxTrace, aux: Any, rows: int, other: int, number: int, dtype: str) -> str:
+    """The kind of a leaf without one entry per row."""
+    if not dtype.startswith(_WHOLE):
+        return kind_of_dtype(dtype)
+    origin = trace.origins(rows, other)[number]
+    if not origin.batch and not origin.follows_rows:
+        return KEEP
+    if origin.counts_on and dtype.startswith(_NUMBERS):
+        place = keystr(tree_flatten_with_path(aux)[0][number][0])
+        raise ValueError(
+            "An integer of aux must be a count of the call's rows, or a state that no row changes. "
+            f"Got aux{place}, which counts on from an integer that every micro-batch is given. "
+            "Return the count alone and add it outside; or say how it is put together: "
+            'aux_merge="keep", "sum" or "max", or a prefix of aux with these. See docs/state.md.'
+        )
+    return kind_of_dtype(dtype)
+
+
+def _asked(aux_merge: Any, aux: Any) -> list[str | None]:
+    """What the user says of each leaf of aux; None where nothing is said."""
+    found: list[str | None] = []
+
+    def spread(word: str | None, part: Any) -> None:
+        for path, leaf in tree_flatten_with_path(part)[0]:
+            dtype = leaves_of(leaf)[0].dtype
+            fits = word not in _DTYPES or dtype.startswith(_DTYPES[word])
+            if not fits or (word == ROWS and not getattr(leaf, "shape", ())):
+                raise TypeError(
+                    f"aux_merge={word!r} must be said of what it can be done with. "
+                    f"Got a leaf {keystr(path)} of {dtype}, shape {getattr(leaf, 'shape', ())}. "
+                    'Say "keep", or cast the leaf.'
+                )
+            found.append(word)
+
+    try:
+        jax.tree.map(spread, aux_merge, aux, is_leaf=lambda word: word is None)
+    except ValueError as error:
+        raise ValueError(
+            "aux_merge must be one word for all of aux, or a prefix of aux with a word, or None, "
+            f"in every place. Got {aux_merge!r}: {error}. Give each key of aux a word, or None."
+        ) from error
+    return found
+
+
+def _check_shapes(asked: Sequence[str | None], auxes: Sequence[Any]) -> None:
+    shapes = [[getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(aux)] for aux in auxes]
+    for word, first, *others in zip(asked, *shapes, strict=True):
+        if word not in (None, ROWS) and any(shape != first for shape in others):
+            raise ValueError(
+                f"A leaf of aux that aux_merge={word!r} is said of must have one shape. "
+                f'Got {first} and {others[-1]}. Say "rows" of what is as long as a micro-batch.'
+            )
 
 
 def routed(kinds: Sequence[str], shares: Any, index: Any, aux: Any) -> tuple[list[Any], list[Any]]:
-    """One micro-batch's leaves of aux: (what is summed over the window, what is concatenated)."""
-    sums: list[Any] = []
+    """One micro-batch's leaves of aux: (what is merged over the window, what is concatenated)."""
+    merged: list[Any] = []
     rows: list[Any] = []
     if not kinds:
-        return sums, rows
+        return merged, rows
     share = jnp.asarray(shares)[index]
     for kind, leaf in zip(kinds, jax.tree.leaves(aux), strict=True):
         if kind == ROWS:
             rows.append(leaf)
-        elif kind == SUM:
-            sums.append(jnp.asarray(leaf))
-        else:
+        elif kind == KEEP:
+            merged.append(leaf)
+        elif kind == MEAN:
             wide = jnp.asarray(leaf).astype(wide_dtype(leaf))
-            sums.append(wide * share.astype(wide.dtype))
-    return sums, rows
+            merged.append(wide * share.astype(wide.dtype))
+        else:
+            is_wide = kind == SUM and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+            merged.append(jnp.asarray(leaf, wide_dtype(leaf) if is_wide else None))
+    return merged, rows
+
+
+def merged_kinds(kinds: Sequence[str]) -> list[str]:
+    """The kinds of the leaves that `routed` gives first."""
+    return [kind for kind in kinds if kind != ROWS]
 
 
 def joined(
-    kinds: Sequence[str], example: Any, cut: Cut, sums: Sequence[Any], rows: Sequence[Any]
+    kinds: Sequence[str], example: Any, cut: Cut, merged: Sequence[Any], rows: Sequence[Any]
 ) -> Any:
     """The aux of the whole batch.
 
@@ -64,16 +145,18 @@ def joined(
         kinds: kind of each leaf.
         example: aux of one micro-batch, for its structure and dtypes.
         cut: the window.
-        sums: the window's sums, for the leaves that are summed or averaged.
+        merged: what the window merged, for the leaves that are not concatenated.
         rows: for each leaf with one entry per row, its pieces by segment: an array of shape
             (micro-batches, rows, ...).
     """
-    given, pieces = iter(sums), iter(rows)
+    given, pieces = iter(merged), iter(rows)
     leaves, structure = jax.tree.flatten(example)
     result = []
     for kind, leaf in zip(kinds, leaves, strict=True):
         if kind == ROWS:
             result.append(_in_order(next(pieces), cut))
+        elif kind == KEEP:
+            result.append(next(given))
         else:
             result.append(next(given).astype(jnp.result_type(leaf)))
     return jax.tree.unflatten(structure, result)
@@ -98,31 +181,3 @@ def _merged_axes(piece: Any) -> Any:
         return piece.reshape(shape)
     first = spec[0] if spec[1] is None else spec[1]
     return jnp.reshape(piece, shape, out_sharding=sharding.update(spec=P(first, *spec[2:])))
-
-
-def _leaves(found: Any) -> list[AuxLeaf]:
-    return [
-        AuxLeaf(tuple(getattr(x, "shape", ())[:1]), str(jnp.result_type(x)))
-        if hasattr(x, "dtype") or isinstance(x, int | float | complex)
-        else AuxLeaf((), type(x).__name__)
-        for x in jax.tree.leaves(found)
-    ]
-
-
-def _abstract(call: Call, cut: Cut, rows: int) -> Any:
-    """The aux of a micro-batch with another number of rows, without data."""
-    microbatch = specs(cut, rows)
-
-    def aux(arrays: Sequence[Any]) -> Any:
-        given = iter(arrays)
-        return call.terms(call.arguments(map_arrays(lambda _: next(given), microbatch)))[1]
-
-    try:
-        return jax.eval_shape(aux, [x for x in jax.tree.leaves(microbatch) if is_array(x)])
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            "With has_aux=True a loss function must be traceable with any number of rows, "
-            "which tells the leaves of aux that have one entry per row. "
-            f"Got {type(error).__name__} with {rows} rows: {error}. "
-            "Use JAX operations instead of branches on values and of a fixed number of rows."
-        ) from error

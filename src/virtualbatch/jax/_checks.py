@@ -4,6 +4,9 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
+from virtualbatch.jax._aux import WORDS
 from virtualbatch.jax._keys import check_keys
 from virtualbatch.plan.auto import check_sizes_or_auto
 from virtualbatch.window.terms import SUM
@@ -58,6 +61,21 @@ def check_options(
             "argnums, batch_argnum and key_argnum must be different arguments. "
             f"Got argnums={argnums}, batch_argnum={batch_argnum} and key_argnum={key_argnum}. "
             "Differentiate with respect to parameters, which belong to every row."
+        )
+
+
+def check_words(aux_merge: Any, has_aux: bool) -> None:
+    """Refuses words for aux that mean nothing.
+
+    Raises:
+        ValueError: a leaf is no such word, or there is no aux.
+    """
+    unknown = [word for word in jax.tree.leaves(aux_merge) if word not in WORDS]
+    if unknown or (aux_merge is not None and not has_aux):
+        raise ValueError(
+            "aux_merge must say of aux how it is put together, in words. "
+            f"Got aux_merge={aux_merge!r} and has_aux={has_aux}. "
+            f"Pass has_aux=True, and {', '.join(map(repr, WORDS))} or None."
         )
 
 

@@ -4,7 +4,7 @@ The micro-batch's program is traced once per shape; its results tell the shapes 
 """
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -12,24 +12,28 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
-from virtualbatch.jax._aux import joined, kinds, routed
+from virtualbatch.jax._aux import joined, kinds, merged_kinds, routed
 from virtualbatch.jax._batch import Cut, Segment
 from virtualbatch.jax._convolution import with_fast_convolutions
+from virtualbatch.jax._float8 import largest, put_together, seen, split
+from virtualbatch.jax._merge import merged, nothing, over_devices
 from virtualbatch.jax._objective import Call, wide_dtype
-from virtualbatch.jax._replicas import over_devices
 from virtualbatch.jax._stats import part_of, stats_of
 from virtualbatch.jax._weights import groups, scaled
+from virtualbatch.window.aux import MAX, SUM
 from virtualbatch.window.shares import Shares
 
 
 class _Micro(NamedTuple):
     """A micro-batch's share of the loss and the gradients, in the buffer's dtype, and its aux.
 
-    The norm is its part of the statistics; None if they are not asked for.
+    Gradients are leaves, without those that are new values (see `_float8`). The norm is its part
+    of the statistics; None if they are not asked for.
     """
 
     loss: Any
-    gradients: Any
+    gradients: list[Any]
+    new_values: list[Any]
     norm: Any
     aux: Any
 
@@ -75,42 +79,51 @@ def run_compiled(
 
     def step(index: Any, microbatch: Any) -> _Micro:
         args = call.arguments(microbatch, None if alone else index)
-        parts = []
+        parts, of_terms = [], []
         for names in groups_of_terms:
             terms, aux, gradients = call.gradients(args, names)
             dtypes["loss"] = jnp.result_type(*terms.values())
             dtypes["gradients"] = jax.tree.map(lambda x: x.dtype, gradients)
             found = [terms[name].astype(wide_dtype(terms[name])) for name in names or terms]
-            wide = jax.tree.map(lambda x: x.astype(wide_dtype(x, accumulator_dtype)), gradients)
+            added, new_values = split(gradients)
+            wide = [x.astype(wide_dtype(x, accumulator_dtype)) for x in added]
             parts.append(scaled((reduce(jnp.add, found), wide), shares, names, index))
-        loss, gradients = reduce(_added, parts)
+            of_terms.append(seen(new_values))
+        loss, gradients = reduce(partial(jax.tree.map, jnp.add), parts)
         norm = part_of(gradients, jnp.asarray(shares.of_rows_or_term())[index]) if stats else None
-        return _Micro(loss, gradients, norm, aux)
+        return _Micro(loss, gradients, reduce(largest, of_terms), norm, aux)
 
     if alone and axis_name is None:
-        loss, gradients, norm, aux = step(0, cut.segments[0].get(0))
+        loss, gradients, new_values, norm, aux = step(0, cut.segments[0].get(0))
     else:
         traced = _traced(cut, step)
+        outputs = traced[0].outputs
         aux_kinds = []
         if call.has_aux:
             rows_of = [entry.segment.rows for entry in traced]
             aux_kinds = kinds(call, cut, [entry.outputs.aux for entry in traced], rows_of)
 
-        def route(index: Any, found: _Micro) -> tuple[Any, list[Any]]:
-            sums, rows = routed(aux_kinds, shares.rows, index, found.aux)
-            return (found.loss, found.gradients, found.norm, sums), rows
+        def route(index: Any, found: _Micro) -> tuple[list[Any], list[Any]]:
+            of_aux, rows = routed(aux_kinds, shares.rows, index, found.aux)
+            return [*jax.tree.leaves(found._replace(aux=None)), *of_aux], rows
 
-        total, rows = _folded(traced, route)
-        total = total if axis_name is None else over_devices(total, axis_name)
-        loss, gradients, norm, sums = total
-        aux = joined(aux_kinds, traced[0].outputs.aux, cut, sums, rows)
-    gradients = jax.tree.map(lambda x, dtype: x.astype(dtype), gradients, dtypes["gradients"])
-    found = stats_of(gradients, shares, norm, axis_name) if stats else None
+        def of_kind(kind: str, results: Any) -> list[str]:
+            return [kind] * len(jax.tree.leaves(results))
+
+        ways = [
+            *of_kind(SUM, (outputs.loss, outputs.gradients)),
+            *of_kind(MAX, outputs.new_values),
+            *of_kind(SUM, outputs.norm),
+            *merged_kinds(aux_kinds),
+        ]
+        total, rows = _folded(traced, route, ways)
+        total = total if axis_name is None else over_devices(ways, total, axis_name)
+        own = jax.tree.structure(outputs._replace(aux=None))
+        loss, gradients, new_values, norm, _ = own.unflatten(total[: own.num_leaves])
+        aux = joined(aux_kinds, outputs.aux, cut, total[own.num_leaves :], rows)
+    gradients = put_together(dtypes["gradients"], gradients, new_values)
+    found = stats_of(split(gradients)[0], shares, norm, axis_name) if stats else None
     return loss.astype(dtypes["loss"]), aux, gradients, found
-
-
-def _added(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.add, a, b)
 
 
 def _traced(cut: Cut, step: Callable[[Any, Any], _Micro]) -> list[_Traced]:
@@ -131,7 +144,9 @@ def _traced(cut: Cut, step: Callable[[Any, Any], _Micro]) -> list[_Traced]:
     return result
 
 
-def _after(total: Any, add: Callable[[Any], tuple[Any, list[Any]]]) -> tuple[Any, list[Any]]:
+def _after(
+    total: list[Any], add: Callable[[Any], tuple[list[Any], list[Any]]]
+) -> tuple[list[Any], list[Any]]:
     """Adds a micro-batch inside the program once the sums so far are complete.
 
     XLA would else run the forward pass of a remainder beside what comes before it and keep both
@@ -141,7 +156,8 @@ def _after(total: Any, add: Callable[[Any], tuple[Any, list[Any]]]) -> tuple[Any
         total: the sums so far.
         add: sums so far -> (sums with the micro-batch, its rows).
     """
-    first = [jnp.real(jnp.ravel(x)[0]) for x in jax.tree.leaves(total) if x.size]
+    numbers = [x for x in total if x.size and not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+    first = [jnp.real(jnp.ravel(x)[0]) for x in numbers]
     # Never true, which XLA does not know.
     never = jnp.isneginf(jnp.abs(sum(first)))
 
@@ -167,32 +183,39 @@ def _number(index: Any) -> Any:
 
 
 def _folded(
-    traced: Sequence[_Traced], route: Callable[[Any, _Micro], tuple[Any, list[Any]]]
-) -> tuple[Any, list[list[Any]]]:
+    traced: Sequence[_Traced],
+    route: Callable[[Any, _Micro], tuple[list[Any], list[Any]]],
+    ways: Sequence[str],
+) -> tuple[list[Any], list[list[Any]]]:
     """Runs the micro-batches one after another.
 
+    Args:
+        traced: the segments.
+        route: (number in the window, results) -> (what is merged, what is concatenated).
+        ways: how each value of what is merged is merged.
+
     Returns:
-        The sums over the window, and for each leaf that is concatenated its pieces by segment, of
+        What the window merged, and for each leaf that is concatenated its pieces by segment, of
         shape (micro-batches, rows, ...).
     """
-    total: Any = None
+    total: list[Any] | None = None
     pieces: list[list[Any]] = []
     for segment, offset, run, _ in traced:
 
-        def one(k: Any, offset: int = offset, run: Any = run) -> tuple[Any, list[Any]]:
+        def one(k: Any, offset: int = offset, run: Any = run) -> tuple[list[Any], list[Any]]:
             return route(offset + k, run(offset + k, k))
 
-        def add(total: Any, k: Any = 0, one: Any = one) -> tuple[Any, list[Any]]:
-            sums, rows = one(k)
-            return _added(total, sums), rows
+        def add(total: list[Any], k: Any = 0, one: Any = one) -> tuple[list[Any], list[Any]]:
+            found, rows = one(k)
+            return merged(ways, total, found), rows
 
         if segment.count == 1:
             total, rows = one(0) if total is None else _after(total, add)
             pieces.append([row[None] for row in rows])
             continue
         if total is None:
-            # Zeros of the results' types: under shard_map those tell which axes they vary over.
-            total = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda one=one: one(0)[0]))
+            # Of the results' types: under shard_map those tell which axes they vary over.
+            total = nothing(ways, jax.eval_shape(lambda one=one: one(0)[0]))
         total, stacked = lax.scan(add, total, jnp.arange(segment.count, dtype=jnp.int32))
         pieces.append(stacked)
-    return total, [list(leaf) for leaf in zip(*pieces, strict=True)]
+    return total or [], [list(leaf) for leaf in zip(*pieces, strict=True)]

@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from virtualbatch.jax._aux import joined, kinds, routed
+from virtualbatch.jax._aux import joined, kinds, merged_kinds, routed
 from virtualbatch.jax._batch import Cut
+from virtualbatch.jax._float8 import largest, put_together, seen, split
+from virtualbatch.jax._merge import merged
 from virtualbatch.jax._objective import Call, wide_dtype
 from virtualbatch.jax._stats import part_of, stats_of
 from virtualbatch.jax._weights import part
@@ -36,12 +38,13 @@ def run_eager(
     total: Any = None
     dtypes: Any = None
     auxes = []
+    new_values: list[list[Any]] = []
     norms: list[Any] = []
     for index, microbatch in enumerate(cut.microbatches()):
         args = call.arguments(microbatch, None if alone else index)
         counting = part(shares, index)
         if counting is not None:
-            names, factors, largest = counting
+            names, factors, factor = counting
             terms, aux, gradients = call.gradients(args, names, factors)
             auxes.append(aux)
             dtypes = _dtypes(terms, gradients)
@@ -49,24 +52,33 @@ def run_eager(
                 terms[name].astype(wide_dtype(terms[name])) * factors.get(name, 1.0)
                 for name in names or terms
             ]
-            found = (reduce(jnp.add, loss), gradients)
-            total = _accumulated(total, found, largest, accumulator_dtype)
+            added, new = split(gradients)
+            new_values.append(seen(new))
+            found = (reduce(jnp.add, loss), added)
+            total = _accumulated(total, found, factor, accumulator_dtype)
             if stats:
                 share = float(shares.of_rows_or_term()[index])
-                norms.append(_norm(gradients, largest, share, accumulator_dtype))
+                norms.append(_norm(added, factor, share, accumulator_dtype))
         elif call.has_aux:
             auxes.append(call.terms(args)[1])
     if total is None:
-        args = call.arguments(cut.segments[0].get(0))
-        terms, _, gradients = jax.eval_shape(lambda: call.gradients(args, None))
-        dtypes = _dtypes(terms, gradients)
-        total = jax.tree.map(jnp.zeros_like, (next(iter(terms.values())), gradients))
-    loss, gradients = total
-    gradients = jax.tree.map(lambda x, dtype: x.astype(dtype), gradients, dtypes[1])
+        terms, gradients, new = _without_weight(call, call.arguments(cut.segments[0].get(0)))
+        dtypes, new_values = _dtypes(terms, gradients), [new]
+        total = jax.tree.map(jnp.zeros_like, (next(iter(terms.values())), split(gradients)[0]))
+    loss, added = total
+    gradients = put_together(dtypes[1], added, reduce(largest, new_values))
     aux = _merged_aux(call, cut, shares, auxes)
     mean_square = sum(norms, jnp.zeros(()))
-    of_window = stats_of(gradients, shares, mean_square, None) if stats else None
+    of_window = stats_of(split(gradients)[0], shares, mean_square, None) if stats else None
     return loss.astype(dtypes[0]), aux, gradients, of_window
+
+
+def _without_weight(call: Call, args: Any) -> tuple[Any, Any, list[Any]]:
+    """Types of terms and gradients, and new values, of a window that counts for nothing."""
+    terms, _, gradients = jax.eval_shape(lambda: call.gradients(args, None))
+    if not split(gradients)[1]:
+        return terms, gradients, []
+    return terms, gradients, seen(split(call.gradients(args, None)[2])[1])
 
 
 def _dtypes(terms: dict[Any, Any], gradients: Any) -> tuple[Any, Any]:
@@ -103,11 +115,12 @@ def _merged_aux(call: Call, cut: Cut, shares: Shares, auxes: list[Any]) -> Any:
         return auxes[0]
     found = kinds(call, cut, auxes, cut.rows)
     routes = [routed(found, shares.rows, index, aux) for index, aux in enumerate(auxes)]
-    sums = [reduce(jnp.add, column) for column in zip(*(s for s, _ in routes), strict=True)]
+    ways = merged_kinds(found)
+    values = reduce(lambda a, b: merged(ways, a, b), [values for values, _ in routes])
     pieces = []
     for column in zip(*(r for _, r in routes), strict=True):
         given = iter(column)
         pieces.append(
             [jnp.stack([next(given) for _ in range(segment.count)]) for segment in cut.segments]
         )
-    return joined(found, auxes[0], cut, sums, pieces)
+    return joined(found, auxes[0], cut, values, pieces)

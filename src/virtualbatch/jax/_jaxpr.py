@@ -18,9 +18,9 @@ from virtualbatch.certify.activations import Recording
 from virtualbatch.certify.users_line import OURS, Line, folder, users_line
 
 # Programs within a program that are looked into. Derivative rules of others must stay.
-_CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
+CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
 # What has a derivative rule of its own is looked into where nothing is differentiated.
-_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _DRAWS = {"random_bits", "rng_bit_generator", "threefry2x32"}
 _LIBRARIES = (folder(jax.__file__), folder(jaxlib.__file__), OURS)
 
@@ -61,8 +61,8 @@ def drawn_shapes(program: Any) -> list[tuple[int, ...]]:
     for equation in program.jaxpr.eqns:
         if equation.primitive.name == "random_bits":
             found.append(tuple(equation.outvars[0].aval.shape))
-        elif equation.primitive.name in _CALLS:
-            found += drawn_shapes(_closed(equation))
+        elif equation.primitive.name in CALLS:
+            found += drawn_shapes(closed(equation))
         elif _draws_within(equation):
             raise ValueError(
                 "certify keeps random numbers by row, which it cannot do inside a loop or a "
@@ -104,8 +104,8 @@ def evaluate(
     def outputs_of(place: str, jaxpr: Any, equation: Any, given: Sequence[Any]) -> list[Any]:
         name = equation.primitive.name
         where = _line(equation) or place
-        if name in _CALLS or (name in _RULES and recording is not None):
-            return run(_closed(equation), given, partial(outputs_of, where))
+        if name in CALLS or (name in RULES and recording is not None):
+            return run(closed(equation), given, partial(outputs_of, where))
         outputs = run_equation(jaxpr, equation, given)
         if name == "random_bits" and draw is not None:
             outputs = [draw(outputs[0])]
@@ -184,7 +184,8 @@ def _line(equation: Any) -> str:
     return users_line(lines, _LIBRARIES)
 
 
-def _closed(equation: Any) -> Any:
+def closed(equation: Any) -> Any:
+    """The program within an equation of `CALLS` or `RULES`."""
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = equation.params.get(name)
         if inner is not None:

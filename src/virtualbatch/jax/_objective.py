@@ -7,6 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from virtualbatch.jax._flax import (
+    check_differentiated,
+    explanation,
+    framework_errors,
+    refuse_scaled_gradients,
+)
 from virtualbatch.jax._keys import folded
 from virtualbatch.window.shares import accumulator_dtype
 from virtualbatch.window.terms import check_same_terms, check_total, loss_and_aux, loss_terms
@@ -24,6 +30,7 @@ class Call(NamedTuple):
         has_aux: whether fun returns (loss, aux).
         weighted: names of the terms that have weights, None if all weigh by rows.
         differentiate: (function, has_aux=True) -> function that returns ((value, aux), gradients).
+        aux_merge: how leaves of aux are put together, as the user says it; None to judge.
     """
 
     fun: Callable[..., Any]
@@ -34,6 +41,7 @@ class Call(NamedTuple):
     has_aux: bool
     weighted: Mapping[Any, Any] | None
     differentiate: Callable[..., Any]
+    aux_merge: Any
 
     def arguments(self, microbatch: Any, index: Any = None) -> tuple[Any, ...]:
         """The positional arguments of one micro-batch; without an index keys stay as they are."""
@@ -45,7 +53,9 @@ class Call(NamedTuple):
 
     def terms(self, args: Sequence[Any]) -> tuple[dict[Any, Any], Any]:
         """Terms of the loss and aux for some positional arguments."""
-        loss, aux = loss_and_aux(self.fun(*args, **self.kwargs), self.has_aux)
+        result = self.fun(*args, **self.kwargs)
+        refuse_scaled_gradients(result)
+        loss, aux = loss_and_aux(result, self.has_aux)
         found = loss_terms(loss)
         if self.weighted is None:
             check_total(found)
@@ -107,8 +117,15 @@ class Call(NamedTuple):
             ]
             return reduce(jnp.add, parts), (terms, aux)
 
-        differentiated = self.differentiate(objective, has_aux=True)
-        (_, (terms, aux)), gradients = differentiated(*args, **self.kwargs)
+        try:
+            result = self.differentiate(objective, has_aux=True)(*args, **self.kwargs)
+        except framework_errors() as error:
+            explained = explanation(error)
+            if explained is None:
+                raise
+            raise explained from error
+        check_differentiated(result)
+        (_, (terms, aux)), gradients = result
         return terms, aux, gradients
 
 

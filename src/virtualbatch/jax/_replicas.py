@@ -25,16 +25,12 @@ def varying(args: Any, axis_name: Any) -> Any:
     def own(x: Any) -> Any:
         if not isinstance(x, jax.Array):
             return x
-        missing = tuple(a for a in axes if a in manual and a not in _varies_over(x))
+        missing = tuple(a for a in axes if a in manual and a not in varies_over(x))
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(own, args)
 
 
-def over_devices(total: Any, axis_name: Any) -> Any:
-    """Sums of a window, added up over the devices."""
-    return jax.tree.map(lambda x: lax.psum(x, axis_name), total)
-
-
-def _varies_over(x: Any) -> frozenset[Any]:
+def varies_over(x: Any) -> frozenset[Any]:
+    """Mesh axes over whose devices an array differs, as far as its type tells."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)

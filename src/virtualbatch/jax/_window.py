@@ -32,6 +32,7 @@ class Program(NamedTuple):
         axis_name: mesh axes over which the batch is spread, or None.
         grad_fn: what differentiates in place of `jax.value_and_grad`, or None.
         stats: whether the statistics of the window are returned too.
+        aux_merge: how leaves of aux are put together, as the user says it; None to judge.
     """
 
     fun: Callable[..., Any]
@@ -44,6 +45,7 @@ class Program(NamedTuple):
     axis_name: Any
     grad_fn: Callable[..., Any] | None
     stats: bool = False
+    aux_merge: Any = None
 
     def refuse_uncut_rows(self, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int) -> None:
         """See `refuse_uncut_rows`."""
@@ -71,6 +73,7 @@ class Program(NamedTuple):
             self.has_aux,
             weighted,
             partial(self.grad_fn or jax.value_and_grad, **options),
+            self.aux_merge,
         )
 
     def run(

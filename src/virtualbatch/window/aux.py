@@ -1,8 +1,8 @@
 """What a loss function gives beside its loss, and how each leaf of it is put together again.
 
 A leaf with one entry per row is concatenated, an integer leaf is summed, any other is averaged by
-rows. Whether a leaf has one entry per row is judged by its shape at two numbers of rows, because
-a shape of 10 may be ten rows or ten classes.
+rows, unless the engine or the user knows more of it. Whether a leaf has one entry per row is judged
+by its shape at two numbers of rows, because a shape of 10 may be ten rows or ten classes.
 """
 
 import weakref
@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 ROWS, SUM, MEAN, NOTHING = "rows", "sum", "mean", "nothing"
+# Of one micro-batch, for all give the same; the largest entries.
+KEEP, MAX = "keep", "max"
 
 
 class AuxLeaf(NamedTuple):
@@ -30,6 +32,8 @@ def kinds(
     rows: Sequence[int | None],
     other: int,
     at_other: Callable[[], Sequence[AuxLeaf]],
+    asked: Sequence[str | None] | None = None,
+    kind_of: Callable[[int, str], str] = lambda _, dtype: kind_of_dtype(dtype),
 ) -> list[str]:
     """How each leaf of aux is put together.
 
@@ -40,6 +44,8 @@ def kinds(
         other: another number of rows.
         at_other: gives the leaves of aux as they are with that many rows; asked only where the
             numbers of rows at hand cannot tell.
+        asked: the kinds that the user asked for, None for leaves that are to be judged.
+        kind_of: (number, dtype) of a leaf without one entry per row -> its kind.
 
     Returns:
         One kind for each leaf.
@@ -51,31 +57,40 @@ def kinds(
     if any(structure != structures[0] for structure in structures):
         raise _changed()
     columns = list(zip(*auxes, strict=True))
+    asked = asked or [None] * len(columns)
     follows = [
-        all(leaf.length == (n,) for leaf, n in zip(column, rows, strict=True)) for column in columns
+        kind is None and all(leaf.length == (n,) for leaf, n in zip(column, rows, strict=True))
+        for column, kind in zip(columns, asked, strict=True)
     ]
-    found = [_kind(column, here) for column, here in zip(columns, follows, strict=True)]
+    per_row = follows
     if any(follows) and len({n for n in rows if n is not None}) < 2:
         leaves = at_other()
         if len(leaves) != len(columns):
             raise _changed()
-        found = [
-            kind if not here else _kind(column, leaf.length == (other,))
-            for kind, column, here, leaf in zip(found, columns, follows, leaves, strict=True)
+        per_row = [
+            here and leaf.length == (other,) for here, leaf in zip(follows, leaves, strict=True)
         ]
-    return found
+    return [
+        kind or (ROWS if one_per_row else _kind(number, column, kind_of))
+        for number, (kind, one_per_row, column) in enumerate(
+            zip(asked, per_row, columns, strict=True)
+        )
+    ]
 
 
-def _kind(column: Sequence[AuxLeaf], per_row: bool) -> str:
-    if per_row:
-        return ROWS
-    first, *others = {_kind_of(leaf.dtype) for leaf in column}
+def _kind(number: int, column: Sequence[AuxLeaf], kind_of: Callable[[int, str], str]) -> str:
+    first, *others = {kind_of(number, leaf.dtype) for leaf in column}
     if others:
         raise _changed()
     return first
 
 
-def _kind_of(dtype: str) -> str:
+def kind_of_dtype(dtype: str) -> str:
+    """The kind of a leaf without one entry per row, of which no more than its dtype is known.
+
+    Raises:
+        TypeError: it can be neither summed nor averaged.
+    """
     if dtype == "NoneType":
         return NOTHING
     if dtype.startswith(("int", "uint")):
@@ -106,7 +121,7 @@ class AuxShapes:
             weakref.WeakKeyDictionary()
         )
 
-    def of(self, loss_fn: Any, key: Hashable, find: Callable[[], Sequence[AuxLeaf]]) -> Any:
+    def of(self, loss_fn: Any, key: Hashable, find: Callable[[], Any]) -> Any:
         """The answer for a loss function.
 
         Args:
@@ -116,12 +131,13 @@ class AuxShapes:
         """
         # A bound method is a new object at every access, but its instance is not.
         owner = getattr(loss_fn, "__self__", loss_fn)
-        try:
-            known = self._found.setdefault(owner, {})
-        except TypeError:  # not hashable, or without weak references
-            return find()
         # The instance may have several methods.
         key = (getattr(loss_fn, "__code__", None), key)
+        try:
+            known = self._found.setdefault(owner, {})
+            hash(key)
+        except TypeError:  # not hashable, or without weak references
+            return find()
         if key not in known:
             known[key] = find()
         return known[key]

@@ -14,6 +14,11 @@ from virtualbatch.jax._certify.step import JaxTrainingStep
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._window import Program
 
+_SAME_DRAWS = (
+    "The loss draws random numbers and no key_argnum is given: in training all micro-batches draw "
+    "the same ones, and so do all updates if the key is part of the loss. See docs/state.md."
+)
+
 
 def certificate(
     program: Program,
@@ -24,6 +29,7 @@ def certificate(
     weight_takes: str,
 ) -> Certificate:
     """The certificate of a call; see `virtualbatch.jax.certify` and `JaxTrainingStep`."""
+    folds_keys = program.key_argnum is not None
     # Rows keep their random numbers: keys of its own would make each micro-batch differ.
     program = program._replace(key_argnum=None)
     call = program.call(args, kwargs, None)
@@ -31,6 +37,8 @@ def certificate(
     def observed(call: Call, note: str) -> Certificate:
         subject = JaxTrainingStep(program, call, microbatch_size, accumulation_steps)
         subject.weight_takes = weight_takes
+        if subject.draws and not folds_keys:
+            subject.notes = [*subject.notes, _SAME_DRAWS]
         if note:
             subject.notes = [*subject.notes, note]
         return certified(subject)

@@ -64,8 +64,9 @@ class JaxTrainingStep(TrainingStep):
         dtype = next(iter(loss.values())).dtype
         wide = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
         self.epsilon = float(jnp.finfo(wide).eps)
+        self.draws = bool(self._bits)
         notes = [f"Compared in {dtype}."]
-        if self._bits:
+        if self.draws:
             notes.append("Random numbers were kept by row, so that every cut drew the same ones.")
         self.notes = notes
         dtypes = self._weight_dtypes()
@@ -81,14 +82,18 @@ class JaxTrainingStep(TrainingStep):
     def accumulated(self) -> Observed:
         """See `TrainingStep`."""
         call = self._call
+
+        def loss_alone(*args: Any, **kwargs: Any) -> Any:
+            found = self._by_rows(*args, **kwargs)
+            return found[0] if call.has_aux else found
+
         weight = of_part(self._weight, itemgetter(0))
-        program = self._program._replace(fun=self._by_rows, weight=weight)
+        program = self._program._replace(fun=loss_alone, weight=weight, has_aux=False)
         args = list(call.args)
         pair = args[call.batch_argnum], jnp.arange(self.rows)
         args[call.batch_argnum] = pair
         cut = cut_batch(pair, *self._sizes, compiled=False)
-        value, gradients = program.run(tuple(args), dict(call.kwargs), cut, traced=False)
-        loss = value[0] if call.has_aux else value
+        loss, gradients = program.run(tuple(args), dict(call.kwargs), cut, traced=False)
         return Observed({"loss": float(loss)}, self._named(gradients), {})
 
     def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:

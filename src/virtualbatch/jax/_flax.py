@@ -1,0 +1,71 @@
+"""What users of Flax hand in that cannot work as it stands, refused with what does work.
+
+Flax is not imported: where the user has not, there is nothing to refuse.
+"""
+
+import sys
+from typing import Any
+
+
+def framework_errors() -> tuple[type[Exception], ...]:
+    """What differentiation raises where `explanation` may know more."""
+    errors = sys.modules.get("flax.errors")
+    of_flax = () if errors is None else (errors.TraceContextError,)
+    return (TypeError, ValueError, *of_flax)
+
+
+def explanation(error: Exception) -> Exception | None:
+    """What to raise instead of an error of a framework; None where it says enough by itself."""
+    text = str(error)
+    if "different trace level" in text:
+        return ValueError(
+            "A loss must not change a module from outside of it, nor must the module's own random "
+            f"numbers. Got {type(error).__name__}: {' '.join(text.split(' (http')[0].split())}. "
+            "Merge a copy in the loss: nnx.merge(graph, params, rest, copy=True); seed it for each "
+            "micro-batch by nnx.reseed(module, default=key), key being an argument that key_argnum "
+            "names; and return what else changes as aux. docs/jax.md has all of it. "
+            "See docs/state.md."
+        )
+    if "grad requires real- or complex-valued inputs" in text:
+        return TypeError(
+            "What is differentiated must hold floating numbers only. "
+            f"Got {text.split(' If you want')[0]} Split the rest off: "
+            "nnx.split(model, nnx.Param, ...) as in docs/jax.md, or "
+            "grad_fn=equinox.filter_value_and_grad."
+        )
+    return None
+
+
+def refuse_scaled_gradients(result: Any) -> None:
+    """Refuses a loss that differentiates itself.
+
+    Raises:
+        TypeError: it returned what `DynamicScale.value_and_grad` gives.
+    """
+    if isinstance(result, tuple) and hasattr(result, "dynamic_scale"):
+        raise TypeError(
+            "fun must return a loss, not its gradients. "
+            f"Got a {type(result).__name__}. "
+            f"Pass the loss itself, and let grad_fn scale it: {_UNPACKED}"
+        )
+
+
+def check_differentiated(result: Any) -> None:
+    """Refuses what a grad_fn returned that is not what `jax.value_and_grad` returns.
+
+    Raises:
+        TypeError: it is no pair.
+    """
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            "What grad_fn makes must return ((value, aux), gradients), as jax.value_and_grad does. "
+            f"Got a {type(result).__name__}"
+            f"{f' of {len(result)}' if isinstance(result, tuple) else ''}. "
+            f"Return these two alone; for DynamicScale of Flax {_UNPACKED}"
+        )
+
+
+_UNPACKED = (
+    "lambda f, has_aux: lambda *args: dynamic_scale.value_and_grad(f, has_aux=has_aux)(*args)[2:]. "
+    "docs/jax.md says how the scale is updated."
+)
