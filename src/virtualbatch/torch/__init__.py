@@ -15,6 +15,7 @@ from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_until_it_fits
+from virtualbatch.torch._as_written import as_written
 from virtualbatch.torch._batch import Microbatch, ReadBatch, read
 from virtualbatch.torch._capture import Captured
 from virtualbatch.torch._certify.certificate import certificate, check_cut
@@ -103,6 +104,7 @@ def backward(
     stats: bool = False,
     check: bool = True,
 ) -> Any: ...
+@as_written
 def backward(
     loss_fn: Callable[[Any], Any],
     batch: Any,
