@@ -92,7 +92,8 @@ def test_the_core_imports_no_framework_and_no_tool_and_the_command_no_framework(
     ("engine", "others"),
     [
         # The other tools Keras imports itself where it finds them, by way of scikit-learn too.
-        ("torch", ("typer", "tensorflow", "keras", "jax")),
+        # The compiler of PyTorch takes a second, and is for those who compile.
+        ("torch", ("typer", "tensorflow", "keras", "jax", "torch._dynamo")),
         ("jax", ("typer", "tensorflow", "keras", "torch", "optax", "flax", "equinox")),
     ],
 )

@@ -1,6 +1,7 @@
 """Half precision: the buffer is wide, the share enters there, and one rounding ends it."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tests.tiers import tiered
 from tests.torch.problems import NAMES, problem, taken, uncut
 
 import virtualbatch.torch as vb
+from virtualbatch.torch._leaves import refuse_unheld_parameter
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -129,20 +131,95 @@ def test_sparse_rows_in_half_precision():
         assert table.weight.grad.to_dense()[0].tolist() == [expected, expected]
 
 
-def test_every_leaf_must_be_in_a_module():
+@pytest.mark.parametrize("rows", [4, 2], ids=["two micro-batches", "one micro-batch"])
+def test_every_parameter_must_be_in_a_module(rows):
     model, other = One(torch.bfloat16), One(torch.bfloat16)
+    batch = torch.ones(rows, dtype=torch.bfloat16)
+
+    def loss_fn(x):
+        return model(x) * other.scale
+
     with pytest.raises(ValueError, match=r"module must hold every tensor .* shape \(\) and dtype"):
-        vb.backward(
-            lambda x: model(x) * other.scale,
-            torch.ones(4, dtype=torch.bfloat16),
-            module=model,
-            microbatch_size=2,
-        )
+        vb.backward(loss_fn, batch, module=model, microbatch_size=2)
     assert model.scale.grad is other.scale.grad is None
+    vb.backward(loss_fn, batch, module=[model, other], microbatch_size=2)
+    assert float(other.scale.grad) == 1.0
+
+
+INPUTS = torch.arange(8.0).reshape(4, 2)
+
+
+def through_inputs(make):
+    """Gradients of a bfloat16 layer behind a frozen one, whose output a function gets."""
+    torch.manual_seed(2)
+    frozen = torch.nn.Linear(2, 2, dtype=torch.bfloat16).requires_grad_(False)
+    model = torch.nn.Linear(2, 1, dtype=torch.bfloat16)
     vb.backward(
-        lambda x: model(x) * other.scale,
-        torch.ones(4, dtype=torch.bfloat16),
-        module=[model, other],
+        lambda x: model(make(frozen(x))).square().mean(),
+        INPUTS.bfloat16(),
+        module=[frozen, model],
         microbatch_size=2,
     )
-    assert float(other.scale.grad) == 1.0
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda x: x.requires_grad_(), lambda x: x.clone().requires_grad_()],
+    ids=["in a hook, as PEFT does", "a clone"],
+)
+def test_inputs_may_be_made_to_require_gradients(make):
+    assert all(map(torch.equal, through_inputs(make), through_inputs(lambda x: x)))
+
+
+def test_inputs_in_a_cycle_that_nobody_reaches():
+    def make(x):
+        cycle = [x.clone().requires_grad_()]
+        cycle.append(cycle)
+        return cycle[0]
+
+    gc.disable()
+    try:
+        found = through_inputs(make)
+    finally:
+        gc.enable()
+    assert all(map(torch.equal, found, through_inputs(lambda x: x)))
+
+
+def test_rows_that_require_gradients_are_given_none():
+    # Theirs would lack the share of their micro-batch.
+    model, x = One(torch.bfloat16), torch.ones(4, dtype=torch.bfloat16).requires_grad_()
+    kept = x.grad = torch.ones_like(x)
+    vb.backward(lambda x: model(x), x, module=model, microbatch_size=2)
+    assert float(model.scale.grad) == 1.0
+    assert x.grad is kept
+    assert bool((kept == 1).all())
+
+
+def test_a_tensor_that_outlives_its_micro_batch_is_trained_by_somebody():
+    model, scale = One(torch.bfloat16), torch.ones([], dtype=torch.bfloat16, requires_grad=True)
+    kept = scale.grad = torch.ones_like(scale)
+    batch = torch.ones(4, dtype=torch.bfloat16)
+
+    def loss_fn(x):
+        return model(x) * scale
+
+    with pytest.raises(ValueError, match=r"shape \(\) and dtype bfloat16 that is in no module"):
+        vb.backward(loss_fn, batch, module=model, microbatch_size=2)
+    assert model.scale.grad is None
+    assert scale.grad is kept
+    assert float(kept) == 1.0
+    vb.backward(loss_fn, batch, module=[model, scale], microbatch_size=2)
+    assert (float(model.scale.grad), float(scale.grad)) == (1.0, 2.0)
+    # One micro-batch has the share 1, and is the ordinary computation.
+    vb.backward(loss_fn, batch, module=model, microbatch_size=4)
+    assert float(scale.grad) == 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_parameter_that_no_module_holds_is_told_in_every_dtype(dtype):
+    model, other = One(dtype), One(dtype)
+    x = torch.ones(2, dtype=dtype)
+    refuse_unheld_parameter([model(x).clone()], list(model.parameters()))
+    with pytest.raises(ValueError, match="that is in no module"):
+        refuse_unheld_parameter([model(x) * other.scale], list(model.parameters()))

@@ -15,7 +15,7 @@ NAMES = {
     "operation": {"_schema"},
 }
 # Of Accelerate and Lightning, which tests/torch/test_refusals.py stands in for.
-OF_OTHERS = {"_shared_state", "_trainer"}
+OF_OTHERS = {"_automatic_optimization", "_shared_state", "_trainer"}
 IMPORTS = {
     "torch._subclasses.fake_tensor.FakeTensor",
     "torch._subclasses.fake_tensor.FakeTensorMode",

@@ -330,3 +330,14 @@ def test_a_lightning_trainer_that_accumulates_itself(steps):
         call.refused(ValueError, r"Got a trainer with accumulate_grad_batches=4\. Make the Trainer")
     else:
         vb.backward(**call.arguments)
+
+
+@pytest.mark.parametrize(("automatic", "is_training"), [(True, True), (True, False), (False, True)])
+def test_a_lightning_module_whose_trainer_calls_backward_itself(automatic, is_training):
+    call = Call()
+    call.model._trainer = types.SimpleNamespace(accumulate_grad_batches=1, training=is_training)
+    call.model._automatic_optimization = automatic
+    if automatic and is_training:
+        call.refused(ValueError, r"automatic optimization.* Set self\.automatic_optimization = Fal")
+    else:
+        vb.backward(**call.arguments)

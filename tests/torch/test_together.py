@@ -152,6 +152,35 @@ def test_a_compiled_module_is_not_compiled_again(backend, norm):
     torch._dynamo.utils.counters.clear()
 
 
+@pytest.mark.parametrize("inner", [False, True], ids=["module", "compiled module"])
+@pytest.mark.filterwarnings("ignore:Profiler record function")
+def test_a_compiled_step_around_the_call(inner):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = mlp().double()
+    run = torch.compile(model, backend="eager") if inner else model
+    sgd = torch.optim.SGD(model.parameters(), 0.0)
+
+    def loss_fn(x):
+        return run(x).square().mean()
+
+    @torch.compile(backend="eager")
+    def step(x):
+        sgd.zero_grad()
+        loss = vb.backward(loss_fn, x * 2, module=model, microbatch_size=4)
+        return loss + 1
+
+    for rows in (11, 8):
+        x = torch.randn(rows, 3, dtype=torch.float64)
+        loss = step(x)
+        found = taken(model)
+        due, expected = uncut(loss_fn, x * 2, model)
+        assert_all_close(found, expected)
+        assert_close(loss.detach() - 1, due)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant):
     model = mlp().double()

@@ -39,10 +39,7 @@ def certified(subject: TrainingStep) -> Certificate:
     every = np.arange(subject.rows)
     whole = subject.alone(every)
     if not all_finite(whole):
-        broken = (_not_finite(subject, every),)
-        infinite = dict.fromkeys(subject.parameters, float("inf"))
-        notes = tuple(subject.notes)
-        return Certificate(False, float("inf"), tolerance, infinite, broken, float("inf"), notes)
+        return broken(subject, _not_finite(subject, every))
     coarse = max(subject.epsilon**0.5, tolerance)
     again = subject.alone(every, again=True)
     turned = subject.alone(every[::-1])
@@ -76,6 +73,24 @@ def certified(subject: TrainingStep) -> Certificate:
         parameters=errors,
         findings=tuple(findings),
         loss_error=loss_error,
+        notes=tuple(subject.notes),
+    )
+
+
+def broken(subject: TrainingStep, finding: Finding) -> Certificate:
+    """The certificate of a step whose gradients cannot be compared.
+
+    Args:
+        subject: see `certified`.
+        finding: why not.
+    """
+    return Certificate(
+        exact=False,
+        max_error=float("inf"),
+        tolerance=derived_tolerance(subject.epsilon, subject.narrowest, subject.rows),
+        parameters=dict.fromkeys(subject.parameters, float("inf")),
+        findings=(finding,),
+        loss_error=float("inf"),
         notes=tuple(subject.notes),
     )
 

@@ -6,7 +6,7 @@ differentiated in turn, and the sum is added to `.grad` once all of them have su
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 
@@ -15,6 +15,7 @@ from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_until_it_fits
+from virtualbatch.torch._as_written import as_written
 from virtualbatch.torch._batch import Microbatch, ReadBatch, read
 from virtualbatch.torch._capture import Captured
 from virtualbatch.torch._certify.certificate import certificate, check_cut
@@ -26,11 +27,14 @@ from virtualbatch.torch._plan.memory import ERRORS, largest_parameters, left_byt
 from virtualbatch.torch._plan.plan import planned
 from virtualbatch.torch._plan.sizes import kept_sizes, signature
 from virtualbatch.torch._random import RandomState
+from virtualbatch.torch._rows import RowsBefore
 from virtualbatch.torch._window import Program
 from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.window import Window, refuse_sorted_rows, windows
 
 __all__ = ["Window", "backward", "captured", "certify", "certify_loop", "plan", "windows"]
+
+Trained: TypeAlias = torch.nn.Module | torch.Tensor
 
 
 @overload
@@ -38,7 +42,7 @@ def backward(
     loss_fn: Callable[[Any], Any],
     batch: Any,
     *,
-    module: torch.nn.Module | Iterable[torch.nn.Module],
+    module: Trained | Iterable[Trained],
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
     weight: GivenWeight = None,
@@ -52,7 +56,7 @@ def backward(
     loss_fn: Callable[[Any], Any],
     batch: Any,
     *,
-    module: torch.nn.Module | Iterable[torch.nn.Module],
+    module: Trained | Iterable[Trained],
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
     weight: GivenWeight = None,
@@ -66,7 +70,7 @@ def backward(
     loss_fn: Callable[[Any], Any],
     batch: Any,
     *,
-    module: torch.nn.Module | Iterable[torch.nn.Module],
+    module: Trained | Iterable[Trained],
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
     weight: GivenWeight = None,
@@ -80,7 +84,7 @@ def backward(
     loss_fn: Callable[[Any], Any],
     batch: Any,
     *,
-    module: torch.nn.Module | Iterable[torch.nn.Module],
+    module: Trained | Iterable[Trained],
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
     weight: GivenWeight = None,
@@ -94,7 +98,7 @@ def backward(
     loss_fn: Callable[[Any], Any],
     batch: Any,
     *,
-    module: torch.nn.Module | Iterable[torch.nn.Module],
+    module: Trained | Iterable[Trained],
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
     weight: GivenWeight = None,
@@ -103,11 +107,12 @@ def backward(
     stats: bool = False,
     check: bool = True,
 ) -> Any: ...
+@as_written
 def backward(
     loss_fn: Callable[[Any], Any],
     batch: Any,
     *,
-    module: torch.nn.Module | Iterable[torch.nn.Module],
+    module: Trained | Iterable[Trained],
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
     weight: GivenWeight = None,
@@ -129,7 +134,8 @@ def backward(
         batch: nested dicts, lists, tuples and dataclasses of tensors that share their leading
             axis, the rows; or a `Window`, and then no size is given. Tensors on the host are
             copied to the device of the modules, one micro-batch at a time.
-        module: the module, or all modules, whose parameters and buffers the loss uses.
+        module: the module, or all modules, whose parameters and buffers the loss uses; tensors
+            that are trained and that no module holds may be among them.
         microbatch_size: rows of one forward and backward; or "auto" or an `Auto`, which plan it
             at the first batch.
         accumulation_steps: micro-batches per window: `microbatch_size = ceil(rows / steps)`.
@@ -154,8 +160,10 @@ def backward(
     Raises:
         ValueError: sizes are not positive integers or disagree, rows differ or are missing, a
             weight is negative or not finite, the loss is not a scalar or has no gradient, names
-            of terms differ, there is no trainable parameter, another library accumulates too, or
-            the first rows show that gradients of micro-batches do not add up to their batch's.
+            of terms differ, there is no trainable parameter, another library accumulates too,
+            the first rows show that gradients of micro-batches do not add up to their batch's, or
+            the loss function changes `.grad`, shares a graph with another micro-batch, or has
+            changed its rows when memory runs out.
         TypeError: the loss is not a floating tensor, or an argument is of the wrong kind.
         RuntimeError: a BatchNorm layer in training mode was not called as a module, or is inside
             another window.
@@ -187,7 +195,7 @@ def backward(
     else:
         cut = rows.cut(given, accumulation_steps)
         asked = given or max(microbatch.rows for microbatch in cut)
-        size = kept_sizes(found.roots[0]).asked(asked)
+        size = kept_sizes(found.owner).asked(asked)
         if size.rows < asked:
             cut = rows.cut(given, accumulation_steps, size.rows)
 
@@ -207,6 +215,7 @@ def backward(
         Memory(ERRORS, partial(left_bytes, found.accelerator)),
         partial(largest_parameters, found.roots[0]),
         put_back=RandomState(found.accelerator).restore,
+        is_too_late=RowsBefore(rows).refuse_changed,
     )
     size.succeeded()
     return result
@@ -247,7 +256,7 @@ def plan(
     loss_fn: Callable[[Any], Any],
     batch: Any,
     *,
-    module: torch.nn.Module | Iterable[torch.nn.Module],
+    module: Trained | Iterable[Trained],
     weight: GivenWeight = None,
     has_aux: bool = False,
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
@@ -300,7 +309,7 @@ def certify(
     loss_fn: Callable[[Any], Any],
     batch: Any,
     *,
-    module: torch.nn.Module | Iterable[torch.nn.Module],
+    module: Trained | Iterable[Trained],
     microbatch_size: int | None = None,
     accumulation_steps: int | None = None,
     weight: GivenWeight = None,
@@ -346,7 +355,7 @@ def certify(
 
 
 def _planned_size(program: Program, batch: ReadBatch, automatic: Any) -> CurrentSize:
-    sizes = automatic if isinstance(automatic, Auto) else kept_sizes(program.found.roots[0])
+    sizes = automatic if isinstance(automatic, Auto) else kept_sizes(program.found.owner)
     return sizes.planned(
         signature(program, batch.whole), lambda: planned(program, batch, sizes.memory_limit)
     )

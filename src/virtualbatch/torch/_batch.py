@@ -73,10 +73,22 @@ class Microbatch(NamedTuple):
             for place, x in zip(self.places, self.leaves, strict=True)
         ]
 
-    def faked(self, fake: Callable[[torch.Tensor], Any]) -> "Microbatch":
-        """The micro-batch with fake tensors for its tensors."""
-        leaves = [fake(x) if isinstance(x, torch.Tensor) else x for x in self.leaves]
+    def with_tensors(self, fn: Callable[[torch.Tensor], Any]) -> "Microbatch":
+        """The micro-batch with others for its tensors, such as fake ones or clones."""
+        leaves = [fn(x) if isinstance(x, torch.Tensor) else x for x in self.leaves]
         return self._replace(leaves=leaves, given=None)
+
+    def protected(self) -> "Microbatch":
+        """The micro-batch with clones of its tensors, made anew each time that it is asked for.
+
+        Whatever a loss function does to its rows in place, those of the caller stay as they are.
+        """
+        build = self.build
+
+        def cloned(leaf: Any) -> Any:
+            return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+        return self._replace(build=lambda leaves: build(list(map(cloned, leaves))), given=None)
 
 
 class ReadBatch(NamedTuple):
@@ -95,6 +107,10 @@ class ReadBatch(NamedTuple):
         """The batch as one micro-batch; not of a Window."""
         (whole,) = self.given
         return whole
+
+    def protected(self) -> "ReadBatch":
+        """The batch whose micro-batches give clones of their tensors away."""
+        return self._replace(given=[microbatch.protected() for microbatch in self.given])
 
     def cut(
         self,

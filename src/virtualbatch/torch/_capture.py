@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from virtualbatch.torch._batch import Microbatch
-from virtualbatch.torch._gradients import HALF, committed, unknown_leaf
+from virtualbatch.torch._gradients import HALF, committed
+from virtualbatch.torch._leaves import foreign_leaves
 from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._modules import Inventory
 from virtualbatch.window.shares import Shares
@@ -231,7 +232,7 @@ def _differentiated(
     dtypes = [term.dtype for term in terms.values()]
     if not HALF.isdisjoint(dtypes):
         raise _CannotBeCapturedError("the loss is in half precision")
-    if unknown_leaf(terms.values(), parameters) is not None:
+    if foreign_leaves(terms.values(), parameters):
         raise _CannotBeCapturedError("the loss depends on a leaf that is in no module")
     reached, starts = [], []
     for term, share in zip(terms.values(), shares, strict=True):

@@ -10,11 +10,19 @@ from typing import Any
 
 import torch
 
+from virtualbatch.torch._faults import refuse_shared_graph
+from virtualbatch.torch._grad_watch import GradWatch
+from virtualbatch.torch._leaves import ForeignLeaves, refuse_unheld_parameter
 from virtualbatch.torch._own_memory import OwnMemory
 from virtualbatch.torch._stats import GradientNorms
+from virtualbatch.torch._stepping import refuse_changed_parameters, versions
 from virtualbatch.window.shares import accumulator_dtype
 
 HALF = {torch.float16, torch.bfloat16}
+
+# Gradients of so few numbers stay in `.grad` while the next micro-batch runs forward. Their sums
+# are in buffers, so this only shows whether the loss function changes them.
+_FEW = 4096
 
 # (terms, factors): adds the gradient of their weighted sum to every `.grad`.
 _Differentiate = Callable[[Sequence[torch.Tensor], Sequence[float]], None]
@@ -27,6 +35,7 @@ class WindowGradients:
         parameters: trainable parameters, each once.
         backward_fn: scalar loss -> None; computes gradients into `.grad`.
         norms: is told of scaled losses; None if nobody asks for norms.
+        is_given: tensor -> whether it has the memory of the batch.
     """
 
     def __init__(
@@ -34,11 +43,21 @@ class WindowGradients:
         parameters: Sequence[torch.nn.Parameter],
         backward_fn: Callable[[torch.Tensor], Any] | None,
         norms: GradientNorms | None = None,
+        is_given: Callable[[torch.Tensor], bool] = lambda tensor: False,
     ):
         self._parameters = parameters
         self._backward_fn = backward_fn
         self._norms = norms
-        self._before = [parameter.grad for parameter in parameters]
+        self._is_given = is_given
+        self._at_first = [parameter.grad for parameter in parameters]
+        # What the sums are added to.
+        self._before = self._at_first
+        # None where the window has one micro-batch only: it is the ordinary computation.
+        self._watch: GradWatch | None = None
+        self._foreign: ForeignLeaves | None = None
+        self._commits = True
+        self._shown: list[torch.Tensor] = []
+        self._most_shown = max(_FEW, min(parameter.numel() for parameter in parameters))
         self._sums: list[torch.Tensor | None] = [None] * len(parameters)
         self._differentiate: _Differentiate | None = None
         self._in_place = True
@@ -47,12 +66,24 @@ class WindowGradients:
         # What the gradients of the latest micro-batch lacked of their share on their way.
         self.factor = 1.0
 
-    def start(self) -> None:
-        """Puts what `.grad` holds aside, untouched until the window has succeeded."""
-        for parameter, before in zip(self._parameters, self._before, strict=True):
-            if before is not None:
-                parameter.grad = None
-                self._in_place = False
+    def start(self, *, commit: bool = True) -> None:
+        """Puts what `.grad` holds aside, untouched until the window has succeeded.
+
+        Args:
+            commit: whether gradients are to be kept, if it does.
+        """
+        self._commits = commit
+        self._put_aside()
+        self._watch = GradWatch(self._parameters)
+        self._watch.look()
+
+    def start_after_forward(self) -> None:
+        """Does the same for the only micro-batch of a window, whose forward has run.
+
+        As in a step without a window, what that did to `.grad` is kept.
+        """
+        self._before = [parameter.grad for parameter in self._parameters]
+        self._put_aside()
 
     def add(self, terms: Collection[torch.Tensor], shares: Sequence[float]) -> None:
         """Differentiates one micro-batch and adds its share of the gradient.
@@ -61,7 +92,13 @@ class WindowGradients:
             terms: scalar losses; those without a gradient add nothing.
             shares: one number per term. A term of share 0 is left out, because its gradient may
                 be NaN, and 0 times NaN is NaN.
+
+        Raises:
+            ValueError: the loss function changed `.grad`, shares a graph with another
+                micro-batch or reaches what no module holds, or a hook changed a parameter.
         """
+        if self._watch is not None:
+            self._watch.check()
         if self._differentiate is None:
             self._differentiate = self._chosen(terms)
         reached, factors = [], []
@@ -71,9 +108,18 @@ class WindowGradients:
                 reached.append(term)
                 factors.append(share)
         if reached:
+            before = None if self.found_any else versions(self._parameters)
             self.found_any = True
-            self._differentiate(reached, factors)
+            try:
+                self._differentiate(reached, factors)
+            except RuntimeError as error:
+                refuse_shared_graph(error)
+                raise
+            if before is not None:
+                refuse_changed_parameters(self._parameters, before)
             self._own_memory.give()
+            if self._watch is not None:
+                self._watch.look()
 
     def zero(self) -> None:
         """Makes every gradient found so far zero, NaN included."""
@@ -89,7 +135,14 @@ class WindowGradients:
         return [gradient for gradient in found if gradient is not None]
 
     def commit(self) -> None:
-        """Adds the window's gradients to what `.grad` held before it."""
+        """Adds the window's gradients to what `.grad` held before it.
+
+        Raises:
+            ValueError: somebody trains a tensor that no module holds, which only shows now.
+        """
+        if self._foreign is not None:
+            self._foreign.check()
+            self._foreign.restore()
         if self._in_place:
             return
         entries = list(zip(self._parameters, self._before, self._sums, strict=True))
@@ -102,8 +155,16 @@ class WindowGradients:
 
     def restore(self) -> None:
         """Puts back what `.grad` held before the window."""
-        for parameter, before in zip(self._parameters, self._before, strict=True):
+        for parameter, before in zip(self._parameters, self._at_first, strict=True):
             parameter.grad = before
+        if self._foreign is not None:
+            self._foreign.restore()
+
+    def _put_aside(self) -> None:
+        for parameter, before in zip(self._parameters, self._before, strict=True):
+            if before is not None:
+                parameter.grad = None
+                self._in_place = False
 
     def _chosen(self, terms: Collection[torch.Tensor]) -> _Differentiate:
         """How the window is differentiated, by its first losses."""
@@ -113,8 +174,14 @@ class WindowGradients:
         device = next(iter(terms)).device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             chosen = _outside_autocast(chosen, device)
-        if not HALF.isdisjoint([x.dtype for x in (*self._parameters, *terms)]):
-            self._check_leaves(terms)
+        is_half = not HALF.isdisjoint([x.dtype for x in (*self._parameters, *terms)])
+        if self._watch is None:
+            if is_half:
+                refuse_unheld_parameter(terms, self._parameters)
+        elif is_half or not self._commits:
+            # Their gradients would lack their share, or outlive a window that is taken back.
+            self._foreign = ForeignLeaves(terms, self._parameters, self._is_given)
+        if is_half:
             self._in_place = False
             self._own_memory = OwnMemory(())
             chosen = self._in_buffers(chosen)
@@ -125,6 +192,9 @@ class WindowGradients:
             # Only the ratio of the shares goes through the backward pass, where a share would be
             # rounded to few bits and could underflow.
             largest = max(shares)
+            for parameter in self._shown:
+                parameter.grad = None
+            self._shown = []
             differentiate(terms, [share / largest for share in shares])
             self._collect(largest)
             self.factor = largest
@@ -138,7 +208,10 @@ class WindowGradients:
                 gradient, total = parameter.grad, self._sums[k]
                 if gradient is None:
                     continue
-                parameter.grad = None
+                if parameter.numel() > self._most_shown:
+                    parameter.grad = None
+                else:
+                    self._shown.append(parameter)
                 if total is None:
                     # In place after a copy: a float32 gradient may still belong to the graph.
                     self._sums[k] = _widened(gradient) * factor
@@ -146,20 +219,6 @@ class WindowGradients:
                     self._sums[k] = _sum(total, _widened(gradient) * factor)
                 else:
                     total.add_(gradient, alpha=factor)
-
-    def _check_leaves(self, terms: Collection[torch.Tensor]) -> None:
-        """Refuses leaves that would be given gradients without their share.
-
-        PyTorch adds to the `.grad` of every leaf that a loss reaches, and the buffer sees those
-        of the module only.
-        """
-        leaf = unknown_leaf(terms, self._parameters)
-        if leaf is not None:
-            raise ValueError(
-                "With half-precision parameters or losses, module must hold every tensor "
-                f"that takes a gradient. Got one of shape {tuple(leaf.shape)} and dtype "
-                f"{leaf.dtype} that is in no module. Pass module=[...] with all modules."
-            )
 
 
 def _from_factors(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
@@ -203,30 +262,6 @@ def _widened(x: torch.Tensor) -> torch.Tensor:
 def _sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     # PyTorch adds sparse to dense, but not dense to sparse.
     return b + a if a.is_sparse and not b.is_sparse else a + b
-
-
-def unknown_leaf(
-    terms: Collection[torch.Tensor], parameters: Collection[torch.Tensor]
-) -> torch.Tensor | None:
-    """A tensor that losses take a gradient of and that is no parameter; None if there is none.
-
-    Args:
-        terms: scalar losses.
-        parameters: all that are known.
-    """
-    known = {id(parameter) for parameter in parameters}
-    seen: set[Any] = set()
-    stack = [term.grad_fn for term in terms]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf: torch.Tensor | None = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            return leaf
-        stack.extend(following for following, _ in node.next_functions)
-    return None
 
 
 def committed(

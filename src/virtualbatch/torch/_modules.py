@@ -1,12 +1,13 @@
 """What the modules of a window hold, found in one walk, and what is refused about them."""
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.parameter import is_lazy
 
 from virtualbatch.torch._distributed import distributed_classes, no_distributed_module
+from virtualbatch.torch._loose import Loose, as_modules
+from virtualbatch.torch._stepping import refuse_node_hooks
 
 
 class Inventory(NamedTuple):
@@ -18,26 +19,29 @@ class Inventory(NamedTuple):
         with_buffers: modules that have buffers of their own, each once.
         accelerator: the device that all parameters are on, or None if that is the host or they
             are on several.
+        owner: lives as long as what is trained: the first module or tensor that was given.
     """
 
     roots: list[torch.nn.Module]
     parameters: list[torch.nn.Parameter]
     with_buffers: list[torch.nn.Module]
     accelerator: torch.device | None
+    owner: torch.nn.Module | torch.Tensor
 
 
 def inventory(module: Any) -> Inventory:
     """Walks through modules and all their submodules.
 
     Args:
-        module: one module or an iterable of them.
+        module: one module or an iterable of them; tensors that are trained may be among them.
 
     Raises:
-        TypeError: something is not a module.
+        TypeError: something is neither a module nor a tensor.
         NotImplementedError: a module is of DDP or FSDP.
-        ValueError: no parameter is trainable, one has a hook that could step an optimizer in the
-            middle of the window, a module is not initialised yet, or a Lightning trainer divides
-            by micro-batches of its own.
+        ValueError: no parameter is trainable, a tensor takes no gradient, a parameter has a hook
+            that could step an optimizer in the middle of the window, a module is not initialised
+            yet, or a Lightning trainer divides by micro-batches of its own or calls backward
+            itself.
     """
     roots = _roots(module)
     layers = list(roots.values())
@@ -74,14 +78,17 @@ def inventory(module: Any) -> Inventory:
         )
     device = devices.pop() if len(devices) == 1 else "cpu"
     accelerator = None if device == "cpu" else device
-    return Inventory(list(roots.values()), list(parameters.values()), with_buffers, accelerator)
+    first = next(iter(roots.values()))
+    owner = first.tensor if isinstance(first, Loose) else first
+    refuse_node_hooks(owner, parameters)
+    return Inventory(
+        list(roots.values()), list(parameters.values()), with_buffers, accelerator, owner
+    )
 
 
 def _roots(module: Any) -> dict[int, torch.nn.Module]:
     """The modules that were given, by identity."""
-    if isinstance(module, torch.nn.Module):
-        return {id(module): module}
-    roots = list(module) if isinstance(module, Iterable) else [module]
+    roots = list(as_modules(module))
     for root in roots:
         if not isinstance(root, torch.nn.Module):
             raise TypeError(
@@ -97,12 +104,23 @@ def _check_layer(layer: torch.nn.Module, distributed: tuple[type[Any], ...]) -> 
     for name, buffer in layer._buffers.items():
         _check_initialised(layer, name, buffer)
     # A LightningModule keeps its trainer here. Its property would complain if there is none.
-    steps = getattr(vars(layer).get("_trainer"), "accumulate_grad_batches", None)
+    trainer = vars(layer).get("_trainer")
+    if trainer is None:
+        return
+    steps = getattr(trainer, "accumulate_grad_batches", None)
     if isinstance(steps, int) and steps > 1:
         raise ValueError(
             "Lightning must leave accumulation to virtualbatch. "
             f"Got a trainer with accumulate_grad_batches={steps}. "
             "Make the Trainer with accumulate_grad_batches=1 and give it whole batches."
+        )
+    # Afterwards the module still has its trainer, and any loop may train it.
+    if vars(layer).get("_automatic_optimization") and getattr(trainer, "training", False):
+        raise ValueError(
+            "Lightning must leave the backward pass to virtualbatch. "
+            "Got a LightningModule with automatic optimization, which calls backward and steps "
+            "the optimizer itself. Set self.automatic_optimization = False in its __init__, and "
+            "call zero_grad and step of self.optimizers() in training_step."
         )
 
 

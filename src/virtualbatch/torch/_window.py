@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,16 +66,17 @@ class Program(NamedTuple):
         buffers = Buffers(self.found.with_buffers)
         statistics = MergedStatistics(self.found.with_buffers, buffers)
         norms = GradientNorms(self.found.parameters) if self.stats else None
-        gradients = WindowGradients(self.found.parameters, self.backward_fn, norms)
+        gradients = WindowGradients(
+            self.found.parameters, self.backward_fn, norms, partial(_has_memory_of, cut)
+        )
         try:
-            gradients.start()
             with ExitStack() as attached:
                 if statistics:
                     attached.enter_context(statistics.attached())
                 if norms is not None:
                     attached.enter_context(norms.attached())
                 run = _Run(self.loss_fn, self.has_aux, statistics, gradients, norms)
-                loss, aux = run.window(cut, shares)
+                loss, aux = run.window(cut, shares, commit)
                 result: Any = (loss,)
                 if self.has_aux:
                     result += (merged_aux(self.loss_fn, cut, aux, shares.rows),)
@@ -120,7 +122,9 @@ class _Run(NamedTuple):
     gradients: WindowGradients
     norms: GradientNorms | None
 
-    def window(self, cut: Sequence[Microbatch], shares: Shares) -> tuple[torch.Tensor, list[Any]]:
+    def window(
+        self, cut: Sequence[Microbatch], shares: Shares, commit: bool
+    ) -> tuple[torch.Tensor, list[Any]]:
         """The loss of the window, and the aux of each micro-batch if it is asked for."""
         loss_fn, has_aux, statistics, gradients, norms = self
         forward = statistics.heard(loss_fn) if statistics else loss_fn
@@ -132,11 +136,16 @@ class _Run(NamedTuple):
         run_all = has_aux or bool(statistics)
         loss = WindowLoss()
         auxes: list[Any] = []
+        is_only = len(cut) == 1 and commit
+        if not is_only:
+            gradients.start(commit=commit)
         for index, microbatch in enumerate(cut):
             counts = not empty[index] or (nothing and index == 0)
             if not (counts or run_all):
                 continue
             result = forward(microbatch.get())
+            if is_only:
+                gradients.start_after_forward()
             if has_aux:
                 result, aux = loss_and_aux(result, has_aux)
                 auxes.append(detached(aux))
@@ -160,3 +169,10 @@ class _Run(NamedTuple):
             return loss.mean(), auxes
         gradients.zero()
         return torch.zeros_like(loss.mean()), auxes
+
+
+def _has_memory_of(cut: Sequence[Microbatch], tensor: torch.Tensor) -> bool:
+    """Whether a tensor shares memory with the rows of a window, as they were given."""
+    place = tensor.untyped_storage().data_ptr()
+    leaves = (leaf for _, leaf in (pair for piece in cut for pair in piece.tensors()))
+    return any(leaf.untyped_storage().data_ptr() == place for leaf in leaves)

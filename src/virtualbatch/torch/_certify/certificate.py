@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.certify.diagnosis import certified
+from virtualbatch.certify.diagnosis import broken, certified
 from virtualbatch.certify.step import check_microbatches, refuse_window
 from virtualbatch.torch._batch import read
 from virtualbatch.torch._certify.step import LayerState, TorchTrainingStep, wide_batch, widened
+from virtualbatch.torch._faults import StatefulLossError
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._window import Program
 
@@ -19,7 +20,7 @@ def certificate(
     program: Program, batch: Any, microbatch_size: int | None, accumulation_steps: int | None
 ) -> Certificate:
     """The certificate of a program; see `virtualbatch.torch.certify`."""
-    with _untouched(program):
+    with _untouched(program, batch):
         try:
             with widened(program.found.roots):
                 return _observed(program, wide_batch(batch), microbatch_size, accumulation_steps)
@@ -37,22 +38,28 @@ def _observed(
         if note:
             subject.notes = [*subject.notes, note]
         return certified(subject)
+    except StatefulLossError as error:
+        return broken(subject, error.finding)
     finally:
         state.restore()
 
 
 @contextmanager
-def _untouched(program: Program) -> Iterator[None]:
+def _untouched(program: Program, batch: Any) -> Iterator[None]:
     """Puts back gradients and random numbers; compiled modules run as they are written."""
-    gradients = [(p, p.grad) for root in program.found.roots for p in root.parameters()]
+    tensors = [p for root in program.found.roots for p in root.parameters()]
+    tensors += [x for _, x in read(batch).whole.tensors() if x.is_leaf and x.requires_grad]
+    gradients = [(tensor, tensor.grad) for tensor in tensors]
+    for tensor, _ in gradients:
+        tensor.grad = None
     random = RandomState(program.found.accelerator)
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         random.restore()
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
+        for tensor, gradient in gradients:
+            tensor.grad = gradient
 
 
 def check_cut(batch: Any, microbatch_size: int | None, accumulation_steps: int | None) -> None:

@@ -4,9 +4,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.first_window import (
@@ -30,8 +30,8 @@ from virtualbatch.torch._window import Program
 from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import loss_and_aux
 
-# For as long as a module lives: the losses that were tried with it.
-_PROVEN: WeakKeyDictionary[torch.nn.Module, Proven] = WeakKeyDictionary()
+# For as long as what is trained lives: the losses that were tried with it.
+_PROVEN: Any = WeakIdKeyDictionary()
 
 # Layers that draw numbers or couple rows in training mode, on purpose.
 _RANDOM_OR_COUPLED = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._NormBase)
@@ -53,10 +53,10 @@ def prove_first_window(
     """
     if len(cut) == 1:
         return
-    root = program.found.roots[0]
-    known = _PROVEN.get(root)
+    owner = program.found.owner
+    known: Proven | None = _PROVEN.get(owner)
     if known is None:
-        known = _PROVEN[root] = Proven()
+        known = _PROVEN[owner] = Proven()
     empty = next((k for k in range(len(cut)) if shares.is_empty(k)), None)
     kinds = [(x.dtype, x.dim()) if isinstance(x, torch.Tensor) else None for x in source.leaves]
     structure = (program.has_aux, source.places, tuple(kinds), empty is None)

@@ -87,20 +87,23 @@ class RowwiseRandom(TorchDispatchMode):
         elif self._phase == "keep":
             self._kept.append(drawn.clone())
         elif self._phase == "constant":
-            drawn.fill_(1 if "bernoulli" in func.name() or "dropout" in func.name() else 0.5)
+            drawn.copy_(_constant(func, drawn))
         else:
-            drawn.copy_(self._of_rows(drawn, before))
+            drawn.copy_(_within(func, args, kwargs or {}, self._of_rows(func, drawn, before)))
         if func.overloadpacket is torch.ops.aten.native_dropout:
             p = args[1]
             result[0].copy_(args[0] * drawn / (1 - p))
         return result
 
-    def _of_rows(self, drawn: torch.Tensor, before: bytes) -> torch.Tensor:
+    def _of_rows(self, func: Any, drawn: torch.Tensor, before: bytes) -> torch.Tensor:
         # A forward that is computed again, as checkpoints do, starts from the state it had.
         index = self._seen.setdefault(before, len(self._seen))
         kept, axis = self._kept[index], self._axes[index]
         if axis is None or self._chosen is None:
             return kept.expand_as(drawn)
+        if func.overloadpacket is torch.ops.aten.randperm:
+            # An order of all rows is none of some. Whether they meet shows in any order but theirs.
+            return _backwards(drawn)
         each = kept.shape[axis] // self._rows
         rows = self._chosen.to(kept.device)
         places = (rows[:, None] * each + torch.arange(each, device=kept.device)).reshape(-1)
@@ -119,8 +122,37 @@ def _generator_state(args: Any, kwargs: Any) -> bytes:
     return torch.get_device_module(device).get_rng_state().numpy().tobytes()
 
 
+def _constant(func: Any, drawn: torch.Tensor) -> torch.Tensor:
+    """What is given where numbers cannot be kept by row."""
+    if func.overloadpacket is torch.ops.aten.randperm:
+        return _backwards(drawn)
+    ones = "bernoulli" in func.name() or "dropout" in func.name()
+    return torch.full_like(drawn, 1 if ones else 0.5)
+
+
+def _backwards(drawn: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(drawn), device=drawn.device).flip(0)
+
+
+def _within(func: Any, args: Any, kwargs: Any, kept: torch.Tensor) -> torch.Tensor:
+    """Integers that were drawn for the whole batch, within the bounds of another run.
+
+    A loss function that draws row numbers draws fewer of them from fewer rows.
+    """
+    given = _named(func, args, kwargs)
+    if func.overloadpacket is torch.ops.aten.multinomial:
+        return kept % args[0].shape[-1]
+    low, high = given.get("low", given.get("from", 0)), given.get("high", given.get("to"))
+    if kept.is_floating_point() or high is None:
+        return kept
+    return low + (kept - low) % (high - low)
+
+
+def _named(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    names = [argument.name for argument in func._schema.arguments]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether an operation really draws; attention without dropout does not."""
-    names = [argument.name for argument in func._schema.arguments]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    return bool(given.get("dropout_p", 1.0) != 0.0)
+    return bool(_named(func, args, kwargs).get("dropout_p", 1.0) != 0.0)

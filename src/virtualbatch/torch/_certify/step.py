@@ -13,6 +13,8 @@ from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weig
 from virtualbatch.torch._batch import Microbatch, on_device, read
 from virtualbatch.torch._certify.activations import recorded
 from virtualbatch.torch._certify.randomness import RowwiseRandom
+from virtualbatch.torch._faults import refuse_shared_graph
+from virtualbatch.torch._leaves import refuse_unheld_parameter
 from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._window import Program
@@ -45,7 +47,8 @@ class TorchTrainingStep(TrainingStep):
         self._roots = program.found.roots
         whole = read(batch).whole
         self.rows = whole.rows
-        pair = read((batch, torch.arange(self.rows)))
+        # What a loss function changes in place must be there again for the next run.
+        pair = read((batch, torch.arange(self.rows))).protected()
         self._whole = pair.whole
         self._cut = pair.cut(microbatch_size, accumulation_steps)
         self.pieces = [piece.get()[1].numpy() for piece in self._cut]
@@ -67,7 +70,9 @@ class TorchTrainingStep(TrainingStep):
                 else "Randomness was replaced by constants, because its numbers do not belong to "
                 "rows."
             )
-        dtype = next(iter(checked_terms(loss).values())).dtype
+        terms = checked_terms(loss).values()
+        refuse_unheld_parameter(terms, program.found.parameters)
+        dtype = next(iter(terms)).dtype
         self.epsilon = torch.finfo(torch.float32 if dtype in _HALF else dtype).eps
         notes.append(f"Compared in {_name(dtype)}.")
         self.notes = notes
@@ -100,8 +105,12 @@ class TorchTrainingStep(TrainingStep):
             chosen = list(terms.values()) if term is None else [terms[term]]
             total = sum(chosen[1:], chosen[0])
             if total.requires_grad:
-                with torch.autocast(total.device.type, enabled=False):
-                    total.backward()
+                try:
+                    with torch.autocast(total.device.type, enabled=False):
+                        total.backward()
+                except RuntimeError as error:
+                    refuse_shared_graph(error)
+                    raise
         return self._observed({name: float(value.detach()) for name, value in terms.items()})
 
     def weights(self) -> Callable[[Any], PieceWeights]:

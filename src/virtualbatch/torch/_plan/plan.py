@@ -78,7 +78,9 @@ class _Window:
     ):
         self._program, self._cut, self._room, self._count = program, cut, room, count
         self._shares = program.shares(cut)
-        self.timing = _timing(program, cut, self._shares)
+        # A loss function that changes its rows in place must find them as they were each time.
+        protected = [microbatch.protected() for microbatch in cut]
+        self.timing = _timing(program, protected, self._shares)
         self._peak: int | None = None
 
     def peak_bytes(self) -> int:
@@ -109,7 +111,7 @@ def _peak(
         try:
             with faked(roots) as fake:
                 on_fakes = program._replace(found=inventory(roots))
-                pieces = [microbatch.faked(fake) for microbatch in cut]
+                pieces = [microbatch.with_tensors(fake) for microbatch in cut]
                 found = peak_bytes(lambda: on_fakes.run(pieces, shares, commit=False))
             if found > room or count is None:
                 return found
@@ -118,7 +120,9 @@ def _peak(
             # the loss function itself is raised again by the window that is run instead.
             _log.debug("No plan on fake tensors: %s", error)
     counted = peak_bytes if count is None else count.peak_bytes
-    return counted(lambda: program.run(cut, shares, commit=False))
+    # Cloned before they count: the rows of the window that is planned are not copied.
+    clones = [microbatch.with_tensors(torch.Tensor.clone) for microbatch in cut]
+    return counted(lambda: program.run(clones, shares, commit=False))
 
 
 def _timing(program: Program, cut: list[Microbatch], shares: Shares) -> Timing:

@@ -1,24 +1,25 @@
 """Which size a window is cut by, and what it depends on where it is planned."""
 
 from functools import cache
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from virtualbatch.plan.auto import Auto, Leaf, Signature
 from virtualbatch.plan.fingerprint import fingerprint
 from virtualbatch.torch._batch import Microbatch
 from virtualbatch.torch._window import Program
 
-# For as long as a module lives: its plans, and sizes that were made smaller.
-_KEPT: WeakKeyDictionary[torch.nn.Module, Auto] = WeakKeyDictionary()
+# For as long as what is trained lives: its plans, and sizes that were made smaller.
+_KEPT: Any = WeakIdKeyDictionary()
 
 
-def kept_sizes(module: torch.nn.Module) -> Auto:
-    """The sizes of a module for which the user keeps none."""
-    found = _KEPT.get(module)
+def kept_sizes(owner: torch.nn.Module | torch.Tensor) -> Auto:
+    """The sizes of what is trained for which the user keeps none."""
+    found: Auto | None = _KEPT.get(owner)
     if found is None:
-        found = _KEPT[module] = Auto()
+        found = _KEPT[owner] = Auto()
     return found
 
 

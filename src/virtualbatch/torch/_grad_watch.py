@@ -1,0 +1,50 @@
+"""Whether a loss function leaves `.grad` alone, where the sums of earlier micro-batches are."""
+
+from collections.abc import Sequence
+from operator import is_
+
+import torch
+
+from virtualbatch.torch._faults import StatefulLossError
+
+# Getters, called by `map`: a loop in Python would be felt where micro-batches are small.
+_GRAD = torch.Tensor.grad.__get__
+_VERSION = torch.Tensor._version.__get__
+
+
+class GradWatch:
+    """The `.grad`s of parameters as the engine left them.
+
+    Args:
+        parameters: tensors that take a gradient, each once.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor]):
+        self._parameters = parameters
+        self._grads: list[torch.Tensor | None] = []
+        self._held: list[torch.Tensor] = []
+        self._version = 0
+
+    def look(self) -> None:
+        """Remembers what the parameters have now."""
+        self._grads = grads = list(map(_GRAD, self._parameters))
+        self._held = [grad for grad in grads if grad is not None]
+        self._version = sum(map(_VERSION, self._held))
+
+    def check(self) -> None:
+        """Refuses what the loss function changed since the last look.
+
+        Raises:
+            StatefulLossError: a `.grad` is another object, or has other values.
+        """
+        # Versions only grow, so their sum tells whether one of them did.
+        if (
+            all(map(is_, map(_GRAD, self._parameters), self._grads))
+            and sum(map(_VERSION, self._held)) == self._version
+        ):
+            return
+        raise StatefulLossError(
+            "A loss function must leave .grad alone, where the sums of earlier micro-batches are.",
+            "zero_grad() or backward() inside loss_fn, which changed them",
+            "Take inner gradients by torch.autograd.grad(...), and call zero_grad() outside.",
+        )

@@ -1,0 +1,116 @@
+"""Leaves that a loss takes a gradient of, and that no module of the window holds."""
+
+import gc
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch.utils.weak import TensorWeakRef
+
+
+def foreign_leaves(
+    terms: Collection[torch.Tensor], parameters: Collection[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The tensors that losses take a gradient of and that are no known parameters, each once.
+
+    Args:
+        terms: scalar losses.
+        parameters: all that are known.
+    """
+    known = {id(parameter) for parameter in parameters}
+    seen: set[Any] = set()
+    found = []
+    stack = [term.grad_fn for term in terms]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf: torch.Tensor | None = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            found.append(leaf)
+        stack.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def refuse_unheld_parameter(
+    terms: Collection[torch.Tensor], parameters: Collection[torch.Tensor]
+) -> None:
+    """Refuses a loss that reaches a parameter which no module of the window holds.
+
+    Args:
+        terms: scalar losses of a micro-batch, before their backward pass.
+        parameters: all that the modules hold and that take a gradient.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for leaf in foreign_leaves(terms, parameters):
+        if isinstance(leaf, torch.nn.Parameter):
+            raise _unheld(leaf)
+
+
+class ForeignLeaves:
+    """Leaves beside the parameters, which PyTorch gives gradients that lack their share.
+
+    A leaf that a loss function makes, such as inputs that are made to require gradients, goes
+    away with its micro-batch: nobody trains it. Its rows in the batch stay as they were. Whatever
+    else is still there when the micro-batch is gone is trained by somebody.
+
+    Args:
+        terms: scalar losses of the first micro-batch, before their backward pass.
+        parameters: all that the modules hold and that take a gradient.
+        is_given: leaf -> whether it belongs to the batch.
+
+    Raises:
+        ValueError: a parameter is in no module.
+    """
+
+    def __init__(
+        self,
+        terms: Collection[torch.Tensor],
+        parameters: Collection[torch.Tensor],
+        is_given: Callable[[torch.Tensor], bool],
+    ):
+        self._made: list[tuple[TensorWeakRef, torch.Tensor | None]] = []
+        self._given: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        leaves = foreign_leaves(terms, parameters)
+        for leaf in leaves:
+            if isinstance(leaf, torch.nn.Parameter):
+                raise _unheld(leaf)
+        for leaf in leaves:
+            if is_given(leaf):
+                self._given.append((leaf, leaf.grad))
+            else:
+                self._made.append((TensorWeakRef(leaf), leaf.grad))
+            leaf.grad = None
+
+    def check(self) -> None:
+        """Refuses leaves that outlived their micro-batch; to be called when it is gone.
+
+        Raises:
+            ValueError: there is one.
+        """
+        if any(reference() is not None for reference, _ in self._made):
+            # A cycle may keep one that nobody can reach.
+            gc.collect()
+        alive = [leaf for reference, _ in self._made if (leaf := reference()) is not None]
+        if alive:
+            raise _unheld(alive[0])
+        self._made = []
+
+    def restore(self) -> None:
+        """Puts back the `.grad`s of the leaves that are still there."""
+        made = [(reference(), before) for reference, before in self._made]
+        for leaf, before in [*made, *self._given]:
+            if leaf is not None:
+                leaf.grad = before
+
+
+def _unheld(leaf: torch.Tensor) -> ValueError:
+    dtype = str(leaf.dtype).removeprefix("torch.")
+    return ValueError(
+        "module must hold every tensor that takes a gradient. Got a loss that depends on one of "
+        f"shape {tuple(leaf.shape)} and dtype {dtype} that is in no module. "
+        "Pass all modules, and the tensors that are in none: module=[first, second, tensor]."
+    )

@@ -1,0 +1,55 @@
+"""Tensors that are trained and that no module holds, each in a module made for it."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+
+class Loose(torch.nn.Module):
+    """Holds one tensor as modules hold parameters.
+
+    Args:
+        tensor: a leaf that requires a gradient.
+
+    Raises:
+        ValueError: it is not that.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        super().__init__()
+        if not (tensor.is_leaf and tensor.requires_grad):
+            what = "computed from others" if not tensor.is_leaf else "that takes no gradient"
+            raise ValueError(
+                "A tensor in module must be a leaf that requires a gradient. "
+                f"Got one of shape {tuple(tensor.shape)} {what}. "
+                "Pass the tensors that your optimizer has, or leave it out."
+            )
+        # What is registered must be of a class of its own, and a tensor is trained as well.
+        self._parameters["tensor"] = tensor
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor."""
+        found = self._parameters["tensor"]
+        if found is None:
+            raise ValueError("internal: a tensor was taken out of its module.")
+        return found
+
+
+def as_modules(given: Any) -> Iterator[Any]:
+    """What was given as `module`, one by one; tensors in modules of their own.
+
+    Raises:
+        ValueError: a tensor takes no gradient.
+        TypeError: it is what `Module.parameters()` gives, without the layers.
+    """
+    if isinstance(given, torch.nn.Module | torch.Tensor):
+        given = [given]
+    if isinstance(given, Iterator) and getattr(given, "__name__", "") == "parameters":
+        raise TypeError(
+            "module must be the model itself, whose buffers and BatchNorm layers count too. "
+            "Got its parameters(). Pass the model."
+        )
+    for each in given if isinstance(given, Iterable) else [given]:
+        yield Loose(each) if isinstance(each, torch.Tensor) else each

@@ -1,0 +1,43 @@
+"""Rows of the caller that must be as they were if a window is to run again."""
+
+from virtualbatch.torch._batch import ReadBatch
+from virtualbatch.torch._faults import StatefulLossError
+
+
+class RowsBefore:
+    """Which tensors of a batch were changed in place since this was made.
+
+    Args:
+        batch: a batch or a Window, as it was given.
+    """
+
+    def __init__(self, batch: ReadBatch):
+        self._versions = [
+            (place, tensor, tensor._version)
+            for microbatch in batch.given
+            for place, tensor in microbatch.tensors()
+            # Those of inference mode cannot be changed outside it, and count nothing.
+            if not tensor.is_inference()
+        ]
+
+    def refuse_changed(self, error: BaseException) -> bool:
+        """Refuses to run a window again on rows that its first attempt has changed.
+
+        Args:
+            error: that memory ran out.
+
+        Returns:
+            False: nothing was written that cannot be undone.
+
+        Raises:
+            StatefulLossError: a tensor was changed.
+        """
+        for place, tensor, before in self._versions:
+            if tensor._version != before:
+                raise StatefulLossError(
+                    "A loss function must leave its rows as they are, or a window that runs out "
+                    "of memory cannot run again in smaller pieces.",
+                    f"{place} of shape {tuple(tensor.shape)} changed in place",
+                    "Compute a new tensor: x = x * 2 instead of x.mul_(2).",
+                ) from error
+        return False
