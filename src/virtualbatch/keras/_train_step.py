@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._checks import refuse_accumulating_optimizer, refuse_replicas
 from virtualbatch.keras._packing import Packing
 from virtualbatch.plan.auto import is_automatic
@@ -52,6 +53,7 @@ class TrainStep:
         self.most: int | None = None
         self.listener: Callable[[Any], None] | None = None
         self._said: set[str] = set()
+        self._added = AddedLosses()
 
     def rows_asked_for(self, rows: int) -> int:
         """Rows, or tokens, of one micro-batch as asked for, for a batch of so many rows."""

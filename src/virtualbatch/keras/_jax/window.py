@@ -5,7 +5,8 @@ on the state that its layers and metrics changed; then the optimizer, the tracke
 averages move once. Nothing is assigned: the new state is what comes back.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from virtualbatch.jax._batch import Cut
 from virtualbatch.jax._convolution import with_fast_convolutions
 from virtualbatch.jax._objective import wide_dtype
 from virtualbatch.jax._stats import part_of, squared_norm
+from virtualbatch.keras._added_losses import AddedLosses, Shape, shapes_of_added
 from virtualbatch.keras._batchnorm import (
     assign_statistics,
     merged,
@@ -75,6 +77,7 @@ class WindowRun:
         cut: the batch, cut.
         state: where the window begins.
         stretch: micro-batch -> see `Rows`.
+        added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
     """
 
@@ -84,6 +87,7 @@ class WindowRun:
         cut: Cut,
         state: State,
         stretch: Callable[[Any], float],
+        added: AddedLosses,
         stats: bool,
     ):
         self._model = model
@@ -91,7 +95,7 @@ class WindowRun:
         self._stretch = stretch
         self._cut = cut
         self._state = state
-        self._window = WindowModel(model, sum(cut.rows))
+        self._window = WindowModel(model, sum(cut.rows), added)
         # Known once a micro-batch was run or traced.
         self._called: list[Any] = []
 
@@ -199,13 +203,13 @@ class WindowRun:
                 y_pred, non_trainable, losses = self._forward(
                     batch[0], trainable, carried.non_trainable
                 )
-            model._losses_override = losses or []
-            try:
-                with self._scope(trainable, non_trainable, carried.metrics) as scope:
-                    loss, tracked = window.loss(batch, y_pred, here, totals)
-                    latest = window.update_metrics(batch, self._shown(y_pred), here)
-            finally:
-                model._losses_override = []
+            added_shapes = partial(self._added_shapes, batch[0])
+            with (
+                _losses_of(model, losses or []),
+                self._scope(trainable, non_trainable, carried.metrics) as scope,
+            ):
+                loss, tracked = window.loss(batch, y_pred, here, totals, added_shapes)
+                latest = window.update_metrics(batch, self._shown(y_pred), here)
             if window.unreduced:
                 # JAX' own error, as for the whole batch.
                 jax.grad(lambda _: jnp.broadcast_to(loss, (window.rows,)))(0.0)
@@ -227,6 +231,19 @@ class WindowRun:
         model = self._model
         options = {"training": True} if model._call_has_training_arg else {}
         return model.stateless_call(trainable, non_trainable, x, return_losses=True, **options)
+
+    def _added_shapes(self, x: Any, few: int) -> list[Shape]:
+        """Shapes of the losses that layers add for so many rows, without running anything."""
+        state = self._state
+
+        def losses(x: Any) -> list[Any]:
+            return self._forward(x, state.trainable, state.non_trainable)[2] or []
+
+        rows = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((few, *leaf.shape[1:]), leaf.dtype), x
+        )
+        with _losses_of(self._model, []):
+            return shapes_of_added(self._model, lambda: jax.eval_shape(losses, rows))
 
     def _shown(self, y_pred: Any) -> Any:
         """Predictions as metrics see them: of packed rows with the mask, which Keras loses on JAX.
@@ -313,6 +330,16 @@ class WindowRun:
             [scope.get_current_value(variable) for variable in model.non_trainable_variables],
             [scope.get_current_value(variable) for variable in model.metrics_variables],
         )
+
+
+@contextmanager
+def _losses_of(model: keras.Model, losses: list[Any]) -> Iterator[None]:
+    """While a model is said to have added these losses; none for those that it adds itself."""
+    before, model._losses_override = model._losses_override, losses
+    try:
+        yield
+    finally:
+        model._losses_override = before
 
 
 def _added(a: _Sums, b: _Sums) -> _Sums:

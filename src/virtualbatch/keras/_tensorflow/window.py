@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 from keras import tree
 
+from virtualbatch.keras._added_losses import AddedLosses, Shape
 from virtualbatch.keras._batchnorm import (
     assign_statistics,
     merged,
@@ -22,7 +23,7 @@ from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._train_step import STATS
 from virtualbatch.keras._window import WindowModel
 from virtualbatch.noise.estimate import WindowStats
-from virtualbatch.tensorflow._batch import Segment
+from virtualbatch.tensorflow._batch import Segment, map_rows, specs
 from virtualbatch.tensorflow._gradients import add, finished, split_sparse, widened
 from virtualbatch.tensorflow._loop import Output, bound, fold, trace
 from virtualbatch.tensorflow._stats import part_of, squared_norm
@@ -64,6 +65,7 @@ class WindowRun:
         cut: the batch, cut.
         rows: rows of the whole batch.
         stretch: micro-batch -> see `Rows`.
+        added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
     """
 
@@ -73,13 +75,14 @@ class WindowRun:
         cut: list[Segment],
         rows: Any,
         stretch: Callable[[Any], Any],
+        added: AddedLosses,
         stats: bool,
     ):
         self._model = model
         self._with_stats = stats
         self._cut = cut
         self._stretch = stretch
-        self._window = WindowModel(model, rows)
+        self._window = WindowModel(model, rows, added)
         # Known once the step is traced, or eagerly run.
         self._called: list[Any] = []
         self._tracked = 0
@@ -131,7 +134,11 @@ class WindowRun:
                 with tape.stop_recording():
                     return totals()
 
-            loss, tracked = window.loss(batch, y_pred, rows, unrecorded_totals)
+            def unrecorded_shapes(few: int) -> Sequence[Shape]:
+                with tape.stop_recording():
+                    return self._added_shapes(batch[0], few)
+
+            loss, tracked = window.loss(batch, y_pred, rows, unrecorded_totals, unrecorded_shapes)
             scaled = self._model.optimizer.scale_loss(loss)
         self._called = [layer for layer, _ in seen]
         self._tracked = len(tracked)
@@ -159,6 +166,22 @@ class WindowRun:
     def _count(self, batch: Any) -> Any:
         rows = Rows(rows_of(batch), self._window.rows, self._stretch(batch))
         return tf.cast(self._window.counted(batch, rows), tf.float64)
+
+    def _added_shapes(self, x: Any, few: int) -> Sequence[Shape]:
+        """Shapes of the losses that layers add for so many copies of the first row."""
+        found: list[Shape] = []
+
+        def forward(x: Any) -> None:
+            found[:] = self._window.added_shapes(
+                map_rows(lambda leaf: tf.gather(leaf, [0] * few), x)
+            )
+
+        if tf.executing_eagerly():
+            forward(x)
+        else:
+            # In a graph of its own, which never runs.
+            tf.function(forward, autograph=False).get_concrete_function(specs(x))
+        return found
 
     def _commit(
         self, added: list[Any], sparse: Sequence[Any], noise: Sequence[Any]

@@ -5,14 +5,16 @@ optimizer, the trackers and the moving averages move once.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import keras
 import torch
 from keras import tree
 
+from virtualbatch.keras._added_losses import AddedLosses, Shape
 from virtualbatch.keras._batchnorm import (
     assign_statistics,
     merged,
@@ -52,14 +54,22 @@ class WindowRun:
         model: a model that is built and compiled.
         rows: rows of the whole batch.
         cut: its micro-batches.
+        added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
     """
 
-    def __init__(self, model: keras.Model, rows: int, cut: Sequence[Microbatch], stats: bool):
+    def __init__(
+        self,
+        model: keras.Model,
+        rows: int,
+        cut: Sequence[Microbatch],
+        added: AddedLosses,
+        stats: bool,
+    ):
         self._model = model
         self._with_stats = stats
         self._cut = cut
-        self._window = WindowModel(model, rows)
+        self._window = WindowModel(model, rows, added)
         self._modules = torch_modules(model)
         # Sums over the micro-batches so far; none holds a graph.
         self._losses: list[torch.Tensor] = []
@@ -112,7 +122,8 @@ class WindowRun:
         rows = Rows(microbatch.rows, window.rows, microbatch.stretch)
         with statistics.forward(), recorded_moments(window.batchnorm) as seen:
             y_pred = window.forward(batch[0])
-        loss, tracked = window.loss(batch, y_pred, rows, self._totals)
+        added_shapes = partial(self._added_shapes, batch[0])
+        loss, tracked = window.loss(batch, y_pred, rows, self._totals, added_shapes)
         if window.unreduced:
             # PyTorch's own error, as for the whole batch.
             loss.expand(window.rows).backward()
@@ -140,14 +151,29 @@ class WindowRun:
     def _totals(self) -> torch.Tensor:
         """Weights of the window that only a forward reveals, counted without a graph of it."""
         if self._counted is None:
-            window, buffers = self._window, Buffers(self._modules)
-            devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-            with torch.no_grad(), torch.random.fork_rng(devices):
+            window = self._window
+            with self._without_a_trace():
                 for rows, get, stretch in self._cut:
                     counted = window.counted(get(), Rows(rows, window.rows, stretch))
                     self._counted = counted if self._counted is None else self._counted + counted
-            buffers.restore()
         return self._counted
+
+    def _added_shapes(self, x: Any, few: int) -> Sequence[Shape]:
+        """Shapes of the losses that layers add for so many copies of the first row."""
+        rows = tree.map_structure(
+            lambda leaf: leaf[[0] * few] if hasattr(leaf, "shape") else leaf, x
+        )
+        with self._without_a_trace():
+            return self._window.added_shapes(rows)
+
+    @contextmanager
+    def _without_a_trace(self) -> Iterator[None]:
+        """While forwards run of which no graph, random number or buffer of a module stays."""
+        buffers = Buffers(self._modules)
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+        buffers.restore()
 
 
 class _Gradients:
