@@ -12,6 +12,7 @@ from keras.src import backend
 
 from virtualbatch.keras._added_losses import AddedLosses, Shape, shapes_of_added
 from virtualbatch.keras._batchnorm import batchnorm_layers
+from virtualbatch.keras._overwritten import are_overwritten
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._terms import Contribution, contribution
 
@@ -30,6 +31,7 @@ class WindowModel:
         self.rows = rows
         self._added = added
         self.batchnorm = batchnorm_layers(model)
+        self.overwritten = are_overwritten(model.trainable_variables)
         self.own_metrics = type(model).compute_metrics is not keras.Model.compute_metrics
         self._own_loss = type(model).compute_loss is not keras.Model.compute_loss
         # What is known of the loss once it is traced, or eagerly run; its tensors are not kept.

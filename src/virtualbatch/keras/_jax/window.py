@@ -29,6 +29,7 @@ from virtualbatch.keras._batchnorm import (
     recorded_moments,
 )
 from virtualbatch.keras._jax.packing import PackedSegment, branches, chosen
+from virtualbatch.keras._overwritten import merged_gradients, updated
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._train_step import STATS
 from virtualbatch.keras._window import WindowModel
@@ -139,7 +140,7 @@ class WindowRun:
         for segment in self._cut.segments:
             for k in range(segment.count):
                 found, carried = self._micro(segment.get(k), segment.rows, carried, self._totals)
-                sums = found if sums is None else _added(sums, found)
+                sums = found if sums is None else self._merged(sums, found)
         if sums is None:
             raise RuntimeError("internal: a window ran no micro-batch.")
         return sums, carried
@@ -171,7 +172,7 @@ class WindowRun:
             counted = self._totals()
             given = given.astype(counted.dtype).at[: len(counted)].set(counted)
             given = given.astype(totals.dtype)
-        sums = jax.tree.map(jnp.zeros_like, programs[0][2][0])
+        sums = self._nothing(programs[0][2][0])
         carried = _Carried(*first, jax.tree.map(jnp.zeros_like, programs[0][2][1].latest))
         for segment, traced, outputs in programs:
 
@@ -182,7 +183,7 @@ class WindowRun:
                 leaves = jax.tree.leaves((k, (carried.non_trainable, carried.metrics), given))
                 found = chosen(*entry, k, *leaves)
                 found = jax.tree.unflatten(jax.tree.structure(outputs), found)
-                return _like((_added(sums, found[0]), found[1]), carry), None
+                return _like((self._merged(sums, found[0]), found[1]), carry), None
 
             if segment.count == 1:
                 (sums, carried), _ = body((sums, carried), jnp.zeros((), jnp.int32))
@@ -223,7 +224,9 @@ class WindowRun:
         (gradients,) = differentiate(self._upstream(scaled, here))
         gradients = [self._widened(gradient, here) for gradient in gradients]
         moments = jax.tree.map(jnp.asarray, moments)
-        parts = [part_of(gradients, here.share("float32"))] if self._with_stats else []
+        parts = []
+        if self._with_stats:
+            parts = [part_of(updated(gradients, window.overwritten), here.share("float32"))]
         return _Sums(losses, gradients, moments, parts), after
 
     def _forward(self, x: Any, trainable: list[Any], non_trainable: list[Any]) -> Any:
@@ -267,7 +270,7 @@ class WindowRun:
     def _stats(self, gradients: Any, mean_square: Any) -> WindowStats:
         """The statistics of a window, without the scale of its loss, which the optimizer moves."""
         undo = self._scaled(jnp.ones((), mean_square.dtype)) ** -2
-        square = squared_norm(gradients)
+        square = squared_norm(updated(gradients, self._window.overwritten))
         return WindowStats(self._window.rows, self._cut.count, mean_square * undo, square * undo)
 
     def _upstream(self, scaled: Any, rows: Rows) -> Any:
@@ -277,16 +280,34 @@ class WindowRun:
         taken of the micro-batch's own mean and scaled in the wide dtype, where few bits are lost.
         """
         one = jnp.ones_like(scaled)
-        return one / rows.share(scaled.dtype) if self._in_half_precision() else one
+        return one / rows.share(scaled.dtype) if self._scales_later() else one
 
     def _widened(self, gradient: Any, rows: Rows) -> Any:
         wide = gradient.astype(wide_dtype(gradient))
-        return wide * rows.share(wide.dtype) if self._in_half_precision() else wide
+        return wide * rows.share(wide.dtype) if self._scales_later() else wide
 
-    def _in_half_precision(self) -> bool:
-        return any(
+    def _scales_later(self) -> bool:
+        # Maxima of the backward pass are of the window's loss, and cannot be scaled.
+        return not any(self._window.overwritten) and any(
             accumulator_dtype(str(value.dtype)) != str(value.dtype)
             for value in self._state.trainable
+        )
+
+    def _nothing(self, like: Any) -> Any:
+        """What any sums can be added to without a change, in the shapes of others."""
+        return jax.tree.map(jnp.zeros_like, like)._replace(
+            gradients=[
+                jnp.full_like(x, -jnp.inf if largest else 0)
+                for x, largest in zip(like.gradients, self._window.overwritten, strict=True)
+            ]
+        )
+
+    def _merged(self, a: _Sums, b: _Sums) -> _Sums:
+        return _Sums(
+            [x + y for x, y in zip(a.losses, b.losses, strict=True)],
+            merged_gradients(a.gradients, b.gradients, self._window.overwritten, jnp.maximum),
+            [tuple(found) for found in merged(a.moments, b.moments)],
+            [x + y for x, y in zip(a.mean_square, b.mean_square, strict=True)],
         )
 
     def _totals(self) -> Any:
@@ -340,15 +361,6 @@ def _losses_of(model: keras.Model, losses: list[Any]) -> Iterator[None]:
         yield
     finally:
         model._losses_override = before
-
-
-def _added(a: _Sums, b: _Sums) -> _Sums:
-    return _Sums(
-        [x + y for x, y in zip(a.losses, b.losses, strict=True)],
-        [x + y for x, y in zip(a.gradients, b.gradients, strict=True)],
-        [tuple(found) for found in merged(a.moments, b.moments)],
-        [x + y for x, y in zip(a.mean_square, b.mean_square, strict=True)],
-    )
 
 
 def _like(found: Any, carry: Any) -> Any:

@@ -19,6 +19,7 @@ from virtualbatch.keras._batchnorm import (
     moving_statistics,
     recorded_moments,
 )
+from virtualbatch.keras._overwritten import merged_gradients, updated
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._train_step import STATS
 from virtualbatch.keras._window import WindowModel
@@ -36,14 +37,16 @@ class _Micro(NamedTuple):
     """What one micro-batch gives.
 
     Fields:
-        added: the loss, values of the per-output loss metrics and dense gradients; where
-            statistics are asked for, also the part of their `mean_square` and 1.
+        losses: the loss and values of the per-output loss metrics; where statistics are asked for,
+            also the part of their `mean_square` and 1.
+        dense: dense gradients, or None.
         moments: BatchNorm moments, in the order of the layers' calls.
         latest: results of an overridden `compute_metrics`; else empty.
         sparse: values and indices of sparse gradients.
     """
 
-    added: list[Any]
+    losses: list[Any]
+    dense: list[Any]
     moments: list[Any]
     latest: Any
     sparse: list[Any]
@@ -85,7 +88,6 @@ class WindowRun:
         self._window = WindowModel(model, rows, added)
         # Known once the step is traced, or eagerly run.
         self._called: list[Any] = []
-        self._tracked = 0
         self._counted: Any = None
 
     @property
@@ -95,6 +97,7 @@ class WindowRun:
 
     def train(self) -> dict[str, Any]:
         """Runs the window and commits it: optimizer, trackers, moving averages."""
+        model = self._model
         start = moving_statistics(self._window.batchnorm)
         if tf.executing_eagerly():
             traced = trace(self._cut, lambda index, batch: self._micro(batch, self._totals))
@@ -102,7 +105,7 @@ class WindowRun:
             step = trace(
                 self._cut,
                 lambda index, batch, totals: self._micro(batch, lambda: totals),
-                self._model.jit_compile,
+                model.jit_compile,
                 (_TOTALS,),
             )
             # Only now is it known whether any weight has to be counted.
@@ -110,15 +113,22 @@ class WindowRun:
             traced = [bound(entry, totals) for entry in step]
         sums, sparse = fold(
             traced,
-            lambda _, found: Output((found.added, found.moments, found.latest), found.sparse),
-            lambda a, b: (add(a[0], b[0]), merged(a[1], b[1]), b[2]),
+            lambda _, found: Output(
+                (found.losses, found.dense, found.moments, found.latest), found.sparse
+            ),
+            lambda a, b: (
+                add(a[0], b[0]),
+                merged_gradients(a[1], b[1], self._window.overwritten, tf.maximum),
+                merged(a[2], b[2]),
+                b[3],
+            ),
         )
-        added, moments, latest = sums
+        losses, dense, moments, latest = sums
         noise: list[Any] = []
         if self._with_stats:
-            *added, mean_square, count = added
+            *losses, mean_square, count = losses
             noise = [mean_square, count]
-        stats = self._commit(added, sparse, noise)
+        stats = self._commit(losses, finished(dense, sparse, model.trainable_variables), noise)
         assign_statistics(self._called, start, moments)
         return self._window.results(latest) | stats
 
@@ -141,19 +151,35 @@ class WindowRun:
             loss, tracked = window.loss(batch, y_pred, rows, unrecorded_totals, unrecorded_shapes)
             scaled = self._model.optimizer.scale_loss(loss)
         self._called = [layer for layer, _ in seen]
-        self._tracked = len(tracked)
-        found_gradients = _wide_gradients(tape, scaled, self._model.trainable_variables, rows)
+        found_gradients = self._wide_gradients(tape, scaled, rows)
         noise = []
         if self._with_stats:
-            part = part_of(found_gradients, rows.share("float64"))
+            part = part_of(updated(found_gradients, window.overwritten), rows.share("float64"))
             noise = [part, tf.ones([], tf.int32)]
-        gradients, sparse = split_sparse(found_gradients)
+        dense, sparse = split_sparse(found_gradients)
         found = window.update_metrics(batch, y_pred, rows)
         latest = tree.map_structure(tf.convert_to_tensor, found)
         moments = [
             found._replace(weight=tf.cast(found.weight, found.mean.dtype)) for _, found in seen
         ]
-        return _Micro([loss, *tracked, *gradients, *noise], moments, latest, sparse)
+        return _Micro([loss, *tracked, *noise], dense, moments, latest, sparse)
+
+    def _wide_gradients(self, tape: Any, loss: Any, rows: Rows) -> list[Any]:
+        """Gradients in the dtype of the buffer.
+
+        The loss is already this micro-batch's part of the window's. Half-precision gradients are
+        taken of the micro-batch's own mean and scaled in the wide dtype, where few bits are lost.
+        """
+        variables = self._model.trainable_variables
+        if not any(_is_half(variable) for variable in variables):
+            return tape.gradient(loss, variables)
+        if any(self._window.overwritten):
+            # Maxima of the backward pass are of the window's loss, and cannot be scaled later.
+            return [widened(gradient, 1.0) for gradient in tape.gradient(loss, variables)]
+        share = rows.share("float32")
+        upstream = tf.ones_like(loss) / tf.cast(share, loss.dtype)
+        gradients = tape.gradient(loss, variables, output_gradients=upstream)
+        return [widened(gradient, share) for gradient in gradients]
 
     def _totals(self) -> Any:
         """Weights of the window that only a forward reveals, counted without a trace of it."""
@@ -184,20 +210,18 @@ class WindowRun:
         return found
 
     def _commit(
-        self, added: list[Any], sparse: Sequence[Any], noise: Sequence[Any]
+        self, losses: list[Any], gradients: list[Any], noise: Sequence[Any]
     ) -> dict[str, Any]:
         """Moves trackers and optimizer; returns the statistics as an entry of the logs."""
         stats: dict[str, Any] = {}
-        model, first = self._model, 1 + self._tracked
-        loss, tracked, gradients = added[0], added[1:first], added[first:]
+        model, (loss, *tracked) = self._model, losses
         # Counters depend on no gradient: without this they would move although a batch is refused.
         with tf.control_dependencies([loss]):
             self._window.track(loss, tracked)
             variables = model.trainable_variables
             if variables:
-                gradients = finished(gradients, sparse, variables)
                 if noise:
-                    stats[STATS] = self._stats(gradients, *noise)
+                    stats[STATS] = self._stats(updated(gradients, self._window.overwritten), *noise)
                 model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
             else:
                 warnings.warn("The model does not have any trainable weights.", stacklevel=2)
@@ -208,20 +232,6 @@ class WindowRun:
         square = tf.cast(squared_norm(gradients), mean_square.dtype)
         undo = tf.cast(self._model.optimizer.scale_loss(1.0), mean_square.dtype) ** -2
         return WindowStats(self._window.rows, count, mean_square * undo, square * undo)
-
-
-def _wide_gradients(tape: Any, loss: Any, variables: list[Any], rows: Rows) -> list[Any]:
-    """Gradients in the dtype of the buffer.
-
-    The loss is already this micro-batch's part of the window's. Half-precision gradients are taken
-    of the micro-batch's own mean and scaled in the wide dtype, where few bits are lost.
-    """
-    if not any(_is_half(variable) for variable in variables):
-        return tape.gradient(loss, variables)
-    share = rows.share("float32")
-    upstream = tf.ones_like(loss) / tf.cast(share, loss.dtype)
-    gradients = tape.gradient(loss, variables, output_gradients=upstream)
-    return [widened(gradient, share) for gradient in gradients]
 
 
 def _is_half(variable: Any) -> bool:
