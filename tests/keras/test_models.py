@@ -81,6 +81,13 @@ class AddsByRows(layers.Layer):
         return inputs
 
 
+def rematerialised():
+    """Its hidden layer runs again in the backward pass."""
+    with keras.RematScope(mode="full"):
+        hidden = layers.Dense(4, activation="tanh", kernel_regularizer="l2")
+    return keras.Sequential([keras.Input((FEATURES,)), hidden, layers.Dense(3)])
+
+
 class Lazy(keras.Model):
     """A subclassed model that is built by its first batch."""
 
@@ -205,6 +212,7 @@ CASES = supported([
     Case("add_loss only, no y", only_added_loss, lambda: {"optimizer": "sgd"}, X, None,
          {"batch_size": BATCH}),
     Case("add_loss of arrays", adds_arrays, compiled(), SERIES, TOKEN_LABELS, rows=ROWS),
+    Case("RematScope", rematerialised, compiled(), X, LABELS),
     Case("subclassed, dict", Lazy, compiled(), DICT, LABELS),
     Case("needs values", NeedsValues, compiled(run_eagerly=True), X, LABELS,
          needs=("values in call",)),
