@@ -36,6 +36,9 @@ LACKING = {
     "metrics in layers": {
         "jax": "raises: a layer cannot update a metric while it is traced without it",
     },
+    "layers that run again": {
+        "tensorflow": "raises: in a graph, what runs again takes no keywords such as training",
+    },
     "string tensors": {
         "torch": "has no tensors of text",
         "jax": "has no tensors of text",

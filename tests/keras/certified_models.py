@@ -118,14 +118,16 @@ def convolutional():
 
 
 class Mixture(layers.Layer):
-    """Rows choose between two functions of themselves."""
+    """Rows choose between two functions of themselves, and each adds a loss."""
 
     def build(self, shape):
         self.one = self.add_weight(shape=(shape[-1], 4), name="one")
         self.two = self.add_weight(shape=(shape[-1], 4), name="two")
 
     def call(self, x):
-        return ops.where(x[:, :1] > 0, x @ self.one, x @ self.two)
+        chosen = ops.where(x[:, :1] > 0, x @ self.one, x @ self.two)
+        self.add_loss(ops.mean(ops.square(chosen), -1))
+        return chosen
 
 
 class NeedsValues(keras.Model):

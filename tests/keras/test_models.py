@@ -7,7 +7,18 @@ from keras import layers, ops
 from tests.keras import problems
 from tests.keras.backends import supported
 from tests.keras.problems import FEATURES, TOKENS, WORDS, X, compiled
-from tests.keras.training import BATCH, Batches, Case, assert_equals_keras, in_tiers, train
+from tests.keras.training import (
+    BATCH,
+    MICRO,
+    ROWS,
+    Batches,
+    Case,
+    assert_equals_keras,
+    in_tiers,
+    train,
+)
+
+import virtualbatch.keras as vb
 
 LABELS, TOKEN_LABELS, SERIES = problems.LABELS, problems.TOKEN_LABELS, problems.SERIES
 
@@ -27,6 +38,54 @@ class Penalised(layers.Layer):
         self.add_loss(ops.mean(ops.square(inputs * self.scale - 1)))
         self.add_loss(0.1 * ops.sum(self.scale**2))
         return inputs * self.scale
+
+
+class AddsArrays(layers.Layer):
+    """Adds losses that Keras adds up: of rows, of tokens, of weights, of features and of a number.
+
+    There are as many weights as a micro-batch has rows, so their array could be taken for rows.
+    """
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+        self.others = self.add_weight(shape=(MICRO,), initializer="ones")
+
+    def call(self, inputs):
+        scaled = inputs * self.scale
+        self.add_loss(ops.mean(ops.square(scaled), (1, 2)))
+        self.add_loss(0.1 * ops.square(scaled))
+        self.add_loss(ops.reshape(ops.mean(scaled, (1, 2)), (1, -1)))
+        self.add_loss(0.1 * ops.square(self.others))
+        self.add_loss(ops.mean(ops.square(scaled - 1), 0))
+        self.add_loss(ops.mean(ops.square(scaled), keepdims=True))
+        return scaled
+
+
+def adds_arrays():
+    """The regularisers, too, return arrays; Keras divides that of activities by the rows."""
+    return keras.Sequential(
+        [
+            keras.Input(SERIES.shape[1:]),
+            AddsArrays(activity_regularizer=lambda x: 0.1 * ops.square(x)),
+            layers.Dense(3, kernel_regularizer=lambda x: 0.1 * ops.square(x)),
+        ]
+    )
+
+
+class AddsByRows(layers.Layer):
+    """Adds one loss more where there are few rows."""
+
+    def call(self, inputs):
+        for _ in range(2 if inputs.shape[0] == 3 else 1):
+            self.add_loss(ops.square(inputs))
+        return inputs
+
+
+def rematerialised():
+    """Its hidden layer runs again in the backward pass."""
+    with keras.RematScope(mode="full"):
+        hidden = layers.Dense(4, activation="tanh", kernel_regularizer="l2")
+    return keras.Sequential([keras.Input((FEATURES,)), hidden, layers.Dense(3)])
 
 
 class Lazy(keras.Model):
@@ -152,6 +211,7 @@ CASES = supported([
          compiled(), SERIES, TOKEN_LABELS),
     Case("add_loss only, no y", only_added_loss, lambda: {"optimizer": "sgd"}, X, None,
          {"batch_size": BATCH}),
+    Case("add_loss of arrays", adds_arrays, compiled(), SERIES, TOKEN_LABELS, rows=ROWS),
     Case("subclassed, dict", Lazy, compiled(), DICT, LABELS),
     Case("needs values", NeedsValues, compiled(run_eagerly=True), X, LABELS,
          needs=("values in call",)),
@@ -169,6 +229,9 @@ FURTHER = supported([
     Case("add_loss", stacked(lambda: layers.Dense(4), Penalised), compiled(), X, LABELS),
     Case("add_loss and masks, eager", stacked(layers.Masking, Penalised, inputs=SERIES.shape[1:]),
          compiled(run_eagerly=True), SERIES, TOKEN_LABELS),
+    Case("add_loss of arrays, eager", adds_arrays, compiled(run_eagerly=True),
+         SERIES, TOKEN_LABELS),
+    Case("RematScope", rematerialised, compiled(), X, LABELS, needs=("layers that run again",)),
     Case("subclassed, dict, eager", Lazy, compiled(run_eagerly=True), DICT, LABELS),
     Case("subclassed, tuples", FromLists, compiled(),
          lambda: Batches((X, (3 * X,)), LABELS)),
@@ -195,6 +258,14 @@ def test_a_model_without_trainable_weights_equals_keras():
         return keras.Sequential([keras.Input((FEATURES,)), layers.Dense(3, trainable=False)])
 
     assert_equals_keras(Case("", frozen, compiled(), X, LABELS))
+
+
+def test_added_losses_that_depend_on_the_number_of_rows_are_refused():
+    model = stacked(AddsByRows)()
+    model.compile("sgd", "mse")
+    vb.accumulate(model, microbatch_size=4)
+    with pytest.raises(ValueError, match=r"the same losses for any rows\. Got 1 for a micro-batch"):
+        model.train_on_batch(X[:8], np.zeros((8, 3)))
 
 
 def test_own_compute_loss_is_named_once(caplog):

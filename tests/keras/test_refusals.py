@@ -46,6 +46,13 @@ def stateful():
     return keras.Sequential([keras.Input((3, 2), batch_size=10), recurrent, layers.Dense(3)])
 
 
+# What the library offers for a loop of one's own, and what it stands for there.
+OWN_LOOP = {
+    "tensorflow": "virtualbatch.tensorflow.value_and_gradients instead of tf.GradientTape",
+    "torch": "virtualbatch.torch.backward instead of loss.backward()",
+    "jax": "virtualbatch.jax.value_and_grad instead of jax.value_and_grad",
+}
+
 SIZES = {
     "zero": ({"microbatch_size": 0}, ValueError, "Got microbatch_size=0. Pass the number of rows"),
     "negative": ({"microbatch_size": -3}, ValueError, "Got microbatch_size=-3"),
@@ -66,14 +73,14 @@ MODELS = {
     "not a model": (
         lambda: layers.Dense(3),
         TypeError,
-        "accumulate takes a Keras model. Got Dense",
+        "accumulate takes a Keras model. Got Dense. For a loop of your own use "
+        + OWN_LOOP[BACKEND].split()[0],
     ),
     "not compiled": (problems.classifier, ValueError, "not compiled. Call model.compile"),
     "a train_step of its own": (
         lambda: compiled_model(own_step),
         ValueError,
-        "Got OwnStep with a train_step of its own. In that train_step, call "
-        "virtualbatch.tensorflow.value_and_gradients",
+        f"Got OwnStep with a train_step of its own. In that train_step, call {OWN_LOOP[BACKEND]}.",
     ),
     "a train_step set by hand": (
         own_step_on_the_instance,

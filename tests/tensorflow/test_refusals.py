@@ -1,5 +1,6 @@
 """Bad input: a clear error, before anything is computed or changed."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -53,6 +54,12 @@ BEFORE_ANYTHING = {
     "fraction": ({"microbatch_size": 2.0}, ValueError, r"Got microbatch_size=2\.0\."),
     "text": ({"microbatch_size": "big"}, ValueError, r"Got microbatch_size='big'\."),
     "tensor": ({"microbatch_size": tf.constant(2)}, ValueError, r"must be a positive integer"),
+    "no variables": (
+        {"variables": []},
+        ValueError,
+        r"at least one variable\. Got variables=\[\], as trainable_variables are before a model is "
+        r"built\. Call model\.build",
+    ),
     "zero steps": (
         {"microbatch_size": None, "accumulation_steps": 0},
         ValueError,
@@ -290,6 +297,23 @@ def test_rows_that_only_one_leaf_leaves_open_are_compared_too():
         with pytest.raises(tf.errors.InvalidArgumentError, match="the same number of rows"):
             train(np.ones((rows, 2)), X[:4])
     assert int(call.state) == 2
+
+
+@pytest.mark.parametrize("verb", [vb.value_and_gradients, vb.certify, vb.plan])
+def test_variables_of_a_float8_layer_are_refused(verb):
+    layer = keras.layers.Dense(1)
+    layer.build((None, 2))
+    layer.quantize("float8")
+    sizes = {} if verb is vb.plan else {"microbatch_size": 2}
+    with pytest.raises(ValueError, match=r"inputs_scale' of a float8 layer.*keras\.accumulate"):
+        verb(lambda batch: tf.reduce_mean(layer(batch)), X, layer.trainable_variables, **sizes)
+
+
+@pytest.mark.parametrize("verb", [vb.certify, vb.plan])
+def test_certify_and_plan_refuse_no_variables(verb):
+    sizes = {} if verb is vb.plan else {"microbatch_size": 2}
+    with pytest.raises(ValueError, match="before a model is built"):
+        verb(tf.reduce_mean, X, [], **sizes)
 
 
 def test_an_error_of_the_loss_is_passed_on_and_nothing_changes():

@@ -190,8 +190,8 @@ def restore(model: keras.Model) -> None:
 
 def _backend_for(model: Any) -> Backend:
     """Keras' backend, for a model that it can train by windows."""
-    check_model(model)
     keras_backend = _backend()
+    check_model(model)
     keras_backend.refuse(model)
     return keras_backend
 

@@ -19,7 +19,7 @@ def check_model(model: Any) -> None:
     if not isinstance(model, keras.Model):
         raise TypeError(
             f"accumulate takes a Keras model. Got {type(model).__name__}. "
-            "For a loop of your own use virtualbatch.tensorflow.value_and_gradients."
+            f"For a loop of your own use {_own_loop()[0]}."
         )
     if not model.compiled:
         raise ValueError(
@@ -28,10 +28,11 @@ def check_model(model: Any) -> None:
         )
     own = type(model).train_step is not keras.Model.train_step
     if own or ("train_step" in vars(model) and not accumulates(model)):
+        ours, theirs = _own_loop()
         raise ValueError(
             "accumulate replaces the train_step of a model, so the model must use Keras' own. "
-            f"Got {type(model).__name__} with a train_step of its own. In that train_step, call "
-            "virtualbatch.tensorflow.value_and_gradients instead of the gradient tape."
+            f"Got {type(model).__name__} with a train_step of its own. "
+            f"In that train_step, call {ours} instead of {theirs}."
         )
     refuse_accumulating_optimizer(model.optimizer)
     refuse_replicas(model)
@@ -43,6 +44,17 @@ def check_model(model: Any) -> None:
             "A layer that keeps state per row cannot be cut by rows. "
             f"Got stateful=True in {', '.join(stateful)}. Use stateful=False."
         )
+
+
+def _own_loop() -> tuple[str, str]:
+    """What accumulates in a loop of the user's own on Keras' backend, and what it replaces."""
+    match keras.backend.backend():
+        case "torch":
+            return "virtualbatch.torch.backward", "loss.backward()"
+        case "jax":
+            return "virtualbatch.jax.value_and_grad", "jax.value_and_grad"
+        case _:
+            return "virtualbatch.tensorflow.value_and_gradients", "tf.GradientTape"
 
 
 def accumulates(model: keras.Model) -> bool:

@@ -80,6 +80,7 @@ class Guard:
         Raises:
             MemoryError: not even a micro-batch of one row fits.
         """
+        self._step.say_how_it_is_cut(rows)
         if is_automatic(self._step.microbatch_size):
             found = self._signature(batch)
             size = self._sizes.planned(found, lambda: plan(self._sizes.memory_limit))

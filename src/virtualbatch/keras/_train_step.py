@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._checks import refuse_accumulating_optimizer, refuse_replicas
 from virtualbatch.keras._packing import Packing
 from virtualbatch.plan.auto import is_automatic
@@ -52,6 +53,8 @@ class TrainStep:
         self.most: int | None = None
         self.listener: Callable[[Any], None] | None = None
         self._said: set[str] = set()
+        self._added = AddedLosses()
+        self._said_how_it_is_cut = False
 
     def rows_asked_for(self, rows: int) -> int:
         """Rows, or tokens, of one micro-batch as asked for, for a batch of so many rows."""
@@ -67,6 +70,33 @@ class TrainStep:
         if stats is not None and self.listener is not None:
             self.listener(stats)
         return logs
+
+    def say_how_it_is_cut(self, rows: int) -> None:
+        """Says so of the first batch, where its cut looks like another meaning of `batch_size`.
+
+        Elsewhere `batch_size` is what goes through the model at once, and factors multiply it.
+
+        Args:
+            rows: of the batch.
+        """
+        if self._said_how_it_is_cut:
+            return
+        self._said_how_it_is_cut = True
+        size, steps = self._asked()
+        if steps is None and size is not None and size >= rows and self.packing is None:
+            _log.warning(
+                "A batch of %d rows is one micro-batch of microbatch_size=%d, so nothing is "
+                "accumulated. One batch of fit is one update: did you mean fit(batch_size=%d)?",
+                *(rows, size, 4 * size),
+            )
+        elif size is None and steps is not None and steps > 1:
+            size = int(rows_per_microbatch(rows, None, steps))
+            _log.warning(
+                "A batch of %d rows is one update of %d micro-batches of up to %d rows. If all %d "
+                "rows fit in memory at once, did you mean fit(batch_size=%d)? Else pass "
+                "microbatch_size=%d instead of accumulation_steps=%d, and this is not said again.",
+                *(rows, -(-rows // size), size, rows, rows * steps, size, steps),
+            )
 
     def _asked(self) -> tuple[int | None, int | None]:
         """The two sizes as asked for; (None, None) where they are planned."""

@@ -4,13 +4,15 @@ A backend runs `forward`, `loss` and `update_metrics` once per micro-batch, adds
 and hands the sums to `track` and `results`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 from keras.src import backend
 
+from virtualbatch.keras._added_losses import AddedLosses, Shape, shapes_of_added
 from virtualbatch.keras._batchnorm import batchnorm_layers
+from virtualbatch.keras._overwritten import are_overwritten
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._terms import Contribution, contribution
 
@@ -21,12 +23,15 @@ class WindowModel:
     Args:
         model: a compiled model.
         rows: rows of the whole batch; int or integer scalar.
+        added: what is known of the losses that its layers add.
     """
 
-    def __init__(self, model: keras.Model, rows: Any):
+    def __init__(self, model: keras.Model, rows: Any, added: AddedLosses):
         self.model = model
         self.rows = rows
+        self._added = added
         self.batchnorm = batchnorm_layers(model)
+        self.overwritten = are_overwritten(model.trainable_variables)
         self.own_metrics = type(model).compute_metrics is not keras.Model.compute_metrics
         self._own_loss = type(model).compute_loss is not keras.Model.compute_loss
         # What is known of the loss once it is traced, or eagerly run; its tensors are not kept.
@@ -41,7 +46,12 @@ class WindowModel:
         return model(x, training=True) if model._call_has_training_arg else model(x)
 
     def loss(
-        self, batch: Any, y_pred: Any, rows: Rows, totals: Callable[[], Any]
+        self,
+        batch: Any,
+        y_pred: Any,
+        rows: Rows,
+        totals: Callable[[], Any],
+        added_shapes: Callable[[int], Sequence[Shape]],
     ) -> tuple[Any, list[Any]]:
         """A micro-batch's part of the window's loss and of its per-output losses.
 
@@ -51,6 +61,7 @@ class WindowModel:
             rows: rows of the micro-batch and the window.
             totals: returns the sum of what `counted` gives for each micro-batch; called only
                 where a weight has to be counted.
+            added_shapes: rows -> what `added_shapes` gives for so many rows of the micro-batch.
 
         Returns:
             (part of the loss, parts of the per-output loss metrics): scalars that add up to those
@@ -66,10 +77,14 @@ class WindowModel:
                 x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
             )
             return loss * rows.share(loss.dtype), []
-        # Read first: counting runs the model again, which forgets what layers have added.
-        # Terms of weights alone need no other treatment, because the shares sum to 1.
-        parts = [model._aggregate_additional_loss(loss) for loss in model.losses]
-        parts = [part * rows.share(part.dtype) for part in parts]
+        # Read first: another run of the model forgets what layers have added.
+        losses = list(model.losses)
+        parts = [model._aggregate_additional_loss(loss) for loss in losses]
+        # Terms of weights alone are shared as means over rows are, because the shares sum to 1.
+        parts = [
+            part if is_sum else part * rows.share(part.dtype)
+            for part, is_sum in zip(parts, self._added.are_sums(losses, added_shapes), strict=True)
+        ]
         tracked: list[Any] = []
         if model._compile_loss is not None:
             found = self._contribution(batch, y_pred, rows, totals)
@@ -91,6 +106,18 @@ class WindowModel:
         """
         with keras.StatelessScope():
             return self.weights(batch, self.forward(batch[0]), rows)
+
+    def added_shapes(self, x: Any) -> list[Shape]:
+        """Shapes of the losses that layers add for a batch; nothing else comes of the forward."""
+
+        def forward() -> list[Any]:
+            # Regularisers are given the values of a scope, or nothing.
+            values = [(variable, variable.value) for variable in self.model.trainable_variables]
+            with keras.StatelessScope(values, collect_losses=True):
+                self.forward(x)
+                return list(self.model.losses)
+
+        return shapes_of_added(self.model, forward)
 
     def weights(self, batch: Any, y_pred: Any, rows: Rows) -> Any:
         """The same vector from predictions of the micro-batch that are there already."""

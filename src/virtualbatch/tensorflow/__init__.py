@@ -147,9 +147,10 @@ def value_and_gradients(
         does not depend on a variable, IndexedSlices for embeddings.
 
     Raises:
-        ValueError: sizes are not positive integers or disagree, rows differ or are missing, a
-            weight is negative or not finite, the loss is not a scalar, names of terms differ, or
-            the first rows show that gradients of micro-batches do not add up to their batch's.
+        ValueError: there are no variables, sizes are not positive integers or disagree, rows differ
+            or are missing, a weight is negative or not finite, the loss is not a scalar, names of
+            terms differ, or the first rows show that gradients of micro-batches do not add up to
+            their batch's.
         TypeError: the loss is not a floating tensor, or an argument is of the wrong kind.
         tf.errors.InvalidArgumentError: the same faults of rows and sizes, in a graph that learns
             its shapes at run time.

@@ -19,7 +19,8 @@ def check_call(
     """Refuses arguments of `value_and_gradients`.
 
     Raises:
-        ValueError: sizes are not positive integers, or come with a Window.
+        ValueError: there are no variables, or some that the optimizer overwrites with what comes as
+            their gradient; sizes are not positive integers, or come with a Window.
         TypeError: a function is none, or variables holds something else.
     """
     for name, function in (("loss_fn", loss_fn), ("weight", weight)):
@@ -29,11 +30,24 @@ def check_call(
                 f"{name} must be a function of one batch. Got {name}={function!r}. "
                 f"Pass {name}=lambda batch: ..."
             )
-    for variable in tf.nest.flatten(variables):
+    flat = tf.nest.flatten(variables)
+    if not flat:
+        raise ValueError(
+            "variables must hold at least one variable. "
+            f"Got variables={variables!r}, as trainable_variables are before a model is built. "
+            "Call model.build(input_shape), or the model on one batch, and read them then."
+        )
+    for variable in flat:
         if not hasattr(variable, "dtype") or not hasattr(variable, "shape"):
             raise TypeError(
                 "variables must be a nested structure of variables. "
                 f"Got one of type {type(variable).__name__}. "
                 "Pass for example model.trainable_variables."
+            )
+        if getattr(variable, "overwrite_with_gradient", False):
+            raise ValueError(
+                "The gradient of a variable must be one, which adds up over micro-batches. "
+                f"Got {variable.path!r} of a float8 layer, whose gradient is its new value. "
+                "Train the model with fit and virtualbatch.keras.accumulate."
             )
     check_cut_or_auto(batch, microbatch_size, accumulation_steps)

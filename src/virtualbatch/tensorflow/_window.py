@@ -17,6 +17,7 @@ from virtualbatch.tensorflow._gradients import (
     split_sparse,
 )
 from virtualbatch.tensorflow._loop import Output, fold, trace
+from virtualbatch.tensorflow._numerics import explained_numerics
 from virtualbatch.tensorflow._stats import part_of, stats_of
 from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.window.shares import Shares
@@ -76,14 +77,15 @@ class Program(NamedTuple):
         dtypes: list[tf.DType] = []
 
         def micro(index: Any, microbatch: Any) -> _Micro:
-            with tf.GradientTape(persistent=several) as tape:
-                loss, aux = loss_and_aux(loss_fn(microbatch), has_aux)
-                named = loss_terms(loss)
-                terms = scalar_terms(named.values())
-            dtypes.append(loss_dtype(terms))
-            parts = shares.of(list(named), index)
-            may_be_empty = shares.terms is not None
-            gradients = scaled_gradients(tape, terms, parts, flat_variables, may_be_empty)
+            with explained_numerics(shares, index):
+                with tf.GradientTape(persistent=several) as tape:
+                    loss, aux = loss_and_aux(loss_fn(microbatch), has_aux)
+                    named = loss_terms(loss)
+                    terms = scalar_terms(named.values())
+                dtypes.append(loss_dtype(terms))
+                parts = shares.of(list(named), index)
+                may_be_empty = shares.terms is not None
+                gradients = scaled_gradients(tape, terms, parts, flat_variables, may_be_empty)
             norm = part_of(gradients, shares.of_rows_or_term()[index]) if stats else None
             loss = selected_loss(terms, parts, may_be_empty)
             return _Micro(loss, norm, *split_sparse(gradients), aux)

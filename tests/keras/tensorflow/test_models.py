@@ -1,4 +1,4 @@
-"""Ragged rows, which only TensorFlow has."""
+"""Ragged rows and `tf.recompute_grad`, which only TensorFlow has."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from tests.keras import problems
-from tests.keras.problems import WORDS, compiled
+from tests.keras.problems import FEATURES, WORDS, X, compiled
 from tests.keras.training import BATCH, ROWS, Case, assert_equals_keras, in_tiers
 
 LABELS = problems.LABELS
@@ -37,12 +37,40 @@ def ragged_functional():
     )
 
 
+class Recomputed(layers.Layer):
+    """Keeps no activation of its hidden layer: the backward pass computes it again."""
+
+    def build(self, shape):
+        self.hidden = layers.Dense(4, activation="tanh")
+        self.hidden.build(shape)
+
+    def call(self, inputs):
+        return tf.recompute_grad(self.hidden)(inputs)
+
+
+def recomputed():
+    return keras.Sequential([keras.Input((FEATURES,)), Recomputed(), layers.Dense(3)])
+
+
+class AddsRaggedRows(RaggedMean):
+    """Adds one loss per row."""
+
+    def call(self, inputs):
+        logits = super().call(inputs)
+        self.add_loss(tf.square(logits[:, 0]))
+        return logits
+
+
+RECOMPUTED = Case("recompute_grad", recomputed, compiled(), X, LABELS)
 CASES = [
     Case("ragged", ragged_functional, compiled(), ragged_rows),
     Case("ragged, subclassed", RaggedMean, compiled(), ragged_rows),
+    Case("ragged, added losses of rows", AddsRaggedRows, compiled(), ragged_rows),
 ]
 
 
-@pytest.mark.parametrize("case", in_tiers(CASES[:1], CASES[1:], "another model of ragged rows"))
+@pytest.mark.parametrize(
+    "case", in_tiers([RECOMPUTED, CASES[0]], CASES[1:], "another model of ragged rows")
+)
 def test_equals_keras(case):
     assert_equals_keras(case)

@@ -57,7 +57,7 @@ class JaxStep(TrainStep):
             stretch = unstretched
             if cut.count == 1:
                 return type(model).train_step(model, state, data)
-        run = WindowRun(model, cut, State(*state), stretch, self.listener is not None)
+        run = WindowRun(model, cut, State(*state), stretch, self._added, self.listener is not None)
         logs, after = run.train(compiled)
         self._say(run.losses_of_one_number)
         return logs, tuple(after)

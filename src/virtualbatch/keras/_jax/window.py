@@ -5,7 +5,8 @@ on the state that its layers and metrics changed; then the optimizer, the tracke
 averages move once. Nothing is assigned: the new state is what comes back.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from virtualbatch.jax._batch import Cut
 from virtualbatch.jax._convolution import with_fast_convolutions
 from virtualbatch.jax._objective import wide_dtype
 from virtualbatch.jax._stats import part_of, squared_norm
+from virtualbatch.keras._added_losses import AddedLosses, Shape, shapes_of_added
 from virtualbatch.keras._batchnorm import (
     assign_statistics,
     merged,
@@ -27,6 +29,7 @@ from virtualbatch.keras._batchnorm import (
     recorded_moments,
 )
 from virtualbatch.keras._jax.packing import PackedSegment, branches, chosen
+from virtualbatch.keras._overwritten import merged_gradients, updated
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._train_step import STATS
 from virtualbatch.keras._window import WindowModel
@@ -75,6 +78,7 @@ class WindowRun:
         cut: the batch, cut.
         state: where the window begins.
         stretch: micro-batch -> see `Rows`.
+        added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
     """
 
@@ -84,6 +88,7 @@ class WindowRun:
         cut: Cut,
         state: State,
         stretch: Callable[[Any], float],
+        added: AddedLosses,
         stats: bool,
     ):
         self._model = model
@@ -91,7 +96,7 @@ class WindowRun:
         self._stretch = stretch
         self._cut = cut
         self._state = state
-        self._window = WindowModel(model, sum(cut.rows))
+        self._window = WindowModel(model, sum(cut.rows), added)
         # Known once a micro-batch was run or traced.
         self._called: list[Any] = []
 
@@ -135,7 +140,7 @@ class WindowRun:
         for segment in self._cut.segments:
             for k in range(segment.count):
                 found, carried = self._micro(segment.get(k), segment.rows, carried, self._totals)
-                sums = found if sums is None else _added(sums, found)
+                sums = found if sums is None else self._merged(sums, found)
         if sums is None:
             raise RuntimeError("internal: a window ran no micro-batch.")
         return sums, carried
@@ -167,7 +172,7 @@ class WindowRun:
             counted = self._totals()
             given = given.astype(counted.dtype).at[: len(counted)].set(counted)
             given = given.astype(totals.dtype)
-        sums = jax.tree.map(jnp.zeros_like, programs[0][2][0])
+        sums = self._nothing(programs[0][2][0])
         carried = _Carried(*first, jax.tree.map(jnp.zeros_like, programs[0][2][1].latest))
         for segment, traced, outputs in programs:
 
@@ -178,7 +183,7 @@ class WindowRun:
                 leaves = jax.tree.leaves((k, (carried.non_trainable, carried.metrics), given))
                 found = chosen(*entry, k, *leaves)
                 found = jax.tree.unflatten(jax.tree.structure(outputs), found)
-                return _like((_added(sums, found[0]), found[1]), carry), None
+                return _like((self._merged(sums, found[0]), found[1]), carry), None
 
             if segment.count == 1:
                 (sums, carried), _ = body((sums, carried), jnp.zeros((), jnp.int32))
@@ -199,13 +204,13 @@ class WindowRun:
                 y_pred, non_trainable, losses = self._forward(
                     batch[0], trainable, carried.non_trainable
                 )
-            model._losses_override = losses or []
-            try:
-                with self._scope(trainable, non_trainable, carried.metrics) as scope:
-                    loss, tracked = window.loss(batch, y_pred, here, totals)
-                    latest = window.update_metrics(batch, self._shown(y_pred), here)
-            finally:
-                model._losses_override = []
+            added_shapes = partial(self._added_shapes, batch[0])
+            with (
+                _losses_of(model, losses or []),
+                self._scope(trainable, non_trainable, carried.metrics) as scope,
+            ):
+                loss, tracked = window.loss(batch, y_pred, here, totals, added_shapes)
+                latest = window.update_metrics(batch, self._shown(y_pred), here)
             if window.unreduced:
                 # JAX' own error, as for the whole batch.
                 jax.grad(lambda _: jnp.broadcast_to(loss, (window.rows,)))(0.0)
@@ -219,7 +224,9 @@ class WindowRun:
         (gradients,) = differentiate(self._upstream(scaled, here))
         gradients = [self._widened(gradient, here) for gradient in gradients]
         moments = jax.tree.map(jnp.asarray, moments)
-        parts = [part_of(gradients, here.share("float32"))] if self._with_stats else []
+        parts = []
+        if self._with_stats:
+            parts = [part_of(updated(gradients, window.overwritten), here.share("float32"))]
         return _Sums(losses, gradients, moments, parts), after
 
     def _forward(self, x: Any, trainable: list[Any], non_trainable: list[Any]) -> Any:
@@ -227,6 +234,19 @@ class WindowRun:
         model = self._model
         options = {"training": True} if model._call_has_training_arg else {}
         return model.stateless_call(trainable, non_trainable, x, return_losses=True, **options)
+
+    def _added_shapes(self, x: Any, few: int) -> list[Shape]:
+        """Shapes of the losses that layers add for so many rows, without running anything."""
+        state = self._state
+
+        def losses(x: Any) -> list[Any]:
+            return self._forward(x, state.trainable, state.non_trainable)[2] or []
+
+        rows = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((few, *leaf.shape[1:]), leaf.dtype), x
+        )
+        with _losses_of(self._model, []):
+            return shapes_of_added(self._model, lambda: jax.eval_shape(losses, rows))
 
     def _shown(self, y_pred: Any) -> Any:
         """Predictions as metrics see them: of packed rows with the mask, which Keras loses on JAX.
@@ -250,7 +270,7 @@ class WindowRun:
     def _stats(self, gradients: Any, mean_square: Any) -> WindowStats:
         """The statistics of a window, without the scale of its loss, which the optimizer moves."""
         undo = self._scaled(jnp.ones((), mean_square.dtype)) ** -2
-        square = squared_norm(gradients)
+        square = squared_norm(updated(gradients, self._window.overwritten))
         return WindowStats(self._window.rows, self._cut.count, mean_square * undo, square * undo)
 
     def _upstream(self, scaled: Any, rows: Rows) -> Any:
@@ -260,16 +280,34 @@ class WindowRun:
         taken of the micro-batch's own mean and scaled in the wide dtype, where few bits are lost.
         """
         one = jnp.ones_like(scaled)
-        return one / rows.share(scaled.dtype) if self._in_half_precision() else one
+        return one / rows.share(scaled.dtype) if self._scales_later() else one
 
     def _widened(self, gradient: Any, rows: Rows) -> Any:
         wide = gradient.astype(wide_dtype(gradient))
-        return wide * rows.share(wide.dtype) if self._in_half_precision() else wide
+        return wide * rows.share(wide.dtype) if self._scales_later() else wide
 
-    def _in_half_precision(self) -> bool:
-        return any(
+    def _scales_later(self) -> bool:
+        # Maxima of the backward pass are of the window's loss, and cannot be scaled.
+        return not any(self._window.overwritten) and any(
             accumulator_dtype(str(value.dtype)) != str(value.dtype)
             for value in self._state.trainable
+        )
+
+    def _nothing(self, like: Any) -> Any:
+        """What any sums can be added to without a change, in the shapes of others."""
+        return jax.tree.map(jnp.zeros_like, like)._replace(
+            gradients=[
+                jnp.full_like(x, -jnp.inf if largest else 0)
+                for x, largest in zip(like.gradients, self._window.overwritten, strict=True)
+            ]
+        )
+
+    def _merged(self, a: _Sums, b: _Sums) -> _Sums:
+        return _Sums(
+            [x + y for x, y in zip(a.losses, b.losses, strict=True)],
+            merged_gradients(a.gradients, b.gradients, self._window.overwritten, jnp.maximum),
+            [tuple(found) for found in merged(a.moments, b.moments)],
+            [x + y for x, y in zip(a.mean_square, b.mean_square, strict=True)],
         )
 
     def _totals(self) -> Any:
@@ -315,13 +353,14 @@ class WindowRun:
         )
 
 
-def _added(a: _Sums, b: _Sums) -> _Sums:
-    return _Sums(
-        [x + y for x, y in zip(a.losses, b.losses, strict=True)],
-        [x + y for x, y in zip(a.gradients, b.gradients, strict=True)],
-        [tuple(found) for found in merged(a.moments, b.moments)],
-        [x + y for x, y in zip(a.mean_square, b.mean_square, strict=True)],
-    )
+@contextmanager
+def _losses_of(model: keras.Model, losses: list[Any]) -> Iterator[None]:
+    """While a model is said to have added these losses; none for those that it adds itself."""
+    before, model._losses_override = model._losses_override, losses
+    try:
+        yield
+    finally:
+        model._losses_override = before
 
 
 def _like(found: Any, carry: Any) -> Any:

@@ -55,7 +55,9 @@ class TensorFlowStep(TrainStep):
                 _build_layers(model, cut[0].get(0)[0])
                 self._layers_built = True
             _build_optimizer(model)
-            window = WindowRun(model, cut, rows_of(batch), stretch, self.listener is not None)
+            window = WindowRun(
+                model, cut, rows_of(batch), stretch, self._added, self.listener is not None
+            )
             results = window.train()
             self._say(window.losses_of_one_number)
         return results

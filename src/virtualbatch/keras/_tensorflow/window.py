@@ -12,17 +12,19 @@ import keras
 import tensorflow as tf
 from keras import tree
 
+from virtualbatch.keras._added_losses import AddedLosses, Shape
 from virtualbatch.keras._batchnorm import (
     assign_statistics,
     merged,
     moving_statistics,
     recorded_moments,
 )
+from virtualbatch.keras._overwritten import merged_gradients, updated
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._train_step import STATS
 from virtualbatch.keras._window import WindowModel
 from virtualbatch.noise.estimate import WindowStats
-from virtualbatch.tensorflow._batch import Segment
+from virtualbatch.tensorflow._batch import Segment, map_rows, specs
 from virtualbatch.tensorflow._gradients import add, finished, split_sparse, widened
 from virtualbatch.tensorflow._loop import Output, bound, fold, trace
 from virtualbatch.tensorflow._stats import part_of, squared_norm
@@ -35,14 +37,16 @@ class _Micro(NamedTuple):
     """What one micro-batch gives.
 
     Fields:
-        added: the loss, values of the per-output loss metrics and dense gradients; where
-            statistics are asked for, also the part of their `mean_square` and 1.
+        losses: the loss and values of the per-output loss metrics; where statistics are asked for,
+            also the part of their `mean_square` and 1.
+        dense: dense gradients, or None.
         moments: BatchNorm moments, in the order of the layers' calls.
         latest: results of an overridden `compute_metrics`; else empty.
         sparse: values and indices of sparse gradients.
     """
 
-    added: list[Any]
+    losses: list[Any]
+    dense: list[Any]
     moments: list[Any]
     latest: Any
     sparse: list[Any]
@@ -64,6 +68,7 @@ class WindowRun:
         cut: the batch, cut.
         rows: rows of the whole batch.
         stretch: micro-batch -> see `Rows`.
+        added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
     """
 
@@ -73,16 +78,16 @@ class WindowRun:
         cut: list[Segment],
         rows: Any,
         stretch: Callable[[Any], Any],
+        added: AddedLosses,
         stats: bool,
     ):
         self._model = model
         self._with_stats = stats
         self._cut = cut
         self._stretch = stretch
-        self._window = WindowModel(model, rows)
+        self._window = WindowModel(model, rows, added)
         # Known once the step is traced, or eagerly run.
         self._called: list[Any] = []
-        self._tracked = 0
         self._counted: Any = None
 
     @property
@@ -92,6 +97,7 @@ class WindowRun:
 
     def train(self) -> dict[str, Any]:
         """Runs the window and commits it: optimizer, trackers, moving averages."""
+        model = self._model
         start = moving_statistics(self._window.batchnorm)
         if tf.executing_eagerly():
             traced = trace(self._cut, lambda index, batch: self._micro(batch, self._totals))
@@ -99,7 +105,7 @@ class WindowRun:
             step = trace(
                 self._cut,
                 lambda index, batch, totals: self._micro(batch, lambda: totals),
-                self._model.jit_compile,
+                model.jit_compile,
                 (_TOTALS,),
             )
             # Only now is it known whether any weight has to be counted.
@@ -107,15 +113,22 @@ class WindowRun:
             traced = [bound(entry, totals) for entry in step]
         sums, sparse = fold(
             traced,
-            lambda _, found: Output((found.added, found.moments, found.latest), found.sparse),
-            lambda a, b: (add(a[0], b[0]), merged(a[1], b[1]), b[2]),
+            lambda _, found: Output(
+                (found.losses, found.dense, found.moments, found.latest), found.sparse
+            ),
+            lambda a, b: (
+                add(a[0], b[0]),
+                merged_gradients(a[1], b[1], self._window.overwritten, tf.maximum),
+                merged(a[2], b[2]),
+                b[3],
+            ),
         )
-        added, moments, latest = sums
+        losses, dense, moments, latest = sums
         noise: list[Any] = []
         if self._with_stats:
-            *added, mean_square, count = added
+            *losses, mean_square, count = losses
             noise = [mean_square, count]
-        stats = self._commit(added, sparse, noise)
+        stats = self._commit(losses, finished(dense, sparse, model.trainable_variables), noise)
         assign_statistics(self._called, start, moments)
         return self._window.results(latest) | stats
 
@@ -131,22 +144,42 @@ class WindowRun:
                 with tape.stop_recording():
                     return totals()
 
-            loss, tracked = window.loss(batch, y_pred, rows, unrecorded_totals)
+            def unrecorded_shapes(few: int) -> Sequence[Shape]:
+                with tape.stop_recording():
+                    return self._added_shapes(batch[0], few)
+
+            loss, tracked = window.loss(batch, y_pred, rows, unrecorded_totals, unrecorded_shapes)
             scaled = self._model.optimizer.scale_loss(loss)
         self._called = [layer for layer, _ in seen]
-        self._tracked = len(tracked)
-        found_gradients = _wide_gradients(tape, scaled, self._model.trainable_variables, rows)
+        found_gradients = self._wide_gradients(tape, scaled, rows)
         noise = []
         if self._with_stats:
-            part = part_of(found_gradients, rows.share("float64"))
+            part = part_of(updated(found_gradients, window.overwritten), rows.share("float64"))
             noise = [part, tf.ones([], tf.int32)]
-        gradients, sparse = split_sparse(found_gradients)
+        dense, sparse = split_sparse(found_gradients)
         found = window.update_metrics(batch, y_pred, rows)
         latest = tree.map_structure(tf.convert_to_tensor, found)
         moments = [
             found._replace(weight=tf.cast(found.weight, found.mean.dtype)) for _, found in seen
         ]
-        return _Micro([loss, *tracked, *gradients, *noise], moments, latest, sparse)
+        return _Micro([loss, *tracked, *noise], dense, moments, latest, sparse)
+
+    def _wide_gradients(self, tape: Any, loss: Any, rows: Rows) -> list[Any]:
+        """Gradients in the dtype of the buffer.
+
+        The loss is already this micro-batch's part of the window's. Half-precision gradients are
+        taken of the micro-batch's own mean and scaled in the wide dtype, where few bits are lost.
+        """
+        variables = self._model.trainable_variables
+        if not any(_is_half(variable) for variable in variables):
+            return tape.gradient(loss, variables)
+        if any(self._window.overwritten):
+            # Maxima of the backward pass are of the window's loss, and cannot be scaled later.
+            return [widened(gradient, 1.0) for gradient in tape.gradient(loss, variables)]
+        share = rows.share("float32")
+        upstream = tf.ones_like(loss) / tf.cast(share, loss.dtype)
+        gradients = tape.gradient(loss, variables, output_gradients=upstream)
+        return [widened(gradient, share) for gradient in gradients]
 
     def _totals(self) -> Any:
         """Weights of the window that only a forward reveals, counted without a trace of it."""
@@ -160,21 +193,35 @@ class WindowRun:
         rows = Rows(rows_of(batch), self._window.rows, self._stretch(batch))
         return tf.cast(self._window.counted(batch, rows), tf.float64)
 
+    def _added_shapes(self, x: Any, few: int) -> Sequence[Shape]:
+        """Shapes of the losses that layers add for so many copies of the first row."""
+        found: list[Shape] = []
+
+        def forward(x: Any) -> None:
+            found[:] = self._window.added_shapes(
+                map_rows(lambda leaf: tf.gather(leaf, [0] * few), x)
+            )
+
+        if tf.executing_eagerly():
+            forward(x)
+        else:
+            # In a graph of its own, which never runs.
+            tf.function(forward, autograph=False).get_concrete_function(specs(x))
+        return found
+
     def _commit(
-        self, added: list[Any], sparse: Sequence[Any], noise: Sequence[Any]
+        self, losses: list[Any], gradients: list[Any], noise: Sequence[Any]
     ) -> dict[str, Any]:
         """Moves trackers and optimizer; returns the statistics as an entry of the logs."""
         stats: dict[str, Any] = {}
-        model, first = self._model, 1 + self._tracked
-        loss, tracked, gradients = added[0], added[1:first], added[first:]
+        model, (loss, *tracked) = self._model, losses
         # Counters depend on no gradient: without this they would move although a batch is refused.
         with tf.control_dependencies([loss]):
             self._window.track(loss, tracked)
             variables = model.trainable_variables
             if variables:
-                gradients = finished(gradients, sparse, variables)
                 if noise:
-                    stats[STATS] = self._stats(gradients, *noise)
+                    stats[STATS] = self._stats(updated(gradients, self._window.overwritten), *noise)
                 model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
             else:
                 warnings.warn("The model does not have any trainable weights.", stacklevel=2)
@@ -185,20 +232,6 @@ class WindowRun:
         square = tf.cast(squared_norm(gradients), mean_square.dtype)
         undo = tf.cast(self._model.optimizer.scale_loss(1.0), mean_square.dtype) ** -2
         return WindowStats(self._window.rows, count, mean_square * undo, square * undo)
-
-
-def _wide_gradients(tape: Any, loss: Any, variables: list[Any], rows: Rows) -> list[Any]:
-    """Gradients in the dtype of the buffer.
-
-    The loss is already this micro-batch's part of the window's. Half-precision gradients are taken
-    of the micro-batch's own mean and scaled in the wide dtype, where few bits are lost.
-    """
-    if not any(_is_half(variable) for variable in variables):
-        return tape.gradient(loss, variables)
-    share = rows.share("float32")
-    upstream = tf.ones_like(loss) / tf.cast(share, loss.dtype)
-    gradients = tape.gradient(loss, variables, output_gradients=upstream)
-    return [widened(gradient, share) for gradient in gradients]
 
 
 def _is_half(variable: Any) -> bool:

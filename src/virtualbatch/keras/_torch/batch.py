@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from keras import ops, tree
 
+from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._packing import Packing, PaddedBatch, padded_batch
 from virtualbatch.keras._torch.window import Microbatch, WindowRun
 from virtualbatch.window.gather import gathered
@@ -20,7 +21,12 @@ _NUMBERS = "biufc"
 
 
 def window_of(
-    model: keras.Model, batch: Any, rows: int, cut: Sequence[tuple[int, int]], stats: bool
+    model: keras.Model,
+    batch: Any,
+    rows: int,
+    cut: Sequence[tuple[int, int]],
+    added: AddedLosses,
+    stats: bool,
 ) -> WindowRun:
     """A window of one batch.
 
@@ -29,14 +35,17 @@ def window_of(
         batch: (x, y, sample_weight) as Keras' loaders give them.
         rows: its rows.
         cut: (start, stop) of each micro-batch.
+        added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
     """
     batch = tree.map_structure(_tensor, batch)
     pieces = [Microbatch(stop - start, partial(_cut, batch, start, stop)) for start, stop in cut]
-    return WindowRun(model, rows, pieces, stats)
+    return WindowRun(model, rows, pieces, added, stats)
 
 
-def packed_window_of(model: keras.Model, batch: Any, rows: int, packing: Packing) -> WindowRun:
+def packed_window_of(
+    model: keras.Model, batch: Any, rows: int, packing: Packing, added: AddedLosses
+) -> WindowRun:
     """A window of one batch, its rows sorted by length and packed.
 
     Args:
@@ -44,6 +53,7 @@ def packed_window_of(model: keras.Model, batch: Any, rows: int, packing: Packing
         batch: (x, y, sample_weight) as Keras' loaders give them.
         rows: its rows.
         packing: how rows are packed.
+        added: what is known of the losses that layers add.
     """
     batch = tree.map_structure(_tensor, batch)
     found = padded_batch(model, batch)
@@ -58,7 +68,7 @@ def packed_window_of(model: keras.Model, batch: Any, rows: int, packing: Packing
         get = partial(_gathered, found, order[start:stop], length)
         stretch = found.length / length if found.targets else 1.0
         pieces.append(Microbatch(stop - start, get, stretch))
-    return WindowRun(model, rows, pieces, False)
+    return WindowRun(model, rows, pieces, added, False)
 
 
 def _gathered(batch: PaddedBatch, rows: np.ndarray, length: int) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._snapshot import Snapshot
 from virtualbatch.keras._torch.batch import place, window_of
 from virtualbatch.keras._torch.state import State
@@ -51,6 +52,7 @@ class _Update:
     def __init__(self, model: keras.Model, batch: Any, rows: int, size: int, snapshot: Snapshot):
         self._model, self._batch, self._rows = model, batch, rows
         self._cut = even_cut(rows, size)
+        self._added = AddedLosses()
         self._snapshot = snapshot
         self._peak: list[int] = []
         self.timing = Timing(self._timed)
@@ -76,7 +78,8 @@ class _Update:
         if len(self._cut) == 1:
             logs = type(model).train_step(model, self._batch)
         else:
-            logs = window_of(model, self._batch, self._rows, self._cut, False).train()
+            window = window_of(model, self._batch, self._rows, self._cut, self._added, False)
+            logs = window.train()
         # The device has finished once a value of the logs is here.
         keras.tree.map_structure(float, logs)
 

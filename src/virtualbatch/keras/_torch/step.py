@@ -64,13 +64,13 @@ class TorchStep(TrainStep):
         model, packing = self._model, self._packing_in_force()
         with State(model).kept_on_failure():
             if packing is not None:
-                run = packed_window_of(model, batch, rows, packing)
+                run = packed_window_of(model, batch, rows, packing, self._added)
             else:
                 cut = even_cut(rows, self._size(rows))
                 if len(cut) == 1:
                     whole: dict[str, Any] = type(model).train_step(model, data)
                     return whole
-                run = window_of(model, batch, rows, cut, self.listener is not None)
+                run = window_of(model, batch, rows, cut, self._added, self.listener is not None)
             results = run.train()
         self._say(run.losses_of_one_number)
         return self.told(results)

@@ -5,20 +5,23 @@ optimizer, the trackers and the moving averages move once.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import keras
 import torch
 from keras import tree
 
+from virtualbatch.keras._added_losses import AddedLosses, Shape
 from virtualbatch.keras._batchnorm import (
     assign_statistics,
     merged,
     moving_statistics,
     recorded_moments,
 )
+from virtualbatch.keras._overwritten import updated
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._torch.state import torch_modules
 from virtualbatch.keras._train_step import STATS
@@ -52,14 +55,22 @@ class WindowRun:
         model: a model that is built and compiled.
         rows: rows of the whole batch.
         cut: its micro-batches.
+        added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
     """
 
-    def __init__(self, model: keras.Model, rows: int, cut: Sequence[Microbatch], stats: bool):
+    def __init__(
+        self,
+        model: keras.Model,
+        rows: int,
+        cut: Sequence[Microbatch],
+        added: AddedLosses,
+        stats: bool,
+    ):
         self._model = model
         self._with_stats = stats
         self._cut = cut
-        self._window = WindowModel(model, rows)
+        self._window = WindowModel(model, rows, added)
         self._modules = torch_modules(model)
         # Sums over the micro-batches so far; none holds a graph.
         self._losses: list[torch.Tensor] = []
@@ -79,8 +90,10 @@ class WindowRun:
         start = moving_statistics(window.batchnorm)
         variables = model.trainable_variables
         parameters = [variable.value for variable in variables]
-        norms = GradientNorms(parameters) if self._with_stats else None
-        gradients = _Gradients(parameters, norms)
+        norms = None
+        if self._with_stats:
+            norms = GradientNorms(updated(parameters, window.overwritten))
+        gradients = _Gradients(parameters, window.overwritten, norms)
         logs: dict[str, Any] = {}
         for module in self._modules:
             # As its wrapper does when it is called: statistics are only read of what trains.
@@ -112,7 +125,8 @@ class WindowRun:
         rows = Rows(microbatch.rows, window.rows, microbatch.stretch)
         with statistics.forward(), recorded_moments(window.batchnorm) as seen:
             y_pred = window.forward(batch[0])
-        loss, tracked = window.loss(batch, y_pred, rows, self._totals)
+        added_shapes = partial(self._added_shapes, batch[0])
+        loss, tracked = window.loss(batch, y_pred, rows, self._totals, added_shapes)
         if window.unreduced:
             # PyTorch's own error, as for the whole batch.
             loss.expand(window.rows).backward()
@@ -132,7 +146,7 @@ class WindowRun:
 
     def _stats(self, norms: GradientNorms, gradients: Sequence[torch.Tensor | None]) -> WindowStats:
         """The statistics of a window, without the scale of its loss, which the optimizer moves."""
-        found = [gradient for gradient in gradients if gradient is not None]
+        found = [g for g in updated(gradients, self._window.overwritten) if g is not None]
         stats = norms.stats(found, self._window.rows, len(self._cut))
         undo = self._model.optimizer.scale_loss(torch.ones_like(stats.square)) ** -2
         return stats._replace(mean_square=stats.mean_square * undo, square=stats.square * undo)
@@ -140,14 +154,29 @@ class WindowRun:
     def _totals(self) -> torch.Tensor:
         """Weights of the window that only a forward reveals, counted without a graph of it."""
         if self._counted is None:
-            window, buffers = self._window, Buffers(self._modules)
-            devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-            with torch.no_grad(), torch.random.fork_rng(devices):
+            window = self._window
+            with self._without_a_trace():
                 for rows, get, stretch in self._cut:
                     counted = window.counted(get(), Rows(rows, window.rows, stretch))
                     self._counted = counted if self._counted is None else self._counted + counted
-            buffers.restore()
         return self._counted
+
+    def _added_shapes(self, x: Any, few: int) -> Sequence[Shape]:
+        """Shapes of the losses that layers add for so many copies of the first row."""
+        rows = tree.map_structure(
+            lambda leaf: leaf[[0] * few] if hasattr(leaf, "shape") else leaf, x
+        )
+        with self._without_a_trace():
+            return self._window.added_shapes(rows)
+
+    @contextmanager
+    def _without_a_trace(self) -> Iterator[None]:
+        """While forwards run of which no graph, random number or buffer of a module stays."""
+        buffers = Buffers(self._modules)
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+        buffers.restore()
 
 
 class _Gradients:
@@ -155,15 +184,22 @@ class _Gradients:
 
     Where every parameter is float32 or wider, PyTorch itself adds to a fresh `.grad`. Otherwise
     gradients are taken of a micro-batch's own mean, and its share multiplies in the add to a
-    float32 buffer, where few bits are lost.
+    float32 buffer, where few bits are lost. What is overwritten is kept beside `.grad` too.
 
     Args:
         parameters: trainable parameters, each once.
+        overwritten: for each, whether its gradient is its new value.
         norms: is told when a micro-batch ends, if statistics are asked for.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor], norms: GradientNorms | None):
+    def __init__(
+        self,
+        parameters: Sequence[torch.Tensor],
+        overwritten: Sequence[bool],
+        norms: GradientNorms | None,
+    ):
         self.parameters = parameters
+        self._overwritten = [k for k, found in enumerate(overwritten) if found]
         self._norms = norms
         self._half = any(_wide(parameter) is not parameter.dtype for parameter in parameters)
         self._sums: list[torch.Tensor | None] = [None] * len(parameters)
@@ -171,7 +207,7 @@ class _Gradients:
         self._found_any = False
         for parameter in parameters:
             parameter.grad = None
-        self._own_memory = OwnMemory(parameters)
+        self._own_memory = OwnMemory(updated(parameters, overwritten))
 
     def add(self, loss: torch.Tensor, rows: Rows) -> None:
         """Differentiates one micro-batch's part of the loss."""
@@ -181,14 +217,23 @@ class _Gradients:
             return
         self._found_any = True
         share = rows.share("float32")
-        if not self._half:
-            loss.backward()
-            self._own_memory.give()
+        # Maxima of the backward pass are of the window's loss, and cannot be scaled later.
+        later = share if self._half and not self._overwritten else 1.0
+        (loss if later == 1.0 else loss / later).backward()
+        self._keep_maxima()
+        if self._half:
+            self._add_wide(later)
         else:
-            (loss / share).backward()
-            self._add_wide(share)
+            self._own_memory.give()
         if self._norms:
-            self._norms.close(share, share if self._half else 1.0)
+            self._norms.close(share, later)
+
+    def _keep_maxima(self) -> None:
+        for k in self._overwritten:
+            gradient, largest = self.parameters[k].grad, self._sums[k]
+            if gradient is not None:
+                self.parameters[k].grad = None
+                self._sums[k] = gradient if largest is None else torch.maximum(gradient, largest)
 
     def _add_wide(self, share: float) -> None:
         for k, parameter in enumerate(self.parameters):
@@ -206,9 +251,9 @@ class _Gradients:
         if not self._found_any and self._without_gradient is not None:
             # PyTorch's own error, as for the whole batch.
             self._without_gradient.backward()
-        if self._half:
-            for parameter, total in zip(self.parameters, self._sums, strict=True):
-                parameter.grad = None if total is None else total.to(parameter.dtype)
+        for k in range(len(self.parameters)) if self._half else self._overwritten:
+            parameter, total = self.parameters[k], self._sums[k]
+            parameter.grad = None if total is None else total.to(parameter.dtype)
         return [parameter.grad for parameter in self.parameters]
 
 

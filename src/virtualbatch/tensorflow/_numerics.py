@@ -1,0 +1,40 @@
+"""What TensorFlow's own search for NaN says of a micro-batch that counts for nothing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tensorflow as tf
+
+from virtualbatch.window.shares import Shares
+
+# How `tf.debugging.enable_check_numerics` begins what it found.
+_FOUND = "Detected Infinity or NaN"
+
+
+@contextmanager
+def explained_numerics(shares: Shares, index: Any) -> Iterator[None]:
+    """While a micro-batch runs: a mean of nothing is NaN, which is dropped unless it is an error.
+
+    In a graph the error comes when that runs, in TensorFlow's words.
+
+    Args:
+        shares: those of the window.
+        index: number of the micro-batch.
+
+    Raises:
+        ValueError: TensorFlow found NaN where a term of the micro-batch has no weight.
+    """
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        if not tf.executing_eagerly() or _FOUND not in str(error):
+            raise
+        empty = [name for name, found in (shares.terms or {}).items() if not found[index]]
+        if not empty:
+            raise
+        raise ValueError(
+            "While TensorFlow checks numerics, a mean must be finite where nothing counts. "
+            f"Got NaN in micro-batch {index}, whose weight is 0. "
+            "Divide by tf.math.divide_no_nan(total, weight)."
+        ) from error
