@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from virtualbatch.plan.fingerprint import fingerprint, owner_of
+from virtualbatch.window.fingerprint import fingerprint, owner_of
 
 
 def squared(x):

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from virtualbatch.certify.certificate import Certificate, Finding
 from virtualbatch.certify.diagnosis import SEES_OTHER_ROWS
-from virtualbatch.plan.fingerprint import fingerprint
+from virtualbatch.window.fingerprint import fingerprint
 
 _log = logging.getLogger("virtualbatch")
 

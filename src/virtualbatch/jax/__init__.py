@@ -23,9 +23,9 @@ from virtualbatch.jax._plan.sizes import kept_sizes, needs_values, signature, st
 from virtualbatch.jax._weights import window_shares
 from virtualbatch.jax._window import Program, is_traced, positions
 from virtualbatch.plan.auto import Auto, CurrentSize, check_cut_or_auto, is_automatic
-from virtualbatch.plan.fingerprint import fingerprint
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_until_it_fits
+from virtualbatch.window.fingerprint import fingerprint
 from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.window import Window, refuse_sorted_rows, windows
 

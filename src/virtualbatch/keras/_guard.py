@@ -13,9 +13,9 @@ import keras
 
 from virtualbatch.keras._train_step import TrainStep
 from virtualbatch.plan.auto import Auto, CurrentSize, Leaf, Signature, is_automatic
-from virtualbatch.plan.fingerprint import fingerprint
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_until_it_fits
+from virtualbatch.window.fingerprint import fingerprint
 from virtualbatch.window.tree import array_leaves, common_rows
 
 

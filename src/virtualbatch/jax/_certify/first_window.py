@@ -23,8 +23,8 @@ from virtualbatch.jax._certify.certificate import certificate
 from virtualbatch.jax._plan.memory import ERRORS
 from virtualbatch.jax._weights import part, window_shares
 from virtualbatch.jax._window import Program, positions
-from virtualbatch.plan.fingerprint import owner_of
 from virtualbatch.plan.out_of_memory import in_words
+from virtualbatch.window.fingerprint import owner_of
 from virtualbatch.window.shares import Shares
 from virtualbatch.window.window import Window
 

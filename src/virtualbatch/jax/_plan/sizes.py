@@ -11,7 +11,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.jax._batch import is_array, rows_of
 from virtualbatch.plan.auto import Auto, Leaf, Signature
-from virtualbatch.plan.fingerprint import owner_of
+from virtualbatch.window.fingerprint import owner_of
 
 # For as long as a loss can be made anew: the sizes of its calls.
 _KEPT: WeakKeyDictionary[Any, dict[str, Auto]] = WeakKeyDictionary()

@@ -7,9 +7,9 @@ from typing import Any
 import tensorflow as tf
 
 from virtualbatch.plan.auto import Auto, Leaf, Signature
-from virtualbatch.plan.fingerprint import fingerprint
 from virtualbatch.tensorflow._batch import is_array, named_arrays
 from virtualbatch.tensorflow._window import Program
+from virtualbatch.window.fingerprint import fingerprint
 from virtualbatch.window.tree import common_rows
 
 # By the identity of a first variable, which cannot be hashed, for as long as it lives.

@@ -7,9 +7,9 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from virtualbatch.plan.auto import Auto, Leaf, Signature
-from virtualbatch.plan.fingerprint import fingerprint
 from virtualbatch.torch._batch import Microbatch
 from virtualbatch.torch._window import Program
+from virtualbatch.window.fingerprint import fingerprint
 
 # For as long as what is trained lives: its plans, and sizes that were made smaller.
 _KEPT: Any = WeakIdKeyDictionary()
