@@ -13,7 +13,8 @@ import numpy as np
 from virtualbatch.certify.certificate import Certificate, derived_tolerance
 from virtualbatch.certify.loop_causes import Probe, Runs, causes
 from virtualbatch.window.cut import check_sizes
-from virtualbatch.window.tree import array_leaves, common_rows, is_text, mapped, parts_of
+from virtualbatch.window.row_list import RowList
+from virtualbatch.window.tree import array_leaves, builder, common_rows, parts_of, with_row_lists
 
 
 def certify_loop(
@@ -182,8 +183,10 @@ def _rows(batch: Any) -> int:
 
 
 def _part(batch: Any, start: int, stop: int) -> Any:
-    rows = _rows(batch)
-    return mapped(lambda leaf: leaf[start:stop] if _has_rows(leaf, rows) else leaf, batch)
+    def cut(leaf: Any) -> Any:
+        return leaf.cut(start, stop) if isinstance(leaf, RowList) else leaf[start:stop]
+
+    return _mapped(cut, batch)
 
 
 def _cut(batch: Any, size: int) -> list[Any]:
@@ -194,19 +197,20 @@ def _reversed(batch: Any) -> Any:
     rows = _rows(batch)
 
     def turned(leaf: Any) -> Any:
-        if not _has_rows(leaf, rows):
-            return leaf
-        if hasattr(leaf, "flip"):
-            # PyTorch has no negative steps.
-            return leaf.flip(0)
-        # NumPy's are no copy.
-        return leaf[::-1] + 0 if hasattr(leaf, "shape") else leaf[::-1]
+        if isinstance(leaf, RowList):
+            return leaf.chosen(reversed(range(rows)))
+        # PyTorch has no negative steps, and NumPy's are no copy.
+        return leaf.flip(0) if hasattr(leaf, "flip") else leaf[::-1] + 0
 
-    return mapped(turned, batch)
+    return _mapped(turned, batch)
 
 
-def _has_rows(leaf: Any, rows: int) -> bool:
-    return hasattr(leaf, "shape") or (is_text(leaf) and len(leaf) == rows)
+def _mapped(fn: Callable[[Any], Any], batch: Any) -> Any:
+    """The batch with fn applied to whatever has rows."""
+    found: list[tuple[str, Any]] = []
+    build = builder(batch, "batch", found)
+    leaves = with_row_lists([leaf for _, leaf in found], _rows(batch))
+    return build([fn(x) if hasattr(x, "shape") or isinstance(x, RowList) else x for x in leaves])
 
 
 def _leaves(state: Any, path: str = "") -> dict[str, Any]:

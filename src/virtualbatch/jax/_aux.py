@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from virtualbatch.jax._batch import Cut, is_array, map_arrays, specs
 from virtualbatch.jax._objective import Call, wide_dtype
-from virtualbatch.window.aux import ROWS, SUM, AuxLeaf
+from virtualbatch.window.aux import ROWS, SUM, AuxLeaf, kinds_without_rows
 from virtualbatch.window.aux import kinds as kinds_of
 
 
@@ -20,7 +20,7 @@ def kinds(call: Call, cut: Cut, auxes: Sequence[Any], rows: Sequence[int]) -> li
         call: the call.
         cut: the window.
         auxes: aux of micro-batches; arrays, or anything else with their shapes and dtypes.
-        rows: rows of each of those micro-batches.
+        rows: rows of each of those micro-batches; None where they cannot be told.
 
     Returns:
         One kind for each leaf.
@@ -30,10 +30,12 @@ def kinds(call: Call, cut: Cut, auxes: Sequence[Any], rows: Sequence[int]) -> li
             traced where only that can tell rows from classes.
         ValueError: the structure differs between micro-batches.
     """
-    # Twice as many, because devices and groups of rows may divide the rows.
-    other = 2 * rows[0]
     structures = [jax.tree.structure(found) for found in auxes]
     leaves = [_leaves(found) for found in auxes]
+    if None in rows:
+        return kinds_without_rows(structures, leaves)
+    # Twice as many, because devices and groups of rows may divide the rows.
+    other = 2 * rows[0]
     return kinds_of(structures, leaves, rows, other, lambda: _leaves(_abstract(call, cut, other)))
 
 

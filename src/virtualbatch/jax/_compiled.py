@@ -96,8 +96,10 @@ def run_compiled(
             rows_of = [entry.segment.rows for entry in traced]
             aux_kinds = kinds(call, cut, [entry.outputs.aux for entry in traced], rows_of)
 
+        of_aux = shares.of_rows_or_term() if None in cut.rows else shares.rows
+
         def route(index: Any, found: _Micro) -> tuple[Any, list[Any]]:
-            sums, rows = routed(aux_kinds, shares.rows, index, found.aux)
+            sums, rows = routed(aux_kinds, of_aux, index, found.aux)
             return (found.loss, found.gradients, found.norm, sums), rows
 
         total, rows = _folded(traced, route)

@@ -102,7 +102,8 @@ def _merged_aux(call: Call, cut: Cut, shares: Shares, auxes: list[Any]) -> Any:
     if len(auxes) == 1:
         return auxes[0]
     found = kinds(call, cut, auxes, cut.rows)
-    routes = [routed(found, shares.rows, index, aux) for index, aux in enumerate(auxes)]
+    of_aux = shares.of_rows_or_term() if None in cut.rows else shares.rows
+    routes = [routed(found, of_aux, index, aux) for index, aux in enumerate(auxes)]
     sums = [reduce(jnp.add, column) for column in zip(*(s for s, _ in routes), strict=True)]
     pieces = []
     for column in zip(*(r for _, r in routes), strict=True):

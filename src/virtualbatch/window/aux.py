@@ -66,6 +66,27 @@ def kinds(
     return found
 
 
+def kinds_without_rows(
+    structures: Sequence[Any], auxes: Sequence[Sequence[AuxLeaf]]
+) -> list[str]:
+    """How each leaf of aux is put together where the rows of micro-batches are not known.
+
+    Then no shape can tell rows from classes, so whatever has an axis is concatenated.
+
+    Args:
+        structures: as in `kinds`.
+        auxes: as there.
+
+    Raises:
+        TypeError: see `kinds`.
+        ValueError: see there.
+    """
+    if any(structure != structures[0] for structure in structures):
+        raise _changed()
+    columns = zip(*auxes, strict=True)
+    return [_kind(column, all(leaf.length != () for leaf in column)) for column in columns]
+
+
 def _kind(column: Sequence[AuxLeaf], per_row: bool) -> str:
     if per_row:
         return ROWS

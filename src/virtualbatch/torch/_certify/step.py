@@ -128,12 +128,7 @@ class TorchTrainingStep(TrainingStep):
         if fresh:
             self._fresh()
         device = self._program.found.accelerator
-        index = torch.as_tensor(np.ascontiguousarray(rows))
-        leaves = [
-            leaf.index_select(0, index.to(leaf.device)) if isinstance(leaf, torch.Tensor) else leaf
-            for leaf in self._whole.leaves
-        ]
-        piece = Microbatch(len(rows), leaves, self._whole.build)
+        piece = self._whole.chosen(np.ascontiguousarray(rows).tolist())
         batch, _ = (piece if device is None else on_device(piece, device)).get()
         self._random.choose(rows)
         loss, _ = loss_and_aux(self._program.loss_fn(batch), self._program.has_aux)
