@@ -355,11 +355,30 @@ def test_an_empty_stream_is_refused_at_the_first_window():
         next(iter(found))
 
 
+def test_windows_are_read_anew_for_every_epoch():
+    found = windows(["a", "b", "c"], 2)
+    assert [[len(window) for window in found] for _ in range(3)] == [[2, 1]] * 3
+    assert len(found) == 2
+    assert repr(found) == "Windows of 2 micro-batches each"
+
+
+def test_windows_of_a_stream_without_a_length_have_none():
+    found = windows(iter("abc"), 2)
+    with pytest.raises(TypeError, match=r"has no len\(\)"):
+        len(found)
+    assert len(list(found)) == 2
+
+
+def test_what_is_no_stream_is_refused_at_the_call():
+    with pytest.raises(TypeError, match=r"an iterable of micro-batches\. Got int\. Pass a loader"):
+        windows(3, 2)
+
+
 def test_a_generator_that_was_read_is_not_an_empty_epoch():
-    stream = iter("abcd")
-    assert len(list(windows(stream, accumulation_steps=2))) == 2
+    stream = windows(iter("abcd"), accumulation_steps=2)
+    assert len(list(stream)) == 2
     with pytest.raises(ValueError, match=r"Got an empty stream"):
-        list(windows(stream, accumulation_steps=2))
+        list(stream)
 
 
 def test_a_fault_of_the_stream_is_passed_on():

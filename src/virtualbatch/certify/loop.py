@@ -5,7 +5,8 @@ accumulating. Both must leave the same state. If they do not, smaller runs tell 
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from virtualbatch.window.tree import array_leaves, builder, common_rows, parts_o
 
 def certify_loop(
     loop: Callable[[list[Any], int], Any],
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     *,
     microbatch_size: int,
     save: Callable[[], Any],
@@ -35,8 +36,9 @@ def certify_loop(
     Args:
         loop: (list of micro-batches, accumulation_steps) -> anything. It trains in place, and must
             draw no random numbers that differ from run to run.
-        batches: two whole batches or more, nested mappings, lists, tuples and dataclasses of arrays
-            that share their leading axis; two are used. Lists of one text per row follow them.
+        batches: two whole batches or more, in a list, a loader or any iterable; the first two are
+            used. Nested mappings, lists, tuples and dataclasses of arrays that share their leading
+            axis. Lists as long as a batch follow them.
         microbatch_size: rows of one micro-batch; fewer than a batch has.
         save: () -> the state as nested mappings and sequences of arrays and numbers: weights,
             and whatever else should be compared, such as an average of weights or a learning rate.
@@ -133,13 +135,14 @@ def _certified(
     )
 
 
-def _two(batches: Sequence[Any], microbatch_size: int) -> tuple[Any, Any]:
-    if len(batches) < 2:
+def _two(batches: Iterable[Any], microbatch_size: int) -> tuple[Any, Any]:
+    found = list(islice(batches, 2))
+    if len(found) < 2:
         raise ValueError(
             "certify_loop needs two whole batches, to see what a window leaves to the next one. "
-            f"Got {len(batches)}. Pass a list of batches."
+            f"Got {len(found)}. Pass a list of batches, or a loader."
         )
-    first, second = batches[0], batches[1]
+    first, second = found
     rows = [_rows(first), _rows(second)]
     if rows[0] != rows[1]:
         raise ValueError(

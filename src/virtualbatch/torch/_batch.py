@@ -280,7 +280,7 @@ def _is_pinned(tensor: torch.Tensor) -> bool:
 
 def _refuse_strangers(path: str, leaf: Any, or_else: str) -> None:
     """Refuses what belongs to every row and may hide tensors."""
-    odd = stranger(leaf if is_sequence(leaf) else [leaf], SHARED)
+    odd = stranger(leaf, SHARED)
     if odd is not None:
         raise TypeError(
             "A batch must be made of tensors, mappings, lists, tuples, dataclasses, numbers and "

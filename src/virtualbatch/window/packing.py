@@ -18,7 +18,7 @@ from virtualbatch.window.padding import (
     trimmed_as_told,
     trimmed_by_shape,
 )
-from virtualbatch.window.row_list import RowList, is_sequence, stranger
+from virtualbatch.window.row_list import RowList, stranger
 from virtualbatch.window.tree import builder, common_rows, with_row_lists
 from virtualbatch.window.window import Window
 
@@ -210,7 +210,7 @@ def _is_array(path: str, leaf: Any) -> bool:
     """Whether a leaf has rows; refuses what can neither be sorted nor belong to every row."""
     if is_known(leaf):
         return True
-    odd = stranger(leaf if is_sequence(leaf) else [leaf], _SHARED)
+    odd = stranger(leaf, _SHARED)
     if odd is not None:
         raise TypeError(
             "pack sorts dense arrays of NumPy, PyTorch, TensorFlow and JAX. "

@@ -61,14 +61,19 @@ def is_sequence(leaf: Any) -> bool:
     return isinstance(leaf, list) or type(leaf) is tuple
 
 
-def stranger(items: Any, shared: tuple[type, ...]) -> Any:
-    """An entry of a list, through lists and mappings inside, that is of none of some classes."""
+def stranger(leaf: Any, shared: tuple[type, ...]) -> Any:
+    """What of a leaf is of none of some classes, through lists and mappings inside; or None."""
+    if not is_sequence(leaf):
+        return None if isinstance(leaf, shared) else leaf
+    return next((item for item in _entries(leaf) if not isinstance(item, shared)), None)
+
+
+def _entries(items: Any) -> Iterable[Any]:
     for item in items.values() if isinstance(items, Mapping) else items:
-        inside = isinstance(item, list | tuple | Mapping)
-        found = stranger(item, shared) if inside else None if isinstance(item, shared) else item
-        if found is not None:
-            return found
-    return None
+        if isinstance(item, list | tuple | Mapping):
+            yield from _entries(item)
+        else:
+            yield item
 
 
 def _holds_array(item: Any) -> bool:
