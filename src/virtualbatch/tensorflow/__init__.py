@@ -31,9 +31,9 @@ from virtualbatch.tensorflow._plan.plan import held_bytes, planned
 from virtualbatch.tensorflow._plan.sizes import kept_sizes, signature, stand_in
 from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.tensorflow._window import Program
+from virtualbatch.window.stream import windows
 from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.tree import common_rows
-from virtualbatch.window.stream import windows
 from virtualbatch.window.window import Window, refuse_sorted_rows
 
 __all__ = ["Window", "certify", "certify_loop", "plan", "value_and_gradients", "windows"]

@@ -8,10 +8,11 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from virtualbatch.window.cut import even_cut, rows_per_microbatch, sizes_disagree
-from virtualbatch.window.row_list import RowList, is_list, is_sequence, shown
+from virtualbatch.window.row_list import RowList, is_list, shown
 from virtualbatch.window.tree import array_leaves, common_rows, parts_of, rank
 from virtualbatch.window.window import PASS_WEIGHT, Window, check_alike, check_window
 
@@ -123,12 +124,10 @@ def smaller_segments(batch: Any, most: int) -> list[Segment]:
 
 
 _NO_LISTS = "A list as long as the batch is cut with it, which a graph cannot do."
-_PASS_TENSOR = (
-    "Pass a tensor for it, pad it, or call outside of tf.function. See docs/rows.md."
-)
+_PASS_TENSOR = "Pass a tensor for it, pad it, or call outside of tf.function. See docs/rows.md."
 
 
-def chosen(batch: Any, rows: Sequence[int]) -> Any:
+def chosen(batch: Any, rows: np.ndarray) -> Any:
     """Some rows of a batch of tensors, by their numbers, eagerly."""
     count = _known(common_rows(named_arrays(batch)))
     found = map_rows(lambda x: tf.gather(x, rows), _with_rows(_marking(batch), count))
@@ -181,9 +180,7 @@ def specs(microbatch: Any, rows: int | None = None) -> Any:
     return map_rows(spec, microbatch)
 
 
-def named_arrays(
-    batch: Any, path: str = "batch", or_else: str = ""
-) -> list[tuple[str, Any]]:
+def named_arrays(batch: Any, path: str = "batch", or_else: str = "") -> list[tuple[str, Any]]:
     """Every array of a batch, with the expression that reaches it.
 
     Args:

@@ -148,7 +148,7 @@ class ReadBatch(NamedTuple):
             ValueError: the two sizes disagree.
         """
         if not self.is_window:
-            size = rows_per_microbatch(_known(self.whole), microbatch_size, accumulation_steps)
+            size = rows_per_microbatch(known_rows(self.whole), microbatch_size, accumulation_steps)
             return _cut(self.whole, size if most is None else min(size, most))
         if most is None:
             return self.given
@@ -183,7 +183,7 @@ def read(batch: Any, weighted: bool = False) -> ReadBatch:
 
 
 def _cut(uncut: Microbatch, size: int) -> list[Microbatch]:
-    cut = even_cut(_known(uncut), size)
+    cut = even_cut(known_rows(uncut), size)
     if len(cut) == 1:
         return [uncut]
     columns = [_pieces(leaf, cut) for leaf in uncut.leaves]
@@ -215,10 +215,11 @@ def on_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
 
 def most_rows(cut: Sequence[Microbatch]) -> int:
     """Rows of the largest of some micro-batches whose rows are known."""
-    return max(map(_known, cut))
+    return max(map(known_rows, cut))
 
 
-def _known(microbatch: Microbatch) -> int:
+def known_rows(microbatch: Microbatch) -> int:
+    """Rows of a micro-batch that has some."""
     if microbatch.rows is None:
         raise ValueError("internal: what has no rows is cut.")
     return microbatch.rows

@@ -66,9 +66,7 @@ def kinds(
     return found
 
 
-def kinds_without_rows(
-    structures: Sequence[Any], auxes: Sequence[Sequence[AuxLeaf]]
-) -> list[str]:
+def kinds_without_rows(structures: Sequence[Any], auxes: Sequence[Sequence[AuxLeaf]]) -> list[str]:
     """How each leaf of aux is put together where the rows of micro-batches are not known.
 
     Then no shape can tell rows from classes, so whatever has an axis is concatenated.

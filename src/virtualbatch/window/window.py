@@ -5,7 +5,6 @@ from typing import Any, overload
 
 from virtualbatch.window.cut import check_sizes
 
-
 # How a Window is taken whose rows cannot be told: the end of what refuses one.
 PASS_WEIGHT = (
     " Or pass weight=, what the loss of a micro-batch is divided by: then those of a Window are "

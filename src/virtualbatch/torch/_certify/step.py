@@ -10,7 +10,7 @@ import torch
 
 from virtualbatch.certify.activations import Activation
 from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weights_of
-from virtualbatch.torch._batch import Microbatch, on_device, read
+from virtualbatch.torch._batch import known_rows, on_device, read
 from virtualbatch.torch._certify.activations import recorded
 from virtualbatch.torch._certify.randomness import RowwiseRandom
 from virtualbatch.torch._loss import checked_terms
@@ -44,7 +44,7 @@ class TorchTrainingStep(TrainingStep):
         self._state = state
         self._roots = program.found.roots
         whole = read(batch).whole
-        self.rows = whole.rows
+        self.rows = known_rows(whole)
         pair = read((batch, torch.arange(self.rows)))
         self._whole = pair.whole
         self._cut = pair.cut(microbatch_size, accumulation_steps)

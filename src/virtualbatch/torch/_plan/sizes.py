@@ -7,7 +7,7 @@ import torch
 
 from virtualbatch.plan.auto import Auto, Leaf, Signature
 from virtualbatch.plan.fingerprint import fingerprint
-from virtualbatch.torch._batch import Microbatch
+from virtualbatch.torch._batch import Microbatch, known_rows
 from virtualbatch.torch._window import Program
 
 # For as long as a module lives: its plans, and sizes that were made smaller.
@@ -35,7 +35,7 @@ def signature(program: Program, batch: Microbatch) -> Signature:
     return Signature(
         f"torch on {_words(device)}, parameters {parameters}",
         fingerprint(program.loss_fn, program.weight, program.backward_fn, program.has_aux),
-        batch.rows,
+        known_rows(batch),
         tuple(Leaf(place, tuple(x.shape[1:]), _name(x.dtype)) for place, x in batch.tensors()),
     )
 
