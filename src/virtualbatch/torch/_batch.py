@@ -60,9 +60,7 @@ class Microbatch(NamedTuple):
         def chosen(leaf: Any) -> Any:
             if isinstance(leaf, torch.Tensor):
                 return leaf.index_select(0, numbers.to(leaf.device))
-            if is_text(leaf) and len(leaf) == self.rows:
-                return [leaf[row] for row in rows]
-            return leaf
+            return leaf.chosen(rows) if isinstance(leaf, RowList) else leaf
 
         return self._replace(rows=len(rows), leaves=list(map(chosen, self.leaves)), given=None)
 
@@ -74,17 +72,6 @@ class Microbatch(NamedTuple):
         """As `mapped`, where fn gives that many rows, with lists of as many entries."""
         leaves = [x.stretched(rows) if isinstance(x, RowList) else x for x in self.leaves]
         return self._replace(leaves=leaves).mapped(fn)
-
-    def chosen(self, rows: Sequence[int]) -> "Microbatch":
-        """The micro-batch of some rows of this one."""
-        index = torch.as_tensor(rows)
-
-        def pick(leaf: Any) -> Any:
-            if isinstance(leaf, torch.Tensor):
-                return leaf.index_select(0, index.to(leaf.device))
-            return leaf.chosen(rows) if isinstance(leaf, RowList) else leaf
-
-        return Microbatch(len(rows), [pick(leaf) for leaf in self.leaves], self.build)
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The tensors with the expressions that reach them in `batch`."""

@@ -128,7 +128,7 @@ class TorchTrainingStep(TrainingStep):
         if fresh:
             self._fresh()
         device = self._program.found.accelerator
-        piece = self._whole.chosen(np.ascontiguousarray(rows).tolist())
+        piece = self._whole.some(np.ascontiguousarray(rows).tolist())
         batch, _ = (piece if device is None else on_device(piece, device)).get()
         self._random.choose(rows)
         loss, _ = loss_and_aux(self._program.loss_fn(batch), self._program.has_aux)
