@@ -110,7 +110,7 @@ class _TorchTrial(Trial):
     """See `virtualbatch.certify.first_window.Trial`."""
 
     def __init__(self, program: Program, source: Microbatch):
-        self.rows = source.rows
+        self.rows = known_rows(source)
         self._program = program
         self._source = source
 
