@@ -21,7 +21,7 @@ import virtualbatch.torch
 SIGNATURES = {
     virtualbatch.Window: "(microbatches, *, sorted_rows=False)",
     virtualbatch.pack: "(batch, lengths, *, microbatch_tokens, round_to=None, padded=None)",
-    virtualbatch.windows: "(stream, *, accumulation_steps)",
+    virtualbatch.windows: "(stream, accumulation_steps)",
     virtualbatch.report.write_html: "(file, *results)",
     virtualbatch.certify_loop: "(loop, batches, *, microbatch_size, save, load)",
     virtualbatch.tensorflow.certify_loop: "(loop, batches, *, microbatch_size, **state)",

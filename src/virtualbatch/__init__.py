@@ -12,7 +12,8 @@ from virtualbatch.noise.estimate import NoiseEstimate, NoiseScale, WindowStats
 from virtualbatch.plan.auto import Auto
 from virtualbatch.plan.plan import Plan, PlanRow
 from virtualbatch.window.packing import pack
-from virtualbatch.window.window import Window, windows
+from virtualbatch.window.stream import windows
+from virtualbatch.window.window import Window
 
 __all__ = [
     "Advice",

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from virtualbatch.window.aux import AuxLeaf, AuxShapes, kinds
+from virtualbatch.window.aux import AuxLeaf, AuxShapes, kinds, kinds_without_rows
 
 NOTHING = AuxLeaf((), "NoneType")
 
@@ -44,6 +44,16 @@ def test_equal_micro_batches_are_asked_at_another_number_of_rows(rows, length, k
     leaf = AuxLeaf((rows,), "float32")
     asked = lambda: [AuxLeaf((length,), "float32")]  # noqa: E731
     assert judged([leaf, leaf], [rows, rows], 5, asked) == kind
+
+
+def test_without_rows_whatever_has_an_axis_is_concatenated():
+    # Whether lengths happen to be equal must not decide it.
+    for second in (4, 2):
+        first = [AuxLeaf((4,), "float32"), AuxLeaf((), "float32"), AuxLeaf((), "int"), NOTHING]
+        auxes = [first, [AuxLeaf((second,), "float32"), *first[1:]]]
+        assert kinds_without_rows([0, 0], auxes) == ["rows", "mean", "sum", "nothing"]
+    with pytest.raises(ValueError, match="aux must have the same structure"):
+        kinds_without_rows([0, 1], [[NOTHING], [NOTHING]])
 
 
 @pytest.mark.parametrize("dtype", ["bool", "string", "str", "object", "key<fry>"])

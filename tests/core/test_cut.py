@@ -188,15 +188,15 @@ def test_arrays_are_named_by_the_expression_that_reaches_them(structure, paths):
 
 
 def test_a_structure_is_built_again_of_other_leaves():
-    given = {"a": [1, Pair(2, (3,))], "b": OrderedDict(c=Data(4, None)), "d": ["two", "texts"]}
-    found = mapped(lambda leaf: leaf * 10 if isinstance(leaf, int) else leaf, given)
+    given = {"a": [A, Pair(2, (B,))], "b": OrderedDict(c=Data(A, None)), "d": ["two", "texts"]}
+    found = mapped(lambda leaf: "new" if hasattr(leaf, "shape") else leaf, given)
     assert found == {
-        "a": [10, Pair(20, (30,))],
-        "b": OrderedDict(c=Data(40, None)),
+        "a": ["new", Pair(2, ("new",))],
+        "b": OrderedDict(c=Data("new", None)),
         "d": ["two", "texts"],
     }
     assert type(found["b"]) is OrderedDict
-    assert given["b"]["c"].x == 4
+    assert given["b"]["c"].x is A
 
 
 def test_the_name_of_the_structure_itself_can_be_given():
@@ -333,7 +333,7 @@ def test_windows_drop_nothing_and_only_the_last_is_short(stream, steps):
 
 def test_windows_read_no_further_than_needed():
     stream = itertools.count()
-    first = next(windows(stream, accumulation_steps=3))
+    first = next(iter(windows(stream, accumulation_steps=3)))
     assert list(first) == [0, 1, 2]
     assert next(stream) == 3
 
@@ -352,14 +352,33 @@ def test_an_empty_stream_is_refused_at_the_first_window():
         ValueError,
         match=r"at least one micro-batch\. Got an empty stream\. A generator can be read",
     ):
-        next(found)
+        next(iter(found))
+
+
+def test_windows_are_read_anew_for_every_epoch():
+    found = windows(["a", "b", "c"], 2)
+    assert [[len(window) for window in found] for _ in range(3)] == [[2, 1]] * 3
+    assert len(found) == 2
+    assert repr(found) == "Windows of 2 micro-batches each"
+
+
+def test_windows_of_a_stream_without_a_length_have_none():
+    found = windows(iter("abc"), 2)
+    with pytest.raises(TypeError, match=r"has no len\(\)"):
+        len(found)
+    assert len(list(found)) == 2
+
+
+def test_what_is_no_stream_is_refused_at_the_call():
+    with pytest.raises(TypeError, match=r"an iterable of micro-batches\. Got int\. Pass a loader"):
+        windows(3, 2)
 
 
 def test_a_generator_that_was_read_is_not_an_empty_epoch():
-    stream = iter("abcd")
-    assert len(list(windows(stream, accumulation_steps=2))) == 2
+    stream = windows(iter("abcd"), accumulation_steps=2)
+    assert len(list(stream)) == 2
     with pytest.raises(ValueError, match=r"Got an empty stream"):
-        list(windows(stream, accumulation_steps=2))
+        list(stream)
 
 
 def test_a_fault_of_the_stream_is_passed_on():
@@ -368,4 +387,4 @@ def test_a_fault_of_the_stream_is_passed_on():
         raise RuntimeError("disk")
 
     with pytest.raises(RuntimeError, match="disk"):
-        next(windows(stream(), accumulation_steps=2))
+        next(iter(windows(stream(), accumulation_steps=2)))

@@ -1,6 +1,7 @@
 """certify_loop on loops as people write them for PyTorch."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -215,6 +216,34 @@ def test_a_share_in_a_narrow_dtype_is_named():
 
     found = vb.certify_loop(loop, batches(), microbatch_size=5, **training.state())
     assert [finding.kind for finding in found.findings] == ["low_precision"]
+
+
+def test_batches_of_a_loader():
+    training = Training()
+    data = [{"x": x, "y": y} for batch in batches() for x, y in zip(*batch.values(), strict=True)]
+    loader = torch.utils.data.DataLoader(data, batch_size=ROWS, shuffle=True)
+    assert vb.certify_loop(right(training), loader, microbatch_size=4, **training.state()).exact
+    found = vb.certify_loop(usual(training), loader, microbatch_size=4, **training.state())
+    assert found.findings[0].kind == "last_window"
+
+
+def test_the_line_and_the_count_of_the_updates_are_told():
+    training = Training(torch.optim.AdamW)
+    found = vb.certify_loop(
+        changed(training, step_each=True), batches(), microbatch_size=4, **training.state()
+    )
+    lines, first = inspect.getsourcelines(changed)
+    line = first + [text.strip() for text in lines].index("training.optimizer.step()")
+    assert f"updated at test_certify_loop.py:{line}" in found.findings[0].where
+    assert "The optimizers made 7 updates in 3 windows." in found.notes
+
+
+def test_what_is_trained_is_named_and_the_rest_counted():
+    training = Training(torch.optim.AdamW)
+    found = vb.certify_loop(usual(training), batches(), microbatch_size=4, **training.state())
+    where = found.findings[0].where
+    assert where.startswith("model.0.weight, model.0.bias, model.2.weight, model.2.bias and ")
+    assert " more, updated at test_certify_loop.py:" in where
 
 
 def test_an_optimizer_that_steps_each_time_is_named():

@@ -5,7 +5,8 @@ accumulating. Both must leave the same state. If they do not, smaller runs tell 
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ import numpy as np
 from virtualbatch.certify.certificate import Certificate, derived_tolerance
 from virtualbatch.certify.loop_causes import Probe, Runs, causes
 from virtualbatch.window.cut import check_sizes
-from virtualbatch.window.tree import array_leaves, common_rows, is_text, mapped, parts_of
+from virtualbatch.window.row_list import RowList
+from virtualbatch.window.tree import array_leaves, builder, common_rows, parts_of, with_row_lists
 
 
 def certify_loop(
     loop: Callable[[list[Any], int], Any],
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     *,
     microbatch_size: int,
     save: Callable[[], Any],
@@ -34,8 +36,9 @@ def certify_loop(
     Args:
         loop: (list of micro-batches, accumulation_steps) -> anything. It trains in place, and must
             draw no random numbers that differ from run to run.
-        batches: two whole batches or more, nested mappings, lists, tuples and dataclasses of arrays
-            that share their leading axis; two are used. Lists of one text per row follow them.
+        batches: two whole batches or more, in a list, a loader or any iterable; the first two are
+            used. Nested mappings, lists, tuples and dataclasses of arrays that share their leading
+            axis. Lists as long as a batch follow them.
         microbatch_size: rows of one micro-batch; fewer than a batch has.
         save: () -> the state as nested mappings and sequences of arrays and numbers: weights,
             and whatever else should be compared, such as an average of weights or a learning rate.
@@ -132,13 +135,14 @@ def _certified(
     )
 
 
-def _two(batches: Sequence[Any], microbatch_size: int) -> tuple[Any, Any]:
-    if len(batches) < 2:
+def _two(batches: Iterable[Any], microbatch_size: int) -> tuple[Any, Any]:
+    found = list(islice(batches, 2))
+    if len(found) < 2:
         raise ValueError(
             "certify_loop needs two whole batches, to see what a window leaves to the next one. "
-            f"Got {len(batches)}. Pass a list of batches."
+            f"Got {len(found)}. Pass a list of batches, or a loader."
         )
-    first, second = batches[0], batches[1]
+    first, second = found
     rows = [_rows(first), _rows(second)]
     if rows[0] != rows[1]:
         raise ValueError(
@@ -182,8 +186,10 @@ def _rows(batch: Any) -> int:
 
 
 def _part(batch: Any, start: int, stop: int) -> Any:
-    rows = _rows(batch)
-    return mapped(lambda leaf: leaf[start:stop] if _has_rows(leaf, rows) else leaf, batch)
+    def cut(leaf: Any) -> Any:
+        return leaf.cut(start, stop) if isinstance(leaf, RowList) else leaf[start:stop]
+
+    return _mapped(cut, batch)
 
 
 def _cut(batch: Any, size: int) -> list[Any]:
@@ -194,19 +200,20 @@ def _reversed(batch: Any) -> Any:
     rows = _rows(batch)
 
     def turned(leaf: Any) -> Any:
-        if not _has_rows(leaf, rows):
-            return leaf
-        if hasattr(leaf, "flip"):
-            # PyTorch has no negative steps.
-            return leaf.flip(0)
-        # NumPy's are no copy.
-        return leaf[::-1] + 0 if hasattr(leaf, "shape") else leaf[::-1]
+        if isinstance(leaf, RowList):
+            return leaf.chosen(reversed(range(rows)))
+        # PyTorch has no negative steps, and NumPy's are no copy.
+        return leaf.flip(0) if hasattr(leaf, "flip") else leaf[::-1] + 0
 
-    return mapped(turned, batch)
+    return _mapped(turned, batch)
 
 
-def _has_rows(leaf: Any, rows: int) -> bool:
-    return hasattr(leaf, "shape") or (is_text(leaf) and len(leaf) == rows)
+def _mapped(fn: Callable[[Any], Any], batch: Any) -> Any:
+    """The batch with fn applied to whatever has rows."""
+    found: list[tuple[str, Any]] = []
+    build = builder(batch, "batch", found)
+    leaves = with_row_lists([leaf for _, leaf in found], _rows(batch))
+    return build([fn(x) if hasattr(x, "shape") or isinstance(x, RowList) else x for x in leaves])
 
 
 def _leaves(state: Any, path: str = "") -> dict[str, Any]:

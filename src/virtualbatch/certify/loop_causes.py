@@ -19,6 +19,9 @@ _RATIO = 1e-3
 # micro-batches, and of any.
 _NARROW_ALIKE, _NARROW = 1 / 64, 1e-5
 
+# Entries of the state that a finding names.
+_MOST_NAMED = 4
+
 
 class Probe(NamedTuple):
     """How states are compared.
@@ -102,7 +105,7 @@ def causes(probe: Probe, runs: Runs, first: Any, second: Any, short: Any) -> tup
         return (_of_one_window(probe, runs, once, one),)
     narrow = Finding(
         "low_precision",
-        ", ".join(probe.wrong(once, one)),
+        _listed(probe.wrong(once, one)),
         f"The update is right to {max(errors):.1e} and no better, as if a narrower dtype was used.",
         "Sum in the dtype of the parameters or a wider one, and compute shares and scales in it.",
     )
@@ -122,7 +125,7 @@ def _of_later_windows(probe: Probe, runs: Runs, first: Any, second: Any, short: 
     if wrong and probe.same(runs.in_one_call([first, second]), due(first, second)):
         return Finding(
             "per_microbatch",
-            ", ".join(wrong),
+            _listed(wrong),
             "The first window is right and the second is not, though nothing is carried over: the "
             "optimizer runs at every micro-batch, on zeros, and moves by its momentum.",
             "Step the optimizer once per window, after its last micro-batch.",
@@ -130,7 +133,7 @@ def _of_later_windows(probe: Probe, runs: Runs, first: Any, second: Any, short: 
     if wrong:
         return Finding(
             "stale_buffer",
-            ", ".join(wrong),
+            _listed(wrong),
             "The first window is right and the second is not: it starts from what the first left.",
             "Set the gradients to zero after each update, and only then.",
         )
@@ -140,7 +143,7 @@ def _of_later_windows(probe: Probe, runs: Runs, first: Any, second: Any, short: 
     if not set(probe.wrong(found, one)) & set(probe.wrong(wanted, one)):
         return Finding(
             "last_window",
-            ", ".join(names) or "the state",
+            _listed(names),
             "A last window of fewer micro-batches is dropped: the state is that after the full "
             "ones.",
             "Update once more when the data ends in the middle of a window.",
@@ -149,7 +152,7 @@ def _of_later_windows(probe: Probe, runs: Runs, first: Any, second: Any, short: 
     scaled = "" if part is None else f" Its update is {part:.3g} times what it should be."
     return Finding(
         "last_window",
-        ", ".join(names) or "the state",
+        _listed(names),
         f"Full windows are right and a shorter last one is not.{scaled}",
         "Divide by what the window holds, not by accumulation_steps.",
     )
@@ -172,7 +175,7 @@ def _of_one_window(probe: Probe, runs: Runs, found: State, wanted: State) -> Fin
     if often or (counters and len(counters) == len(wrong)):
         return Finding(
             "per_microbatch",
-            ", ".join(often or counters),
+            _listed(often or counters),
             f"It advances at every micro-batch, {probe.steps} times in a window, and not once per "
             "update.",
             "Step the optimizer and the schedule once per window, after its last micro-batch.",
@@ -181,14 +184,14 @@ def _of_one_window(probe: Probe, runs: Runs, found: State, wanted: State) -> Fin
     if right and not groups & {name.partition(".")[0].partition("[")[0] for name in right}:
         return Finding(
             "per_microbatch",
-            ", ".join(wrong),
+            _listed(wrong),
             "The weights are right and this is not: it is updated at every micro-batch.",
             "Update averages of the weights once per window, after the optimizer.",
         )
     if right:
         return Finding(
             "no_gradient",
-            ", ".join(wrong),
+            _listed(wrong),
             "These entries get another update than from the whole batch, and all others are "
             "right: a part of their gradient is lost.",
             "Look for a parameter that is used twice or sparsely, and add all its gradients.",
@@ -206,14 +209,14 @@ def _of_all(probe: Probe, runs: Runs, wrong: list[str]) -> Finding:
         if factor is None:
             return Finding(
                 "per_microbatch",
-                ", ".join(names),
+                _listed(names),
                 "Equal micro-batches give another update than one of them: the optimizer runs at "
                 "every micro-batch, on a part of the gradient or on zeros.",
                 "Step the optimizer once per window, after its last micro-batch.",
             )
         return Finding(
             "sum_loss",
-            ", ".join(names),
+            _listed(names),
             f"The update is {factor:.4g} times what it should be, with {probe.steps} micro-batches "
             "in a window.",
             "Divide the loss of each micro-batch by what the window counts, once.",
@@ -223,17 +226,24 @@ def _of_all(probe: Probe, runs: Runs, wrong: list[str]) -> Finding:
     if np.sum(norms > (1 - _ONE_NORM) * norms.max()) > 1:
         return Finding(
             "clipping",
-            ", ".join(wrong),
+            _listed(wrong),
             "Gradients of single micro-batches are clipped to one norm, and then added.",
             "Clip once per window, after the last backward.",
         )
     return Finding(
         "weight",
-        ", ".join(wrong),
+        _listed(wrong),
         "Equal micro-batches are right and unequal ones are not: each counts alike, whatever its "
         "mean was divided by. It is a mean of means.",
         "Multiply the loss of each micro-batch by its share of the window's rows or tokens.",
     )
+
+
+def _listed(names: list[str]) -> str:
+    """Entries of the state in words, as they come: what is trained should be named first."""
+    hidden = len(names) - _MOST_NAMED
+    more = f" and {hidden} more" if hidden > 0 else ""
+    return ", ".join(names[:_MOST_NAMED]) + more if names else "the state"
 
 
 def _ratio(found: np.ndarray, due: np.ndarray) -> float | None:

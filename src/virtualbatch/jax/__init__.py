@@ -24,10 +24,11 @@ from virtualbatch.jax._weights import window_shares
 from virtualbatch.jax._window import Program, is_traced, positions
 from virtualbatch.plan.auto import Auto, CurrentSize, check_cut_or_auto, is_automatic
 from virtualbatch.plan.plan import Plan
-from virtualbatch.plan.retry import Memory, run_until_it_fits
+from virtualbatch.plan.retry import Memory, run_as_it_is, run_until_it_fits
 from virtualbatch.window.fingerprint import fingerprint
+from virtualbatch.window.stream import windows
 from virtualbatch.window.terms import GivenWeight
-from virtualbatch.window.window import Window, refuse_sorted_rows, windows
+from virtualbatch.window.window import Window, refuse_sorted_rows
 
 __all__ = ["Window", "certify", "certify_loop", "plan", "value_and_grad", "windows"]
 
@@ -178,31 +179,37 @@ def value_and_grad(
             program.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
             size = planned_size(args, kwargs)
             given = size.rows
-        cut = cut_batch(batch, given, accumulation_steps, compiled=traced)
-        if cut.count > 1:
+        cut = cut_batch(
+            batch, given, accumulation_steps, compiled=traced, weighted=weight is not None
+        )
+        has_rows = None not in cut.rows
+        if cut.count > 1 and has_rows:
             program.refuse_uncut_rows(args, kwargs, sum(cut.rows))
         if traced:
             return program.run(args, kwargs, cut, traced)
+        memory = Memory(ERRORS, left_bytes)
+
+        def run(cut: Cut) -> Any:
+            shares = window_shares(cut, program.weight)
+            if check and has_rows:
+                prove_first_window(program, args, kwargs, cut, shares, rows.weight_takes)
+            # Errors arrive late in JAX; waiting once per window costs what its caller waits.
+            return jax.block_until_ready(program.run(args, kwargs, cut, traced, shares))
+
+        if not has_rows:
+            return run_as_it_is(lambda: run(cut), memory)
         asked = given or max(cut.rows)
         size = size or sizes(args, kwargs).asked(asked)
         if size.rows < asked:
             cut = cut_smaller(batch, size.rows)
         differentiated = [args[k] for k in positions(argnums)]
-
-        def run(cut: Cut) -> Any:
-            shares = window_shares(cut, program.weight)
-            if check:
-                prove_first_window(program, args, kwargs, cut, shares, rows.weight_takes)
-            # Errors arrive late in JAX; waiting once per window costs what its caller waits.
-            return jax.block_until_ready(program.run(args, kwargs, cut, traced, shares))
-
         result = run_until_it_fits(
             run,
             cut,
             lambda cut: max(cut.rows),
             partial(cut_smaller, batch),
             size,
-            Memory(ERRORS, left_bytes),
+            memory,
             partial(largest_arrays, differentiated),
         )
         size.succeeded()

@@ -12,7 +12,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from virtualbatch.jax._aux_trace import AuxTrace, leaves_of
 from virtualbatch.jax._batch import Cut
 from virtualbatch.jax._objective import Call, wide_dtype
-from virtualbatch.window.aux import KEEP, MAX, MEAN, ROWS, SUM, kind_of_dtype
+from virtualbatch.window.aux import KEEP, MAX, MEAN, ROWS, SUM, kind_of_dtype, kinds_without_rows
 from virtualbatch.window.aux import kinds as kinds_of
 
 WORDS = (KEEP, SUM, MEAN, MAX, ROWS)
@@ -29,7 +29,7 @@ def kinds(call: Call, cut: Cut, auxes: Sequence[Any], rows: Sequence[int]) -> li
         call: the call.
         cut: the window.
         auxes: aux of micro-batches; arrays, or anything else with their shapes and dtypes.
-        rows: rows of each of those micro-batches.
+        rows: rows of each of those micro-batches; None where they cannot be told.
 
     Returns:
         One kind for each leaf.
@@ -48,6 +48,9 @@ def kinds(call: Call, cut: Cut, auxes: Sequence[Any], rows: Sequence[int]) -> li
             kind_of_dtype(leaf.dtype)  # which may refuse it: no trace takes a text
     if call.aux_merge is not None and len(set(structures)) == 1:
         _check_shapes(asked, auxes)
+    if None in rows:
+        without = kinds_without_rows(structures, leaves)
+        return [word or kind for word, kind in zip(asked, without, strict=True)]
     trace = AuxTrace(call, cut, leaves)
     # Twice as many, because devices and groups of rows may divide the rows.
     other = 2 * rows[0]

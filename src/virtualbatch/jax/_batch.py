@@ -4,8 +4,9 @@ A micro-batch is made when it is asked for, by an index inside the loop, so that
 copied. Un-jitted calls get segments of one micro-batch each.
 """
 
+import numbers
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -17,8 +18,12 @@ from jax import lax
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.window.cut import even_cut, rows_per_microbatch
-from virtualbatch.window.tree import array_leaves, common_rows
-from virtualbatch.window.window import Window, check_alike, check_window
+from virtualbatch.window.row_list import RowList, is_list, shown
+from virtualbatch.window.tree import array_leaves, common_rows, rows_if_shared
+from virtualbatch.window.window import PASS_WEIGHT, Window, check_alike, check_window
+
+# Classes of what belongs to every row.
+_PLAIN = (numbers.Number, str, bytes, type(None))
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,17 @@ class Segment:
 
     Fields:
         count: how many.
-        rows: rows of each; a Python int.
+        rows: rows of each; a Python int, or None where a weight says what a micro-batch counts
+            and its rows cannot be told.
         get: (index, an int or a traced int32 scalar) -> that micro-batch.
+        marked: the same, where a `RowList` stands for each list with one entry per row; None where
+            there are no such lists.
     """
 
     count: int
-    rows: int
+    rows: Any
     get: Callable[[Any], Any]
+    marked: Callable[[Any], Any] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -55,8 +64,8 @@ class Cut:
         return sum(segment.count for segment in self.segments)
 
     @property
-    def rows(self) -> list[int]:
-        """Rows of each micro-batch."""
+    def rows(self) -> list[Any]:
+        """Rows of each micro-batch, None where they cannot be told."""
         return [segment.rows for segment in self.segments for _ in range(segment.count)]
 
     def microbatches(self) -> Iterator[Any]:
@@ -77,7 +86,12 @@ def map_arrays(fn: Callable[[Any], Any], batch: Any) -> Any:
 
 
 def cut_batch(
-    batch: Any, microbatch_size: int | None, accumulation_steps: int | None, *, compiled: bool
+    batch: Any,
+    microbatch_size: int | None,
+    accumulation_steps: int | None,
+    *,
+    compiled: bool,
+    weighted: bool = False,
 ) -> Cut:
     """Cuts a batch, or takes a Window as it is cut.
 
@@ -87,6 +101,8 @@ def cut_batch(
         accumulation_steps: checked micro-batches per window, or None; None for a Window.
         compiled: whether the window becomes one program, which wants few shapes: equal
             micro-batches and one remainder. Otherwise sizes differ by at most one row.
+        weighted: whether a weight says what a micro-batch counts. Then the rows of a Window need
+            not be known, nor its micro-batches alike.
 
     Returns:
         The cut. It is contiguous, but for batches that are sharded over devices by rows: there
@@ -96,13 +112,21 @@ def cut_batch(
         ValueError: rows differ or are missing, the two sizes disagree, a window is empty or
             holds micro-batches of different structures, or a micro-batch of a batch that is
             sharded over an explicit mesh would have fewer rows than there are devices.
+        TypeError: a list as long as the batch would be cut in a compiled loop.
     """
     if isinstance(batch, Window):
-        return Cut(_window_segments(batch, compiled))
+        return Cut(_window_segments(batch, compiled, weighted))
     rows = rows_of(batch, "batch")
     size = min(rows_per_microbatch(rows, microbatch_size, accumulation_steps), rows)
     if size == rows:
         return Cut([Segment(1, rows, lambda _: batch)])
+    marked = _with_row_lists(batch, rows)
+    if compiled and marked is not batch:
+        raise TypeError(
+            "A list as long as the batch is cut with it, which a compiled program cannot do. "
+            f"Got one beside {rows} rows, inside a trace. Pass an array for it, or call outside "
+            "of jax.jit. See docs/rows.md."
+        )
     if any(_is_sharded(leaf) for leaf in jax.tree.leaves(batch)):
         devices = max(map(_explicit_devices, jax.tree.leaves(batch)))
         if size < devices:
@@ -117,8 +141,7 @@ def cut_batch(
         return _interleaved(batch, rows, size, devices)
     if compiled:
         return _contiguous(batch, rows, size)
-    pieces = [(start, stop - start) for start, stop in even_cut(rows, size)]
-    return Cut([Segment(1, n, partial(_piece, batch, start, n)) for start, n in pieces])
+    return Cut(_evenly(batch, rows, size))
 
 
 def cut_smaller(batch: Any, most: int) -> Cut:
@@ -130,38 +153,80 @@ def cut_smaller(batch: Any, most: int) -> Cut:
     """
     if not isinstance(batch, Window):
         return cut_batch(batch, most, None, compiled=False)
-    pieces = (
-        _piece(microbatch, start, stop - start)
+    pieces = [
+        piece
         for index, microbatch in enumerate(batch)
-        for start, stop in even_cut(rows_of(microbatch, f"window[{index}]"), most)
-    )
-    return cut_batch(Window(pieces), None, None, compiled=False)
+        for piece in _evenly(microbatch, rows_of(microbatch, f"window[{index}]"), most)
+    ]
+    return Cut(pieces)
 
 
-def rows_of(batch: Any, path: str) -> int:
+def rows_of(batch: Any, path: str, or_else: str = "") -> int:
     """Rows that all arrays of a batch share.
 
     Args:
         batch: pytree.
         path: what errors call it.
+        or_else: what errors say at their end.
 
     Raises:
         ValueError: rows differ or are missing.
         TypeError: arrays are hidden in what is no pytree.
     """
-    leaves, _ = tree_flatten_with_path(batch)
+    leaves, _ = tree_flatten_with_path(batch, is_leaf=_is_list)
     for place, leaf in leaves:
-        hidden = [] if hasattr(leaf, "shape") else array_leaves(leaf, path + keystr(place))
+        hidden = _hidden(leaf, path + keystr(place))
         if hidden:
             raise TypeError(
                 "Arrays of a batch must be where JAX finds them. "
                 f"Got {hidden[0][0]} inside of {type(leaf).__name__}, which is no pytree. "
-                "Pass a dict, or register the class: jax.tree_util.register_dataclass."
+                f"Pass a dict, or register the class: jax.tree_util.register_dataclass.{or_else}"
             )
-    rows = common_rows((path + keystr(place), leaf) for place, leaf in leaves if is_array(leaf))
+    arrays = [(path + keystr(place), leaf) for place, leaf in leaves if is_array(leaf)]
+    rows = common_rows(arrays, or_else)
     if rows is None:
         raise ValueError("internal: an array has no number of rows.")
     return rows
+
+
+def _rows_if_told(microbatch: Any) -> int | None:
+    """Rows of a micro-batch of a Window; None where its arrays share none, or may be hidden."""
+    leaves = jax.tree.leaves(microbatch, is_leaf=_is_list)
+    if not all(is_array(x) or isinstance(x, _PLAIN) or _is_list(x) for x in leaves):
+        return None
+    return rows_if_shared(("", leaf) for leaf in leaves if is_array(leaf))
+
+
+def _hidden(leaf: Any, path: str) -> list[tuple[str, Any]]:
+    return [] if hasattr(leaf, "shape") else array_leaves(leaf, path)
+
+
+def _is_list(node: Any) -> bool:
+    """Whether a node of a pytree is one leaf: see `is_list`. Registered classes may hold arrays."""
+    return is_list(node) and not any(hasattr(x, "shape") for x in jax.tree.leaves(node))
+
+
+def _with_row_lists(batch: Any, rows: int) -> Any:
+    """The batch with its lists marked that have one entry per row; itself if there are none."""
+    found = [x for x in jax.tree.leaves(batch, is_leaf=_is_list) if isinstance(x, list | tuple)]
+    if not any(len(leaf) == rows for leaf in found):
+        return batch
+    return jax.tree.map(
+        lambda x: RowList(x) if isinstance(x, list | tuple) and len(x) == rows else x,
+        batch,
+        is_leaf=_is_list,
+    )
+
+
+def _map_lists(fn: Callable[[RowList], Any], batch: Any) -> Any:
+    return jax.tree.map(lambda leaf: fn(leaf) if isinstance(leaf, RowList) else leaf, batch)
+
+
+def chosen(batch: Any, rows: np.ndarray) -> Any:
+    """Some rows of a batch, by their numbers."""
+    marked = _with_row_lists(batch, rows_of(batch, "batch"))
+    found = map_arrays(lambda x: jnp.asarray(x)[rows], marked)
+    return _map_lists(lambda x: x.chosen(rows).items, found)
 
 
 def specs(cut: Cut, rows: int) -> Any:
@@ -173,8 +238,9 @@ def specs(cut: Cut, rows: int) -> Any:
 
     result: list[Any] = []
     # Abstractly, so that no micro-batch is made for it.
-    jax.eval_shape(lambda: result.append(map_arrays(spec, cut.segments[0].get(0))))
-    return result[0]
+    first = cut.segments[0]
+    jax.eval_shape(lambda: result.append(map_arrays(spec, (first.marked or first.get)(0))))
+    return _map_lists(lambda x: shown(x.stretched(rows)), result[0])
 
 
 def _is_sharded(leaf: Any) -> bool:
@@ -236,30 +302,53 @@ def _piece(batch: Any, start: Any, rows: int, index: Any = None) -> Any:
             return leaf[start : start + rows]
         return lax.dynamic_slice_in_dim(leaf, start, rows)
 
-    return map_arrays(cut, batch)
+    return _map_lists(lambda x: x.cut(start, start + rows), map_arrays(cut, batch))
 
 
-def _window_segments(window: Window, compiled: bool) -> list[Segment]:
+def _window_segments(window: Window, compiled: bool, weighted: bool) -> list[Segment]:
     check_window(window)
-    rows = [rows_of(found, f"window[{index}]") for index, found in enumerate(window)]
-    check_alike([_places(found) for found in window])
+    rows: list[int | None] = [None] * len(window)
+    if not weighted or None not in map(_rows_if_told, window):
+        rows = [rows_of(x, f"window[{i}]", PASS_WEIGHT) for i, x in enumerate(window)]
+        check_alike([_places(found) for found in window])
     if not compiled:
-        return [
-            Segment(1, n, partial(lambda found, _: found, found))
-            for n, found in zip(rows, window, strict=True)
-        ]
+        return [_as_it_is(found, n) for n, found in zip(rows, window, strict=True)]
     segments = []
     for _, group in groupby(zip(rows, window, strict=True), key=lambda pair: _kinds(pair[1])):
-        numbers, run = zip(*group, strict=True)
-        segments.append(Segment(len(run), numbers[0], _stacked(run)))
+        counts, run = zip(*group, strict=True)
+        segments.append(Segment(len(run), counts[0], _stacked(run)))
     return segments
 
 
-def _kinds(microbatch: Any) -> list[Any]:
+def _as_it_is(microbatch: Any, rows: int | None) -> Segment:
+    marked = microbatch if rows is None else _with_row_lists(microbatch, rows)
+    if marked is microbatch:
+        return Segment(1, rows, lambda _: microbatch)
+    return Segment(1, rows, lambda _: microbatch, marked=lambda _: marked)
+
+
+def _evenly(batch: Any, rows: int, size: int) -> list[Segment]:
+    """Micro-batches outside of a trace, where each may have its own shape."""
+    marked = _with_row_lists(batch, rows)
+    segments = []
+    for start, stop in even_cut(rows, size):
+        get = partial(_piece, marked, start, stop - start)
+        if marked is batch:
+            segments.append(Segment(1, stop - start, get))
+        else:
+            segments.append(Segment(1, stop - start, partial(_shown, get), marked=get))
+    return segments
+
+
+def _shown(marked: Callable[[Any], Any], index: Any) -> Any:
+    return _map_lists(shown, marked(index))
+
+
+def _kinds(microbatch: Any) -> tuple[Any, list[Any]]:
     """What micro-batches must have in common to be stacked; other leaves by identity."""
-    return [
-        (leaf.shape, str(leaf.dtype)) if is_array(leaf) else id(leaf)
-        for leaf in jax.tree.leaves(microbatch)
+    leaves, structure = jax.tree.flatten(microbatch)
+    return structure, [
+        (leaf.shape, str(leaf.dtype)) if is_array(leaf) else id(leaf) for leaf in leaves
     ]
 
 
@@ -275,7 +364,7 @@ def _stacked(run: Sequence[Any]) -> Callable[[Any], Any]:
 
 
 def _places(microbatch: Any) -> list[str]:
-    leaves, _ = tree_flatten_with_path(microbatch)
+    leaves, _ = tree_flatten_with_path(microbatch, is_leaf=_is_list)
     return [
         f"microbatch{keystr(place)} "
         + ("an array" if is_array(leaf) else f"of type {type(leaf).__name__}")

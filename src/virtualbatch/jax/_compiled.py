@@ -103,8 +103,10 @@ def run_compiled(
             rows_of = [entry.segment.rows for entry in traced]
             aux_kinds = kinds(call, cut, [entry.outputs.aux for entry in traced], rows_of)
 
+        parts = shares.of_rows_or_term() if None in cut.rows else shares.rows
+
         def route(index: Any, found: _Micro) -> tuple[list[Any], list[Any]]:
-            of_aux, rows = routed(aux_kinds, shares.rows, index, found.aux)
+            of_aux, rows = routed(aux_kinds, parts, index, found.aux)
             return [*jax.tree.leaves(found._replace(aux=None)), *of_aux], rows
 
         def of_kind(kind: str, results: Any) -> list[str]:

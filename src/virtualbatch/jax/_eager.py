@@ -114,7 +114,8 @@ def _merged_aux(call: Call, cut: Cut, shares: Shares, auxes: list[Any]) -> Any:
     if len(auxes) == 1:
         return auxes[0]
     found = kinds(call, cut, auxes, cut.rows)
-    routes = [routed(found, shares.rows, index, aux) for index, aux in enumerate(auxes)]
+    parts = shares.of_rows_or_term() if None in cut.rows else shares.rows
+    routes = [routed(found, parts, index, aux) for index, aux in enumerate(auxes)]
     ways = merged_kinds(found)
     values = reduce(lambda a, b: merged(ways, a, b), [values for values, _ in routes])
     pieces = []

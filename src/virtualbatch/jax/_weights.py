@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from virtualbatch.jax._batch import Cut
-from virtualbatch.window.shares import Shares, host_shares, shares
+from virtualbatch.window.shares import Shares, host_shares, row_weights, shares
 from virtualbatch.window.terms import GivenWeight, WeightFunction
 
 
@@ -45,8 +45,8 @@ def traced_shares(cut: Cut, weight: GivenWeight, axis_name: Any) -> Shares:
         ValueError: a weight is not a scalar, or names differ between micro-batches.
     """
     replicas = 1 if axis_name is None else lax.axis_size(axis_name)
-    rows = np.asarray(shares([float(n) for n in cut.rows])) / replicas
-    window = sum(cut.rows) * replicas
+    rows = np.asarray(shares(row_weights(cut.rows))) / replicas
+    window: Any = None if None in cut.rows else sum(cut.rows) * replicas
     ones = np.ones_like(rows)
     if not callable(weight):
         return Shares(rows, None, frozenset(), window, rows if weight is None else ones)
@@ -69,6 +69,8 @@ def traced_shares(cut: Cut, weight: GivenWeight, axis_name: Any) -> Shares:
         total = total if axis_name is None else lax.psum(total, axis_name)
         vectors.append(jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), 0))
     terms = checked.by_name(vectors, rows, ones)
+    if window is None and len(terms) == len(vectors) == 1:
+        window = total
     return Shares(rows, terms, checked.certain, window, rows)
 
 

@@ -14,7 +14,7 @@ from virtualbatch.jax._eager import run_eager
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._replicas import varying
 from virtualbatch.jax._weights import traced_shares, window_shares
-from virtualbatch.window.shares import Shares
+from virtualbatch.window.shares import Shares, check_counted
 from virtualbatch.window.terms import GivenWeight
 
 
@@ -104,6 +104,8 @@ class Program(NamedTuple):
             args = tuple(varying(arg, axis_name) if k in own else arg for k, arg in enumerate(args))
         if shares is None:
             shares = traced_shares(cut, weight, axis_name) if traced else window_shares(cut, weight)
+        if self.stats:
+            check_counted(shares)
         call = self.call(args, kwargs, shares.terms)
         dtype = self.accumulator_dtype
         if traced:

@@ -7,6 +7,8 @@ from virtualbatch.result import Result
 
 # Times that differ by less are alike.
 _ALIKE = 1.1
+_NO_SIGNAL = "No signal was seen in the gradients yet, so nothing can be said: count more windows."
+_WITHOUT_END = "A larger batch pays, however large it is."
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Advice(Result):
             batch would take, beyond 1: 0.5 is half as many again.
         extra_updates: the same for updates, beside those of an infinite batch.
         verdict: what to do, in words.
+        verdict_low: the same, were the noise scale at the lower end of its interval.
+        verdict_high: the same at its upper end.
+        break_even: seconds per update, beside its rows, for which the present batch would be best.
+        seconds_per_row: what was taken for it.
+        seconds_per_update: what was taken for it, beside its rows.
         rules: how to change settings, should the batch become `best_rows`.
     """
 
@@ -64,6 +71,11 @@ class Advice(Result):
     extra_rows: float
     extra_updates: float
     verdict: str
+    verdict_low: str
+    verdict_high: str
+    break_even: float
+    seconds_per_row: float
+    seconds_per_update: float
     rules: tuple[ScalingRule, ...]
 
     def __str__(self) -> str:
@@ -75,10 +87,21 @@ class Advice(Result):
             f"than the smallest would and {_number(100 * self.extra_updates)} % more updates than "
             f"the largest, and {_number(self.time)} times the time of the best.",
         ]
+        lines += [f"Were the noise scale {words}: {verdict}" for words, verdict in self._band()]
+        if self.noise_scale and math.isfinite(self.noise_scale):
+            lines.append(
+                f"The batch of {_number(self.rows)} would be best if an update cost "
+                f"{self.break_even:.3g} s beside its rows; {self.seconds_per_update:.3g} s is "
+                f"taken, and {self.seconds_per_row:.3g} s for a row."
+            )
         if self.rules:
             lines.append(f"Should the batch become {_number(self.best_rows)} rows:")
             lines += [f"  {rule}" for rule in self.rules]
         return "\n".join(lines)
+
+    def _band(self) -> list[tuple[str, str]]:
+        ends = (("at its lowest", self.verdict_low), ("at its highest", self.verdict_high))
+        return [(words, verdict) for words, verdict in ends if verdict != self.verdict]
 
 
 def advice(
@@ -131,34 +154,43 @@ def advice(
                 "Measure it over many updates at two batch sizes."
             )
 
+    low, high = interval
+    seen = math.isfinite(noise_scale)
+
     def best(scale: float) -> float:
         # A batch has a row at least.
         return max(1.0, math.sqrt(scale * seconds_per_update / seconds_per_row))
 
-    def time(batch: float) -> float:
-        return (1 + noise_scale / batch) * (batch * seconds_per_row + seconds_per_update)
+    def times(scale: float) -> float:
+        """Of the present batch, in units of the best one's."""
 
-    least = best(noise_scale)
-    if math.isinf(noise_scale):
-        needed = (
-            "No signal was seen in the gradients yet, so nothing can be said: count more windows."
-        )
-        return Advice(
-            rows, noise_scale, least, best(interval[0]), math.inf, 1.0, 0.0, math.inf, needed, ()
-        )
-    times = time(rows) / time(least)
-    low, high = best(interval[0]), best(interval[1])
+        def of(batch: float) -> float:
+            return (1 + scale / batch) * (batch * seconds_per_row + seconds_per_update)
+
+        return of(rows) / of(best(scale))
+
+    def verdict(scale: float, low: float, high: float) -> str:
+        if math.isinf(scale):
+            return _WITHOUT_END if seen else _NO_SIGNAL
+        return _verdict(rows, microbatch_size, best(scale), best(low), best(high), times(scale))
+
+    time = times(noise_scale) if seen else 1.0
     return Advice(
         rows=rows,
         noise_scale=noise_scale,
-        best_rows=least,
-        best_low=low,
-        best_high=high,
-        time=times,
+        best_rows=best(noise_scale),
+        best_low=best(low),
+        best_high=best(high),
+        time=time,
         extra_rows=rows / noise_scale if noise_scale else math.inf,
         extra_updates=noise_scale / rows,
-        verdict=_verdict(rows, microbatch_size, least, low, high, times),
-        rules=_rules(least / rows) if times > _ALIKE else (),
+        verdict=verdict(noise_scale, low, high),
+        verdict_low=verdict(low, low, low),
+        verdict_high=verdict(high, high, high),
+        break_even=seconds_per_row * rows**2 / noise_scale if noise_scale else math.inf,
+        seconds_per_row=seconds_per_row,
+        seconds_per_update=seconds_per_update,
+        rules=_rules(best(noise_scale) / rows) if time > _ALIKE else (),
     )
 
 

@@ -10,6 +10,7 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 from virtualbatch.noise.advice import Advice, advice
+from virtualbatch.noise.times import TimedPlan, times_of
 from virtualbatch.result import Result
 
 # Fewer windows have no spread that an interval could be drawn from.
@@ -155,14 +156,18 @@ class NoiseScale:
     def advice(
         self,
         *,
-        seconds_per_row: float,
-        seconds_per_update: float,
+        plan: TimedPlan | None = None,
+        seconds_per_row: float | None = None,
+        seconds_per_update: float | None = None,
         rows: int | None = None,
         confidence: float = 0.95,
     ) -> Advice:
         """What the estimate says of the batch size; nothing is changed.
 
         Args:
+            plan: the `Plan` of this batch, which has timed micro-batches; it stands for the times
+                that are not given. It does not know the optimizer, so an update costs at least
+                what it says.
             seconds_per_row: forward and backward of one row, once the device is busy.
             seconds_per_update: what an update costs beside its rows: the optimizer, and what
                 replicas tell each other.
@@ -170,11 +175,20 @@ class NoiseScale:
             confidence: of the interval.
 
         Raises:
-            ValueError: a time is not positive and finite, rows is not positive, or there is no
-                estimate.
+            ValueError: a time is not positive and finite, or is missing without a plan, rows is not
+                positive, the plan is of another batch, or there is no estimate.
         """
         found = self.estimate(confidence)
         present = self._rows if rows is None else rows
+        if plan is not None:
+            times = times_of(plan, float(present or 0))
+            seconds_per_row = seconds_per_row or times.seconds_per_row
+            seconds_per_update = seconds_per_update or times.seconds_per_update
+        if seconds_per_row is None or seconds_per_update is None:
+            raise ValueError(
+                "Advice needs to know what a row and an update cost. Got neither a plan nor both "
+                "times. Pass plan=, or measure them: see docs/noise.md."
+            )
         return advice(
             found.scale,
             (found.low, found.high),

@@ -25,6 +25,24 @@ class Memory(NamedTuple):
     left_bytes: Callable[[], int | None]
 
 
+def run_as_it_is(run: Callable[[], Result], memory: Memory) -> Result:
+    """Runs a window whose micro-batches cannot be cut; says so where memory runs out.
+
+    Args:
+        run: runs the window once, and waits for it.
+        memory: what the engine knows of memory.
+    """
+    try:
+        return run()
+    except memory.errors.kinds as error:
+        if memory.errors.is_possible(error):
+            error.add_note(
+                "If memory ran out: the rows of this Window cannot be told, so its micro-batches "
+                "cannot be cut smaller. Make smaller ones."
+            )
+        raise
+
+
 def run_until_it_fits(
     run: Callable[[Cut], Result],
     cut: Cut,

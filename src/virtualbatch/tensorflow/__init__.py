@@ -14,10 +14,10 @@ from virtualbatch.certify.certificate import Certificate
 from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.plan import Plan
-from virtualbatch.plan.retry import Memory, run_until_it_fits
+from virtualbatch.plan.retry import Memory, run_as_it_is, run_until_it_fits
 from virtualbatch.tensorflow._batch import (
     Segment,
-    as_tensor,
+    as_tensors,
     named_arrays,
     segments,
     smaller_segments,
@@ -31,9 +31,10 @@ from virtualbatch.tensorflow._plan.plan import held_bytes, planned
 from virtualbatch.tensorflow._plan.sizes import kept_sizes, signature, stand_in
 from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.tensorflow._window import Program
+from virtualbatch.window.stream import windows
 from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.tree import common_rows
-from virtualbatch.window.window import Window, refuse_sorted_rows, windows
+from virtualbatch.window.window import Window, refuse_sorted_rows
 
 __all__ = ["Window", "certify", "certify_loop", "plan", "value_and_gradients", "windows"]
 
@@ -196,9 +197,18 @@ def _in_micro_batches(
     if is_automatic(microbatch_size):
         size = _planned_size(program, batch, microbatch_size)
         microbatch_size = size.rows
-    cut = segments(batch, microbatch_size, accumulation_steps)
+    cut = segments(
+        batch,
+        microbatch_size,
+        accumulation_steps,
+        weighted=program.weight is not None,
+        counted=program.has_aux or program.stats,
+    )
     if not tf.executing_eagerly():
         return program.run(cut)
+    memory = Memory(ERRORS, left_bytes)
+    if cut[0].rows(0) is None:
+        return run_as_it_is(lambda: program.run(cut), memory)
     asked = microbatch_size or max(segment.rows(0) for segment in cut)
     size = size or kept_sizes(program.variables).asked(asked)
     if size.rows < asked:
@@ -216,7 +226,7 @@ def _in_micro_batches(
         lambda cut: max(segment.rows(0) for segment in cut),
         partial(smaller_segments, batch),
         size,
-        Memory(ERRORS, left_bytes),
+        memory,
         partial(largest_variables, program.variables),
     )
     size.succeeded()
@@ -292,7 +302,7 @@ def plan(
     rows = common_rows(named_arrays(batch))
     if rows is None:
         raise ValueError("internal: an eager batch has no number of rows.")
-    batch = tf.nest.map_structure(as_tensor, batch)
+    batch = as_tensors(batch)
     return planned(window, batch, rows, held_bytes(variables, batch), memory_limit)
 
 

@@ -5,11 +5,18 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.tensorflow._batch import Segment, as_tensor, named_arrays, specs
+from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._loop import Traced
-from virtualbatch.window.aux import MEAN, ROWS, SUM, AuxLeaf, AuxShapes, kinds
-from virtualbatch.window.shares import accumulator_dtype
-from virtualbatch.window.tree import common_rows
+from virtualbatch.window.aux import (
+    MEAN,
+    ROWS,
+    SUM,
+    AuxLeaf,
+    AuxShapes,
+    kinds,
+    kinds_without_rows,
+)
+from virtualbatch.window.shares import Shares, accumulator_dtype
 
 _shapes = AuxShapes()
 
@@ -21,7 +28,7 @@ class WindowAux:
         loss_fn: returns (loss, aux).
         segments: the window's segments.
         traced: the same with their steps, whose results have a field `aux`.
-        shares: part of the window's rows that each micro-batch has.
+        shares: those of the window.
     """
 
     def __init__(
@@ -29,11 +36,12 @@ class WindowAux:
         loss_fn: Callable[[Any], Any],
         segments: Sequence[Segment],
         traced: Sequence[Traced],
-        shares: Any,
+        shares: Shares,
     ):
         self._loss_fn = loss_fn
         self._segments = segments
-        self._shares = shares
+        known = segments[0].rows(0) is not None
+        self._shares = shares.rows if known else shares.of_rows_or_term()
         self._kept: list[Any] = []
         only = segments[0].count
         self._alone = len(segments) == 1 and isinstance(only, int) and only == 1
@@ -80,20 +88,20 @@ class WindowAux:
             auxes: one of each segment.
             index: number of the first micro-batch in its segment.
         """
-        microbatches = [segment.get(index) for segment in self._segments]
-        rows = [common_rows(named_arrays(microbatch)) for microbatch in microbatches]
-        leaves = [_leaves(aux) for aux in auxes]
-        first = tf.nest.map_structure(as_tensor, microbatches[0])
+        structures, leaves = list(map(_structure, auxes)), [_leaves(aux) for aux in auxes]
+        if self._segments[0].rows(index) is None:
+            return kinds_without_rows(structures, leaves)
+        rows = [_static_rows(segment.rows(index)) for segment in self._segments]
         # With open rows a trace cannot tell one entry per row from any other open size.
         other = 2 if rows[0] is None else rows[0] + 1
 
         def at_other() -> Sequence[AuxLeaf]:
-            spec = specs(first, other)
+            spec = self._segments[0].with_rows(index, other)
             given = [x if isinstance(x, tf.TypeSpec) else type(x) for x in tf.nest.flatten(spec)]
             key = (_structure(spec), tuple(given), tuple(leaves[0]))
             return _shapes.of(self._loss_fn, key, lambda: self._traced_leaves(spec, other))
 
-        return kinds(list(map(_structure, auxes)), leaves, rows, other, at_other)
+        return kinds(structures, leaves, rows, other, at_other)
 
     def _traced_leaves(self, spec: Any, rows: int) -> list[AuxLeaf]:
         traced = tf.function(lambda microbatch: self._loss_fn(microbatch)[1])
@@ -141,6 +149,11 @@ def _leaves(aux: Any) -> list[AuxLeaf]:
         else AuxLeaf(tuple(leaf.shape[:1]) if leaf.shape.rank else (), leaf.dtype.name)
         for leaf in _tensors(aux)
     ]
+
+
+def _static_rows(rows: Any) -> int | None:
+    """Rows that a trace knows."""
+    return rows if isinstance(rows, int) else None
 
 
 def _structure(nested: Any) -> str:

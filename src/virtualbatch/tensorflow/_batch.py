@@ -4,14 +4,20 @@ Eagerly every micro-batch is a segment of one, cut as evenly as possible. In a g
 one long run of equal shapes, plus one remainder where the shapes are static.
 """
 
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from virtualbatch.window.cut import even_cut, rows_per_microbatch, sizes_disagree
-from virtualbatch.window.tree import array_leaves, common_rows, rank
-from virtualbatch.window.window import Window, check_alike, check_window
+from virtualbatch.window.row_list import RowList, is_list, shown
+from virtualbatch.window.tree import array_leaves, common_rows, parts_of, rank
+from virtualbatch.window.window import PASS_WEIGHT, Window, check_alike, check_window
+
+# Classes of what belongs to every row.
+_PLAIN = (numbers.Number, str, bytes, type(None), tf.DType)
 
 
 class Segment(NamedTuple):
@@ -21,17 +27,26 @@ class Segment(NamedTuple):
         count: how many; a Python int, or an int32 scalar where the rows are dynamic.
         source: nested structure of arrays that they are cut from.
         cut: (source, number within the segment) -> micro-batch.
-        rows: number within the segment -> its rows, a Python int or an int32 scalar.
+        rows: number within the segment -> its rows, a Python int or an int32 scalar; None where a
+            weight says what a micro-batch counts and its rows cannot be told.
+        holds_lists: whether `cut` marks lists with one entry per row.
     """
 
     count: Any
     source: Any
     cut: Callable[[Any, Any], Any]
     rows: Callable[[Any], Any]
+    holds_lists: bool = False
 
     def get(self, i: Any) -> Any:
         """The micro-batch of that number."""
-        return self.cut(self.source, i)
+        found = self.cut(self.source, i)
+        return _map_lists(shown, found) if self.holds_lists else found
+
+    def with_rows(self, i: Any, rows: int) -> Any:
+        """Specs of that micro-batch with another number of rows, lists with as many entries."""
+        found = specs(tf.nest.map_structure(as_tensor, self.cut(self.source, i)), rows)
+        return _map_lists(lambda x: shown(x.stretched(rows)), found) if self.holds_lists else found
 
     def after(self, operations: list[Any]) -> "Segment":
         """The same micro-batches, which cannot be read before the operations have run."""
@@ -39,7 +54,11 @@ class Segment(NamedTuple):
 
 
 def segments(
-    batch: Any, microbatch_size: int | None, accumulation_steps: int | None
+    batch: Any,
+    microbatch_size: int | None,
+    accumulation_steps: int | None,
+    weighted: bool = False,
+    counted: bool = False,
 ) -> list[Segment]:
     """Cuts a batch, or takes a Window as it is cut.
 
@@ -47,30 +66,44 @@ def segments(
         batch: nested structure of arrays that share their leading axis, or a Window of such.
         microbatch_size: checked rows of one micro-batch, or None; None for a Window.
         accumulation_steps: checked micro-batches per window, or None; None for a Window.
+        weighted: whether a weight says what a micro-batch counts. Then the rows of a Window need
+            not be known, nor its micro-batches alike.
+        counted: whether rows are asked for beside the weight.
 
     Returns:
         The segments in row order.
 
     Raises:
         ValueError: rows differ or are missing, the two sizes disagree, or the window is empty.
-        TypeError: a batch that is still to be cut holds a SparseTensor.
+        TypeError: a batch that is still to be cut holds a SparseTensor, or in a graph a list that
+            is as long as the batch.
     """
     if isinstance(batch, Window):
-        return _window_segments(batch)
+        return _window_segments(batch, weighted, counted)
     rows = common_rows(named_arrays(batch))
     _refuse_sparse(batch)
+    marked = _marked(batch)
     if tf.executing_eagerly():
         size = rows_per_microbatch(_known(rows), microbatch_size, accumulation_steps)
-        return [_piece(batch, start, stop) for start, stop in even_cut(_known(rows), size)]
-    batch = tf.nest.map_structure(as_tensor, batch)
+        cut = even_cut(_known(rows), size)
+        if marked is None:
+            return [_piece(batch, start, stop) for start, stop in cut]
+        marked = _with_rows(marked, _known(rows))
+        return [_piece(marked, start, stop)._replace(holds_lists=True) for start, stop in cut]
+    lists = [] if marked is None else _lists(marked)
+    batch = as_tensors(batch)
     if _is_open(batch):
         counts = _counts(batch)
         batch, counts = after([_equal_rows(counts)], (batch, counts))
         if rows is None:
+            for found in lists:
+                batch, counts = after([_no_row_list(found, counts[0])], (batch, counts))
             return [_dynamic_run(batch, counts[0], microbatch_size, accumulation_steps)]
     size = rows_per_microbatch(rows, microbatch_size, accumulation_steps)
     if size >= rows:
         return [_single(batch, rows)]
+    if any(len(found) == rows for found in lists):
+        raise TypeError(f"{_NO_LISTS} Got one beside {rows} rows. {_PASS_TENSOR}")
     full, rest = divmod(rows, size)
     result = [_static_run(batch, full, size)]
     if rest:
@@ -90,6 +123,17 @@ def smaller_segments(batch: Any, most: int) -> list[Segment]:
     return [piece for microbatch in batch for piece in segments(microbatch, most, None)]
 
 
+_NO_LISTS = "A list as long as the batch is cut with it, which a graph cannot do."
+_PASS_TENSOR = "Pass a tensor for it, pad it, or call outside of tf.function. See docs/rows.md."
+
+
+def chosen(batch: Any, rows: np.ndarray) -> Any:
+    """Some rows of a batch of tensors, by their numbers, eagerly."""
+    count = _known(common_rows(named_arrays(batch)))
+    found = map_rows(lambda x: tf.gather(x, rows), _with_rows(_marking(batch), count))
+    return _map_lists(lambda x: x.chosen(rows).items, found)
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf of a batch has rows, rather than belonging to all of them."""
     return hasattr(leaf, "shape")
@@ -105,6 +149,12 @@ def as_tensor(leaf: Any) -> Any:
     if not is_array(leaf) or isinstance(leaf, tf.RaggedTensor | tf.SparseTensor):
         return leaf
     return tf.convert_to_tensor(leaf)
+
+
+def as_tensors(batch: Any) -> Any:
+    """The batch with its arrays as tensors; lists stay."""
+    found = tf.nest.map_structure(as_tensor, _marking(batch))
+    return _map_lists(lambda x: x.items, found)
 
 
 def after(operations: list[Any], structure: Any) -> Any:
@@ -130,9 +180,16 @@ def specs(microbatch: Any, rows: int | None = None) -> Any:
     return map_rows(spec, microbatch)
 
 
-def named_arrays(batch: Any, path: str = "batch") -> list[tuple[str, Any]]:
-    """Every array of a batch, with the expression that reaches it."""
-    named, seen = array_leaves(batch, path), _arrays(batch)
+def named_arrays(batch: Any, path: str = "batch", or_else: str = "") -> list[tuple[str, Any]]:
+    """Every array of a batch, with the expression that reaches it.
+
+    Args:
+        batch: nested structure.
+        path: what errors call it.
+        or_else: what errors say at their end.
+    """
+    marked = _marking(batch)
+    named, seen = array_leaves(marked, path), _arrays(marked)
     if len(named) == len(seen):
         return named
     known = set(map(id, seen))
@@ -142,9 +199,10 @@ def named_arrays(batch: Any, path: str = "batch") -> list[tuple[str, Any]]:
                 "Arrays of a batch must be where tf.nest finds them. "
                 f"Got {place} inside of something else. "
                 "Pass a dict, or give its class TensorFlow's nest protocol (__tf_flatten__)."
+                f"{or_else}"
             )
     # TensorFlow also looks into attrs classes and into those with its nest protocol.
-    flat = tf.nest.flatten(batch)
+    flat = tf.nest.flatten(marked)
     return [(f"tf.nest.flatten({path})[{i}]", x) for i, x in enumerate(flat) if is_array(x)]
 
 
@@ -170,6 +228,45 @@ def _counts(batch: Any) -> Any:
     return tf.stack([count(array) for array in _arrays(batch)])
 
 
+def _no_row_list(found: Any, rows: Any) -> Any:
+    """Refuses, at run time, a list that turns out to be as long as the batch."""
+    return tf.debugging.Assert(
+        tf.not_equal(rows, len(found)), [f"{_NO_LISTS} {_PASS_TENSOR} Got rows", rows]
+    )
+
+
+def _marked(batch: Any) -> Any:
+    """The batch with every list without an array as one `RowList`; None if there are none."""
+    found = _marking(batch)
+    return None if found is batch else found
+
+
+def _marking(part: Any) -> Any:
+    if is_list(part):
+        return RowList(part)
+    # tf.nest does not look into all that has parts.
+    parts = parts_of(part) if isinstance(part, list | tuple | Mapping) else None
+    if parts is None:
+        return part
+    items, join = parts
+    found = [_marking(item) for _, item in items]
+    alike = all(new is item for new, (_, item) in zip(found, items, strict=True))
+    return part if alike else join(found)
+
+
+def _lists(marked: Any) -> list[Any]:
+    return [leaf.items for leaf in tf.nest.flatten(marked) if isinstance(leaf, RowList)]
+
+
+def _with_rows(marked: Any, rows: int) -> Any:
+    """Only those lists marked that have one entry per row."""
+    return _map_lists(lambda x: x if len(x.items) == rows else x.items, marked)
+
+
+def _map_lists(fn: Callable[[RowList], Any], batch: Any) -> Any:
+    return tf.nest.map_structure(lambda x: fn(x) if isinstance(x, RowList) else x, batch)
+
+
 def _known(rows: int | None) -> int:
     if rows is None:
         raise ValueError("internal: an eager batch has no number of rows.")
@@ -186,10 +283,16 @@ def _refuse_sparse(batch: Any) -> None:
 
 def _piece(batch: Any, start: int, stop: int) -> Segment:
     def cut(leaf: Any) -> Any:
+        if isinstance(leaf, RowList):
+            return leaf.cut(start, stop)
+        if not is_array(leaf):
+            return leaf
         # A frame is asked for rows by position; its own brackets mean columns.
         return leaf.iloc[start:stop] if hasattr(leaf, "iloc") else leaf[start:stop]
 
-    return Segment(1, batch, lambda source, _: map_rows(cut, source), lambda _: stop - start)
+    return Segment(
+        1, batch, lambda source, _: tf.nest.map_structure(cut, source), lambda _: stop - start
+    )
 
 
 def _single(microbatch: Any, rows: Any) -> Segment:
@@ -256,10 +359,14 @@ def _dynamic_run(
     )
 
 
-def _window_segments(window: Window) -> list[Segment]:
+def _window_segments(window: Window, weighted: bool, counted: bool) -> list[Segment]:
     check_window(window)
-    arrays = [named_arrays(microbatch, f"window[{i}]") for i, microbatch in enumerate(window)]
-    rows = [common_rows(found) for found in arrays]
+    if weighted and not all(_rows_are_told(found, counted) for found in window):
+        if tf.executing_eagerly():
+            return [_single(microbatch, None) for microbatch in window]
+        return _runs(list(map(as_tensors, window)), counted=False)
+    arrays = [named_arrays(found, f"window[{i}]", PASS_WEIGHT) for i, found in enumerate(window)]
+    rows = [common_rows(found, PASS_WEIGHT) for found in arrays]
     check_alike(
         [
             [f"microbatch{name.removeprefix(f'window[{i}]')} an array" for name, _ in found]
@@ -267,21 +374,47 @@ def _window_segments(window: Window) -> list[Segment]:
         ]
     )
     if tf.executing_eagerly():
-        return [_single(microbatch, n) for microbatch, n in zip(window, rows, strict=True)]
-    microbatches = [tf.nest.map_structure(as_tensor, microbatch) for microbatch in window]
+        return [_as_it_is(found, n) for found, n in zip(window, rows, strict=True)]
+    microbatches = list(map(as_tensors, window))
     checks = [_equal_rows(_counts(found)) for found in microbatches if _is_open(found)]
+    return _runs(after(checks, microbatches), counted=True)
+
+
+def _rows_are_told(microbatch: Any, counted: bool) -> bool:
+    """Whether the rows of a micro-batch are known, or will be and are asked for."""
+    leaves = tf.nest.flatten(_marking(microbatch))
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+    if len(arrays) + sum(isinstance(x, (*_PLAIN, RowList)) for x in leaves) < len(leaves):
+        return False
+    if any(rank(leaf) == 0 for leaf in arrays):
+        return False
+    sizes = {None if rank(leaf) is None else leaf.shape[0] for leaf in arrays}
+    known = sizes - {None}
+    return len(known) < 2 and 0 not in known and bool(sizes) and (counted or None not in sizes)
+
+
+def _as_it_is(microbatch: Any, rows: Any) -> Segment:
+    """A micro-batch of a Window, eagerly."""
+    marked = _marked(microbatch)
+    if marked is None:
+        return _single(microbatch, rows)
+    return _single(_with_rows(marked, _known(rows)), rows)._replace(holds_lists=True)
+
+
+def _runs(microbatches: Sequence[Any], counted: bool) -> list[Segment]:
+    """Micro-batches of a Window in a graph, those of one shape that follow each other as one."""
     result: list[Segment] = []
     run: list[Any] = []
-    for microbatch in after(checks, microbatches):
+    for microbatch in microbatches:
         stackable = _stackable(microbatch)
         if run and not (stackable and _alike(specs(run[0]), specs(microbatch))):
-            result.append(_stacked(run))
+            result.append(_stacked(run, counted))
             run = []
         if stackable:
             run.append(microbatch)
         else:
-            result.append(_single(microbatch, _counts(microbatch)[0]))
-    return result + ([_stacked(run)] if run else [])
+            result.append(_single(microbatch, _counts(microbatch)[0] if counted else None))
+    return result + ([_stacked(run, counted)] if run else [])
 
 
 def _stackable(microbatch: Any) -> bool:
@@ -299,9 +432,9 @@ def _alike(a: Any, b: Any) -> bool:
     return tf.nest.flatten(a) == tf.nest.flatten(b)
 
 
-def _stacked(run: list[Any]) -> Segment:
+def _stacked(run: list[Any], counted: bool) -> Segment:
     """Equal micro-batches of a Window, stacked so that one loop can index them."""
-    rows = common_rows(named_arrays(run[0]))
+    rows = common_rows(named_arrays(run[0])) if counted else None
     if len(run) == 1:
         return _single(run[0], rows)
     stacked = tf.nest.map_structure(

@@ -36,7 +36,8 @@ def window_shares(segments: Sequence[Segment], weight: GivenWeight) -> Shares:
         # TensorFlow reads a Python float as float32.
         return found.mapped(np.asarray)
     counts = _graph_rows(segments)
-    of_rows, window = _divided(counts), tf.reduce_sum(counts)
+    known = segments[0].rows(0) is not None
+    of_rows, window = _divided(counts), tf.reduce_sum(counts) if known else None
     ones = tf.ones_like(of_rows)
     if not callable(weight):
         unnamed = of_rows if weight is None else ones
@@ -51,6 +52,8 @@ def window_shares(segments: Sequence[Segment], weight: GivenWeight) -> Shares:
     (table,) = fold(trace(segments, weights), lambda _, found: Output([], [found]), add).rows
     columns = [_divided(table[:, k]) for k in range(table.shape[1])]
     terms = checked.by_name(columns, of_rows, ones)
+    if window is None and len(terms) == len(columns) == 1:
+        window = tf.reduce_sum(table)
     return Shares(of_rows, terms, checked.certain, window, of_rows)
 
 
@@ -58,11 +61,17 @@ def _graph_rows(segments: Sequence[Segment]) -> Any:
     parts = []
     for segment in segments:
         if isinstance(segment.count, int) and segment.count == 1:
-            parts.append(tf.cast(segment.rows(0), tf.float64)[None])
+            parts.append(tf.cast(_or_one(segment.rows(0)), tf.float64)[None])
         else:
             numbers = tf.range(segment.count)
-            parts.append(tf.cast(tf.zeros_like(numbers) + segment.rows(numbers), tf.float64))
+            rows = tf.zeros_like(numbers) + _or_one(segment.rows(numbers))
+            parts.append(tf.cast(rows, tf.float64))
     return tf.concat(parts, 0)
+
+
+def _or_one(rows: Any) -> Any:
+    # Where rows are not known, all micro-batches weigh alike.
+    return 1 if rows is None else rows
 
 
 def _wide(weight: Any) -> Any:

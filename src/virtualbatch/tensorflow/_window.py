@@ -20,7 +20,7 @@ from virtualbatch.tensorflow._loop import Output, fold, trace
 from virtualbatch.tensorflow._numerics import explained_numerics
 from virtualbatch.tensorflow._stats import part_of, stats_of
 from virtualbatch.tensorflow._weights import window_shares
-from virtualbatch.window.shares import Shares
+from virtualbatch.window.shares import Shares, check_counted
 from virtualbatch.window.terms import GivenWeight, loss_and_aux, loss_terms
 
 
@@ -73,6 +73,8 @@ class Program(NamedTuple):
         flat_variables = tf.nest.flatten(variables)
         if shares is None:
             shares = window_shares(cut, weight)
+        if stats:
+            check_counted(shares)
         several = shares.terms is not None and len(shares.terms) > 1
         dtypes: list[tf.DType] = []
 
@@ -91,7 +93,7 @@ class Program(NamedTuple):
             return _Micro(loss, norm, *split_sparse(gradients), aux)
 
         traced = trace(cut, micro)
-        aux = WindowAux(loss_fn, cut, traced, shares.rows) if has_aux else None
+        aux = WindowAux(loss_fn, cut, traced, shares) if has_aux else None
 
         def route(index: Any, found: _Micro) -> Output:
             sums, rows = aux.route(index, found.aux) if aux else ([], [])

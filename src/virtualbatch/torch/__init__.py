@@ -14,9 +14,9 @@ from virtualbatch.certify.certificate import Certificate
 from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.plan import Plan
-from virtualbatch.plan.retry import Memory, run_until_it_fits
+from virtualbatch.plan.retry import Memory, run_as_it_is, run_until_it_fits
 from virtualbatch.torch._as_written import as_written
-from virtualbatch.torch._batch import Microbatch, ReadBatch, read
+from virtualbatch.torch._batch import Microbatch, ReadBatch, known_rows, most_rows, read
 from virtualbatch.torch._capture import Captured
 from virtualbatch.torch._certify.certificate import certificate, check_cut
 from virtualbatch.torch._certify.first_window import prove_first_window
@@ -29,8 +29,9 @@ from virtualbatch.torch._plan.sizes import kept_sizes, signature
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._rows import RowsBefore
 from virtualbatch.torch._window import Program
+from virtualbatch.window.stream import windows
 from virtualbatch.window.terms import GivenWeight
-from virtualbatch.window.window import Window, refuse_sorted_rows, windows
+from virtualbatch.window.window import Window, refuse_sorted_rows
 
 __all__ = ["Window", "backward", "captured", "certify", "certify_loop", "plan", "windows"]
 
@@ -187,14 +188,17 @@ def backward(
     refuse_foreign_accumulation()
     program = Program(loss_fn, weight, has_aux, backward_fn, found, stats)
     given: Any = microbatch_size
-    rows = read(batch)
+    rows = read(batch, weighted=weight is not None)
+    memory = Memory(ERRORS, partial(left_bytes, found.accelerator))
+    if not rows.can_be_cut:
+        return run_as_it_is(lambda: program.run(rows.given, program.shares(rows.given)), memory)
     if is_automatic(given):
         size = _planned_size(program, rows, given)
         given = size.rows
         cut = rows.cut(given, None)
     else:
         cut = rows.cut(given, accumulation_steps)
-        asked = given or max(microbatch.rows for microbatch in cut)
+        asked = given or most_rows(cut)
         size = kept_sizes(found.owner).asked(asked)
         if size.rows < asked:
             cut = rows.cut(given, accumulation_steps, size.rows)
@@ -202,17 +206,17 @@ def backward(
     def run(cut: Sequence[Microbatch]) -> Any:
         shares = program.shares(cut)
         if check:
-            source = max(rows.given, key=lambda microbatch: microbatch.rows)
+            source = max(rows.given, key=known_rows)
             prove_first_window(program, source, cut, shares)
         return program.run(cut, shares)
 
     result = run_until_it_fits(
         run,
         cut,
-        lambda cut: max(microbatch.rows for microbatch in cut),
+        most_rows,
         lambda most: rows.cut(given, accumulation_steps, most),
         size,
-        Memory(ERRORS, partial(left_bytes, found.accelerator)),
+        memory,
         partial(largest_parameters, found.roots[0]),
         put_back=RandomState(found.accelerator).restore,
         is_too_late=RowsBefore(rows).refuse_changed,

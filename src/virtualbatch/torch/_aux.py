@@ -9,8 +9,16 @@ from torch.utils import _pytree as pytree
 
 from virtualbatch.torch._batch import Microbatch
 from virtualbatch.torch._plan.memory import ERRORS
-from virtualbatch.window.aux import MEAN, NOTHING, ROWS, AuxLeaf, AuxShapes, kinds
-from virtualbatch.window.shares import accumulator_dtype
+from virtualbatch.window.aux import (
+    MEAN,
+    NOTHING,
+    ROWS,
+    AuxLeaf,
+    AuxShapes,
+    kinds,
+    kinds_without_rows,
+)
+from virtualbatch.window.shares import Shares, accumulator_dtype
 
 _shapes = AuxShapes()
 
@@ -24,7 +32,7 @@ def merged_aux(
     loss_fn: Callable[[Any], Any],
     microbatches: Sequence[Microbatch],
     found: Sequence[Any],
-    shares: Sequence[float],
+    of_window: Shares,
 ) -> Any:
     """The aux of the whole batch.
 
@@ -32,7 +40,7 @@ def merged_aux(
         loss_fn: returns (loss, aux).
         microbatches: the window's micro-batches, as the loss function saw them.
         found: their detached aux, in order.
-        shares: part of the window's rows that each micro-batch has.
+        of_window: the shares of the window.
 
     Returns:
         The structure that the loss function gave. Averages are formed in float32 or wider and
@@ -47,7 +55,16 @@ def merged_aux(
         return found[0]
     flat = [pytree.tree_flatten(aux) for aux in found]
     leaves = [list(map(_leaf, leaves)) for leaves, _ in flat]
-    rows = [microbatch.rows for microbatch in microbatches]
+    structures = [structure for _, structure in flat]
+    columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
+
+    def merged(found_kinds: Sequence[str], shares: Sequence[float]) -> Any:
+        pairs = zip(columns, found_kinds, strict=True)
+        return pytree.tree_unflatten([_merged(c, kind, shares) for c, kind in pairs], structures[0])
+
+    rows = [microbatch.rows for microbatch in microbatches if microbatch.rows is not None]
+    if not rows:
+        return merged(kinds_without_rows(structures, leaves), of_window.of_rows_or_term())
     first, other = microbatches[0], rows[0] + 1
 
     def at_other() -> Sequence[AuxLeaf]:
@@ -57,10 +74,7 @@ def merged_aux(
             loss_fn, key, lambda: list(map(_leaf, _fake_leaves(loss_fn, first, other)))
         )
 
-    found_kinds = kinds([structure for _, structure in flat], leaves, rows, other, at_other)
-    columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    merged = [_merged(c, kind, shares) for c, kind in zip(columns, found_kinds, strict=True)]
-    return pytree.tree_unflatten(merged, flat[0][1])
+    return merged(kinds(structures, leaves, rows, other, at_other), of_window.rows)
 
 
 def _is_tensor(x: Any) -> bool:
@@ -97,8 +111,8 @@ def _fake_leaves(loss_fn: Callable[[Any], Any], microbatch: Microbatch, rows: in
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),
     ):
-        fake = microbatch.mapped(
-            lambda x: torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        fake = microbatch.with_rows(
+            rows, lambda x: torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device)
         )
         try:
             return pytree.tree_leaves(loss_fn(fake)[1])

@@ -13,10 +13,18 @@ from typing import Any, NamedTuple
 import torch
 
 from virtualbatch.window.cut import even_cut, rows_per_microbatch
-from virtualbatch.window.tree import Builder, builder, common_rows, is_text
-from virtualbatch.window.window import Window, check_alike, check_window
+from virtualbatch.window.row_list import RowList, is_sequence, stranger
+from virtualbatch.window.tree import (
+    Builder,
+    builder,
+    common_rows,
+    rows_if_shared,
+    with_row_lists,
+)
+from virtualbatch.window.window import PASS_WEIGHT, Window, check_alike, check_window
 
-_SHARED = (numbers.Number, str, bytes, Enum, torch.dtype, torch.device, torch.Generator, type(None))
+# Classes of what belongs to every row.
+SHARED = (numbers.Number, str, bytes, Enum, torch.dtype, torch.device, torch.Generator, type(None))
 
 # A PackedSequence is a tuple, but its data has the rows in another order.
 _ONE_LEAF = (torch.Tensor, torch.nn.utils.rnn.PackedSequence)
@@ -26,14 +34,16 @@ class Microbatch(NamedTuple):
     """One micro-batch of a window.
 
     Fields:
-        rows: its rows; a Python int.
-        leaves: its pieces of the batch's leaves, where the batch is; tensors are views.
+        rows: its rows; a Python int, or None where a weight says what it counts and its rows
+            cannot be told.
+        leaves: its pieces of the batch's leaves, where the batch is; tensors are views. Lists with
+            one entry per row are marked as such.
         build: leaves -> the structure that the loss function takes.
         given: the structure itself where the caller gave it as it is, else None.
         places: the expressions that reach the leaves in the structure.
     """
 
-    rows: int
+    rows: int | None
     leaves: Sequence[Any]
     build: Builder
     given: Any = None
@@ -50,15 +60,18 @@ class Microbatch(NamedTuple):
         def chosen(leaf: Any) -> Any:
             if isinstance(leaf, torch.Tensor):
                 return leaf.index_select(0, numbers.to(leaf.device))
-            if is_text(leaf) and len(leaf) == self.rows:
-                return [leaf[row] for row in rows]
-            return leaf
+            return leaf.chosen(rows) if isinstance(leaf, RowList) else leaf
 
         return self._replace(rows=len(rows), leaves=list(map(chosen, self.leaves)), given=None)
 
     def mapped(self, fn: Callable[[torch.Tensor], Any]) -> Any:
         """The structure with fn applied to every tensor where the batch is."""
         return self.build([fn(x) if isinstance(x, torch.Tensor) else x for x in self.leaves])
+
+    def with_rows(self, rows: int, fn: Callable[[torch.Tensor], Any]) -> Any:
+        """As `mapped`, where fn gives that many rows, with lists of as many entries."""
+        leaves = [x.stretched(rows) if isinstance(x, RowList) else x for x in self.leaves]
+        return self._replace(leaves=leaves).mapped(fn)
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The tensors with the expressions that reach them in `batch`."""
@@ -103,6 +116,11 @@ class ReadBatch(NamedTuple):
     is_window: bool
 
     @property
+    def can_be_cut(self) -> bool:
+        """Whether the rows of all micro-batches are known."""
+        return all(microbatch.rows is not None for microbatch in self.given)
+
+    @property
     def whole(self) -> Microbatch:
         """The batch as one micro-batch; not of a Window."""
         (whole,) = self.given
@@ -133,18 +151,20 @@ class ReadBatch(NamedTuple):
             ValueError: the two sizes disagree.
         """
         if not self.is_window:
-            size = rows_per_microbatch(self.whole.rows, microbatch_size, accumulation_steps)
+            size = rows_per_microbatch(known_rows(self.whole), microbatch_size, accumulation_steps)
             return _cut(self.whole, size if most is None else min(size, most))
         if most is None:
             return self.given
         return [piece for microbatch in self.given for piece in _cut(microbatch, most)]
 
 
-def read(batch: Any) -> ReadBatch:
+def read(batch: Any, weighted: bool = False) -> ReadBatch:
     """Reads the structure of a batch.
 
     Args:
         batch: nested structure of tensors that share their leading axis, or a Window of such.
+        weighted: whether a weight says what a micro-batch counts. Then the rows of a Window need
+            not be known, nor its micro-batches alike.
 
     Raises:
         ValueError: rows differ or are missing, or a window is empty or holds micro-batches of
@@ -154,16 +174,22 @@ def read(batch: Any) -> ReadBatch:
     if not isinstance(batch, Window):
         return ReadBatch([_uncut(batch, "batch")], is_window=False)
     check_window(batch)
-    found = [_uncut(given, f"window[{index}]") for index, given in enumerate(batch)]
+    if weighted:
+        found = [_as_it_is(given, f"window[{index}]") for index, given in enumerate(batch)]
+        if any(microbatch.rows is None for microbatch in found):
+            # What fits for one by chance must not be cut where another cannot be.
+            return ReadBatch([microbatch._replace(rows=None) for microbatch in found], True)
+    else:
+        found = [_uncut(given, f"window[{i}]", PASS_WEIGHT) for i, given in enumerate(batch)]
     check_alike([microbatch.in_words() for microbatch in found])
     return ReadBatch(found, is_window=True)
 
 
 def _cut(uncut: Microbatch, size: int) -> list[Microbatch]:
-    cut = even_cut(uncut.rows, size)
+    cut = even_cut(known_rows(uncut), size)
     if len(cut) == 1:
         return [uncut]
-    columns = [_pieces(leaf, uncut.rows, cut) for leaf in uncut.leaves]
+    columns = [_pieces(leaf, cut) for leaf in uncut.leaves]
     return [
         Microbatch(stop - start, leaves, uncut.build, places=uncut.places)
         for (start, stop), leaves in zip(cut, zip(*columns, strict=True), strict=True)
@@ -182,51 +208,106 @@ def on_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
     build = microbatch.build
 
     def copied(leaf: Any) -> Any:
+        if isinstance(leaf, torch.nn.utils.rnn.PackedSequence):
+            return leaf.to(device, non_blocking=leaf.is_pinned()) if leaf.data.is_cpu else leaf
         on_host = isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu"
-        return leaf.to(device, non_blocking=leaf.is_pinned()) if on_host else leaf
+        return leaf.to(device, non_blocking=_is_pinned(leaf)) if on_host else leaf
 
     return microbatch._replace(build=lambda leaves: build(list(map(copied, leaves))), given=None)
 
 
-def _uncut(structure: Any, path: str) -> Microbatch:
+def most_rows(cut: Sequence[Microbatch]) -> int:
+    """Rows of the largest of some micro-batches whose rows are known."""
+    return max(map(known_rows, cut))
+
+
+def known_rows(microbatch: Microbatch) -> int:
+    """Rows of a micro-batch that has some."""
+    if microbatch.rows is None:
+        raise ValueError("internal: what has no rows is cut.")
+    return microbatch.rows
+
+
+def _uncut(structure: Any, path: str, or_else: str = "") -> Microbatch:
     found: list[tuple[str, Any]] = []
     build = builder(structure, path, found, _ONE_LEAF)
-    rows = common_rows([(place, leaf) for place, leaf in found if _is_tensor(place, leaf)])
+    tensors = [(place, leaf) for place, leaf in found if _is_tensor(place, leaf, or_else)]
+    rows = common_rows(tensors, or_else)
     if rows is None:
         raise ValueError("internal: a tensor has no number of rows.")
+    for place, leaf in found:
+        if is_sequence(leaf) and len(leaf) != rows:
+            _refuse_strangers(place, leaf, or_else)
+    return _read(structure, path, found, build, rows)
+
+
+def _as_it_is(structure: Any, path: str) -> Microbatch:
+    """A micro-batch of a Window, with its rows if they can be told."""
+    found: list[tuple[str, Any]] = []
+    build = builder(structure, path, found, _ONE_LEAF)
+    rows = rows_if_shared([(place, x) for place, x in found if isinstance(x, torch.Tensor)])
+    for _, leaf in found:
+        plain = isinstance(leaf, SHARED) or is_sequence(leaf)
+        if not (plain or (isinstance(leaf, torch.Tensor) and _is_dense(leaf))):
+            rows = None
+    return _read(structure, path, found, build, rows)
+
+
+def _read(
+    structure: Any, path: str, found: Sequence[tuple[str, Any]], build: Builder, rows: int | None
+) -> Microbatch:
     places = tuple(place.removeprefix(path) for place, _ in found)
-    return Microbatch(rows, [leaf for _, leaf in found], build, structure, places)
+    leaves = [leaf for _, leaf in found]
+    if rows is not None:
+        leaves = with_row_lists(leaves, rows)
+    return Microbatch(rows, leaves, build, structure, places)
 
 
-def _pieces(leaf: Any, rows: int, cut: Sequence[tuple[int, int]]) -> Sequence[Any]:
+def _pieces(leaf: Any, cut: Sequence[tuple[int, int]]) -> Sequence[Any]:
     """What each micro-batch has of a leaf: its rows, or all of what belongs to every row."""
     if isinstance(leaf, torch.Tensor):
         # Slices, all in one call.
         return leaf.tensor_split([stop for _, stop in cut[:-1]])
-    if is_text(leaf) and len(leaf) == rows:
-        return [leaf[start:stop] for start, stop in cut]
+    if isinstance(leaf, RowList):
+        return [leaf.cut(start, stop) for start, stop in cut]
     return [leaf] * len(cut)
 
 
-def _is_tensor(path: str, leaf: Any) -> bool:
+def _is_dense(tensor: torch.Tensor) -> bool:
+    # Nested tensors may be called strided.
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _is_pinned(tensor: torch.Tensor) -> bool:
+    return _is_dense(tensor) and tensor.is_pinned()
+
+
+def _refuse_strangers(path: str, leaf: Any, or_else: str) -> None:
+    """Refuses what belongs to every row and may hide tensors."""
+    odd = stranger(leaf, SHARED)
+    if odd is not None:
+        raise TypeError(
+            "A batch must be made of tensors, mappings, lists, tuples, dataclasses, numbers and "
+            f"text. Got {path} of type {type(odd).__name__}. "
+            f"Pass its tensors instead, or pass it to the loss function by a closure.{or_else}"
+        )
+
+
+def _is_tensor(path: str, leaf: Any, or_else: str) -> bool:
     """Whether a leaf has rows; refuses what can neither be cut nor belong to every row."""
     if isinstance(leaf, torch.Tensor):
-        if leaf.layout != torch.strided or leaf.is_nested:
+        if not _is_dense(leaf):
             kind = "nested tensor" if leaf.is_nested else f"tensor of layout {leaf.layout}"
             raise TypeError(
                 f"Tensors of a batch must be dense. Got a {kind} in {path}. "
-                "Pass a Window whose micro-batches you cut yourself."
+                f"Pass a Window whose micro-batches you cut yourself, and weight=.{or_else}"
             )
         return True
     if hasattr(leaf, "shape"):
         raise TypeError(
             "Arrays of a batch must be tensors of PyTorch. "
-            f"Got {path} of type {type(leaf).__name__}. Pass torch.as_tensor({path})."
+            f"Got {path} of type {type(leaf).__name__}. Pass torch.as_tensor({path}).{or_else}"
         )
-    if not isinstance(leaf, _SHARED) and not is_text(leaf):
-        raise TypeError(
-            "A batch must be made of tensors, mappings, lists, tuples, dataclasses, numbers and "
-            f"text. Got {path} of type {type(leaf).__name__}. "
-            "Pass its tensors instead, or pass it to the loss function by a closure."
-        )
+    if not is_sequence(leaf):
+        _refuse_strangers(path, leaf, or_else)
     return False

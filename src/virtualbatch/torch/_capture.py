@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from virtualbatch.torch._batch import Microbatch
+from virtualbatch.torch._batch import SHARED, Microbatch
 from virtualbatch.torch._gradients import HALF, committed
 from virtualbatch.torch._leaves import foreign_leaves
 from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._modules import Inventory
+from virtualbatch.window.row_list import RowList, stranger
 from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import SINGLE, check_same_terms, check_total
 
@@ -297,7 +298,14 @@ def _shape(microbatch: Microbatch) -> tuple[Any, ...]:
     return (
         microbatch.places,
         *(
-            (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf)
+            (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else _in_words(leaf)
             for leaf in microbatch.leaves
         ),
     )
+
+
+def _in_words(leaf: Any) -> str:
+    if isinstance(leaf, RowList) and stranger(leaf.items, SHARED) is not None:
+        # Two objects may read alike.
+        raise _CannotBeCapturedError("a list of the batch holds objects")
+    return repr(leaf)

@@ -17,7 +17,7 @@ from virtualbatch.torch._modules import Inventory
 from virtualbatch.torch._state import Buffers
 from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.torch._weights import window_shares
-from virtualbatch.window.shares import Shares
+from virtualbatch.window.shares import Shares, check_counted
 from virtualbatch.window.terms import GivenWeight, loss_and_aux
 
 
@@ -57,6 +57,8 @@ class Program(NamedTuple):
         Returns:
             The mean loss, or (loss, aux); with `stats` a tuple that ends with the `WindowStats`.
         """
+        if self.stats:
+            check_counted(shares)
         if commit and isinstance(self.loss_fn, Captured):
             replayed = self._replayed(self.loss_fn, cut, shares)
             if replayed is not None:
@@ -79,7 +81,7 @@ class Program(NamedTuple):
                 loss, aux = run.window(cut, shares, commit)
                 result: Any = (loss,)
                 if self.has_aux:
-                    result += (merged_aux(self.loss_fn, cut, aux, shares.rows),)
+                    result += (merged_aux(self.loss_fn, cut, aux, shares),)
                 if norms is not None:
                     result += (norms.stats(gradients.sums(), shares.window, shares.counted),)
             if commit:
@@ -102,6 +104,7 @@ class Program(NamedTuple):
             ("has_aux is set", self.has_aux),
             ("stats is set", self.stats),
             ("there is a backward_fn", self.backward_fn is not None),
+            ("a Window has no known rows", any(microbatch.rows is None for microbatch in cut)),
             (
                 "a BatchNorm layer is in training mode",
                 any(map(is_tracked, self.found.with_buffers)),

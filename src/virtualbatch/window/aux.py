@@ -78,6 +78,30 @@ def kinds(
     ]
 
 
+def kinds_without_rows(structures: Sequence[Any], auxes: Sequence[Sequence[AuxLeaf]]) -> list[str]:
+    """How each leaf of aux is put together where the rows of micro-batches are not known.
+
+    Then no shape can tell rows from classes, so whatever has an axis is concatenated.
+
+    Args:
+        structures: as in `kinds`.
+        auxes: as there.
+
+    Raises:
+        TypeError: see `kinds`.
+        ValueError: see there.
+    """
+    if any(structure != structures[0] for structure in structures):
+        raise _changed()
+    columns = zip(*auxes, strict=True)
+    return [
+        ROWS
+        if all(leaf.length != () for leaf in column)
+        else _kind(number, column, lambda _, dtype: kind_of_dtype(dtype))
+        for number, column in enumerate(columns)
+    ]
+
+
 def _kind(number: int, column: Sequence[AuxLeaf], kind_of: Callable[[int, str], str]) -> str:
     first, *others = {kind_of(number, leaf.dtype) for leaf in column}
     if others:

@@ -18,7 +18,8 @@ from virtualbatch.window.padding import (
     trimmed_as_told,
     trimmed_by_shape,
 )
-from virtualbatch.window.tree import builder, common_rows, is_text
+from virtualbatch.window.row_list import RowList, stranger
+from virtualbatch.window.tree import builder, common_rows, with_row_lists
 from virtualbatch.window.window import Window
 
 _SHARED = (numbers.Number, str, bytes, type(None))
@@ -54,7 +55,7 @@ def pack(
 
     Args:
         batch: nested dicts, lists, tuples and dataclasses of arrays (NumPy, PyTorch, TensorFlow or
-            JAX) that share their leading axis, the rows. Lists of one text per row follow them.
+            JAX) that share their leading axis, the rows. Lists as long as the batch follow them.
         lengths: length of each row, integers >= 1 in an array or a list.
         microbatch_tokens: rows times longest row that a micro-batch may have. A row that is longer
             alone becomes a micro-batch of its own, with a warning.
@@ -74,7 +75,7 @@ def pack(
             padded, or it is not clear which are; rows differ or are missing; or a size is not a
             positive integer.
         TypeError: lengths are not integers, or a leaf is neither an array of a known framework nor
-            text or a number.
+            text, a number or a list of such.
 
     Source:
         The law in docs/law.md.
@@ -95,6 +96,8 @@ def pack(
             "Rows are packed by number. Got a batch whose rows a trace leaves open. "
             "Call pack outside of tf.function."
         )
+    marked = with_row_lists([leaf for _, leaf in found], rows)
+    found = [(path, leaf) for (path, _), leaf in zip(found, marked, strict=True)]
     values = row_lengths(lengths, rows)
     longest = int(values.max())
     if padded is None:
@@ -106,7 +109,7 @@ def pack(
     pieces = token_cut(values[order].tolist(), microbatch_tokens, length, round_to)
     return Window(
         (
-            build([_piece(path, leaf, order, piece, trimmed, rows) for path, leaf in found])
+            build([_piece(path, leaf, order, piece, trimmed) for path, leaf in found])
             for piece in pieces
         ),
         sorted_rows=True,
@@ -207,22 +210,19 @@ def _is_array(path: str, leaf: Any) -> bool:
     """Whether a leaf has rows; refuses what can neither be sorted nor belong to every row."""
     if is_known(leaf):
         return True
-    if not isinstance(leaf, _SHARED) and not is_text(leaf):
+    odd = stranger(leaf, _SHARED)
+    if odd is not None:
         raise TypeError(
             "pack sorts dense arrays of NumPy, PyTorch, TensorFlow and JAX. "
-            f"Got {path} of type {type(leaf).__name__}. Convert it, for example by np.asarray, or "
+            f"Got {path} of type {type(odd).__name__}. Convert it, for example by np.asarray, or "
             "pass it to the loss function by a closure."
         )
     return False
 
 
-def _piece(
-    path: str, leaf: Any, order: np.ndarray, piece: Piece, trimmed: set[str], rows: int
-) -> Any:
+def _piece(path: str, leaf: Any, order: np.ndarray, piece: Piece, trimmed: set[str]) -> Any:
     """What a micro-batch has of a leaf."""
     chosen = order[piece.start : piece.stop]
     if is_known(leaf):
         return gathered(leaf, chosen, piece.length if path in trimmed else None)
-    if is_text(leaf) and len(leaf) == rows:
-        return [leaf[row] for row in chosen]
-    return leaf
+    return leaf.chosen(chosen) if isinstance(leaf, RowList) else leaf

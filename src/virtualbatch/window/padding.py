@@ -83,7 +83,7 @@ def trimmed_as_told(found: Sequence[tuple[str, Any]], padded: Any) -> set[str]:
             second axis.
     """
     told: list[tuple[str, Any]] = []
-    builder(padded, "batch", told)
+    builder(padded, "batch", told, lists=False)
     places, given = [path for path, _ in found], [path for path, _ in told]
     if sorted(given) != sorted(places):
         raise ValueError(

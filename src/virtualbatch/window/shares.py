@@ -62,13 +62,14 @@ class Shares(NamedTuple):
     program a tensor.
 
     Fields:
-        rows: part of the window's rows; a vector.
+        rows: part of the window's rows; a vector. All equal where rows are not known.
         terms: term name -> the same for that term's weight; None when all terms weigh by rows.
             A term that does not depend on the rows has the shares of the rows, which sum to 1; a
             term that is a sum has the share 1 everywhere.
         certain: names of the terms that are never empty: they do not depend on the rows, or are
             sums.
-        window: rows of the window; a number, or a scalar of the program.
+        window: rows of the window; a number, or a scalar of the program. Where rows are not known
+            what its only weight counts, or None.
         unnamed: where `terms` is None the shares of every term: those of the rows, or 1.
     """
 
@@ -116,8 +117,30 @@ class Shares(NamedTuple):
         return self.terms is not None and not any(found[index] for found in self.terms.values())
 
 
+def row_weights(rows: Sequence[int | None]) -> list[float]:
+    """What each micro-batch weighs by its rows; all alike where rows are not known.
+
+    Args:
+        rows: rows of each micro-batch; None in a Window whose rows cannot be told.
+    """
+    return [1.0] * len(rows) if None in rows else [float(n) for n in rows if n is not None]
+
+
+def check_counted(shares: Shares) -> None:
+    """Refuses noise statistics of a window whose rows are not counted by anything.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if shares.window is None:
+        raise ValueError(
+            "Noise statistics need rows, or one weight that counts what stands for them. Got a "
+            "Window without common rows, whose loss has several terms. Leave stats out."
+        )
+
+
 def host_shares(
-    rows: Sequence[int],
+    rows: Sequence[int | None],
     weight: GivenWeight,
     microbatches: Iterable[Any],
     on_host: Callable[[list[Any]], Iterable[Any]],
@@ -125,7 +148,7 @@ def host_shares(
     """Shares of a window whose weights can be read.
 
     Args:
-        rows: rows of each micro-batch.
+        rows: rows of each micro-batch, None where they are not known; see `row_weights`.
         weight: micro-batch -> what the loss was divided by: a scalar >= 0, or a dict of them by
             term name, None marking a term that does not depend on the rows and "sum" one that is
             a sum; "sum" for a loss that is a sum; None for rows.
@@ -139,11 +162,13 @@ def host_shares(
         ValueError: a weight is negative, not finite, not a scalar, or names differ between
             micro-batches.
     """
-    of_rows = shares([float(n) for n in rows])
+    of_rows = shares(row_weights(rows))
+    known = [n for n in rows if n is not None]
+    window: Any = sum(known) if len(known) == len(rows) else None
     ones = [1.0] * len(rows)
     if not callable(weight):
         unnamed = of_rows if weight is None else ones
-        return Shares(of_rows, None, frozenset(), sum(rows), unnamed)
+        return Shares(of_rows, None, frozenset(), window, unnamed)
     checked = WeightFunction(weight)
     # All weights of a term follow each other.
     columns = list(zip(*[checked.values(microbatch) for microbatch in microbatches], strict=True))
@@ -152,7 +177,9 @@ def host_shares(
     count = len(rows)
     vectors = [shares(table[k * count : (k + 1) * count]) for k in range(len(columns))]
     terms = checked.by_name(vectors, of_rows, ones)
-    return Shares(of_rows, terms, checked.certain, sum(rows), of_rows)
+    if window is None and len(terms) == len(columns) == 1:
+        window = math.fsum(table)
+    return Shares(of_rows, terms, checked.certain, window, of_rows)
 
 
 class Moments(NamedTuple):

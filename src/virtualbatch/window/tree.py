@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from operator import itemgetter
 from typing import Any
 
+from virtualbatch.window.rebuilt import is_made_by_constructor, rebuilder
+from virtualbatch.window.row_list import RowList, is_list, is_sequence, shown
+
 # Leaves, in the order of the structure -> the structure.
 Builder = Callable[[Sequence[Any]], Any]
 
@@ -15,6 +18,7 @@ def builder(
     path: str,
     leaves: list[tuple[str, Any]],
     one_leaf: tuple[type, ...] = (),
+    lists: bool = True,
 ) -> Builder:
     """Finds the leaves of a structure, and what makes the same structure of others.
 
@@ -23,13 +27,19 @@ def builder(
         path: the expression that reaches it.
         leaves: takes the expression and the leaf of every leaf found.
         one_leaf: classes that are leaves although they are sequences or mappings.
+        lists: whether a list without an array is one leaf, as `is_list` says. It is built as a
+            list of its own, also of a `RowList` in its place.
     """
+    if lists and is_list(structure):
+        leaves.append((path, structure))
+        index = len(leaves) - 1
+        return lambda found: shown(found[index])
     parts = None if isinstance(structure, one_leaf) else parts_of(structure)
     if parts is None:
         leaves.append((path, structure))
         return itemgetter(len(leaves) - 1)
     items, join = parts
-    builds = [builder(item, f"{path}{place}", leaves, one_leaf) for place, item in items]
+    builds = [builder(item, f"{path}{place}", leaves, one_leaf, lists) for place, item in items]
     return lambda found: join([build(found) for build in builds])
 
 
@@ -57,13 +67,14 @@ def mapped(fn: Callable[[Any], Any], structure: Any) -> Any:
     return build([fn(leaf) for _, leaf in leaves])
 
 
-def is_text(leaf: Any) -> bool:
-    """Whether this is what loaders make of one text per row."""
-    return (
-        isinstance(leaf, list | tuple)
-        and bool(leaf)
-        and all(isinstance(item, str | bytes) for item in leaf)
-    )
+def with_row_lists(leaves: Sequence[Any], rows: int) -> list[Any]:
+    """The leaves, with those lists marked that are as long as the batch, so that they are cut.
+
+    Args:
+        leaves: leaves as `builder` finds them.
+        rows: rows of the batch.
+    """
+    return [RowList(leaf) if is_sequence(leaf) and len(leaf) == rows else leaf for leaf in leaves]
 
 
 def parts_of(structure: Any) -> tuple[list[tuple[str, Any]], Callable[[list[Any]], Any]] | None:
@@ -76,7 +87,7 @@ def parts_of(structure: Any) -> tuple[list[tuple[str, Any]], Callable[[list[Any]
     if hasattr(structure, "_fields") and isinstance(structure, tuple):
         names = kind._fields
         return [(f".{n}", getattr(structure, n)) for n in names], lambda parts: kind(*parts)
-    if isinstance(structure, list | tuple) and not is_text(structure):
+    if isinstance(structure, list | tuple):
         return [(f"[{k}]", item) for k, item in enumerate(structure)], kind
     if isinstance(structure, Mapping):
         keys = list(structure)
@@ -93,6 +104,8 @@ def parts_of(structure: Any) -> tuple[list[tuple[str, Any]], Callable[[list[Any]
 
         return [(f"[{key!r}]", structure[key]) for key in keys], mapping
     if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
+        if is_made_by_constructor(structure):
+            return rebuilder(structure)
         names = [field.name for field in dataclasses.fields(structure)]
 
         def instance(parts: list[Any]) -> Any:
@@ -113,11 +126,23 @@ def rank(array: Any) -> int | None:
     return None if open_shape else len(array.shape)
 
 
-def common_rows(leaves: Iterable[tuple[str, Any]]) -> int | None:
+def rows_if_shared(leaves: Iterable[tuple[str, Any]]) -> int | None:
+    """Rows that all arrays share; None where they share none, or a trace leaves one open.
+
+    Args:
+        leaves: as in `common_rows`.
+    """
+    sizes = {leaf.shape[0] if rank(leaf) else None for _, leaf in leaves}
+    only = sizes.pop() if len(sizes) == 1 else None
+    return int(only) if only else None
+
+
+def common_rows(leaves: Iterable[tuple[str, Any]], or_else: str = "") -> int | None:
     """Rows that all arrays of a batch share, as far as their shapes are known.
 
     Args:
         leaves: (path, array) pairs, as `array_leaves` gives them.
+        or_else: what errors say at their end.
 
     Returns:
         The number of rows, or None where every array leaves it open (a traced shape).
@@ -137,7 +162,7 @@ def common_rows(leaves: Iterable[tuple[str, Any]]) -> int | None:
             raise ValueError(
                 "Every array of a batch must have rows on its first axis. "
                 f"Got the scalar {path}. Give it one value per row, or pass it to the loss "
-                "function by a closure."
+                f"function by a closure.{or_else}"
             )
         rows = leaf.shape[0]
         if rows is None:
@@ -145,18 +170,18 @@ def common_rows(leaves: Iterable[tuple[str, Any]]) -> int | None:
         if rows == 0:
             raise ValueError(
                 f"A batch must have at least one row. Got 0 rows in {path}. "
-                "Skip empty batches before the call."
+                f"Skip empty batches before the call.{or_else}"
             )
         if known is not None and rows != known[1]:
             raise ValueError(
                 "All arrays of a batch must have the same number of rows. "
                 f"Got {known[1]} rows in {known[0]} and {rows} rows in {path}. "
-                "Pass arrays that share their leading axis."
+                f"Pass arrays that share their leading axis.{or_else}"
             )
         known = known or (path, int(rows))
     if not found:
         raise ValueError(
             "A batch must hold at least one array. Got none. "
-            "Pass arrays or tensors that share their leading axis."
+            f"Pass arrays or tensors that share their leading axis.{or_else}"
         )
     return known[1] if known else None

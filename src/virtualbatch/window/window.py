@@ -1,10 +1,15 @@
-"""A window: the micro-batches of one update, and streams that come already cut."""
+"""A window: the micro-batches of one update, already cut."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
 from virtualbatch.window.cut import check_sizes
+
+# How a Window is taken whose rows cannot be told: the end of what refuses one.
+PASS_WEIGHT = (
+    " Or pass weight=, what the loss of a micro-batch is divided by: then those of a Window are "
+    "taken as they are. See docs/rows.md."
+)
 
 
 def check_alike(places: Sequence[Sequence[str]]) -> None:
@@ -21,7 +26,7 @@ def check_alike(places: Sequence[Sequence[str]]) -> None:
             raise ValueError(
                 "All micro-batches of a window must have the same structure. "
                 f"Got {', '.join(places[0])} in window[0] and {', '.join(found)} in "
-                f"window[{index}]. Make them with the same collate function."
+                f"window[{index}]. Make them with the same collate function.{PASS_WEIGHT}"
             )
 
 
@@ -110,43 +115,6 @@ def check_window(window: Window) -> None:
             "A window must hold at least one micro-batch. Got an empty Window. "
             "Skip empty windows before the call."
         )
-
-
-def windows(stream: Iterable[Any], *, accumulation_steps: int) -> Iterator[Window]:
-    """Groups a stream of micro-batches into windows, one per update.
-
-    Nothing is dropped: the last window is as short as the stream leaves it, and its own weight
-    divides it.
-
-    Args:
-        stream: micro-batches, such as a `DataLoader` or a batched `tf.data.Dataset`.
-        accumulation_steps: micro-batches per window; a positive integer.
-
-    Returns:
-        An iterator of Windows of `accumulation_steps` micro-batches, the last one maybe shorter.
-
-    Raises:
-        ValueError: accumulation_steps is not a positive integer (at the call), or the stream
-            gave nothing (at the first `next`).
-
-    Example:
-        >>> [list(window) for window in windows("abcde", accumulation_steps=2)]
-        [['a', 'b'], ['c', 'd'], ['e']]
-    """
-    check_sizes(None, accumulation_steps)
-    return _windows(iter(stream), accumulation_steps)
-
-
-def _windows(microbatches: Iterator[Any], accumulation_steps: int) -> Iterator[Window]:
-    group = tuple(islice(microbatches, accumulation_steps))
-    if not group:
-        raise ValueError(
-            "windows needs at least one micro-batch. Got an empty stream. "
-            "A generator can be read only once: pass a fresh one for each epoch."
-        )
-    while group:
-        yield Window(group)
-        group = tuple(islice(microbatches, accumulation_steps))
 
 
 def refuse_sorted_rows(batch: Any, stats: bool) -> None:

@@ -18,7 +18,7 @@ from virtualbatch.certify.first_window import (
     untried,
 )
 from virtualbatch.certify.randomness import HostRandom
-from virtualbatch.jax._batch import Cut, cut_batch, is_array, map_arrays, rows_of
+from virtualbatch.jax._batch import Cut, chosen, cut_batch, is_array, rows_of
 from virtualbatch.jax._certify.certificate import certificate
 from virtualbatch.jax._plan.memory import ERRORS
 from virtualbatch.jax._weights import part, window_shares
@@ -135,7 +135,7 @@ class _JaxTrial(Trial):
     def _some(self, rows: Sequence[int]) -> tuple[Any, ...]:
         args = list(self._args)
         index = np.asarray(rows)
-        args[self._program.batch_argnum] = map_arrays(lambda x: jnp.asarray(x)[index], self._source)
+        args[self._program.batch_argnum] = chosen(self._source, index)
         return tuple(args)
 
 

@@ -1,6 +1,6 @@
 """Certifying a training loop of one's own in JAX: a function from state to state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from virtualbatch.certify.certificate import Certificate
 def certify_loop(
     loop: Callable[[Any, list[Any], int], Any],
     state: Any,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     *,
     microbatch_size: int,
 ) -> Certificate:
@@ -25,7 +25,7 @@ def certify_loop(
         loop: (state, list of micro-batches, accumulation_steps) -> the state after training on
             them. It may jit what it likes and donate what it is given.
         state: pytree of arrays: parameters, optimizer state, whatever should be compared.
-        batches: two whole batches or more, pytrees of dicts, lists and tuples.
+        batches: two whole batches or more, in any iterable; pytrees of dicts, lists and tuples.
         microbatch_size: rows of one micro-batch; fewer than a batch has.
 
     Returns:

@@ -12,7 +12,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from virtualbatch.certify.activations import Activation, Recording
 from virtualbatch.certify.randomness import axes_of_rows
 from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weights_of
-from virtualbatch.jax._batch import cut_batch, is_array, map_arrays
+from virtualbatch.jax._batch import chosen, cut_batch, is_array
 from virtualbatch.jax._jaxpr import Traced, drawn_shapes, evaluate, floating_dtypes, traced
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._window import Program
@@ -118,7 +118,7 @@ class JaxTrainingStep(TrainingStep):
     def _some(self, rows: np.ndarray) -> tuple[Any, Any]:
         index = np.ascontiguousarray(rows)
         batch = self._call.args[self._call.batch_argnum]
-        return map_arrays(lambda x: jnp.asarray(x)[index], batch), jnp.asarray(index)
+        return chosen(batch, index), jnp.asarray(index)
 
     def _terms_of(self, rows: np.ndarray) -> dict[Any, Any]:
         call = self._call._replace(fun=self._by_rows)

@@ -1,6 +1,6 @@
 """Certifying a training loop of one's own with Keras: its state is held in variables."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -12,7 +12,7 @@ from virtualbatch.certify.loop_state import VariableState
 
 def certify_loop(
     loop: Callable[[list[Any], int], Any],
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     *,
     microbatch_size: int,
     **state: Any,
@@ -25,7 +25,7 @@ def certify_loop(
     Args:
         loop: (list of micro-batches, accumulation_steps) -> anything. It trains in place, for
             example by `model.train_on_batch`. Set seeds inside it if it draws random numbers.
-        batches: two whole batches or more.
+        batches: two whole batches or more, in a list, a loader or any iterable.
         microbatch_size: rows of one micro-batch; fewer than a batch has.
         **state: what the loop trains, by names of your own: models, optimizers (built), averages
             of weights; anything with `variables`, variables, and lists of them.

@@ -9,7 +9,7 @@ import tensorflow as tf
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import certified
 from virtualbatch.certify.step import check_microbatches, refuse_window
-from virtualbatch.tensorflow._batch import as_tensor, segments
+from virtualbatch.tensorflow._batch import as_tensors, segments
 from virtualbatch.tensorflow._certify.step import TensorFlowTrainingStep
 from virtualbatch.tensorflow._window import Program
 
@@ -33,7 +33,7 @@ def certificate(
 def other_variables(program: Program, batch: Any) -> list[Any]:
     """The variables that a loss reaches and that are not differentiated."""
     # A graph knows all variables that a function reaches.
-    tensors = tf.nest.map_structure(as_tensor, batch)
+    tensors = as_tensors(batch)
     graph = tf.function(program.loss_fn).get_concrete_function(tensors).graph
     differentiated = {_handle(variable) for variable in tf.nest.flatten(program.variables)}
     return [v for v in graph.variables if _handle(v) not in differentiated]

@@ -22,7 +22,7 @@ from virtualbatch.certify.first_window import (
 )
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.plan.out_of_memory import in_words
-from virtualbatch.tensorflow._batch import Segment, as_tensor, map_rows, named_arrays, segments
+from virtualbatch.tensorflow._batch import Segment, as_tensors, chosen, named_arrays, segments
 from virtualbatch.tensorflow._certify.certificate import (
     certificate,
     other_variables,
@@ -68,7 +68,7 @@ def prove_first_window(
     structure = (program.has_aux, kinds, empty is None)
     if known.knows(program.loss_fn, program.weight, structure):
         return
-    trial = _TensorFlowTrial(program, tf.nest.map_structure(as_tensor, source), sizes)
+    trial = _TensorFlowTrial(program, as_tensors(source), sizes)
     if empty is not None and not isinstance(batch, Window):
         trial.empty = range(sum(sizes[:empty]), sum(sizes[: empty + 1]))
     with _random_numbers_kept():
@@ -144,7 +144,7 @@ class _TensorFlowTrial(Trial):
         return certificate(self._program, self._some(rows), size, None)
 
     def _some(self, rows: Sequence[int]) -> Any:
-        return map_rows(lambda x: tf.gather(x, list(rows)), self._source)
+        return chosen(self._source, np.asarray(rows))
 
     def _gradients(
         self, part: Any, share: tuple[Shares, int] | None

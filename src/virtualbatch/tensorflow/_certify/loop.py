@@ -1,6 +1,6 @@
 """Certifying a training loop of one's own in TensorFlow: its state is held in variables."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from virtualbatch.certify import loop as loops
@@ -10,7 +10,7 @@ from virtualbatch.certify.loop_state import VariableState
 
 def certify_loop(
     loop: Callable[[list[Any], int], Any],
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     *,
     microbatch_size: int,
     **state: Any,
@@ -22,7 +22,7 @@ def certify_loop(
     Args:
         loop: (list of micro-batches, accumulation_steps) -> anything. It trains in place, and may
             call a `tf.function`.
-        batches: two whole batches or more.
+        batches: two whole batches or more, in a list, a loader or any iterable.
         microbatch_size: rows of one micro-batch; fewer than a batch has.
         **state: what the loop trains, by names of your own: models, optimizers (built), buffers,
             averages of weights; anything with `variables`, variables, and lists of them.

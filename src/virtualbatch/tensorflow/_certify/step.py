@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from virtualbatch.certify.activations import Activation, Recording
 from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weights_of
-from virtualbatch.tensorflow._batch import as_tensor, named_arrays, segments
+from virtualbatch.tensorflow._batch import as_tensors, chosen, named_arrays, segments
 from virtualbatch.tensorflow._certify.activations import RowwiseRandom, watched
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.terms import (
@@ -47,7 +47,7 @@ class TensorFlowTrainingStep(TrainingStep):
         )
         self._sizes = microbatch_size, accumulation_steps
         self._others = [(variable, variable.numpy()) for variable in others]
-        self._batch = tf.nest.map_structure(as_tensor, batch)
+        self._batch = as_tensors(batch)
         arrays = dict(named_arrays(self._batch))
         self.leaves = {path: np.asarray(leaf) for path, leaf in arrays.items()}
         self.rows = len(next(iter(self.leaves.values())))
@@ -131,9 +131,7 @@ class TensorFlowTrainingStep(TrainingStep):
 
     def _terms(self, rows: np.ndarray) -> dict[Any, Any]:
         index = np.ascontiguousarray(rows)
-        batch = tf.nest.map_structure(
-            lambda x: tf.gather(x, index) if hasattr(x, "shape") else x, self._batch
-        )
+        batch = chosen(self._batch, index)
         self._random.choose(index)
         return loss_terms(loss_and_aux(self._loss_fn(batch), self._has_aux)[0])
 

@@ -9,7 +9,7 @@ import torch
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import broken, certified
 from virtualbatch.certify.step import check_microbatches, refuse_window
-from virtualbatch.torch._batch import read
+from virtualbatch.torch._batch import known_rows, read
 from virtualbatch.torch._certify.step import LayerState, TorchTrainingStep, wide_batch, widened
 from virtualbatch.torch._faults import StatefulLossError
 from virtualbatch.torch._random import RandomState
@@ -70,4 +70,4 @@ def check_cut(batch: Any, microbatch_size: int | None, accumulation_steps: int |
     """
     refuse_window(batch)
     cut = read(batch).cut(microbatch_size, accumulation_steps)
-    check_microbatches([piece.rows for piece in cut])
+    check_microbatches([known_rows(piece) for piece in cut])

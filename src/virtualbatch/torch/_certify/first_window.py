@@ -19,7 +19,7 @@ from virtualbatch.certify.first_window import (
 )
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.plan.out_of_memory import in_words
-from virtualbatch.torch._batch import Microbatch, on_device
+from virtualbatch.torch._batch import Microbatch, known_rows, on_device
 from virtualbatch.torch._certify.certificate import certificate
 from virtualbatch.torch._certify.step import LayerState
 from virtualbatch.torch._gradients import WindowGradients
@@ -63,10 +63,10 @@ def prove_first_window(
     if known.knows(program.loss_fn, program.weight, structure):
         return
     trial = _TorchTrial(program, source)
-    trial.sizes = [piece.rows for piece in cut]
-    if empty is not None and sum(piece.rows for piece in cut) == source.rows:
-        start = sum(piece.rows for piece in cut[:empty])
-        trial.empty = range(start, start + cut[empty].rows)
+    trial.sizes = [known_rows(piece) for piece in cut]
+    if empty is not None and sum(map(known_rows, cut)) == source.rows:
+        start = sum(map(known_rows, cut[:empty]))
+        trial.empty = range(start, start + known_rows(cut[empty]))
     with _untouched(program) as layers:
         for is_quiet in (_is_not_recurrent, _is_random_or_coupled):
             layers.restore()
@@ -110,7 +110,7 @@ class _TorchTrial(Trial):
     """See `virtualbatch.certify.first_window.Trial`."""
 
     def __init__(self, program: Program, source: Microbatch):
-        self.rows = source.rows
+        self.rows = known_rows(source)
         self._program = program
         self._source = source
 

@@ -1,19 +1,21 @@
 """Certifying a training loop of one's own in PyTorch: its state is whatever has a state_dict."""
 
 import copy
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from virtualbatch.certify import loop as loops
 from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.users_line import OURS, folder, frames, line_of, users_line
 from virtualbatch.window.tree import mapped
 
 
 def certify_loop(
     loop: Callable[[list[Any], int], Any],
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     *,
     microbatch_size: int,
     **state: Any,
@@ -24,7 +26,7 @@ def certify_loop(
 
     Args:
         loop: (list of micro-batches, accumulation_steps) -> anything. It trains in place.
-        batches: two whole batches or more.
+        batches: two whole batches or more, in a list, a loader or any iterable.
         microbatch_size: rows of one micro-batch; fewer than a batch has.
         **state: what the loop trains, by names of your own: modules, optimizers, schedulers,
             averages of weights, anything with `state_dict` and `load_state_dict`.
@@ -66,7 +68,57 @@ def certify_loop(
             if isinstance(part, torch.nn.Module):
                 part.zero_grad(set_to_none=True)
 
-    return loops.certify_loop(loop, batches, microbatch_size=microbatch_size, save=save, load=load)
+    updates = _Updates(loop)
+    optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
+    handles = [optimizer.register_step_post_hook(updates.see) for optimizer in optimizers]
+    try:
+        found = loops.certify_loop(
+            updates.run, batches, microbatch_size=microbatch_size, save=save, load=load
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return updates.told(found) if optimizers else found
+
+
+class _Updates:
+    """Counts what the optimizers of a loop do, and keeps the line that has them do it.
+
+    Args:
+        loop: the user's.
+    """
+
+    def __init__(self, loop: Callable[[list[Any], int], Any]):
+        self._loop = loop
+        self._line = ""
+        self._count = 0
+        # (updates made, windows) of the first call that accumulates.
+        self._first: tuple[int, int] | None = None
+
+    def run(self, microbatches: list[Any], accumulation_steps: int) -> None:
+        """The loop, counted."""
+        self._count = 0
+        self._loop(microbatches, accumulation_steps)
+        if accumulation_steps > 1 and self._first is None:
+            self._first = self._count, -(-len(microbatches) // accumulation_steps)
+
+    def see(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Hears an optimizer step."""
+        del optimizer, args, kwargs
+        self._count += 1
+        self._line = users_line(map(line_of, frames()), [OURS, folder(torch.__file__)])
+
+    def told(self, found: Certificate) -> Certificate:
+        """The certificate with the line and the count of updates, where something is wrong."""
+        if found.exact or not self._line or self._first is None:
+            return found
+        findings = tuple(
+            dataclasses.replace(each, where=f"{each.where}, updated at {self._line}")
+            for each in found.findings
+        )
+        made, windows = self._first
+        note = f"The optimizers made {made} updates in {windows} windows."
+        return dataclasses.replace(found, findings=findings, notes=(*found.notes, note))
 
 
 def _on_host(leaf: Any) -> Any:

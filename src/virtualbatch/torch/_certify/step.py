@@ -10,7 +10,7 @@ import torch
 
 from virtualbatch.certify.activations import Activation
 from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weights_of
-from virtualbatch.torch._batch import Microbatch, on_device, read
+from virtualbatch.torch._batch import known_rows, on_device, read
 from virtualbatch.torch._certify.activations import recorded
 from virtualbatch.torch._certify.randomness import RowwiseRandom
 from virtualbatch.torch._faults import refuse_shared_graph
@@ -46,7 +46,7 @@ class TorchTrainingStep(TrainingStep):
         self._state = state
         self._roots = program.found.roots
         whole = read(batch).whole
-        self.rows = whole.rows
+        self.rows = known_rows(whole)
         # What a loss function changes in place must be there again for the next run.
         pair = read((batch, torch.arange(self.rows))).protected()
         self._whole = pair.whole
@@ -137,12 +137,7 @@ class TorchTrainingStep(TrainingStep):
         if fresh:
             self._fresh()
         device = self._program.found.accelerator
-        index = torch.as_tensor(np.ascontiguousarray(rows))
-        leaves = [
-            leaf.index_select(0, index.to(leaf.device)) if isinstance(leaf, torch.Tensor) else leaf
-            for leaf in self._whole.leaves
-        ]
-        piece = Microbatch(len(rows), leaves, self._whole.build)
+        piece = self._whole.some(np.ascontiguousarray(rows).tolist())
         batch, _ = (piece if device is None else on_device(piece, device)).get()
         self._random.choose(rows)
         loss, _ = loss_and_aux(self._program.loss_fn(batch), self._program.has_aux)

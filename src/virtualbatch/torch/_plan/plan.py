@@ -15,7 +15,7 @@ from virtualbatch.plan.planner import bytes_allowed
 from virtualbatch.plan.retry import Memory
 from virtualbatch.plan.search import ROOM_FOR_TOOLS
 from virtualbatch.plan.timing import Timing
-from virtualbatch.torch._batch import Microbatch, ReadBatch
+from virtualbatch.torch._batch import Microbatch, ReadBatch, known_rows
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._plan.memory import ERRORS, left_bytes
 from virtualbatch.torch._plan.peak import DeviceCount, can_fake, faked, peak_bytes
@@ -52,7 +52,7 @@ def planned(program: Program, batch: ReadBatch, memory_limit: int | str | None) 
     try:
         return planner.planned(
             lambda size: _Window(program, batch.cut(size, None), limit - held, count),
-            batch.whole.rows,
+            known_rows(batch.whole),
             held,
             limit,
             ERRORS,

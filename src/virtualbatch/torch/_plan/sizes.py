@@ -7,7 +7,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from virtualbatch.plan.auto import Auto, Leaf, Signature
-from virtualbatch.torch._batch import Microbatch
+from virtualbatch.torch._batch import Microbatch, known_rows
 from virtualbatch.torch._window import Program
 from virtualbatch.window.fingerprint import fingerprint
 
@@ -36,7 +36,7 @@ def signature(program: Program, batch: Microbatch) -> Signature:
     return Signature(
         f"torch on {_words(device)}, parameters {parameters}",
         fingerprint(program.loss_fn, program.weight, program.backward_fn, program.has_aux),
-        batch.rows,
+        known_rows(batch),
         tuple(Leaf(place, tuple(x.shape[1:]), _name(x.dtype)) for place, x in batch.tensors()),
     )
 

@@ -1,0 +1,71 @@
+"""What a row and an update cost, from a plan that has timed several micro-batches."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+
+class TimedPlan(Protocol):
+    """As much of `virtualbatch.Plan` as is read."""
+
+    @property
+    def microbatch_size(self) -> int:
+        """Rows of the micro-batch that was chosen."""
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of the batch that was planned for."""
+
+    @property
+    def rows(self) -> Sequence[Any]:
+        """Entries with `microbatch_size` and `seconds_per_batch`."""
+
+
+class Times(NamedTuple):
+    """What was found.
+
+    Fields:
+        seconds_per_row: of a row in micro-batches of the chosen size.
+        seconds_per_update: what a window costs beside its rows, at the least.
+    """
+
+    seconds_per_row: float
+    seconds_per_update: float
+
+
+def times_of(plan: TimedPlan, rows: float) -> Times:
+    """Reads a plan.
+
+    A micro-batch of m rows takes a + m t, and the batch as many of them. The line through the
+    sizes that were timed gives a, which every update costs once at least.
+
+    Args:
+        plan: of a batch of so many rows.
+        rows: of the batch.
+
+    Raises:
+        ValueError: it is the plan of another batch, or it timed fewer than two sizes.
+    """
+    size = plan.microbatch_size
+    if -(-int(rows) // size) != plan.accumulation_steps:
+        raise ValueError(
+            "A plan must be that of the batch that the noise was seen in. "
+            f"Got one of {plan.accumulation_steps} micro-batches of {size} rows, for {rows:.0f} "
+            "rows. Plan for that batch, or pass seconds_per_row and seconds_per_update."
+        )
+    timed = [row for row in plan.rows if row.seconds_per_batch is not None]
+    if len(timed) < 2:
+        raise ValueError(
+            "A plan must have timed two sizes or more. "
+            f"Got {len(timed)}. Pass seconds_per_row and seconds_per_update: see docs/noise.md."
+        )
+    steps = np.array([-(-int(rows) // row.microbatch_size) for row in timed])
+    seconds = np.array([row.seconds_per_batch for row in timed])
+    # Seconds of the batch are rows * t + steps * a; the relative errors are alike.
+    table = np.stack([np.full(len(timed), rows), steps], 1) / seconds[:, None]
+    _, each = np.linalg.lstsq(table, np.ones(len(timed)), rcond=None)[0]
+    chosen = min(timed, key=lambda row: abs(row.microbatch_size - size))
+    per_row = chosen.seconds_per_batch / rows
+    # Noise may make the line fall; a row's time is then the resolution.
+    return Times(float(per_row), float(max(each, per_row)))

@@ -1,0 +1,77 @@
+"""A stream of micro-batches, grouped into windows."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from virtualbatch.window.cut import check_sizes
+from virtualbatch.window.window import Window
+
+
+class Windows(Iterable[Window]):
+    """The windows of a stream, read anew whenever they are iterated.
+
+    Args:
+        stream: micro-batches.
+        accumulation_steps: micro-batches per window, checked.
+    """
+
+    __slots__ = ("_accumulation_steps", "_stream")
+
+    def __init__(self, stream: Iterable[Any], accumulation_steps: int):
+        self._stream = stream
+        self._accumulation_steps = accumulation_steps
+
+    def __iter__(self) -> Iterator[Window]:
+        microbatches = iter(self._stream)
+        group = tuple(islice(microbatches, self._accumulation_steps))
+        if not group:
+            raise ValueError(
+                "windows needs at least one micro-batch. Got an empty stream. "
+                "A generator can be read only once: pass a fresh one for each epoch."
+            )
+        while group:
+            yield Window(group)
+            group = tuple(islice(microbatches, self._accumulation_steps))
+
+    def __len__(self) -> int:
+        """Windows of one epoch, where the stream tells its length; else its own TypeError."""
+        length: int = len(self._stream)  # type: ignore[arg-type]
+        return -(-length // self._accumulation_steps)
+
+    def __repr__(self) -> str:
+        return f"Windows of {self._accumulation_steps} micro-batches each"
+
+
+def windows(stream: Iterable[Any], accumulation_steps: int) -> Windows:
+    """Groups a stream of micro-batches into windows, one per update.
+
+    Nothing is dropped: the last window is as short as the stream leaves it, and its own weight
+    divides it.
+
+    Args:
+        stream: micro-batches, such as a `DataLoader` or a batched `tf.data.Dataset`.
+        accumulation_steps: micro-batches per window; a positive integer.
+
+    Returns:
+        An iterable of Windows of `accumulation_steps` micro-batches, the last one maybe shorter. It
+        reads the stream anew for each epoch, and has a length where the stream has one.
+
+    Raises:
+        ValueError: accumulation_steps is not a positive integer (at the call), or the stream
+            gave nothing (when the first window is asked for), as a generator at a second epoch.
+        TypeError: the stream is not iterable (at the call).
+
+    Example:
+        >>> found = windows("abcde", accumulation_steps=2)
+        >>> len(found), [list(window) for window in found]
+        (3, [['a', 'b'], ['c', 'd'], ['e']])
+    """
+    check_sizes(None, accumulation_steps)
+    # Not iter(stream): a loader would start its workers.
+    if not (hasattr(stream, "__iter__") or hasattr(stream, "__getitem__")):
+        raise TypeError(
+            "windows groups an iterable of micro-batches. "
+            f"Got {type(stream).__name__}. Pass a loader, a dataset or a list."
+        )
+    return Windows(stream, accumulation_steps)
