@@ -208,20 +208,20 @@ def made(text):
 def test_a_loss_is_remembered_by_what_it_does():
     known, weight, owner = Proven(), (lambda batch: 1), Owner()
     first = made("a")
-    assert not known.knows(first, weight, "x")
+    assert not known.seen(first, weight, "x")
     known.remember(first, weight, "x")
-    assert known.knows(first, weight, "x")
+    assert known.seen(first, weight, "x")
     # Made anew it does the same; another structure, weight, closure or method does not.
-    assert known.knows(made("a"), weight, "x")
-    assert not known.knows(first, weight, "y")
-    assert not known.knows(first, "sum", "x")
-    assert not known.knows(made("b"), weight, "x")
+    assert known.seen(made("a"), weight, "x")
+    assert not known.seen(first, weight, "y")
+    assert not known.seen(first, "sum", "x")
+    assert not known.seen(made("b"), weight, "x")
     known.remember(owner.loss, None, "x")
-    assert known.knows(owner.loss, None, "x")
-    assert not known.knows(owner.other, None, "x")
+    assert known.seen(owner.loss, None, "x")
+    assert not known.seen(owner.other, None, "x")
 
 
 def test_what_was_not_remembered_is_asked_again(caplog):
     caplog.set_level(logging.INFO)
     known = Proven()
-    assert [known.knows(made("a"), None, "x") for _ in range(2)] == [False, False]
+    assert [known.seen(made("a"), None, "x") for _ in range(2)] == [False, False]

@@ -75,6 +75,10 @@ class UntriedError(Exception):
     """Says why a loss cannot be tried."""
 
 
+class RefusedError(ValueError):
+    """A fault that is seen while a loss is tried; its text is for the user."""
+
+
 class Trial(ABC):
     """A loss and some rows of the user's; every method leaves the training as it was.
 
@@ -105,6 +109,7 @@ class Trial(ABC):
 
         Raises:
             UntriedError: it draws random numbers that nobody can keep by row.
+            RefusedError: it cannot be trained like this at all.
         """
 
     @abstractmethod
@@ -150,6 +155,8 @@ def prove(trial: Trial, why: Callable[[Exception], str]) -> str | None:
                 reason = "its gradient is not finite"
                 continue
             certificate = trial.certificate([*a, *b], max(len(a), len(b)))
+        except RefusedError:
+            raise
         except Exception as error:  # the user's code, on rows that it may not be made for
             reason = str(error) if isinstance(error, UntriedError) else why(error)
             continue
@@ -178,6 +185,10 @@ def prove(trial: Trial, why: Callable[[Exception], str]) -> str | None:
             "instead of its argument, micro-batches save no memory. See docs/rows.md."
         )
     return None
+
+
+# Of a Window that is taken as it is.
+NO_ROWS = "its micro-batches have no common rows"
 
 
 def untried(reason: str) -> None:
@@ -237,18 +248,18 @@ def _group(trial: Trial) -> int | None:
 
 
 class Proven:
-    """The losses that were tried with one module, or one set of variables.
+    """The losses that were tried with one module, or one set of variables, and what was seen.
 
     A loss is often written anew at each call. One that is still the same object is known at once,
     any other by what it does.
     """
 
     def __init__(self) -> None:
-        self._objects: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
-        self._texts: set[Hashable] = set()
+        self._objects: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
+        self._texts: dict[Hashable, Any] = {}
 
-    def knows(self, loss_fn: Any, weight: Any, structure: Hashable) -> bool:
-        """Whether a loss was tried.
+    def seen(self, loss_fn: Any, weight: Any, structure: Hashable) -> Any:
+        """What was remembered of a loss; None if it was not tried.
 
         Args:
             loss_fn: the loss function.
@@ -256,27 +267,32 @@ class Proven:
             structure: of the batch, and whatever else asks for another try.
         """
         known, key = self._of_object(loss_fn, weight, structure)
-        if key in known:
-            return True
-        if (fingerprint(loss_fn, weight), structure) not in self._texts:
-            return False
-        known.add(key)
-        return True
+        if key not in known:
+            found = self._texts.get((fingerprint(loss_fn, weight), structure))
+            if found is None:
+                return None
+            known[key] = found
+        return known[key]
 
-    def remember(self, loss_fn: Any, weight: Any, structure: Hashable) -> None:
-        """Remembers that it was."""
+    def remember(self, loss_fn: Any, weight: Any, structure: Hashable, what: Any = True) -> None:
+        """Remembers that it was tried, and something that was seen, which must not be None."""
         known, key = self._of_object(loss_fn, weight, structure)
-        known.add(key)
-        self._texts.add((fingerprint(loss_fn, weight), structure))
+        known[key] = self._texts[fingerprint(loss_fn, weight), structure] = what
+
+    def tell_once(self, loss_fn: Any, weight: Any, reason: str) -> None:
+        """Logs, once, that a loss cannot be tried, and why."""
+        if self.seen(loss_fn, weight, reason) is None:
+            untried(reason)
+            self.remember(loss_fn, weight, reason)
 
     def _of_object(
         self, loss_fn: Any, weight: Any, structure: Hashable
-    ) -> tuple[set[Hashable], Hashable]:
+    ) -> tuple[dict[Hashable, Any], Hashable]:
         # A bound method is a new object at every access, but its instance is not.
         owner = getattr(loss_fn, "__self__", loss_fn)
         code = getattr(loss_fn, "__code__", None)
         key = (code, getattr(weight, "__code__", weight), structure)
         try:
-            return self._objects.setdefault(owner, set()), key
+            return self._objects.setdefault(owner, {}), key
         except TypeError:  # not hashable, or without weak references
-            return set(), key
+            return {}, key

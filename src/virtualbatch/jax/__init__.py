@@ -191,7 +191,7 @@ def value_and_grad(
 
         def run(cut: Cut) -> Any:
             shares = window_shares(cut, program.weight)
-            if check and has_rows:
+            if check:
                 prove_first_window(program, args, kwargs, cut, shares, rows.weight_takes)
             # Errors arrive late in JAX; waiting once per window costs what its caller waits.
             return jax.block_until_ready(program.run(args, kwargs, cut, traced, shares))

@@ -207,18 +207,19 @@ def _in_micro_batches(
     if not tf.executing_eagerly():
         return program.run(cut)
     memory = Memory(ERRORS, left_bytes)
-    if cut[0].rows(0) is None:
-        return run_as_it_is(lambda: program.run(cut), memory)
-    asked = microbatch_size or max(segment.rows(0) for segment in cut)
-    size = size or kept_sizes(program.variables).asked(asked)
-    if size.rows < asked:
-        cut = smaller_segments(batch, size.rows)
 
     def run(cut: Sequence[Segment]) -> Any:
         shares = window_shares(cut, program.weight)
         if check:
             prove_first_window(program, batch, cut, shares)
         return program.run(cut, shares)
+
+    if cut[0].rows(0) is None:
+        return run_as_it_is(lambda: run(cut), memory)
+    asked = microbatch_size or max(segment.rows(0) for segment in cut)
+    size = size or kept_sizes(program.variables).asked(asked)
+    if size.rows < asked:
+        cut = smaller_segments(batch, size.rows)
 
     result = run_until_it_fits(
         run,

@@ -16,7 +16,7 @@ from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_as_it_is, run_until_it_fits
 from virtualbatch.torch._as_written import as_written
-from virtualbatch.torch._batch import Microbatch, ReadBatch, known_rows, most_rows, read
+from virtualbatch.torch._batch import Microbatch, ReadBatch, most_rows, read
 from virtualbatch.torch._capture import Captured
 from virtualbatch.torch._certify.certificate import certificate, check_cut
 from virtualbatch.torch._certify.first_window import prove_first_window
@@ -190,8 +190,14 @@ def backward(
     given: Any = microbatch_size
     rows = read(batch, weighted=weight is not None)
     memory = Memory(ERRORS, partial(left_bytes, found.accelerator))
+
+    def run(cut: Sequence[Microbatch]) -> Any:
+        shares = program.shares(cut)
+        checked = prove_first_window(program, rows, cut, shares) if check else cut
+        return program.run(checked, shares)
+
     if not rows.can_be_cut:
-        return run_as_it_is(lambda: program.run(rows.given, program.shares(rows.given)), memory)
+        return run_as_it_is(lambda: run(rows.given), memory)
     if is_automatic(given):
         size = _planned_size(program, rows, given)
         given = size.rows
@@ -202,13 +208,6 @@ def backward(
         size = kept_sizes(found.owner).asked(asked)
         if size.rows < asked:
             cut = rows.cut(given, accumulation_steps, size.rows)
-
-    def run(cut: Sequence[Microbatch]) -> Any:
-        shares = program.shares(cut)
-        if check:
-            source = max(rows.given, key=known_rows)
-            prove_first_window(program, source, cut, shares)
-        return program.run(cut, shares)
 
     result = run_until_it_fits(
         run,

@@ -10,6 +10,7 @@ import numpy as np
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.first_window import (
+    NO_ROWS,
     Distance,
     Proven,
     Trial,
@@ -56,15 +57,19 @@ def prove_first_window(
     if cut.count == 1:
         return
     known = _PROVEN.setdefault(owner_of(program.fun), Proven())
+    sizes = [n for n in cut.rows if n is not None]
+    if len(sizes) < cut.count:
+        known.tell_once(program.fun, program.weight, NO_ROWS)
+        return
     empty = next((k for k in range(cut.count) if shares.is_empty(k)), None)
     leaves, tree = jax.tree.flatten((args, kwargs))
     kinds = tuple((x.dtype.name, x.ndim) if is_array(x) else None for x in leaves)
     structure = (program.has_aux, program.argnums, tree, kinds, empty is None)
-    if known.knows(program.fun, program.weight, structure):
+    if known.seen(program.fun, program.weight, structure):
         return
-    trial = _JaxTrial(program, args, kwargs, cut.rows, weight_takes)
+    trial = _JaxTrial(program, args, kwargs, sizes, weight_takes)
     if empty is not None and not isinstance(args[program.batch_argnum], Window):
-        trial.empty = range(sum(cut.rows[:empty]), sum(cut.rows[: empty + 1]))
+        trial.empty = range(sum(sizes[:empty]), sum(sizes[: empty + 1]))
     host = HostRandom()
     # Else each number of rows would be compiled, by whatever the user has jitted.
     with jax.disable_jit():

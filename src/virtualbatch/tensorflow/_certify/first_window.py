@@ -13,6 +13,7 @@ from tensorflow.python.eager import context
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.first_window import (
+    NO_ROWS,
     Distance,
     Proven,
     Trial,
@@ -60,13 +61,16 @@ def prove_first_window(
     if len(cut) == 1:
         return
     known = _proven(program.variables)
+    if cut[0].rows(0) is None:
+        known.tell_once(program.loss_fn, program.weight, NO_ROWS)
+        return
     sizes = [segment.rows(0) for segment in cut]
     source = batch[int(np.argmax(sizes))] if isinstance(batch, Window) else batch
     arrays = named_arrays(source)
     empty = next((k for k in range(len(cut)) if shares.is_empty(k)), None)
     kinds = tuple((place, tf.as_dtype(x.dtype), len(x.shape)) for place, x in arrays)
     structure = (program.has_aux, kinds, empty is None)
-    if known.knows(program.loss_fn, program.weight, structure):
+    if known.seen(program.loss_fn, program.weight, structure):
         return
     trial = _TensorFlowTrial(program, as_tensors(source), sizes)
     if empty is not None and not isinstance(batch, Window):

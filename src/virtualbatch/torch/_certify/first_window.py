@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.first_window import (
+    NO_ROWS,
     Distance,
     Proven,
+    RefusedError,
     Trial,
     UntriedError,
     prove,
@@ -19,10 +21,11 @@ from virtualbatch.certify.first_window import (
 )
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.plan.out_of_memory import in_words
-from virtualbatch.torch._batch import Microbatch, known_rows, on_device
+from virtualbatch.torch._batch import Microbatch, ReadBatch, known_rows, on_device
 from virtualbatch.torch._certify.certificate import certificate
 from virtualbatch.torch._certify.step import LayerState
 from virtualbatch.torch._gradients import WindowGradients
+from virtualbatch.torch._leaves import refuse_unheld_parameter
 from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._plan.memory import ERRORS
 from virtualbatch.torch._random import RandomState
@@ -37,48 +40,71 @@ _PROVEN: Any = WeakIdKeyDictionary()
 _RANDOM_OR_COUPLED = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._NormBase)
 
 
+# What may be remembered of a loss.
+_WRITES_ROWS = "writes rows"
+
+
 def prove_first_window(
-    program: Program, source: Microbatch, cut: Sequence[Microbatch], shares: Shares
-) -> None:
+    program: Program, batch: ReadBatch, cut: Sequence[Microbatch], shares: Shares
+) -> Sequence[Microbatch]:
     """Tries the law on rows of a batch, if its loss has not been tried with the module before.
 
     Args:
         program: what is run.
-        source: what rows are taken from: the batch, or a micro-batch of a Window.
+        batch: the batch or Window.
         cut: the micro-batches of the window.
         shares: theirs.
 
+    Returns:
+        The micro-batches to run: clones where the loss changes its rows in place.
+
     Raises:
-        ValueError: micro-batches of this loss do not add up to their batch.
+        ValueError: micro-batches of this loss do not add up to their batch, or it reaches a
+            parameter that no module holds.
     """
-    if len(cut) == 1:
-        return
+    known = _proven(program)
+    if not batch.can_be_cut:
+        known.tell_once(program.loss_fn, program.weight, NO_ROWS)
+        return cut
+    source = batch.given[0] if len(batch.given) == 1 else max(batch.given, key=known_rows)
+    empty = next((k for k in range(len(cut)) if shares.is_empty(k)), None)
+    kinds = [(x.dtype, x.dim()) if isinstance(x, torch.Tensor) else None for x in source.leaves]
+    structure = (program.has_aux, source.places, tuple(kinds), len(cut) == 1, empty is None)
+    seen = known.seen(program.loss_fn, program.weight, structure)
+    if seen is None:
+        trial = _TorchTrial(program, source, [known_rows(piece) for piece in cut])
+        if empty is not None and not batch.is_window:
+            start = sum(trial.sizes[:empty])
+            trial.empty = range(start, start + trial.sizes[empty])
+        with _untouched(program) as layers:
+            if len(cut) == 1:
+                trial.look()
+            else:
+                _try(trial, layers)
+        seen = {_WRITES_ROWS} if trial.writes_rows else ()
+        known.remember(program.loss_fn, program.weight, structure, seen)
+    return [microbatch.protected() for microbatch in cut] if _WRITES_ROWS in seen else cut
+
+
+def _proven(program: Program) -> Proven:
     owner = program.found.owner
     known: Proven | None = _PROVEN.get(owner)
     if known is None:
         known = _PROVEN[owner] = Proven()
-    empty = next((k for k in range(len(cut)) if shares.is_empty(k)), None)
-    kinds = [(x.dtype, x.dim()) if isinstance(x, torch.Tensor) else None for x in source.leaves]
-    structure = (program.has_aux, source.places, tuple(kinds), empty is None)
-    if known.knows(program.loss_fn, program.weight, structure):
-        return
-    trial = _TorchTrial(program, source)
-    trial.sizes = [known_rows(piece) for piece in cut]
-    if empty is not None and sum(map(known_rows, cut)) == source.rows:
-        start = sum(map(known_rows, cut[:empty]))
-        trial.empty = range(start, start + known_rows(cut[empty]))
-    with _untouched(program) as layers:
-        for is_quiet in (_is_not_recurrent, _is_random_or_coupled):
-            layers.restore()
-            for layer in {layer for root in program.found.roots for layer in root.modules()}:
-                layer.training = layer.training and not is_quiet(layer)
-            reason = prove(trial, lambda error: in_words(error, ERRORS))
-            # A model may be another one in evaluation mode, without a loss.
-            if reason is None:
-                break
-    if reason is not None:
-        untried(reason)
-    known.remember(program.loss_fn, program.weight, structure)
+    return known
+
+
+def _try(trial: "_TorchTrial", layers: LayerState) -> None:
+    reason: str | None = None
+    # A model may be another one in evaluation mode, without a loss.
+    for is_quiet in (_is_not_recurrent, _is_random_or_coupled):
+        layers.restore()
+        for layer in layers.layers:
+            layer.training = layer.training and not is_quiet(layer)
+        reason = prove(trial, lambda error: in_words(error, ERRORS))
+        if reason is None:
+            return
+    untried(str(reason))
 
 
 def _is_not_recurrent(layer: torch.nn.Module) -> bool:
@@ -109,10 +135,17 @@ def _untouched(program: Program) -> Iterator[LayerState]:
 class _TorchTrial(Trial):
     """See `virtualbatch.certify.first_window.Trial`."""
 
-    def __init__(self, program: Program, source: Microbatch):
+    def __init__(self, program: Program, source: Microbatch, sizes: Sequence[int]):
         self.rows = known_rows(source)
+        self.sizes = sizes
+        self.writes_rows = False
         self._program = program
         self._source = source
+
+    def look(self) -> None:
+        """Runs the loss on one row, only to see whether it changes its rows in place."""
+        with torch.no_grad(), suppress(Exception):  # the window itself will tell what is wrong
+            self._terms(self._some([0]))
 
     def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance | None:
         """See `Trial`. The three gradients meet in one buffer, so that none is kept."""
@@ -126,8 +159,9 @@ class _TorchTrial(Trial):
         try:
             gradients.start()
             for k, part in enumerate(parts):
-                loss, _ = loss_and_aux(program.loss_fn(part.get()), program.has_aux)
-                losses.append(checked_terms(loss))
+                losses.append(self._terms(part))
+                if k == 0:
+                    self._check_leaves(losses[0])
                 # A part, then less by the whole, then the other part.
                 factors = [-1.0] * len(losses[k]) if k == 1 else shares.of(losses[k], k // 2)
                 gradients.add(losses[k].values(), factors)
@@ -147,6 +181,11 @@ class _TorchTrial(Trial):
         }
         return Distance.of(sizes, share, values, constant, self._epsilon(losses[0].values()))
 
+    def _terms(self, part: Microbatch) -> dict[Any, torch.Tensor]:
+        loss, _ = loss_and_aux(self._program.loss_fn(part.get()), self._program.has_aux)
+        self.writes_rows |= any(tensor._version for _, tensor in part.tensors())
+        return checked_terms(loss)
+
     def certificate(self, rows: Sequence[int], size: int) -> Certificate:
         """See `Trial`."""
         some = self._some(rows)
@@ -155,6 +194,12 @@ class _TorchTrial(Trial):
     def _some(self, rows: Sequence[int]) -> Microbatch:
         found, device = self._source.some(rows), self._program.found.accelerator
         return found if device is None else on_device(found, device)
+
+    def _check_leaves(self, terms: Mapping[Any, torch.Tensor]) -> None:
+        try:
+            refuse_unheld_parameter(terms.values(), self._program.found.parameters)
+        except ValueError as error:
+            raise RefusedError(str(error)) from None
 
     def _epsilon(self, terms: Iterable[torch.Tensor]) -> float:
         """Of the narrowest dtype that is known to be used."""

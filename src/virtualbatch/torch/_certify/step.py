@@ -175,13 +175,15 @@ class LayerState:
 
     Args:
         roots: modules.
+
+    Attributes:
+        layers: all layers, each once.
     """
 
     def __init__(self, roots: Sequence[torch.nn.Module]):
         layers = {id(layer): layer for root in roots for layer in root.modules()}
-        self._layers = [
-            (layer, dict(vars(layer)), dict(layer._buffers)) for layer in layers.values()
-        ]
+        self.layers = list(layers.values())
+        self._layers = [(layer, dict(vars(layer)), dict(layer._buffers)) for layer in self.layers]
         self._values = [
             (buffer, buffer.detach().clone())
             for _, _, buffers in self._layers
