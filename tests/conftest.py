@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from virtualbatch.certify.first_window import Proven
+from virtualbatch.certify.first_window import Proven, Seen
 from virtualbatch.plan import planner
 from virtualbatch.plan.timing import TimeBudget
 
@@ -46,4 +46,4 @@ def untimed_plans(monkeypatch):
 def first_windows_are_known(request, monkeypatch):
     """No first window proves itself, but in tests of that: others count calls of the loss."""
     if request.node.get_closest_marker("proves_itself") is None:
-        monkeypatch.setattr(Proven, "seen", lambda *args: ())
+        monkeypatch.setattr(Proven, "seen", lambda *args: Seen())

@@ -3,11 +3,20 @@
 import logging
 import math
 
+import numpy as np
 import pytest
 
 from virtualbatch.certify.certificate import Certificate, Finding
 from virtualbatch.certify.diagnosis import SEES_OTHER_ROWS
-from virtualbatch.certify.first_window import Distance, Proven, Trial, UntriedError, parts, prove
+from virtualbatch.certify.first_window import (
+    Distance,
+    Proven,
+    Seen,
+    Trial,
+    UntriedError,
+    parts,
+    prove,
+)
 
 pytestmark = pytest.mark.proves_itself
 
@@ -27,7 +36,10 @@ class Scripted(Trial):
     def __init__(self, distances, certificate=EXACT, rows=100, sizes=(10, 10)):
         self.rows, self.sizes = rows, sizes
         self.given, self.found = distances, certificate
-        self.certified = []
+        self.certified, self.masks = [], None
+
+    def leaves(self, rows):
+        return {"m": self.masks[list(rows)]} if self.masks is not None else {}
 
     def distance(self, a, b):
         given = self.given.get((len(a), len(b)), RIGHT)
@@ -66,7 +78,19 @@ def test_parts_are_other_rows_of_the_batch(rows, sizes):
         assert len({*a, *b}) == len(a) + len(b)
         assert {*a, *b} <= set(range(rows))
     if rows == 1000:
-        assert found[-1] == ([0, 143, 285, 428], [571, 714, 856, 999])
+        assert found[-1] == ([0, 133, 266, 400], [533, 866, 933, 999])
+
+
+def test_the_parts_differ_by_what_the_arrays_count():
+    # Evenly spaced rows count alike here: one of each pair, and every second one.
+    for masks in (np.arange(16) % 2 == 0, np.r_[np.ones(12), np.zeros(4)]):
+        trial = Scripted({}, rows=16)
+        trial.masks = np.asarray(masks)
+        _, two, eight = ((masks[a].mean(), masks[b].mean()) for a, b in parts(trial))
+        assert eight[0] > 0
+        assert eight[1] > 0
+        assert eight[0] != eight[1]
+        assert two[0] != two[1]
 
 
 def test_the_first_part_is_of_a_micro_batch_without_weight():
@@ -149,8 +173,12 @@ def test_one_row_cannot_be_tried():
 
 def test_rows_that_belong_together_may_stay_together(caplog):
     coupled = of("coupled_rows", SEES_OTHER_ROWS)
-    assert proved(Scripted({(1, 1): WRONG}, coupled, sizes=[4, 6])) is None
+    trial = Scripted({(1, 1): WRONG}, coupled, sizes=[4, 6])
+    assert proved(trial) is None
     assert "belong together by 2" in caplog.text
+    trial.seen.check_sizes([4, 6, 2])
+    with pytest.raises(ValueError, match=r"a multiple of 2\. Got micro-batches of 4, 3 rows\."):
+        trial.seen.check_sizes([4, 3])
     # Some micro-batch cuts them apart; or they belong to more rows than two.
     for sizes, further in (([4, 5], {}), ([4, 4], {(2, 2): WRONG, (2, 4): WRONG, (4, 8): WRONG})):
         with pytest.raises(ValueError, match="coupled_rows"):
@@ -209,14 +237,14 @@ def test_a_loss_is_remembered_by_what_it_does():
     known, weight, owner = Proven(), (lambda batch: 1), Owner()
     first = made("a")
     assert not known.seen(first, weight, "x")
-    known.remember(first, weight, "x")
-    assert known.seen(first, weight, "x")
+    known.remember(first, weight, "x", Seen(2))
+    assert known.seen(first, weight, "x") == Seen(2)
     # Made anew it does the same; another structure, weight, closure or method does not.
     assert known.seen(made("a"), weight, "x")
     assert not known.seen(first, weight, "y")
     assert not known.seen(first, "sum", "x")
     assert not known.seen(made("b"), weight, "x")
-    known.remember(owner.loss, None, "x")
+    known.remember(owner.loss, None, "x", Seen())
     assert known.seen(owner.loss, None, "x")
     assert not known.seen(owner.other, None, "x")
 
@@ -224,4 +252,4 @@ def test_a_loss_is_remembered_by_what_it_does():
 def test_what_was_not_remembered_is_asked_again(caplog):
     caplog.set_level(logging.INFO)
     known = Proven()
-    assert [known.seen(made("a"), None, "x") for _ in range(2)] == [False, False]
+    assert [known.seen(made("a"), None, "x") for _ in range(2)] == [None, None]

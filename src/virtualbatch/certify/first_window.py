@@ -11,12 +11,19 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
 from virtualbatch.certify.certificate import Certificate, Finding
 from virtualbatch.certify.diagnosis import SEES_OTHER_ROWS
+from virtualbatch.certify.weights import candidates
 from virtualbatch.window.fingerprint import fingerprint
 
 _log = logging.getLogger("virtualbatch")
 
+# Rows that the parts are chosen of, and ways to choose them.
+_POOL, _WAYS = 16, 64
+# A difference of counts, as a logarithm, that no rounding hides.
+_CLEAR = 0.1
 # Right weights miss by about one epsilon of the narrowest dtype, wrong ones by 30 and more; what is
 # between is certified as well, and so never refused for its rounding.
 _ROUNDING = 16.0
@@ -71,6 +78,31 @@ class Distance(NamedTuple):
         return cls(off, is_same, constant)
 
 
+class Seen(NamedTuple):
+    """What was seen of a loss when it was tried.
+
+    Fields:
+        group: rows that belong together; 1 where each stands alone.
+        writes_rows: whether it changes its rows in place.
+    """
+
+    group: int = 1
+    writes_rows: bool = False
+
+    def check_sizes(self, sizes: Sequence[int]) -> None:
+        """Refuses micro-batches that cut apart what belongs together.
+
+        Raises:
+            ValueError: one is no multiple of the group.
+        """
+        if any(size % self.group for size in sizes):
+            raise ValueError(
+                "The rows of this loss belong together, so each micro-batch must have a multiple "
+                f"of {self.group}. Got micro-batches of {', '.join(map(str, sizes))} rows. Pass "
+                "another microbatch_size, and whole groups in the last batch. See docs/rows.md."
+            )
+
+
 class UntriedError(Exception):
     """Says why a loss cannot be tried."""
 
@@ -88,12 +120,18 @@ class Trial(ABC):
         empty: the rows of a micro-batch without weight.
         pairs: rows of the two parts of each pair. One and one tell a sum, unequal ones a wrong
             weight, and only about four and four show what sorts or compares rows.
+        seen: what was seen so far.
     """
 
     rows: int
     sizes: Sequence[int]
     empty: range = range(0)
     pairs: Sequence[tuple[int, int]] = ((1, 1), (1, 2), (4, 4))
+    seen = Seen()
+
+    @abstractmethod
+    def leaves(self, rows: Sequence[int]) -> Mapping[str, np.ndarray]:
+        """The arrays of some rows of the batch, by the expressions that reach them."""
 
     @abstractmethod
     def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance | None:
@@ -118,14 +156,50 @@ class Trial(ABC):
 
 
 def parts(trial: Trial) -> list[tuple[list[int], list[int]]]:
-    """The pairs of parts that are tried, as row numbers, spread over the batch."""
+    """The pairs of parts that are tried, as row numbers.
+
+    A wrong weight shows only where it differs. So of many ways to part some rows of the batch that
+    one is taken in which the parts differ most by whatever the batch's own arrays count.
+    """
     some = min(trial.rows, max(a + b for a, b in trial.pairs))
-    spread = [round(k * (trial.rows - 1) / max(1, some - 1)) for k in range(some)]
-    first = [*trial.empty][: some // 2]
-    spread = [*first, *(row for row in spread if row not in first)][:some]
-    most = len(first) or some // 2
+    pool = _spread(trial.rows, max(some, min(trial.rows, _POOL)))
+    counts = [found.per_row for found in candidates(trial.leaves(pool), len(pool))]
+    empty = [*trial.empty][: some // 2]
+    most = len(empty) or some // 2
     sizes = {(min(a, most), min(b, some - some // 2)): None for a, b in trial.pairs}
-    return [(spread[:a], spread[-b:]) for a, b in sizes if a and b]
+    random = np.random.default_rng(0)
+    found = []
+    for a, b in sizes:
+        if not (a and b):
+            continue
+        ways = [_spread(len(pool), a + b)]
+        ways += [
+            random.permutation(len(pool))[: a + b].tolist() for _ in range(_WAYS if counts else 0)
+        ]
+        best = max(ways, key=lambda way: _contrast(counts, way[:a], way[a:]))
+        first, second = ([pool[k] for k in part] for part in (best[:a], best[a:]))
+        if empty:
+            first, second = (
+                empty[:a],
+                [row for row in [*first, *second] if row not in trial.empty][:b],
+            )
+        found.append((first, second))
+    return found
+
+
+def _spread(rows: int, some: int) -> list[int]:
+    """Some row numbers, evenly spaced."""
+    return [round(k * (rows - 1) / max(1, some - 1)) for k in range(some)]
+
+
+def _contrast(counts: Sequence[np.ndarray], a: Sequence[int], b: Sequence[int]) -> float:
+    """By how many of some counts two parts differ; a part that counts nothing has no mean."""
+    total = 0.0
+    for count in counts:
+        first, second = float(count[a].mean()), float(count[b].mean())
+        counted = first > 0 and second > 0
+        total += min(abs(math.log(first / second)), _CLEAR) if counted else -_CLEAR
+    return total
 
 
 def prove(trial: Trial, why: Callable[[Exception], str]) -> str | None:
@@ -220,9 +294,10 @@ def _refused(trial: Trial, finding: Finding) -> str | None:
         return f"{finding.kind} at {finding.where}: {finding.why}"
     group = _group(trial) if finding.why == SEES_OTHER_ROWS else None
     if group is not None:
+        trial.seen = trial.seen._replace(group=group)
         _log.warning(
-            "The rows of this loss belong together by %d. Keep every micro-batch a multiple of "
-            "that, the last one of an epoch too. See docs/rows.md.",
+            "The rows of this loss belong together by %d, and no micro-batch may cut them apart. "
+            "See docs/rows.md.",
             group,
         )
         return None
@@ -241,7 +316,10 @@ def _group(trial: Trial) -> int | None:
             continue
         rows = [*range(start, start + 3 * group)]
         first, others = rows[:group], rows[group:]
-        found = [trial.distance(first, others[:group]), trial.distance(first, others)]
+        try:
+            found = [trial.distance(first, others[:group]), trial.distance(first, others)]
+        except Exception:  # the user's code, on numbers of rows that it may not be made for
+            continue
         if all(distance is not None and distance.off <= _ROUNDING for distance in found):
             return group
     return None
@@ -255,10 +333,10 @@ class Proven:
     """
 
     def __init__(self) -> None:
-        self._objects: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
-        self._texts: dict[Hashable, Any] = {}
+        self._objects: WeakKeyDictionary[Any, dict[Hashable, Seen]] = WeakKeyDictionary()
+        self._texts: dict[Hashable, Seen] = {}
 
-    def seen(self, loss_fn: Any, weight: Any, structure: Hashable) -> Any:
+    def seen(self, loss_fn: Any, weight: Any, structure: Hashable) -> Seen | None:
         """What was remembered of a loss; None if it was not tried.
 
         Args:
@@ -274,20 +352,20 @@ class Proven:
             known[key] = found
         return known[key]
 
-    def remember(self, loss_fn: Any, weight: Any, structure: Hashable, what: Any = True) -> None:
-        """Remembers that it was tried, and something that was seen, which must not be None."""
+    def remember(self, loss_fn: Any, weight: Any, structure: Hashable, seen: Seen) -> None:
+        """Remembers what was seen of a loss."""
         known, key = self._of_object(loss_fn, weight, structure)
-        known[key] = self._texts[fingerprint(loss_fn, weight), structure] = what
+        known[key] = self._texts[fingerprint(loss_fn, weight), structure] = seen
 
     def tell_once(self, loss_fn: Any, weight: Any, reason: str) -> None:
         """Logs, once, that a loss cannot be tried, and why."""
         if self.seen(loss_fn, weight, reason) is None:
             untried(reason)
-            self.remember(loss_fn, weight, reason)
+            self.remember(loss_fn, weight, reason, Seen())
 
     def _of_object(
         self, loss_fn: Any, weight: Any, structure: Hashable
-    ) -> tuple[dict[Hashable, Any], Hashable]:
+    ) -> tuple[dict[Hashable, Seen], Hashable]:
         # A bound method is a new object at every access, but its instance is not.
         owner = getattr(loss_fn, "__self__", loss_fn)
         code = getattr(loss_fn, "__code__", None)

@@ -121,7 +121,7 @@ def explained(
                 else 'Pass weight="sum", or divide it by what it counts, such as the rows.',
             ),
         )
-    for candidate in _candidates(subject):
+    for candidate in candidates(subject.leaves, subject.rows):
         counted = [float(candidate.per_row[piece].sum()) for piece in pieces]
         if coordinates.fits(np.dot(shares(counted), parts), whole):
             return _wrong_weight(subject, where, given, candidate)
@@ -234,7 +234,7 @@ def _two_means(
     ]
     values = np.stack([value(np.concatenate([quarters[q] for q in union])) for union in unions])
     rows = Weight("rows", "", np.ones(subject.rows))
-    for first, second in combinations([rows, *_candidates(subject)], 2):
+    for first, second in combinations([rows, *candidates(subject.leaves, subject.rows)], 2):
         table = np.zeros((len(unions), 8))
         for index, union in enumerate(unions):
             for k, weight in enumerate((first, second)):
@@ -247,10 +247,15 @@ def _two_means(
     return None
 
 
-def _candidates(subject: TrainingStep) -> Iterator[Weight]:
-    """Ways to count the batch by its own arrays; those that count alike only once."""
-    seen = [np.ones(subject.rows)]
-    for path, leaf in subject.leaves.items():
+def candidates(leaves: Mapping[str, np.ndarray], rows: int) -> Iterator[Weight]:
+    """Ways to count a batch by its own arrays; those that count alike only once.
+
+    Args:
+        leaves: expression -> array, with rows on its first axis.
+        rows: how many.
+    """
+    seen = [np.ones(rows)]
+    for path, leaf in leaves.items():
         for text, code, counted in _counts(path, leaf):
             per_row = counted.reshape(len(leaf), -1).sum(1).astype(float)
             total = per_row.sum()

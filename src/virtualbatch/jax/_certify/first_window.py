@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.first_window import (
@@ -65,7 +66,9 @@ def prove_first_window(
     leaves, tree = jax.tree.flatten((args, kwargs))
     kinds = tuple((x.dtype.name, x.ndim) if is_array(x) else None for x in leaves)
     structure = (program.has_aux, program.argnums, tree, kinds, empty is None)
-    if known.seen(program.fun, program.weight, structure):
+    seen = known.seen(program.fun, program.weight, structure)
+    if seen is not None:
+        seen.check_sizes(sizes)
         return
     trial = _JaxTrial(program, args, kwargs, sizes, weight_takes)
     if empty is not None and not isinstance(args[program.batch_argnum], Window):
@@ -77,7 +80,7 @@ def prove_first_window(
     host.restore()
     if reason is not None:
         untried(reason)
-    known.remember(program.fun, program.weight, structure)
+    known.remember(program.fun, program.weight, structure, trial.seen)
 
 
 class _JaxTrial(Trial):
@@ -102,6 +105,12 @@ class _JaxTrial(Trial):
         self._source = max(batch, key=_rows) if isinstance(batch, Window) else batch
         self.rows = _rows(self._source)
         self.sizes = sizes
+
+    def leaves(self, rows: Sequence[int]) -> Mapping[str, np.ndarray]:
+        """See `Trial`."""
+        batch = self._some(rows)[self._program.batch_argnum]
+        found = tree_flatten_with_path(batch)[0]
+        return {keystr(path): np.asarray(leaf) for path, leaf in found if is_array(leaf)}
 
     def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance:
         """See `Trial`."""

@@ -1,7 +1,7 @@
 """The first window of a loss proves itself: TensorFlow's part of `certify.first_window`."""
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,7 +70,9 @@ def prove_first_window(
     empty = next((k for k in range(len(cut)) if shares.is_empty(k)), None)
     kinds = tuple((place, tf.as_dtype(x.dtype), len(x.shape)) for place, x in arrays)
     structure = (program.has_aux, kinds, empty is None)
-    if known.seen(program.loss_fn, program.weight, structure):
+    seen = known.seen(program.loss_fn, program.weight, structure)
+    if seen is not None:
+        seen.check_sizes(sizes)
         return
     trial = _TensorFlowTrial(program, as_tensors(source), sizes)
     if empty is not None and not isinstance(batch, Window):
@@ -79,7 +81,7 @@ def prove_first_window(
         reason = prove(trial, lambda error: in_words(error, ERRORS))
     if reason is not None:
         untried(reason)
-    known.remember(program.loss_fn, program.weight, structure)
+    known.remember(program.loss_fn, program.weight, structure, trial.seen)
 
 
 def _proven(variables: Any) -> Proven:
@@ -117,6 +119,15 @@ class _TensorFlowTrial(Trial):
         self._others: list[tuple[Any, Any]] | None = None
         self.rows = int(common_rows(named_arrays(source)) or 0)
         self.sizes = sizes
+
+    def leaves(self, rows: Sequence[int]) -> Mapping[str, np.ndarray]:
+        """See `Trial`."""
+        arrays = named_arrays(self._some(rows))
+        return {
+            place: np.asarray(leaf)
+            for place, leaf in arrays
+            if not isinstance(leaf, tf.RaggedTensor)
+        }
 
     def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance:
         """See `Trial`."""

@@ -1,10 +1,10 @@
 """The first window of a loss proves itself: PyTorch's part of `certify.first_window`."""
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -22,8 +22,8 @@ from virtualbatch.certify.first_window import (
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.plan.out_of_memory import in_words
 from virtualbatch.torch._batch import Microbatch, ReadBatch, known_rows, on_device
-from virtualbatch.torch._certify.certificate import certificate
-from virtualbatch.torch._certify.step import LayerState
+from virtualbatch.torch._certify.certificate import certificate, uncompiled
+from virtualbatch.torch._certify.step import LayerState, as_array
 from virtualbatch.torch._gradients import WindowGradients
 from virtualbatch.torch._leaves import refuse_unheld_parameter
 from virtualbatch.torch._loss import checked_terms
@@ -38,10 +38,6 @@ _PROVEN: Any = WeakIdKeyDictionary()
 
 # Layers that draw numbers or couple rows in training mode, on purpose.
 _RANDOM_OR_COUPLED = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._NormBase)
-
-
-# What may be remembered of a loss.
-_WRITES_ROWS = "writes rows"
 
 
 def prove_first_window(
@@ -81,9 +77,11 @@ def prove_first_window(
                 trial.look()
             else:
                 _try(trial, layers)
-        seen = {_WRITES_ROWS} if trial.writes_rows else ()
+        seen = trial.seen
         known.remember(program.loss_fn, program.weight, structure, seen)
-    return [microbatch.protected() for microbatch in cut] if _WRITES_ROWS in seen else cut
+    if seen.group > 1:
+        seen.check_sizes([known_rows(piece) for piece in cut])
+    return [microbatch.protected() for microbatch in cut] if seen.writes_rows else cut
 
 
 def _proven(program: Program) -> Proven:
@@ -121,10 +119,8 @@ def _untouched(program: Program) -> Iterator[LayerState]:
     """Puts back layers and random numbers; compiled modules run as they are written."""
     layers, drawn = LayerState(program.found.roots), RandomState(program.found.accelerator)
     host = HostRandom()
-    # Whatever is compiled has loaded this, which takes seconds.
-    is_loaded = "torch._dynamo" in sys.modules
     try:
-        with torch.compiler.set_stance("force_eager") if is_loaded else nullcontext():
+        with uncompiled():
             yield layers
     finally:
         layers.restore()
@@ -138,7 +134,6 @@ class _TorchTrial(Trial):
     def __init__(self, program: Program, source: Microbatch, sizes: Sequence[int]):
         self.rows = known_rows(source)
         self.sizes = sizes
-        self.writes_rows = False
         self._program = program
         self._source = source
 
@@ -146,6 +141,10 @@ class _TorchTrial(Trial):
         """Runs the loss on one row, only to see whether it changes its rows in place."""
         with torch.no_grad(), suppress(Exception):  # the window itself will tell what is wrong
             self._terms(self._some([0]))
+
+    def leaves(self, rows: Sequence[int]) -> Mapping[str, np.ndarray]:
+        """See `Trial`."""
+        return {place: as_array(leaf) for place, leaf in self._source.some(rows).tensors()}
 
     def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance | None:
         """See `Trial`. The three gradients meet in one buffer, so that none is kept."""
@@ -183,7 +182,8 @@ class _TorchTrial(Trial):
 
     def _terms(self, part: Microbatch) -> dict[Any, torch.Tensor]:
         loss, _ = loss_and_aux(self._program.loss_fn(part.get()), self._program.has_aux)
-        self.writes_rows |= any(tensor._version for _, tensor in part.tensors())
+        if any(tensor._version for _, tensor in part.tensors()):
+            self.seen = self.seen._replace(writes_rows=True)
         return checked_terms(loss)
 
     def certificate(self, rows: Sequence[int], size: int) -> Certificate:

@@ -52,9 +52,9 @@ class TorchTrainingStep(TrainingStep):
         self._whole = pair.whole
         self._cut = pair.cut(microbatch_size, accumulation_steps)
         self.pieces = [piece.get()[1].numpy() for piece in self._cut]
-        self.leaves = {path: _numpy(leaf) for path, leaf in whole.tensors()}
+        self.leaves = {path: as_array(leaf) for path, leaf in whole.tensors()}
         self._names = _parameter_names(program)
-        self.parameters = {name: _numpy(p) for name, p in self._names.items()}
+        self.parameters = {name: as_array(p) for name, p in self._names.items()}
         notes = []
         self._random = RowwiseRandom(self.rows)
         with self._random:
@@ -150,10 +150,10 @@ class TorchTrainingStep(TrainingStep):
 
     def _observed(self, terms: dict[Any, float]) -> Observed:
         gradients = {
-            name: None if p.grad is None else _numpy(p.grad) for name, p in self._names.items()
+            name: None if p.grad is None else as_array(p.grad) for name, p in self._names.items()
         }
         state = {
-            name: _numpy(buffer)
+            name: as_array(buffer)
             for root in self._roots
             for name, buffer in root.named_buffers()
             if buffer.is_floating_point()
@@ -245,7 +245,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor on the host, floating ones in float64."""
     found = tensor.detach().cpu()
     found = found.to_dense() if found.is_sparse else found
     if found.is_floating_point():
