@@ -172,6 +172,7 @@ def parts(trial: Trial) -> list[tuple[list[int], list[int]]]:
     for a, b in sizes:
         if not (a and b):
             continue
+        b = min(b, a + 1)
         ways = [_spread(len(pool), a + b)]
         ways += [
             random.permutation(len(pool))[: a + b].tolist() for _ in range(_WAYS if counts else 0)
@@ -228,7 +229,7 @@ def prove(trial: Trial, why: Callable[[Exception], str]) -> str | None:
                     found.append(distance)
                 reason = "its gradient is not finite"
                 continue
-            certificate = trial.certificate([*a, *b], max(len(a), len(b)))
+            certificate = trial.certificate(*_cut_like(a, b))
         except RefusedError:
             raise
         except Exception as error:  # the user's code, on rows that it may not be made for
@@ -275,6 +276,12 @@ def untried(reason: str) -> None:
         "Whether micro-batches add up to their batch could not be tried (%s). Run certify once.",
         reason,
     )
+
+
+def _cut_like(a: list[int], b: list[int]) -> tuple[list[int], int]:
+    """Rows and a size by which an even cut gives these parts; its larger ones come first."""
+    first, second = (b, a) if len(a) < len(b) else (a, b)
+    return [*first, *second], len(first)
 
 
 def _explained(trial: Trial, largest: tuple[list[int], list[int]], of_pair: Certificate) -> Finding:

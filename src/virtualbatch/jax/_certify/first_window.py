@@ -144,7 +144,9 @@ class _JaxTrial(Trial):
     def certificate(self, rows: Sequence[int], size: int) -> Certificate:
         """See `Trial`."""
         args = self._some(rows)
-        return certificate(self._program, args, self._kwargs, size, None, self._weight_takes)
+        # It takes the program apart itself.
+        with jax.disable_jit(False):
+            return certificate(self._program, args, self._kwargs, size, None, self._weight_takes)
 
     def _some(self, rows: Sequence[int]) -> tuple[Any, ...]:
         args = list(self._args)
