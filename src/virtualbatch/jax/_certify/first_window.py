@@ -22,6 +22,7 @@ from virtualbatch.certify.first_window import (
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.jax._batch import Cut, chosen, cut_batch, is_array, rows_of
 from virtualbatch.jax._certify.certificate import certificate
+from virtualbatch.jax._objective import Call
 from virtualbatch.jax._plan.memory import ERRORS
 from virtualbatch.jax._weights import part, window_shares
 from virtualbatch.jax._window import Program, positions
@@ -74,9 +75,7 @@ def prove_first_window(
     if empty is not None and not isinstance(args[program.batch_argnum], Window):
         trial.empty = range(sum(sizes[:empty]), sum(sizes[: empty + 1]))
     host = HostRandom()
-    # Else each number of rows would be compiled, by whatever the user has jitted.
-    with jax.disable_jit():
-        reason = prove(trial, lambda error: in_words(error, ERRORS))
+    reason = prove(trial, lambda error: in_words(error, ERRORS))
     host.restore()
     if reason is not None:
         untried(reason)
@@ -120,20 +119,12 @@ class _JaxTrial(Trial):
         shares = window_shares(cut_batch(both, None, None, compiled=False), weight)
         call = self._program.call(self._args, self._kwargs, shares.terms)
         host = HostRandom()
-        total: Any = None
-        sizes, losses, dtypes = [], [], []
-        for k, args in enumerate(parts):
-            # A part, then less by the whole, then the other part.
-            counting = (None, {}, -1.0) if k == 1 else part(shares, k // 2)
-            if counting is None:
-                terms, _ = call.terms(args)
-            else:
-                terms, _, gradients = call.gradients(args, *counting[:2])
-                scaled = jax.tree.map(lambda x, f=counting[2]: _wide(x) * f, gradients)
-                total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
-            losses.append({name: float(value) for name, value in terms.items()})
-            dtypes += [value.dtype for value in terms.values()]
-            sizes.append(_largest(total))
+        try:
+            # One program for each number of rows: fewer than operations that are compiled alone.
+            found = _run(call.traced_once(), parts, shares)
+        except (TypeError, IndexError):  # as JAX says that a loss needs values
+            found = _run(call, parts, shares)
+        sizes, losses, dtypes = found
         if host.has_moved():
             raise UntriedError("it draws random numbers by Python or NumPy")
         differentiated = [self._args[k] for k in positions(self._program.argnums)]
@@ -144,15 +135,34 @@ class _JaxTrial(Trial):
     def certificate(self, rows: Sequence[int], size: int) -> Certificate:
         """See `Trial`."""
         args = self._some(rows)
-        # It takes the program apart itself.
-        with jax.disable_jit(False):
-            return certificate(self._program, args, self._kwargs, size, None, self._weight_takes)
+        return certificate(self._program, args, self._kwargs, size, None, self._weight_takes)
 
     def _some(self, rows: Sequence[int]) -> tuple[Any, ...]:
         args = list(self._args)
         index = np.asarray(rows)
         args[self._program.batch_argnum] = chosen(self._source, index)
         return tuple(args)
+
+
+def _run(
+    call: Call, parts: Sequence[tuple[Any, ...]], shares: Shares
+) -> tuple[list[float], list[dict[Any, float]], list[Any]]:
+    """Sizes and losses, as `Distance.of` takes them, and the dtypes of the losses."""
+    total: Any = None
+    sizes, losses, dtypes = [], [], []
+    for k, args in enumerate(parts):
+        # A part, then less by the whole, then the other part.
+        counting = (None, {}, -1.0) if k == 1 else part(shares, k // 2)
+        if counting is None:
+            terms, _ = call.terms(args)
+        else:
+            terms, _, gradients = call.gradients(args, *counting[:2])
+            scaled = jax.tree.map(lambda x, f=counting[2]: _wide(x) * f, gradients)
+            total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
+        losses.append({name: float(value) for name, value in terms.items()})
+        dtypes += [value.dtype for value in terms.values()]
+        sizes.append(_largest(total))
+    return sizes, losses, dtypes
 
 
 def _rows(batch: Any) -> int:
