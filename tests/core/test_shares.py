@@ -235,6 +235,16 @@ def test_a_micro_batch_is_empty_where_no_term_counts():
     assert [steady.is_empty(0), steady.is_empty(1)] == [False, False]
 
 
+def test_the_first_micro_batch_in_which_a_term_has_no_share():
+    assert window_of(None).first_without() is None
+    assert window_of("sum").first_without() is None
+    assert window_of([1, 0].__getitem__).first_without() == 1
+    # What is never empty does not hide what is.
+    terms = [{"a": 1, "b": 2, "c": None, "d": "sum"}, {"a": 1, "b": 0, "c": None, "d": "sum"}]
+    assert window_of(terms.__getitem__).first_without() == 1
+    assert window_of([terms[0], terms[0]].__getitem__).first_without() is None
+
+
 def test_shares_of_other_terms_are_refused():
     with pytest.raises(ValueError, match="weight must name the same terms as the loss"):
         window_of([{"a": 1}, {"a": 1}].__getitem__).of(["b"], 0)

@@ -18,14 +18,14 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", tiered(CORRECT, ["mask", "dropout"], "further correct losses"))
+@pytest.mark.parametrize("name", tiered(CORRECT, ["mask"], "further correct losses"))
 def test_no_false_alarm(name, caplog):
     fun, options, arguments = CORRECT[name]
     vb.value_and_grad(fun, microbatch_size=4, **options)(PARAMS, *arguments)
     assert not caplog.records
 
 
-@pytest.mark.parametrize("name", tiered(FAULTS, ["a sum", "contrastive"], "further wrong losses"))
+@pytest.mark.parametrize("name", tiered(FAULTS, ["a sum"], "further wrong losses"))
 def test_what_certify_names_is_refused(name):
     fun, options, batch, kind, where, text = FAULTS[name]
     ours = vb.value_and_grad(fun, microbatch_size=4, **options)

@@ -159,6 +159,19 @@ def test_a_divisor_with_a_floor_is_refused_where_a_micro_batch_is_empty(mask, si
     assert_close(model.weight.grad, expected)
 
 
+def test_a_floor_of_one_term_is_refused_too():
+    model, batch = linear(), [rows(4), torch.tensor([1.0, 0, 1, 1]).double()]
+
+    def loss_fn(b):
+        return {"box": floor(model, b), "all": (model(b[0]) ** 2).mean()}
+
+    def weight(b):
+        return {"box": b[1].sum(), "all": len(b[0])}
+
+    with pytest.raises(ValueError, match=r"at term 'box'.* weight 0 is left out"):
+        vb.backward(loss_fn, batch, module=model, microbatch_size=1, weight=weight)
+
+
 def test_a_floor_that_is_not_reached_first_is_refused_when_it_is():
     model = linear()
     full, empty = torch.ones(4, dtype=torch.float64), torch.tensor([0.0, 0, 1, 1]).double()

@@ -378,6 +378,9 @@ class Proven:
         code = getattr(loss_fn, "__code__", None)
         key = (code, getattr(weight, "__code__", weight), structure)
         try:
-            return self._objects.setdefault(owner, {}), key
+            known = self._objects.get(owner)
+            if known is None:
+                known = self._objects[owner] = {}
         except TypeError:  # not hashable, or without weak references
-            return {}, key
+            known = {}
+        return known, key

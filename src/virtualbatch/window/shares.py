@@ -112,6 +112,18 @@ class Shares(NamedTuple):
         """Micro-batches that count for something; only where shares can be read."""
         return sum(1 for share in self.of_rows_or_term() if share > 0)
 
+    def first_without(self) -> int | None:
+        """The first micro-batch in which some term has no share; only where shares can be read.
+
+        Returns:
+            Its number; None if every term has a share in every micro-batch.
+        """
+        if self.terms is None:
+            return None
+        weighed = [found for name, found in self.terms.items() if name not in self.certain]
+        count = len(self.rows)
+        return next((k for k in range(count) if not all(found[k] for found in weighed)), None)
+
     def is_empty(self, index: int) -> bool:
         """Whether a micro-batch contributes nothing to any term; only where shares can be read."""
         return self.terms is not None and not any(found[index] for found in self.terms.values())

@@ -63,7 +63,7 @@ def prove_first_window(
     if len(sizes) < cut.count:
         known.tell_once(program.fun, program.weight, NO_ROWS)
         return
-    empty = next((k for k in range(cut.count) if shares.is_empty(k)), None)
+    empty = shares.first_without()
     leaves, tree = jax.tree.flatten((args, kwargs))
     kinds = tuple((x.dtype.name, x.ndim) if is_array(x) else None for x in leaves)
     structure = (program.has_aux, program.argnums, tree, kinds, empty is None)

@@ -67,7 +67,7 @@ def prove_first_window(
     sizes = [segment.rows(0) for segment in cut]
     source = batch[int(np.argmax(sizes))] if isinstance(batch, Window) else batch
     arrays = named_arrays(source)
-    empty = next((k for k in range(len(cut)) if shares.is_empty(k)), None)
+    empty = shares.first_without()
     kinds = tuple((place, tf.as_dtype(x.dtype), len(x.shape)) for place, x in arrays)
     structure = (program.has_aux, kinds, empty is None)
     seen = known.seen(program.loss_fn, program.weight, structure)

@@ -63,7 +63,7 @@ def prove_first_window(
         known.tell_once(program.loss_fn, program.weight, NO_ROWS)
         return cut
     source = batch.given[0] if len(batch.given) == 1 else max(batch.given, key=known_rows)
-    empty = next((k for k in range(len(cut)) if shares.is_empty(k)), None)
+    empty = shares.first_without()
     kinds = [(x.dtype, x.dim()) if isinstance(x, torch.Tensor) else None for x in source.leaves]
     structure = (program.has_aux, source.places, tuple(kinds), len(cut) == 1, empty is None)
     seen = known.seen(program.loss_fn, program.weight, structure)
