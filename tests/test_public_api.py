@@ -31,7 +31,7 @@ SIGNATURES = {
     virtualbatch.jax.certify_loop: "(loop, state, batches, *, microbatch_size)",
     virtualbatch.tensorflow.value_and_gradients: (
         "(loss_fn, batch, variables, *, microbatch_size=None, accumulation_steps=None, "
-        "weight=None, has_aux=False, stats=False)"
+        "weight=None, has_aux=False, stats=False, check=True)"
     ),
     virtualbatch.tensorflow.plan: (
         "(loss_fn, batch, variables, *, weight=None, has_aux=False, memory_limit=None)"
@@ -65,7 +65,7 @@ SIGNATURES = {
     ),
     virtualbatch.torch.backward: (
         "(loss_fn, batch, *, module, microbatch_size=None, accumulation_steps=None, weight=None, "
-        "has_aux=False, backward_fn=None, stats=False)"
+        "has_aux=False, backward_fn=None, stats=False, check=True)"
     ),
     virtualbatch.jax.plan: (
         "(fun, argnums=0, has_aux=False, *, batch_argnum=1, weight=None, accumulator_dtype=None, "
@@ -74,7 +74,7 @@ SIGNATURES = {
     virtualbatch.jax.value_and_grad: (
         "(fun, argnums=0, has_aux=False, *, batch_argnum=1, microbatch_size=None, "
         "accumulation_steps=None, weight=None, accumulator_dtype=None, key_argnum=None, "
-        "axis_name=None, grad_fn=None, aux_merge=None, stats=False)"
+        "axis_name=None, grad_fn=None, aux_merge=None, stats=False, check=True)"
     ),
 }
 

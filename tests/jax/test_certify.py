@@ -168,7 +168,7 @@ WRONG = {
         "Leave weight out",
     ),
     "a sum": (summed, {}, X, "sum_loss", LINES, 'weight="sum"'),
-    "a sum and decay": (sum_and_decay, {}, X, "regulariser", LINES, "None"),
+    "a sum and decay": (sum_and_decay, {}, X, "regulariser", LINES, "None for the regulariser"),
     "normalised": (normalised, {}, X, "coupled_rows", LINES, "row"),
     "contrastive": (contrastive, {}, X, "coupled_rows", LINES, "row"),
     "regularised mean": (regularised_mean, {}, X, "coupled_rows", LINES, "row"),

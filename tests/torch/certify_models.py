@@ -481,7 +481,7 @@ WRONG = {
         sum_and_regulariser,
         "regulariser",
         "certify_models.py:",
-        "weight of None",
+        "None for the regulariser",
     ),
     "contrastive": (contrastive, "coupled_rows", "certify_models.py:", "row"),
     "normalised in the loss": (normalised_in_the_loss, "coupled_rows", "certify_models.py:", "row"),

@@ -171,7 +171,8 @@ def _stateful(subject: TrainingStep, rows: np.ndarray, coarse: float) -> Finding
         "stateful",
         where,
         "The same rows give another result the second time: it keeps something between calls.",
-        "Freeze that state during the window, or update it once after the window.",
+        "Freeze that state during the window, or update it once after the window. Random numbers "
+        "must come from the framework's own default generator.",
     )
 
 

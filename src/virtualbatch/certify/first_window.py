@@ -15,6 +15,7 @@ import numpy as np
 
 from virtualbatch.certify.certificate import Certificate, Finding
 from virtualbatch.certify.diagnosis import SEES_OTHER_ROWS
+from virtualbatch.certify.users_line import OURS
 from virtualbatch.certify.weights import candidates
 from virtualbatch.window.fingerprint import fingerprint
 
@@ -107,10 +108,6 @@ class UntriedError(Exception):
     """Says why a loss cannot be tried."""
 
 
-class RefusedError(ValueError):
-    """A fault that is seen while a loss is tried; its text is for the user."""
-
-
 class Trial(ABC):
     """A loss and some rows of the user's; every method leaves the training as it was.
 
@@ -147,7 +144,6 @@ class Trial(ABC):
 
         Raises:
             UntriedError: it draws random numbers that nobody can keep by row.
-            RefusedError: it cannot be trained like this at all.
         """
 
     @abstractmethod
@@ -203,18 +199,21 @@ def _contrast(counts: Sequence[np.ndarray], a: Sequence[int], b: Sequence[int]) 
     return total
 
 
-def prove(trial: Trial, why: Callable[[Exception], str]) -> str | None:
+def prove(trial: Trial, why: Callable[[Exception], str], again: bool = False) -> str | None:
     """Tries the law on a few rows.
 
     Args:
         trial: see there.
         why: error -> why nothing could be tried, in words.
+        again: whether another try follows if this one fails, in another state of the layers.
 
     Returns:
         None, or why it could not be tried.
 
     Raises:
-        ValueError: the gradients of parts do not add up to that of the whole.
+        ValueError: the gradients of parts do not add up to that of the whole, or the engine
+            refuses the loss.
+        TypeError: the engine refuses it.
     """
     found: list[Distance] = []
     reason = "there is one row"
@@ -222,18 +221,22 @@ def prove(trial: Trial, why: Callable[[Exception], str]) -> str | None:
     for a, b in chosen:
         try:
             distance = trial.distance(a, b)
-            if distance is None:
-                a, b = chosen[-1]
-            elif not distance.off > _ROUNDING:
-                if math.isfinite(distance.off):
-                    found.append(distance)
-                reason = "its gradient is not finite"
-                continue
-            certificate = trial.certificate(*_cut_like(a, b))
-        except RefusedError:
-            raise
         except Exception as error:  # the user's code, on rows that it may not be made for
+            if _is_ours(error) and not again:
+                raise
             reason = str(error) if isinstance(error, UntriedError) else why(error)
+            continue
+        if distance is None:
+            a, b = chosen[-1]
+        elif not distance.off > _ROUNDING:
+            if math.isfinite(distance.off):
+                found.append(distance)
+            reason = "its gradient is not finite"
+            continue
+        try:
+            certificate = trial.certificate(*_cut_like(a, b))
+        except Exception as error:  # the same
+            reason = why(error)
             continue
         if not certificate.exact:
             return _refused(trial, _explained(trial, chosen[-1], certificate))
@@ -276,6 +279,15 @@ def untried(reason: str) -> None:
         "Whether micro-batches add up to their batch could not be tried (%s). Run certify once.",
         reason,
     )
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this is a refusal of ours, which the window itself would raise as well."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    in_here = trace is not None and trace.tb_frame.f_code.co_filename.startswith(OURS)
+    return in_here and isinstance(error, ValueError | TypeError)
 
 
 def _cut_like(a: list[int], b: list[int]) -> tuple[list[int], int]:

@@ -87,9 +87,8 @@ def explained(
     rows = shares([float(len(piece)) for piece in pieces])
     weights = subject.weights()(term)
     given_parts = np.asarray(given_shares(subject, term))
-    # What has no share is left out, and may be NaN.
     empty = given_parts == 0
-    if coordinates.fits(np.dot(given_parts, np.where(empty[:, None], 0, parts)), whole):
+    if coordinates.fits(_weighted(given_parts, parts), whole):
         return Explanation(True, None)
     if np.any(parts[empty]) and np.all(np.isfinite(parts[empty])):
         return Explanation(
@@ -106,7 +105,7 @@ def explained(
     given = "what weight returned"
     if weights is None or isinstance(weights, str):
         given = "rows" if weights is None else "nothing, as a sum"
-    if weights is not None and coordinates.fits(np.dot(rows, parts), whole):
+    if weights is not None and coordinates.fits(_weighted(rows, parts), whole):
         return _wrong_weight(subject, where, given, Weight("rows", "", np.ones(subject.rows)))
     if coordinates.fits(parts.sum(0), whole):
         return Explanation(
@@ -123,9 +122,16 @@ def explained(
         )
     for candidate in candidates(subject.leaves, subject.rows):
         counted = [float(candidate.per_row[piece].sum()) for piece in pieces]
-        if coordinates.fits(np.dot(shares(counted), parts), whole):
+        if coordinates.fits(_weighted(shares(counted), parts), whole):
             return _wrong_weight(subject, where, given, candidate)
     return _of_other_parts(subject, where, value, coordinates, whole)
+
+
+def _weighted(shares: Any, parts: np.ndarray) -> np.ndarray:
+    """The sum of parts times their shares; what has no share is left out, and may be NaN."""
+    counted = np.asarray(shares) != 0
+    found: np.ndarray = np.dot(np.asarray(shares)[counted], parts[counted])
+    return found
 
 
 def given_shares(subject: TrainingStep, term: Any) -> list[float]:
@@ -181,8 +187,8 @@ def _of_other_parts(
                     "micro-batch, because the rest is a sum over rows.",
                     "Divide the rest by what it counts, and leave this part to add_loss."
                     if subject.weighs_itself
-                    else "Return a dict of terms, the rest divided by what it counts, and a weight "
-                    "of None for the regulariser.",
+                    else 'Return a dict of terms, and as their weights "sum" for the rest and None '
+                    "for the regulariser.",
                 ),
             )
     away = halves[0] - halves[1]
@@ -241,10 +247,18 @@ def _two_means(
                 count = sum(float(weight.per_row[quarters[q]].sum()) for q in union)
                 for q in union:
                     table[index, 4 * k + q] = 1 / count if count else 0.0
-        solved, *_ = np.linalg.lstsq(table, values, rcond=None)
-        if coordinates.fits(table @ solved, values):
+        if _spans(coordinates, table[:, :4], values) or _spans(coordinates, table[:, 4:], values):
+            # One mean is enough for these parts, which hold together what others tear apart.
+            return None
+        if _spans(coordinates, table, values):
             return first, second
     return None
+
+
+def _spans(coordinates: "Coordinates", table: np.ndarray, values: np.ndarray) -> bool:
+    """Whether values are combinations of the columns of a table."""
+    solved, *_ = np.linalg.lstsq(table, values, rcond=None)
+    return coordinates.fits(table @ solved, values)
 
 
 def candidates(leaves: Mapping[str, np.ndarray], rows: int) -> Iterator[Weight]:

@@ -98,7 +98,7 @@ def value_and_grad(
         stats: whether the `WindowStats` of the window are returned too, from which
             `virtualbatch.NoiseScale` estimates the noise of its gradients.
         check: whether un-jitted the first window proves itself: a few rows of it run in parts and
-            together, which calls fun some ten times more, once. Under `jit` run `certify` once.
+            together, which calls fun three times more, once. Under `jit` run `certify` once.
 
     Returns:
         A function with fun's arguments that returns (value, gradients), or

@@ -13,7 +13,6 @@ from virtualbatch.certify.first_window import (
     NO_ROWS,
     Distance,
     Proven,
-    RefusedError,
     Trial,
     UntriedError,
     prove,
@@ -29,6 +28,7 @@ from virtualbatch.torch._leaves import refuse_unheld_parameter
 from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._plan.memory import ERRORS
 from virtualbatch.torch._random import RandomState
+from virtualbatch.torch._state import LARGEST_COPIED
 from virtualbatch.torch._window import Program
 from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import loss_and_aux
@@ -93,13 +93,12 @@ def _proven(program: Program) -> Proven:
 
 
 def _try(trial: "_TorchTrial", layers: LayerState) -> None:
-    reason: str | None = None
     # A model may be another one in evaluation mode, without a loss.
-    for is_quiet in (_is_not_recurrent, _is_random_or_coupled):
+    for again, is_quiet in ((True, _is_not_recurrent), (False, _is_random_or_coupled)):
         layers.restore()
         for layer in layers.layers:
             layer.training = layer.training and not is_quiet(layer)
-        reason = prove(trial, lambda error: in_words(error, ERRORS))
+        reason = prove(trial, lambda error: in_words(error, ERRORS), again)
         if reason is None:
             return
     untried(str(reason))
@@ -118,6 +117,7 @@ def _is_random_or_coupled(layer: torch.nn.Module) -> bool:
 def _untouched(program: Program) -> Iterator[LayerState]:
     """Puts back layers and random numbers; compiled modules run as they are written."""
     layers, drawn = LayerState(program.found.roots), RandomState(program.found.accelerator)
+    parameters = _copied([p for root in program.found.roots for p in root.parameters()])
     host = HostRandom()
     try:
         with uncompiled():
@@ -126,6 +126,17 @@ def _untouched(program: Program) -> Iterator[LayerState]:
         layers.restore()
         drawn.restore()
         host.restore()
+        with torch.no_grad():
+            for parameter, version, value in parameters:
+                if parameter._version != version:
+                    parameter.copy_(value)
+
+
+def _copied(parameters: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, int, torch.Tensor]]:
+    """Parameters with their versions and copies, against losses that write them; few bytes only."""
+    if sum(x.numel() * x.element_size() for x in parameters) > LARGEST_COPIED:
+        return []
+    return [(x, x._version, x.detach().clone()) for x in parameters]
 
 
 class _TorchTrial(Trial):
@@ -160,7 +171,7 @@ class _TorchTrial(Trial):
             for k, part in enumerate(parts):
                 losses.append(self._terms(part))
                 if k == 0:
-                    self._check_leaves(losses[0])
+                    refuse_unheld_parameter(losses[0].values(), program.found.parameters)
                 # A part, then less by the whole, then the other part.
                 factors = [-1.0] * len(losses[k]) if k == 1 else shares.of(losses[k], k // 2)
                 gradients.add(losses[k].values(), factors)
@@ -194,12 +205,6 @@ class _TorchTrial(Trial):
     def _some(self, rows: Sequence[int]) -> Microbatch:
         found, device = self._source.some(rows), self._program.found.accelerator
         return found if device is None else on_device(found, device)
-
-    def _check_leaves(self, terms: Mapping[Any, torch.Tensor]) -> None:
-        try:
-            refuse_unheld_parameter(terms.values(), self._program.found.parameters)
-        except ValueError as error:
-            raise RefusedError(str(error)) from None
 
     def _epsilon(self, terms: Iterable[torch.Tensor]) -> float:
         """Of the narrowest dtype that is known to be used."""
