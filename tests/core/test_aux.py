@@ -100,3 +100,19 @@ def test_answers_are_kept_as_long_as_the_function_lives():
     del function, owner
     gc.collect()
     assert len(shapes._found) == 0
+
+
+def test_rows_on_another_axis_than_the_first_are_refused():
+    text = r"must have its rows on the first axis\. Got shape \(2, 4, 3\) with the rows on axis 1\."
+    hidden, smaller = AuxLeaf((2,), "float32", (4, 3)), AuxLeaf((2,), "float32", (2, 3))
+    with pytest.raises(ValueError, match=text):
+        judged([hidden, smaller], [4, 2])
+    # Where all micro-batches are alike another number of rows tells.
+    with pytest.raises(ValueError, match=text):
+        kinds(["s"] * 2, [[hidden]] * 2, [4, 4], 5, lambda: [AuxLeaf((2,), "float32", (5, 3))])
+    assert kinds(["s"] * 2, [[hidden]] * 2, [4, 4], 5, lambda: [hidden]) == ["mean"]
+    # A square per row has its rows first.
+    square = AuxLeaf((4,), "float32", (4,))
+    assert kinds(["s"] * 2, [[square]] * 2, [4, 4], 5, lambda: [square._replace(length=(5,))]) == [
+        "rows"
+    ]

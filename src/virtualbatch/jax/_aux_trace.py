@@ -98,7 +98,7 @@ class _Traced(NamedTuple):
 def leaves_of(found: Any) -> list[AuxLeaf]:
     """The leaves of aux, as much of them as says how they are put together."""
     return [
-        AuxLeaf(tuple(getattr(x, "shape", ())[:1]), str(jnp.result_type(x)))
+        AuxLeaf(_axes(x)[:1], str(jnp.result_type(x)), _axes(x)[1:])
         if hasattr(x, "dtype") or isinstance(x, int | float | complex)
         else AuxLeaf((), type(x).__name__)
         for x in jax.tree.leaves(found)
@@ -151,3 +151,7 @@ def _kind_of(leaf: Any) -> Any:
     if is_array(leaf):
         return (leaf.shape, leaf.dtype)
     return type(leaf) if type(leaf) in (int, float, complex) else leaf
+
+
+def _axes(x: Any) -> tuple[int, ...]:
+    return tuple(getattr(x, "shape", ()))

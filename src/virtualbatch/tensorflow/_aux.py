@@ -146,7 +146,7 @@ def _leaves(aux: Any) -> list[AuxLeaf]:
     return [
         AuxLeaf((), "NoneType")
         if leaf is None
-        else AuxLeaf(tuple(leaf.shape[:1]) if leaf.shape.rank else (), leaf.dtype.name)
+        else AuxLeaf(_axes(leaf)[:1], leaf.dtype.name, _axes(leaf)[1:])
         for leaf in _tensors(aux)
     ]
 
@@ -170,3 +170,7 @@ def _joined(column: Sequence[Any]) -> Any:
 
 def _cast_like(total: Any, leaf: Any) -> Any:
     return tf.cast(total, leaf.dtype) if hasattr(leaf, "dtype") else total
+
+
+def _axes(leaf: Any) -> tuple[int | None, ...]:
+    return tuple(leaf.shape) if leaf.shape.rank else ()

@@ -84,7 +84,7 @@ def _is_tensor(x: Any) -> bool:
 def _leaf(x: Any) -> AuxLeaf:
     if not _is_tensor(x):
         return AuxLeaf((), type(x).__name__)
-    return AuxLeaf(tuple(x.shape[:1]), str(x.dtype).removeprefix("torch."))
+    return AuxLeaf(tuple(x.shape[:1]), str(x.dtype).removeprefix("torch."), tuple(x.shape[1:]))
 
 
 def _merged(column: Sequence[Any], kind: str, shares: Sequence[float]) -> Any:

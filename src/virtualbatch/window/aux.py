@@ -20,10 +20,12 @@ class AuxLeaf(NamedTuple):
     Fields:
         length: the first entry of its shape, None where a trace leaves it open; () without axes.
         dtype: name of its dtype, or of its type where it is no array.
+        inner: the further entries of its shape.
     """
 
     length: tuple[int | None, ...]
     dtype: str
+    inner: tuple[int | None, ...] = ()
 
 
 def kinds(
@@ -52,7 +54,8 @@ def kinds(
 
     Raises:
         TypeError: a leaf can be neither concatenated, summed nor averaged.
-        ValueError: the structure differs between micro-batches.
+        ValueError: the structure differs between micro-batches, or a leaf has its rows on another
+            axis than the first.
     """
     if any(structure != structures[0] for structure in structures):
         raise _changed()
@@ -63,19 +66,44 @@ def kinds(
         for column, kind in zip(columns, asked, strict=True)
     ]
     per_row = follows
-    if any(follows) and len({n for n in rows if n is not None}) < 2:
+    inner = [
+        set() if kind or here else _inner_axes_of_rows(column, rows)
+        for column, kind, here in zip(columns, asked, follows, strict=True)
+    ]
+    if (any(follows) or any(inner)) and len({n for n in rows if n is not None}) < 2:
         leaves = at_other()
         if len(leaves) != len(columns):
             raise _changed()
         per_row = [
             here and leaf.length == (other,) for here, leaf in zip(follows, leaves, strict=True)
         ]
+        inner = [
+            axes & _inner_axes_of_rows([leaf], [other])
+            for axes, leaf in zip(inner, leaves, strict=True)
+        ]
+    for axes, column in zip(inner, columns, strict=True):
+        if axes:
+            shape = (*column[0].length, *column[0].inner)
+            raise ValueError(
+                "A leaf of aux must have its rows on the first axis. "
+                f"Got shape {shape} with the rows on axis {min(axes)}. "
+                "Return it with that axis first. See docs/rows.md."
+            )
     return [
         kind or (ROWS if one_per_row else _kind(number, column, kind_of))
         for number, (kind, one_per_row, column) in enumerate(
             zip(asked, per_row, columns, strict=True)
         )
     ]
+
+
+def _inner_axes_of_rows(column: Sequence[AuxLeaf], rows: Sequence[int | None]) -> set[int]:
+    """Axes beside the first that are as long as the micro-batch in each of some micro-batches."""
+    if None in rows:
+        return set()
+    pairs = list(zip(column, rows, strict=True))
+    axes = range(min(len(leaf.inner) for leaf in column))
+    return {k + 1 for k in axes if all(leaf.inner[k] == n for leaf, n in pairs)}
 
 
 def kinds_without_rows(structures: Sequence[Any], auxes: Sequence[Sequence[AuxLeaf]]) -> list[str]:
