@@ -122,7 +122,7 @@ def test_eager_micro_batches_are_even():
         sizes.append(x.shape[0])
         return tf.reduce_sum(x)
 
-    vb.value_and_gradients(loss_fn, tf.ones([9, 2]), [], microbatch_size=4)
+    vb.value_and_gradients(loss_fn, tf.ones([9, 2]), [FIRST], microbatch_size=4)
     assert sizes == [3, 3, 3]
 
 
@@ -213,13 +213,16 @@ class Unseen:
 def test_arrays_that_tensorflow_does_not_see_are_refused(batch):
     # They would reach every micro-batch whole.
     with pytest.raises(TypeError, match=r"where tf\.nest finds them\. Got batch.*\.y inside"):
-        vb.value_and_gradients(lambda batch: 0.0, batch, [], microbatch_size=1)
+        vb.value_and_gradients(lambda batch: 0.0, batch, [FIRST], microbatch_size=1)
 
 
 def test_rows_are_compared_wherever_tensorflow_finds_them():
     with pytest.raises(ValueError, match=r"10 rows in tf\.nest\.flatten\(batch\)\[0\] and 4 rows"):
         vb.value_and_gradients(
-            lambda batch: tf.reduce_mean(batch[0].x), (Nested(X, Y[:4]), X), [], microbatch_size=2
+            lambda batch: tf.reduce_mean(batch[0].x),
+            (Nested(X, Y[:4]), X),
+            [FIRST],
+            microbatch_size=2,
         )
 
 
@@ -295,7 +298,6 @@ VARIABLES = {
     "unused": [UNUSED, FIRST],
     "integer": [WHOLE, FIRST],
     "twice": [FIRST, FIRST],
-    "none": [],
 }
 
 

@@ -68,7 +68,7 @@ def prove_first_window(
     source = batch[int(np.argmax(sizes))] if isinstance(batch, Window) else batch
     arrays = named_arrays(source)
     empty = shares.first_without()
-    kinds = tuple((place, tf.as_dtype(x.dtype), len(x.shape)) for place, x in arrays)
+    kinds = tuple((p, str(getattr(x, "dtype", type(x))), len(x.shape)) for p, x in arrays)
     structure = (program.has_aux, kinds, empty is None)
     seen = known.seen(program.loss_fn, program.weight, structure)
     if seen is not None:
