@@ -42,7 +42,7 @@ SIGNATURES = {
     ),
     virtualbatch.keras.accumulate: (
         "(model, *, microbatch_size=None, accumulation_steps=None, microbatch_tokens=None, "
-        "lengths=None)"
+        "lengths=None, check=True)"
     ),
     virtualbatch.keras.plan: "(model, batch, *, memory_limit=None)",
     virtualbatch.keras.restore: "(model)",

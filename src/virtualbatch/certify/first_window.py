@@ -27,7 +27,7 @@ _POOL, _WAYS = 16, 64
 _CLEAR = 0.1
 # Right weights miss by about one epsilon of the narrowest dtype, wrong ones by 30 and more; what is
 # between is certified as well, and so never refused for its rounding.
-_ROUNDING = 16.0
+ROUNDING = 16.0
 # Finding -> the page that explains it. Others are no fault of the loss.
 _PAGES = {
     "weight": "docs/sums.md",
@@ -228,7 +228,7 @@ def prove(trial: Trial, why: Callable[[Exception], str], again: bool = False) ->
             continue
         if distance is None:
             a, b = chosen[-1]
-        elif not distance.off > _ROUNDING:
+        elif not distance.off > ROUNDING:
             if math.isfinite(distance.off):
                 found.append(distance)
             reason = "its gradient is not finite"
@@ -236,7 +236,7 @@ def prove(trial: Trial, why: Callable[[Exception], str], again: bool = False) ->
         try:
             certificate = trial.certificate(*_cut_like(a, b))
         except Exception as error:  # the same
-            reason = why(error)
+            reason = str(error) if isinstance(error, UntriedError) else why(error)
             continue
         if not certificate.exact:
             return _refused(trial, _explained(trial, chosen[-1], certificate))
@@ -339,7 +339,7 @@ def _group(trial: Trial) -> int | None:
             found = [trial.distance(first, others[:group]), trial.distance(first, others)]
         except Exception:  # the user's code, on numbers of rows that it may not be made for
             continue
-        if all(distance is not None and distance.off <= _ROUNDING for distance in found):
+        if all(distance is not None and distance.off <= ROUNDING for distance in found):
             return group
     return None
 

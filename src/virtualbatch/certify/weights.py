@@ -29,8 +29,8 @@ _ELEMENTS = (
     "engine finds its weights then."
 )
 _ONE_PER_ROW = (
-    "Return one value per row and let the framework add them up, or divide by what it counts, such "
-    "as the rows."
+    "Return one value per row, or add one value per row by add_loss, and let the framework reduce "
+    "them; or divide by what it counts, such as the rows."
 )
 
 

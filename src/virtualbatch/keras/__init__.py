@@ -37,6 +37,7 @@ def accumulate(
     accumulation_steps: int | None = None,
     microbatch_tokens: int | None = None,
     lengths: Callable[[Any], Any] | None = None,
+    check: bool = True,
 ) -> None:
     """Makes every batch of `fit` and `train_on_batch` one update, computed in micro-batches.
 
@@ -54,6 +55,10 @@ def accumulate(
             most this, and trimmed to that row. See docs/pack.md for when that is safe.
         lengths: with `microbatch_tokens`, a function from the x of a batch to the length of each
             row, integers >= 1. It is called wherever Keras runs the train step, compiled too.
+        check: whether losses and layers that are not Keras' own prove themselves before the first
+            update: whether micro-batches of a few rows add up to those rows in one. For that they
+            are called more often, without dropout and without statistics of the batch. What does
+            not add up is refused by `fit`; what cannot be tried is said in a log line.
 
     Raises:
         TypeError: `model` is not a Keras model, or `lengths` is not a function.
@@ -82,7 +87,7 @@ def accumulate(
             f"and accumulation_steps={accumulation_steps}. Pass microbatch_tokens and lengths only."
         )
     keras_backend = _backend_for(model)
-    step = keras_backend.step(model, microbatch_size, accumulation_steps, packing)
+    step = keras_backend.step(model, microbatch_size, accumulation_steps, packing, check=check)
     restore(model)
     say_what_is_not_exact(model)
     model.train_step = step

@@ -48,7 +48,8 @@ class Backend(NamedTuple):
 
     Fields:
         refuse: model -> nothing; refuses what only this backend cannot train.
-        step: (model, microbatch_size, accumulation_steps, packing) -> the step that accumulates.
+        step: (model, microbatch_size, accumulation_steps, packing, check=) -> the step that
+        accumulates, see `TrainStep`.
         make_train_function: model -> its `make_train_function`.
         plan: (model, (x, y, sample_weight), memory limit) -> plan.
         build: (model, (x, y, sample_weight)) -> nothing; makes what `fit` would make at its first
@@ -60,7 +61,7 @@ class Backend(NamedTuple):
     """
 
     refuse: Callable[[keras.Model], None]
-    step: Callable[[keras.Model, Any, int | None, Any], Any]
+    step: Callable[..., Any]
     make_train_function: Callable[[keras.Model], Callable[..., Any]]
     plan: Callable[[keras.Model, Any, int | str | None], Plan]
     build: Callable[[keras.Model, Any], None]

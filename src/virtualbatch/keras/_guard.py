@@ -66,6 +66,7 @@ class Guard:
         put_back: Callable[[], None],
         make_again: Callable[[], None],
         plan: Callable[[int | str | None], Plan],
+        prove: Callable[[int], None],
     ) -> Any:
         """Runs a window, again with smaller micro-batches as long as memory runs out.
 
@@ -76,6 +77,8 @@ class Guard:
             put_back: undoes whatever a failed attempt wrote.
             make_again: makes a program for another size.
             plan: memory limit -> plan for this batch.
+            prove: rows, or tokens, of a micro-batch -> nothing; tries the law on the batch if that
+                was not done before.
 
         Raises:
             MemoryError: not even a micro-batch of one row fits.
@@ -89,6 +92,7 @@ class Guard:
         self._latest = size
         if self._take(size):
             make_again()
+        prove(size.rows)
 
         def smaller(_: int) -> None:
             self._take(size)

@@ -11,12 +11,13 @@ class Snapshot:
 
     Args:
         model: a model that is built and compiled.
+        optimizer: whether those of its optimizer, which may be twice the weights, are kept too.
     """
 
-    def __init__(self, model: keras.Model):
+    def __init__(self, model: keras.Model, optimizer: bool = True):
         self._model = model
         found: list[Any] = [*model.variables, *model.metrics_variables]
-        if model.optimizer is not None:
+        if optimizer and model.optimizer is not None:
             found += model.optimizer.variables
         self._values = [
             (variable, np.array(keras.ops.convert_to_numpy(variable.value)))

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from virtualbatch.certify.first_window import Proven
 from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._checks import refuse_accumulating_optimizer, refuse_replicas
 from virtualbatch.keras._packing import Packing
@@ -27,10 +28,14 @@ class TrainStep:
         microbatch_size: rows of one micro-batch, "auto", an `Auto`, or None.
         accumulation_steps: micro-batches per window, or None.
         packing: how rows are packed instead, or None.
+        check: whether its first window proves itself.
 
     Attributes:
         microbatch_size: as given.
         packing: as given.
+        check: as given.
+        silent: whether losses that only their author knows how to cut are not named: they were
+            proven, or somebody observes them.
         most: rows of a micro-batch, or tokens of a packed one, where they were planned, or made
             fewer than asked for; else None.
         listener: is told the `WindowStats` of windows; None, and they are not computed. A train
@@ -45,16 +50,27 @@ class TrainStep:
         microbatch_size: Any,
         accumulation_steps: int | None,
         packing: Packing | None = None,
+        check: bool = False,
     ):
         self._model = model
         self.microbatch_size = microbatch_size
         self.packing = packing
+        self.check = check
+        self.silent = False
         self._accumulation_steps = accumulation_steps
         self.most: int | None = None
         self.listener: Callable[[Any], None] | None = None
         self._said: set[str] = set()
+        self._proven, self._proven_as = Proven(), model._compile_loss
         self._added = AddedLosses()
         self._said_how_it_is_cut = False
+
+    def proven(self) -> Proven:
+        """What was tried of the model as it is compiled."""
+        if self._proven_as is not self._model._compile_loss:
+            self._proven, self._proven_as = Proven(), self._model._compile_loss
+            self.silent = False
+        return self._proven
 
     def rows_asked_for(self, rows: int) -> int:
         """Rows, or tokens, of one micro-batch as asked for, for a batch of so many rows."""
@@ -142,6 +158,8 @@ class TrainStep:
 
     def _say(self, losses: list[str]) -> None:
         """Names losses that only their author knows how to cut, once per call of `accumulate`."""
+        if self.silent:
+            return
         for name in losses:
             if name not in self._said:
                 _log.warning(

@@ -40,7 +40,7 @@ def certificate(
     Raises:
         ValueError: there is one row, or one micro-batch, or the batch is no batch of arrays.
     """
-    batch = _arrays(batch)
+    batch = arrays(batch)
     rows = common_rows(array_leaves(batch))
     if rows is None:
         raise ValueError("internal: a batch of arrays has no number of rows.")
@@ -48,7 +48,7 @@ def certificate(
     check_microbatches(backend.cut(rows, size))
     backend.build(model, batch)
     with ExitStack() as held:
-        held.enter_context(_untouched(model, backend))
+        held.enter_context(untouched(model, backend, Snapshot(model)))
         notes = []
         drawing = held.enter_context(without_randomness(model))
         if drawing.quieted:
@@ -67,10 +67,16 @@ def certificate(
 
 
 @contextmanager
-def _untouched(model: keras.Model, backend: Backend) -> Iterator[None]:
-    """Puts back all values, attributes of layers, gradients and random numbers."""
+def untouched(model: keras.Model, backend: Backend, snapshot: Snapshot) -> Iterator[None]:
+    """Puts back values, attributes of layers, gradients and random numbers.
+
+    Args:
+        model: a model that is built.
+        backend: that of Keras.
+        snapshot: the values.
+    """
     attributes, random = Attributes(model), RandomNumbers()
-    kept = [Snapshot(model), *backend.kept(model)]
+    kept = [snapshot, *backend.kept(model)]
     try:
         yield
     finally:
@@ -80,7 +86,7 @@ def _untouched(model: keras.Model, backend: Backend) -> Iterator[None]:
         random.restore()
 
 
-def _arrays(batch: Any) -> Any:
+def arrays(batch: Any) -> Any:
     """The batch as arrays of NumPy, numbers as `fit` would cast them.
 
     Raises:

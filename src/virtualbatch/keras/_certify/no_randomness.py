@@ -46,7 +46,7 @@ def without_randomness(model: keras.Model) -> Iterator[Drawing]:
             for name in [name for name, value in vars(layer).items() if _is_amount(name, value)]:
                 set_to(layer, name, 0.0)
             if len(changed) == before and type(layer).__module__.startswith("keras."):
-                set_to(layer, "call", _as_in_inference(layer))
+                set_to(layer, "call", as_in_inference(layer))
         elif isinstance(layer, keras.layers.TorchModuleWrapper):
             for module in layer.module.modules():
                 if "Dropout" in type(module).__name__ and module.p:
@@ -70,7 +70,9 @@ def _is_amount(name: str, value: Any) -> bool:
     return is_number and value != 0 and any(amount in name for amount in _AMOUNTS)
 
 
-def _as_in_inference(layer: Any) -> Callable[..., Any]:
+def as_in_inference(layer: Any) -> Callable[..., Any]:
+    """The `call` of a layer as it is in inference."""
+
     def call(*args: Any, **options: Any) -> Any:
         return type(layer).call(layer, *args, **options | {"training": False})
 

@@ -56,19 +56,14 @@ class KerasStep(TrainingStep):
         self.rows = rows
         stops = np.cumsum(backend.cut(rows, size))
         self.pieces = np.split(np.arange(rows), stops[:-1])
-        self.leaves = {
-            path: leaf
-            for name, part in zip(("x", "y", "sample_weight"), batch, strict=True)
-            for path, leaf in array_leaves(part, name)
-            if isinstance(leaf, np.ndarray)
-        }
+        self.leaves = named_arrays(batch)
         self._names = _names(model.trainable_variables)
         self.parameters = {
             name: _numpy(variable.value)
             for name, variable in zip(self._names, model.trainable_variables, strict=True)
         }
         self.narrow: Sequence[str] = ()
-        dtype = _coarsest(model)
+        dtype = coarsest_dtype(model)
         self.epsilon = self.narrowest = float(np.finfo(dtype).eps)
         self.notes = [*notes, f"Compared in {dtype}."]
 
@@ -78,7 +73,8 @@ class KerasStep(TrainingStep):
 
     def accumulated_term(self, term: Any) -> Observed:
         """See `TrainingStep`."""
-        step = self._backend.step(self._model, self._size, None, None)
+        step = self._backend.step(self._model, self._size, None, None, check=False)
+        step.silent = True
         return self._ran(("accumulated", term), step, np.arange(self.rows), term, 1)
 
     def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:
@@ -138,18 +134,14 @@ class KerasStep(TrainingStep):
         return found
 
     def _observed(self, ran: Ran, term: Any) -> Observed:
-        model = self._model
         gradients = {
             name: None if gradient is None else _numpy(gradient) / self._scale
             for name, gradient in zip(self._names, ran.gradients, strict=True)
         }
         logs = _named("metric ", ran.logs)
-        # The tracker's own, because a model may log what it likes.
         logs.pop("metric loss", None)
-        tracked = dict(zip(map(id, model.metrics_variables), ran.metrics, strict=True))
-        tracker = model._loss_tracker
-        total, count = (_numpy(tracked[id(v)]) for v in (tracker.total, tracker.count))
-        return Observed({term: float(total / count)}, gradients, logs | self._kept(ran))
+        loss = tracked_loss(self._model, ran)
+        return Observed({term: loss}, gradients, logs | self._kept(ran))
 
     def _kept(self, ran: Ran) -> dict[str, np.ndarray]:
         """What layers keep, but for how often a seed was drawn."""
@@ -168,20 +160,51 @@ class KerasStep(TrainingStep):
         }
 
     def _some(self, rows: np.ndarray) -> Any:
-        def chosen(leaf: Any) -> Any:
-            if not hasattr(leaf, "shape"):
-                return leaf
-            if not isinstance(leaf, np.ndarray):
-                return keras.ops.take(leaf, rows, axis=0)
-            some = leaf[rows]
-            return keras.ops.convert_to_tensor(some) if leaf.dtype.kind in NUMBERS else some
-
-        return keras.tree.map_structure(chosen, self._batch)
+        return tensors(chosen(self._batch, rows))
 
     def _fresh(self) -> None:
         self._attributes.restore()
         self._snapshot.restore()
         self._model.reset_metrics()
+
+
+def named_arrays(batch: Any) -> dict[str, np.ndarray]:
+    """The numbers in (x, y, sample_weight), arrays of NumPy, by the expressions that reach them."""
+    return {
+        path: leaf
+        for name, part in zip(("x", "y", "sample_weight"), batch, strict=True)
+        for path, leaf in array_leaves(part, name)
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in NUMBERS
+    }
+
+
+def chosen(batch: Any, rows: Any) -> Any:
+    """Some rows of every array of a batch."""
+
+    def some(leaf: Any) -> Any:
+        if not hasattr(leaf, "shape"):
+            return leaf
+        return leaf[rows] if isinstance(leaf, np.ndarray) else keras.ops.take(leaf, rows, axis=0)
+
+    return keras.tree.map_structure(some, batch)
+
+
+def tensors(batch: Any) -> Any:
+    """The arrays of a batch as Keras' tensors, but for those that are no numbers."""
+
+    def tensor(leaf: Any) -> Any:
+        is_number = isinstance(leaf, np.ndarray) and leaf.dtype.kind in NUMBERS
+        return keras.ops.convert_to_tensor(leaf) if is_number else leaf
+
+    return keras.tree.map_structure(tensor, batch)
+
+
+def tracked_loss(model: keras.Model, ran: Ran) -> float:
+    """The loss of a run, by the model's own tracker: a model may log what it likes."""
+    tracked = dict(zip(map(id, model.metrics_variables), ran.metrics, strict=True))
+    tracker = model._loss_tracker
+    total, count = (_numpy(tracked[id(v)]) for v in (tracker.total, tracker.count))
+    return float(total / count)
 
 
 def _names(variables: Sequence[Any]) -> list[str]:
@@ -205,7 +228,7 @@ def _named(prefix: str, logs: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return found
 
 
-def _coarsest(model: keras.Model) -> str:
+def coarsest_dtype(model: keras.Model) -> str:
     """The coarsest dtype that a gradient goes through: of weights, layers, losses or in Keras.
 
     Outside TensorFlow, Keras rounds to float32 inside means and divisions of float64 models.

@@ -4,7 +4,8 @@ Keras compiles it whole, as it does its own: the batch is checked and cut while 
 the window is one scan in the program.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -15,6 +16,7 @@ import keras
 from virtualbatch.jax._batch import cut_batch
 from virtualbatch.keras._backend import Backend
 from virtualbatch.keras._certify.certificate import build_symbolically
+from virtualbatch.keras._certify.first_window import prove_first_window
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._jax.packing import packed_cut
 from virtualbatch.keras._jax.plan import MEMORY, copied, planned
@@ -37,8 +39,9 @@ class JaxStep(TrainStep):
         microbatch_size: Any,
         accumulation_steps: int | None,
         packing: Packing | None = None,
+        check: bool = False,
     ):
-        super().__init__(model, microbatch_size, accumulation_steps, packing)
+        super().__init__(model, microbatch_size, accumulation_steps, packing, check)
         self._seen_whole = False
 
     def __call__(self, state: Any, data: Any) -> tuple[dict[str, Any], Any]:
@@ -130,13 +133,20 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 nonlocal run
                 run = compiled()
 
+            given, rows = keras.utils.unpack_x_y_sample_weight(largest), _rows(largest)
+
+            def prove(size: int) -> None:
+                with _holding(model, State(*state)):
+                    prove_first_window(model, step, given, rows, size, BACKEND, MEMORY.errors)
+
             return guard.run(
-                keras.utils.unpack_x_y_sample_weight(largest),
-                _rows(largest),
+                given,
+                rows,
                 attempt,
                 lambda: None,
                 make_again,
                 lambda limit: planned(partial(_step_of, model), state, largest, limit),
+                prove,
             )
 
         model.train_function = train_function
@@ -156,13 +166,32 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
     return make
 
 
-def _put_back(model: keras.Model, state: State) -> None:
-    pairs = [
+def _pairs(model: keras.Model, state: State) -> list[tuple[Any, Any]]:
+    """Each variable of a model with its value in a state."""
+    return [
         *zip(model.trainable_variables, state.trainable, strict=True),
         *zip(model.non_trainable_variables, state.non_trainable, strict=True),
         *zip(model.optimizer.variables, state.optimizer, strict=True),
         *zip(model.metrics_variables, state.metrics, strict=True),
     ]
+
+
+@contextmanager
+def _holding(model: keras.Model, state: State) -> Iterator[None]:
+    """While the variables of a model hold a state, which `fit` takes out of them."""
+    pairs = _pairs(model, state)
+    before = [variable._value for variable, _ in pairs]
+    try:
+        for variable, value in pairs:
+            variable._value = value
+        yield
+    finally:
+        for (variable, _), value in zip(pairs, before, strict=True):
+            variable._value = value
+
+
+def _put_back(model: keras.Model, state: State) -> None:
+    pairs = _pairs(model, state)
     # A program that ran has taken its inputs.
     if not any(value.is_deleted() for _, value in pairs):
         for variable, value in pairs:

@@ -18,6 +18,7 @@ import tensorflow as tf
 from virtualbatch.keras._backend import Backend
 from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.eager_program import EagerProgram
+from virtualbatch.keras._certify.first_window import prove_first_window
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._snapshot import Snapshot
@@ -28,6 +29,7 @@ from virtualbatch.keras._tensorflow.window import WindowRun, rows_of
 from virtualbatch.keras._train_step import TrainStep, uncompiled
 from virtualbatch.plan.plan import Plan
 from virtualbatch.tensorflow._batch import is_array, segments, specs
+from virtualbatch.tensorflow._certify.eager_random import EagerRandom
 from virtualbatch.window.cut import sizes_disagree
 from virtualbatch.window.tree import array_leaves, common_rows
 
@@ -108,7 +110,8 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
     A graph writes metrics and seeds while it runs. Until a window of some shape has fitted once,
     everything is copied before it, so that it can run again.
     """
-    guard = Guard(model, model.train_step, MEMORY)
+    step = model.train_step
+    guard = Guard(model, step, MEMORY)
     # Keras asks for the function once per fit, so that is when the data may still be empty.
     trained = False
 
@@ -139,7 +142,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
             trained = True
             if guard.succeeded():
                 run = compiled()
-            logs: dict[str, Any] = model.train_step.told(results)
+            logs: dict[str, Any] = step.told(results)
             return logs
 
         def guarded(iterator: Any) -> Any:
@@ -169,8 +172,9 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
 
         def first_of_its_shape(batches: list[Any], feed: Callable[[], Any]) -> Any:
             largest = max(batches, key=lambda batch: (_rows(batch), _size(batch)))
+            given = keras.utils.unpack_x_y_sample_weight(largest)
             # What the first window would make has to be there before it can be copied.
-            _build_layers(model, keras.utils.unpack_x_y_sample_weight(largest)[0])
+            _build_layers(model, given[0])
             _build_optimizer(model)
             snapshot = Snapshot(model)
 
@@ -179,12 +183,15 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 run = compiled()
 
             return guard.run(
-                keras.utils.unpack_x_y_sample_weight(largest),
+                given,
                 _rows(largest),
                 lambda: run(feed()),
                 snapshot.restore,
                 make_again,
                 lambda limit: planned(partial(_step_of, model), model, largest, limit),
+                lambda size: prove_first_window(
+                    model, step, given, _rows(largest), size, BACKEND, MEMORY.errors
+                ),
             )
 
         model.train_function = train_function
@@ -294,5 +301,5 @@ BACKEND = Backend(
     program=EagerProgram,
     cut=_sizes,
     is_concrete=lambda value: hasattr(value, "numpy"),
-    kept=lambda model: [],
+    kept=lambda model: [EagerRandom()],
 )

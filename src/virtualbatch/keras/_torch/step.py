@@ -12,6 +12,7 @@ import keras
 from virtualbatch.keras._backend import Backend
 from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.eager_program import EagerProgram
+from virtualbatch.keras._certify.first_window import prove_first_window
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._packing import Packing
 from virtualbatch.keras._torch.batch import packed_window_of, place, window_of
@@ -37,8 +38,9 @@ class TorchStep(TrainStep):
         microbatch_size: Any,
         accumulation_steps: int | None,
         packing: Packing | None = None,
+        check: bool = False,
     ):
-        super().__init__(model, microbatch_size, accumulation_steps, packing)
+        super().__init__(model, microbatch_size, accumulation_steps, packing, check)
         self._guard = Guard(model, self, MEMORY)
 
     def __call__(self, data: Any) -> dict[str, Any]:
@@ -56,6 +58,9 @@ class TorchStep(TrainStep):
             random.restore,
             lambda: None,
             lambda limit: planned(self._model, batch, limit),
+            lambda size: prove_first_window(
+                self._model, self, batch, rows, size, BACKEND, MEMORY.errors
+            ),
         )
         self._guard.succeeded()
         return results

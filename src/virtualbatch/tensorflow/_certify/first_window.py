@@ -8,9 +8,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-# Eager random numbers follow from it; there is no public name for its state.
-from tensorflow.python.eager import context
-
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.first_window import (
     NO_ROWS,
@@ -29,6 +26,7 @@ from virtualbatch.tensorflow._certify.certificate import (
     other_variables,
     run_eagerly,
 )
+from virtualbatch.tensorflow._certify.eager_random import EagerRandom
 from virtualbatch.tensorflow._gradients import added, scalar_terms, scaled_gradients
 from virtualbatch.tensorflow._plan.memory import ERRORS
 from virtualbatch.tensorflow._stats import summed
@@ -96,17 +94,12 @@ def _proven(variables: Any) -> Proven:
 
 @contextmanager
 def _random_numbers_kept() -> Iterator[None]:
-    host, eager = HostRandom(), context.context()
-    seeded = getattr(eager, "_rng", None)
-    state = seeded and seeded.getstate()
+    kept = HostRandom(), EagerRandom()
     try:
         yield
     finally:
-        host.restore()
-        if seeded is not None:
-            seeded.setstate(state)
-            # A kernel that is kept goes on from where it was.
-            eager.clear_kernel_cache()
+        for each in kept:
+            each.restore()
 
 
 class _TensorFlowTrial(Trial):

@@ -1,0 +1,66 @@
+"""What of a model is Keras' own, so that its type tells how it is cut."""
+
+from types import FunctionType
+from typing import Any
+
+import keras
+
+# Layers of Keras that run a user's function.
+_WRAPPERS = (
+    keras.layers.Lambda,
+    keras.layers.TorchModuleWrapper,
+    keras.layers.JaxLayer,
+    keras.layers.FlaxLayer,
+    keras.layers.TFSMLayer,
+)
+# What a layer may be given to run on its outputs.
+_GIVEN = ("activation", "recurrent_activation", "activity_regularizer")
+_COUPLED = (keras.losses.Circle, keras.losses.Dice, keras.losses.Tversky)
+_COUPLED_FUNCTIONS = (keras.losses.circle, keras.losses.dice, keras.losses.tversky)
+
+
+def is_keras_own(model: keras.Model) -> bool:
+    """Whether Keras wrote everything that computes the loss of a model.
+
+    Args:
+        model: a compiled model.
+    """
+    return (
+        type(model).compute_loss is keras.Model.compute_loss
+        and all(_is_own(getattr(loss, "fn", loss)) for loss in _losses(model))
+        and all(_is_own_layer(layer) for layer in model._flatten_layers())
+    )
+
+
+def losses_that_couple_rows(model: keras.Model) -> list[str]:
+    """Names of Keras' own losses that are made of many rows at once."""
+    return [
+        getattr(loss, "name", None) or loss.__name__
+        for loss in _losses(model)
+        if isinstance(loss, _COUPLED) or any(loss is function for function in _COUPLED_FUNCTIONS)
+    ]
+
+
+def _losses(model: keras.Model) -> list[Any]:
+    given = keras.tree.flatten(model.loss)
+    return [
+        keras.losses.get(loss) if isinstance(loss, str) else loss
+        for loss in given
+        if loss is not None
+    ]
+
+
+def _is_own_layer(layer: Any) -> bool:
+    given = [vars(layer).get(name) for name in _GIVEN]
+    return (
+        _is_own(layer)
+        and not isinstance(layer, _WRAPPERS)
+        and all(found is None or _is_own(found) for found in given)
+        # Between the layers of a functional model there may be any operation, such as a mean.
+        and all(isinstance(op, keras.Layer) for op in vars(layer).get("_operations", []))
+    )
+
+
+def _is_own(found: Any) -> bool:
+    source = found if isinstance(found, FunctionType | type) else type(found)
+    return source.__module__.partition(".")[0] == "keras"
