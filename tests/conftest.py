@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from virtualbatch.certify.first_window import Proven, Seen
+from virtualbatch.certify.proven import Proven, Seen
 from virtualbatch.plan import planner
 from virtualbatch.plan.timing import TimeBudget
 

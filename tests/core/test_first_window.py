@@ -8,15 +8,9 @@ import pytest
 
 from virtualbatch.certify.certificate import Certificate, Finding
 from virtualbatch.certify.diagnosis import SEES_OTHER_ROWS
-from virtualbatch.certify.first_window import (
-    Distance,
-    Proven,
-    Seen,
-    Trial,
-    UntriedError,
-    parts,
-    prove,
-)
+from virtualbatch.certify.first_window import prove
+from virtualbatch.certify.proven import Proven, Seen
+from virtualbatch.certify.trial import Distance, Trial, UntriedError, parts
 
 pytestmark = pytest.mark.proves_itself
 

@@ -108,7 +108,7 @@ def test_counts_above_what_the_dtype_of_the_loss_holds():
 @pytest.mark.parametrize("mode", MODES)
 def test_the_law_for_terms_in_a_dict_without_weights(mode):
     def fun(params, batch):
-        return {"loss": loss(params, batch), "penalty": (params["w"] ** 2).sum()}
+        return {"fit": loss(params, batch), "penalty": (params["w"] ** 2).sum()}
 
     for size in (3, 10):
         ours = in_mode(mode, vb.value_and_grad(fun, microbatch_size=size))

@@ -225,8 +225,15 @@ def _map_lists(fn: Callable[[RowList], Any], batch: Any) -> Any:
 def chosen(batch: Any, rows: np.ndarray) -> Any:
     """Some rows of a batch, by their numbers."""
     marked = _with_row_lists(batch, rows_of(batch, "batch"))
-    found = map_arrays(lambda x: jnp.asarray(x)[rows], marked)
+    found = map_arrays(lambda x: jnp.asarray(_on_one_device(x))[rows], marked)
     return _map_lists(lambda x: x.chosen(rows).items, found)
+
+
+def _on_one_device(x: Any) -> Any:
+    """The array, brought to the host if it is spread over devices."""
+    # On an explicit mesh some of its rows would have no place.
+    spread = isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
+    return np.asarray(x) if spread else x
 
 
 def specs(cut: Cut, rows: int) -> Any:

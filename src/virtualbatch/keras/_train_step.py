@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from virtualbatch.certify.first_window import Proven
+from virtualbatch.certify.proven import Proven
 from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._checks import refuse_accumulating_optimizer, refuse_replicas
 from virtualbatch.keras._packing import Packing

@@ -10,16 +10,10 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.certify.first_window import (
-    NO_ROWS,
-    Distance,
-    Proven,
-    Trial,
-    UntriedError,
-    prove,
-    untried,
-)
+from virtualbatch.certify.first_window import prove
+from virtualbatch.certify.proven import NO_ROWS, Proven, untried
 from virtualbatch.certify.randomness import HostRandom
+from virtualbatch.certify.trial import Distance, Trial, UntriedError
 from virtualbatch.jax._batch import Cut, chosen, cut_batch, is_array, rows_of
 from virtualbatch.jax._certify.certificate import certificate
 from virtualbatch.jax._objective import Call

@@ -9,16 +9,10 @@ import keras
 import numpy as np
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.certify.first_window import (
-    ROUNDING,
-    Distance,
-    Seen,
-    Trial,
-    UntriedError,
-    prove,
-    untried,
-)
+from virtualbatch.certify.first_window import ROUNDING, prove
+from virtualbatch.certify.proven import Seen, untried
 from virtualbatch.certify.randomness import HostRandom
+from virtualbatch.certify.trial import Distance, Trial, UntriedError
 from virtualbatch.keras._backend import Backend, Program
 from virtualbatch.keras._certify.certificate import arrays, certificate, untouched
 from virtualbatch.keras._certify.full_precision import in_full_precision
@@ -121,8 +115,8 @@ class KerasTrial(Trial):
         backend: that of Keras.
     """
 
-    # One, because on JAX each number of rows is compiled. It is cut after five rows, so that no two,
-    # three or four rows that belong together stay together.
+    # One, because on JAX each number of rows is compiled. It is cut after five rows, so that no
+    # two, three or four rows that belong together stay together.
     pairs = ((4, 5),)
 
     def __init__(

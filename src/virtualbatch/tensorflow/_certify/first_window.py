@@ -9,16 +9,10 @@ import numpy as np
 import tensorflow as tf
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.certify.first_window import (
-    NO_ROWS,
-    Distance,
-    Proven,
-    Trial,
-    UntriedError,
-    prove,
-    untried,
-)
+from virtualbatch.certify.first_window import prove
+from virtualbatch.certify.proven import NO_ROWS, Proven, untried
 from virtualbatch.certify.randomness import HostRandom
+from virtualbatch.certify.trial import Distance, Trial, UntriedError
 from virtualbatch.plan.out_of_memory import in_words
 from virtualbatch.tensorflow._batch import Segment, as_tensors, chosen, named_arrays, segments
 from virtualbatch.tensorflow._certify.certificate import (

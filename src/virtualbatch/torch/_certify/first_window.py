@@ -9,16 +9,10 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.certify.first_window import (
-    NO_ROWS,
-    Distance,
-    Proven,
-    Trial,
-    UntriedError,
-    prove,
-    untried,
-)
+from virtualbatch.certify.first_window import prove
+from virtualbatch.certify.proven import NO_ROWS, Proven, untried
 from virtualbatch.certify.randomness import HostRandom
+from virtualbatch.certify.trial import Distance, Trial, UntriedError
 from virtualbatch.plan.out_of_memory import in_words
 from virtualbatch.torch._batch import Microbatch, ReadBatch, known_rows, on_device
 from virtualbatch.torch._certify.certificate import certificate, uncompiled
