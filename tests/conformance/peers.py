@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from tests.oracle import assert_close
 
-from virtualbatch.window.window import Window, windows
+from virtualbatch.window.stream import windows
+from virtualbatch.window.window import Window
 
 
 def one_hot(engine: Any, samples: int) -> tuple[Any, Any]:

@@ -72,7 +72,7 @@ def test_parts_are_other_rows_of_the_batch(rows, sizes):
         assert len({*a, *b}) == len(a) + len(b)
         assert {*a, *b} <= set(range(rows))
     if rows == 1000:
-        assert found[-1] == ([0, 133, 266, 400], [599, 733, 866, 999])
+        assert found[-1] == ([0, 141, 286, 427], [572, 713, 858, 999])
 
 
 def test_the_parts_differ_by_what_the_arrays_count():
@@ -87,11 +87,23 @@ def test_the_parts_differ_by_what_the_arrays_count():
         assert two[0] != two[1]
 
 
-def test_the_first_part_is_of_a_micro_batch_without_weight():
+def test_a_micro_batch_without_weight_takes_pairs_of_its_own():
     trial = Scripted({}, rows=100)
-    trial.empty = range(50, 53)
-    assert [a for a, _ in parts(trial)] == [[50], [50], [50, 51, 52]]
-    assert all(not {*b} & {50, 51, 52} for _, b in parts(trial))
+    trial.empty, trial.full = range(50, 53), range(60, 70)
+    every, lacking = parts(trial)[:3], parts(trial)[3:]
+    assert [(len(a), len(b)) for a, b in every] == [(1, 1), (1, 2), (4, 4)]
+    assert lacking == [([50], [60, 63]), ([50], [66, 69])]
+
+
+def test_few_rows_that_count_are_found_among_many():
+    trial = Scripted({}, rows=200)
+    trial.masks = np.zeros(200)
+    trial.masks[[6, 21, 40, 77, 90, 130, 140, 150, 199]] = [1, 1, 1, 1, 5, 1, 1, 1, 1]
+    *_, eight = parts(trial)
+    first, second = (trial.masks[list(part)].sum() for part in eight)
+    assert first > 0
+    assert second > 0
+    assert first != second
 
 
 def test_what_adds_up_is_not_certified():
@@ -151,7 +163,7 @@ def test_what_draws_random_numbers_is_certified_at_once_with_all_rows():
     [
         (RuntimeError("odd"), "an error: odd"),
         (UntriedError("it draws"), "it draws"),
-        (Distance(math.nan, False, {}), "its gradient is not finite"),
+        (Distance(math.nan, False, {}), "its gradient is 0, or not finite"),
     ],
 )
 def test_what_cannot_be_tried_says_why(distance, reason):
@@ -199,11 +211,14 @@ def test_a_loss_that_does_not_use_its_rows_is_told(caplog):
 
 def test_distances_are_in_epsilons_of_the_largest_gradient():
     losses = [{"loss": 1.0}, {"loss": 2.0}, {"loss": 3.0}]
-    assert Distance.of([2.0, 4.0, 0.5], [0.5, 0.5], losses, {}, 0.125).off == 1.0
-    assert Distance.of([0.0, 0.0, 0.0], [0.5, 0.5], losses, {}, 0.125).off == 0.0
+    assert Distance.of([2.0, 4.0, 2**-18], [0.5, 0.5], losses, {}, 2**-20).off == 1.0
+    # Without any gradient nothing is told.
+    assert math.isnan(Distance.of([0.0, 0.0, 0.0], [0.5, 0.5], losses, {}, 2**-20).off)
     # A part that is 0 and another that is not.
-    assert Distance.of([0.0, 0.0, 1.0], [0.5, 0.5], losses, {}, 0.125).off == 8.0
-    assert math.isnan(Distance.of([1.0, math.inf, 1.0], [0.5, 0.5], losses, {}, 0.125).off)
+    assert Distance.of([0.0, 0.0, 1.0], [0.5, 0.5], losses, {}, 2**-20).off == 2**20
+    # Half precision is certified sooner.
+    assert Distance.of([2.0, 4.0, 2**-5], [0.5, 0.5], losses, {}, 2**-7).off == 8.0
+    assert math.isnan(Distance.of([1.0, math.inf, 1.0], [0.5, 0.5], losses, {}, 2**-20).off)
 
 
 def test_the_same_loss_and_gradient_whatever_the_rows():
@@ -221,6 +236,11 @@ class Owner:
 
     def other(self, batch):
         return batch * 2
+
+
+class Criterion:
+    def __init__(self, reduction):
+        self.reduction = reduction
 
 
 def made(text):
@@ -241,6 +261,28 @@ def test_a_loss_is_remembered_by_what_it_does():
     known.remember(owner.loss, None, "x", Seen())
     assert known.seen(owner.loss, None, "x")
     assert not known.seen(owner.other, None, "x")
+
+
+def test_plain_values_tell_losses_apart_until_they_change_all_the_time():
+    known = Proven()
+    known.remember(made(Criterion("mean")), None, "x", Seen())
+    assert known.seen(made(Criterion("mean")), None, "x") == Seen()
+    assert known.seen(made(Criterion("sum")), None, "x") is None
+    for number in range(4):
+        assert known.seen(made(number), None, "y") is None
+        known.remember(made(number), None, "y", Seen())
+    assert known.seen(made(99), None, "y") == Seen()
+
+
+def test_a_weight_of_another_value_is_another_weight():
+    known, loss = Proven(), made("a")
+
+    def weight(padding):
+        return lambda batch: batch != padding
+
+    known.remember(loss, weight(-100), "x", Seen())
+    assert known.seen(loss, weight(-100), "x") == Seen()
+    assert known.seen(loss, weight(-1), "x") is None
 
 
 def test_what_was_not_remembered_is_asked_again(caplog):

@@ -235,14 +235,16 @@ def test_a_micro_batch_is_empty_where_no_term_counts():
     assert [steady.is_empty(0), steady.is_empty(1)] == [False, False]
 
 
-def test_the_first_micro_batch_in_which_a_term_has_no_share():
-    assert window_of(None).first_without() is None
-    assert window_of("sum").first_without() is None
-    assert window_of([1, 0].__getitem__).first_without() == 1
-    # What is never empty does not hide what is.
+def test_a_micro_batch_in_which_a_term_has_no_share_and_that_with_its_largest():
+    assert window_of(None).empty_and_full() is None
+    assert window_of("sum").empty_and_full() is None
+    assert window_of([1, 0].__getitem__).empty_and_full() == (1, 0)
+    assert window_of([1, 0, 0, 5].__getitem__, (1, 1, 1, 1)).empty_and_full() == (1, 3)
+    # What is never empty does not hide what is; what is empty everywhere has no largest.
     terms = [{"a": 1, "b": 2, "c": None, "d": "sum"}, {"a": 1, "b": 0, "c": None, "d": "sum"}]
-    assert window_of(terms.__getitem__).first_without() == 1
-    assert window_of([terms[0], terms[0]].__getitem__).first_without() is None
+    assert window_of(terms.__getitem__).empty_and_full() == (1, 0)
+    assert window_of([terms[0], terms[0]].__getitem__).empty_and_full() is None
+    assert window_of([0, 0].__getitem__).empty_and_full() is None
 
 
 def test_shares_of_other_terms_are_refused():

@@ -159,6 +159,72 @@ def test_a_divisor_with_a_floor_is_refused_where_a_micro_batch_is_empty(mask, si
     assert_close(model.weight.grad, expected)
 
 
+def test_a_micro_batch_without_weight_hides_no_other_fault():
+    model, x = linear(), rows(8)
+    mask = torch.tensor([1.0, 1, 1, 1, 0, 1, 0, 0]).double()
+    with pytest.raises(ValueError, match="sum_loss"):
+        vb.backward(
+            lambda b: (model(b[0])[:, 0] ** 2 * b[1]).sum(),
+            [x, mask],
+            module=model,
+            microbatch_size=2,
+            weight=lambda b: b[1].sum(),
+        )
+
+
+def test_rows_that_count_nothing_prove_nothing():
+    model, x, mask = linear(), rows(64), torch.zeros(64).double()
+    mask[[6, 21, 40]] = 1.0
+    with pytest.raises(ValueError, match="must add up"):
+        vb.backward(
+            lambda b: (model(b[0])[:, 0] ** 2 * b[1]).sum() / b[1].sum().clamp(min=1),
+            [x, mask],
+            module=model,
+            microbatch_size=16,
+        )
+
+
+def test_a_loss_without_gradient_is_tried_again_when_it_has_one(caplog):
+    model, x = linear(), rows(8)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.zero_()
+    call = partial(vb.backward, lambda x: (model(x) ** 2).sum(), x, module=model)
+    for _ in range(2):
+        call(microbatch_size=2)
+    assert [record.getMessage().count("is 0, or not finite") for record in caplog.records] == [1]
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    with pytest.raises(ValueError, match="sum_loss"):
+        call(microbatch_size=2)
+
+
+def test_a_criterion_of_another_kind_is_tried_anew():
+    model, batch = linear(2, 3), [rows(8), torch.arange(8) % 3]
+
+    def loss_by(criterion):
+        return lambda b: criterion(model(b[0]), b[1])
+
+    call = partial(vb.backward, batch=batch, module=model, microbatch_size=2)
+    call(loss_by(nn.CrossEntropyLoss()))
+    with pytest.raises(ValueError, match="sum_loss"):
+        call(loss_by(nn.CrossEntropyLoss(reduction="sum")))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_sum_in_bfloat16_is_refused(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)).bfloat16()
+    batch = [torch.randn(16, 4), torch.arange(16) % 3]
+    with pytest.raises(ValueError, match=r'(sum_loss|weight) at .*weight="sum".*docs/sums'):
+        vb.backward(
+            lambda b: F.cross_entropy(model(b[0].bfloat16()), b[1], reduction="sum"),
+            batch,
+            module=model,
+            microbatch_size=2,
+        )
+
+
 def test_a_floor_of_one_term_is_refused_too():
     model, batch = linear(), [rows(4), torch.tensor([1.0, 0, 1, 1]).double()]
 
@@ -231,7 +297,7 @@ def by_python(model, x):
         (by_numpy, "random numbers by Python or NumPy"),
         (by_python, "random numbers by Python or NumPy"),
         (lambda model, x: (model(x).view(5, -1) ** 2).mean(), "RuntimeError: shape"),
-        (lambda model, x: (model(x) ** 2).mean() * float("nan"), "gradient is not finite"),
+        (lambda model, x: (model(x) ** 2).mean() * float("nan"), "0, or not finite"),
     ],
     ids=["NumPy", "Python", "an error of its own", "NaN"],
 )

@@ -130,6 +130,8 @@ def _causes(
     return [_coupled(different, wrong[0])]
 
 
+# Epsilons above this are those of half precision.
+_HALF = 1e-4
 # Why of a finding that saw it in the values themselves.
 SEES_OTHER_ROWS = (
     "Its values for the rows of a micro-batch change with the other rows of the batch."
@@ -194,6 +196,15 @@ def _of_the_sum(subject: TrainingStep) -> Finding:
             ", ".join(subject.narrow),
             "Every micro-batch's gradient is right, and their sum is not.",
             "Sum in float32 or wider.",
+        )
+    if subject.narrowest > _HALF:
+        return Finding(
+            "weight",
+            subject.place,
+            "The gradients of micro-batches do not add up to that of the batch. Half precision "
+            "hides the cause.",
+            'Pass weight=..., what the mean was divided by, or weight="sum"; certify names it with '
+            "the model and its inputs in float32.",
         )
     return Finding(
         "stateful",

@@ -18,6 +18,8 @@ _log = logging.getLogger("virtualbatch")
 # Right weights miss by about one epsilon of the narrowest dtype, wrong ones by 30 and more; what is
 # between is certified as well, and so never refused for its rounding.
 ROUNDING = 16.0
+# A reason that other rows may not have.
+NO_GRADIENT = "its gradient is 0, or not finite"
 # Finding -> the page that explains it. Others are no fault of the loss.
 _PAGES = {
     "weight": "docs/sums.md",
@@ -63,7 +65,7 @@ def prove(trial: Trial, why: Callable[[Exception], str], again: bool = False) ->
         elif not distance.off > ROUNDING:
             if math.isfinite(distance.off):
                 found.append(distance)
-            reason = "its gradient is not finite"
+            reason = NO_GRADIENT
             continue
         try:
             certificate = trial.certificate(*_cut_like(a, b))

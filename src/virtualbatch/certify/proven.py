@@ -5,7 +5,10 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from virtualbatch.window.fingerprint import fingerprint
+from virtualbatch.window.fingerprint import fingerprint, plain_values
+
+# Of losses that differ by plain values only.
+_MOST_TRIES = 4
 
 _log = logging.getLogger("virtualbatch")
 
@@ -54,12 +57,12 @@ class Proven:
     """The losses that were tried with one module, or one set of variables, and what was seen.
 
     A loss is often written anew at each call. One that is still the same object is known at once,
-    any other by what it does.
+    any other by what it does, and by the plain values that it does it with.
     """
 
     def __init__(self) -> None:
         self._objects: WeakKeyDictionary[Any, dict[Hashable, Seen]] = WeakKeyDictionary()
-        self._texts: dict[Hashable, Seen] = {}
+        self._texts: dict[Hashable, dict[Hashable, Seen]] = {}
 
     def seen(self, loss_fn: Any, weight: Any, structure: Hashable) -> Seen | None:
         """What was remembered of a loss; None if it was not tried.
@@ -70,17 +73,23 @@ class Proven:
             structure: of the batch, and whatever else asks for another try.
         """
         known, key = self._of_object(loss_fn, weight, structure)
-        if key not in known:
-            found = self._texts.get((fingerprint(loss_fn, weight), structure))
-            if found is None:
-                return None
+        if key in known:
+            return known[key]
+        tried = self._texts.get((fingerprint(loss_fn, weight), structure), {})
+        found = tried.get(plain_values(loss_fn, weight))
+        if found is None and len(tried) >= _MOST_TRIES:
+            # Some value is another one at each update, as a step or a coefficient is.
+            found = next(reversed(tried.values()))
+        if found is not None:
             known[key] = found
-        return known[key]
+        return found
 
     def remember(self, loss_fn: Any, weight: Any, structure: Hashable, seen: Seen) -> None:
         """Remembers what was seen of a loss."""
         known, key = self._of_object(loss_fn, weight, structure)
-        known[key] = self._texts[fingerprint(loss_fn, weight), structure] = seen
+        known[key] = seen
+        tried = self._texts.setdefault((fingerprint(loss_fn, weight), structure), {})
+        tried[plain_values(loss_fn, weight)] = seen
 
     def tell_once(self, loss_fn: Any, weight: Any, reason: str) -> None:
         """Logs, once, that a loss cannot be tried, and why."""
@@ -94,7 +103,12 @@ class Proven:
         # A bound method is a new object at every access, but its instance is not.
         owner = getattr(loss_fn, "__self__", loss_fn)
         code = getattr(loss_fn, "__code__", None)
-        key = (code, getattr(weight, "__code__", weight), structure)
+        weighing = getattr(weight, "__code__", None)
+        if weighing is None:
+            weighing = weight
+        elif weight.__closure__:
+            weighing = (weighing, plain_values(weight))
+        key = (code, weighing, structure)
         try:
             known = self._objects.get(owner)
             if known is None:

@@ -11,10 +11,14 @@ from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.proven import Seen
 from virtualbatch.certify.weights import candidates
 
-# Rows that the parts are chosen of, and ways to choose them.
-_POOL, _WAYS = 16, 64
-# A difference of counts, as a logarithm, that no rounding hides.
-_CLEAR = 0.1
+# Rows that the parts are chosen of, fewer where their numbers are many, and ways to choose them.
+_POOL, _FEWEST, _NUMBERS, _WAYS = 256, 16, 2**22, 64
+# Epsilons above this are those of half precision.
+_HALF = 1e-4
+# Rows that count, two of them at a time beside one that does not.
+_FULL = 4
+# A difference of counts, as a logarithm, beyond which a larger one shows no more.
+_CLEAR = 0.7
 
 
 class Distance(NamedTuple):
@@ -22,7 +26,8 @@ class Distance(NamedTuple):
 
     Fields:
         off: largest difference in any gradient, in the largest gradient times epsilon of the
-            narrowest dtype; NaN where something is not finite.
+            narrowest dtype, in half precision an eighth of it; NaN where something is not finite,
+            or where every gradient is 0 and tells nothing.
         is_same: whether both parts and the whole have one loss and one gradient.
         constant: the values of terms of the loss that have no gradient at all.
     """
@@ -52,7 +57,9 @@ class Distance(NamedTuple):
         """
         first, second, left = sizes
         largest = max(sizes) if math.isfinite(first + second + left) else math.nan
-        off = left / (largest * epsilon) if largest else 0.0
+        # Of half precision this much is right already, and less of what is wrong shows.
+        unit = largest * (epsilon / 8 if epsilon > _HALF else epsilon)
+        off = left / unit if largest else math.nan
         alike = abs(first * shares[1] - second * shares[0]) <= 1e-3 * first * shares[1]
         is_same = bool(first) and alike and losses[0] == losses[1] == losses[2]
         return cls(off, is_same, constant)
@@ -68,7 +75,9 @@ class Trial(ABC):
     Attributes:
         rows: how many there are to choose from.
         sizes: rows of the micro-batches of the window.
-        empty: the rows of a micro-batch without weight.
+        empty: the rows of a micro-batch in which some term has no weight.
+        full: those of the one in which it has most.
+        width: numbers that one row has in all arrays.
         pairs: rows of the two parts of each pair. One and one tell a sum, unequal ones a wrong
             weight, and only about four and four show what sorts or compares rows.
         seen: what was seen so far.
@@ -77,6 +86,8 @@ class Trial(ABC):
     rows: int
     sizes: Sequence[int]
     empty: range = range(0)
+    full: range = range(0)
+    width = 1
     pairs: Sequence[tuple[int, int]] = ((1, 1), (1, 2), (4, 4))
     seen = Seen()
 
@@ -109,33 +120,54 @@ def parts(trial: Trial) -> list[tuple[list[int], list[int]]]:
     """The pairs of parts that are tried, as row numbers.
 
     A wrong weight shows only where it differs. So of many ways to part some rows of the batch that
-    one is taken in which the parts differ most by whatever the batch's own arrays count.
+    one is taken in which the parts differ most by whatever the batch's own arrays count. A divisor
+    with a floor shows only where nothing is counted, which takes a pair of its own.
     """
     some = min(trial.rows, max(a + b for a, b in trial.pairs))
-    pool = _spread(trial.rows, max(some, min(trial.rows, _POOL)))
+    most = min(_POOL, max(_FEWEST, _NUMBERS // max(1, trial.width)))
+    pool = _spread(trial.rows, min(trial.rows, most))
     counts = [found.per_row for found in candidates(trial.leaves(pool), len(pool))]
-    empty = [*trial.empty][: some // 2]
-    most = len(empty) or some // 2
-    sizes = {(min(a, most), min(b, some - some // 2)): None for a, b in trial.pairs}
-    random = np.random.default_rng(0)
+    half = some // 2
+    sizes = {(min(a, half), min(b, some - half)): None for a, b in trial.pairs}
     found = []
     for a, b in sizes:
-        if not (a and b):
-            continue
-        b = min(b, a + 1)
-        ways = [_spread(len(pool), a + b)]
-        ways += [
-            random.permutation(len(pool))[: a + b].tolist() for _ in range(_WAYS if counts else 0)
-        ]
-        best = max(ways, key=lambda way: _contrast(counts, way[:a], way[a:]))
-        first, second = ([pool[k] for k in part] for part in (best[:a], best[a:]))
-        if empty:
-            first, second = (
-                empty[:a],
-                [row for row in [*first, *second] if row not in trial.empty][:b],
+        if a and b:
+            best = max(
+                _ways(counts, len(pool), a, b), key=lambda w: _contrast(counts, w[:a], w[a:])
             )
-        found.append((first, second))
+            found.append(([pool[k] for k in best[:a]], [pool[k] for k in best[a:]]))
+    if trial.empty:
+        full = [trial.full[k] for k in _spread(len(trial.full), min(len(trial.full), _FULL))]
+        found += [([trial.empty.start], full[k : k + 2]) for k in range(0, len(full), 2)]
     return found
+
+
+def rows_of_part(sizes: Sequence[int], number: int) -> range:
+    """The rows of a micro-batch, by its number and the sizes of all."""
+    start = sum(sizes[:number])
+    return range(start, start + sizes[number])
+
+
+def _ways(counts: Sequence[np.ndarray], rows: int, a: int, b: int) -> list[list[int]]:
+    """Ways to part some rows: evenly spaced, by what counts least and most, and at random."""
+    ways = [_spread(rows, a + b)]
+    if not counts:
+        return ways
+    for count in counts:
+        order = np.argsort(count, kind="stable").tolist()
+        some = [row for row in order if count[row] > 0]
+        none = [row for row in order if count[row] <= 0]
+        if len(some) < 2:
+            continue
+        for most in (b, 1):
+            # The least that counts, and the most or one of it; the rest is of what does not.
+            second = some[1:][-most:]
+            others = [*none, *(row for row in some[1:] if row not in second)]
+            way = [some[0], *others[: a - 1], *second, *others[a - 1 :]][: a + b]
+            if len(way) == a + b:
+                ways.append(way)
+    random = np.random.default_rng(0)
+    return ways + [random.permutation(rows)[: a + b].tolist() for _ in range(_WAYS)]
 
 
 def _spread(rows: int, some: int) -> list[int]:
@@ -148,6 +180,6 @@ def _contrast(counts: Sequence[np.ndarray], a: Sequence[int], b: Sequence[int]) 
     total = 0.0
     for count in counts:
         first, second = float(count[a].mean()), float(count[b].mean())
-        counted = first > 0 and second > 0
-        total += min(abs(math.log(first / second)), _CLEAR) if counted else -_CLEAR
+        empty = (first <= 0) + (second <= 0)
+        total += -_CLEAR * empty if empty else min(abs(math.log(first / second)), _CLEAR)
     return total

@@ -9,8 +9,12 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from types import CodeType, FunctionType, MethodType
 from typing import Any
+
+_PLAIN = (str, bool, int, float, type(None))
+_MOST_VALUES = 200
 
 
 def fingerprint(*parts: Any) -> str:
@@ -22,6 +26,38 @@ def fingerprint(*parts: Any) -> str:
     lines = "\n".join(line for part in parts for line in _lines(part, set()))
     names = ", ".join(_name(part) for part in parts if callable(part))
     return f"{names} {hashlib.sha256(lines.encode()).hexdigest()[:16]}".strip()
+
+
+def plain_values(*functions: Any) -> tuple[str, ...]:
+    """The numbers, texts and flags that functions work with, as far as they are at hand.
+
+    They are in closures, defaults and arguments of `partial`, and directly in the objects that are
+    there, such as the `reduction` of a criterion; two hundred at the most.
+
+    Args:
+        functions: functions, callable objects, or anything else, which has none.
+    """
+    return tuple(islice((v for each in functions for v in _plain(each, 2)), _MOST_VALUES))
+
+
+def _plain(found: Any, depth: int) -> Iterator[str]:
+    if isinstance(found, _PLAIN):
+        yield repr(found)
+    elif isinstance(found, functools.partial):
+        for part in (found.func, *found.args, *found.keywords.values()):
+            yield from _plain(part, depth)
+    elif isinstance(found, MethodType):
+        yield from _plain(found.__self__, depth)
+    elif isinstance(found, FunctionType):
+        inner = [*_closure(found), *(found.__defaults__ or ())]
+        for part in inner if depth else ():
+            yield from _plain(part, depth - 1)
+    elif depth and isinstance(getattr(found, "__dict__", None), dict):
+        for name, value in vars(found).items():
+            if isinstance(value, _PLAIN):
+                yield f"{name}={value!r}"
+            elif hasattr(value, "__dict__") and not isinstance(value, type):
+                yield from _plain(value, depth - 1)
 
 
 def owner_of(function: Any) -> Any:

@@ -112,17 +112,18 @@ class Shares(NamedTuple):
         """Micro-batches that count for something; only where shares can be read."""
         return sum(1 for share in self.of_rows_or_term() if share > 0)
 
-    def first_without(self) -> int | None:
-        """The first micro-batch in which some term has no share; only where shares can be read.
+    def empty_and_full(self) -> tuple[int, int] | None:
+        """A micro-batch in which some term has no share, and that in which it has its largest.
 
         Returns:
-            Its number; None if every term has a share in every micro-batch.
+            Their numbers; None if every term has a share everywhere, or nowhere. Only where shares
+            can be read.
         """
-        if self.terms is None:
-            return None
-        weighed = [found for name, found in self.terms.items() if name not in self.certain]
-        count = len(self.rows)
-        return next((k for k in range(count) if not all(found[k] for found in weighed)), None)
+        for name, found in (self.terms or {}).items():
+            of_term = list(found)
+            if name not in self.certain and any(of_term) and not all(of_term):
+                return of_term.index(0), of_term.index(max(of_term))
+        return None
 
     def is_empty(self, index: int) -> bool:
         """Whether a micro-batch contributes nothing to any term; only where shares can be read."""

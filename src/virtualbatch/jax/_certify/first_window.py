@@ -10,10 +10,10 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.certify.first_window import prove
+from virtualbatch.certify.first_window import NO_GRADIENT, prove
 from virtualbatch.certify.proven import NO_ROWS, Proven, untried
 from virtualbatch.certify.randomness import HostRandom
-from virtualbatch.certify.trial import Distance, Trial, UntriedError
+from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
 from virtualbatch.jax._batch import Cut, chosen, cut_batch, is_array, rows_of
 from virtualbatch.jax._certify.certificate import certificate
 from virtualbatch.jax._objective import Call
@@ -57,20 +57,23 @@ def prove_first_window(
     if len(sizes) < cut.count:
         known.tell_once(program.fun, program.weight, NO_ROWS)
         return
-    empty = shares.first_without()
+    lacking = shares.empty_and_full()
     leaves, tree = jax.tree.flatten((args, kwargs))
     kinds = tuple((x.dtype.name, x.ndim) if is_array(x) else None for x in leaves)
-    structure = (program.has_aux, program.argnums, tree, kinds, empty is None)
+    structure = (program.has_aux, program.argnums, tree, kinds, lacking is None)
     seen = known.seen(program.fun, program.weight, structure)
     if seen is not None:
         seen.check_sizes(sizes)
         return
     trial = _JaxTrial(program, args, kwargs, sizes, weight_takes)
-    if empty is not None and not isinstance(args[program.batch_argnum], Window):
-        trial.empty = range(sum(sizes[:empty]), sum(sizes[: empty + 1]))
+    if lacking is not None and not isinstance(args[program.batch_argnum], Window):
+        trial.empty, trial.full = (rows_of_part(sizes, k) for k in lacking)
     host = HostRandom()
     reason = prove(trial, lambda error: in_words(error, ERRORS))
     host.restore()
+    if reason == NO_GRADIENT:
+        known.tell_once(program.fun, program.weight, reason)
+        return
     if reason is not None:
         untried(reason)
     known.remember(program.fun, program.weight, structure, trial.seen)
@@ -98,6 +101,7 @@ class _JaxTrial(Trial):
         self._source = max(batch, key=_rows) if isinstance(batch, Window) else batch
         self.rows = _rows(self._source)
         self.sizes = sizes
+        self.width = sum(x.size for x in jax.tree.leaves(self._source) if is_array(x)) // self.rows
 
     def leaves(self, rows: Sequence[int]) -> Mapping[str, np.ndarray]:
         """See `Trial`."""

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.certify.first_window import ROUNDING, prove
+from virtualbatch.certify.first_window import NO_GRADIENT, ROUNDING, prove
 from virtualbatch.certify.proven import Seen, untried
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError
@@ -75,6 +75,9 @@ def prove_first_window(
         reason = trial.cannot_be_tried()
         if reason is None:
             reason = prove(trial, lambda error: in_words(error, errors))
+        if reason == NO_GRADIENT:
+            proven.tell_once(model, None, reason)
+            return
         if reason is not None:
             untried(reason)
         step.silent, seen = reason is None, trial.seen
@@ -215,7 +218,8 @@ class KerasTrial(Trial):
             left = float(np.max([left, _largest(one - other)]))
         of_loss = abs(whole.loss - cut.loss) / (max(abs(whole.loss), abs(cut.loss)) or 1.0)
         off = max(left / (size or 1.0), of_loss) / epsilon
-        return off if math.isfinite(size) and math.isfinite(of_loss) else math.nan
+        # Without any gradient nothing is told.
+        return off if size and math.isfinite(size) and math.isfinite(of_loss) else math.nan
 
     def _some(self, rows: Sequence[int]) -> Any:
         return chosen(self._batch, np.asarray(rows))

@@ -9,10 +9,10 @@ import numpy as np
 import tensorflow as tf
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.certify.first_window import prove
+from virtualbatch.certify.first_window import NO_GRADIENT, prove
 from virtualbatch.certify.proven import NO_ROWS, Proven, untried
 from virtualbatch.certify.randomness import HostRandom
-from virtualbatch.certify.trial import Distance, Trial, UntriedError
+from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
 from virtualbatch.plan.out_of_memory import in_words
 from virtualbatch.tensorflow._batch import Segment, as_tensors, chosen, named_arrays, segments
 from virtualbatch.tensorflow._certify.certificate import (
@@ -59,18 +59,21 @@ def prove_first_window(
     sizes = [segment.rows(0) for segment in cut]
     source = batch[int(np.argmax(sizes))] if isinstance(batch, Window) else batch
     arrays = named_arrays(source)
-    empty = shares.first_without()
+    lacking = shares.empty_and_full()
     kinds = tuple((p, str(getattr(x, "dtype", type(x))), len(x.shape)) for p, x in arrays)
-    structure = (program.has_aux, kinds, empty is None)
+    structure = (program.has_aux, kinds, lacking is None)
     seen = known.seen(program.loss_fn, program.weight, structure)
     if seen is not None:
         seen.check_sizes(sizes)
         return
     trial = _TensorFlowTrial(program, as_tensors(source), sizes)
-    if empty is not None and not isinstance(batch, Window):
-        trial.empty = range(sum(sizes[:empty]), sum(sizes[: empty + 1]))
+    if lacking is not None and not isinstance(batch, Window):
+        trial.empty, trial.full = (rows_of_part(sizes, k) for k in lacking)
     with _random_numbers_kept():
         reason = prove(trial, lambda error: in_words(error, ERRORS))
+    if reason == NO_GRADIENT:
+        known.tell_once(program.loss_fn, program.weight, reason)
+        return
     if reason is not None:
         untried(reason)
     known.remember(program.loss_fn, program.weight, structure, trial.seen)
@@ -106,6 +109,11 @@ class _TensorFlowTrial(Trial):
         self._others: list[tuple[Any, Any]] | None = None
         self.rows = int(common_rows(named_arrays(source)) or 0)
         self.sizes = sizes
+        self.width = sum(
+            x.shape[1:].num_elements() or 1
+            for _, x in named_arrays(source)
+            if not isinstance(x, tf.RaggedTensor)
+        )
 
     def leaves(self, rows: Sequence[int]) -> Mapping[str, np.ndarray]:
         """See `Trial`."""

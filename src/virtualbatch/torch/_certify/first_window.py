@@ -9,10 +9,10 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.certify.first_window import prove
+from virtualbatch.certify.first_window import NO_GRADIENT, prove
 from virtualbatch.certify.proven import NO_ROWS, Proven, untried
 from virtualbatch.certify.randomness import HostRandom
-from virtualbatch.certify.trial import Distance, Trial, UntriedError
+from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
 from virtualbatch.plan.out_of_memory import in_words
 from virtualbatch.torch._batch import Microbatch, ReadBatch, known_rows, on_device
 from virtualbatch.torch._certify.certificate import certificate, uncompiled
@@ -57,22 +57,28 @@ def prove_first_window(
         known.tell_once(program.loss_fn, program.weight, NO_ROWS)
         return cut
     source = batch.given[0] if len(batch.given) == 1 else max(batch.given, key=known_rows)
-    empty = shares.first_without()
+    lacking = shares.empty_and_full()
     kinds = [(x.dtype, x.dim()) if isinstance(x, torch.Tensor) else None for x in source.leaves]
-    structure = (program.has_aux, source.places, tuple(kinds), len(cut) == 1, empty is None)
+    structure = (program.has_aux, source.places, tuple(kinds), len(cut) == 1, lacking is None)
     seen = known.seen(program.loss_fn, program.weight, structure)
     if seen is None:
         trial = _TorchTrial(program, source, [known_rows(piece) for piece in cut])
-        if empty is not None and not batch.is_window:
-            start = sum(trial.sizes[:empty])
-            trial.empty = range(start, start + trial.sizes[empty])
+        if lacking is not None and not batch.is_window:
+            trial.empty, trial.full = (rows_of_part(trial.sizes, k) for k in lacking)
+        reason: str | None = None
         with _untouched(program) as layers:
             if len(cut) == 1:
                 trial.look()
             else:
-                _try(trial, layers)
+                reason = _try(trial, layers)
         seen = trial.seen
-        known.remember(program.loss_fn, program.weight, structure, seen)
+        if reason == NO_GRADIENT:
+            # Other rows may have one.
+            known.tell_once(program.loss_fn, program.weight, reason)
+        else:
+            if reason is not None:
+                untried(reason)
+            known.remember(program.loss_fn, program.weight, structure, seen)
     if seen.group > 1:
         seen.check_sizes([known_rows(piece) for piece in cut])
     return [microbatch.protected() for microbatch in cut] if seen.writes_rows else cut
@@ -86,16 +92,17 @@ def _proven(program: Program) -> Proven:
     return known
 
 
-def _try(trial: "_TorchTrial", layers: LayerState) -> None:
+def _try(trial: "_TorchTrial", layers: LayerState) -> str | None:
+    reason: str | None = None
     # A model may be another one in evaluation mode, without a loss.
     for again, is_quiet in ((True, _is_not_recurrent), (False, _is_random_or_coupled)):
         layers.restore()
         for layer in layers.layers:
             layer.training = layer.training and not is_quiet(layer)
         reason = prove(trial, lambda error: in_words(error, ERRORS), again)
-        if reason is None:
-            return
-    untried(str(reason))
+        if reason is None or reason == NO_GRADIENT:
+            break
+    return reason
 
 
 def _is_not_recurrent(layer: torch.nn.Module) -> bool:
@@ -139,6 +146,7 @@ class _TorchTrial(Trial):
     def __init__(self, program: Program, source: Microbatch, sizes: Sequence[int]):
         self.rows = known_rows(source)
         self.sizes = sizes
+        self.width = sum(x[0].numel() for _, x in source.tensors())
         self._program = program
         self._source = source
 
