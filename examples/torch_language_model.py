@@ -45,8 +45,7 @@ def accumulate(tokens, weight, check=True):
 loss_fn(tokens := next_batch()).backward()
 whole = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 for name, by in {"rows": None, "tokens": weight}.items():
-    # The first window would refuse the wrong one, and name the weight.
-    accumulate(tokens, by, check=False)
+    accumulate(tokens, by, check=False)  # which would refuse the wrong one
     found = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     apart = (found - whole).norm() / whole.norm()
     print(f"weighed by {name:6} the gradient is off from the whole batch's by {apart:.0e}")

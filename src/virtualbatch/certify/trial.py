@@ -128,14 +128,19 @@ def parts(trial: Trial) -> list[tuple[list[int], list[int]]]:
     pool = _spread(trial.rows, min(trial.rows, most))
     counts = [found.per_row for found in candidates(trial.leaves(pool), len(pool))]
     half = some // 2
-    sizes = {(min(a, half), min(b, some - half)): None for a, b in trial.pairs}
+    sizes = dict.fromkeys((min(a, half), min(b, some - half)) for a, b in trial.pairs)
+    shown = np.zeros(len(counts))
     found = []
-    for a, b in sizes:
+    # The largest first, which has the most ways; the others show what it does not.
+    for a, b in sorted(sizes, key=sum, reverse=True):
         if a and b:
-            best = max(
-                _ways(counts, len(pool), a, b), key=lambda w: _contrast(counts, w[:a], w[a:])
-            )
-            found.append(([pool[k] for k in best[:a]], [pool[k] for k in best[a:]]))
+            ways = _ways(counts, len(pool), a, b)
+            contrasts = [_contrasts(counts, way[:a], way[a:]) for way in ways]
+            gains = [float(np.where(c < 0, c, np.maximum(c - shown, 0)).sum()) for c in contrasts]
+            best = int(np.argmax(gains))
+            shown = np.maximum(shown, contrasts[best])
+            found.append(([pool[k] for k in ways[best][:a]], [pool[k] for k in ways[best][a:]]))
+    found.reverse()
     if trial.empty:
         full = [trial.full[k] for k in _spread(len(trial.full), min(len(trial.full), _FULL))]
         found += [([trial.empty.start], full[k : k + 2]) for k in range(0, len(full), 2)]
@@ -175,11 +180,11 @@ def _spread(rows: int, some: int) -> list[int]:
     return [round(k * (rows - 1) / max(1, some - 1)) for k in range(some)]
 
 
-def _contrast(counts: Sequence[np.ndarray], a: Sequence[int], b: Sequence[int]) -> float:
-    """By how many of some counts two parts differ; a part that counts nothing has no mean."""
-    total = 0.0
+def _contrasts(counts: Sequence[np.ndarray], a: Sequence[int], b: Sequence[int]) -> np.ndarray:
+    """How much two parts differ by each count; below 0 where one of them counts nothing."""
+    found = []
     for count in counts:
         first, second = float(count[a].mean()), float(count[b].mean())
         empty = (first <= 0) + (second <= 0)
-        total += -_CLEAR * empty if empty else min(abs(math.log(first / second)), _CLEAR)
-    return total
+        found.append(-_CLEAR * empty if empty else min(abs(math.log(first / second)), _CLEAR))
+    return np.array(found)
