@@ -156,6 +156,11 @@ def test_what_draws_random_numbers_is_certified_at_once_with_all_rows():
     assert trial.certified == [(8, 4)]
     with pytest.raises(ValueError, match="weight at here"):
         proved(Scripted({(1, 1): None}, of("weight")))
+    # And with those that an empty micro-batch adds, which the largest pair does not show.
+    trial = Scripted({(1, 1): None})
+    trial.empty, trial.full = range(50, 53), range(60, 70)
+    assert proved(trial) is None
+    assert trial.certified == [(8, 4), (3, 2), (3, 2)]
 
 
 @pytest.mark.parametrize(

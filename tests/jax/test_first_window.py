@@ -1,5 +1,7 @@
 """The first window of a loss proves itself, un-jitted."""
 
+import random
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,21 @@ def test_a_divisor_with_a_floor_is_refused_where_a_micro_batch_is_empty():
     ours = vb.value_and_grad(loss, microbatch_size=1, weight=lambda b: b["mask"].sum())
     with pytest.raises(ValueError, match=r'weight 0 is left out.*weight="sum".*docs/sums\.md'):
         ours(jnp.ones(8), batch)
+
+
+def test_a_try_leaves_the_random_numbers_of_the_host():
+    def loss(w, batch):
+        random.random()
+        return ((batch @ w) ** 2).sum()
+
+    ours, state = vb.value_and_grad(loss, microbatch_size=4), random.getstate()
+    # What draws them cannot be tried, so the window itself draws once for each micro-batch.
+    ours(jnp.ones(8), X)
+    expected = [random.random() for _ in range(2)]
+    random.setstate(state)
+    for _ in range(6):
+        random.random()
+    assert [random.random() for _ in range(2)] == expected
 
 
 def test_it_is_tried_once_for_each_structure():

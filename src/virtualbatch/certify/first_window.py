@@ -6,14 +6,19 @@ to that of both, the rows are certified, which tells rounding from a fault, and 
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 from virtualbatch.certify.certificate import Certificate, Finding
 from virtualbatch.certify.diagnosis import SEES_OTHER_ROWS
+from virtualbatch.certify.proven import Proven, untried
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, parts
 from virtualbatch.certify.users_line import OURS
 
 _log = logging.getLogger("virtualbatch")
+
+# Row numbers of two parts.
+_Pair = tuple[list[int], list[int]]
 
 # Right weights miss by about one epsilon of the narrowest dtype, wrong ones by 30 and more; what is
 # between is certified as well, and so never refused for its rounding.
@@ -61,8 +66,8 @@ def prove(trial: Trial, why: Callable[[Exception], str], again: bool = False) ->
             reason = str(error) if isinstance(error, UntriedError) else why(error)
             continue
         if distance is None:
-            a, b = chosen[-1]
-        elif not distance.off > ROUNDING:
+            return _by_certificates(trial, chosen, why)
+        if not distance.off > ROUNDING:
             if math.isfinite(distance.off):
                 found.append(distance)
             reason = NO_GRADIENT
@@ -73,9 +78,7 @@ def prove(trial: Trial, why: Callable[[Exception], str], again: bool = False) ->
             reason = str(error) if isinstance(error, UntriedError) else why(error)
             continue
         if not certificate.exact:
-            return _refused(trial, _explained(trial, chosen[-1], certificate))
-        if distance is None:
-            return None
+            return _refused(trial, _explained(trial, _largest(chosen), certificate))
         found.append(distance)
     if not found:
         return reason
@@ -99,6 +102,48 @@ def prove(trial: Trial, why: Callable[[Exception], str], again: bool = False) ->
     return None
 
 
+def conclude(
+    known: Proven, loss_fn: Any, weight: Any, structure: Hashable, trial: Trial, reason: str | None
+) -> None:
+    """Remembers a loss that was tried, or says why it could not be.
+
+    Args:
+        known: where it is remembered.
+        loss_fn: the loss function.
+        weight: as the engine is given it.
+        structure: see `Proven.seen`.
+        trial: of the loss.
+        reason: what `prove` returned.
+    """
+    if reason == NO_GRADIENT:
+        # Other rows may have one, so it is told once, and tried again.
+        known.tell_once(loss_fn, weight, reason)
+        return
+    if reason is not None:
+        untried(reason)
+    known.remember(loss_fn, weight, structure, trial.seen)
+
+
+def _by_certificates(
+    trial: Trial, chosen: Sequence[_Pair], why: Callable[[Exception], str]
+) -> str | None:
+    """The same of a loss that draws random numbers: by the largest pair, and by empty parts."""
+    reason: str | None = None
+    for a, b in [_largest(chosen), *(pair for pair in chosen if pair[0][0] in trial.empty)]:
+        try:
+            certificate = trial.certificate(*_cut_like(a, b))
+        except Exception as error:  # the user's code, on rows that it may not be made for
+            reason = str(error) if isinstance(error, UntriedError) else why(error)
+            continue
+        if not certificate.exact:
+            return _refused(trial, _explained(trial, _largest(chosen), certificate))
+    return reason
+
+
+def _largest(chosen: Sequence[_Pair]) -> _Pair:
+    return max(chosen, key=lambda pair: len(pair[0]) + len(pair[1]))
+
+
 def _is_ours(error: Exception) -> bool:
     """Whether this is a refusal of ours, which the window itself would raise as well."""
     trace = error.__traceback__
@@ -114,7 +159,7 @@ def _cut_like(a: list[int], b: list[int]) -> tuple[list[int], int]:
     return [*first, *second], len(first)
 
 
-def _explained(trial: Trial, largest: tuple[list[int], list[int]], of_pair: Certificate) -> Finding:
+def _explained(trial: Trial, largest: _Pair, of_pair: Certificate) -> Finding:
     """What is wrong, told by as many rows as there are, else by those of the pair."""
     rows = [row for part in largest for row in part]
     try:

@@ -10,8 +10,8 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.certify.first_window import NO_GRADIENT, prove
-from virtualbatch.certify.proven import NO_ROWS, Proven, untried
+from virtualbatch.certify.first_window import conclude, prove
+from virtualbatch.certify.proven import NO_ROWS, Proven
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
 from virtualbatch.jax._batch import Cut, chosen, cut_batch, is_array, rows_of
@@ -69,14 +69,11 @@ def prove_first_window(
     if lacking is not None and not isinstance(args[program.batch_argnum], Window):
         trial.empty, trial.full = (rows_of_part(sizes, k) for k in lacking)
     host = HostRandom()
-    reason = prove(trial, lambda error: in_words(error, ERRORS))
-    host.restore()
-    if reason == NO_GRADIENT:
-        known.tell_once(program.fun, program.weight, reason)
-        return
-    if reason is not None:
-        untried(reason)
-    known.remember(program.fun, program.weight, structure, trial.seen)
+    try:
+        reason = prove(trial, lambda error: in_words(error, ERRORS))
+    finally:
+        host.restore()
+    conclude(known, program.fun, program.weight, structure, trial, reason)
 
 
 class _JaxTrial(Trial):

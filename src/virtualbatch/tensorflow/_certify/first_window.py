@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.certify.first_window import NO_GRADIENT, prove
-from virtualbatch.certify.proven import NO_ROWS, Proven, untried
+from virtualbatch.certify.first_window import conclude, prove
+from virtualbatch.certify.proven import NO_ROWS, Proven
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
 from virtualbatch.plan.out_of_memory import in_words
@@ -71,12 +71,7 @@ def prove_first_window(
         trial.empty, trial.full = (rows_of_part(sizes, k) for k in lacking)
     with _random_numbers_kept():
         reason = prove(trial, lambda error: in_words(error, ERRORS))
-    if reason == NO_GRADIENT:
-        known.tell_once(program.loss_fn, program.weight, reason)
-        return
-    if reason is not None:
-        untried(reason)
-    known.remember(program.loss_fn, program.weight, structure, trial.seen)
+    conclude(known, program.loss_fn, program.weight, structure, trial, reason)
 
 
 def _proven(variables: Any) -> Proven:

@@ -9,8 +9,8 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.certify.first_window import NO_GRADIENT, prove
-from virtualbatch.certify.proven import NO_ROWS, Proven, untried
+from virtualbatch.certify.first_window import NO_GRADIENT, conclude, prove
+from virtualbatch.certify.proven import NO_ROWS, Proven
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
 from virtualbatch.plan.out_of_memory import in_words
@@ -71,14 +71,8 @@ def prove_first_window(
                 trial.look()
             else:
                 reason = _try(trial, layers)
+        conclude(known, program.loss_fn, program.weight, structure, trial, reason)
         seen = trial.seen
-        if reason == NO_GRADIENT:
-            # Other rows may have one.
-            known.tell_once(program.loss_fn, program.weight, reason)
-        else:
-            if reason is not None:
-                untried(reason)
-            known.remember(program.loss_fn, program.weight, structure, seen)
     if seen.group > 1:
         seen.check_sizes([known_rows(piece) for piece in cut])
     return [microbatch.protected() for microbatch in cut] if seen.writes_rows else cut
