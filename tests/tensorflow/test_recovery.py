@@ -207,7 +207,8 @@ def test_the_smaller_size_is_kept_for_the_variables():
     assert training.point.count - before == undisturbed.count
 
 
-def test_it_grows_again_when_asked():
+def test_it_grows_again_when_asked(untimed_plans):
+    # A size planned by time may be odd, and is not back after one doubling.
     training = Training(Points())
     size = Auto(grow_after=1, memory_limit="1GiB")
     first = training.run(size)
