@@ -12,8 +12,9 @@ import numpy as np
 from jax import lax
 
 from virtualbatch.jax._batch import Cut
-from virtualbatch.window.shares import Shares, host_shares, row_weights, shares
+from virtualbatch.window.shares import Shares, row_weights, shares
 from virtualbatch.window.terms import GivenWeight, WeightFunction
+from virtualbatch.window.weights import host_shares
 
 
 def window_shares(cut: Cut, weight: GivenWeight) -> Shares:

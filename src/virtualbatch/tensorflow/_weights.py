@@ -13,8 +13,9 @@ import tensorflow as tf
 from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._gradients import add
 from virtualbatch.tensorflow._loop import Output, fold, trace
-from virtualbatch.window.shares import Shares, host_shares
+from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import GivenWeight, WeightFunction
+from virtualbatch.window.weights import host_shares
 
 
 def window_shares(segments: Sequence[Segment], weight: GivenWeight) -> Shares:

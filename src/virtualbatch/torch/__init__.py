@@ -4,224 +4,30 @@ A batch becomes micro-batches, their weights become shares, each micro-batch's s
 differentiated in turn, and the sum is added to `.grad` once all of them have succeeded.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import Any, Literal, TypeAlias, overload
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.noise.estimate import WindowStats
-from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.plan import Plan
-from virtualbatch.plan.retry import Memory, run_as_it_is, run_until_it_fits
-from virtualbatch.torch._as_written import as_written
-from virtualbatch.torch._batch import Microbatch, ReadBatch, most_rows, read
+from virtualbatch.torch._backward import backward
+from virtualbatch.torch._batch import read
+from virtualbatch.torch._call import Trained
 from virtualbatch.torch._capture import Captured
 from virtualbatch.torch._certify.certificate import certificate, check_cut
-from virtualbatch.torch._certify.first_window import prove_first_window
 from virtualbatch.torch._certify.loop import certify_loop
-from virtualbatch.torch._checks import check_call, refuse_foreign_accumulation
+from virtualbatch.torch._checks import check_call, check_recording, refuse_foreign_accumulation
+from virtualbatch.torch._deferred import loss
 from virtualbatch.torch._modules import inventory
-from virtualbatch.torch._plan.memory import ERRORS, largest_parameters, left_bytes
 from virtualbatch.torch._plan.plan import planned
-from virtualbatch.torch._plan.sizes import kept_sizes, signature
-from virtualbatch.torch._random import RandomState
-from virtualbatch.torch._rows import RowsBefore
+from virtualbatch.torch._replicas.found import quiet, refuse_replicas
 from virtualbatch.torch._window import Program
 from virtualbatch.window.stream import windows
 from virtualbatch.window.terms import GivenWeight
-from virtualbatch.window.window import Window, refuse_sorted_rows
+from virtualbatch.window.window import Window
 
-__all__ = ["Window", "backward", "captured", "certify", "certify_loop", "plan", "windows"]
-
-Trained: TypeAlias = torch.nn.Module | torch.Tensor
-
-
-@overload
-def backward(
-    loss_fn: Callable[[Any], Any],
-    batch: Any,
-    *,
-    module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
-    has_aux: Literal[False] = False,
-    backward_fn: Callable[[torch.Tensor], Any] | None = None,
-    stats: Literal[False] = False,
-    check: bool = True,
-) -> torch.Tensor: ...
-@overload
-def backward(
-    loss_fn: Callable[[Any], Any],
-    batch: Any,
-    *,
-    module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
-    has_aux: Literal[True],
-    backward_fn: Callable[[torch.Tensor], Any] | None = None,
-    stats: Literal[False] = False,
-    check: bool = True,
-) -> tuple[torch.Tensor, Any]: ...
-@overload
-def backward(
-    loss_fn: Callable[[Any], Any],
-    batch: Any,
-    *,
-    module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
-    has_aux: Literal[False] = False,
-    backward_fn: Callable[[torch.Tensor], Any] | None = None,
-    stats: Literal[True],
-    check: bool = True,
-) -> tuple[torch.Tensor, WindowStats]: ...
-@overload
-def backward(
-    loss_fn: Callable[[Any], Any],
-    batch: Any,
-    *,
-    module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
-    has_aux: Literal[True],
-    backward_fn: Callable[[torch.Tensor], Any] | None = None,
-    stats: Literal[True],
-    check: bool = True,
-) -> tuple[torch.Tensor, Any, WindowStats]: ...
-@overload
-def backward(
-    loss_fn: Callable[[Any], Any],
-    batch: Any,
-    *,
-    module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
-    has_aux: bool = False,
-    backward_fn: Callable[[torch.Tensor], Any] | None = None,
-    stats: bool = False,
-    check: bool = True,
-) -> Any: ...
-@as_written
-def backward(
-    loss_fn: Callable[[Any], Any],
-    batch: Any,
-    *,
-    module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
-    has_aux: bool = False,
-    backward_fn: Callable[[torch.Tensor], Any] | None = None,
-    stats: bool = False,
-    check: bool = True,
-) -> Any:
-    """Does what `loss_fn(batch).backward()` does, on the memory of a micro-batch.
-
-    Gradients are added to `.grad`, as PyTorch adds them. BatchNorm layers of the modules take one
-    momentum update. If anything raises, every `.grad`, buffer, momentum and hook of the modules
-    is as before the call. If memory runs out, the same window runs again with smaller
-    micro-batches, from the same random state, and the smaller size is kept for the module.
-
-    Args:
-        loss_fn: batch -> scalar mean, or a dict of term names to scalar means whose sum is the
-            loss. With `has_aux=True` it returns (loss, aux).
-        batch: nested dicts, lists, tuples and dataclasses of tensors that share their leading
-            axis, the rows; or a `Window`, and then no size is given. Tensors on the host are
-            copied to the device of the modules, one micro-batch at a time.
-        module: the module, or all modules, whose parameters and buffers the loss uses; tensors
-            that are trained and that no module holds may be among them.
-        microbatch_size: rows of one forward and backward; or "auto" or an `Auto`, which plan it
-            at the first batch.
-        accumulation_steps: micro-batches per window: `microbatch_size = ceil(rows / steps)`.
-        weight: micro-batch -> what its mean was divided by, a scalar >= 0 (rows when None); for
-            a dict of terms a dict with the same keys, None marking a term that does not depend
-            on the rows and "sum" one that is a sum; or "sum" for a loss that is a sum. It gets
-            the micro-batch where the batch is, before it is copied.
-        has_aux: whether `loss_fn` returns something beside the loss. Leaves of aux with one entry
-            per row come back concatenated in row order, other floating leaves averaged by rows,
-            integers summed, all detached.
-        backward_fn: scalar loss -> None, where gradients are to be computed by something else
-            than `loss.backward()`, such as `lambda loss: scaler.scale(loss).backward()`.
-        stats: whether the `WindowStats` of the window are returned too, from which
-            `virtualbatch.NoiseScale` estimates the noise of its gradients.
-        check: whether the first window of a loss proves itself: a few rows of it run in parts and
-            together, which calls `loss_fn` some ten times more, once.
-
-    Returns:
-        The mean loss of the whole batch, a detached scalar of the loss's dtype and device; with
-        `has_aux=True` (loss, aux); with `stats=True` (loss, stats) or (loss, aux, stats).
-
-    Raises:
-        ValueError: sizes are not positive integers or disagree, rows differ or are missing, a
-            weight is negative or not finite, the loss is not a scalar or has no gradient, names
-            of terms differ, there is no trainable parameter, another library accumulates too,
-            the first rows show that gradients of micro-batches do not add up to their batch's, or
-            the loss function changes `.grad`, shares a graph with another micro-batch, or has
-            changed its rows when memory runs out.
-        TypeError: the loss is not a floating tensor, or an argument is of the wrong kind.
-        RuntimeError: a BatchNorm layer in training mode was not called as a module, or is inside
-            another window.
-        MemoryError: not even a micro-batch of one row fits.
-
-    Source:
-        The law in docs/law.md.
-
-    Example:
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> _ = torch.nn.init.constant_(model.weight, 1.0)
-        >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-        >>> loss = backward(lambda x: model(x).mean(), rows, module=model, microbatch_size=2)
-        >>> print(f"{loss:.3f}", model.weight.grad.numpy().round(3))
-        1.333 [[0.667 0.667]]
-    """
-    functions = {"loss_fn": loss_fn, "weight": weight, "backward_fn": backward_fn}
-    check_call(functions, batch, microbatch_size, accumulation_steps)
-    refuse_sorted_rows(batch, stats)
-    found = inventory(module)
-    refuse_foreign_accumulation()
-    program = Program(loss_fn, weight, has_aux, backward_fn, found, stats)
-    given: Any = microbatch_size
-    rows = read(batch, weighted=weight is not None)
-    memory = Memory(ERRORS, partial(left_bytes, found.accelerator))
-
-    def run(cut: Sequence[Microbatch]) -> Any:
-        shares = program.shares(cut)
-        checked = prove_first_window(program, rows, cut, shares) if check else cut
-        return program.run(checked, shares)
-
-    if not rows.can_be_cut:
-        return run_as_it_is(lambda: run(rows.given), memory)
-    if is_automatic(given):
-        size = _planned_size(program, rows, given)
-        given = size.rows
-        cut = rows.cut(given, None)
-    else:
-        cut = rows.cut(given, accumulation_steps)
-        asked = given or most_rows(cut)
-        size = kept_sizes(found.owner).asked(asked)
-        if size.rows < asked:
-            cut = rows.cut(given, accumulation_steps, size.rows)
-
-    result = run_until_it_fits(
-        run,
-        cut,
-        most_rows,
-        lambda most: rows.cut(given, accumulation_steps, most),
-        size,
-        memory,
-        partial(largest_parameters, found.roots[0]),
-        put_back=RandomState(found.accelerator).restore,
-        is_too_late=RowsBefore(rows).refuse_changed,
-    )
-    size.succeeded()
-    return result
+__all__ = ["Window", "backward", "captured", "certify", "certify_loop", "loss", "plan", "windows"]
 
 
 def captured(loss_fn: Callable[[Any], Any]) -> Captured:
@@ -302,10 +108,12 @@ def plan(
     """
     functions = {"loss_fn": loss_fn, "weight": weight, "backward_fn": backward_fn}
     check_call(functions, batch, "auto", None)
+    check_recording()
     found = inventory(module)
     refuse_foreign_accumulation()
     program = Program(loss_fn, weight, has_aux, backward_fn, found)
-    return planned(program, read(batch), memory_limit)
+    with quiet(found):
+        return planned(program, read(batch), memory_limit)
 
 
 def certify(
@@ -350,15 +158,10 @@ def certify(
         "Pass weight=lambda batch: batch['mask'].sum()."
     """
     check_call({"loss_fn": loss_fn, "weight": weight}, batch, microbatch_size, accumulation_steps)
+    check_recording()
     found = inventory(module)
+    refuse_replicas(found)
     refuse_foreign_accumulation()
     check_cut(batch, microbatch_size, accumulation_steps)
     program = Program(loss_fn, weight, has_aux, None, found)
     return certificate(program, batch, microbatch_size, accumulation_steps)
-
-
-def _planned_size(program: Program, batch: ReadBatch, automatic: Any) -> CurrentSize:
-    sizes = automatic if isinstance(automatic, Auto) else kept_sizes(program.found.owner)
-    return sizes.planned(
-        signature(program, batch.whole), lambda: planned(program, batch, sizes.memory_limit)
-    )

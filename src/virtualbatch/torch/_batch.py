@@ -185,6 +185,16 @@ def read(batch: Any, weighted: bool = False) -> ReadBatch:
     return ReadBatch(found, is_window=True)
 
 
+def has_no_rows(batch: Any) -> bool:
+    """Whether a batch is an empty Window, or all its tensors have rows and none of them any."""
+    if isinstance(batch, Window):
+        return len(batch) == 0
+    found: list[tuple[str, Any]] = []
+    builder(batch, "batch", found, _ONE_LEAF)
+    tensors = [leaf for _, leaf in found if isinstance(leaf, torch.Tensor)]
+    return bool(tensors) and all(x.dim() > 0 and x.shape[0] == 0 for x in tensors)
+
+
 def _cut(uncut: Microbatch, size: int) -> list[Microbatch]:
     cut = even_cut(known_rows(uncut), size)
     if len(cut) == 1:

@@ -26,6 +26,20 @@ class _Seen(NamedTuple):
     moments: torch.Tensor
 
 
+class Moments(NamedTuple):
+    """Moments of all values of a window in one call of a layer.
+
+    Fields:
+        values: how many per channel.
+        mean: of each channel.
+        variance: the unbiased one.
+    """
+
+    values: int
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+
 class MergedStatistics:
     """Records what BatchNorm layers see, for the length of one window.
 
@@ -118,20 +132,31 @@ class MergedStatistics:
 
         return listening
 
-    def commit(self) -> None:
+    def merged(self) -> list[list["Moments"]]:
+        """For each layer the moments of all micro-batches, one for each call in a forward pass."""
+        coefficients = _Coefficients()
+        with torch.no_grad():
+            return [
+                [_merged(calls, coefficients) for calls in self._seen[id(layer)]]
+                for layer in self._layers
+            ]
+
+    def commit(self, merged: Sequence[Sequence["Moments"]] | None = None) -> None:
         """Gives each layer one momentum update per call of a forward pass, in call order.
 
         Call it after `attached`, when the layers have their own momentum again.
+
+        Args:
+            merged: see there; those of all replicas, where there are several.
         """
         if not self._layers:
             return
-        coefficients = _Coefficients()
         with torch.no_grad():
-            for layer in self._layers:
+            for layer, calls in zip(self._layers, merged or self.merged(), strict=True):
                 buffers = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
                 state = [b if b is None else self._before.copy_of(b) for b in buffers]
-                for calls in self._seen[id(layer)]:
-                    state = _updated(state, _merged(calls, coefficients), layer.momentum)
+                for moments in calls:
+                    state = _updated(state, (moments.mean, moments.variance), layer.momentum)
                 for buffer, value in zip(buffers, state, strict=True):
                     if buffer is not None:
                         buffer.copy_(value)
@@ -190,23 +215,23 @@ class _Coefficients:
         return self._known[key]
 
 
-def _merged(
-    calls: Sequence[_Seen], coefficients: _Coefficients
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and unbiased variance of all values that the calls saw.
+def _merged(calls: Sequence[_Seen], coefficients: _Coefficients) -> Moments:
+    """Moments of all values that the calls saw.
 
     All groups are there, so they are merged at once around the common mean instead of pair by
     pair. That is what `merge_moments` comes to, in a tenth of the kernels.
     """
+    counts = tuple(seen.values for seen in calls)
     if len(calls) == 1:
         mean, variance = calls[0].moments
-        return mean, variance
+        return Moments(counts[0], mean, variance)
     wide = torch.promote_types(calls[0].moments.dtype, torch.float32)
     means, variances = torch.stack([seen.moments for seen in calls], 1).to(wide)
-    part, within, between = coefficients.of(tuple(seen.values for seen in calls), means)
+    part, within, between = coefficients.of(counts, means)
     # Not a matrix product: those may be rounded to ten bits.
     mean = (part * means).sum(0)
-    return mean, (within * variances + between * (means - mean) ** 2).sum(0)
+    variance = (within * variances + between * (means - mean) ** 2).sum(0)
+    return Moments(sum(counts), mean, variance)
 
 
 def _updated(state: Sequence[Any], found: Sequence[torch.Tensor], momentum: float | None) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from virtualbatch.plan.auto import check_cut_or_auto
-from virtualbatch.torch._distributed import refuse_several_processes
 from virtualbatch.window.terms import SUM
 
 
@@ -23,9 +22,7 @@ def check_call(
 
     Raises:
         TypeError: an argument is not a function.
-        ValueError: a size is not a positive integer, is missing, or comes with a Window; or
-            PyTorch records no gradients here.
-        NotImplementedError: this is one of several processes.
+        ValueError: a size is not a positive integer, is missing, or comes with a Window.
     """
     for name, function in functions.items():
         may_be_other = function is None or (name == "weight" and function == SUM)
@@ -36,7 +33,14 @@ def check_call(
                 f"Pass {name}=lambda {of_what}: ..."
             )
     check_cut_or_auto(batch, microbatch_size, accumulation_steps)
-    refuse_several_processes()
+
+
+def check_recording() -> None:
+    """Refuses a call where PyTorch records no gradients.
+
+    Raises:
+        ValueError: it records none.
+    """
     if not torch.is_grad_enabled():
         raise ValueError(
             "backward must be called where PyTorch records gradients. Got a call under "

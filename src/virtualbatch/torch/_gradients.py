@@ -36,6 +36,10 @@ class WindowGradients:
         backward_fn: scalar loss -> None; computes gradients into `.grad`.
         norms: is told of scaled losses; None if nobody asks for norms.
         is_given: tensor -> whether it has the memory of the batch.
+        averaged_over: by how many replicas something divides the sums later.
+
+    Attributes:
+        parameters: as given.
     """
 
     def __init__(
@@ -44,8 +48,9 @@ class WindowGradients:
         backward_fn: Callable[[torch.Tensor], Any] | None,
         norms: GradientNorms | None = None,
         is_given: Callable[[torch.Tensor], bool] = lambda tensor: False,
+        averaged_over: int = 1,
     ):
-        self._parameters = parameters
+        self.parameters = parameters
         self._backward_fn = backward_fn
         self._norms = norms
         self._is_given = is_given
@@ -63,8 +68,9 @@ class WindowGradients:
         self._in_place = True
         self._own_memory = OwnMemory(parameters)
         self.found_any = False
+        self._averaged_over = averaged_over
         # What the gradients of the latest micro-batch lacked of their share on their way.
-        self.factor = 1.0
+        self.factor = 1.0 / averaged_over
 
     def start(self, *, commit: bool = True) -> None:
         """Puts what `.grad` holds aside, untouched until the window has succeeded.
@@ -74,7 +80,7 @@ class WindowGradients:
         """
         self._commits = commit
         self._put_aside()
-        self._watch = GradWatch(self._parameters)
+        self._watch = GradWatch(self.parameters)
         self._watch.look()
 
     def start_after_forward(self) -> None:
@@ -82,7 +88,7 @@ class WindowGradients:
 
         As in a step without a window, what that did to `.grad` is kept.
         """
-        self._before = [parameter.grad for parameter in self._parameters]
+        self._before = [parameter.grad for parameter in self.parameters]
         self._put_aside()
 
     def add(self, terms: Collection[torch.Tensor], shares: Sequence[float]) -> None:
@@ -106,9 +112,9 @@ class WindowGradients:
             # A branch may leave a micro-batch without parameters: its gradient is zero.
             if share and term.requires_grad:
                 reached.append(term)
-                factors.append(share)
+                factors.append(share * self._averaged_over)
         if reached:
-            before = None if self.found_any else versions(self._parameters)
+            before = None if self.found_any else versions(self.parameters)
             self.found_any = True
             try:
                 self._differentiate(reached, factors)
@@ -116,21 +122,26 @@ class WindowGradients:
                 refuse_shared_graph(error)
                 raise
             if before is not None:
-                refuse_changed_parameters(self._parameters, before)
+                refuse_changed_parameters(self.parameters, before)
             self._own_memory.give()
             if self._watch is not None:
                 self._watch.look()
 
     def zero(self) -> None:
         """Makes every gradient found so far zero, NaN included."""
-        for parameter, total in zip(self._parameters, self._sums, strict=True):
+        for parameter, total in zip(self.parameters, self._sums, strict=True):
             for gradient in (parameter.grad, total):
                 if gradient is not None:
                     gradient.zero_()
 
+    def reached(self) -> list[bool]:
+        """For each parameter whether the window has a gradient of it."""
+        pairs = zip(self.parameters, self._sums, strict=True)
+        return [parameter.grad is not None or total is not None for parameter, total in pairs]
+
     def sums(self) -> list[torch.Tensor]:
         """The window's gradients before they are committed."""
-        pairs = zip(self._parameters, self._sums, strict=True)
+        pairs = zip(self.parameters, self._sums, strict=True)
         found = [parameter.grad if total is None else total for parameter, total in pairs]
         return [gradient for gradient in found if gradient is not None]
 
@@ -145,7 +156,7 @@ class WindowGradients:
             self._foreign.restore()
         if self._in_place:
             return
-        entries = list(zip(self._parameters, self._before, self._sums, strict=True))
+        entries = list(zip(self.parameters, self._before, self._sums, strict=True))
         # What allocates comes first: if memory runs out, nothing that `.grad` held has changed.
         entries.sort(key=lambda entry: entry[1] is not None)
         with torch.no_grad():
@@ -153,15 +164,34 @@ class WindowGradients:
                 found = parameter.grad if total is None else total
                 parameter.grad = committed(parameter, before, found)
 
+    def taken(self) -> list[torch.Tensor | None]:
+        """Takes the window's gradients away; `.grad` is as before it.
+
+        Returns:
+            One for each parameter, None where nothing reached it; float32 sums of half precision.
+
+        Raises:
+            ValueError: somebody trains a tensor that no module holds.
+        """
+        if self._foreign is not None:
+            self._foreign.check()
+            self._foreign.restore()
+        pairs = list(zip(self.parameters, self._sums, strict=True))
+        found = [parameter.grad if total is None else total for parameter, total in pairs]
+        self._sums = [None] * len(found)
+        for parameter, before in zip(self.parameters, self._before, strict=True):
+            parameter.grad = before
+        return found
+
     def restore(self) -> None:
         """Puts back what `.grad` held before the window."""
-        for parameter, before in zip(self._parameters, self._at_first, strict=True):
+        for parameter, before in zip(self.parameters, self._at_first, strict=True):
             parameter.grad = before
         if self._foreign is not None:
             self._foreign.restore()
 
     def _put_aside(self) -> None:
-        for parameter, before in zip(self._parameters, self._before, strict=True):
+        for parameter, before in zip(self.parameters, self._before, strict=True):
             if before is not None:
                 parameter.grad = None
                 self._in_place = False
@@ -174,13 +204,13 @@ class WindowGradients:
         device = next(iter(terms)).device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             chosen = _outside_autocast(chosen, device)
-        is_half = not HALF.isdisjoint([x.dtype for x in (*self._parameters, *terms)])
+        is_half = not HALF.isdisjoint([x.dtype for x in (*self.parameters, *terms)])
         if self._watch is None:
             if is_half:
-                refuse_unheld_parameter(terms, self._parameters)
+                refuse_unheld_parameter(terms, self.parameters)
         elif is_half or not self._commits:
             # Their gradients would lack their share, or outlive a window that is taken back.
-            self._foreign = ForeignLeaves(terms, self._parameters, self._is_given)
+            self._foreign = ForeignLeaves(terms, self.parameters, self._is_given)
         if is_half:
             self._in_place = False
             self._own_memory = OwnMemory(())
@@ -197,14 +227,14 @@ class WindowGradients:
             self._shown = []
             differentiate(terms, [share / largest for share in shares])
             self._collect(largest)
-            self.factor = largest
+            self.factor = largest / self._averaged_over
 
         return buffered
 
     def _collect(self, factor: float) -> None:
         """Moves each `.grad` times factor into its buffer; the product is formed there, wide."""
         with torch.no_grad():
-            for k, parameter in enumerate(self._parameters):
+            for k, parameter in enumerate(self.parameters):
                 gradient, total = parameter.grad, self._sums[k]
                 if gradient is None:
                     continue

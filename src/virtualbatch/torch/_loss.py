@@ -41,12 +41,17 @@ def checked_terms(loss: Any) -> dict[Any, torch.Tensor]:
 
 
 class WindowLoss:
-    """The losses of a window's micro-batches, summed in float32 or wider."""
+    """The losses of a window's micro-batches, summed in float32 or wider.
+
+    Attributes:
+        dtype: common one of the terms; None before the first.
+        total: their sum, a detached scalar; None where nothing has a share.
+    """
 
     def __init__(self) -> None:
-        self._dtype: torch.dtype | None = None
+        self.dtype: torch.dtype | None = None
         self._wide = torch.float32
-        self._total: torch.Tensor | None = None
+        self.total: torch.Tensor | None = None
 
     def add(self, terms: Iterable[torch.Tensor], shares: Iterable[float]) -> None:
         """Adds one micro-batch.
@@ -57,24 +62,29 @@ class WindowLoss:
                 0 times NaN is NaN.
         """
         for term, share in zip(terms, shares, strict=True):
-            if term.dtype is not self._dtype:
+            if term.dtype is not self.dtype:
                 self._promote(term.dtype)
             if not share:
                 continue
-            if self._total is None:
-                self._total = term.detach().to(self._wide) * share
+            if self.total is None:
+                self.total = term.detach().to(self._wide) * share
             else:
-                self._total.add_(term.detach(), alpha=share)
+                self.total.add_(term.detach(), alpha=share)
+
+    def zero(self) -> None:
+        """Makes what was added so far zero, NaN included."""
+        if self.total is not None:
+            self.total = torch.zeros_like(self.total)
 
     def mean(self) -> torch.Tensor:
         """The loss of the whole batch; a detached scalar of the terms' common dtype."""
-        if self._total is None or self._dtype is None:
+        if self.total is None or self.dtype is None:
             raise ValueError("internal: no term of a window has a share.")
-        return self._total.to(self._dtype)
+        return self.total.to(self.dtype)
 
     def _promote(self, dtype: torch.dtype) -> None:
-        known = self._dtype
-        self._dtype = dtype if known is None else torch.promote_types(known, dtype)
-        self._wide = torch.promote_types(self._dtype, torch.float32)
-        if self._total is not None:
-            self._total = self._total.to(self._wide)
+        known = self.dtype
+        self.dtype = dtype if known is None else torch.promote_types(known, dtype)
+        self._wide = torch.promote_types(self.dtype, torch.float32)
+        if self.total is not None:
+            self.total = self.total.to(self._wide)

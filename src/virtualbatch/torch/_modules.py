@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.parameter import is_lazy
 
-from virtualbatch.torch._distributed import distributed_classes, no_distributed_module
+from virtualbatch.torch._distributed import distributed_classes
 from virtualbatch.torch._loose import Loose, as_modules
 from virtualbatch.torch._stepping import refuse_node_hooks
 
@@ -15,11 +15,12 @@ class Inventory(NamedTuple):
 
     Fields:
         roots: the modules themselves, each once.
-        parameters: those that take a gradient, each once; at least one.
+        parameters: those that take a gradient, each once.
         with_buffers: modules that have buffers of their own, each once.
         accelerator: the device that all parameters are on, or None if that is the host or they
             are on several.
         owner: lives as long as what is trained: the first module or tensor that was given.
+        distributed: modules that add up gradients, or gather parameters, over processes.
     """
 
     roots: list[torch.nn.Module]
@@ -27,17 +28,19 @@ class Inventory(NamedTuple):
     with_buffers: list[torch.nn.Module]
     accelerator: torch.device | None
     owner: torch.nn.Module | torch.Tensor
+    distributed: list[torch.nn.Module]
 
 
-def inventory(module: Any) -> Inventory:
+def inventory(module: Any, *, may_step: bool = False, may_be_frozen: bool = False) -> Inventory:
     """Walks through modules and all their submodules.
 
     Args:
         module: one module or an iterable of them; tensors that are trained may be among them.
+        may_step: whether hooks may step an optimizer, because none is heard within the window.
+        may_be_frozen: whether there need be no trainable parameter.
 
     Raises:
         TypeError: something is neither a module nor a tensor.
-        NotImplementedError: a module is of DDP or FSDP.
         ValueError: no parameter is trainable, a tensor takes no gradient, a parameter has a hook
             that could step an optimizer in the middle of the window, a module is not initialised
             yet, or a Lightning trainer divides by micro-batches of its own or calls backward
@@ -49,10 +52,13 @@ def inventory(module: Any) -> Inventory:
     parameters: dict[int, torch.nn.Parameter] = {}
     with_buffers = []
     devices = set()
-    distributed = distributed_classes()
+    classes = distributed_classes()
+    distributed = []
     # The list grows while it is walked. `Module.modules()` would build a name for each layer.
     for layer in layers:
-        _check_layer(layer, distributed)
+        if isinstance(layer, classes):
+            distributed.append(layer)
+        _check_layer(layer)
         for name, parameter in layer._parameters.items():
             if parameter is None:
                 continue
@@ -61,7 +67,7 @@ def inventory(module: Any) -> Inventory:
                 _check_initialised(layer, name, parameter)
             devices.add("cpu" if parameter.is_cpu else parameter.device)
             if parameter.requires_grad:
-                if parameter._post_accumulate_grad_hooks:
+                if parameter._post_accumulate_grad_hooks and not may_step:
                     raise ValueError(_stepping(layer, name))
                 parameters[id(parameter)] = parameter
         if layer._buffers:
@@ -70,7 +76,7 @@ def inventory(module: Any) -> Inventory:
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 layers.append(child)
-    if not parameters:
+    if not parameters and not may_be_frozen:
         names = ", ".join(type(root).__name__ for root in roots.values()) or "no module"
         raise ValueError(
             "module must have at least one trainable parameter. "
@@ -80,10 +86,10 @@ def inventory(module: Any) -> Inventory:
     accelerator = None if device == "cpu" else device
     first = next(iter(roots.values()))
     owner = first.tensor if isinstance(first, Loose) else first
-    refuse_node_hooks(owner, parameters)
-    return Inventory(
-        list(roots.values()), list(parameters.values()), with_buffers, accelerator, owner
-    )
+    trained = list(parameters.values())
+    if not may_step:
+        refuse_node_hooks(owner, trained)
+    return Inventory(list(roots.values()), trained, with_buffers, accelerator, owner, distributed)
 
 
 def _roots(module: Any) -> dict[int, torch.nn.Module]:
@@ -98,9 +104,7 @@ def _roots(module: Any) -> dict[int, torch.nn.Module]:
     return {id(root): root for root in roots}
 
 
-def _check_layer(layer: torch.nn.Module, distributed: tuple[type[Any], ...]) -> None:
-    if isinstance(layer, distributed):
-        raise no_distributed_module(layer)
+def _check_layer(layer: torch.nn.Module) -> None:
     for name, buffer in layer._buffers.items():
         _check_initialised(layer, name, buffer)
     # A LightningModule keeps its trainer here. Its property would complain if there is none.

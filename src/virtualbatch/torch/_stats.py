@@ -69,15 +69,24 @@ class GradientNorms:
             rows: rows of the window.
             microbatches: micro-batches that count for something.
         """
-        norms = [_norm(gradient) for gradient in gradients]
-        square = _weighted_squares(norms, [1.0] * len(norms))
+        square = self.square(gradients)
+        return WindowStats(rows, microbatches, self.mean_square().to(square.device), square)
+
+    def mean_square(self) -> torch.Tensor:
+        """Mean square of the gradients of the micro-batches that were closed; a scalar."""
         self._add_up()
-        found = self._total
-        mean_square = torch.zeros_like(square) if found is None else found.to(square.device)
-        if self._scale is not None:
-            undo = self._scale.to(square) ** -2
-            square, mean_square = square * undo, mean_square * undo
-        return WindowStats(rows, microbatches, mean_square, square)
+        found = torch.zeros(()) if self._total is None else self._total
+        return found if self._scale is None else found * self._scale.to(found) ** -2
+
+    def square(self, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Squared norm of the gradient of the window; a scalar.
+
+        Args:
+            gradients: sums of the window.
+        """
+        norms = [_norm(gradient) for gradient in gradients]
+        found = _weighted_squares(norms, [1.0] * len(norms))
+        return found if self._scale is None else found * self._scale.to(found) ** -2
 
     def _see(self, gradient: torch.Tensor) -> None:
         self._of_one.append(_norm(gradient))

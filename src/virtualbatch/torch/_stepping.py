@@ -1,6 +1,6 @@
 """Hooks that step an optimizer in the backward pass, which has many of them in one window."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,37 +9,57 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 _VERSION = torch.Tensor._version.__get__
 
-# Owner of parameters -> the parameters whose nodes were looked at. Making a node takes longer than
-# all else that is asked of a parameter, so each window only sees whether they are the same ones.
+# Owner of parameters -> those whose nodes were looked at, and which of them had hooks. Making a
+# node takes longer than all else that is asked of a parameter, so it is done when they are new.
 _LOOKED: Any = WeakIdKeyDictionary()
 
 
-def refuse_node_hooks(owner: Any, parameters: Mapping[int, torch.Tensor]) -> None:
-    """Refuses hooks on the nodes that add to `.grad`, the first time that it sees the parameters.
+def node_hooks(
+    owner: Any, parameters: Sequence[torch.Tensor]
+) -> list[tuple[torch.Tensor, dict[int, Any]]]:
+    """The hooks on the nodes that add to `.grad`, by parameter, where there are some.
 
     Hooks that are added later change a parameter in a backward pass, see
     `refuse_changed_parameters`.
 
     Args:
         owner: lives as long as the parameters are trained.
-        parameters: those that take a gradient, by identity.
+        parameters: those that take a gradient.
+
+    Returns:
+        The dictionaries that PyTorch itself calls them from.
+    """
+    given = list(map(id, parameters))
+    known, hooked = _LOOKED.get(owner, (None, ()))
+    places = hooked if known == given else range(len(parameters))
+    found = [(k, hooks) for k in places if (hooks := _hooks(parameters[k]))]
+    # Places, not hooks: what is kept for an owner must not keep it alive.
+    _LOOKED[owner] = given, [k for k, _ in found]
+    return [(parameters[k], hooks) for k, hooks in found]
+
+
+def _hooks(parameter: torch.Tensor) -> dict[int, Any]:
+    """Those of the node that adds to its `.grad`."""
+    # A node lives as long as somebody holds it, and whoever hooked it does. It does not list its
+    # hooks; the handle of one more has all of them.
+    handle = get_gradient_edge(parameter).node.register_hook(_nothing)
+    hooks: dict[int, Any] = handle.hooks_dict_ref()
+    handle.remove()
+    return hooks
+
+
+def refuse_node_hooks(owner: Any, parameters: Sequence[torch.Tensor]) -> None:
+    """Refuses hooks on the nodes that add to `.grad`.
+
+    Args:
+        owner: see `node_hooks`.
+        parameters: see there.
 
     Raises:
         ValueError: there is one.
     """
-    given = list(parameters)
-    if _LOOKED.get(owner) == given:
-        return
-    for parameter in parameters.values():
-        # A node lives as long as somebody holds it, and whoever hooked it does. It does not list
-        # its hooks; the handle of one more has all of them.
-        node = get_gradient_edge(parameter).node
-        handle = node.register_hook(_nothing)
-        hooks = handle.hooks_dict_ref()
-        handle.remove()
-        if hooks:
-            raise _steps("a hook on the AccumulateGrad node of one", parameter)
-    _LOOKED[owner] = given
+    for parameter, _ in node_hooks(owner, parameters):
+        raise _steps("a hook on the AccumulateGrad node of one", parameter)
 
 
 def versions(parameters: Sequence[torch.Tensor]) -> list[int]:

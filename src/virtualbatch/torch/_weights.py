@@ -1,4 +1,4 @@
-"""Weights of a window before its first forward, and the shares that follow from them.
+"""Weights of a window before its first forward.
 
 The weights of all micro-batches come to the host in one copy, are checked there, and nothing of
 the window is read after that.
@@ -10,26 +10,23 @@ from typing import Any
 import torch
 
 from virtualbatch.torch._batch import Microbatch
-from virtualbatch.window.shares import Shares, host_shares
 from virtualbatch.window.terms import GivenWeight
+from virtualbatch.window.weights import HostWeights, host_weights
 
 
-def window_shares(microbatches: Sequence[Microbatch], weight: GivenWeight) -> Shares:
-    """Shares of a window by rows and, if a weight function is given, by its weights.
+def window_weights(microbatches: Sequence[Microbatch], weight: GivenWeight) -> HostWeights:
+    """Weights of a window's micro-batches.
 
     Args:
-        microbatches: the window's micro-batches.
-        weight: see `host_shares`.
-
-    Returns:
-        The shares.
+        microbatches: the micro-batches.
+        weight: see `host_weights`.
 
     Raises:
-        ValueError: see `host_shares`.
+        ValueError: see `host_weights`.
     """
     rows = [microbatch.rows for microbatch in microbatches]
     with torch.no_grad():
-        return host_shares(rows, weight, (found.get() for found in microbatches), _on_host)
+        return host_weights(rows, weight, (found.get() for found in microbatches), _on_host)
 
 
 def _on_host(values: Sequence[Any]) -> list[float]:

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.torch._aux import detached, merged_aux
 from virtualbatch.torch._batch import Microbatch, on_device
 from virtualbatch.torch._batchnorm import MergedStatistics, is_tracked
@@ -16,13 +17,14 @@ from virtualbatch.torch._loss import WindowLoss, checked_terms
 from virtualbatch.torch._modules import Inventory
 from virtualbatch.torch._state import Buffers
 from virtualbatch.torch._stats import GradientNorms
-from virtualbatch.torch._weights import window_shares
+from virtualbatch.torch._weights import window_weights
 from virtualbatch.window.shares import Shares, check_counted
 from virtualbatch.window.terms import GivenWeight, loss_and_aux
+from virtualbatch.window.weights import HostWeights
 
 
 class Program(NamedTuple):
-    """What `backward` was given beside the batch and its size.
+    """What a window is made of beside the batch and its size.
 
     Fields:
         loss_fn: micro-batch -> loss, or (loss, aux).
@@ -31,6 +33,7 @@ class Program(NamedTuple):
         backward_fn: scalar loss -> None, or None.
         found: what its modules hold.
         stats: whether the statistics of the window are returned too.
+        averaged_over: by how many replicas something divides the gradients later.
     """
 
     loss_fn: Callable[[Any], Any]
@@ -39,12 +42,17 @@ class Program(NamedTuple):
     backward_fn: Callable[[torch.Tensor], Any] | None
     found: Inventory
     stats: bool = False
+    averaged_over: int = 1
+
+    def weights(self, cut: Sequence[Microbatch]) -> HostWeights:
+        """The weights of a window's micro-batches."""
+        return window_weights(cut, self.weight)
 
     def shares(self, cut: Sequence[Microbatch]) -> Shares:
-        """The shares of a window's micro-batches."""
-        return window_shares(cut, self.weight)
+        """The shares of a window's micro-batches, where this is the only replica."""
+        return self.weights(cut).shares()
 
-    def run(self, cut: Sequence[Microbatch], shares: Shares, *, commit: bool = True) -> Any:
+    def run(self, cut: Sequence[Microbatch], shares: Shares, conclude: "Conclusion") -> Any:
         """Runs a window.
 
         If anything raises, every `.grad`, buffer, momentum and hook is as before the call.
@@ -52,14 +60,14 @@ class Program(NamedTuple):
         Args:
             cut: the micro-batches.
             shares: their shares.
-            commit: whether gradients and statistics are kept; else all is put back.
+            conclude: what becomes of it, such as `keep`.
 
         Returns:
-            The mean loss, or (loss, aux); with `stats` a tuple that ends with the `WindowStats`.
+            What `conclude` returns.
         """
         if self.stats:
             check_counted(shares)
-        if commit and isinstance(self.loss_fn, Captured):
+        if conclude is keep and isinstance(self.loss_fn, Captured):
             replayed = self._replayed(self.loss_fn, cut, shares)
             if replayed is not None:
                 return replayed
@@ -68,33 +76,31 @@ class Program(NamedTuple):
         buffers = Buffers(self.found.with_buffers)
         statistics = MergedStatistics(self.found.with_buffers, buffers)
         norms = GradientNorms(self.found.parameters) if self.stats else None
-        gradients = WindowGradients(
-            self.found.parameters, self.backward_fn, norms, partial(_has_memory_of, cut)
-        )
+        gradients = None
+        if torch.is_grad_enabled():
+            gradients = WindowGradients(
+                self.found.parameters,
+                self.backward_fn,
+                norms,
+                partial(_has_memory_of, cut),
+                self.averaged_over,
+            )
+        run = _Run(self.loss_fn, self.has_aux, statistics, gradients, norms)
+        ran = Ran(run, WindowLoss(), [], shares, buffers)
         try:
             with ExitStack() as attached:
                 if statistics:
                     attached.enter_context(statistics.attached())
                 if norms is not None:
                     attached.enter_context(norms.attached())
-                run = _Run(self.loss_fn, self.has_aux, statistics, gradients, norms)
-                loss, aux = run.window(cut, shares, commit)
-                result: Any = (loss,)
+                run.window(cut, ran, conclude is keep)
                 if self.has_aux:
-                    result += (merged_aux(self.loss_fn, cut, aux, shares),)
-                if norms is not None:
-                    result += (norms.stats(gradients.sums(), shares.window, shares.counted),)
-            if commit:
-                statistics.commit()
-                gradients.commit()
-            else:
-                gradients.restore()
-                buffers.restore()
+                    aux = merged_aux(self.loss_fn, cut, ran.aux, shares) if cut else None
+                    ran.aux[:] = [aux]
+            return conclude(ran)
         except BaseException:
-            gradients.restore()
-            buffers.restore()
+            ran.put_back()
             raise
-        return result if len(result) > 1 else loss
 
     def _replayed(
         self, loss_fn: Captured, cut: Sequence[Microbatch], shares: Shares
@@ -116,62 +122,137 @@ class Program(NamedTuple):
         return loss_fn.replayed(self.found, cut, shares)
 
 
+class Ran(NamedTuple):
+    """A window that has run, of which nothing is kept yet.
+
+    Fields:
+        run: what it was run with.
+        loss: the parts of its loss.
+        aux: the aux of the window, as the only item; empty where there is none.
+        shares: of its micro-batches.
+        buffers: of the modules, before it.
+    """
+
+    run: "_Run"
+    loss: WindowLoss
+    aux: list[Any]
+    shares: Shares
+    buffers: Buffers
+
+    @property
+    def gradients(self) -> WindowGradients:
+        """Of a window that was differentiated."""
+        if self.run.gradients is None:
+            raise ValueError("internal: a window without gradients is asked for them.")
+        return self.run.gradients
+
+    def reached(self, parameters: int) -> list[bool]:
+        """For each parameter whether it has a gradient.
+
+        Args:
+            parameters: their number.
+        """
+        gradients = self.run.gradients
+        return [False] * parameters if gradients is None else gradients.reached()
+
+    def result(self, loss: torch.Tensor, stats: WindowStats | None = None) -> Any:
+        """What the caller is given: the loss, or a tuple with aux and statistics."""
+        found = (loss, *self.aux, *([] if stats is None else [stats]))
+        return found if len(found) > 1 else loss
+
+    def stats(self) -> WindowStats | None:
+        """Its statistics, if they are asked for."""
+        norms = self.run.norms
+        if norms is None:
+            return None
+        return norms.stats(self.gradients.sums(), self.shares.window, self.shares.counted)
+
+    def put_back(self) -> None:
+        """Leaves everything as it was before the window."""
+        if self.run.gradients is not None:
+            self.run.gradients.restore()
+        self.buffers.restore()
+
+
+# What becomes of a window that has run. Whatever it raises, the window leaves no trace.
+Conclusion: TypeAlias = Callable[[Ran], Any]
+
+
+def keep(ran: Ran) -> Any:
+    """Adds the gradients to `.grad`, and gives BatchNorm its update; the result of the call."""
+    result = ran.result(ran.loss.mean(), ran.stats())
+    ran.run.statistics.commit()
+    ran.gradients.commit()
+    return result
+
+
+def take_back(ran: Ran) -> Any:
+    """Leaves everything as it was; the result of the call."""
+    result = ran.result(ran.loss.mean(), ran.stats())
+    ran.put_back()
+    return result
+
+
 class _Run(NamedTuple):
-    """The micro-batches of one window, one after another."""
+    """The micro-batches of one window, one after another.
+
+    Fields:
+        gradients: None where PyTorch records none.
+    """
 
     loss_fn: Callable[[Any], Any]
     has_aux: bool
     statistics: MergedStatistics
-    gradients: WindowGradients
+    gradients: WindowGradients | None
     norms: GradientNorms | None
 
-    def window(
-        self, cut: Sequence[Microbatch], shares: Shares, commit: bool
-    ) -> tuple[torch.Tensor, list[Any]]:
-        """The loss of the window, and the aux of each micro-batch if it is asked for."""
-        loss_fn, has_aux, statistics, gradients, norms = self
-        forward = statistics.heard(loss_fn) if statistics else loss_fn
+    def window(self, cut: Sequence[Microbatch], ran: Ran, keeps: bool) -> None:
+        """Runs the micro-batches; their losses and aux are added to `ran`."""
+        gradients, shares = self.gradients, ran.shares
+        forward = self.statistics.heard(self.loss_fn) if self.statistics else self.loss_fn
         empty = [shares.is_empty(index) for index in range(len(cut))]
         # A window without any weight has the loss 0 and, where one micro-batch reaches a
         # parameter, the gradient 0.
-        nothing = all(empty)
+        nothing = all(empty) and not shares.elsewhere
         # Rows without weight still meet aux and BatchNorm, as they do in the whole batch.
-        run_all = has_aux or bool(statistics)
-        loss = WindowLoss()
-        auxes: list[Any] = []
-        is_only = len(cut) == 1 and commit
-        if not is_only:
-            gradients.start(commit=commit)
+        run_all = self.has_aux or bool(self.statistics)
+        is_only = len(cut) == 1 and keeps
+        if gradients is not None and not is_only:
+            gradients.start(commit=keeps)
+        counted = False
         for index, microbatch in enumerate(cut):
             counts = not empty[index] or (nothing and index == 0)
             if not (counts or run_all):
                 continue
             result = forward(microbatch.get())
-            if is_only:
+            if gradients is not None and is_only:
                 gradients.start_after_forward()
-            if has_aux:
-                result, aux = loss_and_aux(result, has_aux)
-                auxes.append(detached(aux))
+            if self.has_aux:
+                result, aux = loss_and_aux(result, self.has_aux)
+                ran.aux.append(detached(aux))
                 del aux
             terms = checked_terms(result)
             parts = shares.of(terms, index)
             if counts:
+                counted = True
                 parts = [1.0] * len(parts) if nothing else parts
-                gradients.add(terms.values(), parts)
-                if norms is not None and not nothing:
-                    norms.close(shares.of_rows_or_term()[index], gradients.factor)
-                loss.add(terms.values(), parts)
+                if gradients is not None:
+                    gradients.add(terms.values(), parts)
+                    if self.norms is not None and not nothing:
+                        self.norms.close(shares.of_rows_or_term()[index], gradients.factor)
+                ran.loss.add(terms.values(), parts)
             # Two graphs at once would hold two sets of activations.
             del result, terms
-        if not gradients.found_any:
-            raise ValueError(
-                "A loss must depend on a trainable parameter. Got one without a gradient. "
-                "Compute it from the output of the module, without detach() or item()."
-            )
-        if not nothing:
-            return loss.mean(), auxes
-        gradients.zero()
-        return torch.zeros_like(loss.mean()), auxes
+        if gradients is not None:
+            if counted and not gradients.found_any:
+                raise ValueError(
+                    "A loss must depend on a trainable parameter. Got one without a gradient. "
+                    "Compute it from the output of the module, without detach() or item()."
+                )
+            if nothing:
+                gradients.zero()
+        if nothing:
+            ran.loss.zero()
 
 
 def _has_memory_of(cut: Sequence[Microbatch], tensor: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from virtualbatch.window.terms import GivenWeight, WeightFunction, check_same_terms, check_total
+from virtualbatch.window.terms import check_same_terms, check_total
 
 _WIDE_ENOUGH = {"float64", "complex64", "complex128"}
 
@@ -29,13 +29,14 @@ def accumulator_dtype(dtype: str) -> str:
     return dtype if dtype in _WIDE_ENOUGH else "float32"
 
 
-def shares(weights: Sequence[float]) -> list[float]:
+def shares(weights: Sequence[float], total: float | None = None) -> list[float]:
     """Part of the window's mean that each micro-batch carries, formed in float64.
 
     Law: the shares of any cut of one batch sum to 1, or are all 0 when the total is 0.
 
     Args:
         weights: what each micro-batch's mean was divided by; host numbers >= 0, one unit.
+        total: of the window on all replicas; None where these are all its micro-batches.
 
     Returns:
         weight / total for each micro-batch; all 0.0 where the total is 0.
@@ -51,7 +52,8 @@ def shares(weights: Sequence[float]) -> list[float]:
                 "Return what the loss of that micro-batch was divided by, such as its number of "
                 "unmasked tokens."
             )
-    total = math.fsum(weights)
+    if total is None:
+        total = math.fsum(weights)
     return [value / total if total else 0.0 for value in weights]
 
 
@@ -71,6 +73,8 @@ class Shares(NamedTuple):
         window: rows of the window; a number, or a scalar of the program. Where rows are not known
             what its only weight counts, or None.
         unnamed: where `terms` is None the shares of every term: those of the rows, or 1.
+        elsewhere: whether other replicas have something of the window; only where shares can be
+            read.
     """
 
     rows: Any
@@ -78,6 +82,7 @@ class Shares(NamedTuple):
     certain: frozenset[Any]
     window: Any
     unnamed: Any
+    elsewhere: bool = False
 
     def of_rows_or_term(self) -> Any:
         """The part that each micro-batch is of the window: by its only weight, or by its rows."""
@@ -150,49 +155,6 @@ def check_counted(shares: Shares) -> None:
             "Noise statistics need rows, or one weight that counts what stands for them. Got a "
             "Window without common rows, whose loss has several terms. Leave stats out."
         )
-
-
-def host_shares(
-    rows: Sequence[int | None],
-    weight: GivenWeight,
-    microbatches: Iterable[Any],
-    on_host: Callable[[list[Any]], Iterable[Any]],
-) -> Shares:
-    """Shares of a window whose weights can be read.
-
-    Args:
-        rows: rows of each micro-batch, None where they are not known; see `row_weights`.
-        weight: micro-batch -> what the loss was divided by: a scalar >= 0, or a dict of them by
-            term name, None marking a term that does not depend on the rows and "sum" one that is
-            a sum; "sum" for a loss that is a sum; None for rows.
-        microbatches: the micro-batches as the weight function takes them, in order.
-        on_host: weights -> the same as numbers, all in one copy.
-
-    Returns:
-        The shares, in lists of Python floats.
-
-    Raises:
-        ValueError: a weight is negative, not finite, not a scalar, or names differ between
-            micro-batches.
-    """
-    of_rows = shares(row_weights(rows))
-    known = [n for n in rows if n is not None]
-    window: Any = sum(known) if len(known) == len(rows) else None
-    ones = [1.0] * len(rows)
-    if not callable(weight):
-        unnamed = of_rows if weight is None else ones
-        return Shares(of_rows, None, frozenset(), window, unnamed)
-    checked = WeightFunction(weight)
-    # All weights of a term follow each other.
-    columns = list(zip(*[checked.values(microbatch) for microbatch in microbatches], strict=True))
-    values = [value for column in columns for value in column]
-    table = [float(number) for number in on_host(values)] if values else []
-    count = len(rows)
-    vectors = [shares(table[k * count : (k + 1) * count]) for k in range(len(columns))]
-    terms = checked.by_name(vectors, of_rows, ones)
-    if window is None and len(terms) == len(columns) == 1:
-        window = math.fsum(table)
-    return Shares(of_rows, terms, checked.certain, window, of_rows)
 
 
 class Moments(NamedTuple):

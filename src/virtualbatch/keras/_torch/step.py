@@ -19,11 +19,7 @@ from virtualbatch.keras._torch.batch import packed_window_of, place, window_of
 from virtualbatch.keras._torch.plan import MEMORY, planned
 from virtualbatch.keras._torch.state import State, torch_modules
 from virtualbatch.keras._train_step import TrainStep, uncompiled
-from virtualbatch.torch._distributed import (
-    distributed_classes,
-    no_distributed_module,
-    refuse_several_processes,
-)
+from virtualbatch.torch._distributed import distributed_classes, number_of_processes
 from virtualbatch.torch._random import RandomState
 from virtualbatch.window.cut import even_cut, rows_per_microbatch, sizes_disagree
 from virtualbatch.window.tree import array_leaves, common_rows
@@ -45,7 +41,7 @@ class TorchStep(TrainStep):
 
     def __call__(self, data: Any) -> dict[str, Any]:
         """Trains on one batch, as Keras' `train_step` does."""
-        refuse_several_processes()
+        _refuse_several_processes()
         batch = self._unpacked(data)
         rows = common_rows(array_leaves(batch))
         if rows is None:
@@ -118,11 +114,24 @@ def refuse_distributed(model: keras.Model) -> None:
     Raises:
         NotImplementedError: see there.
     """
-    refuse_several_processes()
+    _refuse_several_processes()
     distributed = distributed_classes()
     for module in torch_modules(model):
         if isinstance(module, distributed):
-            raise no_distributed_module(module)
+            raise _trains_one_process(f"a {type(module).__name__} in the model")
+
+
+def _refuse_several_processes() -> None:
+    processes = number_of_processes()
+    if processes > 1:
+        raise _trains_one_process(f"a process group of {processes} ranks")
+
+
+def _trains_one_process(got: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"accumulate trains one process. Got {got}. "
+        "Wrap the model in DistributedDataParallel, and call virtualbatch.torch.backward in a loop."
+    )
 
 
 def _sizes(rows: int, size: int) -> list[int]:

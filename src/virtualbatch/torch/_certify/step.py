@@ -17,7 +17,7 @@ from virtualbatch.torch._faults import refuse_shared_graph
 from virtualbatch.torch._leaves import refuse_unheld_parameter
 from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._modules import inventory
-from virtualbatch.torch._window import Program
+from virtualbatch.torch._window import Program, keep
 from virtualbatch.window.terms import loss_and_aux, of_part, weight_terms
 
 _HALF = {torch.float16, torch.bfloat16}
@@ -91,7 +91,7 @@ class TorchTrainingStep(TrainingStep):
         )
         self._fresh()
         with self._random:
-            found = seen.run(self._cut, seen.shares(self._cut))
+            found = seen.run(self._cut, seen.shares(self._cut), keep)
         loss = found[0] if program.has_aux else found
         return self._observed({"loss": float(loss.detach())})
 

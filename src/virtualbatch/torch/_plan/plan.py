@@ -20,7 +20,7 @@ from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._plan.memory import ERRORS, left_bytes
 from virtualbatch.torch._plan.peak import DeviceCount, can_fake, faked, peak_bytes
 from virtualbatch.torch._random import RandomState
-from virtualbatch.torch._window import Program
+from virtualbatch.torch._window import Program, take_back
 from virtualbatch.window.shares import Shares
 
 _log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def _peak(
             with faked(roots) as fake:
                 on_fakes = program._replace(found=inventory(roots))
                 pieces = [microbatch.with_tensors(fake) for microbatch in cut]
-                found = peak_bytes(lambda: on_fakes.run(pieces, shares, commit=False))
+                found = peak_bytes(lambda: on_fakes.run(pieces, shares, take_back))
             if found > room or count is None:
                 return found
         except Exception as error:
@@ -122,7 +122,7 @@ def _peak(
     counted = peak_bytes if count is None else count.peak_bytes
     # Cloned before they count: the rows of the window that is planned are not copied.
     clones = [microbatch.with_tensors(torch.Tensor.clone) for microbatch in cut]
-    return counted(lambda: program.run(clones, shares, commit=False))
+    return counted(lambda: program.run(clones, shares, take_back))
 
 
 def _timing(program: Program, cut: list[Microbatch], shares: Shares) -> Timing:
@@ -135,7 +135,7 @@ def _timing(program: Program, cut: list[Microbatch], shares: Shares) -> Timing:
     def seconds(count: int) -> float:
         part = _first(count, cut, shares)
         start = time.perf_counter()
-        program.run(*part, commit=False)
+        program.run(*part, take_back)
         if program.found.accelerator is not None:
             torch.accelerator.synchronize(program.found.accelerator)
         return time.perf_counter() - start

@@ -1,0 +1,91 @@
+"""One call of `backward` or `loss`: checked, cut, proved and run, alone or with other ranks."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+from virtualbatch.torch._batch import Microbatch, ReadBatch, has_no_rows, read
+from virtualbatch.torch._certify.first_window import prove_first_window
+from virtualbatch.torch._checks import check_call, refuse_foreign_accumulation
+from virtualbatch.torch._fit import Fit
+from virtualbatch.torch._replicas.replicas import Outcome, Replicas
+from virtualbatch.torch._window import Conclusion, Program, Ran
+from virtualbatch.window.shares import Shares
+from virtualbatch.window.window import refuse_sorted_rows
+
+Trained: TypeAlias = torch.nn.Module | torch.Tensor
+
+
+class Call(NamedTuple):
+    """What the caller gave.
+
+    Fields:
+        program: functions and modules.
+        batch: a batch or a Window.
+        microbatch_size: as given.
+        accumulation_steps: as given.
+        check: whether a first window proves itself.
+    """
+
+    program: Program
+    batch: Any
+    microbatch_size: Any
+    accumulation_steps: Any
+    check: bool
+
+    def alone(self, conclude: Conclusion) -> Any:
+        """Runs the window in this process.
+
+        Args:
+            conclude: what becomes of it.
+        """
+        batch = self.read()
+        program = self.program
+
+        def run(cut: Sequence[Microbatch]) -> Any:
+            shares = program.shares(cut)
+            return program.run(self.proved(batch, cut, shares), shares, conclude)
+
+        return self.fit(batch).run(run)
+
+    def together(self, replicas: Replicas) -> tuple[Ran, Outcome]:
+        """Runs the rows of this rank in the window of all; see `_replicas.window.run_window`."""
+        # Only where there are some: a process alone imports nothing of it.
+        from virtualbatch.torch._replicas.window import run_window
+
+        program = self.program._replace(averaged_over=replicas.size)
+        call = self._replace(program=program)
+        return run_window(replicas, program, call.read_if_any, call.fit, call.proved)
+
+    def read_if_any(self) -> ReadBatch:
+        """The batch of a rank, which may have no rows."""
+        if has_no_rows(self.batch):
+            return ReadBatch([], is_window=True)
+        return self.read()
+
+    def read(self) -> ReadBatch:
+        """The batch, with everything that is refused before it runs."""
+        program = self.program
+        functions = {
+            "loss_fn": program.loss_fn,
+            "weight": program.weight,
+            "backward_fn": program.backward_fn,
+        }
+        check_call(functions, self.batch, self.microbatch_size, self.accumulation_steps)
+        refuse_sorted_rows(self.batch, program.stats)
+        refuse_foreign_accumulation()
+        return read(self.batch, weighted=program.weight is not None)
+
+    def fit(self, batch: ReadBatch) -> Fit:
+        """How the batch is cut."""
+        return Fit(self.program, batch, self.microbatch_size, self.accumulation_steps)
+
+    def proved(
+        self, batch: ReadBatch, cut: Sequence[Microbatch], shares: Shares
+    ) -> Sequence[Microbatch]:
+        """The micro-batches to run, of a loss whose first window has proved itself."""
+        if not self.check or not cut or torch.is_inference_mode_enabled():
+            return cut
+        with torch.enable_grad():
+            return prove_first_window(self.program, batch, cut, shares)

@@ -1,0 +1,120 @@
+"""Finished gradients behind one autograd node: whoever calls backward hands them to the parameters.
+
+A window has differentiated its micro-batches by then. So hooks on parameters are set aside while it
+runs, and hear the gradient of the whole batch once, when it is handed over.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from virtualbatch.torch._stepping import node_hooks
+
+
+class Finished:
+    """The gradients of a window that has run, until they are handed over.
+
+    Args:
+        parameters: those that get one.
+        gradients: theirs; dense, sparse or sharded, float32 for those of half precision.
+        scale: what the gradients were multiplied by on their way; None for 1.
+        before: called when a backward pass reaches them.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor],
+        scale: torch.Tensor | None = None,
+        before: Callable[[], None] = lambda: None,
+    ):
+        self.parameters = parameters
+        self._gradients: list[torch.Tensor] | None = list(gradients)
+        self._scale = scale
+        self._before = before
+
+    def behind(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss, which hands them over in a backward pass.
+
+        Args:
+            loss: a detached scalar.
+        """
+        found: torch.Tensor = _HandOver.apply(loss, self, *self.parameters)
+        return found
+
+    def given(self, factor: torch.Tensor) -> list[torch.Tensor]:
+        """Gives the gradients away, multiplied by what arrived in the backward pass.
+
+        Raises:
+            RuntimeError: they are given away already.
+        """
+        gradients, self._gradients = self._gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "The gradients of a window are handed over once. Got a second backward pass "
+                "through the same loss. Call loss(...) again for new ones."
+            )
+        self._before()
+        if self._scale is not None:
+            factor = factor / self._scale.to(factor)
+        # A number of a device is not read: the host would wait for the window.
+        is_one = factor.device.type == "cpu" and float(factor) == 1.0
+        found = []
+        gradients.reverse()
+        for parameter in self.parameters:
+            # The list must not hold what `.grad` is to take over.
+            gradient = gradients.pop()
+            if not is_one:
+                gradient = gradient.mul_(factor.to(gradient.device))
+            found.append(_narrowed(gradient, parameter.dtype))
+        return found
+
+
+class _HandOver(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, loss: torch.Tensor, finished: Finished, *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.finished = finished
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: torch.Tensor) -> tuple[Any, ...]:
+        return (None, None, *ctx.finished.given(factor))
+
+
+def _narrowed(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if gradient.dtype == dtype:
+        return gradient
+    # Many entries of one sparse row would be added in few bits by whoever reads them.
+    return (gradient.coalesce() if gradient.is_sparse else gradient).to(dtype)
+
+
+@contextmanager
+def hooks_set_aside(owner: Any, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """No hook on a parameter is called inside the context, and all are there again after it.
+
+    Args:
+        owner: lives as long as the parameters are trained.
+        parameters: those that take a gradient.
+    """
+    found: list[dict[Any, Any]] = [
+        hooks
+        for parameter in parameters
+        for hooks in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
+        if hooks
+    ]
+    found += [hooks for _, hooks in node_hooks(owner, parameters)]
+    # Emptied in place: PyTorch holds the dictionaries, and does not see that an attribute is None.
+    kept = [dict(hooks) for hooks in found]
+    for hooks in found:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in zip(found, kept, strict=True):
+            hooks.update(before)

@@ -1,0 +1,173 @@
+"""What the ranks of a window tell each other: small vectors of numbers, and never a pickle.
+
+Before the first micro-batch they add up weights, of which shares are formed. After the last one
+they learn whether all have succeeded, before anything is written. So a rank that fails is known to
+all, and none waits for gradients that will not come.
+"""
+
+import zlib
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import distributed
+
+from virtualbatch.torch._replicas.moments import as_sums, from_sums
+from virtualbatch.torch._replicas.replicas import Outcome
+from virtualbatch.torch._window import Ran
+from virtualbatch.window.weights import HostWeights, Totals
+
+# All ranks send as many numbers, also those that have no rows and do not know the terms.
+_MOST_TERMS = 56
+_DTYPES = [None, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+class Agreement:
+    """The messages of one window; a context whose errors are told to the other ranks.
+
+    Args:
+        group: the ranks.
+        device: of the module, where the loss comes back.
+        parameters: how many there are, the same number on all ranks.
+        channels: of each BatchNorm layer whose statistics are merged, the same on all ranks.
+    """
+
+    def __init__(self, group: Any, device: torch.device, parameters: int, channels: Sequence[int]):
+        self._group = group
+        self._size = distributed.get_world_size(group)
+        self._device = device
+        self._parameters = parameters
+        self._channels = channels
+        # Gloo sends what is on the host. NCCL sends only what is on a device.
+        backends = str(distributed.get_backend_config(group))
+        self._messages = torch.device("cpu") if "cpu:" in backends else device
+        # Which message the other ranks wait for.
+        self._awaited: str | None = "before"
+
+    def __enter__(self) -> "Agreement":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None or self._awaited is None:
+            return
+        try:
+            if self._awaited == "before":
+                self._sum_weights([1.0])
+            else:
+                self._largest([1] + [0] * (1 + self._parameters + len(self._channels)))
+        except RuntimeError as lost:
+            error.add_note(f"The other ranks could not be told: {lost}")
+
+    def before(self, weights: HostWeights) -> Totals:
+        """Adds up what the window weighs.
+
+        Args:
+            weights: of the micro-batches of this rank.
+
+        Raises:
+            ValueError: a weight is no weight, no rank has a row, or ranks have different terms.
+            RuntimeError: another rank has failed.
+        """
+        names = sorted(weights.weighed, key=str)
+        if len(names) > _MOST_TERMS:
+            raise ValueError(
+                f"A loss of several ranks may have {_MOST_TERMS} weights. "
+                f"Got {len(names)}. Add up the terms that have the same weight."
+            )
+        # Refuses what is no weight, before it meets those of others.
+        weights.shares()
+        has_rows = bool(weights.rows)
+        code = float(_code(weights)) if has_rows else 0.0
+        rows = float(sum(n or 0 for n in weights.rows))
+        own = [float(has_rows), code, code**2, rows, float(len(weights.rows))]
+        own += [float(None in weights.rows), *(sum(weights.weighed[name]) for name in names)]
+        failed, ranks, codes, squares, rows, count, unknown, *sums = self._sum_weights([0.0, *own])
+        self._awaited = None
+        self._check_others(failed)
+        if not ranks:
+            raise ValueError(
+                "A window must have a row on some rank. "
+                f"Got none on any of {self._size}. Skip it on all ranks."
+            )
+        # Equal if and only if all ranks with rows have the same code; codes differ by far more.
+        if abs(squares * ranks - codes**2) > 1e-9 * codes**2:
+            here = ", ".join(map(str, weights.terms)) if weights.terms else "no named terms"
+            raise ValueError(
+                "All ranks must return the same terms. "
+                f"Got {here} here. Make loss_fn and weight the same on all ranks."
+            )
+        self._awaited = "after"
+        terms = dict(zip(names, sums, strict=False))
+        return Totals(count, terms, len(weights.rows)) if unknown else Totals(rows, terms)
+
+    def after(self, ran: Ran) -> Outcome:
+        """Learns that all ranks have succeeded, and adds up what is small.
+
+        Args:
+            ran: what has run here.
+
+        Raises:
+            RuntimeError: another rank has failed.
+        """
+        merged = ran.run.statistics.merged()
+        loss, norms = ran.loss, ran.run.norms
+        own = [0, _DTYPES.index(loss.dtype), *ran.reached(self._parameters), *map(len, merged)]
+        numbers = [
+            torch.zeros(()) if loss.total is None else loss.total,
+            torch.zeros(()) if norms is None else norms.mean_square(),
+            torch.tensor(float(ran.shares.counted)),
+        ]
+        failed, code, *others = self._largest(own)
+        self._awaited = None
+        self._check_others(failed)
+        calls = others[self._parameters :]
+        sums = self._sum([*numbers, *as_sums(merged, calls, self._channels)])
+        dtype = _DTYPES[code] or torch.get_default_dtype()
+        return Outcome(
+            sums[0].to(self._device, dtype),
+            list(map(bool, others[: self._parameters])),
+            round(float(sums[2])),
+            sums[1].to(self._device),
+            from_sums(sums[3:].to(self._device), calls, self._channels),
+        )
+
+    def _sum_weights(self, own: Sequence[float]) -> list[float]:
+        vector = torch.zeros(_MOST_TERMS + 8, dtype=torch.float64)
+        vector[: len(own)] = torch.tensor(own, dtype=torch.float64)
+        found: list[float] = self._sum([vector]).tolist()
+        return found
+
+    def _sum(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        wide = [part.detach().to(self._messages, torch.float64).flatten() for part in parts]
+        vector = torch.cat(wide)
+        distributed.all_reduce(vector, group=self._group)
+        return vector
+
+    def _largest(self, own: Sequence[int]) -> list[int]:
+        vector = torch.tensor(own, dtype=torch.int32, device=self._messages)
+        distributed.all_reduce(vector, distributed.ReduceOp.MAX, group=self._group)
+        found: list[int] = vector.tolist()
+        return found
+
+    def _check_others(self, failed: float) -> None:
+        if failed:
+            raise RuntimeError(
+                "Another rank failed in this window. "
+                f"Got an error on another of {self._size} ranks; nothing of this window was "
+                "applied here. See the log of that rank."
+            )
+
+
+def _code(weights: HostWeights) -> int:
+    """A number that ranks with the same terms share."""
+    weighed = weights.weighed
+    terms = weights.terms and sorted(
+        (str(name), "" if name in weighed else str(kind)) for name, kind in weights.terms.items()
+    )
+    return 1 + zlib.crc32(repr((terms, weights.is_sum)).encode()) % 2**20

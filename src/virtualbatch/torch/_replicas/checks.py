@@ -1,0 +1,90 @@
+"""What is refused about modules that add up gradients over ranks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import distributed
+
+
+def check_reduce(reduce: str | None, known: Sequence[str], kind: str) -> None:
+    """Refuses what a kind of module cannot do.
+
+    Raises:
+        ValueError: `reduce` is not one of the known words.
+    """
+    if reduce is not None and reduce not in known:
+        raise ValueError(
+            f"reduce of a {kind} must be {' or '.join(repr(word) for word in known)}. "
+            f"Got reduce={reduce!r}. Leave it out for {known[0]!r}. See docs/processes.md."
+        )
+
+
+def check_group(groups: Sequence[Any], given: Any) -> None:
+    """Refuses modules that add up over different ranks, or over others than the caller says.
+
+    Args:
+        groups: process groups of the modules.
+        given: a process group, a one-dimensional mesh, or None.
+
+    Raises:
+        ValueError: they differ.
+    """
+    ranks = distributed.get_process_group_ranks(groups[0])
+    others = list(groups[1:])
+    if given is not None:
+        others.append(given.get_group() if hasattr(given, "get_group") else given)
+    for other in others:
+        found = distributed.get_process_group_ranks(other)
+        if found != ranks:
+            raise ValueError(
+                "All modules of a window must add up gradients over the same ranks. "
+                f"Got ranks {ranks} and {found}. Leave group out, and make all with one group."
+            )
+
+
+def check_ddp(module: Any) -> None:
+    """Refuses a DistributedDataParallel whose reductions cannot wait for the end of a window.
+
+    Raises:
+        ValueError: it is made so.
+    """
+    if module.static_graph:
+        raise ValueError(
+            "DistributedDataParallel must not have static_graph=True: PyTorch loses the gradients "
+            "of its no_sync passes. Got static_graph=True. Leave it out; parameters that are used "
+            "sometimes, and checkpointing, need nothing here."
+        )
+    for option, is_set in (
+        ("mixed_precision", module.mixed_precision is not None),
+        ("delay_all_reduce_named_params", bool(module._delay_all_reduce_params)),
+        ("an optimizer in its backward pass", _steps(module)),
+    ):
+        if is_set:
+            raise ValueError(
+                "Gradients are reduced here after the window. "
+                f"Got a DistributedDataParallel with {option}. Make it without."
+            )
+    refuse_talking_layers(module)
+
+
+def refuse_talking_layers(module: torch.nn.Module) -> None:
+    """Refuses layers that talk to other ranks, which may run other micro-batches.
+
+    Raises:
+        ValueError: there is one in training mode.
+    """
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.SyncBatchNorm) and layer.training:
+            raise ValueError(
+                "A layer that talks to other ranks must run equally often on all. Got "
+                "SyncBatchNorm. Use BatchNorm, whose statistics are merged over ranks."
+            )
+
+
+def _steps(module: Any) -> bool:
+    parameters = list(module.module.parameters())
+    hooks = [getattr(hook, "__name__", "") for hook, _ in module._comm_hooks]
+    return any("_hook_then_optimizer" in name for name in hooks) or any(
+        hasattr(parameter, "_in_backward_optimizers") for parameter in parameters
+    )

@@ -1,0 +1,179 @@
+"""Replicas of a DistributedDataParallel, whose own reducer adds up the gradients of a window once.
+
+Micro-batches run without a collective, so that ranks may have any number of them. The finished
+gradients wait behind the loss; a backward pass through it is the only one that the reducer sees.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakIdKeyDictionary
+
+from virtualbatch.torch._handover import Finished, hooks_set_aside
+from virtualbatch.torch._modules import Inventory
+from virtualbatch.torch._replicas.checks import check_ddp, check_group, check_reduce
+from virtualbatch.torch._replicas.replicas import Replicas
+from virtualbatch.torch._window import Ran
+
+# DDP module -> how many parameters its reducer was made for.
+_COUNTS: Any = WeakIdKeyDictionary()
+
+
+class Replicated(Replicas):
+    """See `Replicas`.
+
+    Args:
+        found: what the modules of the window hold.
+        group: as the caller gave it.
+        reduce: as the caller gave it.
+
+    Raises:
+        ValueError: a module, its group or a parameter cannot be used.
+    """
+
+    can_run_alone = True
+
+    def __init__(self, found: Inventory, group: Any, reduce: str | None):
+        self._found = found
+        self._modules: list[Any] = found.distributed
+        check_reduce(reduce, ("window", "overlapped"), "DistributedDataParallel")
+        for module in self._modules:
+            check_ddp(module)
+        self.group = self._modules[0].process_group
+        self.size = distributed.get_world_size(self.group)
+        check_group([module.process_group for module in self._modules], group)
+        self._check_parameters()
+        # A collective, on all ranks at once: it may be due since a step that was not ours.
+        self._rebuild_buckets()
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """See `Replicas`."""
+        with ExitStack() as stack:
+            for module in self._modules:
+                stack.enter_context(module.no_sync())
+                # Buffers are broadcast in a forward pass, also without synchronisation.
+                stack.callback(
+                    setattr, module, "require_forward_param_sync", module.require_forward_param_sync
+                )
+                module.require_forward_param_sync = False
+            stack.enter_context(hooks_set_aside(self._found.owner, self._found.parameters))
+            yield
+
+    def finished(self, ran: Ran, reached: Sequence[bool], scale: torch.Tensor | None) -> Finished:
+        """See `Replicas`."""
+        # A reducer that looks for unused parameters finds these by itself. Others wait for all.
+        optional = {
+            id(parameter)
+            for module in self._modules
+            if module.find_unused_parameters
+            for parameter in module.parameters()
+        }
+        parameters, gradients, nowhere = [], [], []
+        taken = ran.gradients.taken()
+        for parameter, gradient, found in zip(self._found.parameters, taken, reached, strict=True):
+            if not found and parameter.grad is None:
+                nowhere.append(parameter)
+            if found or id(parameter) not in optional:
+                parameters.append(parameter)
+                gradients.append(self._zeros(parameter) if gradient is None else gradient)
+        # Only `Finished` may hold what `.grad` is to take over.
+        del taken
+        used = {
+            id(p) for p, is_used in zip(self._found.parameters, reached, strict=True) if is_used
+        }
+
+        def added_up() -> None:
+            for module in self._modules:
+                module._check_reducer_finalized()
+            for parameter in nowhere:
+                parameter.grad = None
+            self._rebuild_buckets()
+
+        def armed() -> None:
+            for module in self._modules:
+                _prepare(module, used)
+            engine: Any = torch.autograd.Variable._execution_engine
+            # DDP ends its reduction in a callback that it queues later: this one queues behind it.
+            engine.queue_callback(lambda: engine.queue_callback(added_up))
+
+        return Finished(parameters, gradients, scale, armed)
+
+    def _rebuild_buckets(self) -> None:
+        for module in self._modules:
+            module.reducer._rebuild_buckets()
+
+    def _zeros(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The gradient of a parameter that only other ranks have reached."""
+        kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+        for module in self._modules:
+            for layer in module.modules():
+                # DDP expects theirs to be sparse.
+                if isinstance(layer, kinds) and layer.sparse and layer.weight is parameter:
+                    return torch.sparse_coo_tensor(
+                        size=parameter.shape, dtype=parameter.dtype, device=parameter.device
+                    )
+        return torch.zeros_like(parameter)
+
+    def _check_parameters(self) -> None:
+        """Refuses parameters that no reducer was made for."""
+        inside = {
+            id(parameter): parameter
+            for module in self._modules
+            for name, parameter in module.module.named_parameters()
+            if name not in module.parameters_to_ignore
+        }
+        for parameter in self._found.parameters:
+            if id(parameter) not in inside:
+                raise ValueError(
+                    "Gradients of all parameters must be added up over ranks. Got a parameter of "
+                    f"shape {tuple(parameter.shape)} that the DistributedDataParallel does not "
+                    "hold, or ignores. Wrap all that is trained in it, or freeze the parameter."
+                )
+        count = sum(parameter.requires_grad for parameter in inside.values())
+        made_for = sum(_parameters_of_reducer(module) for module in self._modules)
+        if count != made_for:
+            raise ValueError(
+                "A DistributedDataParallel must be made when it is known what is trained. "
+                f"Got {count} trainable parameters, and {made_for} when it was made. "
+                "Wrap the module again after freezing or unfreezing."
+            )
+
+
+class _Reach(torch.autograd.Function):
+    """A scalar whose graph reaches parameters, and gives them nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.count = len(parameters)
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[None, ...]:
+        return (None,) * ctx.count
+
+
+def _prepare(module: Any, used: set[int]) -> None:
+    """Arms the reducer for the backward pass that has begun, as Accelerate and Lightning do.
+
+    Args:
+        module: a DistributedDataParallel.
+        used: parameters that some rank has a gradient of, by identity.
+    """
+    outputs = []
+    if module.find_unused_parameters:
+        reached = [p for p in module.parameters() if id(p) in used]
+        with torch.enable_grad():
+            outputs = [_Reach.apply(*reached)] if reached else []
+    module.reducer.prepare_for_backward(outputs)
+
+
+def _parameters_of_reducer(module: DistributedDataParallel) -> int:
+    if module not in _COUNTS:
+        _COUNTS[module] = module._get_ddp_logging_data()["num_parameter_tensors"]
+    found: int = _COUNTS[module]
+    return found

@@ -1,0 +1,130 @@
+"""Who shares a window with this process: nobody, or the ranks of a module."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from virtualbatch.torch._distributed import classes_of, number_of_processes
+from virtualbatch.torch._modules import Inventory
+from virtualbatch.torch._replicas.replicas import Replicas
+
+
+def replicas_of(found: Inventory, group: Any, reduce: str | None) -> Replicas | None:
+    """The replicas that a window is the work of; None where this process is the only one.
+
+    Args:
+        found: what the modules of the window hold.
+        group: as the caller gave it.
+        reduce: as the caller gave it.
+
+    Raises:
+        ValueError: this is one of several processes, and no module adds up their gradients;
+            arguments say how to add up what nothing adds up; or a module cannot be used.
+    """
+    if not found.distributed:
+        _check_alone(found, group, reduce)
+        return None
+    _refuse_others(found)
+    if group is False:
+        raise ValueError(
+            "group=False says that ranks train apart. "
+            f"Got it with {type(found.distributed[0]).__name__}, which adds up their gradients. "
+            "Pass the module inside it, or leave group out."
+        )
+    if all(isinstance(module, DistributedDataParallel) for module in found.distributed):
+        # Only where there is one: a process alone imports nothing of it.
+        from virtualbatch.torch._replicas.ddp import Replicated
+
+        return Replicated(found, group, reduce)
+    from virtualbatch.torch._replicas.fsdp import Sharded
+
+    return Sharded(found, group, reduce)
+
+
+def quiet(found: Inventory) -> AbstractContextManager[None]:
+    """While one rank runs micro-batches of which the others know nothing, as planning does.
+
+    Raises:
+        ValueError: its modules cannot run without the other ranks.
+    """
+    if not found.distributed:
+        return nullcontext()
+    replicas = replicas_of(found, None, None)
+    if replicas is None or not replicas.can_run_alone:
+        raise ValueError(
+            'plan and microbatch_size="auto" look at one device. '
+            f"Got {type(found.distributed[0]).__name__}, whose ranks run together. "
+            "Call plan with the module before it is sharded, and pass what it finds."
+        )
+    return replicas.quiet()
+
+
+def refuse_replicas(found: Inventory) -> None:
+    """Refuses modules that add up gradients over ranks.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for module in found.distributed:
+        raise ValueError(
+            "certify compares on one process. "
+            f"Got a {type(module).__name__}. Pass the module inside it, such as ddp.module, and "
+            "this rank's batch."
+        )
+
+
+def _check_alone(found: Inventory, group: Any, reduce: str | None) -> None:
+    if reduce is not None:
+        raise ValueError(
+            "reduce says when gradients are added up over ranks. "
+            f"Got reduce={reduce!r} and no module that adds them up. Leave it out."
+        )
+    if group is not None and group is not False:
+        raise adds_nothing_up(type(found.roots[0]).__name__, f"group={type(group).__name__}")
+    processes = number_of_processes()
+    if processes == 1 or group is False or not torch.is_grad_enabled():
+        return
+    # Ranks of tensor parallelism hold the same rows, and add no gradients up.
+    tensors = classes_of("torch.distributed.tensor", "DTensor")
+    if not any(isinstance(parameter, tensors) for parameter in found.parameters):
+        raise adds_nothing_up(
+            type(found.roots[0]).__name__, f"a process group of {processes} ranks"
+        )
+
+
+def adds_nothing_up(what: str, where: str) -> ValueError:
+    """What is raised for gradients that would stay those of one rank.
+
+    Args:
+        what: the module or parameter, in words.
+        where: what shows that there are other ranks.
+    """
+    return ValueError(
+        "module must be what adds up gradients over ranks. "
+        f"Got {what} in {where}. "
+        "Pass the DistributedDataParallel around it, such as trainer.strategy.model in Lightning, "
+        "or group=False if the ranks train apart. See docs/processes.md."
+    )
+
+
+def _refuse_others(found: Inventory) -> None:
+    for module in found.distributed:
+        if isinstance(module, classes_of("torch.distributed.fsdp", "FullyShardedDataParallel")):
+            raise ValueError(
+                "FullyShardedDataParallel of the first kind is not supported. "
+                f"Got {type(module).__name__} as module. Use torch.distributed.fsdp.fully_shard."
+            )
+        if isinstance(module, classes_of("deepspeed", "DeepSpeedEngine")):
+            raise ValueError(
+                "DeepSpeed reduces and accumulates by itself. "
+                f"Got {type(module).__name__} as module. Use DDP or fully_shard."
+            )
+    kinds = {isinstance(module, DistributedDataParallel) for module in found.distributed}
+    if len(kinds) > 1:
+        names = " and ".join(sorted({type(module).__name__ for module in found.distributed}))
+        raise ValueError(
+            "All modules of a window must add up gradients in the same way. "
+            f"Got {names}. Use DDP or fully_shard for all of them."
+        )

@@ -1,0 +1,69 @@
+"""What every kind of replicas gives: a quiet place to run in, and gradients that meet once."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+
+from virtualbatch.noise.estimate import WindowStats
+from virtualbatch.torch._batchnorm import Moments
+from virtualbatch.torch._handover import Finished
+from virtualbatch.torch._window import Ran
+
+
+class Outcome(NamedTuple):
+    """What all ranks know of a window in which all have succeeded.
+
+    Fields:
+        loss: of the window; a detached scalar.
+        reached: for each parameter, whether some rank has a gradient of it.
+        microbatches: how many counted.
+        mean_square: of their gradients, where statistics are asked for.
+        statistics: for each BatchNorm layer the moments of each call.
+    """
+
+    loss: torch.Tensor
+    reached: list[bool]
+    microbatches: int
+    mean_square: torch.Tensor
+    statistics: list[list[Moments]]
+
+    def stats(self, ran: Ran) -> WindowStats | None:
+        """The statistics of a window whose gradients were added up into empty `.grad`s."""
+        norms = ran.run.norms
+        if norms is None:
+            return None
+        found = [p.grad for p in ran.gradients.parameters if p.grad is not None]
+        square = norms.square(found)
+        mean_square = self.mean_square.to(square)
+        return WindowStats(ran.shares.window, self.microbatches, mean_square, square)
+
+
+class Replicas(ABC):
+    """The ranks whose gradients a module adds up.
+
+    Attributes:
+        group: their process group.
+        size: how many there are, by which the module divides.
+        can_run_alone: whether a rank can run a micro-batch while the others do something else.
+    """
+
+    group: Any
+    size: int
+    can_run_alone: bool
+
+    @abstractmethod
+    def quiet(self) -> AbstractContextManager[None]:
+        """While micro-batches run that other ranks need not run as well."""
+
+    @abstractmethod
+    def finished(self, ran: Ran, reached: Sequence[bool], scale: torch.Tensor | None) -> Finished:
+        """The gradients of a window, which meet those of other ranks in a backward pass.
+
+        Args:
+            ran: what has run here.
+            reached: for each parameter, whether any rank has a gradient of it.
+            scale: what gradients were multiplied by on their way; None for 1.
+        """
