@@ -47,8 +47,20 @@ class Replicated(Replicas):
         self.size = distributed.get_world_size(self.group)
         check_group([module.process_group for module in self._modules], group)
         self._check_parameters()
-        # A collective, on all ranks at once: it may be due since a step that was not ours.
+
+    def gather(self) -> None:
+        """See `Replicas`."""
         self._rebuild_buckets()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """See `Replicas`."""
+        with ExitStack() as stack:
+            stack.enter_context(self.quiet())
+            for module in self._modules:
+                stack.callback(setattr, module, "reducer", module.reducer)
+                module.reducer = _KeepsBuckets(module.reducer)
+            yield
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -142,6 +154,23 @@ class Replicated(Replicas):
                 f"Got {count} trainable parameters, and {made_for} when it was made. "
                 "Wrap the module again after freezing or unfreezing."
             )
+
+
+class _KeepsBuckets:
+    """A reducer whose forward passes change no buckets, for which all ranks would have to be there.
+
+    Args:
+        reducer: of a DistributedDataParallel.
+    """
+
+    def __init__(self, reducer: Any):
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
 
 
 class _Reach(torch.autograd.Function):

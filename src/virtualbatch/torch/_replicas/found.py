@@ -58,7 +58,7 @@ def quiet(found: Inventory) -> AbstractContextManager[None]:
             f"Got {type(found.distributed[0]).__name__}, whose ranks run together. "
             "Call plan with the module before it is sharded, and pass what it finds."
         )
-    return replicas.quiet()
+    return replicas.alone()
 
 
 def refuse_replicas(found: Inventory) -> None:

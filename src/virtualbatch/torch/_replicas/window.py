@@ -41,6 +41,7 @@ def run_window(
     found = program.found
     channels = [layer.running_mean.numel() for layer in found.with_buffers if is_tracked(layer)]
     device = found.accelerator or torch.device("cpu")
+    replicas.gather()
     with Agreement(replicas.group, device, len(found.parameters), channels) as agreement:
         with replicas.quiet():
             batch = read()
