@@ -124,10 +124,12 @@ class Replicated(Replicas):
         kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
         for module in self._modules:
             for layer in module.modules():
-                # DDP expects theirs to be sparse.
+                # DDP expects theirs to be sparse: rows of numbers, which are added up as such.
                 if isinstance(layer, kinds) and layer.sparse and layer.weight is parameter:
+                    nowhere = torch.empty((1, 0), dtype=torch.int64, device=parameter.device)
+                    rows = parameter.new_empty((0, *parameter.shape[1:]))
                     return torch.sparse_coo_tensor(
-                        size=parameter.shape, dtype=parameter.dtype, device=parameter.device
+                        nowhere, rows.detach(), parameter.shape, check_invariants=False
                     )
         return torch.zeros_like(parameter)
 
