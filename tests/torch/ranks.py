@@ -22,6 +22,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pytest
 import torch
 from torch import distributed
 
@@ -227,6 +228,7 @@ class Cases:
             print(f"rank {rank}: {name}", file=sys.stderr, flush=True)
             try:
                 found[name] = fn(rank), ""
-            except Exception:  # Each case is judged by itself.
+            # Each case is judged by itself.
+            except (Exception, pytest.fail.Exception):
                 found[name] = None, f"rank {rank}, {name}: {traceback.format_exc()}"
         return found
