@@ -85,6 +85,6 @@ def refuse_talking_layers(module: torch.nn.Module) -> None:
 def _steps(module: Any) -> bool:
     parameters = list(module.module.parameters())
     hooks = [getattr(hook, "__name__", "") for hook, _ in module._comm_hooks]
-    return any("_hook_then_optimizer" in name for name in hooks) or any(
+    return any("hook_then_optimizer" in name for name in hooks) or any(
         hasattr(parameter, "_in_backward_optimizers") for parameter in parameters
     )

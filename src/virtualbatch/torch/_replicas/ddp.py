@@ -206,7 +206,7 @@ def _prepare(module: Any, used: set[int]) -> None:
 
 
 def _refuse_others(module: DistributedDataParallel, trained: set[int]) -> None:
-    """Refuses parameters that are trained, and were not when the module was wrapped; or the reverse.
+    """Refuses parameters that were frozen or unfrozen after the module was wrapped.
 
     Args:
         module: whose reducer reduces them.
