@@ -113,22 +113,23 @@ def fails_at(rank, verb, what, where):
 def is_killed_at(rank, world, verb, where):
     """The other rank's error and None, or None and its gradients."""
     module, run = window(Points(), verb)
-    lines = [0, 0]
+    lines, last = 0, None
 
     def traced(frame, event, _):
-        lines[0] += event == "line"
-        if lines[0] == lines[1]:
+        nonlocal lines
+        lines += 1
+        if lines == last:
             os.kill(os.getpid(), signal.SIGKILL)
         return traced
 
+    # The first window has lines of its own.
+    run(rank)
     sys.settrace(traced)
     run(rank)
-    if rank == 1:
-        lines[1] = 1 + int(where * lines[0])
     sys.settrace(None)
-    lines[0] = 0
     module.zero_grad()
     if rank == 1:
+        lines, last = 0, 1 + int(where * lines)
         sys.settrace(traced)
     try:
         run(rank)
@@ -184,8 +185,8 @@ KILLED = [(verb, where) for verb, what, where in ALL if what == "is killed"]
 SOME = [(verb, where) for verb, what, where in QUICK if what == "is killed"]
 
 
-@pytest.mark.parametrize(("verb", "where"), tiered(KILLED, SOME, "further points of the same kind"))
-def test_a_rank_that_is_killed(verb, where):
+@pytest.mark.parametrize("point", tiered(KILLED, SOME, "further points of the same kind"))
+def test_a_rank_that_is_killed(point):
     _, due = uncut(network(), lambda net: terms_of(net, net))
     survivor, killed = ranks.outcomes(is_killed_at, 2, *point)
     assert killed.ended == "died"
