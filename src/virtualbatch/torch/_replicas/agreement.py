@@ -87,8 +87,9 @@ class Agreement:
         rows = float(sum(n or 0 for n in weights.rows))
         own = [float(has_rows), code, code**2, rows, float(len(weights.rows))]
         own += [float(None in weights.rows), *(sum(weights.weighed[name]) for name in names)]
-        failed, ranks, codes, squares, rows, count, unknown, *sums = self._sum_weights([0.0, *own])
+        # A message that fails is not sent again.
         self._awaited = None
+        failed, ranks, codes, squares, rows, count, unknown, *sums = self._sum_weights([0.0, *own])
         self._check_others(failed)
         if not ranks:
             raise ValueError(
@@ -123,8 +124,8 @@ class Agreement:
             torch.zeros(()) if norms is None else norms.mean_square(),
             torch.tensor(float(ran.shares.counted)),
         ]
-        failed, code, *others = self._largest(own)
         self._awaited = None
+        failed, code, *others = self._largest(own)
         self._check_others(failed)
         calls = others[self._parameters :]
         sums = self._sum([*numbers, *as_sums(merged, calls, self._channels)])
