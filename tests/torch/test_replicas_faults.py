@@ -25,6 +25,7 @@ from tests.torch.replicated import (
 from torch.nn.parallel import DistributedDataParallel
 
 import virtualbatch.torch as vb
+from virtualbatch.torch._replicas.agreement import is_common
 
 TWO = Cases(2)
 UNEVEN = [(0, 8), (8, 24)]
@@ -197,6 +198,15 @@ def other_terms(rank):
 
 def test_other_terms_on_another_rank_are_refused_on_both():
     assert other_terms() == [0, 0]
+
+
+@pytest.mark.parametrize("count", [2, 3, 64, 1024])
+def test_one_other_code_among_many_is_told(count):
+    """Codes are hashes of 16 bits; two that are next to each other are the hardest to tell."""
+    for code in (1, 2, 40_000, 2**16 - 1):
+        others = code * (count - 1)
+        assert is_common(count, others + code, others * code + code**2)
+        assert not is_common(count, others + code + 1, others * code + (code + 1) ** 2)
 
 
 @TWO.case
