@@ -50,6 +50,7 @@ def fails(rank, verb, what):
     single = what == "has no memory for a row"
     net = DistributedDataParallel(network() if single else with_batchnorm())
     calls, armed = [], [False]
+    own = torch.ones(6, dtype=torch.float64, requires_grad=True)
 
     def loss_fn(batch):
         calls.append(len(batch["x"]))
@@ -60,6 +61,8 @@ def fails(rank, verb, what):
                 raise KeyboardInterrupt
             if what == "raises in backward":
                 return FailsInBackward.apply(mse_of(net)(batch), ValueError("a bug of the user"))
+        if armed[0] and rank == 1 and what == "trains a tensor of its own":
+            return (net(batch["x"]) * own - batch["y"]).square().mean()
         if armed[0] and rank == 1 and what == "has no memory for a row":
             raise torch.OutOfMemoryError(RAN_OUT)
         return mse_of(net)(batch)
@@ -105,6 +108,7 @@ def fails(rank, verb, what):
 FAULTS = {
     "raises": (r"ValueError: a bug of the user", False),
     "raises in backward": (r"ValueError: a bug of the user", False),
+    "trains a tensor of its own": (r"ValueError: module must hold every tensor that takes", False),
     "is interrupted": (r"KeyboardInterrupt: ", False),
     "has no memory for a row": (r"MemoryError: .*one row", False),
     "weight raises": (r"KeyError: 'mask'", True),

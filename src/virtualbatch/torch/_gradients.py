@@ -139,6 +139,15 @@ class WindowGradients:
         pairs = zip(self.parameters, self._sums, strict=True)
         return [parameter.grad is not None or total is not None for parameter, total in pairs]
 
+    def check_leaves(self) -> None:
+        """Refuses what shows only when the last micro-batch is gone.
+
+        Raises:
+            ValueError: somebody trains a tensor that no module holds.
+        """
+        if self._foreign is not None:
+            self._foreign.check()
+
     def sums(self) -> list[torch.Tensor]:
         """The window's gradients before they are committed."""
         pairs = zip(self.parameters, self._sums, strict=True)

@@ -52,7 +52,7 @@ def run_window(
 
         def run(cut: Sequence[Microbatch]) -> Ran:
             shares = program.weights(cut).shares(totals)
-            ran: Ran = program.run(prove(batch, cut, shares), shares, lambda found: found)
+            ran: Ran = program.run(prove(batch, cut, shares), shares, _checked)
             return ran
 
         with replicas.quiet():
@@ -64,6 +64,13 @@ def run_window(
             raise
     ran.run.statistics.commit(outcome.statistics)
     return ran, outcome
+
+
+def _checked(ran: Ran) -> Ran:
+    """A window in which all has succeeded that can fail on one rank only."""
+    if ran.run.gradients is not None:
+        ran.run.gradients.check_leaves()
+    return ran
 
 
 def _refuse_kept_gradients(program: Program) -> None:
