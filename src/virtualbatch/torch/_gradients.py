@@ -151,9 +151,7 @@ class WindowGradients:
         Raises:
             ValueError: somebody trains a tensor that no module holds, which only shows now.
         """
-        if self._foreign is not None:
-            self._foreign.check()
-            self._foreign.restore()
+        self._close_leaves()
         if self._in_place:
             return
         entries = list(zip(self.parameters, self._before, self._sums, strict=True))
@@ -173,9 +171,7 @@ class WindowGradients:
         Raises:
             ValueError: somebody trains a tensor that no module holds.
         """
-        if self._foreign is not None:
-            self._foreign.check()
-            self._foreign.restore()
+        self._close_leaves()
         pairs = list(zip(self.parameters, self._sums, strict=True))
         found = [parameter.grad if total is None else total for parameter, total in pairs]
         self._sums = [None] * len(found)
@@ -188,6 +184,11 @@ class WindowGradients:
         for parameter, before in zip(self.parameters, self._at_first, strict=True):
             parameter.grad = before
         if self._foreign is not None:
+            self._foreign.restore()
+
+    def _close_leaves(self) -> None:
+        if self._foreign is not None:
+            self._foreign.check()
             self._foreign.restore()
 
     def _put_aside(self) -> None:
