@@ -303,12 +303,12 @@ def test_a_leaf_in_no_module_is_refused():
         (
             {"reduce": "window"},
             ValueError,
-            r"reduce says when .* Got reduce='window' and no module",
+            r"reduce says when .* Got reduce='window' and no",
         ),
         (
             {"group": object()},
             ValueError,
-            r"module must be what adds up .* Got Sequential in group",
+            r"must be what adds up .* Got Sequential in group",
         ),
     ],
 )

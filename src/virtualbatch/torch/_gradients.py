@@ -5,14 +5,14 @@ micro-batch's share and PyTorch itself sums into a fresh `.grad`: no buffer, no 
 Otherwise gradients are taken unscaled and multiplied in the add to a float32 buffer.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from virtualbatch.torch._faults import refuse_shared_graph
 from virtualbatch.torch._grad_watch import GradWatch
-from virtualbatch.torch._leaves import ForeignLeaves, refuse_unheld_parameter
+from virtualbatch.torch._leaves import ForeignLeaves, leaves, refuse_unheld_parameter
 from virtualbatch.torch._own_memory import OwnMemory
 from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.torch._stepping import refuse_changed_parameters, versions
@@ -40,6 +40,7 @@ class WindowGradients:
 
     Attributes:
         parameters: as given.
+        held: terms whose backward pass is still to come, and what each starts from.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class WindowGradients:
         self._in_place = True
         self._own_memory = OwnMemory(parameters)
         self.found_any = False
+        self.held: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._averaged_over = averaged_over
         # What the gradients of the latest micro-batch lacked of their share on their way.
         self.factor = 1.0 / averaged_over
@@ -127,6 +129,30 @@ class WindowGradients:
             if self._watch is not None:
                 self._watch.look()
 
+    def hold(self, terms: Collection[torch.Tensor], shares: Sequence[float]) -> None:
+        """Leaves the last micro-batch to whoever hands the sums over.
+
+        Args:
+            terms: see `add`.
+            shares: see there.
+
+        Raises:
+            ValueError: see there; or gradients are summed in buffers, as those of half precision.
+        """
+        if self._watch is not None:
+            self._watch.check()
+        if _is_half((*self.parameters, *terms)):
+            raise ValueError(
+                'reduce="overlapped" adds gradients up in their own dtype, which must be float32 '
+                'or wider. Got half precision. Use reduce="window".'
+            )
+        refuse_unheld_parameter(terms, self.parameters)
+        for term, share in zip(terms, shares, strict=True):
+            if share and term.requires_grad:
+                self.found_any = True
+                start = torch.full_like(term, share * self._averaged_over)
+                self.held.append((term, start))
+
     def zero(self) -> None:
         """Makes every gradient found so far zero, NaN included."""
         for parameter, total in zip(self.parameters, self._sums, strict=True):
@@ -136,8 +162,11 @@ class WindowGradients:
 
     def reached(self) -> list[bool]:
         """For each parameter whether the window has a gradient of it."""
-        pairs = zip(self.parameters, self._sums, strict=True)
-        return [parameter.grad is not None or total is not None for parameter, total in pairs]
+        held = {id(leaf) for leaf in leaves([term for term, _ in self.held])}
+        return [
+            parameter.grad is not None or total is not None or id(parameter) in held
+            for parameter, total in zip(self.parameters, self._sums, strict=True)
+        ]
 
     def sums(self) -> list[torch.Tensor]:
         """The window's gradients before they are committed."""
@@ -205,7 +234,7 @@ class WindowGradients:
         device = next(iter(terms)).device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             chosen = _outside_autocast(chosen, device)
-        is_half = not HALF.isdisjoint([x.dtype for x in (*self.parameters, *terms)])
+        is_half = _is_half((*self.parameters, *terms))
         if self._watch is None:
             if is_half:
                 refuse_unheld_parameter(terms, self.parameters)
@@ -250,6 +279,10 @@ class WindowGradients:
                     self._sums[k] = _sum(total, _widened(gradient) * factor)
                 else:
                     total.add_(gradient, alpha=factor)
+
+
+def _is_half(tensors: Iterable[torch.Tensor]) -> bool:
+    return not HALF.isdisjoint([x.dtype for x in tensors])
 
 
 def _from_factors(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
