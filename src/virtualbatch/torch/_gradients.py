@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from virtualbatch.torch._commit import added, committed, widened
 from virtualbatch.torch._faults import refuse_shared_graph
 from virtualbatch.torch._grad_watch import GradWatch
 from virtualbatch.torch._leaves import ForeignLeaves, leaves, refuse_unheld_parameter
 from virtualbatch.torch._own_memory import OwnMemory
 from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.torch._stepping import refuse_changed_parameters, versions
-from virtualbatch.window.shares import accumulator_dtype
 
 HALF = {torch.float16, torch.bfloat16}
 
@@ -105,21 +105,14 @@ class WindowGradients:
             ValueError: the loss function changed `.grad`, shares a graph with another
                 micro-batch or reaches what no module holds, or a hook changed a parameter.
         """
-        if self._watch is not None:
-            self._watch.check()
+        reached = self._reached(terms, shares)
         if self._differentiate is None:
             self._differentiate = self._chosen(terms)
-        reached, factors = [], []
-        for term, share in zip(terms, shares, strict=True):
-            # A branch may leave a micro-batch without parameters: its gradient is zero.
-            if share and term.requires_grad:
-                reached.append(term)
-                factors.append(share * self._averaged_over)
         if reached:
             before = None if self.found_any else versions(self.parameters)
             self.found_any = True
             try:
-                self._differentiate(reached, factors)
+                self._differentiate(*zip(*reached, strict=True))
             except RuntimeError as error:
                 refuse_shared_graph(error)
                 raise
@@ -139,19 +132,15 @@ class WindowGradients:
         Raises:
             ValueError: see there; or gradients are summed in buffers, as those of half precision.
         """
-        if self._watch is not None:
-            self._watch.check()
+        reached = self._reached(terms, shares)
         if _is_half((*self.parameters, *terms)):
             raise ValueError(
                 'reduce="overlapped" adds gradients up in their own dtype, which must be float32 '
                 'or wider. Got half precision. Use reduce="window".'
             )
         refuse_unheld_parameter(terms, self.parameters)
-        for term, share in zip(terms, shares, strict=True):
-            if share and term.requires_grad:
-                self.found_any = True
-                start = torch.full_like(term, share * self._averaged_over)
-                self.held.append((term, start))
+        self.found_any |= bool(reached)
+        self.held = [(term, torch.full_like(term, factor)) for term, factor in reached]
 
     def zero(self) -> None:
         """Makes every gradient found so far zero, NaN included."""
@@ -220,6 +209,19 @@ class WindowGradients:
             self._foreign.check()
             self._foreign.restore()
 
+    def _reached(
+        self, terms: Collection[torch.Tensor], shares: Sequence[float]
+    ) -> list[tuple[torch.Tensor, float]]:
+        """The terms that add something, and what their backward pass starts from."""
+        if self._watch is not None:
+            self._watch.check()
+        return [
+            (term, share * self._averaged_over)
+            for term, share in zip(terms, shares, strict=True)
+            # A branch may leave a micro-batch without parameters: its gradient is zero.
+            if share and term.requires_grad
+        ]
+
     def _put_aside(self) -> None:
         for parameter, before in zip(self.parameters, self._before, strict=True):
             if before is not None:
@@ -274,9 +276,9 @@ class WindowGradients:
                     self._shown.append(parameter)
                 if total is None:
                     # In place after a copy: a float32 gradient may still belong to the graph.
-                    self._sums[k] = _widened(gradient) * factor
+                    self._sums[k] = widened(gradient) * factor
                 elif total.is_sparse or gradient.is_sparse:
-                    self._sums[k] = _sum(total, _widened(gradient) * factor)
+                    self._sums[k] = added(total, widened(gradient) * factor)
                 else:
                     total.add_(gradient, alpha=factor)
 
@@ -317,41 +319,3 @@ def _outside_autocast(differentiate: _Differentiate, device: str) -> _Differenti
             differentiate(terms, factors)
 
     return outside
-
-
-def _widened(x: torch.Tensor) -> torch.Tensor:
-    return x.to(getattr(torch, accumulator_dtype(str(x.dtype).removeprefix("torch."))))
-
-
-def _sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    # PyTorch adds sparse to dense, but not dense to sparse.
-    return b + a if a.is_sparse and not b.is_sparse else a + b
-
-
-def committed(
-    parameter: torch.Tensor, before: torch.Tensor | None, found: torch.Tensor | None
-) -> torch.Tensor | None:
-    """What `.grad` of a parameter becomes after a window.
-
-    Args:
-        parameter: the parameter.
-        before: what `.grad` held before; changed in place where it can take the sum.
-        found: the gradient of the window, which may be changed; None for none.
-    """
-    if found is None:
-        return before
-    if before is None:
-        # Many entries of one sparse row would be added in few bits by whoever reads them.
-        if found.is_sparse and found.dtype != parameter.dtype:
-            found = found.coalesce()
-        return found.to(parameter.dtype)
-    if before.is_sparse != found.is_sparse and before.is_sparse:
-        return _sum(before, found).to(before.dtype)
-    if before.dtype == found.dtype:
-        return before.add_(found)
-    if not found.is_sparse and torch.promote_types(before.dtype, found.dtype) == found.dtype:
-        return before.copy_(found.add_(before))
-    total = _sum(_widened(before), found)
-    if not total.is_sparse:
-        return before.copy_(total)
-    return total.coalesce().to(before.dtype)

@@ -69,8 +69,8 @@ class Program(NamedTuple):
         """
         if self.stats:
             check_counted(shares)
-        if conclude is keep and isinstance(self.loss_fn, Captured):
-            replayed = self._replayed(self.loss_fn, cut, shares)
+        if isinstance(self.loss_fn, Captured) and conclude is not take_back:
+            replayed = self._replayed(self.loss_fn, cut, shares, conclude is keep)
             if replayed is not None:
                 return replayed
         if self.found.accelerator is not None:
@@ -105,10 +105,11 @@ class Program(NamedTuple):
             raise
 
     def _replayed(
-        self, loss_fn: Captured, cut: Sequence[Microbatch], shares: Shares
+        self, loss_fn: Captured, cut: Sequence[Microbatch], shares: Shares, keeps: bool
     ) -> torch.Tensor | None:
         """The loss of a window of captured graphs; None if it takes the normal path."""
         for reason, is_so in (
+            ("gradients are handed over later", not keeps),
             ("has_aux is set", self.has_aux),
             ("stats is set", self.stats),
             ("there is a backward_fn", self.backward_fn is not None),
