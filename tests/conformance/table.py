@@ -6,7 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from tests.conformance.adapters.base import ENGINES
 from tests.conformance.cases import CASES, DOES_NOT_APPLY
 
-TITLES = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX"}
+TITLES = {
+    "tensorflow": "TensorFlow",
+    "torch": "PyTorch",
+    "torch_loss": "PyTorch, `loss`",
+    "jax": "JAX",
+}
 HEADING = """# What every engine proves
 
 This page is written by the conformance suite, from a run of it:
@@ -76,11 +81,11 @@ def differences(text: str, passed: Mapping[str, Iterable[str]], engines: Sequenc
     Returns:
         One line for each cell or row that differs.
     """
-    table = [line for line in text.splitlines() if line.startswith("| ")]
-    written = {
-        cells[0]: dict(zip(ENGINES, cells[1:], strict=True))
-        for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in table[1:])
-    }
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    header, *table = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    names = {title: engine for engine, title in TITLES.items()}
+    columns = [names[title] for title in header[1:]]
+    written = {cells[0]: dict(zip(columns, cells[1:], strict=True)) for cells in table}
     found = rows(passed, engines)
     result = [f"{feature!r} is not a feature" for feature in written if feature not in found]
     for feature, cells in found.items():

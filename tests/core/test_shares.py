@@ -13,10 +13,10 @@ from tests.oracle import assert_close
 from virtualbatch.window.shares import (
     Moments,
     accumulator_dtype,
-    host_shares,
     merge_moments,
     shares,
 )
+from virtualbatch.window.weights import host_shares
 
 WEIGHTS = st.lists(
     st.one_of(st.just(0.0), st.integers(0, 10**6), st.floats(0, 1e300, allow_subnormal=False)),

@@ -122,7 +122,7 @@ def test_parameters_without_a_gradient_are_named_and_nothing_is_wrong():
 
 
 def mean_of_means(patch):
-    patch.setattr("virtualbatch.window.shares.shares", lambda w: [1 / len(w)] * len(w))
+    patch.setattr("virtualbatch.window.weights.shares", lambda w, total=None: [1 / len(w)] * len(w))
 
 
 def adding(patch, change):
@@ -156,12 +156,12 @@ def after_each(patch, change):
     """Changes what a micro-batch adds: (parameter's index, what it added, number) -> that."""
 
     def wrapped(original, self, terms, shares, number):
-        before = [None if p.grad is None else p.grad.clone() for p in self._parameters]
-        for parameter in self._parameters:
+        before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
+        for parameter in self.parameters:
             parameter.grad = None
         original(self, terms, shares)
-        added = change([p.grad for p in self._parameters], shares[0], number)
-        for parameter, old, new in zip(self._parameters, before, added, strict=True):
+        added = change([p.grad for p in self.parameters], shares[0], number)
+        for parameter, old, new in zip(self.parameters, before, added, strict=True):
             parameter.grad = new if old is None else old + new
 
     # It would take the change for one of the loss function.
@@ -194,7 +194,7 @@ def stale(patch):
 
     def commit(self):
         original(self)
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.grad = parameter.grad + kept.get(id(parameter), 0)
             kept[id(parameter)] = parameter.grad.clone()
 

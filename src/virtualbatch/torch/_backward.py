@@ -184,7 +184,13 @@ def backward(
     call = Call(program, batch, microbatch_size, accumulation_steps, check)
     if replicas is None:
         return call.alone(keep)
+    if replicas.overlaps and (stats or backward_fn is not None):
+        raise ValueError(
+            'reduce="overlapped" leaves the last micro-batch to the reduction. Got it with '
+            f'{"stats" if stats else "backward_fn"}, which must see it. Use reduce="window".'
+        )
     ran, outcome = call.together(replicas)
     handed_over = replicas.finished(ran, outcome.reached, None).behind(outcome.loss)
-    handed_over.backward()
+    held = [(handed_over, None), *ran.gradients.held]
+    torch.autograd.backward([term for term, _ in held], [start for _, start in held])
     return ran.result(handed_over.detach(), outcome.stats(ran))

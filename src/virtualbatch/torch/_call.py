@@ -54,7 +54,7 @@ class Call(NamedTuple):
         # Only where there are some: a process alone imports nothing of it.
         from virtualbatch.torch._replicas.window import run_window
 
-        program = self.program._replace(averaged_over=replicas.size)
+        program = self.program._replace(averaged_over=replicas.size, holds_last=replicas.overlaps)
         call = self._replace(program=program)
         return run_window(replicas, program, call.read_if_any, call.fit, call.proved)
 

@@ -5,18 +5,18 @@ micro-batch's share and PyTorch itself sums into a fresh `.grad`: no buffer, no 
 Otherwise gradients are taken unscaled and multiplied in the add to a float32 buffer.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 
+from virtualbatch.torch._commit import added, committed, widened
 from virtualbatch.torch._faults import refuse_shared_graph
 from virtualbatch.torch._grad_watch import GradWatch
-from virtualbatch.torch._leaves import ForeignLeaves, refuse_unheld_parameter
+from virtualbatch.torch._leaves import ForeignLeaves, leaves, refuse_unheld_parameter
 from virtualbatch.torch._own_memory import OwnMemory
 from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.torch._stepping import refuse_changed_parameters, versions
-from virtualbatch.window.shares import accumulator_dtype
 
 HALF = {torch.float16, torch.bfloat16}
 
@@ -40,6 +40,7 @@ class WindowGradients:
 
     Attributes:
         parameters: as given.
+        held: terms whose backward pass is still to come, and what each starts from.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class WindowGradients:
         self._in_place = True
         self._own_memory = OwnMemory(parameters)
         self.found_any = False
+        self.held: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._averaged_over = averaged_over
         # What the gradients of the latest micro-batch lacked of their share on their way.
         self.factor = 1.0 / averaged_over
@@ -103,21 +105,14 @@ class WindowGradients:
             ValueError: the loss function changed `.grad`, shares a graph with another
                 micro-batch or reaches what no module holds, or a hook changed a parameter.
         """
-        if self._watch is not None:
-            self._watch.check()
+        reached = self._reached(terms, shares)
         if self._differentiate is None:
             self._differentiate = self._chosen(terms)
-        reached, factors = [], []
-        for term, share in zip(terms, shares, strict=True):
-            # A branch may leave a micro-batch without parameters: its gradient is zero.
-            if share and term.requires_grad:
-                reached.append(term)
-                factors.append(share * self._averaged_over)
         if reached:
             before = None if self.found_any else versions(self.parameters)
             self.found_any = True
             try:
-                self._differentiate(reached, factors)
+                self._differentiate(*zip(*reached, strict=True))
             except RuntimeError as error:
                 refuse_shared_graph(error)
                 raise
@@ -126,6 +121,26 @@ class WindowGradients:
             self._own_memory.give()
             if self._watch is not None:
                 self._watch.look()
+
+    def hold(self, terms: Collection[torch.Tensor], shares: Sequence[float]) -> None:
+        """Leaves the last micro-batch to whoever hands the sums over.
+
+        Args:
+            terms: see `add`.
+            shares: see there.
+
+        Raises:
+            ValueError: see there; or gradients are summed in buffers, as those of half precision.
+        """
+        reached = self._reached(terms, shares)
+        if _is_half((*self.parameters, *terms)):
+            raise ValueError(
+                'reduce="overlapped" adds gradients up in their own dtype, which must be float32 '
+                'or wider. Got half precision. Use reduce="window".'
+            )
+        refuse_unheld_parameter(terms, self.parameters)
+        self.found_any |= bool(reached)
+        self.held = [(term, torch.full_like(term, factor)) for term, factor in reached]
 
     def zero(self) -> None:
         """Makes every gradient found so far zero, NaN included."""
@@ -136,8 +151,11 @@ class WindowGradients:
 
     def reached(self) -> list[bool]:
         """For each parameter whether the window has a gradient of it."""
-        pairs = zip(self.parameters, self._sums, strict=True)
-        return [parameter.grad is not None or total is not None for parameter, total in pairs]
+        held = {id(leaf) for leaf in leaves([term for term, _ in self.held])}
+        return [
+            parameter.grad is not None or total is not None or id(parameter) in held
+            for parameter, total in zip(self.parameters, self._sums, strict=True)
+        ]
 
     def check_leaves(self) -> None:
         """Refuses what shows only when the last micro-batch is gone.
@@ -160,9 +178,7 @@ class WindowGradients:
         Raises:
             ValueError: somebody trains a tensor that no module holds, which only shows now.
         """
-        if self._foreign is not None:
-            self._foreign.check()
-            self._foreign.restore()
+        self._close_leaves()
         if self._in_place:
             return
         entries = list(zip(self.parameters, self._before, self._sums, strict=True))
@@ -182,9 +198,7 @@ class WindowGradients:
         Raises:
             ValueError: somebody trains a tensor that no module holds.
         """
-        if self._foreign is not None:
-            self._foreign.check()
-            self._foreign.restore()
+        self._close_leaves()
         pairs = list(zip(self.parameters, self._sums, strict=True))
         found = [parameter.grad if total is None else total for parameter, total in pairs]
         self._sums = [None] * len(found)
@@ -198,6 +212,24 @@ class WindowGradients:
             parameter.grad = before
         if self._foreign is not None:
             self._foreign.restore()
+
+    def _close_leaves(self) -> None:
+        if self._foreign is not None:
+            self._foreign.check()
+            self._foreign.restore()
+
+    def _reached(
+        self, terms: Collection[torch.Tensor], shares: Sequence[float]
+    ) -> list[tuple[torch.Tensor, float]]:
+        """The terms that add something, and what their backward pass starts from."""
+        if self._watch is not None:
+            self._watch.check()
+        return [
+            (term, share * self._averaged_over)
+            for term, share in zip(terms, shares, strict=True)
+            # A branch may leave a micro-batch without parameters: its gradient is zero.
+            if share and term.requires_grad
+        ]
 
     def _put_aside(self) -> None:
         for parameter, before in zip(self.parameters, self._before, strict=True):
@@ -213,7 +245,7 @@ class WindowGradients:
         device = next(iter(terms)).device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             chosen = _outside_autocast(chosen, device)
-        is_half = not HALF.isdisjoint([x.dtype for x in (*self.parameters, *terms)])
+        is_half = _is_half((*self.parameters, *terms))
         if self._watch is None:
             if is_half:
                 refuse_unheld_parameter(terms, self.parameters)
@@ -253,11 +285,15 @@ class WindowGradients:
                     self._shown.append(parameter)
                 if total is None:
                     # In place after a copy: a float32 gradient may still belong to the graph.
-                    self._sums[k] = _widened(gradient) * factor
+                    self._sums[k] = widened(gradient) * factor
                 elif total.is_sparse or gradient.is_sparse:
-                    self._sums[k] = _sum(total, _widened(gradient) * factor)
+                    self._sums[k] = added(total, widened(gradient) * factor)
                 else:
                     total.add_(gradient, alpha=factor)
+
+
+def _is_half(tensors: Iterable[torch.Tensor]) -> bool:
+    return not HALF.isdisjoint([x.dtype for x in tensors])
 
 
 def _from_factors(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
@@ -292,41 +328,3 @@ def _outside_autocast(differentiate: _Differentiate, device: str) -> _Differenti
             differentiate(terms, factors)
 
     return outside
-
-
-def _widened(x: torch.Tensor) -> torch.Tensor:
-    return x.to(getattr(torch, accumulator_dtype(str(x.dtype).removeprefix("torch."))))
-
-
-def _sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    # PyTorch adds sparse to dense, but not dense to sparse.
-    return b + a if a.is_sparse and not b.is_sparse else a + b
-
-
-def committed(
-    parameter: torch.Tensor, before: torch.Tensor | None, found: torch.Tensor | None
-) -> torch.Tensor | None:
-    """What `.grad` of a parameter becomes after a window.
-
-    Args:
-        parameter: the parameter.
-        before: what `.grad` held before; changed in place where it can take the sum.
-        found: the gradient of the window, which may be changed; None for none.
-    """
-    if found is None:
-        return before
-    if before is None:
-        # Many entries of one sparse row would be added in few bits by whoever reads them.
-        if found.is_sparse and found.dtype != parameter.dtype:
-            found = found.coalesce()
-        return found.to(parameter.dtype)
-    if before.is_sparse != found.is_sparse and before.is_sparse:
-        return _sum(before, found).to(before.dtype)
-    if before.dtype == found.dtype:
-        return before.add_(found)
-    if not found.is_sparse and torch.promote_types(before.dtype, found.dtype) == found.dtype:
-        return before.copy_(found.add_(before))
-    total = _sum(_widened(before), found)
-    if not total.is_sparse:
-        return before.copy_(total)
-    return total.coalesce().to(before.dtype)

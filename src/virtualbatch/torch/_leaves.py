@@ -8,16 +8,12 @@ import torch
 from torch.utils.weak import TensorWeakRef
 
 
-def foreign_leaves(
-    terms: Collection[torch.Tensor], parameters: Collection[torch.Tensor]
-) -> list[torch.Tensor]:
-    """The tensors that losses take a gradient of and that are no known parameters, each once.
+def leaves(terms: Collection[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors that losses take a gradient of, each once.
 
     Args:
         terms: scalar losses.
-        parameters: all that are known.
     """
-    known = {id(parameter) for parameter in parameters}
     seen: set[Any] = set()
     found = []
     stack = [term.grad_fn for term in terms]
@@ -27,10 +23,23 @@ def foreign_leaves(
             continue
         seen.add(node)
         leaf: torch.Tensor | None = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
+        if leaf is not None:
             found.append(leaf)
         stack.extend(following for following, _ in node.next_functions)
     return found
+
+
+def foreign_leaves(
+    terms: Collection[torch.Tensor], parameters: Collection[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Those of them that are no known parameters.
+
+    Args:
+        terms: scalar losses.
+        parameters: all that are known.
+    """
+    known = {id(parameter) for parameter in parameters}
+    return [leaf for leaf in leaves(terms) if id(leaf) not in known]
 
 
 def refuse_unheld_parameter(
@@ -74,11 +83,11 @@ class ForeignLeaves:
     ):
         self._made: list[tuple[TensorWeakRef, torch.Tensor | None]] = []
         self._given: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        leaves = foreign_leaves(terms, parameters)
-        for leaf in leaves:
+        foreign = foreign_leaves(terms, parameters)
+        for leaf in foreign:
             if isinstance(leaf, torch.nn.Parameter):
                 raise _unheld(leaf)
-        for leaf in leaves:
+        for leaf in foreign:
             if is_given(leaf):
                 self._given.append((leaf, leaf.grad))
             else:

@@ -34,6 +34,7 @@ class Program(NamedTuple):
         found: what its modules hold.
         stats: whether the statistics of the window are returned too.
         averaged_over: by how many replicas something divides the gradients later.
+        holds_last: whether the last micro-batch is differentiated by whoever hands over.
     """
 
     loss_fn: Callable[[Any], Any]
@@ -43,6 +44,7 @@ class Program(NamedTuple):
     found: Inventory
     stats: bool = False
     averaged_over: int = 1
+    holds_last: bool = False
 
     def weights(self, cut: Sequence[Microbatch]) -> HostWeights:
         """The weights of a window's micro-batches."""
@@ -67,8 +69,8 @@ class Program(NamedTuple):
         """
         if self.stats:
             check_counted(shares)
-        if conclude is keep and isinstance(self.loss_fn, Captured):
-            replayed = self._replayed(self.loss_fn, cut, shares)
+        if isinstance(self.loss_fn, Captured) and conclude is not take_back:
+            replayed = self._replayed(self.loss_fn, cut, shares, conclude is keep)
             if replayed is not None:
                 return replayed
         if self.found.accelerator is not None:
@@ -93,7 +95,7 @@ class Program(NamedTuple):
                     attached.enter_context(statistics.attached())
                 if norms is not None:
                     attached.enter_context(norms.attached())
-                run.window(cut, ran, conclude is keep)
+                run.window(cut, ran, conclude is keep, self.holds_last)
                 if self.has_aux:
                     aux = merged_aux(self.loss_fn, cut, ran.aux, shares) if cut else None
                     ran.aux[:] = [aux]
@@ -103,10 +105,11 @@ class Program(NamedTuple):
             raise
 
     def _replayed(
-        self, loss_fn: Captured, cut: Sequence[Microbatch], shares: Shares
+        self, loss_fn: Captured, cut: Sequence[Microbatch], shares: Shares, keeps: bool
     ) -> torch.Tensor | None:
         """The loss of a window of captured graphs; None if it takes the normal path."""
         for reason, is_so in (
+            ("gradients are handed over later", not keeps),
             ("has_aux is set", self.has_aux),
             ("stats is set", self.stats),
             ("there is a backward_fn", self.backward_fn is not None),
@@ -206,7 +209,7 @@ class _Run(NamedTuple):
     gradients: WindowGradients | None
     norms: GradientNorms | None
 
-    def window(self, cut: Sequence[Microbatch], ran: Ran, keeps: bool) -> None:
+    def window(self, cut: Sequence[Microbatch], ran: Ran, keeps: bool, holds_last: bool) -> None:
         """Runs the micro-batches; their losses and aux are added to `ran`."""
         gradients, shares = self.gradients, ran.shares
         forward = self.statistics.heard(self.loss_fn) if self.statistics else self.loss_fn
@@ -236,7 +239,9 @@ class _Run(NamedTuple):
             if counts:
                 counted = True
                 parts = [1.0] * len(parts) if nothing else parts
-                if gradients is not None:
+                if gradients is not None and holds_last and index == len(cut) - 1:
+                    gradients.hold(terms.values(), parts)
+                elif gradients is not None:
                     gradients.add(terms.values(), parts)
                     if self.norms is not None and not nothing:
                         self.norms.close(shares.of_rows_or_term()[index], gradients.factor)

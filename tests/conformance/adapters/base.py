@@ -8,8 +8,7 @@ import numpy as np
 
 from virtualbatch.window.window import Window
 
-FRAMEWORKS = {"tensorflow": "tensorflow", "torch": "torch", "jax": "jax"}
-ENGINES = list(FRAMEWORKS)
+ENGINES = ["tensorflow", "torch", "torch_loss", "jax"]
 
 
 class Result(NamedTuple):

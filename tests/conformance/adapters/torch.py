@@ -96,8 +96,7 @@ class Adapter:
 
         def run(batch):
             before = [p.grad for p in leaves(params)]
-            with guard:
-                found = vb.backward(loss, batch, module=module, **options)
+            found = self.differentiated(loss, batch, guard, module=module, **options)
             found = list(found) if isinstance(found, tuple) else [found]
             stats = [float(x) for x in found.pop()] if options.get("stats") else None
             value, aux = found if options.get("has_aux") else (*found, None)
@@ -108,6 +107,11 @@ class Adapter:
             return result
 
         return run
+
+    def differentiated(self, loss, batch, guard, **options):
+        """What the engine returns; gradients are in `.grad` afterwards."""
+        with guard:
+            return vb.backward(loss, batch, **options)
 
     def plain(self, loss_fn, params, batch):
         loss = loss_fn(params, batch)

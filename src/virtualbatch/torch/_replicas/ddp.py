@@ -41,6 +41,7 @@ class Replicated(Replicas):
         self._found = found
         self._modules: list[Any] = found.distributed
         check_reduce(reduce, ("window", "overlapped"), "DistributedDataParallel")
+        self.overlaps = reduce == "overlapped"
         for module in self._modules:
             check_ddp(module)
         self.group = self._modules[0].process_group
@@ -106,13 +107,20 @@ class Replicated(Replicas):
                 parameter.grad = None
             self._rebuild_buckets()
 
-        def armed() -> None:
+        def prepared() -> None:
             for module in self._modules:
                 _prepare(module, used)
+
+        def armed() -> None:
+            if not self.overlaps:
+                prepared()
             engine: Any = torch.autograd.Variable._execution_engine
             # DDP ends its reduction in a callback that it queues later: this one queues behind it.
             engine.queue_callback(lambda: engine.queue_callback(added_up))
 
+        if self.overlaps:
+            # The last micro-batch may reach parameters before what is handed over does.
+            prepared()
         return Finished(parameters, gradients, scale, armed)
 
     def _rebuild_buckets(self) -> None:

@@ -48,11 +48,13 @@ class Replicas(ABC):
         group: their process group.
         size: how many there are, by which the module divides.
         can_run_alone: whether a rank can run a micro-batch while the others do something else.
+        overlaps: whether gradients meet while the last micro-batch is differentiated.
     """
 
     group: Any
     size: int
     can_run_alone: bool
+    overlaps: bool
 
     @abstractmethod
     def gather(self) -> None:
