@@ -214,8 +214,8 @@ class WindowGradients:
             self._foreign.restore()
 
     def _close_leaves(self) -> None:
+        self.check_leaves()
         if self._foreign is not None:
-            self._foreign.check()
             self._foreign.restore()
 
     def _reached(
