@@ -17,7 +17,7 @@ from virtualbatch.torch._handover import Finished, hooks_set_aside
 from virtualbatch.torch._modules import Inventory
 from virtualbatch.torch._replicas.checks import check_ddp, check_group, check_reduce
 from virtualbatch.torch._replicas.replicas import Replicas
-from virtualbatch.torch._window import Ran
+from virtualbatch.torch._window import Program, Ran
 
 # DDP module -> how many parameters its reducer was made for.
 _COUNTS: Any = WeakIdKeyDictionary()
@@ -49,6 +49,18 @@ class Replicated(Replicas):
         self._check_parameters()
         # A collective, on all ranks at once: it may be due since a step that was not ours.
         self._rebuild_buckets()
+
+    def check(self, program: Program) -> None:
+        """See `Replicas`. Statistics are of gradients that would be added to others unseen."""
+        grads = [parameter.grad for parameter in self._found.parameters]
+        if program.stats and any(x is not None and bool(x.any()) for x in grads):
+            raise ValueError(
+                "Statistics over ranks are those of gradients that have met, so .grad must be "
+                "empty. Got gradients of an earlier window in it. Call zero_grad() before."
+            )
+
+    def begin(self, *, is_filler: bool, is_last: bool) -> None:
+        """See `Replicas`: these can."""
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

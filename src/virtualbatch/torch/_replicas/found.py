@@ -51,14 +51,15 @@ def quiet(found: Inventory) -> AbstractContextManager[None]:
     """
     if not found.distributed:
         return nullcontext()
+    for module in found.distributed:
+        if isinstance(module, classes_of("torch.distributed.fsdp", "FSDPModule")):
+            raise ValueError(
+                'plan and microbatch_size="auto" look at one device. '
+                f"Got {type(module).__name__}, whose ranks run together. "
+                "Call plan with the module before it is sharded, and pass what it finds."
+            )
     replicas = replicas_of(found, None, None)
-    if replicas is None or not replicas.can_run_alone:
-        raise ValueError(
-            'plan and microbatch_size="auto" look at one device. '
-            f"Got {type(found.distributed[0]).__name__}, whose ranks run together. "
-            "Call plan with the module before it is sharded, and pass what it finds."
-        )
-    return replicas.quiet()
+    return nullcontext() if replicas is None else replicas.quiet()
 
 
 def refuse_replicas(found: Inventory) -> None:
