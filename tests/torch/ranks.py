@@ -6,6 +6,7 @@ taken by somebody else meanwhile.
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -124,7 +125,9 @@ def _collect(
     if late:
         time.sleep(_TRACE_S)
     for rank in late:
-        found[rank] = Did("hung", trace=_trace_file(folder, rank).read_text(), seconds=limit)
+        # What follows is how the tests came here.
+        trace, _, _ = _trace_file(folder, rank).read_text().partition(" in _child")
+        found[rank] = Did("hung", trace=trace, seconds=limit)
     return [found[rank] for rank in range(len(ranks))]
 
 
@@ -142,6 +145,8 @@ def _child(
         # Works inside a collective as well, where no Python code runs.
         faulthandler.register(signal.SIGUSR1, trace)
         faulthandler.dump_traceback_later(limit + _ORPHAN_S, exit=True, file=trace)
+        # What the parent made is never looked through, which would copy all of it.
+        gc.freeze()
         torch.set_num_threads(1)
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         try:
@@ -166,3 +171,52 @@ def _child(
 
 def _trace_file(folder: Path, rank: int) -> Path:
     return folder / f"trace{rank}"
+
+
+class Cases:
+    """Functions that share one group of ranks, which runs when the first result is asked for.
+
+    Args:
+        world: how many ranks.
+        limits: see `run`.
+    """
+
+    def __init__(self, world: int, **limits: float):
+        self._world = world
+        self._limits = limits
+        self._functions: dict[str, Callable[[int], Any]] = {}
+        self._found: list[dict[str, Any]] | None = None
+
+    def case(self, fn: Callable[[int], Any], name: str | None = None) -> Callable[[], list[Any]]:
+        """Adds a case, also as a decorator.
+
+        Args:
+            fn: rank -> result.
+            name: of the case.
+
+        Returns:
+            () -> its results by rank; raises an AssertionError if it failed on some rank.
+        """
+        name = name or fn.__name__
+        self._functions[name] = fn
+
+        def results() -> list[Any]:
+            if self._found is None:
+                self._found = run(self._all, self._world, **self._limits)
+            by_rank = [found[name] for found in self._found]
+            failed = [trace for _, trace in by_rank if trace]
+            if failed:
+                raise AssertionError("\n".join(failed))
+            return [value for value, _ in by_rank]
+
+        return results
+
+    def _all(self, rank: int, world: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, fn in self._functions.items():
+            torch.manual_seed(0)
+            try:
+                found[name] = fn(rank), ""
+            except Exception:  # Each case is judged by itself.
+                found[name] = None, f"rank {rank}, {name}: {traceback.format_exc()}"
+        return found
