@@ -12,7 +12,7 @@ import torch
 
 from virtualbatch.torch._faults import refuse_shared_graph
 from virtualbatch.torch._grad_watch import GradWatch
-from virtualbatch.torch._leaves import ForeignLeaves, refuse_unheld_parameter
+from virtualbatch.torch._leaves import ForeignLeaves, refuse_shards, refuse_unheld_parameter
 from virtualbatch.torch._muted import with_muted
 from virtualbatch.torch._own_memory import OwnMemory
 from virtualbatch.torch._stats import GradientNorms
@@ -212,8 +212,9 @@ class WindowGradients:
             chosen = _outside_autocast(chosen, device)
         is_half = not HALF.isdisjoint([x.dtype for x in (*self.parameters, *terms)])
         if self._in_step:
-            # Gathered parameters are leaves that no module holds, so none can be told from others.
             _refuse_half_loss(terms)
+            # Gathered parameters are leaves that no module holds: others cannot be told from them.
+            refuse_shards(terms, self.parameters)
         elif self._watch is None:
             if is_half:
                 refuse_unheld_parameter(terms, self.parameters)

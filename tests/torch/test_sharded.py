@@ -1,0 +1,332 @@
+"""The law with fully sharded modules: any rows on any rank, in step, and as of one uncut batch."""
+
+import logging
+
+import pytest
+import torch
+from tests.oracle import assert_all_close, assert_close
+from tests.torch.ranks import Cases
+from tests.torch.replicated import ROWS, VERBS, rows, uncut, weight, with_batchnorm
+from tests.torch.sharded import full_gradients, mse_of, net, sharded, steps, terms_of
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import virtualbatch.torch as vb
+from virtualbatch.window.window import Window
+
+TWO, FOUR = Cases(2), Cases(4)
+CUTS = {
+    "12 and 12": [(0, 12), (12, 24)],
+    "9 and 15": [(0, 9), (9, 24)],
+    "1 and 23": [(0, 1), (1, 24)],
+    "0 and 24": [(0, 0), (0, 24)],
+}
+# Rows 0 to 4 have no token, so in each of these a term counts nothing somewhere.
+KEPT_GATHERED = {"reduce": "window", "keeps": True}
+MODES = {"microbatch": {}, "window": {"reduce": "window"}, "kept gathered": KEPT_GATHERED}
+
+
+def three_terms(rank, cut, verb, keeps=False, **options):
+    """Two windows into the same `.grad`; three terms, of which two may count nothing."""
+    module = sharded(**({"reshard_after_forward": False} if keeps else {}))
+    if keeps:
+        module.set_reshard_after_backward(False)
+    losses = [
+        float(
+            VERBS[verb](
+                terms_of(module),
+                rows(*CUTS[cut][rank]),
+                module=module,
+                microbatch_size=4,
+                weight=weight,
+                **options,
+            )
+        )
+        for _ in range(2)
+    ]
+    return losses, full_gradients(module)
+
+
+LAW = {
+    (mode, cut, verb): TWO.case(
+        lambda rank, o=options, c=cut, v=verb: three_terms(rank, c, v, **o),
+        f"{mode}, {cut}, {verb}",
+    )
+    for mode, options in MODES.items()
+    for cut in CUTS
+    for verb in VERBS
+}
+
+
+@pytest.mark.parametrize(("mode", "cut", "verb"), LAW)
+def test_gradients_and_loss_are_those_of_the_uncut_batch(mode, cut, verb):
+    loss, due = uncut(net(), terms_of)
+    for losses, found in LAW[mode, cut, verb]():
+        assert_close(losses, [loss, loss])
+        assert_all_close(found, [2 * gradient for gradient in due])
+
+
+def wanted(x, y):
+    """The gradient of a row of zeros is NaN: a norm of zeros, and 0 divided by 0."""
+    return ((x.square().sum(1) + 0).sqrt() * y.sum(1)).sum() / y.sum()
+
+
+def norm_of(module):
+    return lambda batch: wanted(module(batch["x"]), batch["a"])
+
+
+def plain():
+    torch.manual_seed(1)
+    return nn.Sequential(*[nn.Linear(6, 6, bias=False) for _ in range(3)]).double()
+
+
+@TWO.case
+def fillers_of_nan(rank):
+    module = plain()
+    for layer in module:
+        fully_shard(layer)
+    fully_shard(module)
+    loss = vb.backward(
+        norm_of(module),
+        rows(*[(0, 0), (0, 24)][rank]),
+        module=module,
+        microbatch_size=4,
+        weight=lambda batch: batch["a"].sum(),
+    )
+    return float(loss), full_gradients(module)
+
+
+def test_the_gradient_of_a_filler_may_be_nan():
+    loss, due = uncut(plain(), norm_of)
+    assert torch.isnan(torch.autograd.grad(wanted(z := torch.zeros(1, 6).requires_grad_(), z), z)[0]).all()
+    for found, gradients in fillers_of_nan():
+        assert_close(found, loss)
+        assert_all_close(gradients, due)
+
+
+@TWO.case
+def nothing_counts(rank):
+    module = sharded()
+    batch = rows(12 * rank, 12 * rank + 12)
+    batch["a"] = torch.zeros_like(batch["a"])
+    loss = vb.backward(
+        lambda given: terms_of(module)(given)["tokens"],
+        batch,
+        module=module,
+        microbatch_size=4,
+        weight=lambda given: given["a"].sum(),
+    )
+    return float(loss), full_gradients(module)
+
+
+def test_a_window_in_which_nothing_counts_has_the_loss_and_the_gradient_zero():
+    for loss, gradients in nothing_counts():
+        assert loss == 0
+        assert [None if x is None else x.any() for x in gradients[:8]] == [False] * 8
+
+
+@TWO.case
+def windows_of_other_lengths(rank):
+    """Three micro-batches as they came beside a batch in four."""
+    module = sharded()
+    given = Window([rows(0, 1), rows(1, 4), rows(4, 9)]) if rank == 0 else rows(9, 24)
+    size = {} if rank == 0 else {"microbatch_size": 4}
+    loss = vb.backward(mse_of(module), given, module=module, **size)
+    return float(loss), full_gradients(module)
+
+
+def test_ranks_may_have_a_window_and_a_batch():
+    loss, due = uncut(net(), mse_of)
+    for found, gradients in windows_of_other_lengths():
+        assert_close(found, loss)
+        assert_all_close(gradients, due)
+
+
+@TWO.case
+def calls_and_aux(rank):
+    calls = []
+    module = sharded()
+
+    def loss_fn(batch):
+        calls.append(len(batch["x"]))
+        return mse_of(module)(batch), batch["y"][:, 0]
+
+    _, aux = vb.backward(
+        loss_fn, rows(*[(0, 3), (3, 24)][rank]), module=module, microbatch_size=4, has_aux=True
+    )
+    return calls, aux
+
+
+def test_all_ranks_run_as_many_micro_batches_and_aux_is_of_their_own_rows():
+    (few, first), (many, second) = calls_and_aux()
+    assert few == [1, 1, 1, 1, 1, 1]
+    assert many == [4, 4, 4, 3, 3, 3]
+    assert torch.equal(torch.cat([first, second]), rows(0, ROWS)["y"][:, 0])
+
+
+@TWO.case
+def evaluation(rank):
+    module = sharded()
+    options = {"module": module, "microbatch_size": 5}
+    batch = rows(*CUTS["1 and 23"][rank])
+    with torch.no_grad():
+        before = float(vb.loss(mse_of(module), batch, **options))
+        # As a user does it, who leaves the outermost module gathered.
+        module(batch["x"])
+    loss = vb.backward(mse_of(module), batch, **options)
+    return before, float(loss), full_gradients(module)
+
+
+def test_evaluation_runs_in_step_and_training_goes_on_after_it():
+    loss, due = uncut(net(), mse_of)
+    for before, found, gradients in evaluation():
+        assert_close([before, found], [loss, loss])
+        assert_all_close(gradients, due)
+
+
+@TWO.case
+def scaled_loss(rank):
+    module = sharded()
+    found = vb.loss(mse_of(module), rows(12 * rank, 12 * rank + 12), module=module, microbatch_size=4)
+    (3 * found).backward()
+    return full_gradients(module)
+
+
+def test_a_loss_hands_over_shards_times_what_arrives():
+    _, due = uncut(net(), mse_of)
+    for gradients in scaled_loss():
+        assert_all_close(gradients, [3 * x for x in due])
+
+
+@TWO.case
+def batchnorm(rank):
+    module = fully_shard(with_batchnorm())
+    for cut in ("12 and 12", "0 and 24"):
+        batch = rows(*CUTS[cut][rank])
+        vb.backward(
+            lambda given: module(given["x"]).square().mean(), batch, module=module, microbatch_size=6
+        )
+    return [x.numpy() for x in (module[0].running_mean, module[0].running_var)], module.training
+
+
+def test_batchnorm_hears_the_rows_of_all_ranks_and_no_filler():
+    module = with_batchnorm()
+    for _ in range(2):
+        module(rows(0, ROWS)["x"])
+    due = [module[0].running_mean.numpy(), module[0].running_var.numpy()]
+    for found, is_training in batchnorm():
+        assert_all_close(found, due)
+        assert is_training
+
+
+@TWO.case
+def divided_by_one(rank):
+    module = sharded()
+    for layer in (module, *module.blocks, module.tokens, module.rows):
+        layer.set_gradient_divide_factor(1.0)
+    steps(module, *CUTS["9 and 15"][rank])
+    return full_gradients(module)
+
+
+def test_a_divide_factor_of_the_user_is_known():
+    _, due = uncut(net(), mse_of)
+    for gradients in divided_by_one():
+        assert_all_close(gradients, due)
+
+
+@TWO.case
+def in_bfloat16(rank):
+    """Weights of bfloat16, 384 micro-batches a rank of which each has the gradient 1 / 384."""
+    module = fully_shard(nn.Linear(1, 1, bias=False).bfloat16())
+    x = torch.ones(384, 1, dtype=torch.bfloat16)
+    vb.backward(lambda x: module(x).float().mean(), x, module=module, microbatch_size=1)
+    return full_gradients(module)[0]
+
+
+def test_shards_of_half_precision_are_summed_in_float32():
+    for gradient in in_bfloat16():
+        assert_close(gradient, [[1.0]], rtol=2.0**-8)
+
+
+@TWO.case
+def mixed_precision(rank):
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+    )
+    found = []
+    for reduce in ("microbatch", "window"):
+        module = sharded(net().float(), mp_policy=policy)
+        batch = {name: x.float() for name, x in rows(*CUTS["9 and 15"][rank]).items()}
+        vb.backward(mse_of(module), batch, module=module, microbatch_size=1, reduce=reduce)
+        found.append(full_gradients(module))
+    return found
+
+
+def test_mixed_precision_is_as_near_as_one_pass_in_it():
+    _, due = uncut(net(), mse_of)
+    for by_mode in mixed_precision():
+        for found in by_mode:
+            assert_all_close(found, due, rtol=0.05)
+
+
+@TWO.case
+def told(rank):
+    texts = []
+    handler = logging.Handler()
+    handler.emit = lambda record: texts.append(record.getMessage())
+    logging.getLogger("virtualbatch").addHandler(handler)
+    module = sharded()
+    for _ in range(2):
+        steps(module, 12 * rank, 12 * rank + 12)
+    return texts
+
+
+@pytest.mark.proves_itself
+def test_that_the_law_cannot_be_tried_is_told_once():
+    for texts in told():
+        assert len(texts) == 1
+        assert "could not be tried (its module runs on all ranks at once" in texts[0]
+
+
+QUARTERS = [(0, 3), (3, 3), (3, 14), (14, 24)]
+
+
+def of_replicas(rank, reduce):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    module = sharded(mesh=mesh)
+    losses = [float(steps(module, *QUARTERS[rank], reduce=reduce)) for _ in range(2)]
+    return losses, full_gradients(module)
+
+
+HSDP = {
+    reduce: FOUR.case(lambda rank, r=reduce: of_replicas(rank, r), f"replicas of shards, {reduce}")
+    for reduce in ("microbatch", "window")
+}
+
+
+@pytest.mark.parametrize("reduce", HSDP)
+def test_replicas_of_shards(reduce):
+    loss, due = uncut(net(), mse_of)
+    for losses, gradients in HSDP[reduce]():
+        assert_close(losses, [loss, loss])
+        assert_all_close(gradients, [2 * x for x in due])
+
+
+@FOUR.case
+def two_pairs(rank):
+    """Two models apart, each on a mesh of two dimensions that has half of the ranks."""
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("apart", "replicate", "shard"))
+    module = sharded(mesh=mesh["replicate", "shard"])
+    if rank < 2:
+        steps(module, *CUTS["9 and 15"][rank])
+    else:
+        for _ in range(2):
+            steps(module, *CUTS["0 and 24"][rank - 2])
+    return full_gradients(module)
+
+
+def test_a_mesh_of_some_ranks_sums_weights_over_these():
+    _, due = uncut(net(), mse_of)
+    for rank, gradients in enumerate(two_pairs()):
+        assert_all_close(gradients, [(1 if rank < 2 else 2) * x for x in due])
