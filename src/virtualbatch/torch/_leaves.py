@@ -50,9 +50,7 @@ def refuse_unheld_parameter(
             raise _unheld(leaf)
 
 
-def refuse_shards(
-    terms: Collection[torch.Tensor], parameters: Collection[torch.Tensor]
-) -> None:
+def refuse_shards(terms: Collection[torch.Tensor], parameters: Collection[torch.Tensor]) -> None:
     """Refuses a loss that uses sharded parameters where they are not gathered.
 
     Nothing adds up over ranks what it gives them.

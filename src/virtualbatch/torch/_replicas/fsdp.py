@@ -67,13 +67,13 @@ class Sharded(Replicas):
         """See `Replicas`."""
         self._has_begun = False
         with ExitStack() as stack:
-            stack.callback(self._at_rest)
+            stack.callback(self._put_to_rest)
             stack.enter_context(hooks_set_aside(self._found.owner, self._found.parameters))
             try:
                 yield
             except BaseException:
                 if self._has_begun:
-                    self._reset()
+                    self._forget_gathered()
                 raise
 
     def begin(self, *, is_filler: bool, is_last: bool) -> None:
@@ -101,25 +101,28 @@ class Sharded(Replicas):
         del taken
         return Finished(parameters, gradients, scale)
 
-    def _at_rest(self) -> None:
-        """Leaves modules as they are between steps, also where no backward pass has run."""
-        for module in self._outermost:
-            module.set_requires_gradient_sync(True)
-            module.set_requires_all_reduce(True)
-        for module in self._modules:
-            module.reshard()
+    def _put_to_rest(self) -> None:
+        """Leaves modules as they are between steps, however the window has ended."""
         for layer in self._in_training:
             layer.training = True
         self._in_training = []
-
-    def _reset(self) -> None:
-        """Forgets a window that has failed between its collectives."""
+        for module in self._outermost:
+            module.set_requires_gradient_sync(True)
+            module.set_requires_all_reduce(True)
+        if not self._has_begun:
+            return
         for module in self._modules:
-            # Of the modules that have run, those that were called first. Only these know it.
+            # Of the modules that have run, those that were called first: the others refuse. After
+            # forward passes without a backward pass, such as those on shapes alone that only
+            # some ranks run, the next backward pass would gather more on some ranks.
             if module._get_fsdp_state()._is_root:
                 module.reset_iter_state()
-        # What was to be reduced with the last micro-batch is kept by PyTorch 2.13, against its
-        # documentation, and would be part of the next window.
+
+    def _forget_gathered(self) -> None:
+        """Forgets gradients that were to be added up with the last micro-batch.
+
+        PyTorch 2.13 keeps them, against its documentation, and adds them to the next window's.
+        """
         for group in self._groups():
             for sharded in group.fsdp_params:
                 sharded.unsharded_accumulated_grad = None
