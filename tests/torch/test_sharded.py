@@ -9,13 +9,12 @@ from tests.torch.ranks import Cases, run
 from tests.torch.replicated import ROWS, VERBS, rows, uncut, weight, with_batchnorm
 from tests.torch.sharded import full_gradients, mse_of, net, sharded, steps, terms_of
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import virtualbatch.torch as vb
 from virtualbatch.window.window import Window
 
-TWO, FOUR = Cases(2, limit=60), Cases(4, limit=60)
+TWO = Cases(2, limit=60)
 CUTS = {
     "12 and 12": [(0, 12), (12, 24)],
     "9 and 15": [(0, 9), (9, 24)],
@@ -300,46 +299,3 @@ def test_that_the_law_cannot_be_tried_is_told_once():
     for texts in run(told, 2):
         assert len(texts) == 1
         assert "could not be tried (its module runs on all ranks at once" in texts[0]
-
-
-QUARTERS = [(0, 3), (3, 3), (3, 14), (14, 24)]
-
-
-def of_replicas(rank, reduce):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    module = sharded(mesh=mesh)
-    losses = [float(steps(module, *QUARTERS[rank], reduce=reduce)) for _ in range(2)]
-    return losses, full_gradients(module)
-
-
-HSDP = {
-    reduce: FOUR.case(lambda rank, r=reduce: of_replicas(rank, r), f"replicas of shards, {reduce}")
-    for reduce in ("microbatch", "window")
-}
-
-
-@pytest.mark.parametrize("reduce", HSDP)
-def test_replicas_of_shards(reduce):
-    loss, due = uncut(net(), mse_of)
-    for losses, gradients in HSDP[reduce]():
-        assert_close(losses, [loss, loss])
-        assert_all_close(gradients, [2 * x for x in due])
-
-
-@FOUR.case
-def two_pairs(rank):
-    """Two models apart, each on a mesh of two dimensions that has half of the ranks."""
-    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("apart", "replicate", "shard"))
-    module = sharded(mesh=mesh["replicate", "shard"])
-    if rank < 2:
-        steps(module, *CUTS["9 and 15"][rank])
-    else:
-        for _ in range(2):
-            steps(module, *CUTS["0 and 24"][rank - 2])
-    return full_gradients(module)
-
-
-def test_a_mesh_of_some_ranks_sums_weights_over_these():
-    _, due = uncut(net(), mse_of)
-    for rank, gradients in enumerate(two_pairs()):
-        assert_all_close(gradients, [(1 if rank < 2 else 2) * x for x in due])
