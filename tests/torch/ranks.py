@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -21,6 +22,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pytest
 import torch
 from torch import distributed
 
@@ -185,7 +187,8 @@ class Cases:
         self._world = world
         self._limits = limits
         self._functions: dict[str, Callable[[int], Any]] = {}
-        self._found: list[dict[str, Any]] | None = None
+        self._found: list[dict[str, Any]] = []
+        self._failed: AssertionError | None = None
 
     def case(self, fn: Callable[[int], Any], name: str | None = None) -> Callable[[], list[Any]]:
         """Adds a case, also as a decorator.
@@ -201,8 +204,14 @@ class Cases:
         self._functions[name] = fn
 
         def results() -> list[Any]:
-            if self._found is None:
-                self._found = run(self._all, self._world, **self._limits)
+            if self._failed is not None:
+                raise self._failed
+            if not self._found:
+                try:
+                    self._found = run(self._all, self._world, **self._limits)
+                except AssertionError as error:
+                    self._failed = error
+                    raise
             by_rank = [found[name] for found in self._found]
             failed = [trace for _, trace in by_rank if trace]
             if failed:
@@ -215,8 +224,11 @@ class Cases:
         found: dict[str, Any] = {}
         for name, fn in self._functions.items():
             torch.manual_seed(0)
+            # Shown where a rank hangs or dies; else nobody sees it.
+            print(f"rank {rank}: {name}", file=sys.stderr, flush=True)
             try:
                 found[name] = fn(rank), ""
-            except Exception:  # Each case is judged by itself.
+            # Each case is judged by itself.
+            except (Exception, pytest.fail.Exception):
                 found[name] = None, f"rank {rank}, {name}: {traceback.format_exc()}"
         return found

@@ -16,7 +16,6 @@ from tests.torch.replicated import (
     uncut,
     weight,
 )
-from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import virtualbatch.torch as vb
@@ -246,58 +245,3 @@ def test_noise_statistics_are_those_of_all_ranks():
     for found in statistics():
         assert found[:2] == due[:2] == (24, 6)
         assert_close(found[2:], due[2:])
-
-
-@TWO.case
-def evaluation(rank):
-    net = DistributedDataParallel(network())
-    with torch.no_grad():
-        together = vb.loss(
-            mse_of(net), rows(*[(0, 5), (5, 24)][rank]), module=net, microbatch_size=4
-        )
-        apart = None
-        if rank == 0:
-            apart = float(
-                vb.loss(
-                    mse_of(net.module),
-                    rows(0, 5),
-                    module=net.module,
-                    group=False,
-                    microbatch_size=2,
-                )
-            )
-    # The other rank must not be waiting for an evaluation that it takes no part in.
-    vb.backward(mse_of(net), rows(*[(0, 5), (5, 24)][rank]), module=net, microbatch_size=4)
-    return float(together), apart, gradients(net.module)
-
-
-def test_evaluation_is_of_all_rows_and_one_rank_may_evaluate_alone():
-    loss, due = uncut(network(), mse_of)
-    alone, _ = uncut(network(), mse_of, rows(0, 5))
-    for rank, (together, apart, gradient) in enumerate(evaluation()):
-        assert_close(together, loss)
-        assert_all_close(gradient, due)
-        if rank == 0:
-            assert_close(apart, alone)
-
-
-@THREE.case
-def part_of_the_ranks(rank):
-    group = distributed.new_group([0, 2])
-    if rank == 1:
-        inner = network()
-        vb.backward(mse_of(inner), rows(0, 4), module=inner, microbatch_size=3, group=False)
-        return gradients(inner)
-    net = DistributedDataParallel(network(), process_group=group)
-    cut = (0, 5) if rank == 0 else (5, 24)
-    vb.backward(mse_of(net), rows(*cut), module=net, microbatch_size=4, group=group)
-    return gradients(net.module)
-
-
-def test_weights_are_summed_over_the_ranks_of_the_module_and_no_others():
-    _, due = uncut(network(), mse_of)
-    _, alone = uncut(network(), mse_of, rows(0, 4))
-    first, second, third = part_of_the_ranks()
-    assert_all_close(first, due)
-    assert_all_close(second, alone)
-    assert_all_close(third, due)

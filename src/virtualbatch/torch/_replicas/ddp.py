@@ -6,7 +6,7 @@ gradients wait behind the loss; a backward pass through it is the only one that 
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
@@ -19,8 +19,8 @@ from virtualbatch.torch._replicas.checks import check_ddp, check_group, check_re
 from virtualbatch.torch._replicas.replicas import Replicas
 from virtualbatch.torch._window import Program, Ran
 
-# DDP module -> how many parameters its reducer was made for.
-_COUNTS: Any = WeakIdKeyDictionary()
+# DDP module -> what its reducer was made for.
+_MADE_FOR: Any = WeakIdKeyDictionary()
 
 
 class Replicated(Replicas):
@@ -47,7 +47,9 @@ class Replicated(Replicas):
         self.size = distributed.get_world_size(self.group)
         check_group([module.process_group for module in self._modules], group)
         self._check_parameters()
-        # A collective, on all ranks at once: it may be due since a step that was not ours.
+
+    def gather(self) -> None:
+        """See `Replicas`."""
         self._rebuild_buckets()
 
     def check(self, program: Program) -> None:
@@ -61,6 +63,16 @@ class Replicated(Replicas):
 
     def begin(self, *, is_filler: bool, is_last: bool) -> None:
         """See `Replicas`: these can."""
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """See `Replicas`."""
+        with ExitStack() as stack:
+            stack.enter_context(self.quiet())
+            for module in self._modules:
+                stack.callback(setattr, module, "reducer", module.reducer)
+                module.reducer = _KeepsBuckets(module.reducer)
+            yield
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -121,24 +133,24 @@ class Replicated(Replicas):
 
     def _zeros(self, parameter: torch.Tensor) -> torch.Tensor:
         """The gradient of a parameter that only other ranks have reached."""
-        kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-        for module in self._modules:
-            for layer in module.modules():
-                # DDP expects theirs to be sparse.
-                if isinstance(layer, kinds) and layer.sparse and layer.weight is parameter:
-                    return torch.sparse_coo_tensor(
-                        size=parameter.shape, dtype=parameter.dtype, device=parameter.device
-                    )
+        if any(parameter is table for module in self._modules for table in _sparse_tables(module)):
+            # DDP expects rows of numbers, which are added up as such.
+            nowhere = torch.empty((1, 0), dtype=torch.int64, device=parameter.device)
+            rows = parameter.detach().new_empty((0, *parameter.shape[1:]))
+            return torch.sparse_coo_tensor(nowhere, rows, parameter.shape, check_invariants=False)
         return torch.zeros_like(parameter)
 
     def _check_parameters(self) -> None:
         """Refuses parameters that no reducer was made for."""
-        inside = {
-            id(parameter): parameter
-            for module in self._modules
-            for name, parameter in module.module.named_parameters()
-            if name not in module.parameters_to_ignore
-        }
+        inside: dict[int, torch.Tensor] = {}
+        for module in self._modules:
+            held = {
+                id(parameter): parameter
+                for name, parameter in module.module.named_parameters()
+                if name not in module.parameters_to_ignore
+            }
+            _refuse_others(module, {key for key, x in held.items() if x.requires_grad})
+            inside |= held
         for parameter in self._found.parameters:
             if id(parameter) not in inside:
                 raise ValueError(
@@ -146,14 +158,35 @@ class Replicated(Replicas):
                     f"shape {tuple(parameter.shape)} that the DistributedDataParallel does not "
                     "hold, or ignores. Wrap all that is trained in it, or freeze the parameter."
                 )
-        count = sum(parameter.requires_grad for parameter in inside.values())
-        made_for = sum(_parameters_of_reducer(module) for module in self._modules)
-        if count != made_for:
-            raise ValueError(
-                "A DistributedDataParallel must be made when it is known what is trained. "
-                f"Got {count} trainable parameters, and {made_for} when it was made. "
-                "Wrap the module again after freezing or unfreezing."
-            )
+
+
+class _MadeFor(NamedTuple):
+    """What a reducer reduces.
+
+    Fields:
+        number: of its parameters.
+        parameters: those that it tells, by identity.
+    """
+
+    number: int
+    parameters: set[int]
+
+
+class _KeepsBuckets:
+    """A reducer whose forward passes change no buckets, for which all ranks would have to be there.
+
+    Args:
+        reducer: of a DistributedDataParallel.
+    """
+
+    def __init__(self, reducer: Any):
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
 
 
 class _Reach(torch.autograd.Function):
@@ -184,8 +217,42 @@ def _prepare(module: Any, used: set[int]) -> None:
     module.reducer.prepare_for_backward(outputs)
 
 
-def _parameters_of_reducer(module: DistributedDataParallel) -> int:
-    if module not in _COUNTS:
-        _COUNTS[module] = module._get_ddp_logging_data()["num_parameter_tensors"]
-    found: int = _COUNTS[module]
+def _refuse_others(module: DistributedDataParallel, trained: set[int]) -> None:
+    """Refuses parameters that are trained, and were not when the module was wrapped; or the reverse.
+
+    Args:
+        module: whose reducer reduces them.
+        trained: they, by identity.
+
+    Raises:
+        ValueError: they are others.
+    """
+    made_for = _made_for(module)
+    if len(trained) == made_for.number and made_for.parameters <= trained:
+        return
+    others = " others" if len(trained) == made_for.number else ""
+    raise ValueError(
+        "A DistributedDataParallel must be made when it is known what is trained. "
+        f"Got {len(trained)} trainable parameters, and {made_for.number}{others} when it was made. "
+        "Wrap the module again after freezing or unfreezing."
+    )
+
+
+def _made_for(module: DistributedDataParallel) -> _MadeFor:
+    if module not in _MADE_FOR:
+        number = module._get_ddp_logging_data()["num_parameter_tensors"]
+        # PyTorch cannot tell those of a module with sparse gradients. Else it tells them with
+        # zeros as large as all gradients: once, and before any activation is there.
+        buckets = [] if _sparse_tables(module) else module.reducer._get_zeros_like_grad_buckets()
+        parameters = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
+        _MADE_FOR[module] = _MadeFor(number, parameters)
+    found: _MadeFor = _MADE_FOR[module]
     return found
+
+
+def _sparse_tables(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Parameters whose gradients are sparse."""
+    tables = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    return [
+        layer.weight for layer in module.modules() if isinstance(layer, tables) and layer.sparse
+    ]

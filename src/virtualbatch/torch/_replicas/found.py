@@ -47,7 +47,7 @@ def quiet(found: Inventory) -> AbstractContextManager[None]:
     """While one rank runs micro-batches of which the others know nothing, as planning does."""
     refuse_in_step(found)
     replicas = replicas_of(found, None, None) if found.distributed else None
-    return nullcontext() if replicas is None else replicas.quiet()
+    return nullcontext() if replicas is None else replicas.alone()
 
 
 def refuse_in_step(found: Inventory) -> None:

@@ -8,7 +8,7 @@ process ends or the time limit of their group has passed.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +61,13 @@ class Sharded(Replicas):
                 "Statistics need the gradients of single micro-batches. Got stats=True with "
                 "fully_shard, which shows only what all ranks have added up. Leave stats out."
             )
+
+    def gather(self) -> None:
+        """See `Replicas`. Nothing is: each micro-batch gathers for itself."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """See `Replicas`. It is refused before, see `found.refuse_in_step`."""
+        raise ValueError("internal: ranks that run in step run alone.")
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

@@ -68,6 +68,14 @@ class Replicas(ABC):
         """
 
     @abstractmethod
+    def gather(self) -> None:
+        """Does what is due on all ranks at once, since a step that was not ours."""
+
+    @abstractmethod
+    def alone(self) -> AbstractContextManager[None]:
+        """While this rank runs micro-batches before all have gathered."""
+
+    @abstractmethod
     def quiet(self) -> AbstractContextManager[None]:
         """While micro-batches run, of which nothing is kept yet."""
 

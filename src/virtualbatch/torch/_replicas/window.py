@@ -41,6 +41,7 @@ def run_window(
     found = program.found
     channels = [layer.running_mean.numel() for layer in found.with_buffers if is_tracked(layer)]
     device = found.accelerator or torch.device("cpu")
+    replicas.gather()
     run = _run_apart if replicas.can_run_alone else run_in_step
     with Agreement(
         replicas.group, device, len(found.parameters), channels, not replicas.can_run_alone
