@@ -10,6 +10,7 @@ from tests.torch.replicated import ROWS, VERBS, rows, uncut, weight, with_batchn
 from tests.torch.sharded import full_gradients, mse_of, net, sharded, steps, terms_of
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 
 import virtualbatch.torch as vb
 from virtualbatch.window.window import Window
@@ -106,6 +107,84 @@ def test_the_gradient_of_a_filler_may_be_nan():
     for found, gradients in fillers_of_nan():
         assert_close(found, loss)
         assert_all_close(gradients, due)
+
+
+def layers(*, outer=True):
+    """Layers that are gathered one at a time."""
+    module = plain()
+    for layer in module:
+        fully_shard(layer)
+    return fully_shard(module) if outer else module
+
+
+def checkpointed(module, reentrant):
+    def loss_fn(batch):
+        x = batch["x"].clone().requires_grad_(reentrant)
+        for layer in module:
+            x = checkpoint(layer, x, use_reentrant=reentrant)
+        return wanted(x, batch["a"])
+
+    return loss_fn
+
+
+def penalised(module):
+    """A penalty outside of the forward pass, of parameters that are still gathered then."""
+
+    def loss_fn(batch):
+        loss = wanted(module(batch["x"]), batch["a"])
+        return {"loss": loss, "penalty": sum(p.square().sum() for p in module.parameters())}
+
+    return loss_fn
+
+
+def of_loss(batch):
+    return batch["a"].sum()
+
+
+def of_each(batch):
+    return {"loss": batch["a"].sum(), "penalty": None}
+
+
+# Module -> loss, its weight, and how the module is sharded.
+KINDS = {
+    "no outer module": (norm_of, of_loss, lambda: layers(outer=False)),
+    "checkpoints": (lambda m: checkpointed(m, False), of_loss, lambda: layers(outer=False)),
+    "reentrant ones": (lambda m: checkpointed(m, True), of_loss, lambda: layers(outer=False)),
+    "all gathered at once": (penalised, of_each, lambda: fully_shard(plain())),
+}
+
+
+def of_kind(rank, kind, cut, through):
+    """By a backward function, which must not meet what is NaN, or by none."""
+    loss_of, weigh, make = KINDS[kind]
+    module = make()
+    options = {}
+    seen = []
+    if through:
+        options["backward_fn"] = lambda loss: (seen.append(float(loss.detach())), loss.backward())
+    batch = rows(*CUTS[cut][rank])
+    options |= {"module": module, "microbatch_size": 4, "weight": weigh}
+    loss = vb.backward(loss_of(module), batch, **options)
+    return float(loss), seen, full_gradients(module)
+
+
+FOUND = {
+    (kind, cut, through): TWO.case(
+        lambda rank, k=kind, c=cut, t=through: of_kind(rank, k, c, t), f"{kind}, {cut}, {through}"
+    )
+    for kind in KINDS
+    for cut, through in (("1 and 23", False), ("0 and 24", True))
+}
+
+
+@pytest.mark.parametrize(("kind", "cut", "through"), FOUND)
+def test_ways_to_gather(kind, cut, through):
+    loss, due = uncut(plain(), KINDS[kind][0])
+    for found, seen, gradients in FOUND[kind, cut, through]():
+        assert_close(found, loss)
+        assert_all_close(gradients, due)
+        assert len(seen) == (6 if through else 0)
+        assert not torch.tensor(seen).isnan().any()
 
 
 @TWO.case
