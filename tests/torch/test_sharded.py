@@ -328,17 +328,17 @@ def test_a_divide_factor_of_the_user_is_known():
 
 @TWO.case
 def in_bfloat16(rank):
-    """Gradients 256, 1, 1, ... a rank: 256 + 1 is 256 in bfloat16."""
+    """Sums 256, 1, 1, ... on one rank, and 2, 2, ... on the other: 256 + 1 is 256 in bfloat16."""
     module = fully_shard(nn.Linear(1, 1, bias=False).bfloat16())
-    x = torch.ones(9, 1, dtype=torch.bfloat16)
-    x[0] = 256
-    vb.backward(lambda x: module(x).float().mean(), x, module=module, microbatch_size=1)
+    x = torch.ones(9 * (rank + 1), 1, dtype=torch.bfloat16)
+    x[0] = 1 if rank else 256
+    vb.backward(lambda x: module(x).float().mean(), x, module=module, microbatch_size=rank + 1)
     return full_gradients(module)[0]
 
 
 def test_shards_of_half_precision_are_summed_in_float32():
     for gradient in in_bfloat16():
-        assert_close(gradient, [[264 / 9]], rtol=2.0**-8)
+        assert_close(gradient, [[282 / 27]], rtol=2.0**-8)
 
 
 @TWO.case
