@@ -5,6 +5,8 @@ import importlib
 import pytest
 import torch
 from tests.private_names import private_imports, private_names
+from tests.torch.ranks import run
+from torch.distributed.fsdp import fully_shard
 
 # Private names in src, by what has them. Whoever uses another one names it here.
 NAMES = {
@@ -13,6 +15,12 @@ NAMES = {
     "storage": {"_cdata"},
     "torch": {"_foreach_add_", "_foreach_copy_", "_foreach_zero_"},
     "operation": {"_schema"},
+}
+# Of fully sharded modules, which tell neither their dtypes nor what they hold in another way.
+OF_SHARDED = {
+    "module": {"_get_fsdp_state"},
+    "state": {"_fsdp_param_groups", "_is_root"},
+    "parameter": {"_unsharded_param"},
 }
 # Of Accelerate and Lightning, which tests/torch/test_refusals.py stands in for.
 OF_OTHERS = {"_automatic_optimization", "_shared_state", "_trainer"}
@@ -25,7 +33,7 @@ IMPORTS = {
 
 
 def test_every_private_name_in_use_is_named_here():
-    assert private_names("torch") == set().union(*NAMES.values(), OF_OTHERS)
+    assert private_names("torch") == set().union(*NAMES.values(), *OF_SHARDED.values(), OF_OTHERS)
     assert private_imports("torch", r"torch\b.*\._") == IMPORTS
 
 
@@ -46,3 +54,19 @@ def test_torch_has_every_private_name():
     }
     for owner, names in NAMES.items():
         assert not {name for name in names if not hasattr(owners[owner], name)}
+
+
+def sharded_names(rank, world):
+    module = fully_shard(torch.nn.Linear(1, 1))
+    module(torch.ones(1, 1))
+    state = module._get_fsdp_state()
+    (group,) = state._fsdp_param_groups
+    owners = {"module": module, "state": state, "parameter": group.fsdp_params[0]}
+    pairs = [(owners[owner], name) for owner, names in OF_SHARDED.items() for name in names]
+    lacking = {name for owner, name in pairs if not hasattr(owner, name)}
+    others = {"gradient_divide_factor", "mp_policy"} - set(vars(group))
+    return lacking | others | {"unsharded_accumulated_grad"} - set(vars(group.fsdp_params[0]))
+
+
+def test_sharded_modules_have_every_private_name():
+    assert run(sharded_names, 1) == [set()]

@@ -14,6 +14,8 @@ _log = logging.getLogger("virtualbatch")
 
 # Of a Window that is taken as it is.
 NO_ROWS = "its micro-batches have no common rows"
+# Of modules that gather parameters.
+IN_STEP = "its module runs on all ranks at once, and not on a few rows of one"
 
 
 class Seen(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from virtualbatch.window.cut import even_cut, rows_per_microbatch
+from virtualbatch.window.cut import even_cut, even_parts, rows_per_microbatch
 from virtualbatch.window.row_list import RowList, is_sequence, stranger
 from virtualbatch.window.tree import (
     Builder,
@@ -110,10 +110,12 @@ class ReadBatch(NamedTuple):
     Fields:
         given: its micro-batches as they came: those of a Window, or the whole batch as one.
         is_window: which of the two.
+        without_rows: of a batch without rows what it is made of; None of all others.
     """
 
     given: list[Microbatch]
     is_window: bool
+    without_rows: Microbatch | None = None
 
     @property
     def can_be_cut(self) -> bool:
@@ -152,10 +154,24 @@ class ReadBatch(NamedTuple):
         """
         if not self.is_window:
             size = rows_per_microbatch(known_rows(self.whole), microbatch_size, accumulation_steps)
-            return _cut(self.whole, size if most is None else min(size, most))
+            size = size if most is None else min(size, most)
+            return _cut(self.whole, even_cut(known_rows(self.whole), size))
         if most is None:
             return self.given
-        return [piece for microbatch in self.given for piece in _cut(microbatch, most)]
+        return [
+            piece
+            for microbatch in self.given
+            for piece in _cut(microbatch, even_cut(known_rows(microbatch), most))
+        ]
+
+    def cut_into(self, count: int) -> list[Microbatch]:
+        """Cuts a batch into a number of micro-batches, or into its rows if there are fewer.
+
+        Args:
+            count: how many, at least 1; not of a Window.
+        """
+        rows = known_rows(self.whole)
+        return _cut(self.whole, even_parts(rows, min(count, rows)))
 
 
 def read(batch: Any, weighted: bool = False) -> ReadBatch:
@@ -185,18 +201,24 @@ def read(batch: Any, weighted: bool = False) -> ReadBatch:
     return ReadBatch(found, is_window=True)
 
 
-def has_no_rows(batch: Any) -> bool:
-    """Whether a batch is an empty Window, or all its tensors have rows and none of them any."""
+def read_without_rows(batch: Any) -> ReadBatch | None:
+    """Reads an empty Window, or a batch whose tensors have rows and none of them any.
+
+    Returns:
+        None if it is something else.
+    """
     if isinstance(batch, Window):
-        return len(batch) == 0
+        return None if len(batch) else ReadBatch([], is_window=True)
     found: list[tuple[str, Any]] = []
-    builder(batch, "batch", found, _ONE_LEAF)
-    tensors = [leaf for _, leaf in found if isinstance(leaf, torch.Tensor)]
-    return bool(tensors) and all(x.dim() > 0 and x.shape[0] == 0 for x in tensors)
+    build = builder(batch, "batch", found, _ONE_LEAF)
+    leaves = [leaf for _, leaf in found]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if not tensors or any(x.dim() == 0 or x.shape[0] for x in tensors):
+        return None
+    return ReadBatch([], is_window=False, without_rows=Microbatch(0, leaves, build))
 
 
-def _cut(uncut: Microbatch, size: int) -> list[Microbatch]:
-    cut = even_cut(known_rows(uncut), size)
+def _cut(uncut: Microbatch, cut: Sequence[tuple[int, int]]) -> list[Microbatch]:
     if len(cut) == 1:
         return [uncut]
     columns = [_pieces(leaf, cut) for leaf in uncut.leaves]

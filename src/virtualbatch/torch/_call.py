@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from virtualbatch.torch._batch import Microbatch, ReadBatch, has_no_rows, read
-from virtualbatch.torch._certify.first_window import prove_first_window
+from virtualbatch.torch._batch import Microbatch, ReadBatch, read, read_without_rows
+from virtualbatch.torch._certify.first_window import prove_first_window, tell_untried
 from virtualbatch.torch._checks import check_call, refuse_foreign_accumulation
 from virtualbatch.torch._fit import Fit
 from virtualbatch.torch._replicas.replicas import Outcome, Replicas
@@ -56,13 +56,12 @@ class Call(NamedTuple):
 
         program = self.program._replace(averaged_over=replicas.size, holds_last=replicas.overlaps)
         call = self._replace(program=program)
-        return run_window(replicas, program, call.read_if_any, call.fit, call.proved)
+        prove = call.proved if replicas.can_run_alone else call.untried
+        return run_window(replicas, program, call.read_if_any, call.fit, prove)
 
     def read_if_any(self) -> ReadBatch:
         """The batch of a rank, which may have no rows."""
-        if has_no_rows(self.batch):
-            return ReadBatch([], is_window=True)
-        return self.read()
+        return read_without_rows(self.batch) or self.read()
 
     def read(self) -> ReadBatch:
         """The batch, with everything that is refused before it runs."""
@@ -89,3 +88,12 @@ class Call(NamedTuple):
             return cut
         with torch.enable_grad():
             return prove_first_window(self.program, batch, cut, shares)
+
+    def untried(
+        self, batch: ReadBatch, cut: Sequence[Microbatch], shares: Shares
+    ) -> Sequence[Microbatch]:
+        """The same where no rank can try the law alone, which is said once."""
+        del batch, shares
+        if self.check:
+            tell_untried(self.program)
+        return cut

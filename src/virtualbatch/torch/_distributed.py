@@ -25,6 +25,19 @@ def distributed_classes() -> tuple[type[Any], ...]:
     )
 
 
+def put_to_rest(module: Any) -> None:
+    """Lets a module show its shards, also after a forward pass without a backward pass."""
+    if isinstance(module, classes_of("torch.distributed.fsdp", "FSDPModule")):
+        module.reshard()
+
+
+def full(x: torch.Tensor) -> torch.Tensor:
+    """A tensor without its mesh, on all ranks of which it is the same."""
+    tensors = classes_of("torch.distributed.tensor", "DTensor")
+    found: torch.Tensor = x.full_tensor() if isinstance(x, tensors) else x
+    return found
+
+
 def classes_of(module: str, *names: str) -> tuple[type[Any], ...]:
     """Some classes of a module, if somebody has imported it."""
     # Looked up, never imported: it takes more than a second, and whoever has such a module has it.

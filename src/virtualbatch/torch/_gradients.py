@@ -13,7 +13,13 @@ import torch
 from virtualbatch.torch._commit import added, committed, widened
 from virtualbatch.torch._faults import refuse_shared_graph
 from virtualbatch.torch._grad_watch import GradWatch
-from virtualbatch.torch._leaves import ForeignLeaves, leaves, refuse_unheld_parameter
+from virtualbatch.torch._leaves import (
+    ForeignLeaves,
+    leaves,
+    refuse_shards,
+    refuse_unheld_parameter,
+)
+from virtualbatch.torch._muted import with_muted
 from virtualbatch.torch._own_memory import OwnMemory
 from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.torch._stepping import refuse_changed_parameters, versions
@@ -37,6 +43,8 @@ class WindowGradients:
         norms: is told of scaled losses; None if nobody asks for norms.
         is_given: tensor -> whether it has the memory of the batch.
         averaged_over: by how many replicas something divides the sums later.
+        in_step: whether modules add up gradients over ranks in each backward pass, so that all
+            ranks must run the same ones, and `.grad` holds what came of them.
 
     Attributes:
         parameters: as given.
@@ -49,7 +57,8 @@ class WindowGradients:
         backward_fn: Callable[[torch.Tensor], Any] | None,
         norms: GradientNorms | None = None,
         is_given: Callable[[torch.Tensor], bool] = lambda tensor: False,
-        averaged_over: int = 1,
+        averaged_over: float = 1,
+        in_step: bool = False,
     ):
         self.parameters = parameters
         self._backward_fn = backward_fn
@@ -71,6 +80,7 @@ class WindowGradients:
         self.found_any = False
         self.held: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._averaged_over = averaged_over
+        self._in_step = in_step
         # What the gradients of the latest micro-batch lacked of their share on their way.
         self.factor = 1.0 / averaged_over
 
@@ -99,7 +109,7 @@ class WindowGradients:
         Args:
             terms: scalar losses; those without a gradient add nothing.
             shares: one number per term. A term of share 0 is left out, because its gradient may
-                be NaN, and 0 times NaN is NaN.
+                be NaN, and 0 times NaN is NaN; where ranks run in step it is muted.
 
         Raises:
             ValueError: the loss function changed `.grad`, shares a graph with another
@@ -112,7 +122,8 @@ class WindowGradients:
             before = None if self.found_any else versions(self.parameters)
             self.found_any = True
             try:
-                self._differentiate(*zip(*reached, strict=True))
+                heard, factors = zip(*reached, strict=True)
+                self._differentiate(with_muted(heard, factors) if self._in_step else heard, factors)
             except RuntimeError as error:
                 refuse_shared_graph(error)
                 raise
@@ -228,7 +239,7 @@ class WindowGradients:
             (term, share * self._averaged_over)
             for term, share in zip(terms, shares, strict=True)
             # A branch may leave a micro-batch without parameters: its gradient is zero.
-            if share and term.requires_grad
+            if (share or self._in_step) and term.requires_grad
         ]
 
     def _put_aside(self) -> None:
@@ -246,7 +257,11 @@ class WindowGradients:
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             chosen = _outside_autocast(chosen, device)
         is_half = _is_half((*self.parameters, *terms))
-        if self._watch is None:
+        if self._in_step:
+            _refuse_half_loss(terms)
+            # Gathered parameters are leaves that no module holds: others cannot be told from them.
+            refuse_shards(terms, self.parameters)
+        elif self._watch is None:
             if is_half:
                 refuse_unheld_parameter(terms, self.parameters)
         elif is_half or not self._commits:
@@ -261,8 +276,9 @@ class WindowGradients:
     def _in_buffers(self, differentiate: _Differentiate) -> _Differentiate:
         def buffered(terms: Sequence[torch.Tensor], shares: Sequence[float]) -> None:
             # Only the ratio of the shares goes through the backward pass, where a share would be
-            # rounded to few bits and could underflow.
-            largest = max(shares)
+            # rounded to few bits and could underflow. In step other ranks have other shares, and
+            # gradients have met when they come.
+            largest = 1.0 if self._in_step else max(shares)
             for parameter in self._shown:
                 parameter.grad = None
             self._shown = []
@@ -328,3 +344,18 @@ def _outside_autocast(differentiate: _Differentiate, device: str) -> _Differenti
             differentiate(terms, factors)
 
     return outside
+
+
+def _refuse_half_loss(terms: Collection[torch.Tensor]) -> None:
+    """Refuses a loss that would round its share to few bits.
+
+    Raises:
+        ValueError: one is of half precision.
+    """
+    for term in terms:
+        if term.dtype in HALF:
+            raise ValueError(
+                "With fully_shard a loss must be float32 or wider. "
+                f"Got {str(term.dtype).removeprefix('torch.')}. "
+                "Return loss.float(), or output_dtype=torch.float32 in the policy."
+            )

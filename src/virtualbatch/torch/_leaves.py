@@ -59,6 +59,28 @@ def refuse_unheld_parameter(
             raise _unheld(leaf)
 
 
+def refuse_shards(terms: Collection[torch.Tensor], parameters: Collection[torch.Tensor]) -> None:
+    """Refuses a loss that uses sharded parameters where they are not gathered.
+
+    Nothing adds up over ranks what it gives them.
+
+    Args:
+        terms: scalar losses of a micro-batch, before their backward pass.
+        parameters: the shards.
+
+    Raises:
+        ValueError: it uses one.
+    """
+    known = {id(parameter) for parameter in parameters}
+    for leaf in foreign_leaves(terms, ()):
+        if id(leaf) in known:
+            raise ValueError(
+                "With fully_shard a loss must use parameters in the forward pass of their module, "
+                "where they are gathered. Got a loss that uses the shards of one of shape "
+                f"{tuple(leaf.shape)}. Compute what uses it, such as a penalty, in that pass."
+            )
+
+
 class ForeignLeaves:
     """Leaves beside the parameters, which PyTorch gives gradients that lack their share.
 

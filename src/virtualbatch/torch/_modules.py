@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.parameter import is_lazy
 
-from virtualbatch.torch._distributed import distributed_classes
+from virtualbatch.torch._distributed import distributed_classes, put_to_rest
 from virtualbatch.torch._loose import Loose, as_modules
 from virtualbatch.torch._stepping import refuse_node_hooks
 
@@ -57,6 +57,7 @@ def inventory(module: Any, *, may_step: bool = False, may_be_frozen: bool = Fals
     # The list grows while it is walked. `Module.modules()` would build a name for each layer.
     for layer in layers:
         if isinstance(layer, classes):
+            put_to_rest(layer)
             distributed.append(layer)
         _check_layer(layer)
         for name, parameter in layer._parameters.items():

@@ -35,6 +35,8 @@ class Program(NamedTuple):
         stats: whether the statistics of the window are returned too.
         averaged_over: by how many replicas something divides the gradients later.
         holds_last: whether the last micro-batch is differentiated by whoever hands over.
+        in_step: (micro-batches that have run, all of them) -> None, called before each and after
+            the last, where ranks run each micro-batch at the same time; else None.
     """
 
     loss_fn: Callable[[Any], Any]
@@ -43,8 +45,9 @@ class Program(NamedTuple):
     backward_fn: Callable[[torch.Tensor], Any] | None
     found: Inventory
     stats: bool = False
-    averaged_over: int = 1
+    averaged_over: float = 1
     holds_last: bool = False
+    in_step: Callable[[int, int], None] | None = None
 
     def weights(self, cut: Sequence[Microbatch]) -> HostWeights:
         """The weights of a window's micro-batches."""
@@ -60,7 +63,8 @@ class Program(NamedTuple):
         If anything raises, every `.grad`, buffer, momentum and hook is as before the call.
 
         Args:
-            cut: the micro-batches.
+            cut: the micro-batches. Those that have no shares are fillers: they run, because other
+                ranks do, and count nothing.
             shares: their shares.
             conclude: what becomes of it, such as `keep`.
 
@@ -86,8 +90,9 @@ class Program(NamedTuple):
                 norms,
                 partial(_has_memory_of, cut),
                 self.averaged_over,
+                self.in_step is not None,
             )
-        run = _Run(self.loss_fn, self.has_aux, statistics, gradients, norms)
+        run = _Run(self.loss_fn, self.has_aux, statistics, gradients, norms, self.in_step)
         ran = Ran(run, WindowLoss(), [], shares, buffers)
         try:
             with ExitStack() as attached:
@@ -97,7 +102,8 @@ class Program(NamedTuple):
                     attached.enter_context(norms.attached())
                 run.window(cut, ran, conclude is keep, self.holds_last)
                 if self.has_aux:
-                    aux = merged_aux(self.loss_fn, cut, ran.aux, shares) if cut else None
+                    own = cut[: len(shares.rows)]
+                    aux = merged_aux(self.loss_fn, own, ran.aux, shares) if own else None
                     ran.aux[:] = [aux]
             return conclude(ran)
         except BaseException:
@@ -201,6 +207,7 @@ class _Run(NamedTuple):
 
     Fields:
         gradients: None where PyTorch records none.
+        in_step: see `Program`.
     """
 
     loss_fn: Callable[[Any], Any]
@@ -208,15 +215,17 @@ class _Run(NamedTuple):
     statistics: MergedStatistics
     gradients: WindowGradients | None
     norms: GradientNorms | None
+    in_step: Callable[[int, int], None] | None
 
     def window(self, cut: Sequence[Microbatch], ran: Ran, keeps: bool, holds_last: bool) -> None:
         """Runs the micro-batches; their losses and aux are added to `ran`."""
         gradients, shares = self.gradients, ran.shares
         forward = self.statistics.heard(self.loss_fn) if self.statistics else self.loss_fn
-        empty = [shares.is_empty(index) for index in range(len(cut))]
+        count = len(shares.rows)
+        empty = [shares.is_empty(index) for index in range(count)]
         # A window without any weight has the loss 0 and, where one micro-batch reaches a
         # parameter, the gradient 0.
-        nothing = all(empty) and not shares.elsewhere
+        nothing = all(empty) and not shares.elsewhere and self.in_step is None
         # Rows without weight still meet aux and BatchNorm, as they do in the whole batch.
         run_all = self.has_aux or bool(self.statistics)
         is_only = len(cut) == 1 and keeps
@@ -224,18 +233,22 @@ class _Run(NamedTuple):
             gradients.start(commit=keeps)
         counted = False
         for index, microbatch in enumerate(cut):
-            counts = not empty[index] or (nothing and index == 0)
+            is_filler = index >= count
+            counts = self.in_step is not None or not empty[index] or (nothing and index == 0)
             if not (counts or run_all):
                 continue
-            result = forward(microbatch.get())
+            if self.in_step is not None:
+                self.in_step(index, len(cut))
+            result = (self.loss_fn if is_filler else forward)(microbatch.get())
             if gradients is not None and is_only:
                 gradients.start_after_forward()
             if self.has_aux:
                 result, aux = loss_and_aux(result, self.has_aux)
-                ran.aux.append(detached(aux))
+                if not is_filler:
+                    ran.aux.append(detached(aux))
                 del aux
             terms = checked_terms(result)
-            parts = shares.of(terms, index)
+            parts = [0.0] * len(terms) if is_filler else shares.of(terms, index)
             if counts:
                 counted = True
                 parts = [1.0] * len(parts) if nothing else parts
@@ -248,6 +261,8 @@ class _Run(NamedTuple):
                 ran.loss.add(terms.values(), parts)
             # Two graphs at once would hold two sets of activations.
             del result, terms
+        if self.in_step is not None:
+            self.in_step(len(cut), len(cut))
         if gradients is not None:
             if counted and not gradients.found_any:
                 raise ValueError(

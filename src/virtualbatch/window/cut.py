@@ -97,7 +97,19 @@ def even_cut(rows: int, microbatch_size: int) -> list[tuple[int, int]]:
     Returns:
         (start, stop) of each micro-batch, in order, covering `range(rows)`.
     """
-    count = -(-rows // microbatch_size)
+    return even_parts(rows, -(-rows // microbatch_size))
+
+
+def even_parts(rows: int, count: int) -> list[tuple[int, int]]:
+    """Cuts rows contiguously into a number of micro-batches, as equal as they can be.
+
+    Args:
+        rows: rows of the batch.
+        count: how many micro-batches, from 1 to `rows`.
+
+    Returns:
+        See `even_cut`.
+    """
     size, extra = divmod(rows, count)
     stops = [(i + 1) * size + min(i + 1, extra) for i in range(count)]
     return list(zip([0, *stops[:-1]], stops, strict=True))

@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.first_window import NO_GRADIENT, conclude, prove
-from virtualbatch.certify.proven import NO_ROWS, Proven
+from virtualbatch.certify.proven import IN_STEP, NO_ROWS, Proven
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
 from virtualbatch.plan.out_of_memory import in_words
@@ -76,6 +76,11 @@ def prove_first_window(
     if seen.group > 1:
         seen.check_sizes([known_rows(piece) for piece in cut])
     return [microbatch.protected() for microbatch in cut] if seen.writes_rows else cut
+
+
+def tell_untried(program: Program) -> None:
+    """Logs, once for a loss, that it cannot be tried with modules that gather parameters."""
+    _proven(program).tell_once(program.loss_fn, program.weight, IN_STEP)
 
 
 def _proven(program: Program) -> Proven:

@@ -20,6 +20,7 @@ from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._plan.memory import ERRORS, left_bytes
 from virtualbatch.torch._plan.peak import DeviceCount, can_fake, faked, peak_bytes
 from virtualbatch.torch._random import RandomState
+from virtualbatch.torch._replicas.found import refuse_in_step
 from virtualbatch.torch._window import Program, take_back
 from virtualbatch.window.shares import Shares
 
@@ -40,9 +41,10 @@ def planned(program: Program, batch: ReadBatch, memory_limit: int | str | None) 
         memory_limit: bytes, a text, or None.
 
     Raises:
-        ValueError: not even one row fits, or a limit does not parse.
+        ValueError: not even one row fits, a limit does not parse, or ranks must run together.
     """
     found = program.found
+    refuse_in_step(found)
     device = found.accelerator
     held = _held_bytes(program, batch)
     memory = Memory(ERRORS, partial(left_bytes, device))

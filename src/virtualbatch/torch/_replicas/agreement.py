@@ -5,14 +5,16 @@ they learn whether all have succeeded, before anything is written. So a rank tha
 all, and none waits for gradients that will not come.
 """
 
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import distributed
 
+from virtualbatch.torch._distributed import full
 from virtualbatch.torch._replicas.moments import as_sums, from_sums
 from virtualbatch.torch._replicas.replicas import Outcome
 from virtualbatch.torch._window import Ran
@@ -31,9 +33,18 @@ class Agreement:
         device: of the module, where the loss comes back.
         parameters: how many there are, the same number on all ranks.
         channels: of each BatchNorm layer whose statistics are merged, the same on all ranks.
+        in_step: whether ranks run each micro-batch at the same time. Then none can be told of a
+            failure while they run: what they wait for are gathers of their module.
     """
 
-    def __init__(self, group: Any, device: torch.device, parameters: int, channels: Sequence[int]):
+    def __init__(
+        self,
+        group: Any,
+        device: torch.device,
+        parameters: int,
+        channels: Sequence[int],
+        in_step: bool = False,
+    ):
         self._group = group
         self._size = distributed.get_world_size(group)
         self._device = device
@@ -42,8 +53,11 @@ class Agreement:
         # Gloo sends what is on the host. NCCL sends only what is on a device.
         backends = str(distributed.get_backend_config(group))
         self._messages = torch.device("cpu") if "cpu:" in backends else device
-        # Which message the other ranks wait for.
-        self._awaited: str | None = "before"
+        self._in_step = in_step
+        # Tells of a failure by the message that the other ranks wait for.
+        self._tell: Callable[[], Any] | None = self._tell_before
+        if in_step:
+            self._tell = self._tell_count
 
     def __enter__(self) -> "Agreement":
         return self
@@ -54,15 +68,31 @@ class Agreement:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None or self._awaited is None:
+        if error is None or self._tell is None:
             return
         try:
-            if self._awaited == "before":
-                self._sum_weights([1.0])
-            else:
-                self._largest([1] + [0] * (1 + self._parameters + len(self._channels)))
+            self._tell()
         except RuntimeError as lost:
             error.add_note(f"The other ranks could not be told: {lost}")
+
+    def most(self, count: int) -> int:
+        """The most micro-batches that a rank wants, which all are to run.
+
+        Args:
+            count: those that this rank wants.
+
+        Raises:
+            RuntimeError: another rank has failed.
+        """
+        failed, most = self._largest([0, count])
+        self._tell = None
+        self._check_others(failed)
+        self._tell = self._tell_before
+        return most
+
+    def have_run(self) -> None:
+        """Says that all micro-batches of ranks in step have run."""
+        self._tell = self._tell_after
 
     def before(self, weights: HostWeights) -> Totals:
         """Adds up what the window weighs.
@@ -86,9 +116,9 @@ class Agreement:
         code = float(_code(weights)) if has_rows else 0.0
         rows = float(sum(n or 0 for n in weights.rows))
         own = [float(has_rows), code, code**2, rows, float(len(weights.rows))]
-        own += [float(None in weights.rows), *(sum(weights.weighed[name]) for name in names)]
+        own += [float(None in weights.rows), *(math.fsum(weights.weighed[name]) for name in names)]
         # A message that fails is not sent again.
-        self._awaited = None
+        self._tell = None
         failed, ranks, codes, squares, rows, count, unknown, *sums = self._sum_weights([0.0, *own])
         self._check_others(failed)
         if not ranks:
@@ -102,7 +132,7 @@ class Agreement:
                 "All ranks must return the same terms. "
                 f"Got {here} here. Make loss_fn and weight the same on all ranks."
             )
-        self._awaited = "after"
+        self._tell = None if self._in_step else self._tell_after
         terms = dict(zip(names, sums, strict=False))
         return Totals(count, terms, len(weights.rows)) if unknown else Totals(rows, terms)
 
@@ -119,11 +149,11 @@ class Agreement:
         loss, norms = ran.loss, ran.run.norms
         own = [0, _DTYPES.index(loss.dtype), *ran.reached(self._parameters), *map(len, merged)]
         numbers = [
-            torch.zeros(()) if loss.total is None else loss.total,
+            torch.zeros(()) if loss.total is None else full(loss.total),
             torch.zeros(()) if norms is None else norms.mean_square(),
             torch.tensor(float(ran.shares.counted)),
         ]
-        self._awaited = None
+        self._tell = None
         failed, code, *others = self._largest(own)
         self._check_others(failed)
         calls = others[self._parameters :]
@@ -136,6 +166,15 @@ class Agreement:
             sums[1].to(self._device),
             from_sums(sums[3:].to(self._device), calls, self._channels),
         )
+
+    def _tell_count(self) -> None:
+        self._largest([1, 0])
+
+    def _tell_before(self) -> None:
+        self._sum_weights([1.0])
+
+    def _tell_after(self) -> None:
+        self._largest([1] + [0] * (1 + self._parameters + len(self._channels)))
 
     def _sum_weights(self, own: Sequence[float]) -> list[float]:
         vector = torch.zeros(_MOST_TERMS + 8, dtype=torch.float64)

@@ -17,7 +17,7 @@ from virtualbatch.torch._handover import Finished, hooks_set_aside
 from virtualbatch.torch._modules import Inventory
 from virtualbatch.torch._replicas.checks import check_ddp, check_group, check_reduce
 from virtualbatch.torch._replicas.replicas import Replicas
-from virtualbatch.torch._window import Ran
+from virtualbatch.torch._window import Program, Ran
 
 # DDP module -> what its reducer was made for.
 _MADE_FOR: Any = WeakIdKeyDictionary()
@@ -49,9 +49,21 @@ class Replicated(Replicas):
         check_group([module.process_group for module in self._modules], group)
         self._check_parameters()
 
-    def gather(self) -> None:
+    def settle(self) -> None:
         """See `Replicas`."""
         self._rebuild_buckets()
+
+    def check(self, program: Program) -> None:
+        """See `Replicas`. Statistics are of gradients that would be added to others unseen."""
+        grads = [parameter.grad for parameter in self._found.parameters]
+        if program.stats and any(x is not None and bool(x.any()) for x in grads):
+            raise ValueError(
+                "Statistics over ranks are those of gradients that have met, so .grad must be "
+                "empty. Got gradients of an earlier window in it. Call zero_grad() before."
+            )
+
+    def begin(self, *, is_filler: bool, is_last: bool) -> None:
+        """See `Replicas`: these can."""
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -86,6 +98,7 @@ class Replicated(Replicas):
             if module.find_unused_parameters
             for parameter in module.parameters()
         }
+        tables = {id(table) for module in self._modules for table in _sparse_tables(module)}
         parameters, gradients, nowhere = [], [], []
         taken = ran.gradients.taken()
         for parameter, gradient, found in zip(self._found.parameters, taken, reached, strict=True):
@@ -93,7 +106,9 @@ class Replicated(Replicas):
                 nowhere.append(parameter)
             if found or id(parameter) not in optional:
                 parameters.append(parameter)
-                gradients.append(self._zeros(parameter) if gradient is None else gradient)
+                if gradient is None:
+                    gradient = _zeros(parameter, id(parameter) in tables)
+                gradients.append(gradient)
         # Only `Finished` may hold what `.grad` is to take over.
         del taken
         used = {
@@ -126,15 +141,6 @@ class Replicated(Replicas):
     def _rebuild_buckets(self) -> None:
         for module in self._modules:
             module.reducer._rebuild_buckets()
-
-    def _zeros(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The gradient of a parameter that only other ranks have reached."""
-        if any(parameter is table for module in self._modules for table in _sparse_tables(module)):
-            # DDP expects rows of numbers, which are added up as such.
-            nowhere = torch.empty((1, 0), dtype=torch.int64, device=parameter.device)
-            rows = parameter.detach().new_empty((0, *parameter.shape[1:]))
-            return torch.sparse_coo_tensor(nowhere, rows, parameter.shape, check_invariants=False)
-        return torch.zeros_like(parameter)
 
     def _check_parameters(self) -> None:
         """Refuses parameters that no reducer was made for."""
@@ -252,3 +258,13 @@ def _sparse_tables(module: torch.nn.Module) -> list[torch.Tensor]:
     return [
         layer.weight for layer in module.modules() if isinstance(layer, tables) and layer.sparse
     ]
+
+
+def _zeros(parameter: torch.Tensor, is_sparse: bool) -> torch.Tensor:
+    """The gradient of a parameter that only other ranks have reached."""
+    if not is_sparse:
+        return torch.zeros_like(parameter)
+    # DDP expects rows of numbers, which are added up as such.
+    nowhere = torch.empty((1, 0), dtype=torch.int64, device=parameter.device)
+    rows = parameter.detach().new_empty((0, *parameter.shape[1:]))
+    return torch.sparse_coo_tensor(nowhere, rows, parameter.shape, check_invariants=False)

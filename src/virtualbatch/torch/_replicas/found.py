@@ -44,21 +44,25 @@ def replicas_of(found: Inventory, group: Any, reduce: str | None) -> Replicas | 
 
 
 def quiet(found: Inventory) -> AbstractContextManager[None]:
-    """While one rank runs micro-batches of which the others know nothing, as planning does.
+    """While one rank runs micro-batches of which the others know nothing, as planning does."""
+    refuse_in_step(found)
+    replicas = replicas_of(found, None, None) if found.distributed else None
+    return nullcontext() if replicas is None else replicas.alone()
+
+
+def refuse_in_step(found: Inventory) -> None:
+    """Refuses modules that one rank cannot run without the others.
 
     Raises:
-        ValueError: its modules cannot run without the other ranks.
+        ValueError: there is one.
     """
-    if not found.distributed:
-        return nullcontext()
-    replicas = replicas_of(found, None, None)
-    if replicas is None or not replicas.can_run_alone:
-        raise ValueError(
-            'plan and microbatch_size="auto" look at one device. '
-            f"Got {type(found.distributed[0]).__name__}, whose ranks run together. "
-            "Call plan with the module before it is sharded, and pass what it finds."
-        )
-    return replicas.alone()
+    for module in found.distributed:
+        if isinstance(module, classes_of("torch.distributed.fsdp", "FSDPModule")):
+            raise ValueError(
+                'plan and microbatch_size="auto" look at one device. '
+                f"Got {type(module).__name__}, whose ranks run together. "
+                "Call plan with the module before it is sharded, and pass what it finds."
+            )
 
 
 def refuse_replicas(found: Inventory) -> None:

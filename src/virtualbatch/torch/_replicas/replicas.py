@@ -1,16 +1,21 @@
 """What every kind of replicas gives: a quiet place to run in, and gradients that meet once."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from virtualbatch.noise.estimate import WindowStats
+from virtualbatch.torch._batch import Microbatch, ReadBatch
 from virtualbatch.torch._batchnorm import Moments
 from virtualbatch.torch._handover import Finished
-from virtualbatch.torch._window import Ran
+from virtualbatch.torch._window import Program, Ran
+from virtualbatch.window.shares import Shares
+
+# Tries the law on a first window: (batch, micro-batches, their shares) -> micro-batches to run.
+Prove: TypeAlias = Callable[[ReadBatch, Sequence[Microbatch], Shares], Sequence[Microbatch]]
 
 
 class Outcome(NamedTuple):
@@ -46,27 +51,44 @@ class Replicas(ABC):
 
     Attributes:
         group: their process group.
-        size: how many there are, by which the module divides.
+        size: what the module divides gradients by: how many there are, unless it is told else.
         can_run_alone: whether a rank can run a micro-batch while the others do something else.
         overlaps: whether gradients meet while the last micro-batch is differentiated.
     """
 
     group: Any
-    size: int
+    size: float
     can_run_alone: bool
     overlaps: bool
 
     @abstractmethod
-    def gather(self) -> None:
+    def check(self, program: Program) -> None:
+        """Refuses what is asked of a window and cannot be told here.
+
+        Raises:
+            ValueError: statistics are, which these modules do not show.
+        """
+
+    @abstractmethod
+    def settle(self) -> None:
         """Does what is due on all ranks at once, since a step that was not ours."""
 
     @abstractmethod
     def alone(self) -> AbstractContextManager[None]:
-        """While this rank runs micro-batches before all have gathered."""
+        """While this rank runs micro-batches of which the others know nothing."""
 
     @abstractmethod
     def quiet(self) -> AbstractContextManager[None]:
-        """While micro-batches run that other ranks need not run as well."""
+        """While micro-batches run, of which nothing is kept yet."""
+
+    @abstractmethod
+    def begin(self, *, is_filler: bool, is_last: bool) -> None:
+        """Says that a micro-batch follows, where ranks cannot run alone.
+
+        Args:
+            is_filler: whether this rank runs it for the others only.
+            is_last: whether it is the last of the window.
+        """
 
     @abstractmethod
     def finished(self, ran: Ran, reached: Sequence[bool], scale: torch.Tensor | None) -> Finished:

@@ -1,4 +1,7 @@
-"""One window of several ranks: weighed together, run apart, agreed upon, and added up once."""
+"""One window of several ranks: weighed together, run apart, agreed upon, and added up once.
+
+Ranks whose modules gather parameters run in step instead, see `in_step`.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -8,12 +11,9 @@ from virtualbatch.torch._batch import Microbatch, ReadBatch
 from virtualbatch.torch._batchnorm import is_tracked
 from virtualbatch.torch._fit import Fit
 from virtualbatch.torch._replicas.agreement import Agreement
-from virtualbatch.torch._replicas.replicas import Outcome, Replicas
+from virtualbatch.torch._replicas.in_step import run_in_step
+from virtualbatch.torch._replicas.replicas import Outcome, Prove, Replicas
 from virtualbatch.torch._window import Program, Ran
-from virtualbatch.window.shares import Shares
-
-# (micro-batches, their shares) -> those to run.
-Prove = Callable[[ReadBatch, Sequence[Microbatch], Shares], Sequence[Microbatch]]
 
 
 def run_window(
@@ -41,22 +41,16 @@ def run_window(
     found = program.found
     channels = [layer.running_mean.numel() for layer in found.with_buffers if is_tracked(layer)]
     device = found.accelerator or torch.device("cpu")
-    replicas.gather()
-    with Agreement(replicas.group, device, len(found.parameters), channels) as agreement:
+    replicas.settle()
+    run = _run_apart if replicas.can_run_alone else run_in_step
+    with Agreement(
+        replicas.group, device, len(found.parameters), channels, not replicas.can_run_alone
+    ) as agreement:
         with replicas.quiet():
+            replicas.check(program)
             batch = read()
-            _refuse_kept_gradients(program)
             fitting = fit(batch)
-            weights = program.weights(fitting.cut)
-        totals = agreement.before(weights)
-
-        def run(cut: Sequence[Microbatch]) -> Ran:
-            shares = program.weights(cut).shares(totals)
-            ran: Ran = program.run(prove(batch, cut, shares), shares, _checked)
-            return ran
-
-        with replicas.quiet():
-            ran = fitting.run(run)
+        ran = run(replicas, agreement, program, batch, fitting, prove)
         try:
             outcome = agreement.after(ran)
         except BaseException:
@@ -73,15 +67,24 @@ def _checked(ran: Ran) -> Ran:
     return ran
 
 
-def _refuse_kept_gradients(program: Program) -> None:
-    """Refuses statistics of gradients that would be added to others before they are seen.
+def _run_apart(
+    replicas: Replicas,
+    agreement: Agreement,
+    program: Program,
+    batch: ReadBatch,
+    fit: Fit,
+    prove: Prove,
+) -> Ran:
+    """Runs as many micro-batches as this rank has, again with smaller ones if memory runs out."""
+    with replicas.quiet():
+        weights = program.weights(fit.cut)
+    totals = agreement.before(weights)
 
-    Raises:
-        ValueError: some `.grad` is neither empty nor zero.
-    """
-    grads = [parameter.grad for parameter in program.found.parameters]
-    if program.stats and any(x is not None and bool(x.any()) for x in grads):
-        raise ValueError(
-            "Statistics over ranks are those of gradients that have met, so .grad must be empty. "
-            "Got gradients of an earlier window in it. Call zero_grad() before."
-        )
+    def run(cut: Sequence[Microbatch]) -> Ran:
+        shares = program.weights(cut).shares(totals)
+        ran: Ran = program.run(prove(batch, cut, shares), shares, _checked)
+        return ran
+
+    with replicas.quiet():
+        found: Ran = fit.run(run)
+    return found
