@@ -7,14 +7,26 @@ import torch
 from tests.private_names import private_imports, private_names
 from tests.torch.ranks import run
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 # Private names in src, by what has them. Whoever uses another one names it here.
 NAMES = {
     "module": {"_buffers", "_forward_hooks", "_modules", "_parameters"},
-    "parameter": {"_post_accumulate_grad_hooks", "_version"},
+    "parameter": {"_backward_hooks", "_post_accumulate_grad_hooks", "_version"},
     "storage": {"_cdata"},
     "torch": {"_foreach_add_", "_foreach_copy_", "_foreach_zero_"},
     "operation": {"_schema"},
+}
+# Of DistributedDataParallel, whose reducer is armed and read as Accelerate and Lightning do it.
+OF_REPLICATED = {
+    "module": {
+        "_check_reducer_finalized",
+        "_comm_hooks",
+        "_delay_all_reduce_params",
+        "_get_ddp_logging_data",
+    },
+    "reducer": {"_get_zeros_like_grad_buckets", "_rebuild_buckets"},
+    "variable": {"_execution_engine"},
 }
 # Of fully sharded modules, which tell neither their dtypes nor what they hold in another way.
 OF_SHARDED = {
@@ -23,7 +35,7 @@ OF_SHARDED = {
     "parameter": {"_unsharded_param"},
 }
 # Of Accelerate and Lightning, which tests/torch/test_refusals.py stands in for.
-OF_OTHERS = {"_automatic_optimization", "_shared_state", "_trainer"}
+OF_OTHERS = {"_automatic_optimization", "_in_backward_optimizers", "_shared_state", "_trainer"}
 IMPORTS = {
     "torch._subclasses.fake_tensor.FakeTensor",
     "torch._subclasses.fake_tensor.FakeTensorMode",
@@ -33,7 +45,9 @@ IMPORTS = {
 
 
 def test_every_private_name_in_use_is_named_here():
-    assert private_names("torch") == set().union(*NAMES.values(), *OF_SHARDED.values(), OF_OTHERS)
+    tables = (NAMES, OF_REPLICATED, OF_SHARDED)
+    known = [names for table in tables for names in table.values()]
+    assert private_names("torch") == set().union(*known, OF_OTHERS)
     assert private_imports("torch", r"torch\b.*\._") == IMPORTS
 
 
@@ -54,6 +68,17 @@ def test_torch_has_every_private_name():
     }
     for owner, names in NAMES.items():
         assert not {name for name in names if not hasattr(owners[owner], name)}
+
+
+def replicated_names(rank, world):
+    module = DistributedDataParallel(torch.nn.Linear(1, 1))
+    owners = {"module": module, "reducer": module.reducer, "variable": torch.autograd.Variable}
+    pairs = [(owners[owner], name) for owner, names in OF_REPLICATED.items() for name in names]
+    return {name for owner, name in pairs if not hasattr(owner, name)}
+
+
+def test_a_distributed_module_has_every_private_name():
+    assert run(replicated_names, 1) == [set()]
 
 
 def sharded_names(rank, world):
