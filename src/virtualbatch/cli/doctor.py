@@ -180,7 +180,7 @@ def diagnose(seconds_per_child: float = SECONDS_PER_CHILD) -> Diagnosis:
         process_group=group,
         memory=host_memory(),
         variables=variables,
-        advice=_advice(frameworks, packages, variables, group),
+        advice=(*_advice_of_group(group), *_advice(frameworks, packages, variables)),
     )
 
 
@@ -234,7 +234,6 @@ def _advice(
     frameworks: tuple[Framework, ...],
     packages: Mapping[str, str | None],
     variables: Mapping[str, str],
-    group: Mapping[str, str] | None,
 ) -> tuple[str, ...]:
     advice = [
         f"{framework.name} is installed but {framework.problem}. Reinstall it: "
@@ -250,16 +249,6 @@ def _advice(
             f"Keras runs on {backend} now, which virtualbatch.keras does not serve: "
             "export KERAS_BACKEND=tensorflow, or jax, or torch"
         )
-    if group is not None and (absent := [name for name in _LAUNCHED if name not in group]):
-        advice.append(
-            f"a process group is half described, {' and '.join(absent)} not set: start with "
-            "torchrun, or unset the others"
-        )
-    elif group is not None and group["WORLD_SIZE"] != "1":
-        advice.append(
-            "this is one of several processes: pass what adds up their gradients as module=, such "
-            "as a DistributedDataParallel, see docs/processes.md"
-        )
     works = any(framework.engine and framework.devices for framework in frameworks)
     if works and packages["keras"] and packages["scikit-learn"]:
         advice.append("virtualbatch demo")
@@ -268,6 +257,22 @@ def _advice(
     elif not any(framework.problem for framework in frameworks):
         advice.append('pip install "virtualbatch[tensorflow]"')
     return tuple(advice)
+
+
+def _advice_of_group(group: Mapping[str, str] | None) -> tuple[str, ...]:
+    if group is None:
+        return ()
+    if absent := [name for name in _LAUNCHED if name not in group]:
+        return (
+            f"a process group is half described, {' and '.join(absent)} not set: start with "
+            "torchrun, or unset the others",
+        )
+    if group["WORLD_SIZE"] == "1":
+        return ()
+    return (
+        "this is one of several processes: pass what adds up their gradients as module=, such as "
+        "a DistributedDataParallel, see docs/processes.md",
+    )
 
 
 def _describe(framework: Framework) -> list[str]:
