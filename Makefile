@@ -107,6 +107,9 @@ bench: setup
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/torch_loop.py
+	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/replicas.py
+	$(BIN)/python benchmarks/messages.py
 	$(BIN)/python benchmarks/jax_loop.py
 	$(BIN)/python benchmarks/keras_backends.py --backend torch
 	$(BIN)/python benchmarks/keras_backends.py --backend jax

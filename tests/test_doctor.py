@@ -188,3 +188,40 @@ def test_a_resource_limit_is_used_by_what_the_process_has(monkeypatch: pytest.Mo
     (limit,) = (limit for limit in host_memory().limits if limit.source == "RLIMIT_AS")
     has = psutil.Process().memory_info().vms
     assert has / 2 < limit.used_bytes < 2 * has
+
+
+LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, **variables: str) -> doctor.Diagnosis:
+    monkeypatch.setattr(doctor, "_DEVICE_SCRIPTS", {})
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return doctor.diagnose()
+
+
+def test_a_process_alone_is_in_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    diagnosis = launched(monkeypatch)
+    assert diagnosis.process_group is None
+    assert "\nprocess group\n  none, this process is alone\n" in str(diagnosis)
+    assert not any("process" in line for line in diagnosis.advice)
+
+
+def test_a_process_group_is_told_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    diagnosis = launched(monkeypatch, **LAUNCHED)
+    assert json.loads(diagnosis.to_json())["process_group"] == LAUNCHED
+    assert "\n  rank 1 of 2, which meet at 127.0.0.1:29500\n" in str(diagnosis)
+    assert diagnosis.advice[0].startswith("this is one of several processes: pass what adds up")
+    of_one = launched(monkeypatch, **LAUNCHED | {"RANK": "0", "WORLD_SIZE": "1"})
+    assert not any("several processes" in line for line in of_one.advice)
+
+
+def test_a_group_that_is_half_described_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    diagnosis = launched(monkeypatch, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    assert "rank ? of 2, which meet at 127.0.0.1:?" in str(diagnosis)
+    assert diagnosis.advice[0] == (
+        "a process group is half described, RANK and MASTER_PORT not set: start with torchrun, "
+        "or unset the others"
+    )

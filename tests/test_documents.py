@@ -19,6 +19,9 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("**/*.md"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# What they train runs in the quick tier all the same: tests/torch/test_ddp_example.py.
+SLOW_EXAMPLES = {"torch_ddp.py"}
+QUICK = [README, "docstrings", *(file for file in EXAMPLES if file.name not in SLOW_EXAMPLES)]
 MAX_EXAMPLE_LINES = 60
 
 BLOCK = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
@@ -142,9 +145,7 @@ def assert_runs(
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "source",
-    tiered(
-        [README, "docstrings", *EXAMPLES, *DOCS], [README, "docstrings", *EXAMPLES], "pages of docs"
-    ),
+    tiered([README, "docstrings", *EXAMPLES, *DOCS], QUICK, "pages of docs, and launchers"),
     ids=lambda source: getattr(source, "name", source),
 )
 def test_program(source: Path | str, assert_runs: Callable[[Path | str], None]) -> None:

@@ -65,8 +65,13 @@ SIGNATURES = {
     ),
     virtualbatch.torch.backward: (
         "(loss_fn, batch, *, module, microbatch_size=None, accumulation_steps=None, weight=None, "
-        "has_aux=False, backward_fn=None, stats=False, check=True)"
+        "has_aux=False, backward_fn=None, stats=False, check=True, group=None, reduce=None)"
     ),
+    virtualbatch.torch.loss: (
+        "(loss_fn, batch, *, module, microbatch_size=None, accumulation_steps=None, weight=None, "
+        "has_aux=False, stats=False, check=True, scaler=None, group=None, reduce=None)"
+    ),
+    virtualbatch.torch.windows: "(stream, accumulation_steps, *, group=None)",
     virtualbatch.jax.plan: (
         "(fun, argnums=0, has_aux=False, *, batch_argnum=1, weight=None, accumulator_dtype=None, "
         "key_argnum=None, grad_fn=None, aux_merge=None, memory_limit=None)"
@@ -111,6 +116,7 @@ NAMES = {
         "captured",
         "certify",
         "certify_loop",
+        "loss",
         "plan",
         "windows",
     },
@@ -132,13 +138,15 @@ def test_signature(function: object) -> None:
 
 
 # What the whole call returns, by `has_aux` and `stats`; mypy checks that the overloads agree.
+TORCH = {
+    (False, False): torch.Tensor,
+    (True, False): tuple[torch.Tensor, Any],
+    (False, True): tuple[torch.Tensor, virtualbatch.WindowStats],
+    (True, True): tuple[torch.Tensor, Any, virtualbatch.WindowStats],
+}
 RESULTS = {
-    virtualbatch.torch.backward: {
-        (False, False): torch.Tensor,
-        (True, False): tuple[torch.Tensor, Any],
-        (False, True): tuple[torch.Tensor, virtualbatch.WindowStats],
-        (True, True): tuple[torch.Tensor, Any, virtualbatch.WindowStats],
-    },
+    virtualbatch.torch.backward: TORCH,
+    virtualbatch.torch.loss: TORCH,
     virtualbatch.tensorflow.value_and_gradients: {
         (False, False): tuple[tf.Tensor, Any],
         (True, False): tuple[tuple[tf.Tensor, Any], Any],

@@ -43,11 +43,16 @@ def contender(name: str, case: Case, given: Problem) -> Contender:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     module = _Module(given)
+    distributed = torch.distributed
+    ranks = distributed.get_world_size() if distributed.is_initialized() else 1
 
     def train(updates: int) -> float:
         pieces = TimedPieces(given.pieces, updates)
         trainer = lightning.Trainer(
             accelerator="cpu",
+            devices=ranks,
+            strategy="ddp" if ranks > 1 else "auto",
+            use_distributed_sampler=False,
             accumulate_grad_batches=case.accumulation_steps,
             max_epochs=1,
             callbacks=[_Updates(pieces, case.accumulation_steps)],

@@ -55,7 +55,9 @@ class _Pieces(Dataset[Any]):
 class _Trainer(transformers.Trainer):
     def get_train_dataloader(self) -> Any:
         # Micro-batches come ready, as for the other contenders.
-        return self.accelerator.prepare(DataLoader(self.train_dataset, batch_size=None))
+        loader = DataLoader(self.train_dataset, batch_size=None)
+        # To prepare it would share them out again: each rank is given its own.
+        return loader if torch.distributed.is_initialized() else self.accelerator.prepare(loader)
 
 
 class _Updates(transformers.TrainerCallback):

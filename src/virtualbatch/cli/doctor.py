@@ -1,4 +1,4 @@
-"""`virtualbatch doctor`: what is installed, devices, memory limits, and what to run next.
+"""`virtualbatch doctor`: what is installed, devices, processes, memory limits, what to run next.
 
 Packages are found without importing them. Devices are asked for in one child process per
 framework, so that a broken framework cannot take the answer down with it.
@@ -73,7 +73,11 @@ _VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "PYTORCH_ALLOC_CONF",
     "OMP_NUM_THREADS",
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
 )
+# What launchers such as torchrun tell each process.
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ class Diagnosis:
         platform: operating system and machine.
         frameworks: TensorFlow, torch and JAX, installed or not.
         packages: version of each package beside them, None where it is not installed.
+        process_group: what a launcher tells this process of the others; None where none does.
         memory: of the host, with the limits on this process.
         variables: environment variables that are set and change what frameworks do.
         advice: what stands in the way, and what to run next, in this order.
@@ -115,6 +120,7 @@ class Diagnosis:
     platform: str
     frameworks: tuple[Framework, ...]
     packages: Mapping[str, str | None]
+    process_group: Mapping[str, str] | None
     memory: HostMemory
     variables: Mapping[str, str]
     advice: tuple[str, ...]
@@ -132,6 +138,9 @@ class Diagnosis:
             "",
             "packages",
             *(f"  {name:<14}{version or 'no'}" for name, version in self.packages.items()),
+            "",
+            "process group",
+            f"  {_describe_group(self.process_group)}",
             "",
             "memory",
             f"  {'total':<14}{_gibibytes(self.memory.total_bytes)}",
@@ -161,15 +170,17 @@ def diagnose(seconds_per_child: float = SECONDS_PER_CHILD) -> Diagnosis:
     frameworks = tuple(_framework(name, seconds_per_child) for name in _DEVICE_SCRIPTS)
     packages = {name: _version(name, module) for name, module in _PACKAGES.items()}
     variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    group = {name: os.environ[name] for name in _LAUNCHED if name in os.environ} or None
     return Diagnosis(
         virtualbatch=__version__,
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         frameworks=frameworks,
         packages=packages,
+        process_group=group,
         memory=host_memory(),
         variables=variables,
-        advice=_advice(frameworks, packages, variables),
+        advice=(*_advice_of_group(group), *_advice(frameworks, packages, variables)),
     )
 
 
@@ -248,6 +259,22 @@ def _advice(
     return tuple(advice)
 
 
+def _advice_of_group(group: Mapping[str, str] | None) -> tuple[str, ...]:
+    if group is None:
+        return ()
+    if absent := [name for name in _LAUNCHED if name not in group]:
+        return (
+            f"a process group is half described, {' and '.join(absent)} not set: start with "
+            "torchrun, or unset the others",
+        )
+    if group["WORLD_SIZE"] == "1":
+        return ()
+    return (
+        "this is one of several processes: pass what adds up their gradients as module=, such as "
+        "a DistributedDataParallel, see docs/processes.md",
+    )
+
+
 def _describe(framework: Framework) -> list[str]:
     if framework.version is None:
         return [f"{framework.name:<14}no"]
@@ -257,6 +284,13 @@ def _describe(framework: Framework) -> list[str]:
         f"{framework.name:<14}{framework.version}, {served}",
         f"{'':<14}devices: {found}",
     ]
+
+
+def _describe_group(group: Mapping[str, str] | None) -> str:
+    if group is None:
+        return "none, this process is alone"
+    rank, size, host, port = (group.get(name, "?") for name in _LAUNCHED)
+    return f"rank {rank} of {size}, which meet at {host}:{port}"
 
 
 def _gibibytes(count: int) -> str:

@@ -22,8 +22,8 @@ from virtualbatch.torch._deferred import loss
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._plan.plan import planned
 from virtualbatch.torch._replicas.found import quiet, refuse_replicas
+from virtualbatch.torch._replicas.stream import windows
 from virtualbatch.torch._window import Program
-from virtualbatch.window.stream import windows
 from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.window import Window
 

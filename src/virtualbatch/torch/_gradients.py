@@ -212,7 +212,9 @@ class WindowGradients:
         self._close_leaves()
         pairs = list(zip(self.parameters, self._sums, strict=True))
         found = [parameter.grad if total is None else total for parameter, total in pairs]
+        # Whoever takes them over has them alone, or PyTorch would copy them into `.grad`.
         self._sums = [None] * len(found)
+        self._watch = None
         for parameter, before in zip(self.parameters, self._before, strict=True):
             parameter.grad = before
         return found

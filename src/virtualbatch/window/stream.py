@@ -23,16 +23,15 @@ class Windows(Iterable[Window]):
         self._accumulation_steps = accumulation_steps
 
     def __iter__(self) -> Iterator[Window]:
-        microbatches = iter(self._stream)
-        group = tuple(islice(microbatches, self._accumulation_steps))
-        if not group:
+        is_empty = True
+        for window in grouped(self._stream, self._accumulation_steps):
+            is_empty = False
+            yield window
+        if is_empty:
             raise ValueError(
                 "windows needs at least one micro-batch. Got an empty stream. "
                 "A generator can be read only once: pass a fresh one for each epoch."
             )
-        while group:
-            yield Window(group)
-            group = tuple(islice(microbatches, self._accumulation_steps))
 
     def __len__(self) -> int:
         """Windows of one epoch, where the stream tells its length; else its own TypeError."""
@@ -41,6 +40,21 @@ class Windows(Iterable[Window]):
 
     def __repr__(self) -> str:
         return f"Windows of {self._accumulation_steps} micro-batches each"
+
+
+def grouped(stream: Iterable[Any], accumulation_steps: int) -> Iterator[Window]:
+    """The windows of one pass through a stream, which may have none.
+
+    Args:
+        stream: micro-batches.
+        accumulation_steps: micro-batches per window, checked.
+    """
+    microbatches = iter(stream)
+    while group := tuple(islice(microbatches, accumulation_steps)):
+        yield Window(group)
+        # A stream that has ended may begin anew when it is asked again.
+        if len(group) < accumulation_steps:
+            return
 
 
 def windows(stream: Iterable[Any], accumulation_steps: int) -> Windows:

@@ -22,7 +22,10 @@ from virtualbatch.window.weights import HostWeights, Totals
 
 # All ranks send as many numbers, also those that have no rows and do not know the terms.
 _MOST_TERMS = 56
-_DTYPES = [None, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# Narrow to wide: a loss is as wide as on the rank where it is widest.
+_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# Whether a rank has failed, micro-batches that counted, dtypes, the loss, the mean square.
+_NUMBERS = 4 + len(_DTYPES)
 
 
 class Agreement:
@@ -146,25 +149,34 @@ class Agreement:
             RuntimeError: another rank has failed.
         """
         merged = ran.run.statistics.merged()
+        calls: list[int] = []
+        if self._channels:
+            # What they have heard is as long as on the rank that has called them most.
+            own = [0, *map(len, merged)]
+            self._tell = None
+            failed, *calls = self._largest(own)
+            self._check_others(failed)
         loss, norms = ran.loss, ran.run.norms
-        own = [0, _DTYPES.index(loss.dtype), *ran.reached(self._parameters), *map(len, merged)]
         numbers = [
+            torch.tensor([0.0, float(ran.shares.counted)]),
+            torch.tensor([float(loss.dtype == dtype) for dtype in _DTYPES]),
             torch.zeros(()) if loss.total is None else full(loss.total),
             torch.zeros(()) if norms is None else norms.mean_square(),
-            torch.tensor(float(ran.shares.counted)),
+            torch.tensor(ran.reached(self._parameters)),
+            *as_sums(merged, calls, self._channels),
         ]
         self._tell = None
-        failed, code, *others = self._largest(own)
-        self._check_others(failed)
-        calls = others[self._parameters :]
-        sums = self._sum([*numbers, *as_sums(merged, calls, self._channels)])
-        dtype = _DTYPES[code] or torch.get_default_dtype()
+        sums = self._sum(numbers)
+        known = sums[: _NUMBERS + self._parameters].tolist()
+        self._check_others(known[0])
+        dtypes = [dtype for dtype, ranks in zip(_DTYPES, known[2:], strict=False) if ranks]
+        loss_at = 2 + len(_DTYPES)
         return Outcome(
-            sums[0].to(self._device, dtype),
-            list(map(bool, others[: self._parameters])),
-            round(float(sums[2])),
-            sums[1].to(self._device),
-            from_sums(sums[3:].to(self._device), calls, self._channels),
+            sums[loss_at].to(self._device, dtypes[-1] if dtypes else torch.get_default_dtype()),
+            list(map(bool, known[_NUMBERS:])),
+            round(known[1]),
+            sums[loss_at + 1].to(self._device),
+            from_sums(sums[_NUMBERS + self._parameters :].to(self._device), calls, self._channels),
         )
 
     def _tell_count(self) -> None:
@@ -174,7 +186,10 @@ class Agreement:
         self._sum_weights([1.0])
 
     def _tell_after(self) -> None:
-        self._largest([1] + [0] * (1 + self._parameters + len(self._channels)))
+        if self._channels:
+            self._largest([1] + [0] * len(self._channels))
+        else:
+            self._sum([torch.tensor([1.0] + [0.0] * (_NUMBERS + self._parameters - 1))])
 
     def _sum_weights(self, own: Sequence[float]) -> list[float]:
         vector = torch.zeros(_MOST_TERMS + 8, dtype=torch.float64)

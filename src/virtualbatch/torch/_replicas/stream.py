@@ -1,0 +1,128 @@
+"""Windows of a stream that all ranks read together, each its own part, until all have ended."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from virtualbatch.window.stream import Windows, grouped
+from virtualbatch.window.stream import windows as windows_of_one
+from virtualbatch.window.window import Window
+
+# What a rank tells the others before a window. The largest is what all of them do.
+_ENDED, _READ, _FAILED = range(3)
+
+
+def windows(
+    stream: Iterable[Any], accumulation_steps: int, *, group: Any = None
+) -> "Windows | GroupWindows":
+    """Groups a stream of micro-batches into windows, one per update.
+
+    Nothing is dropped: the last window is as short as the stream leaves it, and its own weight
+    divides it. With `group` each rank reads a stream of its own, of any length; the windows end
+    when all streams have, and a rank whose stream ends before yields `Window([])` until then.
+
+    Args:
+        stream: micro-batches, such as a `DataLoader`.
+        accumulation_steps: micro-batches per window on this rank; a positive integer.
+        group: the ranks that train together, a process group or a mesh; None where the length of
+            the stream alone decides. All ranks must read it at the same time, because they
+            exchange a small message before each window.
+
+    Returns:
+        An iterable of Windows of `accumulation_steps` micro-batches, the last one maybe shorter. It
+        reads the stream anew for each epoch. Without `group` it has a length where the stream has
+        one; with it none, because other ranks may have more.
+
+    Raises:
+        ValueError: accumulation_steps is not a positive integer (at the call), or the stream gave
+            nothing, on any rank (when the first window is asked for), as a generator at a second
+            epoch.
+        TypeError: the stream is not iterable, or this rank is in no such group (at the call).
+        RuntimeError: the stream of another rank has failed (when a window is asked for).
+
+    Example:
+        >>> found = windows("abcde", accumulation_steps=2)
+        >>> len(found), [list(window) for window in found]
+        (3, [['a', 'b'], ['c', 'd'], ['e']])
+    """
+    alone = windows_of_one(stream, accumulation_steps)
+    if group is None:
+        return alone
+    return GroupWindows(stream, accumulation_steps, _process_groups(group))
+
+
+class GroupWindows(Iterable[Window]):
+    """The windows of a stream that other ranks read as well, read anew whenever they are iterated.
+
+    Args:
+        stream: micro-batches.
+        accumulation_steps: micro-batches per window, checked.
+        groups: process groups that together hold all ranks.
+    """
+
+    __slots__ = ("_accumulation_steps", "_device", "_groups", "_stream")
+
+    def __init__(self, stream: Iterable[Any], accumulation_steps: int, groups: list[Any]):
+        self._stream = stream
+        self._accumulation_steps = accumulation_steps
+        self._groups = groups
+        # Gloo sends what is on the host. NCCL sends only what is on a device.
+        backends = [str(torch.distributed.get_backend_config(group)) for group in groups]
+        on_host = all("cpu:" in backend for backend in backends)
+        self._device = None if on_host else torch.accelerator.current_accelerator()
+
+    def __iter__(self) -> Iterator[Window]:
+        found = grouped(self._stream, self._accumulation_steps)
+        window = self._next(found)
+        if self._largest(_READ if window else _ENDED) == _ENDED:
+            raise ValueError(
+                "windows needs at least one micro-batch on some rank. Got an empty stream on all. "
+                "A generator can be read only once: pass a fresh one for each epoch."
+            )
+        while True:
+            yield window
+            window = self._next(found)
+            if self._largest(_READ if window else _ENDED) == _ENDED:
+                return
+
+    def __repr__(self) -> str:
+        return f"Windows of {self._accumulation_steps} micro-batches on each rank"
+
+    def _next(self, found: Iterator[Window]) -> Window:
+        try:
+            return next(found, Window([]))
+        except BaseException as error:
+            # Or the others would wait for this rank until the time limit of the group.
+            try:
+                self._exchange(_FAILED)
+            except RuntimeError as lost:
+                error.add_note(f"The other ranks could not be told: {lost}")
+            raise
+
+    def _largest(self, own: int) -> int:
+        largest = self._exchange(own)
+        if largest == _FAILED:
+            raise RuntimeError(
+                "All ranks must read their streams. Got an error in that of another rank, before "
+                "this window. See the log of that rank."
+            )
+        return largest
+
+    def _exchange(self, own: int) -> int:
+        message = torch.tensor([own], dtype=torch.int32, device=self._device)
+        for group in self._groups:
+            torch.distributed.all_reduce(message, torch.distributed.ReduceOp.MAX, group=group)
+        return int(message)
+
+
+def _process_groups(group: Any) -> list[Any]:
+    # The largest of all ranks of a mesh is found one dimension after another.
+    groups = group.get_all_groups() if hasattr(group, "get_all_groups") else [group]
+    if not all(isinstance(each, torch.distributed.ProcessGroup) for each in groups):
+        raise TypeError(
+            "group must be a process group that this rank is in, or a mesh. "
+            f"Got {type(group).__name__}. Pass torch.distributed.group.WORLD for all ranks, or "
+            "leave it out where this process trains alone."
+        )
+    return groups
