@@ -103,7 +103,7 @@ def found():
 def test_collectives_by_the_number_of_micro_batches(found, mode, gathers, scatters, count):
     collectives, scattered = found["64", mode, count]
     # The number of micro-batches, weights, success, and the loss.
-    assert collectives == {"gather": gathers(count), "scatter": scatters(count), "message": 4}
+    assert collectives == {"gather": gathers(count), "scatter": scatters(count), "message": 3}
     assert scattered == PARAMETERS_BYTES * scatters(count) / GROUPS
 
 
@@ -112,4 +112,4 @@ def test_collectives_by_the_number_of_micro_batches(found, mode, gathers, scatte
 def test_replicas_of_shards_sum_once(found, mode, count):
     collectives, _ = found["8 x 8", mode, count]
     assert collectives["sum"] == GROUPS
-    assert collectives["message"] == 4
+    assert collectives["message"] == 3
