@@ -22,8 +22,12 @@ def by_loss(loss_fn: Callable[[Any], Any], batch: Any, **options: Any) -> torch.
     return loss.detach()
 
 
-# Both are the same law, so every case of a law is tried with both.
-VERBS = {"backward": by_backward, "loss": by_loss}
+def overlapped(loss_fn: Callable[[Any], Any], batch: Any, **options: Any) -> torch.Tensor:
+    return vb.backward(loss_fn, batch, reduce="overlapped", **options)
+
+
+# All are the same law, so every case of a law is tried with each.
+VERBS = {"backward": by_backward, "loss": by_loss, "overlapped": overlapped}
 
 
 def column(values: Sequence[float]) -> torch.Tensor:

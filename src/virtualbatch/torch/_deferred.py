@@ -170,6 +170,7 @@ def loss(
     call = Call(program, batch, microbatch_size, accumulation_steps, check)
     if replicas is not None:
         ran, outcome = call.together(replicas)
+        ran.run.statistics.commit(outcome.statistics)
         value = outcome.loss
         if recording:
             value = replicas.finished(ran, outcome.reached, scale).behind(value)

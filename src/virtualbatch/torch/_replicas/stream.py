@@ -61,8 +61,6 @@ class GroupWindows(Iterable[Window]):
         groups: process groups that together hold all ranks.
     """
 
-    __slots__ = ("_accumulation_steps", "_device", "_groups", "_stream")
-
     def __init__(self, stream: Iterable[Any], accumulation_steps: int, groups: list[Any]):
         self._stream = stream
         self._accumulation_steps = accumulation_steps

@@ -56,7 +56,6 @@ def run_window(
         except BaseException:
             ran.put_back()
             raise
-    ran.run.statistics.commit(outcome.statistics)
     return ran, outcome
 
 
