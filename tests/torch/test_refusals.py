@@ -338,6 +338,8 @@ def test_a_lightning_module_whose_trainer_calls_backward_itself(automatic, is_tr
     call.model._trainer = types.SimpleNamespace(accumulate_grad_batches=1, training=is_training)
     call.model._automatic_optimization = automatic
     if automatic and is_training:
-        call.refused(ValueError, r"automatic optimization.* Set self\.automatic_optimization = Fal")
+        call.refused(ValueError, r"automatic optimization.* Return virtualbatch\.torch\.loss\(")
+        # Behind a node the backward pass may be that of the trainer.
+        vb.loss(**call.arguments).backward()
     else:
         vb.backward(**call.arguments)

@@ -162,7 +162,7 @@ def loss(
         1.333 [[0.667 0.667]]
     """
     recording = torch.is_grad_enabled()
-    found = inventory(module, may_step=True, may_be_frozen=not recording)
+    found = inventory(module, hands_over=True, may_be_frozen=not recording)
     replicas = replicas_of(found, group, reduce)
     _check(stats, replicas, reduce, recording)
     scale, backward_fn = _scaled(scaler, found) if recording else (None, None)

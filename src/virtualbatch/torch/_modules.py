@@ -31,12 +31,13 @@ class Inventory(NamedTuple):
     distributed: list[torch.nn.Module]
 
 
-def inventory(module: Any, *, may_step: bool = False, may_be_frozen: bool = False) -> Inventory:
+def inventory(module: Any, *, hands_over: bool = False, may_be_frozen: bool = False) -> Inventory:
     """Walks through modules and all their submodules.
 
     Args:
         module: one module or an iterable of them; tensors that are trained may be among them.
-        may_step: whether hooks may step an optimizer, because none is heard within the window.
+        hands_over: whether somebody else calls backward after the window, within which no hook
+            is heard.
         may_be_frozen: whether there need be no trainable parameter.
 
     Raises:
@@ -59,7 +60,7 @@ def inventory(module: Any, *, may_step: bool = False, may_be_frozen: bool = Fals
         if isinstance(layer, classes):
             put_to_rest(layer)
             distributed.append(layer)
-        _check_layer(layer)
+        _check_layer(layer, hands_over)
         for name, parameter in layer._parameters.items():
             if parameter is None:
                 continue
@@ -68,7 +69,7 @@ def inventory(module: Any, *, may_step: bool = False, may_be_frozen: bool = Fals
                 _check_initialised(layer, name, parameter)
             devices.add("cpu" if parameter.is_cpu else parameter.device)
             if parameter.requires_grad:
-                if parameter._post_accumulate_grad_hooks and not may_step:
+                if parameter._post_accumulate_grad_hooks and not hands_over:
                     raise ValueError(_stepping(layer, name))
                 parameters[id(parameter)] = parameter
         if layer._buffers:
@@ -88,7 +89,7 @@ def inventory(module: Any, *, may_step: bool = False, may_be_frozen: bool = Fals
     first = next(iter(roots.values()))
     owner = first.tensor if isinstance(first, Loose) else first
     trained = list(parameters.values())
-    if not may_step:
+    if not hands_over:
         refuse_node_hooks(owner, trained)
     return Inventory(list(roots.values()), trained, with_buffers, accelerator, owner, distributed)
 
@@ -105,7 +106,7 @@ def _roots(module: Any) -> dict[int, torch.nn.Module]:
     return {id(root): root for root in roots}
 
 
-def _check_layer(layer: torch.nn.Module) -> None:
+def _check_layer(layer: torch.nn.Module, hands_over: bool) -> None:
     for name, buffer in layer._buffers.items():
         _check_initialised(layer, name, buffer)
     # A LightningModule keeps its trainer here. Its property would complain if there is none.
@@ -119,13 +120,16 @@ def _check_layer(layer: torch.nn.Module) -> None:
             f"Got a trainer with accumulate_grad_batches={steps}. "
             "Make the Trainer with accumulate_grad_batches=1 and give it whole batches."
         )
+    if hands_over:
+        return
     # Afterwards the module still has its trainer, and any loop may train it.
     if vars(layer).get("_automatic_optimization") and getattr(trainer, "training", False):
         raise ValueError(
             "Lightning must leave the backward pass to virtualbatch. "
             "Got a LightningModule with automatic optimization, which calls backward and steps "
-            "the optimizer itself. Set self.automatic_optimization = False in its __init__, and "
-            "call zero_grad and step of self.optimizers() in training_step."
+            "the optimizer itself. Return virtualbatch.torch.loss(...) from training_step. Or set "
+            "self.automatic_optimization = False in its __init__, and call zero_grad and step of "
+            "self.optimizers() in training_step."
         )
 
 
