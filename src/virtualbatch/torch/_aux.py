@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from virtualbatch.torch._batch import Microbatch
+from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._plan.memory import ERRORS
 from virtualbatch.window.aux import (
     MEAN,

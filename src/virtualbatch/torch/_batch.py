@@ -6,12 +6,13 @@ model on a device, that is when it is copied there.
 """
 
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
 
+from virtualbatch.torch._microbatch import Microbatch, is_dense, known_rows
 from virtualbatch.window.cut import even_cut, even_parts, rows_per_microbatch
 from virtualbatch.window.row_list import RowList, is_sequence, stranger
 from virtualbatch.window.tree import (
@@ -28,80 +29,6 @@ SHARED = (numbers.Number, str, bytes, Enum, torch.dtype, torch.device, torch.Gen
 
 # A PackedSequence is a tuple, but its data has the rows in another order.
 _ONE_LEAF = (torch.Tensor, torch.nn.utils.rnn.PackedSequence)
-
-
-class Microbatch(NamedTuple):
-    """One micro-batch of a window.
-
-    Fields:
-        rows: its rows; a Python int, or None where a weight says what it counts and its rows
-            cannot be told.
-        leaves: its pieces of the batch's leaves, where the batch is; tensors are views. Lists with
-            one entry per row are marked as such.
-        build: leaves -> the structure that the loss function takes.
-        given: the structure itself where the caller gave it as it is, else None.
-        places: the expressions that reach the leaves in the structure.
-    """
-
-    rows: int | None
-    leaves: Sequence[Any]
-    build: Builder
-    given: Any = None
-    places: tuple[str, ...] = ()
-
-    def get(self) -> Any:
-        """The structure. What was cut is built anew each time, so that it may be taken apart."""
-        return self.build(self.leaves) if self.given is None else self.given
-
-    def some(self, rows: Sequence[int]) -> "Microbatch":
-        """Copies of some of its rows, given by their numbers."""
-        numbers = torch.as_tensor(rows)
-
-        def chosen(leaf: Any) -> Any:
-            if isinstance(leaf, torch.Tensor):
-                return leaf.index_select(0, numbers.to(leaf.device))
-            return leaf.chosen(rows) if isinstance(leaf, RowList) else leaf
-
-        return self._replace(rows=len(rows), leaves=list(map(chosen, self.leaves)), given=None)
-
-    def mapped(self, fn: Callable[[torch.Tensor], Any]) -> Any:
-        """The structure with fn applied to every tensor where the batch is."""
-        return self.build([fn(x) if isinstance(x, torch.Tensor) else x for x in self.leaves])
-
-    def with_rows(self, rows: int, fn: Callable[[torch.Tensor], Any]) -> Any:
-        """As `mapped`, where fn gives that many rows, with lists of as many entries."""
-        leaves = [x.stretched(rows) if isinstance(x, RowList) else x for x in self.leaves]
-        return self._replace(leaves=leaves).mapped(fn)
-
-    def tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """The tensors with the expressions that reach them in `batch`."""
-        pairs = zip(self.places, self.leaves, strict=True)
-        return [(f"batch{place}", x) for place, x in pairs if isinstance(x, torch.Tensor)]
-
-    def in_words(self) -> list[str]:
-        """Its leaves in words."""
-        return [
-            f"microbatch{place} "
-            + ("a tensor" if isinstance(x, torch.Tensor) else f"of type {type(x).__name__}")
-            for place, x in zip(self.places, self.leaves, strict=True)
-        ]
-
-    def with_tensors(self, fn: Callable[[torch.Tensor], Any]) -> "Microbatch":
-        """The micro-batch with others for its tensors, such as fake ones or clones."""
-        leaves = [fn(x) if isinstance(x, torch.Tensor) else x for x in self.leaves]
-        return self._replace(leaves=leaves, given=None)
-
-    def protected(self) -> "Microbatch":
-        """The micro-batch with clones of its tensors, made anew each time that it is asked for.
-
-        Whatever a loss function does to its rows in place, those of the caller stay as they are.
-        """
-        build = self.build
-
-        def cloned(leaf: Any) -> Any:
-            return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-
-        return self._replace(build=lambda leaves: build(list(map(cloned, leaves))), given=None)
 
 
 class ReadBatch(NamedTuple):
@@ -228,38 +155,6 @@ def _cut(uncut: Microbatch, cut: Sequence[tuple[int, int]]) -> list[Microbatch]:
     ]
 
 
-def on_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
-    """The micro-batch with its host tensors copied to a device, each time that it is asked for.
-
-    Copies from pinned memory do not wait for the device.
-
-    Args:
-        microbatch: a micro-batch.
-        device: where to.
-    """
-    build = microbatch.build
-
-    def copied(leaf: Any) -> Any:
-        if isinstance(leaf, torch.nn.utils.rnn.PackedSequence):
-            return leaf.to(device, non_blocking=leaf.is_pinned()) if leaf.data.is_cpu else leaf
-        on_host = isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu"
-        return leaf.to(device, non_blocking=_is_pinned(leaf)) if on_host else leaf
-
-    return microbatch._replace(build=lambda leaves: build(list(map(copied, leaves))), given=None)
-
-
-def most_rows(cut: Sequence[Microbatch]) -> int:
-    """Rows of the largest of some micro-batches whose rows are known."""
-    return max(map(known_rows, cut))
-
-
-def known_rows(microbatch: Microbatch) -> int:
-    """Rows of a micro-batch that has some."""
-    if microbatch.rows is None:
-        raise ValueError("internal: what has no rows is cut.")
-    return microbatch.rows
-
-
 def _uncut(structure: Any, path: str, or_else: str = "") -> Microbatch:
     found: list[tuple[str, Any]] = []
     build = builder(structure, path, found, _ONE_LEAF)
@@ -280,7 +175,7 @@ def _as_it_is(structure: Any, path: str) -> Microbatch:
     rows = rows_if_shared([(place, x) for place, x in found if isinstance(x, torch.Tensor)])
     for _, leaf in found:
         plain = isinstance(leaf, SHARED) or is_sequence(leaf)
-        if not (plain or (isinstance(leaf, torch.Tensor) and _is_dense(leaf))):
+        if not (plain or (isinstance(leaf, torch.Tensor) and is_dense(leaf))):
             rows = None
     return _read(structure, path, found, build, rows)
 
@@ -305,15 +200,6 @@ def _pieces(leaf: Any, cut: Sequence[tuple[int, int]]) -> Sequence[Any]:
     return [leaf] * len(cut)
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    # Nested tensors may be called strided.
-    return tensor.layout is torch.strided and not tensor.is_nested
-
-
-def _is_pinned(tensor: torch.Tensor) -> bool:
-    return _is_dense(tensor) and tensor.is_pinned()
-
-
 def _refuse_strangers(path: str, leaf: Any, or_else: str) -> None:
     """Refuses what belongs to every row and may hide tensors."""
     odd = stranger(leaf, SHARED)
@@ -328,7 +214,7 @@ def _refuse_strangers(path: str, leaf: Any, or_else: str) -> None:
 def _is_tensor(path: str, leaf: Any, or_else: str) -> bool:
     """Whether a leaf has rows; refuses what can neither be cut nor belong to every row."""
     if isinstance(leaf, torch.Tensor):
-        if not _is_dense(leaf):
+        if not is_dense(leaf):
             kind = "nested tensor" if leaf.is_nested else f"tensor of layout {leaf.layout}"
             raise TypeError(
                 f"Tensors of a batch must be dense. Got a {kind} in {path}. "

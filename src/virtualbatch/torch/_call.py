@@ -5,10 +5,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from virtualbatch.torch._batch import Microbatch, ReadBatch, read, read_without_rows
+from virtualbatch.torch._batch import ReadBatch, read, read_without_rows
 from virtualbatch.torch._certify.first_window import prove_first_window, tell_untried
 from virtualbatch.torch._checks import check_call, refuse_foreign_accumulation
 from virtualbatch.torch._fit import Fit
+from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._replicas.replicas import Outcome, Replicas
 from virtualbatch.torch._window import Conclusion, Program, Ran
 from virtualbatch.window.shares import Shares

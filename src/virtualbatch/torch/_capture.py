@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from virtualbatch.torch._batch import SHARED, Microbatch
+from virtualbatch.torch._batch import SHARED
 from virtualbatch.torch._commit import committed
 from virtualbatch.torch._gradients import HALF
 from virtualbatch.torch._leaves import foreign_leaves
 from virtualbatch.torch._loss import checked_terms
+from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._modules import Inventory
 from virtualbatch.window.row_list import RowList, stranger
 from virtualbatch.window.shares import Shares

@@ -6,7 +6,8 @@ from typing import Any
 
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.retry import Memory, run_as_it_is, run_until_it_fits
-from virtualbatch.torch._batch import Microbatch, ReadBatch, most_rows
+from virtualbatch.torch._batch import ReadBatch
+from virtualbatch.torch._microbatch import Microbatch, most_rows
 from virtualbatch.torch._plan.memory import ERRORS, largest_parameters, left_bytes
 from virtualbatch.torch._plan.plan import planned
 from virtualbatch.torch._plan.sizes import kept_sizes, signature

@@ -11,6 +11,12 @@ from typing import Any
 import torch
 
 from virtualbatch.torch._commit import added, committed, widened
+from virtualbatch.torch._differentiate import (
+    Differentiate,
+    from_factors,
+    outside_autocast,
+    through,
+)
 from virtualbatch.torch._faults import refuse_shared_graph
 from virtualbatch.torch._grad_watch import GradWatch
 from virtualbatch.torch._leaves import (
@@ -29,9 +35,6 @@ HALF = {torch.float16, torch.bfloat16}
 # Gradients of so few numbers stay in `.grad` while the next micro-batch runs forward. Their sums
 # are in buffers, so this only shows whether the loss function changes them.
 _FEW = 4096
-
-# (terms, factors): adds the gradient of their weighted sum to every `.grad`.
-_Differentiate = Callable[[Sequence[torch.Tensor], Sequence[float]], None]
 
 
 class WindowGradients:
@@ -74,7 +77,7 @@ class WindowGradients:
         self._shown: list[torch.Tensor] = []
         self._most_shown = max(_FEW, min(parameter.numel() for parameter in parameters))
         self._sums: list[torch.Tensor | None] = [None] * len(parameters)
-        self._differentiate: _Differentiate | None = None
+        self._differentiate: Differentiate | None = None
         self._in_place = True
         self._own_memory = OwnMemory(parameters)
         self.found_any = False
@@ -250,14 +253,14 @@ class WindowGradients:
                 parameter.grad = None
                 self._in_place = False
 
-    def _chosen(self, terms: Collection[torch.Tensor]) -> _Differentiate:
+    def _chosen(self, terms: Collection[torch.Tensor]) -> Differentiate:
         """How the window is differentiated, by its first losses."""
-        chosen: _Differentiate = _from_factors
+        chosen: Differentiate = from_factors
         if self._backward_fn is not None:
-            chosen = _through(self._backward_fn, self._norms)
+            chosen = through(self._backward_fn, self._norms)
         device = next(iter(terms)).device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            chosen = _outside_autocast(chosen, device)
+            chosen = outside_autocast(chosen, device)
         is_half = _is_half((*self.parameters, *terms))
         if self._in_step:
             _refuse_half_loss(terms)
@@ -275,7 +278,7 @@ class WindowGradients:
             chosen = self._in_buffers(chosen)
         return chosen
 
-    def _in_buffers(self, differentiate: _Differentiate) -> _Differentiate:
+    def _in_buffers(self, differentiate: Differentiate) -> Differentiate:
         def buffered(terms: Sequence[torch.Tensor], shares: Sequence[float]) -> None:
             # Only the ratio of the shares goes through the backward pass, where a share would be
             # rounded to few bits and could underflow. In step other ranks have other shares, and
@@ -312,40 +315,6 @@ class WindowGradients:
 
 def _is_half(tensors: Iterable[torch.Tensor]) -> bool:
     return not HALF.isdisjoint([x.dtype for x in tensors])
-
-
-def _from_factors(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
-    # Where the backward pass starts, factors cost no multiplication of their own. A start is never
-    # used twice: where a term is a view of a parameter, it becomes its `.grad` and is added to.
-    starts = [torch.full_like(term, factor) for term, factor in zip(terms, factors, strict=True)]
-    torch.autograd.backward(terms, starts)
-
-
-def _through(
-    backward_fn: Callable[[torch.Tensor], Any], norms: GradientNorms | None
-) -> _Differentiate:
-    def differentiate(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
-        first, *others = (
-            # A window of one micro-batch is the ordinary computation, to the bit.
-            term if factor == 1.0 else term * factor
-            for term, factor in zip(terms, factors, strict=True)
-        )
-        loss = sum(others, first)
-        if norms is not None:
-            norms.hear_scale(loss)
-        backward_fn(loss)
-
-    return differentiate
-
-
-def _outside_autocast(differentiate: _Differentiate, device: str) -> _Differentiate:
-    """Backward operations take the dtypes of their forward; autocast must not choose again."""
-
-    def outside(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
-        with torch.autocast(device, enabled=False):
-            differentiate(terms, factors)
-
-    return outside
 
 
 def _refuse_half_loss(terms: Collection[torch.Tensor]) -> None:

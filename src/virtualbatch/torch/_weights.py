@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from virtualbatch.torch._batch import Microbatch
+from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.weights import HostWeights, host_weights
 

@@ -9,11 +9,11 @@ import torch
 
 from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.torch._aux import detached, merged_aux
-from virtualbatch.torch._batch import Microbatch, on_device
 from virtualbatch.torch._batchnorm import MergedStatistics, is_tracked
 from virtualbatch.torch._capture import Captured
 from virtualbatch.torch._gradients import WindowGradients
 from virtualbatch.torch._loss import WindowLoss, checked_terms
+from virtualbatch.torch._microbatch import Microbatch, on_device
 from virtualbatch.torch._modules import Inventory
 from virtualbatch.torch._state import Buffers
 from virtualbatch.torch._stats import GradientNorms

@@ -10,9 +10,10 @@ import torch
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import broken, certified
 from virtualbatch.certify.step import check_microbatches, refuse_window
-from virtualbatch.torch._batch import known_rows, read
+from virtualbatch.torch._batch import read
 from virtualbatch.torch._certify.step import LayerState, TorchTrainingStep, wide_batch, widened
 from virtualbatch.torch._faults import StatefulLossError
+from virtualbatch.torch._microbatch import known_rows
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._window import Program
 

@@ -14,12 +14,13 @@ from virtualbatch.certify.proven import IN_STEP, NO_ROWS, Proven
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
 from virtualbatch.plan.out_of_memory import in_words
-from virtualbatch.torch._batch import Microbatch, ReadBatch, known_rows, on_device
+from virtualbatch.torch._batch import ReadBatch
 from virtualbatch.torch._certify.certificate import certificate, uncompiled
 from virtualbatch.torch._certify.step import LayerState, as_array
 from virtualbatch.torch._gradients import WindowGradients
 from virtualbatch.torch._leaves import refuse_unheld_parameter
 from virtualbatch.torch._loss import checked_terms
+from virtualbatch.torch._microbatch import Microbatch, known_rows, on_device
 from virtualbatch.torch._plan.memory import ERRORS
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._state import LARGEST_COPIED

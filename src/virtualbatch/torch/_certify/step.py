@@ -10,12 +10,13 @@ import torch
 
 from virtualbatch.certify.activations import Activation
 from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weights_of
-from virtualbatch.torch._batch import known_rows, on_device, read
+from virtualbatch.torch._batch import read
 from virtualbatch.torch._certify.activations import recorded
 from virtualbatch.torch._certify.randomness import RowwiseRandom
 from virtualbatch.torch._faults import refuse_shared_graph
 from virtualbatch.torch._leaves import refuse_unheld_parameter
 from virtualbatch.torch._loss import checked_terms
+from virtualbatch.torch._microbatch import known_rows, on_device
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._window import Program, keep
 from virtualbatch.window.terms import loss_and_aux, of_part, weight_terms

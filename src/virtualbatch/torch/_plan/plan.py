@@ -15,7 +15,8 @@ from virtualbatch.plan.planner import bytes_allowed
 from virtualbatch.plan.retry import Memory
 from virtualbatch.plan.search import ROOM_FOR_TOOLS
 from virtualbatch.plan.timing import Timing
-from virtualbatch.torch._batch import Microbatch, ReadBatch, known_rows
+from virtualbatch.torch._batch import ReadBatch
+from virtualbatch.torch._microbatch import Microbatch, known_rows
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._plan.memory import ERRORS, left_bytes
 from virtualbatch.torch._plan.peak import DeviceCount, can_fake, faked, peak_bytes

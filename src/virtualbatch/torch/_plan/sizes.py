@@ -7,7 +7,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from virtualbatch.plan.auto import Auto, Leaf, Signature
-from virtualbatch.torch._batch import Microbatch, known_rows
+from virtualbatch.torch._microbatch import Microbatch, known_rows
 from virtualbatch.torch._window import Program
 from virtualbatch.window.fingerprint import fingerprint
 

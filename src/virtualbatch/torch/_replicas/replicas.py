@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from virtualbatch.noise.estimate import WindowStats
-from virtualbatch.torch._batch import Microbatch, ReadBatch
+from virtualbatch.torch._batch import ReadBatch
 from virtualbatch.torch._batchnorm import Moments
 from virtualbatch.torch._handover import Finished
+from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._window import Program, Ran
 from virtualbatch.window.shares import Shares
 

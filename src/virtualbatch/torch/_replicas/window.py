@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from virtualbatch.torch._batch import Microbatch, ReadBatch
+from virtualbatch.torch._batch import ReadBatch
 from virtualbatch.torch._batchnorm import is_tracked
 from virtualbatch.torch._fit import Fit
+from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._replicas.agreement import Agreement
 from virtualbatch.torch._replicas.in_step import run_in_step
 from virtualbatch.torch._replicas.replicas import Outcome, Prove, Replicas

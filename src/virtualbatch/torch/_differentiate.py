@@ -1,0 +1,53 @@
+"""Ways to differentiate the weighted terms of one micro-batch, each into `.grad`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from virtualbatch.torch._stats import GradientNorms
+
+# (terms, factors): adds the gradient of their weighted sum to every `.grad`.
+Differentiate = Callable[[Sequence[torch.Tensor], Sequence[float]], None]
+
+
+def from_factors(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
+    """Starts a backward pass from the factors."""
+    # Where the backward pass starts, factors cost no multiplication of their own. A start is never
+    # used twice: where a term is a view of a parameter, it becomes its `.grad` and is added to.
+    starts = [torch.full_like(term, factor) for term, factor in zip(terms, factors, strict=True)]
+    torch.autograd.backward(terms, starts)
+
+
+def through(
+    backward_fn: Callable[[torch.Tensor], Any], norms: GradientNorms | None
+) -> Differentiate:
+    """Gives the weighted loss to somebody else's backward pass.
+
+    Args:
+        backward_fn: scalar loss -> None.
+        norms: hears what that pass starts from; None if nobody asks.
+    """
+
+    def differentiate(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
+        first, *others = (
+            # A window of one micro-batch is the ordinary computation, to the bit.
+            term if factor == 1.0 else term * factor
+            for term, factor in zip(terms, factors, strict=True)
+        )
+        loss = sum(others, first)
+        if norms is not None:
+            norms.hear_scale(loss)
+        backward_fn(loss)
+
+    return differentiate
+
+
+def outside_autocast(differentiate: Differentiate, device: str) -> Differentiate:
+    """Backward operations take the dtypes of their forward; autocast must not choose again."""
+
+    def outside(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
+        with torch.autocast(device, enabled=False):
+            differentiate(terms, factors)
+
+    return outside
