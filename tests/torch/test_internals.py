@@ -27,6 +27,8 @@ OF_REPLICATED = {
     },
     "reducer": {"_get_zeros_like_grad_buckets", "_rebuild_buckets"},
     "variable": {"_execution_engine"},
+    # What hooks of PyTorch on several gradients stand on, too.
+    "autograd": {"_will_engine_execute_node"},
 }
 # Of fully sharded modules, which tell neither their dtypes nor what they hold in another way.
 OF_SHARDED = {
@@ -72,7 +74,12 @@ def test_torch_has_every_private_name():
 
 def replicated_names(rank, world):
     module = DistributedDataParallel(torch.nn.Linear(1, 1))
-    owners = {"module": module, "reducer": module.reducer, "variable": torch.autograd.Variable}
+    owners = {
+        "module": module,
+        "reducer": module.reducer,
+        "variable": torch.autograd.Variable,
+        "autograd": torch._C,
+    }
     pairs = [(owners[owner], name) for owner, names in OF_REPLICATED.items() for name in names]
     return {name for owner, name in pairs if not hasattr(owner, name)}
 

@@ -81,6 +81,12 @@ def test_a_second_backward_pass_is_refused():
     assert_gradients(module, due)
 
 
+def test_a_backward_pass_that_is_to_be_differentiated_is_refused():
+    module = network()
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(ours(module), list(module.parameters()), create_graph=True)
+
+
 def test_a_dropped_loss_frees_everything():
     module = network()
     loss = ours(module)

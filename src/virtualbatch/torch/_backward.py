@@ -191,8 +191,7 @@ def backward(
         )
     ran, outcome = call.together(replicas)
     handed_over = replicas.finished(ran, outcome.reached, None).behind(outcome.loss)
-    held = [(handed_over, None), *ran.gradients.held]
-    torch.autograd.backward([term for term, _ in held], [start for _, start in held])
+    ran.gradients.add_held(handed_over)
     # Not before: a graph that is still to be differentiated may hold them.
     ran.run.statistics.commit(outcome.statistics)
     return ran.result(handed_over.detach(), outcome.stats(ran))

@@ -51,7 +51,7 @@ class WindowGradients:
 
     Attributes:
         parameters: as given.
-        held: terms whose backward pass is still to come, and what each starts from.
+        held: terms whose backward pass is still to come, and what each is multiplied by.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class WindowGradients:
         self._in_place = True
         self._own_memory = OwnMemory(parameters)
         self.found_any = False
-        self.held: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.held: list[tuple[torch.Tensor, float]] = []
         self._averaged_over = averaged_over
         self._in_step = in_step
         # What the gradients of the latest micro-batch lacked of their share on their way.
@@ -154,7 +154,20 @@ class WindowGradients:
             )
         refuse_unheld_parameter(terms, self.parameters)
         self.found_any |= bool(reached)
-        self.held = [(term, torch.full_like(term, factor)) for term, factor in reached]
+        self.held = reached
+
+    def add_held(self, handed_over: torch.Tensor) -> None:
+        """Differentiates what is held together with the loss that hands the sums over.
+
+        Args:
+            handed_over: the loss; a scalar.
+        """
+        differentiate: _Differentiate = _from_factors
+        terms = [handed_over, *(term for term, _ in self.held)]
+        device = terms[-1].device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            differentiate = _outside_autocast(differentiate, device)
+        differentiate(terms, [1.0, *(factor for _, factor in self.held)])
 
     def zero(self) -> None:
         """Makes every gradient found so far zero, NaN included."""

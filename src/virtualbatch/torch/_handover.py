@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from virtualbatch.torch._stepping import node_hooks
 
@@ -49,15 +48,15 @@ class Finished:
         """Gives the gradients away, multiplied by what arrived in the backward pass.
 
         Raises:
-            RuntimeError: they are given away already.
+            RuntimeError: they are given away already, or nobody can take them.
         """
-        gradients, self._gradients = self._gradients, None
-        if gradients is None:
+        if self._gradients is None:
             raise RuntimeError(
                 "The gradients of a window are handed over once. Got a second backward pass "
                 "through the same loss. Call loss(...) again for new ones."
             )
         self._before()
+        gradients, self._gradients = self._gradients, None
         if self._scale is not None:
             factor = factor / self._scale.to(factor)
         # A number of a device is not read: the host would wait for the window.
@@ -82,8 +81,13 @@ class _HandOver(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[Any, ...]:
+        # What is given would be without a graph, and terms of second order would be 0 unseen.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The gradients of a window have no graph of their own. Got a backward pass with "
+                "create_graph=True. Leave it out, or differentiate twice inside loss_fn."
+            )
         return (None, None, *ctx.finished.given(factor))
 
 

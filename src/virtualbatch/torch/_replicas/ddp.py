@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -91,42 +92,33 @@ class Replicated(Replicas):
 
     def finished(self, ran: Ran, reached: Sequence[bool], scale: torch.Tensor | None) -> Finished:
         """See `Replicas`."""
-        # A reducer that looks for unused parameters finds these by itself. Others wait for all.
-        optional = {
-            id(parameter)
-            for module in self._modules
-            if module.find_unused_parameters
-            for parameter in module.parameters()
-        }
         tables = {id(table) for module in self._modules for table in _sparse_tables(module)}
-        parameters, gradients, nowhere = [], [], []
+        parameters = self._found.parameters
         taken = ran.gradients.taken()
-        for parameter, gradient, found in zip(self._found.parameters, taken, reached, strict=True):
-            if not found and parameter.grad is None:
-                nowhere.append(parameter)
-            if found or id(parameter) not in optional:
-                parameters.append(parameter)
-                if gradient is None:
-                    gradient = _zeros(parameter, id(parameter) in tables)
-                gradients.append(gradient)
+        # All wait for what is handed over, so that of several losses that share a backward pass
+        # none finds a reduction that has begun.
+        gradients = [
+            _zeros(parameter, id(parameter) in tables) if gradient is None else gradient
+            for parameter, gradient in zip(parameters, taken, strict=True)
+        ]
         # Only `Finished` may hold what `.grad` is to take over.
         del taken
-        used = {
-            id(p) for p, is_used in zip(self._found.parameters, reached, strict=True) if is_used
-        }
+        unreached = [p for p, found in zip(parameters, reached, strict=True) if not found]
+        empty: list[torch.Tensor] = []
 
         def added_up() -> None:
             for module in self._modules:
                 module._check_reducer_finalized()
-            for parameter in nowhere:
-                parameter.grad = None
+            _empty_again(empty)
             self._rebuild_buckets()
 
         def prepared() -> None:
             for module in self._modules:
-                _prepare(module, used)
+                _prepare(module)
 
         def armed() -> None:
+            _refuse_partial(parameters)
+            empty.extend(parameter for parameter in unreached if parameter.grad is None)
             if not self.overlaps:
                 prepared()
             engine: Any = torch.autograd.Variable._execution_engine
@@ -204,19 +196,63 @@ class _Reach(torch.autograd.Function):
         return (None,) * ctx.count
 
 
-def _prepare(module: Any, used: set[int]) -> None:
+def _prepare(module: Any) -> None:
     """Arms the reducer for the backward pass that has begun, as Accelerate and Lightning do.
 
     Args:
         module: a DistributedDataParallel.
-        used: parameters that some rank has a gradient of, by identity.
     """
     outputs = []
     if module.find_unused_parameters:
-        reached = [p for p in module.parameters() if id(p) in used]
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         with torch.enable_grad():
-            outputs = [_Reach.apply(*reached)] if reached else []
+            outputs = [_Reach.apply(*trained)]
     module.reducer.prepare_for_backward(outputs)
+
+
+def _refuse_partial(parameters: Sequence[torch.Tensor]) -> None:
+    """Refuses a backward pass that does not come to every parameter, where gradients meet.
+
+    Args:
+        parameters: those that are handed something.
+
+    Raises:
+        RuntimeError: it leaves one out, or takes its gradient away.
+    """
+    try:
+        nodes = (get_gradient_edge(parameter).node for parameter in parameters)
+        is_whole = all(map(torch._C._will_engine_execute_node, nodes))
+    except RuntimeError:
+        # Of a leaf whose gradient is not added to `.grad`, PyTorch cannot tell.
+        is_whole = False
+    if not is_whole:
+        raise RuntimeError(
+            "A DistributedDataParallel adds gradients up where they come to .grad. Got "
+            "autograd.grad, or a backward pass with inputs. Call backward() on the loss."
+        )
+
+
+def _empty_again(parameters: Sequence[torch.Tensor]) -> None:
+    """Takes away the zeros of parameters that nothing has reached, on any rank.
+
+    Args:
+        parameters: those that no micro-batch has reached. Something else may have, such as another
+            loss in the same backward pass.
+    """
+    found = [parameter for parameter in parameters if parameter.grad is not None]
+    # One copy to the host, if there is something to ask.
+    if not found:
+        return
+    device = found[0].device
+    any_of = [_values(parameter.grad).any().to(device) for parameter in found]
+    for parameter, is_reached in zip(found, torch.stack(any_of).tolist(), strict=True):
+        if not is_reached:
+            parameter.grad = None
+
+
+def _values(gradient: Any) -> torch.Tensor:
+    found: torch.Tensor = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return found
 
 
 def _refuse_others(module: DistributedDataParallel, trained: set[int]) -> None:
