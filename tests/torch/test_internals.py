@@ -24,6 +24,7 @@ OF_REPLICATED = {
         "_comm_hooks",
         "_delay_all_reduce_params",
         "_get_ddp_logging_data",
+        "_sync_buffers",
     },
     "reducer": {"_get_zeros_like_grad_buckets", "_rebuild_buckets"},
     "variable": {"_execution_engine"},

@@ -107,3 +107,44 @@ def test_a_rank_without_rows_knows_how_often_a_layer_was_called():
     due = [x.numpy() for x in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]
     for found in twice():
         assert_all_close(found, due)
+
+
+class Centred(nn.Module):
+    """Takes off a moving average of its inputs, which a forward pass moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(6, 6).double()
+        self.register_buffer("average", torch.zeros(6, dtype=torch.float64))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.average.lerp_(x.mean(0), 0.1)
+        return self.last(x - self.average)
+
+
+def own_buffers(rank, broadcast):
+    net = DistributedDataParallel(Centred(), forward_sync_buffers=broadcast)
+    seen = []
+
+    def loss_fn(batch):
+        seen.append(net.module.average.clone().numpy().tobytes())
+        return mse_of(net)(batch)
+
+    for _ in range(3):
+        vb.backward(loss_fn, rows(*CUTS["5 and 19"][rank]), module=net, microbatch_size=19)
+    return seen
+
+
+OWN = {
+    broadcast: TWO.case(partial(own_buffers, broadcast=broadcast), f"buffers {broadcast}")
+    for broadcast in (True, False)
+}
+
+
+@pytest.mark.parametrize("broadcast", OWN)
+def test_windows_begin_with_the_other_buffers_of_rank_0(broadcast):
+    first, second = OWN[broadcast]()
+    assert len(set(first)) == 3
+    # As in every forward pass of DDP alone, unless it is told not to.
+    assert (first == second) == broadcast

@@ -162,11 +162,11 @@ class WindowGradients:
         Args:
             handed_over: the loss; a scalar.
         """
-        differentiate: _Differentiate = _from_factors
+        differentiate: Differentiate = from_factors
         terms = [handed_over, *(term for term, _ in self.held)]
         device = terms[-1].device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            differentiate = _outside_autocast(differentiate, device)
+            differentiate = outside_autocast(differentiate, device)
         differentiate(terms, [1.0, *(factor for _, factor in self.held)])
 
     def zero(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -53,6 +54,12 @@ class Replicated(Replicas):
     def settle(self) -> None:
         """See `Replicas`."""
         self._rebuild_buckets()
+        # Those of BatchNorm are the same on all ranks after a window. Others go on from what rank 0
+        # has, as in every forward pass of DDP alone, or ranks would train different models.
+        if not all(isinstance(layer, _BatchNorm) for layer in self._found.with_buffers):
+            for module in self._modules:
+                if module.forward_sync_buffers:
+                    module._sync_buffers()
 
     def check(self, program: Program) -> None:
         """See `Replicas`. Statistics are of gradients that would be added to others unseen."""
