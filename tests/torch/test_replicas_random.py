@@ -141,7 +141,8 @@ def is_killed_at(rank, world, verb, where):
 def drawn():
     """One hundred points: verb, what happens, and where in the window."""
     made = random.Random(11)
-    verbs, kinds = list(VERBS), ["raises", "runs out", "is killed"]
+    # Not "overlapped", whose last backward pass is the reduction: what fails there, fails for all.
+    verbs, kinds = ["backward", "loss"], ["raises", "runs out", "is killed"]
     return [(made.choice(verbs), made.choice(kinds), made.random()) for _ in range(100)]
 
 
