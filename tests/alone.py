@@ -33,6 +33,7 @@ def torch() -> dict[str, Callable[[], object]]:
 
     return {
         "backward": lambda: vb.backward(**call, microbatch_size=SIZE),
+        "loss": lambda: vb.loss(**call, microbatch_size=SIZE).backward(),
         "captured": lambda: vb.backward(
             vb.captured(loss_fn), call["batch"], module=module, microbatch_size=SIZE
         ),
