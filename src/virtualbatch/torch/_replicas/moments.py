@@ -1,7 +1,7 @@
 """Moments of BatchNorm layers as sums that ranks add up, and back again.
 
-Subtracting the squared mean from the mean square cancels digits. The sums are float64, so this costs
-less than inputs of float32 have lost by their own rounding.
+Subtracting the squared mean from the mean square cancels digits. The sums are float64, so this
+costs less than inputs of float32 have lost by their own rounding.
 """
 
 from collections.abc import Iterator, Sequence
