@@ -36,6 +36,7 @@ help:
 	@echo "make doctor     what is installed, devices, memory limits"
 	@echo "make clean      remove .venv, caches and build outputs"
 
+# Python compiles what is imported; all of it at once would take longer than the installation.
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -44,8 +45,8 @@ ifeq ($(PYTHON),)
 		"Run: make setup PYTHON=/path/to/python3.11" >&2; exit 1
 endif
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check \
-		--constraint constraints.txt --editable ".[tensorflow,torch,jax,demo,report,examples,test,lint]"
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt \
+		--editable ".[tensorflow,torch,jax,trainers,demo,report,examples,test,lint]"
 	touch $(STAMP)
 
 demo: setup

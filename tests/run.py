@@ -54,6 +54,8 @@ PARTS = {
     "conformance": Part(["tests/conformance"], JAX),
     "programs": Part(["tests/core", *sorted(str(file) for file in ROOT.glob("tests/test_*.py"))]),
     "torch": Part(["tests/torch"]),
+    "transformers": Part(["tests/transformers"]),
+    "lightning": Part(["tests/lightning"]),
 }
 
 

@@ -161,13 +161,31 @@ def loss(
         >>> print(f"{found:.3f}", model.weight.grad.numpy().round(3))
         1.333 [[0.667 0.667]]
     """
-    recording = torch.is_grad_enabled()
-    found = inventory(module, hands_over=True, may_be_frozen=not recording)
-    replicas = replicas_of(found, group, reduce)
-    _check(stats, replicas, reduce, recording)
-    scale, backward_fn = _scaled(scaler, found) if recording else (None, None)
-    program = Program(loss_fn, weight, has_aux, backward_fn, found, stats)
+    found = inventory(module, hands_over=True, may_be_frozen=not torch.is_grad_enabled())
+    program = Program(loss_fn, weight, has_aux, None, found, stats)
     call = Call(program, batch, microbatch_size, accumulation_steps, check)
+    return window_loss(call, scaler, group, reduce)
+
+
+def window_loss(
+    call: Call, scaler: Any = None, group: Any = None, reduce: str | None = None
+) -> Any:
+    """What `loss` returns, of a call that is put together already.
+
+    Args:
+        call: without a `backward_fn`; its modules may hand gradients over.
+        scaler: see `loss`, like all that follow.
+        group: see there.
+        reduce: see there.
+    """
+    recording = torch.is_grad_enabled()
+    found = call.program.found
+    replicas = replicas_of(found, group, reduce)
+    _check(call.program.stats, replicas, reduce, recording)
+    scale = None
+    if recording:
+        scale, backward_fn = _scaled(scaler, found)
+        call = call._replace(program=call.program._replace(backward_fn=backward_fn))
     if replicas is not None:
         ran, outcome = call.together(replicas)
         ran.run.statistics.commit(outcome.statistics)

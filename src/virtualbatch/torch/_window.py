@@ -37,6 +37,8 @@ class Program(NamedTuple):
         holds_last: whether the last micro-batch is differentiated by whoever hands over.
         in_step: (micro-batches that have run, all of them) -> None, called before each and after
             the last, where ranks run each micro-batch at the same time; else None.
+        begin: called before each attempt at a window: a trainer puts back what its loss changes
+            beside tensors, such as lists of metrics.
     """
 
     loss_fn: Callable[[Any], Any]
@@ -48,6 +50,7 @@ class Program(NamedTuple):
     averaged_over: float = 1
     holds_last: bool = False
     in_step: Callable[[int, int], None] | None = None
+    begin: Callable[[], None] | None = None
 
     def weights(self, cut: Sequence[Microbatch]) -> HostWeights:
         """The weights of a window's micro-batches."""
@@ -73,6 +76,8 @@ class Program(NamedTuple):
         """
         if self.stats:
             check_counted(shares)
+        if self.begin is not None:
+            self.begin()
         if isinstance(self.loss_fn, Captured) and conclude is not take_back:
             replayed = self._replayed(self.loss_fn, cut, shares, conclude is keep)
             if replayed is not None:

@@ -1,0 +1,1 @@
+"""Gradient accumulation inside the Lightning Trainer, exact: one line for one module."""
