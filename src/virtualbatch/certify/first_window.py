@@ -102,6 +102,34 @@ def prove(trial: Trial, why: Callable[[Exception], str], again: bool = False) ->
     return None
 
 
+def adds_up(trial: Trial, chosen: Sequence[_Pair], why: Callable[[Exception], str]) -> bool | str:
+    """Whether the gradients of parts add up to that of the whole, and nothing of what breaks it.
+
+    Args:
+        trial: see there.
+        chosen: what `parts` gave.
+        why: error -> why nothing could be tried, in words.
+
+    Returns:
+        Whether they do; or why that could not be tried, in words.
+    """
+    reason = "there is one row"
+    is_tried = False
+    for a, b in chosen:
+        try:
+            distance = trial.distance(a, b)
+        except Exception as error:  # the user's code, on rows that it may not be made for
+            reason = str(error) if isinstance(error, UntriedError) else why(error)
+            continue
+        if distance is None:
+            return "it draws random numbers"
+        if distance.off > ROUNDING:
+            return False
+        is_tried = is_tried or math.isfinite(distance.off)
+        reason = NO_GRADIENT
+    return is_tried or reason
+
+
 def conclude(
     known: Proven, loss_fn: Any, weight: Any, structure: Hashable, trial: Trial, reason: str | None
 ) -> None:

@@ -63,11 +63,11 @@ def prove_first_window(
     structure = (program.has_aux, source.places, tuple(kinds), len(cut) == 1, lacking is None)
     seen = known.seen(program.loss_fn, program.weight, structure)
     if seen is None:
-        trial = _TorchTrial(program, source, [known_rows(piece) for piece in cut])
+        trial = TorchTrial(program, source, [known_rows(piece) for piece in cut])
         if lacking is not None and not batch.is_window:
             trial.empty, trial.full = (rows_of_part(trial.sizes, k) for k in lacking)
         reason: str | None = None
-        with _untouched(program) as layers:
+        with untouched(program) as layers:
             if len(cut) == 1:
                 trial.look()
             else:
@@ -92,10 +92,10 @@ def _proven(program: Program) -> Proven:
     return known
 
 
-def _try(trial: "_TorchTrial", layers: LayerState) -> str | None:
+def _try(trial: "TorchTrial", layers: LayerState) -> str | None:
     reason: str | None = None
     # A model may be another one in evaluation mode, without a loss.
-    for again, is_quiet in ((True, _is_not_recurrent), (False, _is_random_or_coupled)):
+    for again, is_quiet in ((True, is_not_recurrent), (False, _is_random_or_coupled)):
         layers.restore()
         for layer in layers.layers:
             layer.training = layer.training and not is_quiet(layer)
@@ -105,7 +105,8 @@ def _try(trial: "_TorchTrial", layers: LayerState) -> str | None:
     return reason
 
 
-def _is_not_recurrent(layer: torch.nn.Module) -> bool:
+def is_not_recurrent(layer: torch.nn.Module) -> bool:
+    """Whether a layer can be differentiated in evaluation mode."""
     # cuDNN has no backward pass in evaluation mode.
     return not isinstance(layer, torch.nn.RNNBase)
 
@@ -115,7 +116,7 @@ def _is_random_or_coupled(layer: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def _untouched(program: Program) -> Iterator[LayerState]:
+def untouched(program: Program) -> Iterator[LayerState]:
     """Puts back layers and random numbers; compiled modules run as they are written."""
     layers, drawn = LayerState(program.found.roots), RandomState(program.found.accelerator)
     parameters = _copied([p for root in program.found.roots for p in root.parameters()])
@@ -140,7 +141,7 @@ def _copied(parameters: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, int,
     return [(x, x._version, x.detach().clone()) for x in parameters]
 
 
-class _TorchTrial(Trial):
+class TorchTrial(Trial):
     """See `virtualbatch.certify.first_window.Trial`."""
 
     def __init__(self, program: Program, source: Microbatch, sizes: Sequence[int]):
@@ -192,6 +193,11 @@ class _TorchTrial(Trial):
             if not any(terms[name].requires_grad for terms in losses)
         }
         return Distance.of(sizes, share, values, constant, self._epsilon(losses[0].values()))
+
+    def weighed(self, a: Sequence[int], b: Sequence[int]) -> Sequence[float]:
+        """The shares of two parts in their sum."""
+        shares = self._program.shares([self._some(a), self._some(b)])
+        return shares.of_rows_or_term()
 
     def _terms(self, part: Microbatch) -> dict[Any, torch.Tensor]:
         loss, _ = loss_and_aux(self._program.loss_fn(part.get()), self._program.has_aux)

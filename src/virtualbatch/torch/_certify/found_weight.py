@@ -1,0 +1,93 @@
+"""Which of several weights a loss was divided by, found out on a few rows of the user's own."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from virtualbatch.certify.first_window import adds_up, prove
+from virtualbatch.certify.trial import parts, rows_of_part
+from virtualbatch.plan.out_of_memory import in_words
+from virtualbatch.torch._batch import ReadBatch
+from virtualbatch.torch._certify.first_window import TorchTrial, is_not_recurrent, untouched
+from virtualbatch.torch._microbatch import Microbatch, known_rows
+from virtualbatch.torch._plan.memory import ERRORS
+from virtualbatch.torch._window import Program
+from virtualbatch.window.terms import SUM
+
+
+class FoundWeight(NamedTuple):
+    """What was found out.
+
+    Fields:
+        index: of the first program whose micro-batches add up to their batch; None if none does.
+        undecided: later ones whose weights are in the same proportion in all that was tried.
+        untried: why nothing could be tried, in words; None if something was.
+        writes_rows: whether the loss changes its rows in place.
+    """
+
+    index: int | None
+    undecided: frozenset[int] = frozenset()
+    untried: str | None = None
+    writes_rows: bool = False
+
+
+def found_weight(
+    programs: Sequence[Program],
+    batch: ReadBatch,
+    cut: Sequence[Microbatch],
+    put_back: Callable[[], None],
+) -> FoundWeight:
+    """Finds the first of some programs, one for each weight, that the law holds for.
+
+    Dropout rests meanwhile. Modules, random numbers and gradients are as before.
+
+    Args:
+        programs: of one loss; the likeliest weight first.
+        batch: the batch or Window, of known rows.
+        cut: the micro-batches of the window.
+        put_back: puts back what the loss changes beside tensors.
+
+    Raises:
+        ValueError: none holds, and what the first one's micro-batches miss.
+    """
+    source = max(batch.given, key=known_rows)
+    sizes = [known_rows(piece) for piece in cut]
+    trials = [TorchTrial(program, source, sizes) for program in programs]
+    lacking = programs[0].shares(cut).empty_and_full()
+    if lacking is not None and not batch.is_window:
+        trials[0].empty, trials[0].full = (rows_of_part(sizes, k) for k in lacking)
+
+    def why(error: Exception) -> str:
+        return in_words(error, ERRORS)
+
+    try:
+        with untouched(programs[0]) as layers:
+            for layer in layers.layers:
+                layer.training = layer.training and not is_not_recurrent(layer)
+            chosen = parts(trials[0])
+            for index, trial in enumerate(trials):
+                holds = adds_up(trial, chosen, why)
+                if holds is False:
+                    continue
+                untried = holds if isinstance(holds, str) else None
+                undecided = frozenset(
+                    later
+                    for later in range(index + 1, len(trials))
+                    # A sum is another multiple of the same gradient, and so told apart.
+                    if programs[later].weight != SUM
+                    and _in_proportion(trial, trials[later], chosen)
+                )
+                return FoundWeight(index, undecided, untried, trial.seen.writes_rows)
+            prove(trials[0], why)
+    finally:
+        put_back()
+    return FoundWeight(None)
+
+
+def _in_proportion(
+    trial: TorchTrial, other: TorchTrial, chosen: Sequence[tuple[list[int], list[int]]]
+) -> bool:
+    return all(
+        abs(mine - its) <= 1e-9
+        for a, b in chosen
+        for mine, its in zip(trial.weighed(a, b), other.weighed(a, b), strict=True)
+    )

@@ -1,0 +1,146 @@
+"""The weight of a trainer's loss: found among candidates on its first window, by all ranks alike."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from torch import distributed
+
+from virtualbatch.torch._batch import ReadBatch
+from virtualbatch.torch._certify.found_weight import FoundWeight, found_weight
+from virtualbatch.torch._microbatch import Microbatch
+from virtualbatch.torch._window import Program
+from virtualbatch.transformers._weights import Candidate
+from virtualbatch.window.terms import SUM
+
+_log = logging.getLogger("virtualbatch")
+
+Told = TypeVar("Told")
+
+
+class WeightFinder:
+    """Finds what a loss was divided by, and asks again where the answer is open.
+
+    As long as several candidates are in the same proportion nobody needs to know. The first window
+    in which they differ tells.
+
+    Args:
+        names: of the trainer and its model, for errors.
+        ranks: how many train together.
+    """
+
+    def __init__(self, names: tuple[str, str], ranks: int):
+        self._names = names
+        self._ranks = ranks
+        self._first = 0
+        self._undecided: frozenset[int] = frozenset()
+        self._is_found = False
+        self.writes_rows = False
+
+    def choose(
+        self,
+        candidates: Sequence[Candidate],
+        program_of: Callable[[Candidate], Program],
+        batch: ReadBatch,
+        cut: Sequence[Microbatch],
+        put_back: Callable[[], None],
+    ) -> Candidate:
+        """The candidate that holds for a window.
+
+        Args:
+            candidates: the same in all windows, the likeliest first.
+            program_of: candidate -> the loss of one micro-batch, and this weight.
+            batch: the window.
+            cut: its micro-batches.
+            put_back: puts back what the loss changes beside tensors.
+
+        Raises:
+            ValueError: none holds.
+        """
+        programs = [program_of(each) for each in candidates]
+        if self._is_found and not self._undecided:
+            return candidates[self._first]
+        is_open = not self._is_found or any(
+            _differ(programs[self._first], programs[index], cut) for index in self._undecided
+        )
+        if not any(self._told(is_open)):
+            return candidates[self._first]
+        while True:
+            found, error = self._tried(programs, batch, cut, put_back)
+            firsts, errors = zip(*self._told((found.index, error)), strict=True)
+            for each in errors:
+                if each is not None:
+                    raise ValueError(self._refusal(each))
+            last = max(firsts)
+            is_same = all(index == last for index in firsts)
+            self._first = last
+            if is_same:
+                break
+        self._is_found = True
+        several = self._told((found.undecided, found.writes_rows))
+        self._undecided = frozenset().union(*(undecided for undecided, _ in several))
+        self.writes_rows = any(writes for _, writes in several)
+        chosen = candidates[self._first]
+        if found.untried is not None:
+            _log.warning(
+                "What the loss of %s was divided by could not be tried (%s); it is taken for %s. "
+                "Pass weight= to say it.",
+                *(self._names[0], found.untried, chosen.name),
+            )
+        else:
+            _log.info("The loss of %s is divided by: %s.", self._names[0], chosen.name)
+        return chosen
+
+    def give_up(self) -> None:
+        """Asks no more: the first candidate is used whatever was found."""
+        self._first, self._undecided, self._is_found = 0, frozenset(), True
+
+    def _tried(
+        self,
+        programs: Sequence[Program],
+        batch: ReadBatch,
+        cut: Sequence[Microbatch],
+        put_back: Callable[[], None],
+    ) -> tuple[FoundWeight, str | None]:
+        first = self._first
+        try:
+            found = found_weight(programs[first:], batch, cut, put_back)
+        except ValueError as error:
+            if self._ranks == 1:
+                raise ValueError(self._refusal(str(error))) from error
+            return FoundWeight(first), str(error)
+        if found.index is None:
+            # Rounding, as the certificate says.
+            return FoundWeight(first), None
+        index = found.index + first
+        return found._replace(
+            index=index, undecided=frozenset(each + first for each in found.undecided)
+        ), None
+
+    def _refusal(self, error: str) -> str:
+        trainer, model = self._names
+        return (
+            "A loss must be one mean or sum over rows or over labels that count, or weight must "
+            f"say what it was divided by. Got the loss of {trainer} on {model}, which is neither "
+            "on a few rows of its first window. Pass weight=lambda inputs: ..., for class weights "
+            'their sum over inputs["labels"]; if rows see each other in the loss, or it is a sum '
+            f"of two means, it cannot be cut: train it uncut. In detail: {error}"
+        )
+
+    def _told(self, mine: Told) -> list[Told]:
+        """What every rank has to say."""
+        if self._ranks == 1:
+            return [mine]
+        found: list[Any] = [None] * self._ranks
+        distributed.all_gather_object(found, mine)
+        return found
+
+
+def _differ(program: Program, other: Program, cut: Sequence[Microbatch]) -> bool:
+    """Whether two weights give the micro-batches of a window different shares."""
+    if SUM in (program.weight, other.weight):
+        return True
+    pairs = zip(
+        program.shares(cut).of_rows_or_term(), other.shares(cut).of_rows_or_term(), strict=True
+    )
+    return any(abs(mine - its) > 1e-9 for mine, its in pairs)

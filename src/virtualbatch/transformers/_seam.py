@@ -1,0 +1,142 @@
+"""Where a trainer is changed: attributes of one instance, and nothing of its class."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from virtualbatch.transformers._checks import is_of_pairs
+from virtualbatch.transformers._rows import rows_of
+from virtualbatch.transformers._update import Cut
+from virtualbatch.transformers._window import UpdateLoss
+
+_ATTRIBUTE = "_virtualbatch"
+
+
+class Seam:
+    """Collects the batches of an update, and runs them when the last has come.
+
+    Around each batch everything happens as often as ever: preparation, callbacks, counters. The
+    losses of all but the last are 0, and the last is that of the update.
+
+    Args:
+        trainer: the trainer.
+        cut: how updates are cut.
+        weight: as the caller gave it.
+    """
+
+    def __init__(self, trainer: Any, cut: Cut, weight: Callable[[Mapping[str, Any]], Any] | None):
+        self._trainer = trainer
+        self._is_pairs = is_of_pairs(trainer)
+        # What the instance has, which may be somebody's own already.
+        self._training_step = trainer.training_step
+        self._compute_loss = trainer.compute_loss
+        self._get_batch_samples = trainer.get_batch_samples
+        self._before = {
+            name: vars(trainer)[name] for name in self._names() if name in vars(trainer)
+        }
+        self._loss = UpdateLoss(
+            trainer, trainer.compute_loss, self._count, cut, weight, self._is_pairs
+        )
+        self._is_collecting = False
+        self._calls = 0
+        self._collected: list[Any] = []
+        self._expected = 0
+
+    @staticmethod
+    def _names() -> tuple[str, ...]:
+        return ("training_step", "compute_loss", "get_batch_samples", "loss_is_scaled_for_ga")
+
+    def attach(self) -> None:
+        """Sets the attributes."""
+        trainer = self._trainer
+        trainer.training_step = self.training_step
+        trainer.compute_loss = self.compute_loss
+        trainer.get_batch_samples = self.get_batch_samples
+        # The loss of an update is divided by nothing.
+        trainer.loss_is_scaled_for_ga = True
+        setattr(trainer, _ATTRIBUTE, self)
+
+    def detach(self) -> None:
+        """Leaves the trainer as it was."""
+        attributes = vars(self._trainer)
+        for name in (*self._names(), _ATTRIBUTE):
+            attributes.pop(name, None)
+        attributes.update(self._before)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The batches of the next update, and the trainer's count of their items."""
+        samples, items = self._get_batch_samples(epoch_iterator, num_batches, device)
+        self._collected = []
+        if samples and len(samples) < num_batches:
+            # A stream has ended. Batches without rows let the trainer count to its update, which
+            # it would else make with the next batches.
+            samples = samples + [_without_rows(samples[0])] * (num_batches - len(samples))
+        self._expected = len(samples)
+        return samples, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The trainer's own, whose loss is that of an update."""
+        self._is_collecting, self._calls = True, 0
+        try:
+            found: torch.Tensor = self._training_step(*args, **kwargs)
+        finally:
+            self._is_collecting = False
+        if self._calls != 1:
+            raise self._refused_calls()
+        return found
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The trainer's own outside of training; in it, the loss of the update or 0."""
+        if not self._is_collecting:
+            return self._compute_loss(
+                model,
+                inputs,
+                return_outputs=return_outputs,
+                num_items_in_batch=num_items_in_batch,
+            )
+        self._calls += 1
+        if self._calls > 1 or return_outputs:
+            raise self._refused_calls()
+        self._collected.append(inputs)
+        if len(self._collected) < self._expected:
+            return torch.zeros((), device=self._trainer.args.device, requires_grad=True)
+        batches = [each for each in self._collected if rows_of(each, self._is_pairs)]
+        self._collected = []
+        self._is_collecting = False
+        return self._loss(model, batches)
+
+    def _count(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        """The number of items that the trainer divides the loss of a micro-batch by."""
+        device = self._trainer.args.device
+        found: torch.Tensor | None = self._get_batch_samples(iter([inputs]), 1, device)[1]
+        return found
+
+    def _refused_calls(self) -> ValueError:
+        return ValueError(
+            "A training_step must call compute_loss once, for its loss alone. "
+            f"Got {self._calls} calls, or one for outputs, in {type(self._trainer).__name__}. "
+            "Call virtualbatch.torch.loss in training_step yourself."
+        )
+
+
+def seam_of(trainer: Any) -> Seam | None:
+    """What `accumulate` has set on a trainer; None if nothing."""
+    found: Seam | None = vars(trainer).get(_ATTRIBUTE)
+    return found
+
+
+def _without_rows(inputs: Any) -> Any:
+    if isinstance(inputs, torch.Tensor):
+        return inputs[:0] if inputs.dim() else inputs
+    if isinstance(inputs, Mapping):
+        return {name: _without_rows(value) for name, value in inputs.items()}
+    return [] if isinstance(inputs, list) else inputs

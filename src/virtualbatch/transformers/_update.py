@@ -1,0 +1,134 @@
+"""The rows of an update, and how the inputs of a micro-batch are made of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from virtualbatch.plan.auto import Auto
+from virtualbatch.transformers._padding import Padded, padded, trimmed
+from virtualbatch.transformers._rows import Form, form_of, joined, rows_of
+from virtualbatch.window.packing import token_cut
+from virtualbatch.window.window import Window
+
+
+class Cut(NamedTuple):
+    """How an update is cut, as the caller gave it.
+
+    Fields:
+        microbatch_size: rows, "auto" or an Auto; None for none of them.
+        microbatch_tokens: rows times the longest of them; None for none.
+    """
+
+    microbatch_size: int | str | Auto | None
+    microbatch_tokens: int | None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is one; else micro-batches are those of the trainer."""
+        return self.microbatch_size is not None or self.microbatch_tokens is not None
+
+
+class UpdateRows(NamedTuple):
+    """The rows of an update, and how the inputs of a micro-batch are made of them.
+
+    Fields:
+        batch: what the engine cuts: a batch, or a Window.
+        form: of the inputs; None if they are taken as they are.
+        padded: names of tensors that are padded together; empty where nothing is trimmed.
+    """
+
+    batch: Any
+    form: Form | None
+    padded: tuple[tuple[str, ...], ...]
+
+    def inputs(self, microbatch: Any) -> dict[str, Any]:
+        """The inputs of a micro-batch, as the trainer has them. A new dict."""
+        if self.form is None:
+            return dict(microbatch["inputs"])
+        inputs = self.form.inputs(microbatch["inputs"])
+        return trimmed(
+            inputs, self.padded, [microbatch["lengths"][name[0]] for name in self.padded]
+        )
+
+
+def rows_of_update(
+    batches: Sequence[Mapping[str, Any]], cut: Cut, is_pairs: bool, is_encoder_decoder: bool
+) -> UpdateRows:
+    """The rows of an update.
+
+    Args:
+        batches: its inputs, as the trainer has prepared them.
+        cut: how they are cut.
+        is_pairs: whether a row is a pair.
+        is_encoder_decoder: whether labels are padded apart from what is read.
+
+    Raises:
+        ValueError: a cut is given, and the inputs have no common rows.
+    """
+    forms = [form_of(batch, is_pairs) for batch in batches]
+    form = forms[0]
+    if form is None or any(each != form for each in forms):
+        if cut.is_given:
+            raise ValueError(_no_common_rows(batches, is_pairs))
+        return UpdateRows(Window({"inputs": dict(batch)} for batch in batches), None, ())
+    if not cut.is_given:
+        return UpdateRows(Window({"inputs": form.by_row(batch)} for batch in batches), form, ())
+    rows = joined([form.by_row(batch) for batch in batches])
+    groups = [g for g in padded(form.inputs(rows), form, is_encoder_decoder) if g.names]
+    lengths = {group.names[0]: group.lengths for group in groups}
+    names = tuple(group.names for group in groups)
+    if cut.microbatch_tokens is None:
+        return UpdateRows({"inputs": rows, "lengths": lengths}, form, names)
+    return UpdateRows(_packed(rows, groups, form, cut.microbatch_tokens), form, names)
+
+
+def _packed(
+    rows: Mapping[str, Any], groups: Sequence[Padded], form: Form, microbatch_tokens: int
+) -> Window:
+    """Rows sorted by length, and cut by tokens."""
+    if not any("attention_mask" in group.names for group in groups):
+        raise ValueError(
+            "Packing needs attention_mask, padded on the right. "
+            f"Got inputs {', '.join(rows)}. Pass microbatch_size instead."
+        )
+    of_row = [sum(each) for each in zip(*(group.lengths for group in groups), strict=True)]
+    order = sorted(range(len(of_row)), key=lambda row: -of_row[row])
+    tokens = microbatch_tokens // 2 if form.is_pairs else microbatch_tokens
+    pieces = token_cut([of_row[row] for row in order], max(tokens, 1), max(of_row), None)
+    return Window(
+        (
+            {
+                "inputs": {
+                    name: _chosen(leaf, order[p.start : p.stop]) for name, leaf in rows.items()
+                },
+                "lengths": {
+                    group.names[0]: [group.lengths[row] for row in order[p.start : p.stop]]
+                    for group in groups
+                },
+            }
+            for p in pieces
+        ),
+        sorted_rows=True,
+    )
+
+
+def _chosen(leaf: Any, rows: Sequence[int]) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.index_select(0, torch.tensor(rows, device=leaf.device))
+    return [leaf[row] for row in rows] if isinstance(leaf, list) else leaf
+
+
+def _no_common_rows(batches: Sequence[Mapping[str, Any]], is_pairs: bool) -> str:
+    first = batches[0]
+    rows = rows_of(first, is_pairs)
+    odd = [
+        f"{name} with {leaf.shape[0]} entries for {rows} {'pairs' if is_pairs else 'rows'}"
+        for name, leaf in first.items()
+        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] not in (rows, 2 * rows)
+    ]
+    got = ", ".join(odd) or "batches with different inputs"
+    return (
+        f"A batch must be cut by rows. Got {got}. Leave microbatch_size and microbatch_tokens out: "
+        "accumulate(trainer) takes the trainer's own batches as micro-batches."
+    )
