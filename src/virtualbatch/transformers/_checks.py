@@ -67,7 +67,7 @@ def _elsewhere(trainer: Any) -> dict[str, bool]:
 
 
 def _check_coupled(trainer: Any) -> None:
-    """Refuses losses that look like means over rows in the first updates, and compare rows later."""
+    """Refuses losses that look right in the first updates, and compare rows later."""
     classes = _classes(trainer)
     types = getattr(trainer, "loss_type", getattr(trainer.args, "loss_type", None))
     types = [types] if isinstance(types, str) else list(types or [])

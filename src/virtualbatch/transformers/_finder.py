@@ -1,4 +1,4 @@
-"""The weight of a trainer's loss: found among candidates on its first window, by all ranks alike."""
+"""The weight of a trainer's loss: found among candidates on its first window, by all ranks."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -67,7 +67,7 @@ class WeightFinder:
             return candidates[self._first]
         while True:
             found, error = self._tried(programs, batch, cut, put_back)
-            firsts, errors = zip(*self._told((found.index, error)), strict=True)
+            firsts, errors = zip(*self._told((found.place, error)), strict=True)
             for each in errors:
                 if each is not None:
                     raise ValueError(self._refusal(each))
@@ -109,12 +109,12 @@ class WeightFinder:
             if self._ranks == 1:
                 raise ValueError(self._refusal(str(error))) from error
             return FoundWeight(first), str(error)
-        if found.index is None:
+        if found.place is None:
             # Rounding, as the certificate says.
             return FoundWeight(first), None
-        index = found.index + first
+        index = found.place + first
         return found._replace(
-            index=index, undecided=frozenset(each + first for each in found.undecided)
+            place=index, undecided=frozenset(each + first for each in found.undecided)
         ), None
 
     def _refusal(self, error: str) -> str:

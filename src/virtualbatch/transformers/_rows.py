@@ -107,7 +107,7 @@ def joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return dict(first)
     found = {}
     for name, leaf in first.items():
-        leaves = [batch.get(name) for batch in batches]
+        leaves: list[Any] = [batch.get(name) for batch in batches]
         if isinstance(leaf, torch.Tensor):
             found[name] = torch.cat(_padded(name, leaves))
         elif isinstance(leaf, list) and all(isinstance(x, list) for x in leaves):
@@ -115,10 +115,11 @@ def joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         elif all(x == leaf for x in leaves):
             found[name] = leaf
         else:
+            other = next(x for x in leaves if x != leaf)
             raise ValueError(
                 "What belongs to all rows must be the same in all batches of an update. "
-                f"Got {name}={leaf!r} in one and {name}={next(x for x in leaves if x != leaf)!r} in "
-                "another. Leave microbatch_size out."
+                f"Got {name}={leaf!r} in one and {name}={other!r} in another. "
+                "Leave microbatch_size out."
             )
     return found
 

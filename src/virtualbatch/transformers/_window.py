@@ -132,8 +132,8 @@ class UpdateLoss:
         found = candidates(rows.inputs(rows.batch[0]), self.is_pairs, self.count)[0]
         if found.weight is not self.count:
             raise ValueError(
-                "A weight is found by the rows of a batch. Got inputs that have no common rows, and "
-                "a trainer that gives its loss no count of labels. Pass weight=lambda inputs: ..., "
+                "A weight is found by the rows of a batch. Got inputs without common rows, and a "
+                "trainer that gives its loss no count of labels. Pass weight=lambda inputs: ..., "
                 "what the loss of a micro-batch was divided by."
             )
         return found
@@ -204,7 +204,7 @@ class _Update:
             return weight(self.rows.inputs(microbatch)) if callable(weight) else weight
 
         found = inventory(model, hands_over=True)
-        given = weigh if callable(weight) else weight
+        given: Any = weigh if callable(weight) else weight
         return Program(loss_fn, given, False, None, found, begin=self.begin)
 
 

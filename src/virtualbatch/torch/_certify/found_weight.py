@@ -18,13 +18,13 @@ class FoundWeight(NamedTuple):
     """What was found out.
 
     Fields:
-        index: of the first program whose micro-batches add up to their batch; None if none does.
+        place: of the first program whose micro-batches add up to their batch; None if none does.
         undecided: later ones whose weights are in the same proportion in all that was tried.
         untried: why nothing could be tried, in words; None if something was.
         writes_rows: whether the loss changes its rows in place.
     """
 
-    index: int | None
+    place: int | None
     undecided: frozenset[int] = frozenset()
     untried: str | None = None
     writes_rows: bool = False
@@ -64,19 +64,19 @@ def found_weight(
             for layer in layers.layers:
                 layer.training = layer.training and not is_not_recurrent(layer)
             chosen = parts(trials[0])
-            for index, trial in enumerate(trials):
+            for place, trial in enumerate(trials):
                 holds = adds_up(trial, chosen, why)
                 if holds is False:
                     continue
                 untried = holds if isinstance(holds, str) else None
                 undecided = frozenset(
                     later
-                    for later in range(index + 1, len(trials))
+                    for later in range(place + 1, len(trials))
                     # A sum is another multiple of the same gradient, and so told apart.
                     if programs[later].weight != SUM
                     and _in_proportion(trial, trials[later], chosen)
                 )
-                return FoundWeight(index, undecided, untried, trial.seen.writes_rows)
+                return FoundWeight(place, undecided, untried, trial.seen.writes_rows)
             prove(trials[0], why)
     finally:
         put_back()
