@@ -5,8 +5,8 @@ The oracle is the trainer itself, given the 20 rows of an update at once, in flo
 
 import pytest
 import torch
-
 from tests.transformers.training import HEADS, collated, error, loss_error, run, trained, trainer_of
+
 from virtualbatch.transformers import accumulate
 
 # Heads whose own accumulation is right, because they divide by what the trainer counts.
