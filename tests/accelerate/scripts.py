@@ -86,9 +86,9 @@ def ours(size, **options):
     return script.trained()
 
 
-def ours_in_accumulate(size):
+def ours_in_accumulate(size, **options):
     """The same with the context left where it was."""
-    script = Script()
+    script = Script(**options)
     for _ in range(EPOCHS):
         for batch in script.loader:
             with script.accelerator.accumulate(script.model):
