@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from tests.accelerate import scripts
 from tests.accelerate.scripts import Script, forget
 from tests.masked_tokens import (
@@ -89,6 +89,16 @@ def test_an_accelerator_that_accumulates_is_refused():
         with script.accelerator.accumulate(script.model), pytest.raises(ValueError, match=text):
             script.loss(batch, microbatch_size=3)
     assert all(parameter.grad is None for parameter in script.model.parameters())
+
+
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM"])
+def test_an_engine_with_a_backward_pass_of_its_own_is_refused(engine):
+    script = Script()
+    # The engine is not installed; this is what tells `accelerator.backward` of it.
+    script.accelerator.state.distributed_type = DistributedType[engine]
+    text = rf"accumulate by themselves\. Got DistributedType\.{engine} in .* Use DDP or fully_shard"
+    with pytest.raises(ValueError, match=text):
+        script.loss(next(iter(script.loader)), microbatch_size=3)
 
 
 def test_two_prepared_models_in_one_loss():
