@@ -28,7 +28,7 @@ WAYS = {
 
 
 @pytest.fixture(scope="module")
-def usual():
+def usual(one_thread):
     return scripts.usual(4, 5)
 
 

@@ -28,6 +28,8 @@ from torch.utils.data import DataLoader
 
 import virtualbatch.torch as vb
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TWO = Cases(2, limit=60)
 
 

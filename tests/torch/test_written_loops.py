@@ -13,6 +13,8 @@ from torch.nn.functional import cross_entropy
 
 import virtualbatch.torch as vb
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS, LENGTH, ROWS, PIECES, UPDATES = 40, 8, 20, 5, 5
 WRONG = 0.1
 # It divides by the root of a square, so where a gradient is near 0 it magnifies rounding.
