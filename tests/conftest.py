@@ -42,6 +42,17 @@ def untimed_plans(monkeypatch):
     monkeypatch.setattr(planner, "BUDGET", TimeBudget(seconds=0.0))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads of PyTorch that wait for each other spin where other processes have the cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def first_windows_are_known(request, monkeypatch):
     """No first window proves itself, but in tests of that: others count calls of the loss."""

@@ -54,7 +54,7 @@ PARTS = {
     "conformance": Part(["tests/conformance"], JAX),
     "programs": Part(["tests/core", *sorted(str(file) for file in ROOT.glob("tests/test_*.py"))]),
     "torch": Part(["tests/torch"]),
-    "transformers": Part(["tests/transformers"]),
+    "transformers": Part(["tests/transformers", "tests/accelerate"]),
     "lightning": Part(["tests/lightning"]),
 }
 

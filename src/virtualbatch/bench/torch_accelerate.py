@@ -1,11 +1,12 @@
-"""Accelerate's documented loop: it takes the mean of the micro-batches' means."""
+"""Accelerate's documented loop, which takes the mean of micro-batches' means; and ours in it."""
 
 from typing import Any
 
 from accelerate import Accelerator
 
+import virtualbatch.torch as vb
 from virtualbatch.bench.case import Case
-from virtualbatch.bench.contender import PEER, Contender, looped
+from virtualbatch.bench.contender import OURS, PEER, Contender, looped
 from virtualbatch.bench.torch_models import Problem
 from virtualbatch.bench.torch_ways import weights_of
 
@@ -30,3 +31,24 @@ def contender(name: str, case: Case, given: Problem) -> Contender:
         return total / case.accumulation_steps
 
     return Contender(name, PEER, looped(update, float), weights_of(given.model))
+
+
+def with_us(name: str, case: Case, given: Problem) -> Contender:
+    """The same loop on whole batches, with the loss of a window."""
+    accelerator = Accelerator(cpu=given.batch[0].device.type == "cpu")
+    model, optimizer = accelerator.prepare(given.model, given.optimizer)
+
+    def update() -> Any:
+        loss = vb.loss(
+            lambda batch: given.loss(model, batch),
+            given.batch,
+            module=model,
+            microbatch_size=case.microbatch_size,
+            weight=given.weight,
+        )
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return Contender(name, OURS, looped(update, float), weights_of(given.model))

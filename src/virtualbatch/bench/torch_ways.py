@@ -28,6 +28,8 @@ _TRAINERS = {
     "lightning": ("Lightning", "torch_lightning"),
     "transformers": ("Hugging Face Trainer", "torch_transformers"),
 }
+# Those that train with us, too.
+_WITH_US = ("accelerate",)
 
 
 def entries(case: Case) -> list[Contender | Absent]:
@@ -35,7 +37,8 @@ def entries(case: Case) -> list[Contender | Absent]:
     found: list[Contender | Absent] = [*loops(partial(problem, case))]
     if case.model in ("CNN", "transformer"):
         found += compiled_loops(case)
-    return found + [trainer(package, case, problem(case)) for package in _TRAINERS]
+    found += [trainer(package, case, problem(case)) for package in _TRAINERS]
+    return found + [way for package in _WITH_US for way in with_us(package, case, problem(case))]
 
 
 def loops(make: Callable[[], Problem]) -> list[Contender]:
@@ -58,6 +61,15 @@ def trainer(package: str, case: Case, given: Problem) -> Contender | Absent:
     if importlib.util.find_spec(package) is None:
         return Absent(name, package)
     return importlib.import_module(f"virtualbatch.bench.{module}").contender(name, case, given)
+
+
+def with_us(package: str, case: Case, given: Problem) -> list[Contender]:
+    """The loop of a package with our line in it; none where that is not installed."""
+    name, module = _TRAINERS[package]
+    if importlib.util.find_spec(package) is None:
+        return []
+    made = importlib.import_module(f"virtualbatch.bench.{module}")
+    return [made.with_us(f"{VIRTUALBATCH} in {name}", case, given)]
 
 
 def captured_loop(case: Case) -> Contender:

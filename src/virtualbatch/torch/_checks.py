@@ -52,13 +52,20 @@ def refuse_foreign_accumulation() -> None:
     """Refuses to run inside a loop of Accelerate, or of what stands on it, that accumulates.
 
     Raises:
-        ValueError: Accelerate divides by micro-batches of its own, or is inside such a window.
+        ValueError: Accelerate divides by micro-batches of its own, is inside such a window, or
+            leaves backward passes to an engine.
     """
     # Looked up, never imported: whoever does not use Accelerate does not pay for it.
     accelerate = sys.modules.get("accelerate.state")
     if accelerate is None:
         return
-    shared = getattr(getattr(accelerate, "GradientState", None), "_shared_state", None) or {}
+    engine = str(_shared(accelerate, "AcceleratorState").get("distributed_type"))
+    if engine.endswith(("DEEPSPEED", "MEGATRON_LM")):
+        raise ValueError(
+            "DeepSpeed and Megatron-LM reduce and accumulate by themselves. "
+            f"Got {engine} in Accelerate's AcceleratorState. Use DDP or fully_shard."
+        )
+    shared = _shared(accelerate, "GradientState")
     steps = (shared.get("plugin_kwargs") or {}).get("num_steps")
     if isinstance(steps, int) and steps > 1:
         raise ValueError(
@@ -74,3 +81,8 @@ def refuse_foreign_accumulation() -> None:
             "GradientState. Train with gradient_accumulation_steps=1, and restart Python if an "
             "accumulating loop was interrupted."
         )
+
+
+def _shared(accelerate: Any, name: str) -> dict[str, Any]:
+    """What all objects of one of its classes share; empty where there was none."""
+    return getattr(getattr(accelerate, name, None), "_shared_state", None) or {}
