@@ -153,7 +153,7 @@ def test_the_import_contracts_hold(copied_package: Path) -> None:
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
-DIRECTION = "Tools stand on Keras, Keras on the engines, the engines on the four promises"
+DIRECTION = "Tools stand on Keras and trainers, they on the engines, those on the four promises"
 CORE = "The promises import no framework and no tool"
 COMMAND = "The command line names an engine as a string"
 # (module, what it imports, the contract that this breaks)

@@ -19,8 +19,6 @@ from transformers import (
     BertForQuestionAnswering,
     MixtralConfig,
     MixtralForCausalLM,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
     Trainer,
     ViTConfig,
     ViTForImageClassification,
@@ -96,6 +94,15 @@ class Summed(Trainer):
         return F.cross_entropy(model(**inputs).logits, labels, reduction="sum") / 10
 
 
+class OtherIgnored(Trainer):
+    """Labels of 255 are ignored, as segmentation has them."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        labels = torch.where(labels == -100, 255, labels)
+        return F.cross_entropy(model(**inputs).logits.transpose(1, 2), labels, ignore_index=255)
+
+
 def _draw(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -134,13 +141,10 @@ def _some_tokens(row, draw):
     return torch.where(keep, ids, -100)
 
 
-def _segments():
-    draw = _draw(2)
-    found = []
-    for _ in range(COUNT):
-        labels = torch.randint(0, 3, (16, 16), generator=draw)
-        labels[torch.rand(16, 16, generator=draw) < torch.rand(1, generator=draw)] = 255
-        found.append({"pixel_values": torch.randn(3, 16, 16, generator=draw), "labels": labels})
+def _ignored_labels():
+    found = rows_of("five", COUNT)
+    for row in found:
+        row["labels"] = [255 if label == -100 else label for label in row["labels"]]
     return found
 
 
@@ -172,29 +176,6 @@ def _vit():
     return ViTForImageClassification(
         ViTConfig(**size, num_attention_heads=2, intermediate_size=32, num_labels=3, **QUIET)
     )
-
-
-def _segformer():
-    model = SegformerForSemanticSegmentation(
-        SegformerConfig(
-            num_encoder_blocks=2,
-            depths=[1, 1],
-            sr_ratios=[2, 1],
-            hidden_sizes=[8, 16],
-            patch_sizes=[3, 3],
-            strides=[2, 2],
-            num_attention_heads=[1, 2],
-            mlp_ratios=[2, 2],
-            decoder_hidden_size=8,
-            num_labels=3,
-            classifier_dropout_prob=0.0,
-            drop_path_rate=0.0,
-            **QUIET,
-        )
-    )
-    # Which would couple rows in training mode.
-    model.decode_head.batch_norm = torch.nn.Identity()
-    return model
 
 
 def _wav2vec():
@@ -259,7 +240,9 @@ OTHERS = {
         lambda: bert(BertForQuestionAnswering),
         lambda: _tokens(1, start_positions=_position(14), end_positions=_position(12)),
     ),
-    "ignored pixels": Head(_segformer, _segments),
+    "ignored labels": Head(
+        lambda: model_of("token"), _ignored_labels, OtherIgnored, is_stacked=False
+    ),
     "balanced experts": Head(
         _mixtral(True), lambda: _tokens(5, labels=_some_tokens), dtype=torch.float32
     ),

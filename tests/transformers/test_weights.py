@@ -14,7 +14,7 @@ FOUND = {
     "vit": (1e-11, None),
     "multiple choice": (1e-11, 0.1),
     "answers": (1e-11, None),
-    "ctc": (1e-8, None),
+    "ctc": (1e-6, None),
     "experts": (1e-5, None),
     "row means": (1e-11, 0.1),
     "sum": (1e-11, None),
@@ -25,12 +25,11 @@ REFUSED = (
     "two means",
     "pretraining",
     "ignored answers",
-    "ignored pixels",
     "balanced experts",
 )
 GIVEN = {
     "class weights": lambda inputs: CLASS_WEIGHTS[inputs["labels"]].sum(),
-    "ignored pixels": lambda inputs: (inputs["labels"] != 255).sum(),
+    "ignored labels": lambda inputs: ((inputs["labels"] >= 0) & (inputs["labels"] != 255)).sum(),
 }
 
 
@@ -65,7 +64,8 @@ def test_a_weight_is_found(name):
     for batch, steps, ours in ((2, 5, {}), (10, 1, {"microbatch_size": 3})):
         found = run(name, batch, steps, ours)
         assert error(found, uncut) < tolerance
-        assert loss_error(found, uncut) < max(1e-12, tolerance / 10)
+        # In units of the loss: what is float32 inside rounds as that.
+        assert loss_error(found, uncut) < max(1e-12, tolerance * abs(uncut.losses[0]))
     if own_is_off is not None:
         assert error(run(name, 2, 5), uncut) > own_is_off
 
