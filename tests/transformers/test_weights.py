@@ -25,6 +25,7 @@ REFUSED = (
     "two means",
     "pretraining",
     "ignored answers",
+    "ignored labels",
     "balanced experts",
 )
 GIVEN = {

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from virtualbatch.plan.auto import Auto
+from virtualbatch.transformers._certify import TrainerCertificate, certified
 from virtualbatch.transformers._checks import check_cut, check_trainer
 from virtualbatch.transformers._seam import Seam, seam_of
 from virtualbatch.transformers._update import Cut
 
-__all__ = ["accumulate", "restore"]
+__all__ = ["TrainerCertificate", "accumulate", "certify", "restore"]
 
 Trainer = TypeVar("Trainer")
 
@@ -85,3 +86,29 @@ def restore(trainer: Trainer) -> Trainer:
     if seam is not None:
         seam.detach()
     return trainer
+
+
+def certify(trainer: Trainer) -> TrainerCertificate:
+    """Says whether the update that a trainer makes is that of its whole batch.
+
+    The first update of a new data loader is computed three times, without an optimizer: its rows at
+    once, by the trainer's own accumulation, and with `accumulate`. Dropout rests meanwhile. The
+    whole batch must fit in memory once. The trainer is afterwards as it was before.
+
+    Args:
+        trainer: a trainer with `gradient_accumulation_steps` of 2 or more. If `accumulate` was
+            called for it, its arguments are used.
+
+    Returns:
+        Two certificates: `own` and `accumulated`. The tolerance is that of the dtype, at least of
+        float32, in which losses and norms of Transformers are computed.
+
+    Raises:
+        TypeError: it is no trainer.
+        ValueError: see `accumulate`, or an update has one batch only.
+
+    Example:
+        >>> certify(trainer).own.raise_if_inexact()  # doctest: +SKIP
+    """
+    check_trainer(trainer)
+    return certified(trainer)
