@@ -3,6 +3,9 @@
 from importlib.metadata import version
 from typing import Any
 
+from virtualbatch.plan.auto import check_sizes_or_auto
+from virtualbatch.window.packing import check_tokens
+
 # TRL's trainers whose collators stack chosen rows on rejected ones.
 _PAIRS = {"DPOTrainer", "RewardTrainer", "CPOTrainer", "ORPOTrainer"}
 
@@ -87,10 +90,10 @@ def _check_coupled(trainer: Any) -> None:
 
 
 def check_cut(microbatch_size: Any, microbatch_tokens: Any) -> None:
-    """Refuses two ways to cut an update at once.
+    """Refuses two ways to cut an update at once, and sizes that nothing could satisfy.
 
     Raises:
-        ValueError: both are given.
+        ValueError: both are given, or one is no size.
     """
     if microbatch_size is not None and microbatch_tokens is not None:
         raise ValueError(
@@ -98,6 +101,10 @@ def check_cut(microbatch_size: Any, microbatch_tokens: Any) -> None:
             f"Got microbatch_size={microbatch_size!r} and microbatch_tokens={microbatch_tokens!r}. "
             "Leave one out."
         )
+    if microbatch_size is not None:
+        check_sizes_or_auto(microbatch_size, None)
+    if microbatch_tokens is not None:
+        check_tokens(microbatch_tokens)
 
 
 def _check_version() -> None:

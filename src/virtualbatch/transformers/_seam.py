@@ -38,7 +38,8 @@ class Seam:
         self._loss = UpdateLoss(
             trainer, trainer.compute_loss, self._count, cut, weight, self._is_pairs
         )
-        self._is_collecting = False
+        self._is_in_step = False
+        self._is_running = False
         self._calls = 0
         self._collected: list[Any] = []
         self._expected = 0
@@ -79,11 +80,11 @@ class Seam:
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The trainer's own, whose loss is that of an update."""
-        self._is_collecting, self._calls = True, 0
+        self._is_in_step, self._calls = True, 0
         try:
             found: torch.Tensor = self._training_step(*args, **kwargs)
         finally:
-            self._is_collecting = False
+            self._is_in_step = False
         if self._calls != 1:
             raise self._refused_calls()
         return found
@@ -96,7 +97,7 @@ class Seam:
         num_items_in_batch: Any = None,
     ) -> Any:
         """The trainer's own outside of training; in it, the loss of the update or 0."""
-        if not self._is_collecting:
+        if self._is_running or not self._is_in_step:
             return self._compute_loss(
                 model,
                 inputs,
@@ -111,8 +112,11 @@ class Seam:
             return torch.zeros((), device=self._trainer.args.device, requires_grad=True)
         batches = [each for each in self._collected if rows_of(each, self._is_pairs)]
         self._collected = []
-        self._is_collecting = False
-        return self._loss(model, batches)
+        self._is_running = True
+        try:
+            return self._loss(model, batches)
+        finally:
+            self._is_running = False
 
     def _count(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
         """The number of items that the trainer divides the loss of a micro-batch by."""
