@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from virtualbatch.cli import doctor
+from virtualbatch.cli import doctor, trainers
 from virtualbatch.cli.doctor import Framework
 from virtualbatch.plan.host_memory import HostMemory, MemoryLimit, host_memory
 
@@ -225,3 +225,37 @@ def test_a_group_that_is_half_described_is_told(monkeypatch: pytest.MonkeyPatch)
         "a process group is half described, RANK and MASTER_PORT not set: start with torchrun, "
         "or unset the others"
     )
+
+
+def test_trainers_are_told_with_what_serves_them(diagnosis: doctor.Diagnosis) -> None:
+    found = {trainer.name: trainer for trainer in diagnosis.trainers}
+    for name in ("transformers", "lightning"):
+        assert found[name].version == importlib.metadata.version(name)
+        assert found[name].is_served is True
+        assert found[name].releases.startswith(">=")
+        assert f"virtualbatch.{name}" in str(diagnosis)
+    assert found["accelerate"].served_by == "virtualbatch.torch.loss"
+
+
+@pytest.mark.parametrize(
+    ("version", "is_served"), [("5.24.0", True), ("5.31", True), ("5.9.1", False), ("6.0.0", False)]
+)
+def test_a_release_that_was_not_tried_is_told(
+    monkeypatch: pytest.MonkeyPatch, version: str, is_served: bool
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    (found,) = (each for each in trainers.installed_trainers() if each.name == "transformers")
+    assert found.is_served == is_served
+    assert ("not tried" in str(found)) != is_served
+    advice = doctor._advice_of_trainers((found,))
+    assert len(advice) == (0 if is_served else 1)
+
+
+def test_a_trainer_that_is_absent_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    found = trainers.installed_trainers()
+    assert all(each.version is None and each.is_served is None for each in found)
+    assert doctor._advice_of_trainers(found) == ()

@@ -1,10 +1,11 @@
 """Hugging Face's Trainer with `gradient_accumulation_steps`.
 
 It divides by the tokens of the window where the model takes `num_items_in_batch`, as its own
-language models do, and is right then.
+language models do, and is right then. And the same trainer with us.
 """
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from virtualbatch.bench.case import Case
-from virtualbatch.bench.contender import PEER, Contender
+from virtualbatch.bench.contender import OURS, PEER, Contender
 from virtualbatch.bench.stopwatch import TimedPieces
 from virtualbatch.bench.torch_models import Problem, token_sum
 from virtualbatch.bench.torch_ways import weights_of
+from virtualbatch.transformers import accumulate
 
 
 class _Rows(nn.Module):
@@ -70,6 +72,17 @@ class _Updates(transformers.TrainerCallback):
 
 def contender(name: str, case: Case, given: Problem) -> Contender:
     """The contender of a case."""
+    return _trained(name, PEER, case, given, lambda trainer: trainer)
+
+
+def with_us(name: str, case: Case, given: Problem) -> Contender:
+    """The same trainer, with the line of ours."""
+    return _trained(name, OURS, case, given, accumulate)
+
+
+def _trained(
+    name: str, role: str, case: Case, given: Problem, prepared: Callable[[Any], Any]
+) -> Contender:
     transformers.utils.logging.set_verbosity_error()
     tokens = case.model == "tokens"
     model = (_Tokens if tokens else _Rows)(given)
@@ -103,7 +116,7 @@ def contender(name: str, case: Case, given: Problem) -> Contender:
             )
             # It prints a line at every end.
             trainer.remove_callback(transformers.PrinterCallback)
-            trainer.train()
+            prepared(trainer).train()
         return pieces.seconds
 
-    return Contender(name, PEER, train, weights_of(given.model))
+    return Contender(name, role, train, weights_of(given.model))

@@ -29,7 +29,7 @@ _TRAINERS = {
     "transformers": ("Hugging Face Trainer", "torch_transformers"),
 }
 # Those that train with us, too.
-_WITH_US = ("accelerate",)
+_WITH_US = ("accelerate", "transformers")
 
 
 def entries(case: Case) -> list[Contender | Absent]:

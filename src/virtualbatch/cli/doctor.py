@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from virtualbatch import __version__
+from virtualbatch.cli.trainers import Trainer, installed_trainers
 from virtualbatch.plan.host_memory import HostMemory, host_memory
 
 SECONDS_PER_CHILD = 120
@@ -108,6 +109,7 @@ class Diagnosis:
         python: version.
         platform: operating system and machine.
         frameworks: TensorFlow, torch and JAX, installed or not.
+        trainers: what trains with PyTorch, installed or not, and whether it is served.
         packages: version of each package beside them, None where it is not installed.
         process_group: what a launcher tells this process of the others; None where none does.
         memory: of the host, with the limits on this process.
@@ -119,6 +121,7 @@ class Diagnosis:
     python: str
     platform: str
     frameworks: tuple[Framework, ...]
+    trainers: tuple[Trainer, ...]
     packages: Mapping[str, str | None]
     process_group: Mapping[str, str] | None
     memory: HostMemory
@@ -135,6 +138,9 @@ class Diagnosis:
             "",
             "frameworks",
             *(f"  {line}" for framework in self.frameworks for line in _describe(framework)),
+            "",
+            "trainers",
+            *(f"  {trainer}" for trainer in self.trainers),
             "",
             "packages",
             *(f"  {name:<14}{version or 'no'}" for name, version in self.packages.items()),
@@ -169,6 +175,7 @@ def diagnose(seconds_per_child: float = SECONDS_PER_CHILD) -> Diagnosis:
     """
     frameworks = tuple(_framework(name, seconds_per_child) for name in _DEVICE_SCRIPTS)
     packages = {name: _version(name, module) for name, module in _PACKAGES.items()}
+    trainers = installed_trainers()
     variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     group = {name: os.environ[name] for name in _LAUNCHED if name in os.environ} or None
     return Diagnosis(
@@ -176,11 +183,16 @@ def diagnose(seconds_per_child: float = SECONDS_PER_CHILD) -> Diagnosis:
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         frameworks=frameworks,
+        trainers=trainers,
         packages=packages,
         process_group=group,
         memory=host_memory(),
         variables=variables,
-        advice=(*_advice_of_group(group), *_advice(frameworks, packages, variables)),
+        advice=(
+            *_advice_of_group(group),
+            *_advice_of_trainers(trainers),
+            *_advice(frameworks, packages, variables),
+        ),
     )
 
 
@@ -272,6 +284,15 @@ def _advice_of_group(group: Mapping[str, str] | None) -> tuple[str, ...]:
     return (
         "this is one of several processes: pass what adds up their gradients as module=, such as "
         "a DistributedDataParallel, see docs/processes.md",
+    )
+
+
+def _advice_of_trainers(trainers: tuple[Trainer, ...]) -> tuple[str, ...]:
+    return tuple(
+        f"{found.name} {found.version} was not tried with virtualbatch: "
+        f'pip install "{found.name}{found.releases}"'
+        for found in trainers
+        if found.is_served is False
     )
 
 
