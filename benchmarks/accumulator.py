@@ -5,7 +5,7 @@ of 0.1 with noise of 1. Their average is formed by `backward` with both sums, by
 adds in bfloat16 to the nearest, and with compensation (Kahan) in two buffers of bfloat16. float64
 is exact. An error is the norm of the difference over that of the exact average; bias is the mean of
 the difference over that of the exact average. Memory is what tensors hold above the model at the
-peak, in bytes per parameter; time is that of a window.
+peak, in bytes per parameter. Time is that of one addition of many gradients to their sums.
 
 Usage: python benchmarks/accumulator.py [--json FILE]
 """
@@ -19,11 +19,13 @@ from command import parser_of, save
 
 import virtualbatch.torch as vb
 from virtualbatch.torch._plan.peak import peak_bytes
+from virtualbatch.torch._rounding import StochasticRounding
 
 NUMBERS = 2**16
 MICROBATCHES = [2, 8, 64, 1024]
 KINDS = {"mean 1, noise 0.5": (1.0, 0.5), "mean 0.1, noise 1": (0.1, 1.0)}
 LAYERS, WIDTH, ROWS, SIZE = 16, 1024, 32, 8
+ADDED = 2**24
 
 
 class Weights(torch.nn.Module):
@@ -92,7 +94,7 @@ def errors() -> list[dict[str, Any]]:
     return found
 
 
-def costs() -> list[dict[str, Any]]:
+def memory() -> list[dict[str, Any]]:
     layers = [torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)]
     module = torch.nn.Sequential(*layers).bfloat16()
     parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -136,15 +138,28 @@ def costs() -> list[dict[str, Any]]:
     ):
         module.zero_grad()
         peak = peak_bytes(run) / parameters
-        times = []
-        for _ in range(2):
-            module.zero_grad()
+        found.append({"way": way, "bytes_per_parameter": peak})
+        print(f"{way:20} {peak:.1f} bytes a parameter")
+    return found
+
+
+def times() -> dict[str, float]:
+    gradient = torch.randn(ADDED).bfloat16()
+    wide, narrow = torch.zeros(ADDED), torch.zeros_like(gradient)
+    rounding = StochasticRounding(1)
+    ways: dict[str, Callable[[], object]] = {
+        "float32": lambda: wide.add_(gradient, alpha=0.1),
+        "bfloat16": lambda: rounding.add(narrow, gradient, 0.1),
+    }
+    found = dict.fromkeys(ways, float("inf"))
+    # In turns, since others use this machine.
+    for _ in range(10):
+        for way, add in ways.items():
             began = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - began)
-        row = {"way": way, "bytes_per_parameter": peak, "seconds": min(times)}
-        found.append(row)
-        print(f"{way:20} {peak:.1f} bytes a parameter  {min(times):.2f} s")
+            add()
+            found[way] = min(found[way], time.perf_counter() - began)
+    for way, seconds in found.items():
+        print(f"{way:20} {1e9 * seconds / ADDED:.1f} ns a number")
     return found
 
 
@@ -156,7 +171,7 @@ def _gradient(model: Weights) -> torch.Tensor:
 
 def main() -> None:
     arguments = parser_of(__doc__).parse_args()
-    save(arguments.json, {"errors": errors(), "costs": costs()})
+    save(arguments.json, {"errors": errors(), "memory": memory(), "times": times()})
 
 
 if __name__ == "__main__":
