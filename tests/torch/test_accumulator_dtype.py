@@ -22,6 +22,8 @@ class Weights(nn.Module):
     def __init__(self, count, dtype=torch.bfloat16):
         super().__init__()
         self.weights = nn.Parameter(torch.ones(count, dtype=dtype))
+        # Of the smallest parameters gradients stay in `.grad`, so that large ones need not.
+        self.small = nn.Parameter(torch.ones(1, dtype=dtype))
 
     def forward(self, rows):
         return (rows * self.weights).sum(1).float().mean()
