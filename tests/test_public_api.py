@@ -65,11 +65,13 @@ SIGNATURES = {
     ),
     virtualbatch.torch.backward: (
         "(loss_fn, batch, *, module, microbatch_size=None, accumulation_steps=None, weight=None, "
-        "has_aux=False, backward_fn=None, stats=False, check=True, group=None, reduce=None)"
+        "has_aux=False, backward_fn=None, stats=False, check=True, group=None, reduce=None, "
+        "accumulator_dtype=None)"
     ),
     virtualbatch.torch.loss: (
         "(loss_fn, batch, *, module, microbatch_size=None, accumulation_steps=None, weight=None, "
-        "has_aux=False, stats=False, check=True, scaler=None, group=None, reduce=None)"
+        "has_aux=False, stats=False, check=True, scaler=None, group=None, reduce=None, "
+        "accumulator_dtype=None)"
     ),
     virtualbatch.torch.windows: "(stream, accumulation_steps, *, group=None)",
     virtualbatch.jax.plan: (

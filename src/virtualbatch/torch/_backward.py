@@ -7,6 +7,7 @@ import torch
 
 from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto
+from virtualbatch.torch._accumulator import rounding_seed
 from virtualbatch.torch._as_written import as_written
 from virtualbatch.torch._call import Call, Trained
 from virtualbatch.torch._checks import check_recording
@@ -31,6 +32,7 @@ def backward(
     check: bool = True,
     group: Any = None,
     reduce: str | None = None,
+    accumulator_dtype: str | None = None,
 ) -> torch.Tensor: ...
 @overload
 def backward(
@@ -47,6 +49,7 @@ def backward(
     check: bool = True,
     group: Any = None,
     reduce: str | None = None,
+    accumulator_dtype: str | None = None,
 ) -> tuple[torch.Tensor, Any]: ...
 @overload
 def backward(
@@ -63,6 +66,7 @@ def backward(
     check: bool = True,
     group: Any = None,
     reduce: str | None = None,
+    accumulator_dtype: str | None = None,
 ) -> tuple[torch.Tensor, WindowStats]: ...
 @overload
 def backward(
@@ -79,6 +83,7 @@ def backward(
     check: bool = True,
     group: Any = None,
     reduce: str | None = None,
+    accumulator_dtype: str | None = None,
 ) -> tuple[torch.Tensor, Any, WindowStats]: ...
 @overload
 def backward(
@@ -95,6 +100,7 @@ def backward(
     check: bool = True,
     group: Any = None,
     reduce: str | None = None,
+    accumulator_dtype: str | None = None,
 ) -> Any: ...
 @as_written
 def backward(
@@ -111,6 +117,7 @@ def backward(
     check: bool = True,
     group: Any = None,
     reduce: str | None = None,
+    accumulator_dtype: str | None = None,
 ) -> Any:
     """Does what `loss_fn(batch).backward()` does, on the memory of a micro-batch.
 
@@ -148,6 +155,9 @@ def backward(
         reduce: when ranks add gradients up: "window", after the last micro-batch, or "overlapped",
             during its backward pass, with a DistributedDataParallel; "microbatch" or "window"
             with `fully_shard`. None for the first of each pair.
+        accumulator_dtype: "bfloat16" sums gradients of bfloat16 parameters in bfloat16, with
+            stochastic rounding, in half the memory and with an error that docs/torch.md states;
+            others are summed as ever. None or "float32" for promote(parameter dtype, float32).
 
     Returns:
         The mean loss of the whole batch, that of all ranks together, a detached scalar of the
@@ -157,7 +167,8 @@ def backward(
     Raises:
         ValueError: sizes are not positive integers or disagree, rows differ or are missing, a
             weight is negative or not finite, the loss is not a scalar or has no gradient, names
-            of terms differ, there is no trainable parameter, another library accumulates too,
+            of terms differ, there is no trainable parameter, or none that `accumulator_dtype` is
+            for, another library accumulates too,
             the first rows show that gradients of micro-batches do not add up to their batch's, or
             the loss function changes `.grad`, shares a graph with another micro-batch, or has
             changed its rows when memory runs out.
@@ -180,7 +191,8 @@ def backward(
     check_recording()
     found = inventory(module)
     replicas = replicas_of(found, group, reduce)
-    program = Program(loss_fn, weight, has_aux, backward_fn, found, stats)
+    seed = rounding_seed(accumulator_dtype, found)
+    program = Program(loss_fn, weight, has_aux, backward_fn, found, stats, rounding_seed=seed)
     call = Call(program, batch, microbatch_size, accumulation_steps, check)
     if replicas is None:
         return call.alone(keep)

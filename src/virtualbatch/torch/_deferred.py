@@ -8,6 +8,7 @@ import torch
 
 from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto
+from virtualbatch.torch._accumulator import rounding_seed
 from virtualbatch.torch._as_written import as_written
 from virtualbatch.torch._call import Call, Trained
 from virtualbatch.torch._handover import Finished, hooks_set_aside
@@ -33,6 +34,7 @@ def loss(
     scaler: Any = None,
     group: Any = None,
     reduce: str | None = None,
+    accumulator_dtype: str | None = None,
 ) -> torch.Tensor: ...
 @overload
 def loss(
@@ -49,6 +51,7 @@ def loss(
     scaler: Any = None,
     group: Any = None,
     reduce: str | None = None,
+    accumulator_dtype: str | None = None,
 ) -> tuple[torch.Tensor, Any]: ...
 @overload
 def loss(
@@ -65,6 +68,7 @@ def loss(
     scaler: Any = None,
     group: Any = None,
     reduce: str | None = None,
+    accumulator_dtype: str | None = None,
 ) -> tuple[torch.Tensor, WindowStats]: ...
 @overload
 def loss(
@@ -81,6 +85,7 @@ def loss(
     scaler: Any = None,
     group: Any = None,
     reduce: str | None = None,
+    accumulator_dtype: str | None = None,
 ) -> tuple[torch.Tensor, Any, WindowStats]: ...
 @overload
 def loss(
@@ -97,6 +102,7 @@ def loss(
     scaler: Any = None,
     group: Any = None,
     reduce: str | None = None,
+    accumulator_dtype: str | None = None,
 ) -> Any: ...
 @as_written
 def loss(
@@ -113,6 +119,7 @@ def loss(
     scaler: Any = None,
     group: Any = None,
     reduce: str | None = None,
+    accumulator_dtype: str | None = None,
 ) -> Any:
     """The loss of a whole batch, on the memory of a micro-batch; call backward on it as ever.
 
@@ -141,6 +148,7 @@ def loss(
             at its scale, so that no gradient of float16 underflows inside.
         group: see there.
         reduce: see there; not "overlapped", because gradients meet later.
+        accumulator_dtype: see there. What arrives in the backward pass multiplies the rounded sums.
 
     Returns:
         The mean loss of the whole batch, on all ranks, a scalar of the loss's dtype and device;
@@ -162,7 +170,8 @@ def loss(
         1.333 [[0.667 0.667]]
     """
     found = inventory(module, hands_over=True, may_be_frozen=not torch.is_grad_enabled())
-    program = Program(loss_fn, weight, has_aux, None, found, stats)
+    seed = rounding_seed(accumulator_dtype, found)
+    program = Program(loss_fn, weight, has_aux, None, found, stats, rounding_seed=seed)
     call = Call(program, batch, microbatch_size, accumulation_steps, check)
     return window_loss(call, scaler, group, reduce)
 

@@ -2,7 +2,7 @@
 
 Where every parameter and term is float32 or wider, each backward pass starts from the
 micro-batch's share and PyTorch itself sums into a fresh `.grad`: no buffer, no extra arithmetic.
-Otherwise gradients are taken unscaled and multiplied in the add to a float32 buffer.
+Otherwise gradients are taken unscaled and multiplied in the add to a buffer.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from virtualbatch.torch._commit import added, committed, widened
+from virtualbatch.torch._buffers import GradientBuffers
+from virtualbatch.torch._commit import committed
 from virtualbatch.torch._differentiate import (
     Differentiate,
     from_factors,
@@ -27,14 +28,11 @@ from virtualbatch.torch._leaves import (
 )
 from virtualbatch.torch._muted import with_muted
 from virtualbatch.torch._own_memory import OwnMemory
+from virtualbatch.torch._rounding import StochasticRounding
 from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.torch._stepping import refuse_changed_parameters, versions
 
 HALF = {torch.float16, torch.bfloat16}
-
-# Gradients of so few numbers stay in `.grad` while the next micro-batch runs forward. Their sums
-# are in buffers, so this only shows whether the loss function changes them.
-_FEW = 4096
 
 
 class WindowGradients:
@@ -48,6 +46,7 @@ class WindowGradients:
         averaged_over: by how many replicas something divides the sums later.
         in_step: whether modules add up gradients over ranks in each backward pass, so that all
             ranks must run the same ones, and `.grad` holds what came of them.
+        rounding: adds dense gradients of bfloat16; None where they are summed in float32.
 
     Attributes:
         parameters: as given.
@@ -62,6 +61,7 @@ class WindowGradients:
         is_given: Callable[[torch.Tensor], bool] = lambda tensor: False,
         averaged_over: float = 1,
         in_step: bool = False,
+        rounding: StochasticRounding | None = None,
     ):
         self.parameters = parameters
         self._backward_fn = backward_fn
@@ -74,9 +74,7 @@ class WindowGradients:
         self._watch: GradWatch | None = None
         self._foreign: ForeignLeaves | None = None
         self._commits = True
-        self._shown: list[torch.Tensor] = []
-        self._most_shown = max(_FEW, min(parameter.numel() for parameter in parameters))
-        self._sums: list[torch.Tensor | None] = [None] * len(parameters)
+        self._buffers = GradientBuffers(parameters, rounding)
         self._differentiate: Differentiate | None = None
         self._in_place = True
         self._own_memory = OwnMemory(parameters)
@@ -171,7 +169,7 @@ class WindowGradients:
 
     def zero(self) -> None:
         """Makes every gradient found so far zero, NaN included."""
-        for parameter, total in zip(self.parameters, self._sums, strict=True):
+        for parameter, total in zip(self.parameters, self._buffers.sums, strict=True):
             for gradient in (parameter.grad, total):
                 if gradient is not None:
                     gradient.zero_()
@@ -181,7 +179,7 @@ class WindowGradients:
         held = {id(leaf) for leaf in leaves([term for term, _ in self.held])}
         return [
             parameter.grad is not None or total is not None or id(parameter) in held
-            for parameter, total in zip(self.parameters, self._sums, strict=True)
+            for parameter, total in zip(self.parameters, self._buffers.sums, strict=True)
         ]
 
     def check_leaves(self) -> None:
@@ -195,7 +193,7 @@ class WindowGradients:
 
     def sums(self) -> list[torch.Tensor]:
         """The window's gradients before they are committed."""
-        pairs = zip(self.parameters, self._sums, strict=True)
+        pairs = zip(self.parameters, self._buffers.sums, strict=True)
         found = [parameter.grad if total is None else total for parameter, total in pairs]
         return [gradient for gradient in found if gradient is not None]
 
@@ -208,7 +206,7 @@ class WindowGradients:
         self._close_leaves()
         if self._in_place:
             return
-        entries = list(zip(self.parameters, self._before, self._sums, strict=True))
+        entries = list(zip(self.parameters, self._before, self._buffers.sums, strict=True))
         # What allocates comes first: if memory runs out, nothing that `.grad` held has changed.
         entries.sort(key=lambda entry: entry[1] is not None)
         with torch.no_grad():
@@ -220,16 +218,17 @@ class WindowGradients:
         """Takes the window's gradients away; `.grad` is as before it.
 
         Returns:
-            One for each parameter, None where nothing reached it; float32 sums of half precision.
+            One for each parameter, None where nothing reached it; sums of half precision are
+            float32, or bfloat16 where that was asked for.
 
         Raises:
             ValueError: somebody trains a tensor that no module holds.
         """
         self._close_leaves()
-        pairs = list(zip(self.parameters, self._sums, strict=True))
+        pairs = list(zip(self.parameters, self._buffers.sums, strict=True))
         found = [parameter.grad if total is None else total for parameter, total in pairs]
         # Whoever takes them over has them alone, or PyTorch would copy them into `.grad`.
-        self._sums = [None] * len(found)
+        self._buffers.sums = [None] * len(found)
         self._watch = None
         for parameter, before in zip(self.parameters, self._before, strict=True):
             parameter.grad = before
@@ -297,33 +296,13 @@ class WindowGradients:
             # rounded to few bits and could underflow. In step other ranks have other shares, and
             # gradients have met when they come.
             largest = 1.0 if self._in_step else max(shares)
-            for parameter in self._shown:
-                parameter.grad = None
-            self._shown = []
-            differentiate(terms, [share / largest for share in shares])
-            self._collect(largest)
+            # Somebody else's backward pass may look at what came of it.
+            as_they_come = self._backward_fn is None
+            with self._buffers.collecting(largest, as_they_come=as_they_come):
+                differentiate(terms, [share / largest for share in shares])
             self.factor = largest / self._averaged_over
 
         return buffered
-
-    def _collect(self, factor: float) -> None:
-        """Moves each `.grad` times factor into its buffer; the product is formed there, wide."""
-        with torch.no_grad():
-            for k, parameter in enumerate(self.parameters):
-                gradient, total = parameter.grad, self._sums[k]
-                if gradient is None:
-                    continue
-                if parameter.numel() > self._most_shown:
-                    parameter.grad = None
-                else:
-                    self._shown.append(parameter)
-                if total is None:
-                    # In place after a copy: a float32 gradient may still belong to the graph.
-                    self._sums[k] = widened(gradient) * factor
-                elif total.is_sparse or gradient.is_sparse:
-                    self._sums[k] = added(total, widened(gradient) * factor)
-                else:
-                    total.add_(gradient, alpha=factor)
 
 
 def _is_half(tensors: Iterable[torch.Tensor]) -> bool:

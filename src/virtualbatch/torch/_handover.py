@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from virtualbatch.torch._rounding import multiply_rounded_once
 from virtualbatch.torch._stepping import node_hooks
 
 
@@ -18,7 +19,8 @@ class Finished:
 
     Args:
         parameters: those that get one.
-        gradients: theirs; dense, sparse or sharded, float32 for those of half precision.
+        gradients: theirs; dense, sparse or sharded, float32 for those of half precision, or as
+            narrow as those.
         scale: what the gradients were multiplied by on their way; None for 1.
         before: called when a backward pass reaches them.
     """
@@ -67,7 +69,7 @@ class Finished:
             # The list must not hold what `.grad` is to take over.
             gradient = gradients.pop()
             if not is_one:
-                gradient = gradient.mul_(factor.to(gradient.device))
+                gradient = _times(gradient, factor.to(gradient.device))
             found.append(_narrowed(gradient, parameter.dtype))
         return found
 
@@ -89,6 +91,14 @@ class _HandOver(torch.autograd.Function):
                 "create_graph=True. Leave it out, or differentiate twice inside loss_fn."
             )
         return (None, None, *ctx.finished.given(factor))
+
+
+def _times(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    if gradient.dtype == torch.bfloat16 and not gradient.is_sparse:
+        # On a device PyTorch would round the factor first, by the same for every number.
+        multiply_rounded_once(gradient, factor)
+        return gradient
+    return gradient.mul_(factor)
 
 
 def _narrowed(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

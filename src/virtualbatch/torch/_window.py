@@ -15,6 +15,7 @@ from virtualbatch.torch._gradients import WindowGradients
 from virtualbatch.torch._loss import WindowLoss, checked_terms
 from virtualbatch.torch._microbatch import Microbatch, on_device
 from virtualbatch.torch._modules import Inventory
+from virtualbatch.torch._rounding import StochasticRounding
 from virtualbatch.torch._state import Buffers
 from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.torch._weights import window_weights
@@ -39,6 +40,8 @@ class Program(NamedTuple):
             the last, where ranks run each micro-batch at the same time; else None.
         begin: called before each attempt at a window: a trainer puts back what its loss changes
             beside tensors, such as lists of metrics.
+        rounding_seed: what the random numbers start from by which sums of bfloat16 are rounded, in
+            each attempt again; None where they are summed in float32.
     """
 
     loss_fn: Callable[[Any], Any]
@@ -51,6 +54,7 @@ class Program(NamedTuple):
     holds_last: bool = False
     in_step: Callable[[int, int], None] | None = None
     begin: Callable[[], None] | None = None
+    rounding_seed: int | None = None
 
     def weights(self, cut: Sequence[Microbatch]) -> HostWeights:
         """The weights of a window's micro-batches."""
@@ -96,6 +100,7 @@ class Program(NamedTuple):
                 partial(_has_memory_of, cut),
                 self.averaged_over,
                 self.in_step is not None,
+                None if self.rounding_seed is None else StochasticRounding(self.rounding_seed),
             )
         run = _Run(self.loss_fn, self.has_aux, statistics, gradients, norms, self.in_step)
         ran = Ran(run, WindowLoss(), [], shares, buffers)

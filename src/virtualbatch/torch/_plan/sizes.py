@@ -33,8 +33,9 @@ def signature(program: Program, batch: Microbatch) -> Signature:
     found = program.found
     parameters = ", ".join(f"{_name(p.dtype)}{list(p.shape)}" for p in found.parameters)
     device = found.accelerator or torch.device("cpu")
+    sums = "" if program.rounding_seed is None else ", sums of bfloat16"
     return Signature(
-        f"torch on {_words(device)}, parameters {parameters}",
+        f"torch on {_words(device)}, parameters {parameters}{sums}",
         fingerprint(program.loss_fn, program.weight, program.backward_fn, program.has_aux),
         known_rows(batch),
         tuple(Leaf(place, tuple(x.shape[1:]), _name(x.dtype)) for place, x in batch.tensors()),
