@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torchmetrics import Metric, MetricCollection
 
+# What PyTorch keeps there: the engine puts it back, and changes it while it plans.
+_OF_PYTORCH = frozenset(vars(torch.nn.Module()))
+
 
 class Kept:
     """Attributes of a module and of its metrics, as they are now.
@@ -26,22 +29,25 @@ class Kept:
             is_metric = isinstance(layer, Metric | MetricCollection)
             if layer is not module and not is_metric:
                 continue
-            self._attributes.append((layer, dict(vars(layer))))
-            for value in vars(layer).values():
+            attributes = {k: v for k, v in vars(layer).items() if k not in _OF_PYTORCH}
+            self._attributes.append((layer, attributes))
+            for value in attributes.values():
                 self._keep(value, is_metric)
 
     def put_back(self) -> None:
         """Makes all of it as it was. May be called again."""
         for layer, attributes in self._attributes:
             found = vars(layer)
-            found.clear()
+            for name in [x for x in found if x not in attributes and x not in _OF_PYTORCH]:
+                del found[name]
             found.update(attributes)
         for put_back in self._contents:
             put_back()
 
     def _keep(self, value: Any, of_metric: bool) -> None:
         if isinstance(value, torch.Tensor):
-            if of_metric:
+            # Those of inference mode cannot be changed outside it.
+            if of_metric and not value.is_inference():
                 self._contents.append(_of_tensor(value))
         elif isinstance(value, list):
             self._contents.append(_of_list(value))

@@ -97,7 +97,7 @@ class Logs:
         """
         for told in self._told.values():
             arguments = dict(told[-1].arguments)
-            sizes = [each.arguments.get("batch_size") for each in told]
+            sizes: list[Any] = [each.arguments.get("batch_size") for each in told]
             if None not in sizes:
                 arguments["batch_size"] = int(sum(sizes))
             elif rows is not None:

@@ -17,6 +17,7 @@ from virtualbatch.torch._batch import read
 from virtualbatch.torch._call import Call
 from virtualbatch.torch._deferred import window_loss
 from virtualbatch.torch._fit import Fit
+from virtualbatch.torch._handover import hooks_set_aside
 from virtualbatch.torch._microbatch import most_rows
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._replicas.found import quiet
@@ -100,20 +101,28 @@ def run_window(
     """
     trainer = module.trainer
     logs = Logs(module)
-    with (
-        logs.instead_of_log(),
-        loss_fn.heard(heard := _Heard(module, batches, loss_fn.weight, logs)),
-    ):
-        found = inventory(trainer.strategy.model, hands_over=True)
-        program = Program(loss_fn, loss_fn.weight, True, None, found, begin=heard.begin)
-        call = _call(program, [given.batch for given in batches], loss_fn.microbatch_size)
-        try:
-            loss, _ = window_loss(call, getattr(trainer.precision_plugin, "scaler", None))
-        except BaseException:
-            heard.begin()
-            raise
+    with logs.instead_of_log():
+        heard = _Heard(module, batches, loss_fn.weight, logs)
+        with loss_fn.heard(heard):
+            loss = _run(loss_fn, trainer, [given.batch for given in batches], heard)
     logs.tell(heard.rows if len(batches) > 1 else None)
     return loss, heard.outputs.together()
+
+
+def _run(
+    loss_fn: MicrobatchLoss, trainer: Any, batches: Sequence[Any], heard: "_Heard"
+) -> torch.Tensor:
+    # With DDP this is the module around it, in whose forward pass Lightning calls the step.
+    found = inventory(trainer.strategy.model, hands_over=True)
+    program = Program(loss_fn, loss_fn.weight, True, None, found, begin=heard.begin)
+    try:
+        call = _call(program, batches, loss_fn.microbatch_size)
+        loss: torch.Tensor
+        loss, _ = window_loss(call, getattr(trainer.precision_plugin, "scaler", None))
+    except BaseException:
+        heard.begin()
+        raise
+    return loss
 
 
 def _call(program: Program, batches: Sequence[Any], size: Any) -> Call:
@@ -121,7 +130,8 @@ def _call(program: Program, batches: Sequence[Any], size: Any) -> Call:
     if size is not None and len(batches) == 1:
         return Call(program, batches[0], size, None, True)
     if is_automatic(size):
-        with quiet(program.found):
+        found = program.found
+        with quiet(found), hooks_set_aside(found.owner, found.parameters):
             size = most_rows(Fit(program, read(batches[0]), size, None).cut)
     if size is not None:
         batches = [piece.get() for batch in batches for piece in read(batch).cut(size, None)]
