@@ -155,7 +155,7 @@ class Run:
         }
         callbacks = [self.watch, *options.pop("callbacks", [])]
         self.trainer = lightning.Trainer(**defaults | options, callbacks=callbacks)
-        loader = loader or DataLoader(rows(), batch_size=batch)
+        loader = DataLoader(rows(), batch_size=batch) if loader is None else loader
         self.trainer.fit(self.module, loader, ckpt_path=resumed)
         self.weights = flat(self.module)
         self.log = self.logger.rows
