@@ -13,6 +13,7 @@ EXPECTED = (
     "ignore:GPU available but not used",
     "ignore:Checkpoint directory .* exists and is not empty",
     "ignore:You're resuming from a checkpoint that ended before the epoch ended",
+    "ignore:Be aware that when using `ckpt_path`",
     "ignore:It is recommended to use `self.log\\(.*sync_dist=True",
     "ignore:.*does not have a `test_dataloader`",
     "ignore:.*recommended .*to use a .*cleanup",

@@ -41,10 +41,11 @@ def _out_of_memory(most, after):
             output = super().training_step(batch, batch_idx)
             Tight.tries += 1
             if len(batch[0]) > most and Tight.tries > after:
+                Tight.failures += 1
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return output
 
-    Tight.tries = 0
+    Tight.tries = Tight.failures = 0
     return Tight
 
 
@@ -60,8 +61,8 @@ def test_an_update_that_runs_out_of_memory_counts_once(uncut, batch, steps, size
     assert error(run, uncut) <= EXACT
     assert largest_difference(run.log, uncut.log) <= EXACT
     assert sum(rows for _, rows in run.module.seen) == 2 * 46
-    assert max(rows for _, rows in run.module.seen) <= 3 or steps > 1
-    assert run.module.calls == len(run.module.seen) > 2 * 46 / 4
+    assert run.module.calls == len(run.module.seen)
+    assert type(run.module).failures > 0
 
 
 @pytest.mark.proves_itself

@@ -74,9 +74,9 @@ class TrainingStep:
 
     def _collect(self, given: Given, epoch: int, loop: Any, steps: int) -> None:
         update = epoch, loop.batch_idx // steps
-        if update != self._update:
-            # An epoch may end in the middle of an update, which is then never made.
-            self._collected, self._update = [], update
+        if update != self._update or loop.batch_idx % steps == 0:
+            # An epoch or a training may end in the middle of an update, which is then never made.
+            self._collected, self._update, self._ran_at = [], update, None
         if loop.total_batch_idx == self._ran_at:
             raise ValueError(
                 "Where batches are collected, an optimizer may call its closure once, because "
