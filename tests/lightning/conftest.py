@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.filterwarnings(text))
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _float64_in_one_thread():
     """Numbers are logged in the default dtype; threads would wait for each other."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
@@ -45,16 +45,16 @@ def _quiet():
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-@pytest.fixture(scope="session")
-def uncut():
+@pytest.fixture(scope="module")
+def uncut(_float64_in_one_thread):
     """Lightning alone, on whole batches of 20 of the 46 rows."""
     from tests.lightning.nets import Run
 
     return Run(20)
 
 
-@pytest.fixture(scope="session")
-def own():
+@pytest.fixture(scope="module")
+def own(_float64_in_one_thread):
     """Lightning's own accumulation of 5 batches of 4 rows."""
     from tests.lightning.nets import Run
 

@@ -17,13 +17,13 @@ WORDS, LENGTH = 11, 6
 class Net(lightning.LightningModule):
     """Words in, words out; its loss is the mean over the tokens that count."""
 
-    def __init__(self, optimizer=partial(torch.optim.AdamW, lr=0.01)):
+    def __init__(self, optimizer=None):
         super().__init__()
         torch.manual_seed(0)
         self.table = torch.nn.Embedding(WORDS, 8)
         self.head = torch.nn.Linear(8, WORDS)
         self.mean = torchmetrics.MeanMetric()
-        self.make = optimizer
+        self.make = optimizer or partial(torch.optim.AdamW, lr=0.01)
         self.calls = 0
         self.seen = []
         self.double()
@@ -175,5 +175,5 @@ def largest_difference(log, of_uncut):
     """Between two logs with the same steps and names."""
     if [(step, sorted(row)) for step, row in log] != [(s, sorted(row)) for s, row in of_uncut]:
         raise AssertionError(f"{log} has other steps or names than {of_uncut}")
-    pairs = [(row[key], other[key]) for (_, row), (_, other) in zip(log, of_uncut) for key in row]
-    return max(abs(a - b) for a, b in pairs)
+    pairs = zip(log, of_uncut, strict=True)
+    return max(abs(row[name] - other[name]) for (_, row), (_, other) in pairs for name in row)

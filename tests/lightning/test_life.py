@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from tests.lightning.nets import Net, Run, Rows, error, flat, rows, tokens
+from tests.lightning.nets import Net, Rows, Run, error, flat, rows, tokens
 from torch.utils.data import DataLoader
 
 import virtualbatch.lightning as vb
@@ -63,7 +63,9 @@ def test_a_step_that_stood_on_the_module_is_used_and_put_back(uncut):
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deep", "pickle"]
+    "copied",
+    [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))],
+    ids=["deep", "pickle"],
 )
 def test_a_copy_trains_itself(uncut, copied):
     original = Net()
@@ -103,14 +105,14 @@ def test_averaged_weights_are_those_of_the_uncut_run():
 
 
 def _checkpoints(folder):
-    return ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    return ModelCheckpoint(folder, every_n_train_steps=3, save_top_k=-1, filename="{step}")
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(20, 1), (4, 5)])
 def test_a_training_resumes_between_updates_to_the_bit(tmp_path, batch, steps):
     """Also without us, and the checkpoint has the keys of a plain module."""
     whole = Run(batch, steps, OURS, enable_checkpointing=True, callbacks=[_checkpoints(tmp_path)])
-    path = tmp_path / "step=2.ckpt"
+    path = tmp_path / "step=3.ckpt"
     saved = torch.load(path, weights_only=False)
 
     resumed = Run(batch, steps, OURS, ckpt_path=path)

@@ -54,9 +54,7 @@ def _out_of_memory(most, after):
 )
 def test_an_update_that_runs_out_of_memory_counts_once(uncut, batch, steps, size):
     """Logs, metrics, lists and numbers of the module are as if only the last attempt had been."""
-    run = Run(
-        batch, steps, {"microbatch_size": size, "weight": tokens}, _out_of_memory(3, 2)
-    )
+    run = Run(batch, steps, {"microbatch_size": size, "weight": tokens}, _out_of_memory(3, 2))
 
     assert error(run, uncut) <= EXACT
     assert largest_difference(run.log, uncut.log) <= EXACT
@@ -146,9 +144,12 @@ def test_a_batch_size_that_is_given_weighs_and_a_name_may_be_logged_twice():
     whole = Run(20, net=_ByHand, max_epochs=1)
     run = Run(20, 1, {"microbatch_size": 3, "weight": tokens}, _ByHand, max_epochs=1)
 
-    pairs = [(a["right_step"], b["right_step"]) for (_, a), (_, b) in zip(run.log, whole.log) if "right_step" in a]
-    assert len(pairs) == 3
-    assert all(a == pytest.approx(b, rel=EXACT) for a, b in pairs)
+    found, expected = (
+        [row["right_step"] for _, row in log if "right_step" in row]
+        for log in (run.log, whole.log)
+    )
+    assert len(found) == 3
+    assert found == pytest.approx(expected, rel=EXACT)
     ends = [{**row} for log in (run.log, whole.log) for _, row in log if "right_epoch" in row]
     assert ends[0]["right_epoch"] == pytest.approx(ends[1]["right_epoch"], rel=EXACT)
     # Three updates count a row's one each in the uncut run; each micro-batch does here.

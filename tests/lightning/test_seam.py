@@ -1,4 +1,4 @@
-"""The names of Lightning that the adapter stands on, so that a release that moves one is seen here."""
+"""The names of Lightning that the adapter stands on: a release that moves one is seen here."""
 
 import inspect
 
@@ -45,9 +45,13 @@ def test_where_a_trainer_says_that_an_update_is_complete():
 
 def test_a_loss_is_divided_once_and_gradients_are_cleared_behind_the_step():
     source = inspect.getsource(_AutomaticOptimization._training_step)
-    assert "from_training_step_output(training_step_output, trainer.accumulate_grad_batches)" in source
+    assert (
+        "from_training_step_output(training_step_output, trainer.accumulate_grad_batches)" in source
+    )
     closure = inspect.getsource(Closure.closure)
-    order = [closure.index(f"self.{name}(") for name in ("_step_fn", "_zero_grad_fn", "_backward_fn")]
+    order = [
+        closure.index(f"self.{name}(") for name in ("_step_fn", "_zero_grad_fn", "_backward_fn")
+    ]
     assert order == sorted(order)
     zero = inspect.getsource(_AutomaticOptimization._make_zero_grad_fn)
     assert "batch_idx % self.trainer.accumulate_grad_batches == 0" in zero
