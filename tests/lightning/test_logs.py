@@ -145,8 +145,7 @@ def test_a_batch_size_that_is_given_weighs_and_a_name_may_be_logged_twice():
     run = Run(20, 1, {"microbatch_size": 3, "weight": tokens}, _ByHand, max_epochs=1)
 
     found, expected = (
-        [row["right_step"] for _, row in log if "right_step" in row]
-        for log in (run.log, whole.log)
+        [row["right_step"] for _, row in log if "right_step" in row] for log in (run.log, whole.log)
     )
     assert len(found) == 3
     assert found == pytest.approx(expected, rel=EXACT)
