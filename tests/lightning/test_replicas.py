@@ -95,6 +95,9 @@ found = {
     "2 x 10": CASES.case(lambda rank: _run(rank, 10, 1, CUT, Counted), "whole"),
     "2 x 2 of 5": CASES.case(lambda rank: _run(rank, 5, 2, OURS, Counted), "collected"),
     "2 x 2 of 5 cut": CASES.case(lambda rank: _run(rank, 5, 2, CUT, Counted), "cut"),
+    "2 x 2 of 5 planned": CASES.case(
+        lambda rank: _run(rank, 5, 2, OURS | {"microbatch_size": "auto"}, Counted), "planned"
+    ),
     "out of memory on one": CASES.case(
         lambda rank: _run(rank, 10, 1, {"weight": tokens, "microbatch_size": 6}, TightOnOne),
         "tight",
