@@ -5,18 +5,15 @@ import logging
 import pytest
 import torch
 
-# Each is about speed, or about what a test does on purpose.
+# Each is about speed, about PyTorch's own names, or about what a test does on purpose.
 EXPECTED = (
+    "ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated",
     "ignore:The '.*dataloader' does not have many workers",
     "ignore:The number of training batches .* is smaller than the logging interval",
-    "ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated",
-    "ignore:GPU available but not used",
     "ignore:Checkpoint directory .* exists and is not empty",
     "ignore:You're resuming from a checkpoint that ended before the epoch ended",
     "ignore:Be aware that when using `ckpt_path`",
     "ignore:It is recommended to use `self.log\\(.*sync_dist=True",
-    "ignore:.*does not have a `test_dataloader`",
-    "ignore:.*recommended .*to use a .*cleanup",
 )
 
 
