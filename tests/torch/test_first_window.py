@@ -463,3 +463,35 @@ def test_lists_as_long_as_the_batch_are_cut_with_it():
     expected = torch.autograd.grad(loss_fn({"x": x, "n": lengths}), [model.weight])
     vb.backward(loss_fn, {"x": x, "n": lengths}, module=model, microbatch_size=2)
     assert_all_close([model.weight.grad], list(expected))
+
+
+def test_small_micro_batches_of_a_window_are_tried_on_the_rows_of_several():
+    """Those of the first weigh the same, so that it alone would show nothing."""
+    model = linear(2, 3)
+    labels = torch.tensor([0, 1, 2, 0, 1, -100, -100, 2])
+    pieces = [(rows(2), labels[k : k + 2]) for k in range(0, 8, 2)]
+
+    def loss_fn(batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    with pytest.raises(ValueError, match=r"Pass weight=lambda batch: \(batch\[1\] != -100\)"):
+        vb.backward(loss_fn, vb.Window(pieces), module=model)
+    vb.backward(loss_fn, vb.Window(pieces), module=model, weight=lambda b: (b[1] != -100).sum())
+
+
+@pytest.mark.parametrize("kind", ["wrong", "right"])
+def test_a_loss_proves_itself_where_somebody_else_calls_backward(kind):
+    """A hook that steps an optimizer is refused by `backward`, not by `loss`."""
+    model, x = linear(), rows(8)
+    model.weight.register_post_accumulate_grad_hook(lambda p: None)
+    divisor = 4 if kind == "wrong" else 8
+
+    def loss_fn(x):
+        return (model(x) ** 2).sum() / (divisor if kind == "wrong" else len(x))
+
+    if kind == "right":
+        vb.loss(loss_fn, x, module=model, microbatch_size=2).backward()
+        return
+    with pytest.raises(ValueError, match="Got a loss whose first rows show"):
+        vb.loss(loss_fn, x, module=model, microbatch_size=2)
+    assert model.weight.grad is None

@@ -28,6 +28,9 @@ from virtualbatch.torch._window import Program
 from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import loss_and_aux
 
+# Of small micro-batches; a few of them are tried.
+_ENOUGH_ROWS = 32
+
 # For as long as what is trained lives: the losses that were tried with it.
 _PROVEN: Any = WeakIdKeyDictionary()
 
@@ -57,7 +60,7 @@ def prove_first_window(
     if not batch.can_be_cut:
         known.tell_once(program.loss_fn, program.weight, NO_ROWS)
         return cut
-    source = batch.given[0] if len(batch.given) == 1 else max(batch.given, key=known_rows)
+    source = _source(batch.given)
     lacking = shares.empty_and_full()
     kinds = [(x.dtype, x.dim()) if isinstance(x, torch.Tensor) else None for x in source.leaves]
     structure = (program.has_aux, source.places, tuple(kinds), len(cut) == 1, lacking is None)
@@ -77,6 +80,39 @@ def prove_first_window(
     if seen.group > 1:
         seen.check_sizes([known_rows(piece) for piece in cut])
     return [microbatch.protected() for microbatch in cut] if seen.writes_rows else cut
+
+
+def _source(given: Sequence[Microbatch]) -> Microbatch:
+    """Rows to try the law on: of a Window, those of its first micro-batches together.
+
+    Where one micro-batch is small, its rows may weigh the same by chance, and show nothing.
+    """
+    largest = max(given, key=known_rows)
+    like = _shapes(largest)
+    alike: list[Microbatch] = []
+    for microbatch in given:
+        if sum(map(known_rows, alike)) < _ENOUGH_ROWS and _shapes(microbatch) == like:
+            alike.append(microbatch)
+    if len(alike) < 2:
+        return largest
+    leaves = [
+        torch.cat(column) if isinstance(column[0], torch.Tensor) else column[0]
+        for column in zip(*(microbatch.leaves for microbatch in alike), strict=True)
+    ]
+    return largest._replace(rows=sum(map(known_rows, alike)), leaves=leaves, given=None)
+
+
+def _shapes(microbatch: Microbatch) -> tuple[Any, ...]:
+    """What must agree so that rows may stand in one tensor; lists of rows never do."""
+    leaves = [
+        (x.dtype, x.device, x.shape[1:])
+        if isinstance(x, torch.Tensor)
+        else x
+        if isinstance(x, str | int | float | None)
+        else id(x)
+        for x in microbatch.leaves
+    ]
+    return (microbatch.places, *leaves)
 
 
 def tell_untried(program: Program) -> None:

@@ -88,7 +88,8 @@ class TorchTrainingStep(TrainingStep):
         seen = program._replace(
             loss_fn=lambda pair: self._chosen(pair)(pair[0]),
             weight=of_part(self._program.weight, itemgetter(0)),
-            found=inventory(self._roots),
+            # The caller has refused what it must; whoever calls backward later may still do so.
+            found=inventory(self._roots, hands_over=True),
         )
         self._fresh()
         with self._random:

@@ -113,7 +113,7 @@ def _peak(
     if can_fake(roots):
         try:
             with faked(roots) as fake:
-                on_fakes = program._replace(found=inventory(roots))
+                on_fakes = program._replace(found=inventory(roots, hands_over=True))
                 pieces = [microbatch.with_tensors(fake) for microbatch in cut]
                 found = peak_bytes(lambda: on_fakes.run(pieces, shares, take_back))
             if found > room or count is None:
