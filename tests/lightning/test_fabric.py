@@ -135,6 +135,15 @@ def test_weights_norms_losses_and_schedule_are_those_of_whole_batches(way):
     assert_wrong(usual(5))
 
 
+@pytest.fixture(autouse=True)
+def _float32():
+    """Mixed precision converts what comes out of it to the default dtype; nets have their own."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(before)
+
+
 MIXED = {"precision": "bf16-mixed", "dtype": torch.float32}
 
 
