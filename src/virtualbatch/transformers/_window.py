@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from virtualbatch.torch._batch import read
 from virtualbatch.torch._call import Call
 from virtualbatch.torch._deferred import window_loss
+from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._window import Program
 from virtualbatch.transformers._attributes import PlainAttributes
@@ -70,7 +71,7 @@ class UpdateLoss:
         is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         rows = rows_of_update(batches, self._cut, self.is_pairs, is_encoder_decoder)
         with self._own_means():
-            before = PlainAttributes(trainer)
+            before = PlainAttributes(trainer, nested=True)
             update = _Update(self, rows, before)
             candidate = self._candidate(update, model)
             loss: torch.Tensor = window_loss(
@@ -85,16 +86,13 @@ class UpdateLoss:
             )
             metrics = getattr(trainer, "_metrics", None)
             if metrics:
-                of_train = before["_metrics"]["train"]
-                merge_metrics(metrics["train"], of_train, update.ran, is_sum=candidate.is_sum)
+                merge_metrics(metrics["train"], before, update.ran, is_sum=candidate.is_sum)
         return loss
 
     def _candidate(self, update: "_Update", model: Any) -> Candidate:
         """What the loss was divided by."""
         rows = update.rows
         batch = read(rows.batch, weighted=True)
-        if not batch.can_be_cut:
-            return self._of_whole_batches(rows)
         # The trial runs on this rank alone.
         alone = model.module if isinstance(model, DistributedDataParallel) else model
 
@@ -102,15 +100,13 @@ class UpdateLoss:
             return update.program(alone, candidate)
 
         size = self._cut.microbatch_size
-        cut = (
-            batch.given
-            if batch.is_window
-            else batch.cut(size if isinstance(size, int) else 1, None)
-        )
-        inputs = rows.inputs(cut[0].get())
-        if self._given is None:
-            several = candidates(inputs, self.is_pairs, self.count)
-        else:
+        cut: Sequence[Microbatch] = []
+        if batch.can_be_cut:
+            is_even = not batch.is_window
+            cut = batch.cut(size if isinstance(size, int) else 1, None) if is_even else batch.given
+        inputs = rows.inputs(batch.given[0].get())
+        several = candidates(inputs, self.is_pairs, self.count)
+        if self._given is not None:
             several = [self._given]
         try:
             found = self._finder.choose(several, program_of, batch, cut, update.begin)
@@ -123,20 +119,17 @@ class UpdateLoss:
             )
             found = self._given
         update.writes_rows = self._finder.writes_rows
-        return found
+        return self._untried(several[0]) if found is None else found
 
-    def _of_whole_batches(self, rows: UpdateRows) -> Candidate:
+    def _untried(self, likeliest: Candidate) -> Candidate:
         """The same where rows cannot be told apart, and so nothing can be tried."""
-        if self._given is not None:
-            return self._given
-        found = candidates(rows.inputs(rows.batch[0]), self.is_pairs, self.count)[0]
-        if found.weight is not self.count:
+        if self._given is None and likeliest.weight is not self.count:
             raise ValueError(
                 "A weight is found by the rows of a batch. Got inputs without common rows, and a "
                 "trainer that gives its loss no count of labels. Pass weight=lambda inputs: ..., "
                 "what the loss of a micro-batch was divided by."
             )
-        return found
+        return likeliest
 
     @contextmanager
     def _own_means(self) -> Iterator[None]:
@@ -171,12 +164,15 @@ class _Update:
         self.writes_rows = False
         self._owner = owner
         self._before = before
+        # What `log` adds in a loss. Its entries stay as they are.
+        self._state = PlainAttributes(owner.trainer.state, nested=False)
         self._steps = owner.trainer.current_gradient_accumulation_steps
 
     def begin(self) -> None:
         """Puts back what the trainer's loss changes beside tensors."""
         self.ran.clear()
         self._before.restore()
+        self._state.restore()
 
     def program(self, model: Any, candidate: Candidate) -> Program:
         """What the engine runs.
