@@ -71,22 +71,28 @@ class UpdateLoss:
         is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         rows = rows_of_update(batches, self._cut, self.is_pairs, is_encoder_decoder)
         with self._own_means():
-            before = PlainAttributes(trainer, nested=True)
-            update = _Update(self, rows, before)
-            candidate = self._candidate(update, model)
-            loss: torch.Tensor = window_loss(
-                Call(
-                    update.program(model, candidate),
-                    rows.batch,
-                    self._cut.microbatch_size,
-                    None,
-                    check=False,
-                ),
-                scaler=trainer.accelerator.scaler,
-            )
-            metrics = getattr(trainer, "_metrics", None)
-            if metrics:
-                merge_metrics(metrics["train"], before, update.ran, is_sum=candidate.is_sum)
+            update = _Update(self, rows)
+            try:
+                loss: torch.Tensor = self._run(update, model)
+            except BaseException:
+                update.put_back()
+                raise
+        return loss
+
+    def _run(self, update: "_Update", model: Any) -> Any:
+        """Runs an update whose weight is found first."""
+        candidate = self._candidate(update, model)
+        loss = window_loss(
+            Call(
+                update.program(model, candidate),
+                update.rows.batch,
+                self._cut.microbatch_size,
+                None,
+                check=False,
+            ),
+            scaler=self.trainer.accelerator.scaler,
+        )
+        update.merge_metrics(is_sum=candidate.is_sum)
         return loss
 
     def _candidate(self, update: "_Update", model: Any) -> Candidate:
@@ -109,7 +115,7 @@ class UpdateLoss:
         if self._given is not None:
             several = [self._given]
         try:
-            found = self._finder.choose(several, program_of, batch, cut, update.begin)
+            found = self._finder.choose(several, program_of, batch, cut, update.put_back)
         except ValueError as error:
             if self._given is None:
                 raise
@@ -150,7 +156,6 @@ class _Update:
     Args:
         owner: whose update.
         rows: of the update.
-        before: what the trainer's loss may change.
 
     Attributes:
         rows: see above.
@@ -158,21 +163,31 @@ class _Update:
         writes_rows: whether the loss changes its rows in place.
     """
 
-    def __init__(self, owner: UpdateLoss, rows: UpdateRows, before: PlainAttributes):
+    def __init__(self, owner: UpdateLoss, rows: UpdateRows):
         self.rows = rows
         self.ran: list[Counted] = []
         self.writes_rows = False
         self._owner = owner
-        self._before = before
+        self._before = PlainAttributes(owner.trainer, nested=True)
         # What `log` adds in a loss. Its entries stay as they are.
         self._state = PlainAttributes(owner.trainer.state, nested=False)
         self._steps = owner.trainer.current_gradient_accumulation_steps
 
-    def begin(self) -> None:
-        """Puts back what the trainer's loss changes beside tensors."""
+    def put_back(self) -> None:
+        """Puts back what the trainer's loss changes beside its model."""
         self.ran.clear()
         self._before.restore()
         self._state.restore()
+
+    def merge_metrics(self, *, is_sum: bool) -> None:
+        """Lets a window that has run count as one call in the metrics of TRL.
+
+        Args:
+            is_sum: whether losses of micro-batches add up.
+        """
+        metrics = getattr(self._owner.trainer, "_metrics", None)
+        if metrics:
+            merge_metrics(metrics["train"], self._before, self.ran, is_sum=is_sum)
 
     def program(self, model: Any, candidate: Candidate) -> Program:
         """What the engine runs.
@@ -201,7 +216,7 @@ class _Update:
 
         found = inventory(model, hands_over=True)
         given: Any = weigh if callable(weight) else weight
-        return Program(loss_fn, given, False, None, found, begin=self.begin)
+        return Program(loss_fn, given, False, None, found, begin=self.put_back)
 
 
 def _cloned(value: Any) -> Any:
