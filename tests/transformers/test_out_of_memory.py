@@ -187,7 +187,7 @@ def test_planning_leaves_no_trace(automatic, uncut):
     kept = trainer.kept()
     # The sizes of both updates are the same, and each row was counted once.
     assert kept["total"] == kept["totals"] == sum(kept["by name"]["rows"]) == 24
-    print(kept["by name"]["rows"])
+    assert automatic == "auto" or max(kept["by name"]["rows"]) < 12
     assert kept["calls"] == kept["nested"] == len(kept["losses"]) == len(kept["tensors"])
     assert kept["logged"] == kept["by name"]["rows"]
     assert trainer.state.global_step == 2

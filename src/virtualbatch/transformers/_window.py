@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from virtualbatch.torch._batch import read
 from virtualbatch.torch._call import Call
@@ -99,12 +99,6 @@ class UpdateLoss:
         """What the loss was divided by."""
         rows = update.rows
         batch = read(rows.batch, weighted=True)
-        # The trial runs on this rank alone.
-        alone = model.module if isinstance(model, DistributedDataParallel) else model
-
-        def program_of(candidate: Candidate) -> Program:
-            return update.program(alone, candidate)
-
         size = self._cut.microbatch_size
         cut: Sequence[Microbatch] = []
         if batch.can_be_cut:
@@ -115,7 +109,9 @@ class UpdateLoss:
         if self._given is not None:
             several = [self._given]
         try:
-            found = self._finder.choose(several, program_of, batch, cut, update.put_back)
+            found = self._finder.choose(
+                several, partial(update.program, model), batch, cut, update.put_back
+            )
         except ValueError as error:
             if self._given is None:
                 raise
