@@ -315,6 +315,7 @@ COMPILED = Cases(2, limit=100).case(
         batch=10,
         steps=1,
         ours={"microbatch_size": 5},
+        ddp_find_unused_parameters=False,
         torch_compile=True,
         torch_compile_backend="eager",
     ),
