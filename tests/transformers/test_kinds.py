@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from tests.transformers.losses import ClassWeighted, RowMeans
 from tests.transformers.training import (
     HEADS,
     VOCABULARY,
@@ -40,7 +41,7 @@ def assert_exact(found, uncut, least=1e-11):
 
 
 def ways(head, *, least=1e-11, own=None, names=tuple(OURS), **more):
-    """Tries each of ours against the uncut batch, and that the trainer's own way is off by `own`."""
+    """Tries ours against the uncut batch, and that the trainer's own way is off by `own`."""
     given = {"rows": ROWS, **ONE, **more}
     made = given.pop("made", None)
 
@@ -56,8 +57,9 @@ def ways(head, *, least=1e-11, own=None, names=tuple(OURS), **more):
     return uncut
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_gradient_checkpointing():
-    ways("masked", own=0.1, names=("cut",), gradient_checkpointing=True)
+    ways("masked", own=0.1, names=("cut",), activation_checkpointing=True)
 
 
 def test_rows_grouped_by_length():
@@ -83,6 +85,7 @@ def test_a_loss_function_that_needs_a_count():
     ways("llama", given={"compute_loss_func": counted_loss})
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_an_adapter_of_low_rank_with_gradient_checkpointing():
     peft = pytest.importorskip("peft")
 
@@ -96,7 +99,24 @@ def test_an_adapter_of_low_rank_with_gradient_checkpointing():
                 torch.nn.init.normal_(parameter, std=0.1)
         return model
 
-    ways("masked", made=made, own=0.1, names=("window", "cut"), gradient_checkpointing=True)
+    ways("masked", made=made, own=0.1, names=("window", "cut"), activation_checkpointing=True)
+
+
+@pytest.mark.parametrize("cut", [{}, {"microbatch_tokens": 16}], ids=str)
+def test_the_weight_is_found_where_each_batch_is_one_row(cut, caplog):
+    given = {"cls": RowMeans, "rows": ROWS, **ONE}
+    uncut = run("masked", 10, 1, **given)
+    with caplog.at_level("INFO", "virtualbatch"):
+        found = run("masked", 1, 10, cut, **given)
+    assert_exact(found, uncut)
+    assert "is divided by: rows." in caplog.text
+    # One row weighs as much as another, so the trainer alone is off by its short last update only.
+
+
+def test_a_loss_that_no_weight_puts_together_is_refused_where_each_batch_is_one_row():
+    trainer = trainer_of("sequence", 1, 10, cls=ClassWeighted, **ONE)
+    with pytest.raises(ValueError, match="A loss must be one mean or sum over rows"):
+        accumulate(trainer).train()
 
 
 def test_a_trainer_for_sequences():

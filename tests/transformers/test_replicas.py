@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from tests.torch.ranks import Cases
+from tests.transformers.losses import ClassWeighted, RowMeans
 from tests.transformers.training import (
     HEADS,
     error,
@@ -169,18 +170,8 @@ class InOrder(Trainer):
         return SequentialSampler(self.train_dataset)
 
 
-class RowMeans(InOrder):
-    """Its loss is the mean over rows of the mean over the tokens of each."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        losses = torch.nn.functional.cross_entropy(
-            outputs.logits.transpose(1, 2), labels, reduction="none"
-        )
-        counts = labels != -100
-        loss = ((losses * counts).sum(1) / counts.sum(1)).mean()
-        return (loss, outputs) if return_outputs else loss
+class RowMeansInOrder(InOrder, RowMeans):
+    """Both."""
 
 
 def full_rows(count, seed):
@@ -203,7 +194,7 @@ DIFFERENT = {
             batch=10,
             steps=1,
             ours={"microbatch_size": 3},
-            cls=RowMeans,
+            cls=RowMeansInOrder,
             rows=rows,
         ),
         f"different {when}",
@@ -215,7 +206,7 @@ DIFFERENT = {
 @pytest.mark.parametrize("when", LATE)
 def test_one_rank_can_tell_the_weight_and_the_other_cannot(when):
     rows = LATE[when]
-    due = run("masked", 20, 1, cls=RowMeans, rows=rows, num_train_epochs=1)
+    due = run("masked", 20, 1, cls=RowMeansInOrder, rows=rows, num_train_epochs=1)
     assert_exact(DIFFERENT[when](), due)
 
 
@@ -253,19 +244,6 @@ def test_memory_runs_out_on_one_rank(name):
     results = OUT_OF_MEMORY[name]()
     assert_exact(results, uncut("masked"))
     assert [buckets for _, buckets in results] == [[0, 0], [0, 0]]
-
-
-class ClassWeighted(InOrder):
-    """Its loss is a mean by weights of classes, on all ranks or on one."""
-
-    on_ranks = (0, 1)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs.pop("labels")
-        logits = model(**inputs).logits
-        here = self.args.process_index in self.on_ranks
-        weights = torch.tensor([0.2, 1, 5]) if here else None
-        return torch.nn.functional.cross_entropy(logits, labels, weight=weights)
 
 
 class WeightedOnOne(ClassWeighted):

@@ -17,7 +17,7 @@ from virtualbatch.torch._window import Program
 from virtualbatch.transformers._attributes import PlainAttributes
 from virtualbatch.transformers._finder import WeightFinder
 from virtualbatch.transformers._metrics import Counted, counted, merge_metrics
-from virtualbatch.transformers._update import Cut, UpdateRows, rows_of_update
+from virtualbatch.transformers._update import Cut, UpdateRows, rows_of_update, with_enough_rows
 from virtualbatch.transformers._weights import Candidate, candidates
 
 _log = logging.getLogger("virtualbatch")
@@ -104,6 +104,7 @@ class UpdateLoss:
         if batch.can_be_cut:
             is_even = not batch.is_window
             cut = batch.cut(size if isinstance(size, int) else 1, None) if is_even else batch.given
+            batch = with_enough_rows(batch)
         inputs = rows.inputs(batch.given[0].get())
         several = candidates(inputs, self.is_pairs, self.count)
         if self._given is not None:
