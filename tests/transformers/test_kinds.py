@@ -110,7 +110,6 @@ def test_the_weight_is_found_where_each_batch_is_one_row(cut, caplog):
         found = run("masked", 1, 10, cut, **given)
     assert_exact(found, uncut)
     assert "is divided by: rows." in caplog.text
-    # One row weighs as much as another, so the trainer alone is off by its short last update only.
 
 
 def test_a_loss_that_no_weight_puts_together_is_refused_where_each_batch_is_one_row():
