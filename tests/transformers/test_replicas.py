@@ -119,6 +119,8 @@ EXACT = {
     )
     for head in OWN
     for name, (batch, steps, ours) in OURS.items()
+    # Its own way is right, so one of ours is enough.
+    if (head, name) not in (("gpt2", "window"), ("gpt2", "packed"))
 }
 
 
@@ -148,7 +150,7 @@ WITHOUT_AVERAGE = {
         partial(on_two, head=head, batch=10, steps=1, ours={"microbatch_size": 3}, **OFF),
         f"{head} off",
     )
-    for head in ("masked", "gpt2")
+    for head in ("masked",)
 }
 OWN_WITHOUT_AVERAGE = TWO.case(partial(on_two, head="gpt2", batch=10, steps=1, **OFF), "own off")
 
@@ -235,7 +237,10 @@ OUT_OF_MEMORY = {
         ),
         f"out of memory {name}",
     )
-    for name, (batch, steps, ours) in {**OURS, "window": (5, 2, {})}.items()
+    for name, (batch, steps, ours) in (
+        ("window", (5, 2, {})),
+        ("cut", OURS["cut"]),
+    )
 }
 
 
