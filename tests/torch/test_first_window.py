@@ -13,6 +13,10 @@ from tests.torch.certify_models import CORRECT, WRONG
 from torch import nn
 
 import virtualbatch.torch as vb
+from virtualbatch.torch._batch import read
+from virtualbatch.torch._certify.found_weight import found_weight
+from virtualbatch.torch._modules import inventory
+from virtualbatch.torch._window import Program
 
 pytestmark = pytest.mark.proves_itself
 
@@ -209,6 +213,39 @@ def test_a_criterion_of_another_kind_is_tried_anew():
     call(loss_by(nn.CrossEntropyLoss()))
     with pytest.raises(ValueError, match="sum_loss"):
         call(loss_by(nn.CrossEntropyLoss(reduction="sum")))
+
+
+class OpensAutocast(nn.Module):
+    """float32 from outside: autocast is opened in its own forward pass, as Accelerate does it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
+        self.last = nn.Linear(64, 64)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = self.last(self.layers(x))
+        return found.float()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_weight_is_found_where_a_model_opens_autocast(seed):
+    torch.manual_seed(seed)
+    model = OpensAutocast()
+    y = torch.randint(0, 64, (12, 5)).masked_fill(torch.rand(12, 5) < 0.6, -100)
+    y[:, 0] = 1
+    batch = read((torch.randn(12, 5, 8), y))
+
+    def loss_fn(b):
+        return F.cross_entropy(model(b[0]).flatten(0, 1), b[1].flatten())
+
+    by_rows, by_labels = (
+        Program(loss_fn, weight, False, None, inventory(model))
+        for weight in (lambda b: len(b[0]), lambda b: (b[1] != -100).sum())
+    )
+    found = found_weight([by_rows, by_labels], batch, batch.cut(3, None), lambda: None)
+    assert found.place == 1
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,5 +1,6 @@
-"""What all tests of the Hugging Face Trainer share."""
+"""float64, one thread and seeds for every test of this folder, and warnings of TRL."""
 
+import gc
 import os
 
 import pytest
@@ -9,13 +10,31 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-# Models are tiny, and threads that wait for each other cost more than they do.
-torch.set_num_threads(1)
+_OF_TRL = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name.startswith("test_trl"):
+            item.add_marker(pytest.mark.filterwarnings(_OF_TRL))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_float64():
+    # Models are tiny, and threads that wait for each other cost more than they do.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
+    # Trainers and their loaders are cycles; the next file is to find none.
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
-def float64():
-    """Models, inputs and losses are float64, as their oracle is."""
-    torch.set_default_dtype(torch.float64)
+def _seeds():
+    """And the dtype again, which a head may have changed for itself."""
+    torch.manual_seed(0)
     yield
-    torch.set_default_dtype(torch.float32)
+    torch.set_default_dtype(torch.float64)

@@ -1,42 +1,79 @@
 """Counters and lists of a trainer, which its loss changes, put back before a window runs again."""
 
-import copy
 import numbers
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Sized
 from typing import Any
 
-_PLAIN = (numbers.Number, str, bytes, type(None))
+import torch
+
+# Exactly these: a class of somebody's own may refuse to be emptied.
+_CONTAINERS = (list, dict, set, deque, defaultdict, OrderedDict, Counter)
+_PLAIN = (numbers.Number, str, bytes, type(None), torch.Tensor, *_CONTAINERS, tuple)
+# Rows, which no loss changes, and of which there may be many.
+_ROWS = ("train_dataset", "eval_dataset")
 
 
 class PlainAttributes:
-    """Attributes of an object that are numbers, texts or containers of them, as they are now.
+    """Attributes of an object that are numbers, texts, tensors or containers, as they are now.
+
+    Containers stay the objects that they are, so whoever else holds one sees the same. What is in
+    them is kept by reference, but containers in containers, and scalars that are tensors, by value.
 
     Args:
         owner: the object.
+        nested: whether containers in containers may change.
     """
 
-    def __init__(self, owner: Any):
+    def __init__(self, owner: Any, *, nested: bool):
         self._owner = owner
-        self._before = {
-            name: copy.deepcopy(value) for name, value in vars(owner).items() if _is_plain(value)
-        }
+        self._before: dict[str, Any] = {}
+        self._held: dict[int, tuple[Any, Any]] = {}
+        self._scalars: list[tuple[torch.Tensor, int, torch.Tensor]] = []
+        for name, value in vars(owner).items():
+            if name not in _ROWS and isinstance(value, _PLAIN):
+                self._before[name] = value
+        self._keep_scalars(self._before.values())
+        self._keep(self._before.values(), nested)
 
-    def __getitem__(self, name: str) -> Any:
-        return self._before.get(name)
+    def held(self, container: Any) -> Sized:
+        """What a container held; nothing, if there was none.
+
+        Args:
+            container: as it is in an attribute now.
+        """
+        found: Sized = self._held.get(id(container), (None, ()))[1]
+        return found
 
     def restore(self) -> None:
         """Puts back what has changed, and takes away what is new."""
         attributes = vars(self._owner)
-        for name in [x for x in attributes if x not in self._before and _is_plain(attributes[x])]:
-            del attributes[name]
-        for name, value in self._before.items():
-            if name not in attributes or attributes[name] != value:
-                attributes[name] = copy.deepcopy(value)
+        for name in [x for x in attributes if x not in self._before]:
+            if name not in _ROWS and isinstance(attributes[name], _PLAIN):
+                del attributes[name]
+        attributes.update(self._before)
+        for container, content in self._held.values():
+            container.clear()
+            (container.extend if hasattr(container, "extend") else container.update)(content)
+        for index, (tensor, version, value) in enumerate(self._scalars):
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(value)
+                self._scalars[index] = tensor, tensor._version, value
 
+    def _keep(self, values: Iterable[Any], nested: bool) -> None:
+        for value in values:
+            if type(value) in _CONTAINERS and id(value) not in self._held:
+                self._held[id(value)] = value, value.copy()
+            elif type(value) is not tuple:
+                continue
+            if nested:
+                inside = value.values() if isinstance(value, dict) else value
+                if isinstance(value, dict):
+                    self._keep_scalars(inside)
+                self._keep(inside, nested)
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple | set | deque):
-        return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN)
+    def _keep_scalars(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, torch.Tensor) and not value.dim() and not value.is_inference():
+                self._scalars.append((value, value._version, value.detach().clone()))

@@ -44,14 +44,14 @@ class WeightFinder:
         batch: ReadBatch,
         cut: Sequence[Microbatch],
         put_back: Callable[[], None],
-    ) -> Candidate:
-        """The candidate that holds for a window.
+    ) -> Candidate | None:
+        """The candidate that holds for a window; None if it is not known, and cannot be tried now.
 
         Args:
             candidates: the same in all windows, the likeliest first.
             program_of: candidate -> the loss of one micro-batch, and this weight.
             batch: the window.
-            cut: its micro-batches.
+            cut: its micro-batches; none if rows cannot be told apart.
             put_back: puts back what the loss changes beside tensors.
 
         Raises:
@@ -61,10 +61,14 @@ class WeightFinder:
         if self._is_found and not self._undecided:
             return candidates[self._first]
         is_open = not self._is_found or any(
-            _differ(programs[self._first], programs[index], cut) for index in self._undecided
+            bool(cut) and _differ(programs[self._first], programs[index], cut)
+            for index in self._undecided
         )
-        if not any(self._told(is_open)):
+        told = self._told((is_open, bool(cut)))
+        if not any(is_open for is_open, _ in told):
             return candidates[self._first]
+        if not all(can_try for _, can_try in told):
+            return candidates[self._first] if self._is_found else None
         while True:
             found, error = self._tried(programs, batch, cut, put_back)
             firsts, errors = zip(*self._told((found.place, error)), strict=True)

@@ -4,6 +4,7 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from virtualbatch.transformers._attributes import PlainAttributes
 from virtualbatch.transformers._rows import rows_of
 from virtualbatch.transformers._weights import chosen_tokens, completion_tokens
 
@@ -53,17 +54,19 @@ def counted(
     return Counted(rows, weight(inputs) if callable(weight) else rows, tokens, chosen)
 
 
-def merge_metrics(metrics: Any, before: Any, counts: Sequence[Counted], *, is_sum: bool) -> None:
+def merge_metrics(
+    metrics: Any, before: PlainAttributes, counts: Sequence[Counted], *, is_sum: bool
+) -> None:
     """Replaces the entries of a window's micro-batches by one.
 
     Args:
         metrics: name -> list of numbers, changed in place.
-        before: the same before the window.
+        before: the attributes of the trainer before the window.
         counts: of the micro-batches that ran, in order.
         is_sum: whether losses of micro-batches add up.
     """
     for name, values in metrics.items():
-        start = len(before.get(name, ()))
+        start = len(before.held(values))
         new = values[start:]
         is_each = len(new) == len(counts) > 1
         if is_each and all(isinstance(value, numbers.Number) for value in new):

@@ -89,25 +89,15 @@ class Seam:
             raise self._refused_calls()
         return found
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own outside of training; in it, the loss of the update or 0."""
         if self._is_running or not self._is_in_step:
-            return self._compute_loss(
-                model,
-                inputs,
-                return_outputs=return_outputs,
-                num_items_in_batch=num_items_in_batch,
-            )
+            return self._compute_loss(model, inputs, *args, **kwargs)
         self._calls += 1
-        if self._calls > 1 or return_outputs:
+        if self._calls > 1 or kwargs.get("return_outputs", any(args[:1])):
             raise self._refused_calls()
-        self._collected.append(inputs)
+        # Whoever calls may change the inputs before the update runs.
+        self._collected.append(dict(inputs))
         if len(self._collected) < self._expected:
             return torch.zeros((), device=self._trainer.args.device, requires_grad=True)
         batches = [each for each in self._collected if rows_of(each, self._is_pairs)]

@@ -6,10 +6,15 @@ from typing import Any, NamedTuple
 import torch
 
 from virtualbatch.plan.auto import Auto
+from virtualbatch.torch._batch import ReadBatch, read
+from virtualbatch.torch._microbatch import known_rows
 from virtualbatch.transformers._padding import Padded, padded, trimmed
 from virtualbatch.transformers._rows import Form, form_of, joined, rows_of
 from virtualbatch.window.packing import token_cut
 from virtualbatch.window.window import Window
+
+# Two parts of four are the most that are tried.
+_ENOUGH = 8
 
 
 class Cut(NamedTuple):
@@ -81,6 +86,33 @@ def rows_of_update(
     if cut.microbatch_tokens is None:
         return UpdateRows({"inputs": rows, "lengths": lengths}, form, names)
     return UpdateRows(_packed(rows, groups, form, cut.microbatch_tokens), form, names)
+
+
+def with_enough_rows(batch: ReadBatch) -> ReadBatch:
+    """The first rows of a window in one, where no micro-batch has enough to tell weights apart.
+
+    Args:
+        batch: of known rows.
+    """
+    if not batch.is_window or max(map(known_rows, batch.given)) >= _ENOUGH:
+        return batch
+    some: list[Any] = []
+    rows = 0
+    for microbatch in batch.given:
+        if rows < _ENOUGH:
+            some.append(microbatch.get())
+            rows += known_rows(microbatch)
+    lengths = {
+        name: [length for each in some for length in each["lengths"][name]]
+        for name in some[0].get("lengths", ())
+    }
+    try:
+        inputs = joined([each["inputs"] for each in some])
+    except ValueError:
+        # Batches that cannot be put together run as they are, and are tried as they are.
+        return batch
+    found = read(Window([{"inputs": inputs, "lengths": lengths}]), weighted=True)
+    return found if found.can_be_cut else batch
 
 
 def _packed(

@@ -3,20 +3,21 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from virtualbatch.torch._batch import read
 from virtualbatch.torch._call import Call
 from virtualbatch.torch._deferred import window_loss
+from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._window import Program
 from virtualbatch.transformers._attributes import PlainAttributes
 from virtualbatch.transformers._finder import WeightFinder
 from virtualbatch.transformers._metrics import Counted, counted, merge_metrics
-from virtualbatch.transformers._update import Cut, UpdateRows, rows_of_update
+from virtualbatch.transformers._update import Cut, UpdateRows, rows_of_update, with_enough_rows
 from virtualbatch.transformers._weights import Candidate, candidates
 
 _log = logging.getLogger("virtualbatch")
@@ -70,50 +71,48 @@ class UpdateLoss:
         is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         rows = rows_of_update(batches, self._cut, self.is_pairs, is_encoder_decoder)
         with self._own_means():
-            before = PlainAttributes(trainer)
-            update = _Update(self, rows, before)
-            candidate = self._candidate(update, model)
-            loss: torch.Tensor = window_loss(
-                Call(
-                    update.program(model, candidate),
-                    rows.batch,
-                    self._cut.microbatch_size,
-                    None,
-                    check=False,
-                ),
-                scaler=trainer.accelerator.scaler,
-            )
-            metrics = getattr(trainer, "_metrics", None)
-            if metrics:
-                of_train = before["_metrics"]["train"]
-                merge_metrics(metrics["train"], of_train, update.ran, is_sum=candidate.is_sum)
+            update = _Update(self, rows)
+            try:
+                loss: torch.Tensor = self._run(update, model)
+            except BaseException:
+                update.put_back()
+                raise
+        return loss
+
+    def _run(self, update: "_Update", model: Any) -> Any:
+        """Runs an update whose weight is found first."""
+        candidate = self._candidate(update, model)
+        loss = window_loss(
+            Call(
+                update.program(model, candidate),
+                update.rows.batch,
+                self._cut.microbatch_size,
+                None,
+                check=False,
+            ),
+            scaler=self.trainer.accelerator.scaler,
+        )
+        update.merge_metrics(is_sum=candidate.is_sum)
         return loss
 
     def _candidate(self, update: "_Update", model: Any) -> Candidate:
         """What the loss was divided by."""
         rows = update.rows
         batch = read(rows.batch, weighted=True)
-        if not batch.can_be_cut:
-            return self._of_whole_batches(rows)
-        # The trial runs on this rank alone.
-        alone = model.module if isinstance(model, DistributedDataParallel) else model
-
-        def program_of(candidate: Candidate) -> Program:
-            return update.program(alone, candidate)
-
         size = self._cut.microbatch_size
-        cut = (
-            batch.given
-            if batch.is_window
-            else batch.cut(size if isinstance(size, int) else 1, None)
-        )
-        inputs = rows.inputs(cut[0].get())
-        if self._given is None:
-            several = candidates(inputs, self.is_pairs, self.count)
-        else:
+        cut: Sequence[Microbatch] = []
+        if batch.can_be_cut:
+            is_even = not batch.is_window
+            cut = batch.cut(size if isinstance(size, int) else 1, None) if is_even else batch.given
+            batch = with_enough_rows(batch)
+        inputs = rows.inputs(batch.given[0].get())
+        several = candidates(inputs, self.is_pairs, self.count)
+        if self._given is not None:
             several = [self._given]
         try:
-            found = self._finder.choose(several, program_of, batch, cut, update.begin)
+            found = self._finder.choose(
+                several, partial(update.program, model), batch, cut, update.put_back
+            )
         except ValueError as error:
             if self._given is None:
                 raise
@@ -123,20 +122,17 @@ class UpdateLoss:
             )
             found = self._given
         update.writes_rows = self._finder.writes_rows
-        return found
+        return self._untried(several[0]) if found is None else found
 
-    def _of_whole_batches(self, rows: UpdateRows) -> Candidate:
+    def _untried(self, likeliest: Candidate) -> Candidate:
         """The same where rows cannot be told apart, and so nothing can be tried."""
-        if self._given is not None:
-            return self._given
-        found = candidates(rows.inputs(rows.batch[0]), self.is_pairs, self.count)[0]
-        if found.weight is not self.count:
+        if self._given is None and likeliest.weight is not self.count:
             raise ValueError(
                 "A weight is found by the rows of a batch. Got inputs without common rows, and a "
                 "trainer that gives its loss no count of labels. Pass weight=lambda inputs: ..., "
                 "what the loss of a micro-batch was divided by."
             )
-        return found
+        return likeliest
 
     @contextmanager
     def _own_means(self) -> Iterator[None]:
@@ -157,7 +153,6 @@ class _Update:
     Args:
         owner: whose update.
         rows: of the update.
-        before: what the trainer's loss may change.
 
     Attributes:
         rows: see above.
@@ -165,18 +160,31 @@ class _Update:
         writes_rows: whether the loss changes its rows in place.
     """
 
-    def __init__(self, owner: UpdateLoss, rows: UpdateRows, before: PlainAttributes):
+    def __init__(self, owner: UpdateLoss, rows: UpdateRows):
         self.rows = rows
         self.ran: list[Counted] = []
         self.writes_rows = False
         self._owner = owner
-        self._before = before
+        self._before = PlainAttributes(owner.trainer, nested=True)
+        # What `log` adds in a loss. Its entries stay as they are.
+        self._state = PlainAttributes(owner.trainer.state, nested=False)
         self._steps = owner.trainer.current_gradient_accumulation_steps
 
-    def begin(self) -> None:
-        """Puts back what the trainer's loss changes beside tensors."""
+    def put_back(self) -> None:
+        """Puts back what the trainer's loss changes beside its model."""
         self.ran.clear()
         self._before.restore()
+        self._state.restore()
+
+    def merge_metrics(self, *, is_sum: bool) -> None:
+        """Lets a window that has run count as one call in the metrics of TRL.
+
+        Args:
+            is_sum: whether losses of micro-batches add up.
+        """
+        metrics = getattr(self._owner.trainer, "_metrics", None)
+        if metrics:
+            merge_metrics(metrics["train"], self._before, self.ran, is_sum=is_sum)
 
     def program(self, model: Any, candidate: Candidate) -> Program:
         """What the engine runs.
@@ -205,7 +213,7 @@ class _Update:
 
         found = inventory(model, hands_over=True)
         given: Any = weigh if callable(weight) else weight
-        return Program(loss_fn, given, False, None, found, begin=self.begin)
+        return Program(loss_fn, given, False, None, found, begin=self.put_back)
 
 
 def _cloned(value: Any) -> Any:

@@ -16,6 +16,7 @@ from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_pa
 from virtualbatch.plan.out_of_memory import in_words
 from virtualbatch.torch._batch import ReadBatch
 from virtualbatch.torch._certify.certificate import certificate, uncompiled
+from virtualbatch.torch._certify.heard_dtypes import heard_dtypes
 from virtualbatch.torch._certify.step import LayerState, as_array
 from virtualbatch.torch._gradients import WindowGradients
 from virtualbatch.torch._leaves import refuse_unheld_parameter
@@ -186,6 +187,7 @@ class TorchTrial(Trial):
         self.width = sum(x[0].numel() for _, x in source.tensors())
         self._program = program
         self._source = source
+        self._dtypes: set[torch.dtype] = set()
 
     def look(self) -> None:
         """Runs the loss on one row, only to see whether it changes its rows in place."""
@@ -236,7 +238,8 @@ class TorchTrial(Trial):
         return shares.of_rows_or_term()
 
     def _terms(self, part: Microbatch) -> dict[Any, torch.Tensor]:
-        loss, _ = loss_and_aux(self._program.loss_fn(part.get()), self._program.has_aux)
+        with heard_dtypes(self._dtypes):
+            loss, _ = loss_and_aux(self._program.loss_fn(part.get()), self._program.has_aux)
         if any(tensor._version for _, tensor in part.tensors()):
             self.seen = self.seen._replace(writes_rows=True)
         return checked_terms(loss)
@@ -253,7 +256,7 @@ class TorchTrial(Trial):
     def _epsilon(self, terms: Iterable[torch.Tensor]) -> float:
         """Of the narrowest dtype that is known to be used."""
         tensors = [x for x in (*self._program.found.parameters, *terms) if x.is_floating_point()]
-        dtypes = {x.dtype for x in tensors}
+        dtypes = self._dtypes | {x.dtype for x in tensors}
         for device in {x.device.type for x in tensors}:
             if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 dtypes.add(torch.get_autocast_dtype(device))

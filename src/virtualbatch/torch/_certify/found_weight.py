@@ -8,8 +8,10 @@ from virtualbatch.certify.trial import parts, rows_of_part
 from virtualbatch.plan.out_of_memory import in_words
 from virtualbatch.torch._batch import ReadBatch
 from virtualbatch.torch._certify.first_window import TorchTrial, is_not_recurrent, untouched
+from virtualbatch.torch._handover import hooks_set_aside
 from virtualbatch.torch._microbatch import Microbatch, known_rows
 from virtualbatch.torch._plan.memory import ERRORS
+from virtualbatch.torch._replicas.found import quiet
 from virtualbatch.torch._window import Program
 from virtualbatch.window.terms import SUM
 
@@ -38,7 +40,8 @@ def found_weight(
 ) -> FoundWeight:
     """Finds the first of some programs, one for each weight, that the law holds for.
 
-    Dropout rests meanwhile. Modules, random numbers and gradients are as before.
+    Dropout rests meanwhile, hooks of parameters are not called, and other ranks are not asked.
+    Modules, random numbers and gradients are as before.
 
     Args:
         programs: of one loss; the likeliest weight first.
@@ -59,8 +62,14 @@ def found_weight(
     def why(error: Exception) -> str:
         return in_words(error, ERRORS)
 
+    first = programs[0]
+    found = first.found
     try:
-        with untouched(programs[0]) as layers:
+        with (
+            quiet(found),
+            hooks_set_aside(found.owner, found.parameters),
+            untouched(first) as layers,
+        ):
             for layer in layers.layers:
                 layer.training = layer.training and not is_not_recurrent(layer)
             chosen = parts(trials[0])

@@ -1,0 +1,31 @@
+"""The dtypes that layers compute in, which neither parameters nor a loss may show.
+
+A model that opens autocast in its own forward pass, as Accelerate's do, is float32 from outside.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.modules.module import register_module_forward_hook
+
+
+@contextmanager
+def heard_dtypes(found: set[torch.dtype]) -> Iterator[None]:
+    """Adds the floating dtypes of what layers return inside the context.
+
+    Args:
+        found: is added to.
+    """
+
+    def hear(module: torch.nn.Module, args: Any, output: Any) -> None:
+        del module, args
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            found.add(output.dtype)
+
+    handle = register_module_forward_hook(hear)
+    try:
+        yield
+    finally:
+        handle.remove()
