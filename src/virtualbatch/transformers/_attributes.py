@@ -5,6 +5,8 @@ import numbers
 from collections import deque
 from typing import Any
 
+import torch
+
 _PLAIN = (numbers.Number, str, bytes, type(None))
 
 
@@ -39,4 +41,7 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
     if isinstance(value, list | tuple | set | deque):
         return all(map(_is_plain, value))
+    if isinstance(value, torch.Tensor):
+        # A number that nobody has waited for, as in a list of metrics.
+        return not value.dim() and not value.requires_grad
     return isinstance(value, _PLAIN)
