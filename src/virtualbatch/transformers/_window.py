@@ -14,10 +14,11 @@ from virtualbatch.torch._deferred import window_loss
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._window import Program
 from virtualbatch.transformers._attributes import PlainAttributes
+from virtualbatch.transformers._checks import is_of_trl
 from virtualbatch.transformers._finder import WeightFinder
 from virtualbatch.transformers._metrics import Counted, counted, merge_metrics
 from virtualbatch.transformers._update import Cut, UpdateRows, rows_of_update
-from virtualbatch.transformers._weights import Candidate, candidates
+from virtualbatch.transformers._weights import Candidate, candidates, likeliest
 
 _log = logging.getLogger("virtualbatch")
 
@@ -50,6 +51,8 @@ class UpdateLoss:
         self.compute_loss = compute_loss
         self.count = count
         self.is_pairs = is_pairs
+        self.is_of_trl = is_of_trl(trainer)
+        self._likeliest = likeliest(trainer)
         self._cut = cut
         self._given = None if weight is None else Candidate("weight", weight)
         names = (type(trainer).__name__, type(trainer.model).__name__)
@@ -83,10 +86,15 @@ class UpdateLoss:
                 ),
                 scaler=trainer.accelerator.scaler,
             )
-            metrics = getattr(trainer, "_metrics", None)
-            if metrics:
-                of_train = before["_metrics"]["train"]
-                merge_metrics(metrics["train"], of_train, update.ran, is_sum=candidate.is_sum)
+            if self.is_of_trl:
+                level = getattr(trainer, "importance_sampling_level", None)
+                merge_metrics(
+                    trainer._metrics["train"],
+                    before["_metrics"]["train"],
+                    update.ran,
+                    is_sum=candidate.is_sum,
+                    ratios_are_of_tokens=level == "token",
+                )
         return loss
 
     def _candidate(self, update: "_Update", model: Any) -> Candidate:
@@ -109,7 +117,7 @@ class UpdateLoss:
         )
         inputs = rows.inputs(cut[0].get())
         if self._given is None:
-            several = candidates(inputs, self.is_pairs, self.count)
+            several = candidates(inputs, self.is_pairs, self.count, self._likeliest)
         else:
             several = [self._given]
         try:
@@ -129,8 +137,9 @@ class UpdateLoss:
         """The same where rows cannot be told apart, and so nothing can be tried."""
         if self._given is not None:
             return self._given
-        found = candidates(rows.inputs(rows.batch[0]), self.is_pairs, self.count)[0]
-        if found.weight is not self.count:
+        inputs = rows.inputs(rows.batch[0])
+        found = candidates(inputs, self.is_pairs, self.count, self._likeliest)[0]
+        if found.weight is not self.count and found.name != self._likeliest:
             raise ValueError(
                 "A weight is found by the rows of a batch. Got inputs without common rows, and a "
                 "trainer that gives its loss no count of labels. Pass weight=lambda inputs: ..., "
@@ -191,7 +200,8 @@ class _Update:
             inputs = self.rows.inputs(microbatch)
             if self.writes_rows:
                 inputs = {name: _cloned(value) for name, value in inputs.items()}
-            self.ran.append(counted(inputs, weight, owner.count, owner.is_pairs))
+            if owner.is_of_trl:
+                self.ran.append(counted(inputs, weight, owner.count, owner.is_pairs))
             # What is a share of its window already divides by the batches of it.
             trainer.current_gradient_accumulation_steps = self._steps if candidate.is_sum else 1
             with trainer.compute_loss_context_manager():
