@@ -93,8 +93,11 @@ class WeightFinder:
             self._has_warned = True
             _log.warning(
                 "What the loss of %s was divided by could not be tried (%s); it is taken for %s. "
-                "Pass weight= to say it.",
-                *(self._names[0], untried, chosen.name),
+                "%s",
+                self._names[0],
+                untried,
+                chosen.name,
+                "Later rows will tell." if untried == NO_GRADIENT else "Pass weight= to say it.",
             )
 
     def give_up(self) -> None:
