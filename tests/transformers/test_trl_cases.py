@@ -54,8 +54,14 @@ def test_a_first_update_without_a_gradient_decides_nothing(kind):
     assert max(metrics_off(found, whole).values()) <= METRICS
 
 
-def test_batches_of_one_row_tell_no_weight_and_grpos_is_known_by_its_loss():
-    """With one row a device nothing can be tried; other losses would then count rows."""
+def test_a_weight_is_tried_on_rows_of_several_batches_where_each_has_one():
+    """One row shows nothing: pairs come first, which the tokens of chosen completions are not."""
+    whole = run(dpo, 10, 1, loss_type="sft")
+    assert error(run(dpo, 1, 10, {}, loss_type="sft"), whole) <= FLOAT32
+
+
+@pytest.mark.thorough("the same with completions")
+def test_one_row_a_batch_is_the_whole_batch_as_well():
     whole = run(grpo, 12, 1, loss_type="bnpo")
     found = run(grpo, 1, 12, {}, loss_type="bnpo")
     assert error(found, whole) <= FLOAT32

@@ -39,6 +39,11 @@ class WeightFinder:
         self._has_warned = False
         self.writes_rows = False
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether nothing more is to be tried."""
+        return self._is_found and not self._undecided
+
     def choose(
         self,
         candidates: Sequence[Candidate],
@@ -60,7 +65,7 @@ class WeightFinder:
             ValueError: none holds.
         """
         programs = [program_of(each) for each in candidates]
-        if self._is_found and not self._undecided:
+        if self.is_decided:
             return candidates[self._first]
         is_open = not self._is_found or any(
             _differ(programs[self._first], programs[index], cut) for index in self._undecided

@@ -17,6 +17,7 @@ from virtualbatch.transformers._attributes import PlainAttributes
 from virtualbatch.transformers._checks import is_of_trl
 from virtualbatch.transformers._finder import WeightFinder
 from virtualbatch.transformers._metrics import Counted, counted, merge_metrics
+from virtualbatch.transformers._rows import rows_of
 from virtualbatch.transformers._update import Cut, UpdateRows, rows_of_update
 from virtualbatch.transformers._weights import Candidate, candidates, likeliest
 
@@ -75,7 +76,12 @@ class UpdateLoss:
         with self._own_means():
             before = PlainAttributes(trainer)
             update = _Update(self, rows, before)
-            candidate = self._candidate(update, model)
+            tried = update
+            if len(batches) > 1 and all(rows_of(x, self.is_pairs) == 1 for x in batches):
+                # One row shows nothing: those of all batches are tried together.
+                tried = _Update(self, self._together(rows, batches, is_encoder_decoder), before)
+            candidate = self._candidate(tried, model)
+            update.writes_rows = self._finder.writes_rows
             loss: torch.Tensor = window_loss(
                 Call(
                     update.program(model, candidate),
@@ -130,8 +136,18 @@ class UpdateLoss:
                 "The weight that was given does not fit, and is used all the same. %s", error
             )
             found = self._given
-        update.writes_rows = self._finder.writes_rows
         return found
+
+    def _together(
+        self, rows: UpdateRows, batches: Sequence[Inputs], is_encoder_decoder: bool
+    ) -> UpdateRows:
+        """The rows of all batches in one, where they can be joined; else as they are."""
+        if self._cut.is_given or rows.form is None or self._finder.is_decided:
+            return rows
+        try:
+            return rows_of_update(batches, Cut(1, None), self.is_pairs, is_encoder_decoder)
+        except ValueError:
+            return rows
 
     def _of_whole_batches(self, rows: UpdateRows) -> Candidate:
         """The same where rows cannot be told apart, and so nothing can be tried."""
