@@ -7,6 +7,7 @@ as two ways to cut a batch come there. Reward training does not use it.
 import functools
 
 import pytest
+import trl
 from tests.tiers import tiered
 from tests.transformers.training import error, loss_error
 from tests.transformers.trl_training import dpo, grpo, metrics_off, reward, run, sft
@@ -51,6 +52,18 @@ TABLE = {
         (3, 4),
         GROUPS | BOTH,
     ),
+    "rloo again": (
+        grpo,
+        {
+            "kind": (trl.RLOOTrainer, trl.RLOOConfig),
+            "num_iterations": 2,
+            "epsilon": 0.001,
+            "learning_rate": 0.5,
+        },
+        12,
+        (3, 4),
+        GROUPS | BOTH,
+    ),
 }
 # What the trainer's own way is off by at least: its weights, or one of the metrics that it logs.
 OWN = {
@@ -63,6 +76,7 @@ OWN = {
     "grpo bnpo": ("weights", 0.03),
     "grpo again": ("clip_ratio/low_mean", 0.01),
     "grpo again, by sequence": ("clip_ratio/high_max", 0.1),
+    "rloo again": ("entropy", 1e-4),
 }
 QUICK = {
     *("sft", "dpo", "dpo, reference known", "reward", "grpo dapo", "grpo grpo", "grpo bnpo"),

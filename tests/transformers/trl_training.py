@@ -136,14 +136,15 @@ def lengths(completions, **_):
     return [len(text.split()) % 7 + 0.1 * (len(text) % 3) for text in completions]
 
 
-def grpo(batch, steps, rows=12, rewards=lengths, **more):
+def grpo(batch, steps, kind=(trl.GRPOTrainer, trl.GRPOConfig), rewards=lengths, **more):
     """Prompts, four completions for each of three in an update of 12."""
+    trainer, config = kind
     given = {"max_completion_length": 10, "num_generations": 4, "beta": 0.0}
-    return trl.GRPOTrainer(
+    return trainer(
         model=llama(),
         reward_funcs=rewards,
-        args=arguments(trl.GRPOConfig, batch, steps, **given | more),
-        train_dataset=Text(10).rows(rows, prompt=5),
+        args=arguments(config, batch, steps, **given | more),
+        train_dataset=Text(10).rows(12, prompt=5),
         processing_class=tokenizer(),
     )
 
