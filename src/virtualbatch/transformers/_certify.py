@@ -114,7 +114,7 @@ class _Steps:
     def __init__(self, trainer: Any):
         self._trainer = trainer
         self._model = trainer.model
-        self._attributes = PlainAttributes(trainer)
+        self._attributes = PlainAttributes(trainer, nested=True)
         self._layers = LayerState([trainer.model])
         self._drawn = RandomState(inventory(trainer.model).accelerator)
 
@@ -192,7 +192,7 @@ def _untouched(trainer: Any) -> Iterator[list[Any]]:
     """The batches of a first update; the trainer is afterwards as it was before."""
     device = inventory(trainer.model).accelerator
     random, host = RandomState(device), HostRandom()
-    layers, attributes = LayerState([trainer.model]), PlainAttributes(trainer)
+    layers, attributes = LayerState([trainer.model]), PlainAttributes(trainer, nested=True)
     gradients = [(parameter, parameter.grad) for parameter in trainer.model.parameters()]
     is_synchronised = trainer.accelerator.gradient_state.sync_gradients
     try:

@@ -7,12 +7,18 @@ from virtualbatch.plan.auto import check_sizes_or_auto
 from virtualbatch.window.packing import check_tokens
 
 # TRL's trainers whose collators stack chosen rows on rejected ones.
-_PAIRS = {"DPOTrainer", "RewardTrainer", "CPOTrainer", "ORPOTrainer"}
+_PAIRS = {"DPOTrainer", "RewardTrainer"}
 
 
 def is_of_pairs(trainer: Any) -> bool:
     """Whether a row of this trainer is a pair."""
     return bool(_classes(trainer) & _PAIRS)
+
+
+def is_of_trl(trainer: Any) -> bool:
+    """Whether a trainer is one of TRL, which keeps lists of metrics that its loss appends to."""
+    is_its = any(each.__module__.partition(".")[0] == "trl" for each in type(trainer).__mro__)
+    return is_its and hasattr(trainer, "_metrics")
 
 
 def check_trainer(trainer: Any) -> None:
@@ -65,7 +71,7 @@ def _elsewhere(trainer: Any) -> dict[str, bool]:
             and any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp"))
         ),
         "An optimizer that steps inside the backward pass (LOMO)": "lomo" in str(args.optim),
-        "A trainer of TRL on several processes": several and hasattr(trainer, "_metrics"),
+        "A trainer of TRL on several processes": several and is_of_trl(trainer),
     }
 
 
@@ -86,6 +92,18 @@ def _check_coupled(trainer: Any) -> None:
             "This loss sorts the rows of a batch, so a cut changes it. "
             f"Got loss_type={_in_words(sorted_rows)}. "
             'Use another loss_type, such as "sigmoid", or train without virtualbatch.'
+        )
+    if getattr(trainer, "use_adaptive_entropy", False):
+        raise ValueError(
+            "This loss changes its own coefficient after each update, which it takes a call for. "
+            "Got use_adaptive_entropy=True. Use a fixed entropy_coef, or train without "
+            "virtualbatch."
+        )
+    quantile = getattr(trainer, "top_entropy_quantile", 1.0)
+    if quantile < 1.0:
+        raise ValueError(
+            "This loss keeps the tokens of highest entropy in a batch, so a cut changes it. "
+            f"Got top_entropy_quantile={quantile}. Leave it out, or train without virtualbatch."
         )
 
 

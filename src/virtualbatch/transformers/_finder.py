@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import distributed
 
+from virtualbatch.certify.first_window import NO_GRADIENT
 from virtualbatch.torch._batch import ReadBatch
 from virtualbatch.torch._certify.found_weight import FoundWeight, found_weight
 from virtualbatch.torch._microbatch import Microbatch
@@ -22,7 +23,7 @@ class WeightFinder:
     """Finds what a loss was divided by, and asks again where the answer is open.
 
     As long as several candidates are in the same proportion nobody needs to know. The first window
-    in which they differ tells.
+    in which they differ tells. Rows without a gradient tell nothing, and the next window is asked.
 
     Args:
         names: of the trainer and its model, for errors.
@@ -35,7 +36,13 @@ class WeightFinder:
         self._first = 0
         self._undecided: frozenset[int] = frozenset()
         self._is_found = False
+        self._has_warned = False
         self.writes_rows = False
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether nothing more is to be tried."""
+        return self._is_found and not self._undecided
 
     def choose(
         self,
@@ -58,7 +65,7 @@ class WeightFinder:
             ValueError: none holds.
         """
         programs = [program_of(each) for each in candidates]
-        if self._is_found and not self._undecided:
+        if self.is_decided:
             return candidates[self._first]
         is_open = not self._is_found or any(
             bool(cut) and _differ(programs[self._first], programs[index], cut)
@@ -80,20 +87,27 @@ class WeightFinder:
             self._first = last
             if is_same:
                 break
-        self._is_found = True
-        several = self._told((found.undecided, found.writes_rows))
-        self._undecided = frozenset().union(*(undecided for undecided, _ in several))
-        self.writes_rows = any(writes for _, writes in several)
-        chosen = candidates[self._first]
-        if found.untried is not None:
+        several = self._told((found.undecided, found.writes_rows, found.untried))
+        self.writes_rows = any(writes for _, writes, _ in several)
+        if not all(untried == NO_GRADIENT for _, _, untried in several):
+            self._is_found = True
+            self._undecided = frozenset().union(*(undecided for undecided, _, _ in several))
+        self._tell(candidates[self._first], found.untried)
+        return candidates[self._first]
+
+    def _tell(self, chosen: Candidate, untried: str | None) -> None:
+        if untried is None:
+            _log.info("The loss of %s is divided by: %s.", self._names[0], chosen.name)
+        elif not self._has_warned:
+            self._has_warned = True
             _log.warning(
                 "What the loss of %s was divided by could not be tried (%s); it is taken for %s. "
-                "Pass weight= to say it.",
-                *(self._names[0], found.untried, chosen.name),
+                "%s",
+                self._names[0],
+                untried,
+                chosen.name,
+                "Later rows will tell." if untried == NO_GRADIENT else "Pass weight= to say it.",
             )
-        else:
-            _log.info("The loss of %s is divided by: %s.", self._names[0], chosen.name)
-        return chosen
 
     def give_up(self) -> None:
         """Asks no more: the first candidate is used whatever was found."""

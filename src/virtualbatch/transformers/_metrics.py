@@ -1,16 +1,27 @@
 """Metrics that TRL's losses append, one entry per call: a window counts as one call."""
 
+import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from virtualbatch.transformers._attributes import PlainAttributes
 from virtualbatch.transformers._rows import rows_of
-from virtualbatch.transformers._weights import chosen_tokens, completion_tokens
+from virtualbatch.transformers._weights import completion_tokens, shifted_labels
 
 # What is a mean over tokens and not over the rows of a micro-batch.
-_OF_CHOSEN = ("mean_token_accuracy", "logits/chosen", "logits/rejected")
-_OF_TOKENS = ("entropy", "kl", "cispo_clip_ratio", "vespo/phi_seq_mean")
+_OF_TOKENS = ("entropy", "kl")
+_OF_CHOSEN = ("mean_token_accuracy", "logits/chosen")
+_OF_REJECTED = ("logits/rejected",)
+# What is one over tokens, unless a whole completion has one ratio.
+_OF_RATIO = (
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+    "cispo_clip_ratio",
+)
 
 
 class Counted(NamedTuple):
@@ -21,12 +32,14 @@ class Counted(NamedTuple):
         weight: what its loss was divided by.
         tokens: its tokens that count.
         chosen: those of the chosen rows of pairs; else all.
+        rejected: those of the rejected rows of pairs; else all.
     """
 
     rows: Any
     weight: Any
     tokens: Any
     chosen: Any
+    rejected: Any
 
 
 def counted(
@@ -44,18 +57,28 @@ def counted(
         is_pairs: whether a row is a pair.
     """
     rows = rows_of(inputs, is_pairs)
+    by_loss = weight(inputs) if callable(weight) else rows
     if "completion_mask" in inputs:
         mask = completion_tokens(inputs)
-        tokens = (mask[:, 1:] if is_pairs else mask).sum()
+        if is_pairs:
+            # The first token is predicted by nothing.
+            chosen, rejected = (half.sum() for half in mask[:, 1:].chunk(2))
+            return Counted(rows, by_loss, chosen + rejected, chosen, rejected)
+        tokens = mask.sum()
     else:
         of_labels = count(inputs)
-        tokens = rows if of_labels is None else of_labels
-    chosen = chosen_tokens(inputs) if is_pairs and "completion_mask" in inputs else tokens
-    return Counted(rows, weight(inputs) if callable(weight) else rows, tokens, chosen)
+        tokens = shifted_labels(inputs) if of_labels is None and "labels" in inputs else of_labels
+        tokens = rows if tokens is None else tokens
+    return Counted(rows, by_loss, tokens, tokens, tokens)
 
 
 def merge_metrics(
-    metrics: Any, before: PlainAttributes, counts: Sequence[Counted], *, is_sum: bool
+    metrics: Any,
+    before: PlainAttributes,
+    counts: Sequence[Counted],
+    *,
+    is_sum: bool,
+    ratios_are_of_tokens: bool,
 ) -> None:
     """Replaces the entries of a window's micro-batches by one.
 
@@ -64,31 +87,51 @@ def merge_metrics(
         before: the attributes of the trainer before the window.
         counts: of the micro-batches that ran, in order.
         is_sum: whether losses of micro-batches add up.
+        ratios_are_of_tokens: whether each token has an importance ratio, or each completion one.
     """
     for name, values in metrics.items():
         start = len(before.held(values))
         new = values[start:]
-        is_each = len(new) == len(counts) > 1
-        if is_each and all(isinstance(value, numbers.Number) for value in new):
-            values[start:] = [_merged(name, new, counts, is_sum)]
+        if len(new) < 2 or not all(map(_is_number, new)):
+            continue
+        if len(new) != len(counts):
+            # Some micro-batches had none, and nobody knows which.
+            values[start:] = [sum(new) / len(new)]
+            continue
+        by = _weights_of(name, ratios_are_of_tokens)
+        values[start:] = [_merged(name, new, [by(each) for each in counts], is_sum)]
 
 
-def _merged(name: str, values: Sequence[Any], counts: Sequence[Counted], is_sum: bool) -> Any:
+def _weights_of(name: str, ratios_are_of_tokens: bool) -> Callable[[Counted], float]:
+    """What a metric is a mean over."""
+    if name in _OF_CHOSEN:
+        return lambda each: float(each.chosen)
+    if name in _OF_REJECTED:
+        return lambda each: float(each.rejected)
+    if name in _OF_TOKENS or (ratios_are_of_tokens and name in _OF_RATIO):
+        return lambda each: float(each.tokens)
+    if name == "policy_loss":
+        return lambda each: float(each.weight)
+    return lambda each: float(each.rows)
+
+
+def _merged(name: str, values: Sequence[Any], by: Sequence[float], is_sum: bool) -> Any:
+    # TRL leaves out what is no number, such as the reward of no row.
+    pairs = [(n, value) for n, value in zip(by, values, strict=True) if not math.isnan(value)]
+    if not pairs:
+        return values[-1]
     last = name.rsplit("/", 1)[-1]
     if last.startswith("min_") or last.endswith("_min"):
-        return min(values)
+        return min(value for _, value in pairs)
     if last.startswith("max_") or last.endswith("_max"):
-        return max(values)
+        return max(value for _, value in pairs)
     if name == "policy_loss" and is_sum:
-        return sum(values)
-    if name in _OF_CHOSEN:
-        by = [float(each.chosen) for each in counts]
-    elif name in _OF_TOKENS or last.endswith("_mean"):
-        by = [float(each.tokens) for each in counts]
-    elif name == "policy_loss":
-        by = [float(each.weight) for each in counts]
-    else:
-        by = [float(each.rows) for each in counts]
-    total = sum(by)
-    pairs = zip(by, values, strict=True)
+        return sum(value for _, value in pairs)
+    total = sum(n for n, _ in pairs)
     return sum(n * value for n, value in pairs if n) / total if total else values[-1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Number) or (
+        isinstance(value, torch.Tensor) and value.numel() == 1
+    )

@@ -7,6 +7,8 @@ import torch
 
 # What padding holds, where it is not 0.
 _FILLS = {"labels": -100, "shift_labels": -100}
+# What something else follows in a row, so that padding behind it would move that away.
+_LEFT = ("prompt_ids", "prompt_mask")
 
 
 class Form(NamedTuple):
@@ -93,11 +95,12 @@ def rows_of(inputs: Mapping[str, Any], is_pairs: bool) -> int:
     return max(sizes) // 2 if is_pairs else sizes[0]
 
 
-def joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def joined(batches: Sequence[Mapping[str, Any]], form: Form) -> dict[str, Any]:
     """Batches in one, padded to the longest of them: labels with -100, all else with 0.
 
     Args:
-        batches: what `Form.by_row` gave, with the same names and form.
+        batches: what `Form.by_row` gave, with the same names.
+        form: of all of them.
 
     Raises:
         ValueError: tensors cannot be put together, or a value for all rows differs.
@@ -108,6 +111,8 @@ def joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found = {}
     for name, leaf in first.items():
         leaves: list[Any] = [batch.get(name) for batch in batches]
+        if name in form.scalars:
+            _check_same(name, [x[0] for x in leaves])
         if isinstance(leaf, torch.Tensor):
             found[name] = torch.cat(_padded(name, leaves))
         elif isinstance(leaf, list) and all(isinstance(x, list) for x in leaves):
@@ -115,13 +120,26 @@ def joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         elif all(x == leaf for x in leaves):
             found[name] = leaf
         else:
-            other = next(x for x in leaves if x != leaf)
-            raise ValueError(
-                "What belongs to all rows must be the same in all batches of an update. "
-                f"Got {name}={leaf!r} in one and {name}={other!r} in another. "
-                "Leave microbatch_size out."
-            )
+            raise _differing(name, leaf, next(x for x in leaves if x != leaf))
     return found
+
+
+def _check_same(name: str, scalars: Sequence[torch.Tensor]) -> None:
+    """Refuses a tensor without rows that differs, such as GRPO's count of generated tokens."""
+    first = scalars[0]
+    for other in scalars[1:]:
+        # GRPO's batches share one tensor, and asking for its value would wait for the device.
+        if other.data_ptr() != first.data_ptr() and not torch.equal(other, first):
+            raise _differing(name, first.tolist(), other.tolist())
+
+
+def _differing(name: str, one: Any, other: Any) -> ValueError:
+    return ValueError(
+        "What belongs to all rows must be the same in all batches of an update. "
+        f"Got {name}={one!r} in one and {name}={other!r} in another. "
+        "Leave microbatch_size out; in GRPO, generate the rows of an update together, with "
+        "steps_per_generation."
+    )
 
 
 def _padded(name: str, leaves: Sequence[Any]) -> list[torch.Tensor]:
@@ -136,7 +154,10 @@ def _padded(name: str, leaves: Sequence[Any]) -> list[torch.Tensor]:
     for leaf in leaves:
         if list(leaf.shape[1:]) != sizes:
             wide = leaf.new_full((leaf.shape[0], *sizes), _FILLS.get(name, 0))
-            wide[tuple(slice(n) for n in leaf.shape)] = leaf
+            own = [slice(n) for n in leaf.shape]
+            if name in _LEFT:
+                own[1] = slice(sizes[0] - leaf.shape[1], None)
+            wide[tuple(own)] = leaf
             leaf = wide
         found.append(leaf)
     return found

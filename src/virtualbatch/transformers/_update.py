@@ -79,7 +79,7 @@ def rows_of_update(
         return UpdateRows(Window({"inputs": dict(batch)} for batch in batches), None, ())
     if not cut.is_given:
         return UpdateRows(Window({"inputs": form.by_row(batch)} for batch in batches), form, ())
-    rows = joined([form.by_row(batch) for batch in batches])
+    rows = joined([form.by_row(batch) for batch in batches], form)
     groups = [g for g in padded(form.inputs(rows), form, is_encoder_decoder) if g.names]
     lengths = {group.names[0]: group.lengths for group in groups}
     names = tuple(group.names for group in groups)

@@ -10,6 +10,18 @@ from virtualbatch.window.terms import SUM
 
 Inputs = Mapping[str, Any]
 _IGNORED = -100
+_ROWS, _TOKENS, _SUM = "rows", "tokens of completions", "sum"
+# What TRL's GRPO divides by, by the type of its loss.
+_OF_GRPO = {
+    "grpo": _ROWS,
+    "sapo": _ROWS,
+    "dr_grpo": _ROWS,
+    "luspo": _ROWS,
+    "bnpo": _TOKENS,
+    "dapo": _SUM,
+    "cispo": _SUM,
+    "vespo": _SUM,
+}
 
 
 class Candidate(NamedTuple):
@@ -29,8 +41,25 @@ class Candidate(NamedTuple):
         return self.weight == SUM
 
 
+def likeliest(trainer: Any) -> str | None:
+    """The name of the candidate that a trainer of GRPO is known to divide by; None of others.
+
+    Its gradients are 0 where all completions of a prompt are equally good, so that the rows of a
+    first window may tell nothing.
+
+    Args:
+        trainer: a `transformers.Trainer`.
+    """
+    if "GRPOTrainer" not in {each.__name__ for each in type(trainer).__mro__}:
+        return None
+    return _OF_GRPO.get(trainer.loss_type)
+
+
 def candidates(
-    inputs: Inputs, is_pairs: bool, count: Callable[[Inputs], torch.Tensor | None]
+    inputs: Inputs,
+    is_pairs: bool,
+    count: Callable[[Inputs], torch.Tensor | None],
+    first: str | None = None,
 ) -> list[Candidate]:
     """The weights that the inputs of a trainer can have.
 
@@ -38,21 +67,28 @@ def candidates(
         inputs: of one micro-batch.
         is_pairs: whether a row is a pair.
         count: inputs -> what the trainer itself divides by; None if it gives its loss no count.
+        first: the name of the one to begin with, if it is known.
     """
     found = []
     if count(inputs) is not None:
         found.append(Candidate("the trainer's count of labels", count))
-    row = "pairs" if is_pairs else "rows"
+    row = "pairs" if is_pairs else _ROWS
     found.append(Candidate(row, lambda x: torch.tensor(rows_of(x, is_pairs))))
     labels = inputs.get("labels")
     if isinstance(labels, torch.Tensor) and labels.dim() > 1 and not labels.is_floating_point():
         found.append(Candidate("labels", lambda x: (x["labels"] != _IGNORED).sum()))
-        found.append(Candidate("shifted labels", lambda x: (x["labels"][:, 1:] != _IGNORED).sum()))
+        found.append(Candidate("shifted labels", shifted_labels))
     if "completion_mask" in inputs:
-        found.append(Candidate("tokens of completions", lambda x: completion_tokens(x).sum()))
+        found.append(Candidate(_TOKENS, lambda x: completion_tokens(x).sum()))
         if is_pairs:
             found.append(Candidate("tokens of chosen completions", chosen_tokens))
-    return [*found, Candidate("sum", SUM)]
+    found.append(Candidate(_SUM, SUM))
+    return sorted(found, key=lambda each: each.name != first)
+
+
+def shifted_labels(inputs: Inputs) -> torch.Tensor:
+    """The number of labels that are predicted, the first of each row aside."""
+    return (inputs["labels"][:, 1:] != _IGNORED).sum()
 
 
 def completion_tokens(inputs: Inputs) -> torch.Tensor:

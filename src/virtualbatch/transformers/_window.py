@@ -15,10 +15,11 @@ from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._window import Program
 from virtualbatch.transformers._attributes import PlainAttributes
+from virtualbatch.transformers._checks import is_of_trl
 from virtualbatch.transformers._finder import WeightFinder
 from virtualbatch.transformers._metrics import Counted, counted, merge_metrics
 from virtualbatch.transformers._update import Cut, UpdateRows, rows_of_update, with_enough_rows
-from virtualbatch.transformers._weights import Candidate, candidates
+from virtualbatch.transformers._weights import Candidate, candidates, likeliest
 
 _log = logging.getLogger("virtualbatch")
 
@@ -51,6 +52,8 @@ class UpdateLoss:
         self.compute_loss = compute_loss
         self.count = count
         self.is_pairs = is_pairs
+        self.is_of_trl = is_of_trl(trainer)
+        self._likeliest = likeliest(trainer)
         self._cut = cut
         self._given = None if weight is None else Candidate("weight", weight)
         names = (type(trainer).__name__, type(trainer.model).__name__)
@@ -106,7 +109,7 @@ class UpdateLoss:
             cut = batch.cut(size if isinstance(size, int) else 1, None) if is_even else batch.given
             batch = with_enough_rows(batch)
         inputs = rows.inputs(batch.given[0].get())
-        several = candidates(inputs, self.is_pairs, self.count)
+        several = candidates(inputs, self.is_pairs, self.count, self._likeliest)
         if self._given is not None:
             several = [self._given]
         try:
@@ -126,7 +129,8 @@ class UpdateLoss:
 
     def _untried(self, likeliest: Candidate) -> Candidate:
         """The same where rows cannot be told apart, and so nothing can be tried."""
-        if self._given is None and likeliest.weight is not self.count:
+        is_known = likeliest.weight is self.count or likeliest.name == self._likeliest
+        if self._given is None and not is_known:
             raise ValueError(
                 "A weight is found by the rows of a batch. Got inputs without common rows, and a "
                 "trainer that gives its loss no count of labels. Pass weight=lambda inputs: ..., "
@@ -182,9 +186,17 @@ class _Update:
         Args:
             is_sum: whether losses of micro-batches add up.
         """
-        metrics = getattr(self._owner.trainer, "_metrics", None)
-        if metrics:
-            merge_metrics(metrics["train"], self._before, self.ran, is_sum=is_sum)
+        if not self._owner.is_of_trl:
+            return
+        trainer = self._owner.trainer
+        level = getattr(trainer, "importance_sampling_level", None)
+        merge_metrics(
+            trainer._metrics["train"],
+            self._before,
+            self.ran,
+            is_sum=is_sum,
+            ratios_are_of_tokens=level == "token",
+        )
 
     def program(self, model: Any, candidate: Candidate) -> Program:
         """What the engine runs.
@@ -199,7 +211,8 @@ class _Update:
             inputs = self.rows.inputs(microbatch)
             if self.writes_rows:
                 inputs = {name: _cloned(value) for name, value in inputs.items()}
-            self.ran.append(counted(inputs, weight, owner.count, owner.is_pairs))
+            if owner.is_of_trl:
+                self.ran.append(counted(inputs, weight, owner.count, owner.is_pairs))
             # What is a share of its window already divides by the batches of it.
             trainer.current_gradient_accumulation_steps = self._steps if candidate.is_sum else 1
             with trainer.compute_loss_context_manager():

@@ -82,7 +82,7 @@ def found_weight(
                     later
                     for later in range(place + 1, len(trials))
                     # A sum is another multiple of the same gradient, and so told apart.
-                    if programs[later].weight != SUM
+                    if SUM not in (programs[place].weight, programs[later].weight)
                     and _in_proportion(trial, trials[later], chosen)
                 )
                 return FoundWeight(place, undecided, untried, trial.seen.writes_rows)
