@@ -7,6 +7,8 @@ import pytest
 
 # Before the import: nothing is looked up on a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Else Accelerate sets it on several processes, and warns.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 

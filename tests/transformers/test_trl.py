@@ -67,7 +67,7 @@ TABLE = {
 }
 # What the trainer's own way is off by at least: its weights, or one of the metrics that it logs.
 OWN = {
-    "sft": ("mean_token_accuracy", 5e-3),
+    "sft": ("mean_token_accuracy", 5e-4),
     "dpo": ("weights", 0.2),
     "dpo, reference known": ("rewards/margins", 0.1),
     "dpo sft": ("weights", 0.1),

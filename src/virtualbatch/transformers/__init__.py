@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from virtualbatch.plan.auto import Auto
 from virtualbatch.transformers._certify import TrainerCertificate, certified
-from virtualbatch.transformers._checks import check_cut, check_trainer
+from virtualbatch.transformers._checks import check_accumulator, check_cut, check_trainer
 from virtualbatch.transformers._seam import Seam, seam_of
-from virtualbatch.transformers._update import Cut
+from virtualbatch.transformers._update import Asked
 
 __all__ = ["TrainerCertificate", "accumulate", "certify", "restore"]
 
@@ -24,6 +24,7 @@ def accumulate(
     microbatch_size: int | str | Auto | None = None,
     microbatch_tokens: int | None = None,
     weight: Callable[[Mapping[str, Any]], Any] | None = None,
+    accumulator_dtype: str | None = None,
 ) -> Trainer:
     """Makes each update of a trainer that of its whole batch, on the memory of a micro-batch.
 
@@ -48,6 +49,9 @@ def accumulate(
         weight: inputs of a micro-batch -> what its loss was divided by, where it cannot be found,
             such as `lambda inputs: class_weights[inputs["labels"]].sum()`. It is tried as well; a
             misfit is logged, and not refused.
+        accumulator_dtype: "bfloat16" sums the gradients of a bfloat16 model in bfloat16, with
+            stochastic rounding; None in float32, 4 bytes a parameter. See
+            `virtualbatch.torch.backward`.
 
     Returns:
         The trainer.
@@ -64,12 +68,14 @@ def accumulate(
     """
     check_trainer(trainer)
     check_cut(microbatch_size, microbatch_tokens)
+    check_accumulator(accumulator_dtype, trainer)
     if seam_of(trainer) is not None:
         raise ValueError(
             "A trainer accumulates in one way. Got one that accumulate was called for already. "
             "Call restore first."
         )
-    Seam(trainer, Cut(microbatch_size, microbatch_tokens), weight).attach()
+    asked = Asked(microbatch_size, microbatch_tokens, weight, accumulator_dtype)
+    Seam(trainer, asked).attach()
     return trainer
 
 

@@ -21,7 +21,7 @@ from virtualbatch.transformers._attributes import PlainAttributes
 from virtualbatch.transformers._checks import is_of_pairs
 from virtualbatch.transformers._rows import form_of, joined, rows_of
 from virtualbatch.transformers._seam import Seam, seam_of
-from virtualbatch.transformers._update import Cut
+from virtualbatch.transformers._update import Asked
 
 _NO_DROPOUT = "Dropout rests meanwhile."
 # What a loss adds up in, where the model does not say.
@@ -152,11 +152,11 @@ class _Steps:
                 "A whole batch is made of the rows of its micro-batches. Got inputs without common "
                 "rows. Return tensors with one entry per row from the data collator."
             )
-        return self.run([form.inputs(joined([form.by_row(batch) for batch in batches]))])
+        return self.run([form.inputs(joined([form.by_row(batch) for batch in batches], form))])
 
     def accumulated(self, batches: Sequence[Any], seam: Seam | None) -> Observed:
         """The update with `accumulate`, as it was called or without a size."""
-        used = Seam(self._trainer, Cut(None, None), None) if seam is None else seam
+        used = Seam(self._trainer, Asked()) if seam is None else seam
         used.attach()
         try:
             return self.run(batches)

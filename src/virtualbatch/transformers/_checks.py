@@ -4,6 +4,8 @@ from importlib.metadata import version
 from typing import Any
 
 from virtualbatch.plan.auto import check_sizes_or_auto
+from virtualbatch.torch._accumulator import rounding_seed
+from virtualbatch.torch._modules import inventory
 from virtualbatch.window.packing import check_tokens
 
 # TRL's trainers whose collators stack chosen rows on rejected ones.
@@ -123,6 +125,16 @@ def check_cut(microbatch_size: Any, microbatch_tokens: Any) -> None:
         check_sizes_or_auto(microbatch_size, None)
     if microbatch_tokens is not None:
         check_tokens(microbatch_tokens)
+
+
+def check_accumulator(accumulator_dtype: str | None, trainer: Any) -> None:
+    """Refuses a dtype of sums that the engine would refuse in the first update.
+
+    Raises:
+        ValueError: it is none, or the model has no parameter for it.
+    """
+    if accumulator_dtype is not None:
+        rounding_seed(accumulator_dtype, inventory(trainer.model, hands_over=True))
 
 
 def _check_version() -> None:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import distributed
 
 from virtualbatch.certify.first_window import NO_GRADIENT
@@ -17,6 +18,9 @@ from virtualbatch.window.terms import SUM
 _log = logging.getLogger("virtualbatch")
 
 Told = TypeVar("Told")
+
+# Norms and losses of Transformers and TRL are float32 in models of float64 as well.
+_COMPUTED_IN = (torch.float32,)
 
 
 class WeightFinder:
@@ -122,7 +126,7 @@ class WeightFinder:
     ) -> tuple[FoundWeight, str | None]:
         first = self._first
         try:
-            found = found_weight(programs[first:], batch, cut, put_back)
+            found = found_weight(programs[first:], batch, cut, put_back, _COMPUTED_IN)
         except ValueError as error:
             if self._ranks == 1:
                 raise ValueError(self._refusal(str(error))) from error

@@ -1,13 +1,13 @@
 """Where a trainer is changed: attributes of one instance, and nothing of its class."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from virtualbatch.transformers._checks import is_of_pairs
 from virtualbatch.transformers._rows import rows_of
-from virtualbatch.transformers._update import Cut
+from virtualbatch.transformers._update import Asked
 from virtualbatch.transformers._window import UpdateLoss
 
 _ATTRIBUTE = "_virtualbatch"
@@ -21,11 +21,10 @@ class Seam:
 
     Args:
         trainer: the trainer.
-        cut: how updates are cut.
-        weight: as the caller gave it.
+        asked: how updates are cut and weighed.
     """
 
-    def __init__(self, trainer: Any, cut: Cut, weight: Callable[[Mapping[str, Any]], Any] | None):
+    def __init__(self, trainer: Any, asked: Asked):
         self._trainer = trainer
         self._is_pairs = is_of_pairs(trainer)
         # What the instance has, which may be somebody's own already.
@@ -35,9 +34,7 @@ class Seam:
         self._before = {
             name: vars(trainer)[name] for name in self._names() if name in vars(trainer)
         }
-        self._loss = UpdateLoss(
-            trainer, trainer.compute_loss, self._count, cut, weight, self._is_pairs
-        )
+        self._loss = UpdateLoss(trainer, trainer.compute_loss, self._count, asked, self._is_pairs)
         self._is_in_step = False
         self._is_running = False
         self._calls = 0

@@ -1,6 +1,6 @@
 """The rows of an update, and how the inputs of a micro-batch are made of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,20 +17,24 @@ from virtualbatch.window.window import Window
 _ENOUGH = 8
 
 
-class Cut(NamedTuple):
-    """How an update is cut, as the caller gave it.
+class Asked(NamedTuple):
+    """What `accumulate` was asked for.
 
     Fields:
         microbatch_size: rows, "auto" or an Auto; None for none of them.
         microbatch_tokens: rows times the longest of them; None for none.
+        weight: inputs of a micro-batch -> what its loss was divided by; None where it is found.
+        accumulator_dtype: see `virtualbatch.torch.backward`.
     """
 
-    microbatch_size: int | str | Auto | None
-    microbatch_tokens: int | None
+    microbatch_size: int | str | Auto | None = None
+    microbatch_tokens: int | None = None
+    weight: Callable[[Mapping[str, Any]], Any] | None = None
+    accumulator_dtype: str | None = None
 
     @property
-    def is_given(self) -> bool:
-        """Whether there is one; else micro-batches are those of the trainer."""
+    def has_cut(self) -> bool:
+        """Whether there is a size; else micro-batches are those of the trainer."""
         return self.microbatch_size is not None or self.microbatch_tokens is not None
 
 
@@ -58,13 +62,13 @@ class UpdateRows(NamedTuple):
 
 
 def rows_of_update(
-    batches: Sequence[Mapping[str, Any]], cut: Cut, is_pairs: bool, is_encoder_decoder: bool
+    batches: Sequence[Mapping[str, Any]], asked: Asked, is_pairs: bool, is_encoder_decoder: bool
 ) -> UpdateRows:
     """The rows of an update.
 
     Args:
         batches: its inputs, as the trainer has prepared them.
-        cut: how they are cut.
+        asked: how they are cut.
         is_pairs: whether a row is a pair.
         is_encoder_decoder: whether labels are padded apart from what is read.
 
@@ -74,27 +78,28 @@ def rows_of_update(
     forms = [form_of(batch, is_pairs) for batch in batches]
     form = forms[0]
     if form is None or any(each != form for each in forms):
-        if cut.is_given:
+        if asked.has_cut:
             raise ValueError(_no_common_rows(batches, is_pairs))
         return UpdateRows(Window({"inputs": dict(batch)} for batch in batches), None, ())
-    if not cut.is_given:
+    if not asked.has_cut:
         return UpdateRows(Window({"inputs": form.by_row(batch)} for batch in batches), form, ())
     rows = joined([form.by_row(batch) for batch in batches], form)
     groups = [g for g in padded(form.inputs(rows), form, is_encoder_decoder) if g.names]
     lengths = {group.names[0]: group.lengths for group in groups}
     names = tuple(group.names for group in groups)
-    if cut.microbatch_tokens is None:
+    if asked.microbatch_tokens is None:
         return UpdateRows({"inputs": rows, "lengths": lengths}, form, names)
-    return UpdateRows(_packed(rows, groups, form, cut.microbatch_tokens), form, names)
+    return UpdateRows(_packed(rows, groups, form, asked.microbatch_tokens), form, names)
 
 
-def with_enough_rows(batch: ReadBatch) -> ReadBatch:
+def with_enough_rows(batch: ReadBatch, form: Form | None) -> ReadBatch:
     """The first rows of a window in one, where no micro-batch has enough to tell weights apart.
 
     Args:
         batch: of known rows.
+        form: of its inputs.
     """
-    if not batch.is_window or max(map(known_rows, batch.given)) >= _ENOUGH:
+    if form is None or not batch.is_window or max(map(known_rows, batch.given)) >= _ENOUGH:
         return batch
     some: list[Any] = []
     rows = 0
@@ -107,7 +112,7 @@ def with_enough_rows(batch: ReadBatch) -> ReadBatch:
         for name in some[0].get("lengths", ())
     }
     try:
-        inputs = joined([each["inputs"] for each in some])
+        inputs = joined([each["inputs"] for each in some], form)
     except ValueError:
         # Batches that cannot be put together run as they are, and are tried as they are.
         return batch

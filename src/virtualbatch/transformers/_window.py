@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from virtualbatch.torch._accumulator import rounding_seed
 from virtualbatch.torch._batch import read
 from virtualbatch.torch._call import Call
 from virtualbatch.torch._deferred import window_loss
@@ -18,7 +19,7 @@ from virtualbatch.transformers._attributes import PlainAttributes
 from virtualbatch.transformers._checks import is_of_trl
 from virtualbatch.transformers._finder import WeightFinder
 from virtualbatch.transformers._metrics import Counted, counted, merge_metrics
-from virtualbatch.transformers._update import Cut, UpdateRows, rows_of_update, with_enough_rows
+from virtualbatch.transformers._update import Asked, UpdateRows, rows_of_update, with_enough_rows
 from virtualbatch.transformers._weights import Candidate, candidates, likeliest
 
 _log = logging.getLogger("virtualbatch")
@@ -34,8 +35,7 @@ class UpdateLoss:
         compute_loss: its own.
         count: the inputs of a micro-batch -> the number of items that the trainer divides by; None
             if it gives its loss no count.
-        cut: how updates are cut.
-        weight: as the caller gave it.
+        asked: how updates are cut and weighed.
         is_pairs: whether a row is a pair.
     """
 
@@ -44,8 +44,7 @@ class UpdateLoss:
         trainer: Any,
         compute_loss: Callable[..., Any],
         count: Callable[[Inputs], torch.Tensor | None],
-        cut: Cut,
-        weight: Callable[[Inputs], Any] | None,
+        asked: Asked,
         is_pairs: bool,
     ):
         self.trainer = trainer
@@ -54,8 +53,8 @@ class UpdateLoss:
         self.is_pairs = is_pairs
         self.is_of_trl = is_of_trl(trainer)
         self._likeliest = likeliest(trainer)
-        self._cut = cut
-        self._given = None if weight is None else Candidate("weight", weight)
+        self._asked = asked
+        self._given = None if asked.weight is None else Candidate("weight", asked.weight)
         names = (type(trainer).__name__, type(trainer.model).__name__)
         self._finder = WeightFinder(names, trainer.args.world_size)
 
@@ -72,7 +71,7 @@ class UpdateLoss:
         trainer = self.trainer
         config = getattr(trainer.model, "config", None)
         is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        rows = rows_of_update(batches, self._cut, self.is_pairs, is_encoder_decoder)
+        rows = rows_of_update(batches, self._asked, self.is_pairs, is_encoder_decoder)
         with self._own_means():
             update = _Update(self, rows)
             try:
@@ -85,16 +84,12 @@ class UpdateLoss:
     def _run(self, update: "_Update", model: Any) -> Any:
         """Runs an update whose weight is found first."""
         candidate = self._candidate(update, model)
-        loss = window_loss(
-            Call(
-                update.program(model, candidate),
-                update.rows.batch,
-                self._cut.microbatch_size,
-                None,
-                check=False,
-            ),
-            scaler=self.trainer.accelerator.scaler,
-        )
+        program = update.program(model, candidate)
+        seed = rounding_seed(self._asked.accumulator_dtype, program.found)
+        program = program._replace(rounding_seed=seed)
+        size = self._asked.microbatch_size
+        call = Call(program, update.rows.batch, size, None, check=False)
+        loss = window_loss(call, scaler=self.trainer.accelerator.scaler)
         update.merge_metrics(is_sum=candidate.is_sum)
         return loss
 
@@ -102,12 +97,12 @@ class UpdateLoss:
         """What the loss was divided by."""
         rows = update.rows
         batch = read(rows.batch, weighted=True)
-        size = self._cut.microbatch_size
+        size = self._asked.microbatch_size
         cut: Sequence[Microbatch] = []
         if batch.can_be_cut:
             is_even = not batch.is_window
             cut = batch.cut(size if isinstance(size, int) else 1, None) if is_even else batch.given
-            batch = with_enough_rows(batch)
+            batch = with_enough_rows(batch, rows.form)
         inputs = rows.inputs(batch.given[0].get())
         several = candidates(inputs, self.is_pairs, self.count, self._likeliest)
         if self._given is not None:

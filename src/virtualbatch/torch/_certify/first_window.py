@@ -179,15 +179,28 @@ def _copied(parameters: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, int,
 
 
 class TorchTrial(Trial):
-    """See `virtualbatch.certify.first_window.Trial`."""
+    """See `virtualbatch.certify.first_window.Trial`.
 
-    def __init__(self, program: Program, source: Microbatch, sizes: Sequence[int]):
+    Args:
+        program: of the loss.
+        source: the rows to choose from.
+        sizes: rows of the micro-batches of the window.
+        dtypes: what the loss is known to be computed in, beside what is seen of it.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        source: Microbatch,
+        sizes: Sequence[int],
+        dtypes: Iterable[torch.dtype] = (),
+    ):
         self.rows = known_rows(source)
         self.sizes = sizes
         self.width = sum(x[0].numel() for _, x in source.tensors())
         self._program = program
         self._source = source
-        self._dtypes: set[torch.dtype] = set()
+        self._dtypes = set(dtypes)
 
     def look(self) -> None:
         """Runs the loss on one row, only to see whether it changes its rows in place."""

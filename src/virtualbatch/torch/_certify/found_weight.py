@@ -1,7 +1,9 @@
 """Which of several weights a loss was divided by, found out on a few rows of the user's own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
+
+import torch
 
 from virtualbatch.certify.first_window import adds_up, prove
 from virtualbatch.certify.trial import parts, rows_of_part
@@ -37,6 +39,7 @@ def found_weight(
     batch: ReadBatch,
     cut: Sequence[Microbatch],
     put_back: Callable[[], None],
+    dtypes: Iterable[torch.dtype] = (),
 ) -> FoundWeight:
     """Finds the first of some programs, one for each weight, that the law holds for.
 
@@ -48,13 +51,14 @@ def found_weight(
         batch: the batch or Window, of known rows.
         cut: the micro-batches of the window.
         put_back: puts back what the loss changes beside tensors.
+        dtypes: what the loss is known to be computed in, beside what is seen of it.
 
     Raises:
         ValueError: none holds, and what the first one's micro-batches miss.
     """
     source = max(batch.given, key=known_rows)
     sizes = [known_rows(piece) for piece in cut]
-    trials = [TorchTrial(program, source, sizes) for program in programs]
+    trials = [TorchTrial(program, source, sizes, dtypes) for program in programs]
     lacking = programs[0].shares(cut).empty_and_full()
     if lacking is not None and not batch.is_window:
         trials[0].empty, trials[0].full = (rows_of_part(sizes, k) for k in lacking)
