@@ -85,3 +85,19 @@ def test_rows_padded_to_one_length_are_trimmed_and_change_nothing(uncut):
     found = trained(accumulate(trainer, microbatch_size=4))
     assert error(found, uncut("masked", 1)) < 1e-11
     assert max(seen) <= 16
+
+
+def test_padding_that_is_learned_is_not_trimmed():
+    """As with a tokenizer whose padding is its end of text, and labels that are the tokens."""
+
+    def of(ours=None):
+        trainer = trainer_of("llama", 20, 1, num_train_epochs=1)
+        trainer.data_collator = lambda rows: counted_padding(collated(rows))
+        return trained(trainer if ours is None else accumulate(trainer, **ours))
+
+    def counted_padding(batch):
+        return batch | {"labels": batch["labels"].masked_fill(batch["attention_mask"] == 0, 1)}
+
+    found = of()
+    assert error(of({"microbatch_size": 4}), found) < 1e-11
+    assert error(of({"microbatch_tokens": 64}), found) < 1e-11

@@ -1,4 +1,4 @@
-"""Lightning's Trainer with `accumulate_grad_batches`, which takes the mean of means."""
+"""Lightning's Trainer with `accumulate_grad_batches`, a mean of means; and the same with us."""
 
 import logging
 import warnings
@@ -8,10 +8,11 @@ import lightning
 import torch
 
 from virtualbatch.bench.case import Case
-from virtualbatch.bench.contender import PEER, Contender
+from virtualbatch.bench.contender import OURS, PEER, Contender
 from virtualbatch.bench.stopwatch import TimedPieces
 from virtualbatch.bench.torch_models import Problem
 from virtualbatch.bench.torch_ways import weights_of
+from virtualbatch.lightning import accumulate
 
 
 class _Module(lightning.LightningModule):
@@ -39,10 +40,20 @@ class _Updates(lightning.Callback):
 
 def contender(name: str, case: Case, given: Problem) -> Contender:
     """The contender of a case."""
+    return _trained(name, PEER, case, given, _Module(given))
+
+
+def with_us(name: str, case: Case, given: Problem) -> Contender:
+    """The same trainer, with the line of ours."""
+    return _trained(name, OURS, case, given, accumulate(_Module(given), weight=given.weight))
+
+
+def _trained(
+    name: str, role: str, case: Case, given: Problem, module: lightning.LightningModule
+) -> Contender:
     # It announces every start, and advises on loaders of many processes.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    module = _Module(given)
     distributed = torch.distributed
     ranks = distributed.get_world_size() if distributed.is_initialized() else 1
 
@@ -64,4 +75,4 @@ def contender(name: str, case: Case, given: Problem) -> Contender:
         trainer.fit(module, pieces)
         return pieces.seconds
 
-    return Contender(name, PEER, train, weights_of(given.model))
+    return Contender(name, role, train, weights_of(given.model))

@@ -28,8 +28,6 @@ _TRAINERS = {
     "lightning": ("Lightning", "torch_lightning"),
     "transformers": ("Hugging Face Trainer", "torch_transformers"),
 }
-# Those that train with us, too.
-_WITH_US = ("accelerate", "transformers")
 
 
 def entries(case: Case) -> list[Contender | Absent]:
@@ -38,7 +36,7 @@ def entries(case: Case) -> list[Contender | Absent]:
     if case.model in ("CNN", "transformer"):
         found += compiled_loops(case)
     found += [trainer(package, case, problem(case)) for package in _TRAINERS]
-    return found + [way for package in _WITH_US for way in with_us(package, case, problem(case))]
+    return found + [way for package in _TRAINERS for way in with_us(package, case, problem(case))]
 
 
 def loops(make: Callable[[], Problem]) -> list[Contender]:

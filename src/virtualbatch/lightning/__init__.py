@@ -5,7 +5,7 @@ as one window of micro-batches; the Trainer, its strategy, callbacks and loggers
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 
@@ -15,13 +15,15 @@ from virtualbatch.plan.auto import Auto, check_sizes_or_auto
 
 __all__ = ["accumulate", "restore"]
 
+Module = TypeVar("Module", bound=LightningModule)
+
 
 def accumulate(
-    module: LightningModule,
+    module: Module,
     *,
     microbatch_size: int | str | Auto | None = None,
     weight: Callable[[Any], Any] | str | None = None,
-) -> None:
+) -> Module:
     """Makes every update of a Lightning Trainer that of its whole batch, run in micro-batches.
 
     The batch of an update is what the Trainer is told: one batch of the loader, or those that
@@ -39,6 +41,9 @@ def accumulate(
             of its tokens (rows when None); or "sum" for a loss that is a sum. It gets a batch as
             `training_step` does.
 
+    Returns:
+        The module.
+
     Raises:
         TypeError: `module` is not a LightningModule, or `weight` is not a function.
         ValueError: the module accumulates already, optimizes by itself or reads the loader, or a
@@ -48,9 +53,8 @@ def accumulate(
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> module = BoringModel()
-        >>> accumulate(module, microbatch_size=32)
-        >>> restore(module)
+        >>> module = accumulate(BoringModel(), microbatch_size=32)
+        >>> module = restore(module)
     """
     check_version()
     check_module(module)
@@ -63,19 +67,23 @@ def accumulate(
         check_sizes_or_auto(microbatch_size, None)
     check_weight(weight)
     module.training_step = TrainingStep(module, microbatch_size, weight)
+    return module
 
 
-def restore(module: LightningModule) -> None:
+def restore(module: Module) -> Module:
     """Takes back what `accumulate` did, so that the module is plain Lightning again.
 
     Does nothing to a module that does not accumulate. Weights stay.
 
     Args:
         module: a LightningModule.
+
+    Returns:
+        The module.
     """
     step = step_of(module)
-    if step is None:
-        return
-    del module.training_step
-    if step.before is not None:
-        module.training_step = step.before
+    if step is not None:
+        del module.training_step
+        if step.before is not None:
+            module.training_step = step.before
+    return module
