@@ -92,9 +92,11 @@ test-floors:
 	mkdir -p build
 	$(FLOORS)/bin/python tests/floors.py > build/floors.txt
 	$(FLOORS)/bin/python -m pip install --disable-pip-version-check --constraint build/floors.txt \
-		--editable ".[tensorflow,torch,jax,report,test]"
+		--editable ".[tensorflow,torch,jax,trainers,report,test]"
 	$(FLOORS)/bin/python -m pytest -m "not thorough" tests/conformance tests/jax/test_convolution.py
 	$(FLOORS)/bin/python -m pytest tests/test_public_api.py tests/test_imports.py
+	$(FLOORS)/bin/python -m pytest -m "not thorough" tests/transformers/test_seam.py \
+		tests/transformers/test_exact.py tests/lightning/test_seam.py tests/lightning/test_exact.py
 	set -e; for backend in tensorflow torch jax; do KERAS_BACKEND=$$backend $(FLOORS)/bin/python \
 		-m pytest tests/keras/test_keras_internals.py tests/keras/test_metrics.py; done
 

@@ -95,6 +95,10 @@ def test_the_core_imports_no_framework_and_no_tool_and_the_command_no_framework(
         # The compiler of PyTorch takes a second, and is for those who compile.
         ("torch", ("typer", "tensorflow", "keras", "jax", "torch._dynamo")),
         ("jax", ("typer", "tensorflow", "keras", "torch", "optax", "flax", "equinox")),
+        # An engine knows trainers by `sys.modules` only.
+        ("torch", ("accelerate", "lightning", "torchmetrics", "transformers")),
+        ("transformers", ("keras", "jax", "lightning", "trl", "peft")),
+        ("lightning", ("keras", "jax", "accelerate", "trl", "peft")),
     ],
 )
 def test_an_engine_needs_no_other_framework(engine: str, others: tuple[str, ...]) -> None:
@@ -156,6 +160,8 @@ def test_the_import_contracts_hold(copied_package: Path) -> None:
 DIRECTION = "Tools stand on Keras and trainers, they on the engines, those on the four promises"
 CORE = "The promises import no framework and no tool"
 COMMAND = "The command line names an engine as a string"
+TRAINER = "The adapter of the Hugging Face Trainer imports its own trainer only"
+LIGHTNING = "The adapter of Lightning imports its own trainer only"
 # (module, what it imports, the contract that this breaks)
 POISONS = [
     ("window.cut", "tensorflow", CORE),
@@ -165,6 +171,9 @@ POISONS = [
     ("certify.step", "virtualbatch.plan.auto", DIRECTION),
     ("tensorflow._aux", "torch", "An engine imports its own framework only"),
     ("torch._aux", "keras", "The PyTorch engine imports its own framework only"),
+    ("torch._aux", "accelerate", "The PyTorch engine imports its own framework only"),
+    ("transformers._rows", "trl", TRAINER),
+    ("lightning._kept", "transformers", LIGHTNING),
     ("jax._aux", "optax", "The JAX engine imports its own framework only"),
     ("keras._noise", "psutil", "The training paths import no tool"),
     ("keras._noise", "virtualbatch.report", DIRECTION),

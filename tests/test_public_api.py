@@ -14,9 +14,11 @@ import torch
 import virtualbatch
 import virtualbatch.jax
 import virtualbatch.keras
+import virtualbatch.lightning
 import virtualbatch.report
 import virtualbatch.tensorflow
 import virtualbatch.torch
+import virtualbatch.transformers
 
 SIGNATURES = {
     virtualbatch.Window: "(microbatches, *, sorted_rows=False)",
@@ -44,6 +46,14 @@ SIGNATURES = {
         "(model, *, microbatch_size=None, accumulation_steps=None, microbatch_tokens=None, "
         "lengths=None, check=True)"
     ),
+    virtualbatch.lightning.accumulate: "(module, *, microbatch_size=None, weight=None)",
+    virtualbatch.lightning.restore: "(module)",
+    virtualbatch.transformers.accumulate: (
+        "(trainer, *, microbatch_size=None, microbatch_tokens=None, weight=None, "
+        "accumulator_dtype=None)"
+    ),
+    virtualbatch.transformers.certify: "(trainer)",
+    virtualbatch.transformers.restore: "(trainer)",
     virtualbatch.keras.plan: "(model, batch, *, memory_limit=None)",
     virtualbatch.keras.restore: "(model)",
     virtualbatch.keras.NoiseScale: "(decay=0.99)",
@@ -111,6 +121,8 @@ NAMES = {
         "windows",
     },
     virtualbatch.keras: {"NoiseScale", "accumulate", "certify", "certify_loop", "plan", "restore"},
+    virtualbatch.lightning: {"accumulate", "restore"},
+    virtualbatch.transformers: {"TrainerCertificate", "accumulate", "certify", "restore"},
     virtualbatch.jax: {"Window", "certify", "certify_loop", "plan", "value_and_grad", "windows"},
     virtualbatch.torch: {
         "Window",

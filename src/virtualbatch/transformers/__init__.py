@@ -82,8 +82,10 @@ def accumulate(
 def restore(trainer: Trainer) -> Trainer:
     """Leaves a trainer as it was before `accumulate`.
 
+    Does nothing to a trainer that `accumulate` was not called for.
+
     Args:
-        trainer: the trainer. One that `accumulate` was not called for stays as it is.
+        trainer: the trainer.
 
     Returns:
         The trainer.
