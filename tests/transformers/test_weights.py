@@ -131,3 +131,22 @@ def test_a_first_window_of_equal_rows_decides_nothing_for_good(is_by_rows):
         # What the first window would have been taken for.
         by_count = {"weight": lambda inputs: (inputs["labels"][:, 1:] != -100).sum()}
         assert error(of(10, 1, {"microbatch_size": 3, **by_count}), uncut) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps", "ours"), [(2, 5, {}), (10, 1, {"microbatch_tokens": 40})], ids=str
+)
+def test_one_row_that_is_unlike_the_others_is_among_those_that_are_tried(batch, steps, ours):
+    """Its micro-batch is neither the first nor the largest."""
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for length in [9] * 7 + [3] + [9] * 2:
+        ids = torch.randint(3, 60, (length,), generator=draw).tolist()
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": ids})
+
+    def of(batch, steps):
+        order = {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}
+        return trainer_of("llama", batch, steps, cls=RowMeans, rows=rows, **order)
+
+    uncut = trained(of(10, 1))
+    assert error(trained(accumulate(of(batch, steps), **ours)), uncut) < 1e-11

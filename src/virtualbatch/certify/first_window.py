@@ -35,13 +35,19 @@ _PAGES = {
 }
 
 
-def prove(trial: Trial, why: Callable[[Exception], str], again: bool = False) -> str | None:
+def prove(
+    trial: Trial,
+    why: Callable[[Exception], str],
+    again: bool = False,
+    more: Sequence[_Pair] = (),
+) -> str | None:
     """Tries the law on a few rows.
 
     Args:
         trial: see there.
         why: error -> why nothing could be tried, in words.
         again: whether another try follows if this one fails, in another state of the layers.
+        more: pairs of parts that are tried beside those that `parts` chooses.
 
     Returns:
         None, or why it could not be tried.
@@ -54,7 +60,7 @@ def prove(trial: Trial, why: Callable[[Exception], str], again: bool = False) ->
     found: list[Distance] = []
     reason = "there is one row"
     try:
-        chosen = parts(trial)
+        chosen = [*parts(trial), *more]
     except Exception as error:  # arrays of the user's, of which some rows may have no place
         return why(error)
     for a, b in chosen:

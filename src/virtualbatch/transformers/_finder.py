@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,9 @@ from virtualbatch.window.terms import SUM
 _log = logging.getLogger("virtualbatch")
 
 Told = TypeVar("Told")
+
+# Shares that differ by less are the same.
+_ALIKE = 1e-9
 
 # Norms and losses of Transformers and TRL are float32 in models of float64 as well.
 _COMPUTED_IN = (torch.float32,)
@@ -158,6 +162,29 @@ class WeightFinder:
         return found
 
 
+def unlike(programs: Sequence[Program], cut: Sequence[Microbatch]) -> list[int]:
+    """The micro-batches of a window in which weights differ most, two for each pair of weights.
+
+    Args:
+        programs: one for each weight.
+        cut: the micro-batches.
+
+    Returns:
+        Their numbers; none where all weights are in the same proportion.
+    """
+    shares = [
+        [float(share) for share in program.shares(cut).of_rows_or_term()]
+        for program in programs
+        if program.weight != SUM
+    ]
+    found: dict[int, None] = {}
+    for mine, its in combinations(shares, 2):
+        apart = [a - b for a, b in zip(mine, its, strict=True)]
+        if max(map(abs, apart)) > _ALIKE:
+            found |= dict.fromkeys((apart.index(min(apart)), apart.index(max(apart))))
+    return list(found)
+
+
 def _differ(program: Program, other: Program, cut: Sequence[Microbatch]) -> bool:
     """Whether two weights give the micro-batches of a window different shares."""
     if SUM in (program.weight, other.weight):
@@ -165,4 +192,4 @@ def _differ(program: Program, other: Program, cut: Sequence[Microbatch]) -> bool
     pairs = zip(
         program.shares(cut).of_rows_or_term(), other.shares(cut).of_rows_or_term(), strict=True
     )
-    return any(abs(mine - its) > 1e-9 for mine, its in pairs)
+    return any(abs(mine - its) > _ALIKE for mine, its in pairs)

@@ -92,21 +92,23 @@ def rows_of_update(
     return UpdateRows(_packed(rows, groups, form, asked.microbatch_tokens), form, names)
 
 
-def with_enough_rows(batch: ReadBatch, form: Form | None) -> ReadBatch:
-    """The first rows of a window in one, where no micro-batch has enough to tell weights apart.
+def with_enough_rows(batch: ReadBatch, form: Form | None, unlike: Sequence[int]) -> ReadBatch:
+    """Rows of a window in one, where no micro-batch has enough to tell weights apart.
 
     Args:
         batch: of known rows.
         form: of its inputs.
+        unlike: numbers of micro-batches in which weights differ; none if they do in none.
     """
-    if form is None or not batch.is_window or max(map(known_rows, batch.given)) >= _ENOUGH:
+    is_enough = max(map(known_rows, batch.given)) >= _ENOUGH and not unlike
+    if form is None or not batch.is_window or is_enough:
         return batch
     some: list[Any] = []
     rows = 0
-    for microbatch in batch.given:
-        if rows < _ENOUGH:
-            some.append(microbatch.get())
-            rows += known_rows(microbatch)
+    for index in dict.fromkeys([*unlike, *range(len(batch.given))]):
+        if rows < _ENOUGH or index in unlike:
+            some.append(batch.given[index].get())
+            rows += known_rows(batch.given[index])
     lengths = {
         name: [length for each in some for length in each["lengths"][name]]
         for name in some[0].get("lengths", ())

@@ -17,7 +17,7 @@ from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._window import Program
 from virtualbatch.transformers._attributes import PlainAttributes
 from virtualbatch.transformers._checks import is_of_trl
-from virtualbatch.transformers._finder import WeightFinder
+from virtualbatch.transformers._finder import WeightFinder, unlike
 from virtualbatch.transformers._metrics import Counted, counted, merge_metrics
 from virtualbatch.transformers._update import Asked, UpdateRows, rows_of_update, with_enough_rows
 from virtualbatch.transformers._weights import Candidate, candidates, likeliest
@@ -102,11 +102,13 @@ class UpdateLoss:
         if batch.can_be_cut:
             is_even = not batch.is_window
             cut = batch.cut(size if isinstance(size, int) else 1, None) if is_even else batch.given
-            batch = with_enough_rows(batch, rows.form)
         inputs = rows.inputs(batch.given[0].get())
         several = candidates(inputs, self.is_pairs, self.count, self._likeliest)
         if self._given is not None:
             several = [self._given]
+        if cut and not self._finder.is_decided:
+            apart = unlike([update.program(model, each) for each in several], cut)
+            batch = with_enough_rows(batch, rows.form, apart)
         try:
             found = self._finder.choose(
                 several, partial(update.program, model), batch, cut, update.put_back
