@@ -69,9 +69,7 @@ class UpdateLoss:
             The mean loss of the whole batch, a scalar.
         """
         trainer = self.trainer
-        config = getattr(trainer.model, "config", None)
-        is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        rows = rows_of_update(batches, self._asked, self.is_pairs, is_encoder_decoder)
+        rows = rows_of_update(batches, self._asked, self.is_pairs, trainer.model)
         with self._own_means():
             update = _Update(self, rows)
             try:
