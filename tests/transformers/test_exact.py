@@ -158,6 +158,8 @@ def test_columns_among_which_an_answer_is_looked_for_are_kept():
             rows=rows_of("class"),
             remove_unused_columns=False,
             num_train_epochs=1,
+            # Its last bias moves nothing, and Adam would scale the rounding of that up.
+            optim="sgd",
             max_grad_norm=0.0,
         )
         trainer.data_collator = answers
