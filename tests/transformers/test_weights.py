@@ -4,8 +4,10 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.transformers.heads import CLASS_WEIGHTS, OTHERS, RowMeans, stacked
 from tests.transformers.training import collated, error, loss_error, trained, trainer_of
+from transformers import Trainer
 
 from virtualbatch.transformers import accumulate
 
@@ -150,3 +152,26 @@ def test_one_row_that_is_unlike_the_others_is_among_those_that_are_tried(batch, 
 
     uncut = trained(of(10, 1))
     assert error(trained(accumulate(of(batch, steps), **ours)), uncut) < 1e-11
+
+
+class TokensAndRows(Trainer):
+    """A mean over tokens and one over rows."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"][:, 1:]
+        logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        tokens = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+        return tokens + 0.3 * logits[:, 0].square().mean()
+
+
+def test_two_means_are_no_loss_whose_rows_belong_together():
+    """The first rows are alike, so that they say nothing of either."""
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for length in [9] * 13 + [3] + [9] * 2:
+        ids = torch.randint(3, 60, (length,), generator=draw).tolist()
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": ids})
+    order = {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}
+    trainer = trainer_of("llama", 16, 1, cls=TokensAndRows, rows=rows, **order)
+    with pytest.raises(ValueError, match="one mean or sum over rows or over labels that count"):
+        accumulate(trainer, microbatch_size=4).train()

@@ -112,6 +112,9 @@ def found_weight(
                 untried = holds if isinstance(holds, str) else None
                 return FoundWeight(place, frozenset(undecided), untried, trial.seen.writes_rows)
             prove(trials[0], why, more=telling)
+            group = trials[0].seen.group
+            if group > 1:
+                raise ValueError(f"The rows of this loss belong together by {group}.")
     finally:
         put_back()
     return FoundWeight(None)
