@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.transformers.heads import CLASS_WEIGHTS, OTHERS, RowMeans, stacked
-from tests.transformers.training import collated, error, loss_error, trained, trainer_of
+from tests.transformers.training import (
+    collated,
+    error,
+    loss_error,
+    rows_of,
+    trained,
+    trainer_of,
+)
 from transformers import Trainer
 
 from virtualbatch.transformers import accumulate
@@ -175,3 +182,28 @@ def test_two_means_are_no_loss_whose_rows_belong_together():
     trainer = trainer_of("llama", 16, 1, cls=TokensAndRows, rows=rows, **order)
     with pytest.raises(ValueError, match="one mean or sum over rows or over labels that count"):
         accumulate(trainer, microbatch_size=4).train()
+
+
+class LabelledRowMeans(Trainer):
+    """Rows without labels count nothing, and are counted out."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"][:, 1:]
+        logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none")
+        counts = (labels != -100).sum(1)
+        return (losses.sum(1) / counts.clamp(min=1)).sum() / (counts > 0).sum()
+
+
+@pytest.mark.parametrize(("batch", "steps", "ours"), [(10, 1, {"microbatch_size": 3}), (2, 5, {})])
+def test_rows_without_labels_tell_whether_they_are_counted(batch, steps, ours):
+    """There is none in the first update, and one in the second."""
+    rows = rows_of("tokens", 20)
+    rows[13]["labels"] = [-100] * len(rows[13]["labels"])
+
+    def of(batch, steps):
+        order = {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}
+        return trainer_of("llama", batch, steps, cls=LabelledRowMeans, rows=rows, **order)
+
+    uncut = trained(of(10, 1))
+    assert error(trained(accumulate(of(batch, steps), **ours)), uncut) < 1e-11
