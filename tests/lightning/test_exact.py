@@ -1,7 +1,9 @@
 """The weights of an update are those of its whole batch, where Lightning's own are not."""
 
 from functools import partial
+from itertools import pairwise
 
+import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -92,6 +94,24 @@ def test_a_schedule_of_accumulation_is_followed():
 
     assert _off(ours, expected) <= EXACT
     assert _off(Run(4, 1, callbacks=[schedule()]), expected) > 0.1
+
+
+def test_an_update_that_is_made_shorter_in_the_middle_keeps_its_batches():
+    """A callback asks for two batches instead of four, when one of four has come."""
+
+    class Changes(lightning.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            trainer.accumulate_grad_batches = 4 if batch_idx < 5 else 2
+
+    ids, labels = rows().tensors
+    ends = [0, 16, 24, 32, 40, 46]
+    whole = [(ids[a:b], labels[a:b]) for a, b in pairwise(ends)]
+    expected = Run(loader=DataLoader(whole, batch_size=None), max_epochs=1)
+
+    ours = Run(4, 4, {"weight": tokens}, callbacks=[Changes()], max_epochs=1)
+
+    assert ours.trainer.global_step == 5
+    assert error(ours, expected) <= EXACT
 
 
 def test_an_optimizer_may_run_the_window_of_a_whole_batch_again():

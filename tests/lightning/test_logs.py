@@ -73,6 +73,26 @@ def test_the_proof_of_the_first_update_leaves_no_trace(uncut):
     assert run.module.calls == 2 * (7 + 7 + 2)
 
 
+@pytest.mark.proves_itself
+def test_what_a_module_counts_in_tensors_is_counted_once():
+    """In place, as `+=` does, also in a tensor with an entry for each class."""
+
+    class Counts(Net):
+        def __init__(self):
+            super().__init__()
+            self.total, self.of_words = torch.tensor(0), {"seen": torch.zeros(11)}
+
+        def training_step(self, batch, batch_idx):
+            self.total += len(batch[0])
+            self.of_words["seen"] += torch.bincount(batch[0].flatten(), minlength=11)
+            return super().training_step(batch, batch_idx)
+
+    run = Run(20, 1, {"microbatch_size": 3, "weight": tokens}, Counts, max_epochs=1)
+
+    assert run.module.total == 46
+    assert run.module.of_words["seen"].sum() == 46 * 6
+
+
 def test_planning_leaves_no_trace(uncut, untimed_plans):
     run = Run(4, 5, {"microbatch_size": "auto", "weight": tokens})
 

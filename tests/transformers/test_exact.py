@@ -5,7 +5,19 @@ The oracle is the trainer itself, given the 20 rows of an update at once, in flo
 
 import pytest
 import torch
-from tests.transformers.training import HEADS, collated, error, loss_error, run, trained, trainer_of
+from tests.transformers.training import (
+    HEADS,
+    bert,
+    collated,
+    error,
+    loss_error,
+    model_of,
+    rows_of,
+    run,
+    trained,
+    trainer_of,
+)
+from transformers import BertForQuestionAnswering
 
 from virtualbatch.transformers import accumulate
 
@@ -101,3 +113,72 @@ def test_padding_that_is_learned_is_not_trimmed():
     found = of()
     assert error(of({"microbatch_size": 4}), found) < 1e-11
     assert error(of({"microbatch_tokens": 64}), found) < 1e-11
+
+
+def shifted(rows, fill):
+    """Rows padded in front of them."""
+    found = collated(rows)
+    found["input_ids"][found["attention_mask"] == 0] = fill
+    for name in [name for name, x in found.items() if x.dim() == 2]:
+        for row, mask in enumerate(found["attention_mask"].sum(1)):
+            found[name][row] = found[name][row].roll(-int(mask), 0)
+    return found
+
+
+@pytest.mark.parametrize("ours", [{"microbatch_size": 7}, {"microbatch_tokens": 48}], ids=str)
+def test_batches_that_are_padded_on_the_left_are_put_together_so(ours):
+    """Positions of GPT-2 begin at the padding."""
+
+    def of(batch, steps):
+        trainer = trainer_of("gpt2", batch, steps, num_train_epochs=1)
+        trainer.data_collator = lambda rows: shifted(rows, 0)
+        return trainer
+
+    found = trained(accumulate(of(4, 5), **ours))
+    assert error(found, trained(of(20, 1))) < 1e-11
+
+
+def test_batches_are_put_together_with_the_padding_of_the_model():
+    """The head of Llama reads the last token that is none."""
+
+    def of(batch, steps):
+        model = model_of("llama-sequence")
+        model.config.pad_token_id = 2
+        trainer = trainer_of("llama-sequence", batch, steps, model=model, num_train_epochs=1)
+
+        def with_twos(rows):
+            found = collated(rows)
+            found["input_ids"][found["attention_mask"] == 0] = 2
+            return found
+
+        trainer.data_collator = with_twos
+        return trainer
+
+    found = trained(accumulate(of(4, 5), microbatch_size=7))
+    assert error(found, trained(of(20, 1))) < 1e-11
+
+
+def test_columns_among_which_an_answer_is_looked_for_are_kept():
+    """The softmax of a question's answer is over padding as well."""
+
+    def answers(rows):
+        found = collated(rows)
+        start = found.pop("labels") % 3
+        return found | {"start_positions": start, "end_positions": start}
+
+    def of(ours=None):
+        torch.manual_seed(0)
+        trainer = trainer_of(
+            *(None, 20, 1),
+            model=bert(BertForQuestionAnswering),
+            rows=rows_of("class"),
+            remove_unused_columns=False,
+            num_train_epochs=1,
+            # Its last bias moves nothing, and Adam would scale the rounding of that up.
+            optim="sgd",
+            max_grad_norm=0.0,
+        )
+        trainer.data_collator = answers
+        return trained(trainer if ours is None else accumulate(trainer, **ours))
+
+    assert error(of({"microbatch_size": 4}), of()) < 1e-11

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tests.transformers.training import run, trainer_of
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from virtualbatch.transformers import _checks, accumulate, restore
 
@@ -140,3 +140,52 @@ def test_packing_without_a_mask():
     }
     with pytest.raises(ValueError, match="Packing needs attention_mask, padded on the right"):
         accumulate(trainer, microbatch_tokens=48).train()
+
+
+def with_collator(batch, steps, change, **more):
+    trainer = trainer_of("sequence", batch, steps, num_train_epochs=1, **more)
+    collated = trainer.data_collator
+    trainer.data_collator = lambda rows: change(collated(rows))
+    trainer.args.remove_unused_columns = False
+    return trainer
+
+
+def test_batches_of_an_update_with_different_names():
+    """What the first of them has not would be left out of all."""
+    batches = iter(range(100))
+    some = with_collator(
+        4, 5, lambda found: found | ({"weights": torch.ones(4)} if next(batches) else {})
+    )
+    with pytest.raises(ValueError, match=r"alike\. Got .*labels in one, and .*weights in another"):
+        accumulate(some, microbatch_size=7).train()
+
+
+def test_masks_of_more_than_two_axes_are_not_padded():
+    """0 may mean that a key is seen."""
+
+    def wide(found):
+        mask = found["attention_mask"]
+        seen = mask[:, None, None].expand(-1, 1, mask.shape[1], -1)
+        return found | {"attention_mask": (1.0 - seen) * torch.finfo(torch.float64).min}
+
+    with pytest.raises(ValueError, match=r"axes cannot be padded\. Got attention_mask of \(1, "):
+        accumulate(with_collator(4, 5, wide), microbatch_size=7).train()
+
+
+def test_inputs_without_names():
+    with pytest.raises(TypeError, match=r"must have names\. Got a tuple in Trainer"):
+        accumulate(with_collator(4, 5, lambda found: tuple(found.values()))).train()
+
+
+class Changes(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        args.gradient_accumulation_steps = 4
+
+
+def test_a_number_of_batches_that_changes_within_an_epoch():
+    """The trainer steps in the middle of what it has fetched, before anything has run."""
+    trainer = trainer_of("sequence", 4, 2)
+    trainer.add_callback(Changes())
+    with pytest.raises(ValueError, match="gradient_accumulation_steps was changed within an epoch"):
+        accumulate(trainer).train()
+    assert trainer.state.global_step == 1

@@ -4,8 +4,17 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.transformers.heads import CLASS_WEIGHTS, OTHERS, RowMeans, stacked
-from tests.transformers.training import collated, error, loss_error, trained, trainer_of
+from tests.transformers.training import (
+    collated,
+    error,
+    loss_error,
+    rows_of,
+    trained,
+    trainer_of,
+)
+from transformers import Trainer
 
 from virtualbatch.transformers import accumulate
 
@@ -131,3 +140,86 @@ def test_a_first_window_of_equal_rows_decides_nothing_for_good(is_by_rows):
         # What the first window would have been taken for.
         by_count = {"weight": lambda inputs: (inputs["labels"][:, 1:] != -100).sum()}
         assert error(of(10, 1, {"microbatch_size": 3, **by_count}), uncut) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps", "ours"), [(2, 5, {}), (10, 1, {"microbatch_tokens": 40})], ids=str
+)
+def test_one_row_that_is_unlike_the_others_is_among_those_that_are_tried(batch, steps, ours):
+    """Its micro-batch is neither the first nor the largest."""
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for length in [9] * 7 + [3] + [9] * 2:
+        ids = torch.randint(3, 60, (length,), generator=draw).tolist()
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": ids})
+
+    def of(batch, steps):
+        order = {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}
+        return trainer_of("llama", batch, steps, cls=RowMeans, rows=rows, **order)
+
+    uncut = trained(of(10, 1))
+    assert error(trained(accumulate(of(batch, steps), **ours)), uncut) < 1e-11
+
+
+class TokensAndRows(Trainer):
+    """A mean over tokens and one over rows."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"][:, 1:]
+        logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        tokens = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+        return tokens + 0.3 * logits[:, 0].square().mean()
+
+
+def test_two_means_are_no_loss_whose_rows_belong_together():
+    """The first rows are alike, so that they say nothing of either."""
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for length in [9] * 13 + [3] + [9] * 2:
+        ids = torch.randint(3, 60, (length,), generator=draw).tolist()
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": ids})
+    order = {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}
+    trainer = trainer_of("llama", 16, 1, cls=TokensAndRows, rows=rows, **order)
+    with pytest.raises(ValueError, match="one mean or sum over rows or over labels that count"):
+        accumulate(trainer, microbatch_size=4).train()
+
+
+class LabelledRowMeans(Trainer):
+    """Rows without labels count nothing, and are counted out."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"][:, 1:]
+        logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none")
+        counts = (labels != -100).sum(1)
+        return (losses.sum(1) / counts.clamp(min=1)).sum() / (counts > 0).sum()
+
+
+@pytest.mark.parametrize(("batch", "steps", "ours"), [(10, 1, {"microbatch_size": 3}), (2, 5, {})])
+def test_rows_without_labels_tell_whether_they_are_counted(batch, steps, ours):
+    """There is none in the first update, and one in the second."""
+    rows = rows_of("tokens", 20)
+    rows[13]["labels"] = [-100] * len(rows[13]["labels"])
+
+    def of(batch, steps):
+        order = {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}
+        return trainer_of("llama", batch, steps, cls=LabelledRowMeans, rows=rows, **order)
+
+    uncut = trained(of(10, 1))
+    assert error(trained(accumulate(of(batch, steps), **ours)), uncut) < 1e-11
+
+
+def test_a_first_window_of_one_class_does_not_hide_their_weights():
+    """It looks like a mean over rows, which the eighth window no longer does."""
+    rows = sorted(OTHERS["class weights"].rows(), key=lambda row: row["labels"] != 0)
+    rows = [row for row in rows if row["labels"] == 0][:1] * 14 + rows[-8:]
+    trainer = trainer_of(
+        *("sequence", 2, 1),
+        cls=OTHERS["class weights"].cls,
+        rows=rows,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+    )
+    with pytest.raises(ValueError, match="one mean or sum over rows or over labels that count"):
+        accumulate(trainer, microbatch_size=1).train()
+    assert trainer.state.global_step == 7

@@ -35,13 +35,19 @@ _PAGES = {
 }
 
 
-def prove(trial: Trial, why: Callable[[Exception], str], again: bool = False) -> str | None:
+def prove(
+    trial: Trial,
+    why: Callable[[Exception], str],
+    again: bool = False,
+    more: Sequence[_Pair] = (),
+) -> str | None:
     """Tries the law on a few rows.
 
     Args:
         trial: see there.
         why: error -> why nothing could be tried, in words.
         again: whether another try follows if this one fails, in another state of the layers.
+        more: pairs of parts that are tried beside those that `parts` chooses.
 
     Returns:
         None, or why it could not be tried.
@@ -54,7 +60,7 @@ def prove(trial: Trial, why: Callable[[Exception], str], again: bool = False) ->
     found: list[Distance] = []
     reason = "there is one row"
     try:
-        chosen = parts(trial)
+        chosen = [*parts(trial), *more]
     except Exception as error:  # arrays of the user's, of which some rows may have no place
         return why(error)
     for a, b in chosen:
@@ -78,7 +84,7 @@ def prove(trial: Trial, why: Callable[[Exception], str], again: bool = False) ->
             reason = str(error) if isinstance(error, UntriedError) else why(error)
             continue
         if not certificate.exact:
-            return _refused(trial, _explained(trial, _largest(chosen), certificate))
+            return _refused(trial, _explained(trial, _largest(chosen), certificate), (a, b))
         found.append(distance)
     if not found:
         return reason
@@ -164,7 +170,7 @@ def _by_certificates(
             reason = str(error) if isinstance(error, UntriedError) else why(error)
             continue
         if not certificate.exact:
-            return _refused(trial, _explained(trial, _largest(chosen), certificate))
+            return _refused(trial, _explained(trial, _largest(chosen), certificate), (a, b))
     return reason
 
 
@@ -197,12 +203,12 @@ def _explained(trial: Trial, largest: _Pair, of_pair: Certificate) -> Finding:
     return (of_pair if of_all.exact else of_all).findings[0]
 
 
-def _refused(trial: Trial, finding: Finding) -> str | None:
+def _refused(trial: Trial, finding: Finding, failing: _Pair) -> str | None:
     """Refuses a loss by what is wrong with it; says it where that is no fault of the loss."""
     page = _PAGES.get(finding.kind)
     if page is None:
         return f"{finding.kind} at {finding.where}: {finding.why}"
-    group = _group(trial) if finding.why == SEES_OTHER_ROWS else None
+    group = _group(trial, failing) if finding.why == SEES_OTHER_ROWS else None
     if group is not None:
         trial.seen = trial.seen._replace(group=group)
         _log.warning(
@@ -218,8 +224,14 @@ def _refused(trial: Trial, finding: Finding) -> str | None:
     )
 
 
-def _group(trial: Trial) -> int | None:
-    """Rows that belong together, if the law holds for groups that no micro-batch cuts apart."""
+def _group(trial: Trial, failing: _Pair) -> int | None:
+    """Rows that belong together, if the law holds for groups that no micro-batch cuts apart.
+
+    Args:
+        trial: see there.
+        failing: parts for which it does not hold. It must for the groups that they are of, or what
+            fails is something else, which the first rows do not show.
+    """
     start = trial.empty.start
     for group in (2, 3, 4):
         if any(size % group for size in trial.sizes) or trial.rows < start + 3 * group:
@@ -227,9 +239,22 @@ def _group(trial: Trial) -> int | None:
         rows = [*range(start, start + 3 * group)]
         first, others = rows[:group], rows[group:]
         try:
-            found = [trial.distance(first, others[:group]), trial.distance(first, others)]
+            found = [
+                trial.distance(*parts)
+                for parts in ((first, others[:group]), (first, others), _whole(failing, group))
+            ]
         except Exception:  # the user's code, on numbers of rows that it may not be made for
             continue
         if all(distance is not None and distance.off <= ROUNDING for distance in found):
             return group
     return None
+
+
+def _whole(parts: _Pair, group: int) -> _Pair:
+    """Parts with all rows of the groups that they have some of, each group in one of them."""
+    numbers = [list(dict.fromkeys(row // group for row in part)) for part in parts]
+    first, second = ([n for n in numbers[0] if n not in numbers[1]], numbers[1])
+    if not first:
+        first, second = second[:1], second[1:]
+    a, b = ([n * group + k for n in part for k in range(group)] for part in (first, second))
+    return a, b

@@ -10,13 +10,16 @@ from torchmetrics import Metric, MetricCollection
 # What PyTorch keeps there: the engine puts it back, and changes it while it plans.
 _OF_PYTORCH = frozenset(vars(torch.nn.Module()))
 
+# Numbers in a tensor beside parameters and buffers, up to which a module may count in it.
+_COUNTS = 2**16
+
 
 class Kept:
     """Attributes of a module and of its metrics, as they are now.
 
     Metrics hold what they have counted in attributes that are no buffers. Modules gather outputs
-    in lists, and count in numbers. Lists, sets and dictionaries keep their identity; what is in
-    them is put back, and so are the values of a metric's tensors.
+    in lists, and count in numbers and small tensors. Lists, sets and dictionaries keep their
+    identity; what is in them is put back, and so are the values of a metric's tensors.
 
     Args:
         module: the LightningModule.
@@ -46,8 +49,10 @@ class Kept:
 
     def _keep(self, value: Any, of_metric: bool) -> None:
         if isinstance(value, torch.Tensor):
-            # Those of inference mode cannot be changed outside it.
-            if of_metric and not value.is_inference():
+            # Those of inference mode cannot be changed outside it. Modules count in small tensors,
+            # and may hold a data set in a large one.
+            is_small = of_metric or value.numel() <= _COUNTS
+            if is_small and not value.is_inference():
                 self._contents.append(_of_tensor(value))
         elif isinstance(value, list):
             self._contents.append(_of_list(value))
@@ -58,7 +63,7 @@ class Kept:
         elif isinstance(value, dict):
             self._contents.append(_of_others(value, dict.update))
             for each in value.values():
-                if isinstance(each, list | set | dict | deque):
+                if isinstance(each, list | set | dict | deque | torch.Tensor):
                     self._keep(each, of_metric)
 
 

@@ -33,7 +33,8 @@ class TrainingStep:
         self._loss = MicrobatchLoss(self, microbatch_size, weight)
         # Of an update whose last batch is still to come.
         self._collected: list[Given] = []
-        self._update: tuple[int, int] | None = None
+        # The epoch and the number of the batch that was collected last.
+        self._last: tuple[int, int] | None = None
         self._ran_at: int | None = None
 
     # Lightning reads the signature and the code of a step under this name.
@@ -70,13 +71,14 @@ class TrainingStep:
 
     def __getstate__(self) -> dict[str, Any]:
         """Batches of an update in the middle of it belong to the trainer, and to no copy."""
-        return vars(self) | {"_collected": [], "_update": None, "_ran_at": None}
+        return vars(self) | {"_collected": [], "_last": None, "_ran_at": None}
 
     def _collect(self, given: Given, epoch: int, loop: Any, steps: int) -> None:
-        update = epoch, loop.batch_idx // steps
-        if update != self._update or loop.batch_idx % steps == 0:
-            # An epoch or a training may end in the middle of an update, which is then never made.
-            self._collected, self._update, self._ran_at = [], update, None
+        # An epoch or a training may end in the middle of an update, which is then never made.
+        follows = self._last in ((epoch, loop.batch_idx), (epoch, loop.batch_idx - 1))
+        if not follows or loop.batch_idx % steps == 0:
+            self._collected, self._ran_at = [], None
+        self._last = epoch, loop.batch_idx
         if loop.total_batch_idx == self._ran_at:
             raise ValueError(
                 "Where batches are collected, an optimizer may call its closure once, because "

@@ -13,12 +13,15 @@ _PLAIN = (numbers.Number, str, bytes, type(None), torch.Tensor, *_CONTAINERS, tu
 # Rows, which no loss changes, and of which there may be many.
 _ROWS = ("train_dataset", "eval_dataset")
 
+# Numbers in a tensor up to which a trainer may count in it.
+_COUNTS = 2**16
+
 
 class PlainAttributes:
     """Attributes of an object that are numbers, texts, tensors or containers, as they are now.
 
     Containers stay the objects that they are, so whoever else holds one sees the same. What is in
-    them is kept by reference, but containers in containers, and scalars that are tensors, by value.
+    them is kept by reference, but containers in containers, and small tensors, by value.
 
     Args:
         owner: the object.
@@ -29,11 +32,11 @@ class PlainAttributes:
         self._owner = owner
         self._before: dict[str, Any] = {}
         self._held: dict[int, tuple[Any, Any]] = {}
-        self._scalars: list[tuple[torch.Tensor, int, torch.Tensor]] = []
+        self._tensors: list[tuple[torch.Tensor, int, torch.Tensor]] = []
         for name, value in vars(owner).items():
             if name not in _ROWS and isinstance(value, _PLAIN):
                 self._before[name] = value
-        self._keep_scalars(self._before.values())
+        self._keep_tensors(self._before.values())
         self._keep(self._before.values(), nested)
 
     def held(self, container: Any) -> Sized:
@@ -55,11 +58,11 @@ class PlainAttributes:
         for container, content in self._held.values():
             container.clear()
             (container.extend if hasattr(container, "extend") else container.update)(content)
-        for index, (tensor, version, value) in enumerate(self._scalars):
+        for index, (tensor, version, value) in enumerate(self._tensors):
             if tensor._version != version:
                 with torch.no_grad():
                     tensor.copy_(value)
-                self._scalars[index] = tensor, tensor._version, value
+                self._tensors[index] = tensor, tensor._version, value
 
     def _keep(self, values: Iterable[Any], nested: bool) -> None:
         for value in values:
@@ -70,10 +73,12 @@ class PlainAttributes:
             if nested:
                 inside = value.values() if isinstance(value, dict) else value
                 if isinstance(value, dict):
-                    self._keep_scalars(inside)
+                    self._keep_tensors(inside)
                 self._keep(inside, nested)
 
-    def _keep_scalars(self, values: Iterable[Any]) -> None:
+    def _keep_tensors(self, values: Iterable[Any]) -> None:
         for value in values:
-            if isinstance(value, torch.Tensor) and not value.dim() and not value.is_inference():
-                self._scalars.append((value, value._version, value.detach().clone()))
+            if not isinstance(value, torch.Tensor) or value.is_inference():
+                continue
+            if value.numel() <= _COUNTS:
+                self._tensors.append((value, value._version, value.detach().clone()))

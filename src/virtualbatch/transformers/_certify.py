@@ -19,7 +19,7 @@ from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._random import RandomState
 from virtualbatch.transformers._attributes import PlainAttributes
 from virtualbatch.transformers._checks import is_of_pairs
-from virtualbatch.transformers._rows import form_of, joined, rows_of
+from virtualbatch.transformers._rows import form_of, joined, pad_token_id_of, rows_of
 from virtualbatch.transformers._seam import Seam, seam_of
 from virtualbatch.transformers._update import Asked
 
@@ -125,9 +125,11 @@ class _Steps:
         device = trainer.args.device
         samples, items = trainer.get_batch_samples(iter(batches), len(batches), device)
         trainer.current_gradient_accumulation_steps = len(samples)
-        trainer.accelerator.gradient_state._set_sync_gradients(True)
+        loss = 0.0
         with _NoDropout():
-            loss = sum(float(trainer.training_step(model, _copied(x), items)) for x in samples)
+            for left, inputs in enumerate(samples, 1 - len(samples)):
+                trainer.accelerator.gradient_state._set_sync_gradients(not left)
+                loss += float(trainer.training_step(model, _copied(inputs), items))
         gradients = {
             name: None if parameter.grad is None else as_array(parameter.grad).astype(np.float64)
             for name, parameter in parameters.items()
@@ -145,7 +147,8 @@ class _Steps:
         Raises:
             ValueError: batches have no common rows.
         """
-        forms = [form_of(batch, is_of_pairs(self._trainer)) for batch in batches]
+        pad_token_id = pad_token_id_of(self._model)
+        forms = [form_of(batch, is_of_pairs(self._trainer), pad_token_id) for batch in batches]
         form = forms[0]
         if form is None or any(each != form for each in forms):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,12 @@ _log = logging.getLogger("virtualbatch")
 
 Told = TypeVar("Told")
 
+# Windows that are tried again: the rows of a first one may be too much alike, such as of one class.
+_AGAIN = (8, 64, 512)
+
+# Shares that differ by less are the same.
+_ALIKE = 1e-9
+
 # Norms and losses of Transformers and TRL are float32 in models of float64 as well.
 _COMPUTED_IN = (torch.float32,)
 
@@ -28,6 +35,7 @@ class WeightFinder:
 
     As long as several candidates are in the same proportion nobody needs to know. The first window
     in which they differ tells. Rows without a gradient tell nothing, and the next window is asked.
+    Some later windows are tried again.
 
     Args:
         names: of the trainer and its model, for errors.
@@ -41,7 +49,15 @@ class WeightFinder:
         self._undecided: frozenset[int] = frozenset()
         self._is_found = False
         self._has_warned = False
+        self._has_given_up = False
+        self._windows = 0
         self.writes_rows = False
+
+    def begin(self) -> None:
+        """Counts a window. Some are tried though all seemed to be known."""
+        self._windows += 1
+        if self._windows in _AGAIN and not self._has_given_up:
+            self._is_found = False
 
     @property
     def is_decided(self) -> bool:
@@ -116,6 +132,7 @@ class WeightFinder:
     def give_up(self) -> None:
         """Asks no more: the first candidate is used whatever was found."""
         self._first, self._undecided, self._is_found = 0, frozenset(), True
+        self._has_given_up = True
 
     def _tried(
         self,
@@ -158,6 +175,29 @@ class WeightFinder:
         return found
 
 
+def unlike(programs: Sequence[Program], cut: Sequence[Microbatch]) -> list[int]:
+    """The micro-batches of a window in which weights differ most, two for each pair of weights.
+
+    Args:
+        programs: one for each weight.
+        cut: the micro-batches.
+
+    Returns:
+        Their numbers; none where all weights are in the same proportion.
+    """
+    shares = [
+        [float(share) for share in program.shares(cut).of_rows_or_term()]
+        for program in programs
+        if program.weight != SUM
+    ]
+    found: dict[int, None] = {}
+    for mine, its in combinations(shares, 2):
+        apart = [a - b for a, b in zip(mine, its, strict=True)]
+        if max(map(abs, apart)) > _ALIKE:
+            found |= dict.fromkeys((apart.index(min(apart)), apart.index(max(apart))))
+    return list(found)
+
+
 def _differ(program: Program, other: Program, cut: Sequence[Microbatch]) -> bool:
     """Whether two weights give the micro-batches of a window different shares."""
     if SUM in (program.weight, other.weight):
@@ -165,4 +205,4 @@ def _differ(program: Program, other: Program, cut: Sequence[Microbatch]) -> bool
     pairs = zip(
         program.shares(cut).of_rows_or_term(), other.shares(cut).of_rows_or_term(), strict=True
     )
-    return any(abs(mine - its) > 1e-9 for mine, its in pairs)
+    return any(abs(mine - its) > _ALIKE for mine, its in pairs)

@@ -7,6 +7,8 @@ import torch
 
 from virtualbatch.transformers._rows import Form
 
+# Their softmax is over all columns, those of padding too.
+_OVER_COLUMNS = ("start_positions", "end_positions")
 _DECODER = ("labels", "decoder_input_ids", "decoder_attention_mask")
 
 
@@ -26,13 +28,16 @@ def padded(inputs: Mapping[str, Any], form: Form, is_encoder_decoder: bool) -> l
     """What of some inputs is padded, and how much of it each row needs.
 
     A column is needed up to the last one whose mask is not 0, or whose label counts. So padding on
-    the left is kept, and padding that is learned is no padding.
+    the left is kept, and padding that is learned is no padding. Nothing is cut off where answers
+    are looked for in all columns.
 
     Args:
         inputs: as a trainer has them.
         form: of these inputs.
         is_encoder_decoder: whether labels are padded apart from what is read.
     """
+    if any(name in inputs for name in _OVER_COLUMNS):
+        return []
     mask = inputs.get("attention_mask")
     labels = inputs.get("labels")
     found = []

@@ -7,6 +7,8 @@ import torch
 
 # What padding holds, where it is not 0.
 _FILLS = {"labels": -100, "shift_labels": -100}
+# Token ids: what they are padded with is that of the model.
+_IDS = ("input_ids", "decoder_input_ids")
 # What something else follows in a row, so that padding behind it would move that away.
 _LEFT = ("prompt_ids", "prompt_mask")
 
@@ -18,11 +20,13 @@ class Form(NamedTuple):
         is_pairs: whether a row is a pair: the chosen rows first, then as many rejected ones.
         halves: names of the tensors that hold both; others have one entry for each pair.
         scalars: names of the tensors without rows, which are the same for all rows.
+        pad_token_id: what tokens are padded with.
     """
 
     is_pairs: bool
     halves: frozenset[str]
     scalars: frozenset[str]
+    pad_token_id: int
 
     def by_row(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs with one entry per row in each tensor; views where that is possible.
@@ -54,12 +58,23 @@ class Form(NamedTuple):
         return found
 
 
-def form_of(inputs: Mapping[str, Any], is_pairs: bool) -> Form | None:
+def pad_token_id_of(model: Any) -> int:
+    """What a model knows padding by; 0 where it does not say.
+
+    Args:
+        model: of a trainer.
+    """
+    found = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return found if isinstance(found, int) else 0
+
+
+def form_of(inputs: Mapping[str, Any], is_pairs: bool, pad_token_id: int) -> Form | None:
     """How inputs are made of rows; None if some tensor has another number of entries.
 
     Args:
         inputs: of one micro-batch of a trainer.
         is_pairs: whether a row is a pair.
+        pad_token_id: what tokens are padded with.
     """
     rows = rows_of(inputs, is_pairs)
     halves, scalars = set(), set()
@@ -72,7 +87,7 @@ def form_of(inputs: Mapping[str, Any], is_pairs: bool) -> Form | None:
             halves.add(name)
         elif leaf.shape[0] != rows:
             return None
-    return Form(is_pairs, frozenset(halves), frozenset(scalars))
+    return Form(is_pairs, frozenset(halves), frozenset(scalars), pad_token_id)
 
 
 def rows_of(inputs: Mapping[str, Any], is_pairs: bool) -> int:
@@ -96,27 +111,46 @@ def rows_of(inputs: Mapping[str, Any], is_pairs: bool) -> int:
 
 
 def joined(batches: Sequence[Mapping[str, Any]], form: Form) -> dict[str, Any]:
-    """Batches in one, padded to the longest of them: labels with -100, all else with 0.
+    """Batches in one, padded to the longest of them, on the side on which they are padded.
+
+    Labels are padded with -100, tokens as the model has it, and all else with 0.
 
     Args:
-        batches: what `Form.by_row` gave, with the same names.
+        batches: what `Form.by_row` gave.
         form: of all of them.
 
     Raises:
-        ValueError: tensors cannot be put together, or a value for all rows differs.
+        ValueError: tensors cannot be put together, names differ, or a value for all rows.
     """
     first = batches[0]
     if len(batches) == 1:
         return dict(first)
+    for other in batches:
+        if other.keys() != first.keys():
+            raise ValueError(
+                "The batches of an update must be alike. "
+                f"Got {', '.join(first)} in one, and {', '.join(other)} in another. "
+                "Return the same names from the data collator, such as weights of 1."
+            )
+    on_left = _padded_on_left(batches)
     found = {}
     for name, leaf in first.items():
         leaves: list[Any] = [batch.get(name) for batch in batches]
         if name in form.scalars:
             _check_same(name, [x[0] for x in leaves])
         if isinstance(leaf, torch.Tensor):
-            found[name] = torch.cat(_padded(name, leaves))
+            fill = form.pad_token_id if name in _IDS else _FILLS.get(name, 0)
+            if name == "attention_mask" and name not in form.halves:
+                _check_mask(leaves)
+            found[name] = torch.cat(_padded(name, leaves, fill, name in on_left))
         elif isinstance(leaf, list) and all(isinstance(x, list) for x in leaves):
             found[name] = [item for x in leaves for item in x]
+        elif isinstance(leaf, Mapping):
+            raise ValueError(
+                "Batches are put together from tensors and lists. "
+                f"Got {name} as a {type(leaf).__name__}. Leave microbatch_size out, or return "
+                "its entries one by one from the data collator."
+            )
         elif all(x == leaf for x in leaves):
             found[name] = leaf
         else:
@@ -133,6 +167,17 @@ def _check_same(name: str, scalars: Sequence[torch.Tensor]) -> None:
             raise _differing(name, first.tolist(), other.tolist())
 
 
+def _check_mask(masks: Sequence[Any]) -> None:
+    """Refuses to pad masks of queries and keys, in which 0 may mean that a key is seen."""
+    shapes = [tuple(x.shape[1:]) for x in masks if isinstance(x, torch.Tensor)]
+    if any(len(shape) > 1 and shape != shapes[0] for shape in shapes):
+        raise ValueError(
+            "A mask of more than two axes cannot be padded. "
+            f"Got attention_mask of {shapes[0]} for a row in one batch, and of other sizes in "
+            "another. Leave microbatch_size out, or pad all rows to one length."
+        )
+
+
 def _differing(name: str, one: Any, other: Any) -> ValueError:
     return ValueError(
         "What belongs to all rows must be the same in all batches of an update. "
@@ -142,7 +187,29 @@ def _differing(name: str, one: Any, other: Any) -> ValueError:
     )
 
 
-def _padded(name: str, leaves: Sequence[Any]) -> list[torch.Tensor]:
+def _padded_on_left(batches: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names of the tensors that are padded in front, as the masks of all batches show."""
+    masks = [batch.get("attention_mask") for batch in batches]
+    if not all(isinstance(mask, torch.Tensor) and mask.dim() == 2 for mask in masks):
+        return set(_LEFT)
+    is_left = all(bool((mask[:, -1] != 0).all()) for mask in masks if mask is not None) and any(
+        bool((mask[:, 0] == 0).any()) for mask in masks if mask is not None
+    )
+    if not is_left:
+        return set(_LEFT)
+    shapes = [(batch, batch["attention_mask"].shape) for batch in batches]
+    alike = {
+        name
+        for name in batches[0]
+        if all(
+            isinstance(batch[name], torch.Tensor) and batch[name].shape[:2] == shape
+            for batch, shape in shapes
+        )
+    }
+    return {*_LEFT, *alike}
+
+
+def _padded(name: str, leaves: Sequence[Any], fill: int, on_left: bool) -> list[torch.Tensor]:
     if not all(isinstance(x, torch.Tensor) and x.dim() == leaves[0].dim() for x in leaves):
         raise ValueError(
             "The batches of an update must be alike. "
@@ -153,9 +220,9 @@ def _padded(name: str, leaves: Sequence[Any]) -> list[torch.Tensor]:
     found = []
     for leaf in leaves:
         if list(leaf.shape[1:]) != sizes:
-            wide = leaf.new_full((leaf.shape[0], *sizes), _FILLS.get(name, 0))
+            wide = leaf.new_full((leaf.shape[0], *sizes), fill)
             own = [slice(n) for n in leaf.shape]
-            if name in _LEFT:
+            if on_left:
                 own[1] = slice(sizes[0] - leaf.shape[1], None)
             wide[tuple(own)] = leaf
             leaf = wide

@@ -93,9 +93,23 @@ class Seam:
         self._calls += 1
         if self._calls > 1 or kwargs.get("return_outputs", any(args[:1])):
             raise self._refused_calls()
+        if not isinstance(inputs, Mapping):
+            raise TypeError(
+                "The inputs of a trainer must have names. "
+                f"Got a {type(inputs).__name__} in {type(self._trainer).__name__}. "
+                "Return a dict from the data collator."
+            )
         # Whoever calls may change the inputs before the update runs.
         self._collected.append(dict(inputs))
-        if len(self._collected) < self._expected:
+        is_last = len(self._collected) == self._expected
+        if self._trainer.accelerator.sync_gradients != is_last:
+            raise ValueError(
+                "The batches of an update must be known when it begins. "
+                f"Got an update after other than {self._expected} batches: "
+                "gradient_accumulation_steps was changed within an epoch. Change it in "
+                "on_epoch_begin."
+            )
+        if not is_last:
             return torch.zeros((), device=self._trainer.args.device, requires_grad=True)
         batches = [each for each in self._collected if rows_of(each, self._is_pairs)]
         self._collected = []

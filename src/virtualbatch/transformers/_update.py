@@ -9,7 +9,7 @@ from virtualbatch.plan.auto import Auto
 from virtualbatch.torch._batch import ReadBatch, read
 from virtualbatch.torch._microbatch import known_rows
 from virtualbatch.transformers._padding import Padded, padded, trimmed
-from virtualbatch.transformers._rows import Form, form_of, joined, rows_of
+from virtualbatch.transformers._rows import Form, form_of, joined, pad_token_id_of, rows_of
 from virtualbatch.window.packing import token_cut
 from virtualbatch.window.window import Window
 
@@ -62,7 +62,7 @@ class UpdateRows(NamedTuple):
 
 
 def rows_of_update(
-    batches: Sequence[Mapping[str, Any]], asked: Asked, is_pairs: bool, is_encoder_decoder: bool
+    batches: Sequence[Mapping[str, Any]], asked: Asked, is_pairs: bool, model: Any
 ) -> UpdateRows:
     """The rows of an update.
 
@@ -70,12 +70,13 @@ def rows_of_update(
         batches: its inputs, as the trainer has prepared them.
         asked: how they are cut.
         is_pairs: whether a row is a pair.
-        is_encoder_decoder: whether labels are padded apart from what is read.
+        model: of the trainer, whose configuration says how rows are padded.
 
     Raises:
         ValueError: a cut is given, and the inputs have no common rows.
     """
-    forms = [form_of(batch, is_pairs) for batch in batches]
+    pad_token_id = pad_token_id_of(model)
+    forms = [form_of(batch, is_pairs, pad_token_id) for batch in batches]
     form = forms[0]
     if form is None or any(each != form for each in forms):
         if asked.has_cut:
@@ -84,6 +85,8 @@ def rows_of_update(
     if not asked.has_cut:
         return UpdateRows(Window({"inputs": form.by_row(batch)} for batch in batches), form, ())
     rows = joined([form.by_row(batch) for batch in batches], form)
+    config = getattr(model, "config", None)
+    is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     groups = [g for g in padded(form.inputs(rows), form, is_encoder_decoder) if g.names]
     lengths = {group.names[0]: group.lengths for group in groups}
     names = tuple(group.names for group in groups)
@@ -92,21 +95,23 @@ def rows_of_update(
     return UpdateRows(_packed(rows, groups, form, asked.microbatch_tokens), form, names)
 
 
-def with_enough_rows(batch: ReadBatch, form: Form | None) -> ReadBatch:
-    """The first rows of a window in one, where no micro-batch has enough to tell weights apart.
+def with_enough_rows(batch: ReadBatch, form: Form | None, unlike: Sequence[int]) -> ReadBatch:
+    """Rows of a window in one, where no micro-batch has enough to tell weights apart.
 
     Args:
         batch: of known rows.
         form: of its inputs.
+        unlike: numbers of micro-batches in which weights differ; none if they do in none.
     """
-    if form is None or not batch.is_window or max(map(known_rows, batch.given)) >= _ENOUGH:
+    is_enough = max(map(known_rows, batch.given)) >= _ENOUGH and not unlike
+    if form is None or not batch.is_window or is_enough:
         return batch
     some: list[Any] = []
     rows = 0
-    for microbatch in batch.given:
-        if rows < _ENOUGH:
-            some.append(microbatch.get())
-            rows += known_rows(microbatch)
+    for index in dict.fromkeys([*unlike, *range(len(batch.given))]):
+        if rows < _ENOUGH or index in unlike:
+            some.append(batch.given[index].get())
+            rows += known_rows(batch.given[index])
     lengths = {
         name: [length for each in some for length in each["lengths"][name]]
         for name in some[0].get("lengths", ())
@@ -126,7 +131,8 @@ def _packed(
     """Rows sorted by length, and cut by tokens."""
     if not any("attention_mask" in group.names for group in groups):
         raise ValueError(
-            "Packing needs attention_mask, padded on the right. "
+            "Packing needs attention_mask, padded on the right, and no answers that are looked for "
+            "in all columns. "
             f"Got inputs {', '.join(rows)}. Pass microbatch_size instead."
         )
     of_row = [sum(each) for each in zip(*(group.lengths for group in groups), strict=True)]

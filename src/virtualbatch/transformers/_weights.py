@@ -75,9 +75,14 @@ def candidates(
     row = "pairs" if is_pairs else _ROWS
     found.append(Candidate(row, lambda x: torch.tensor(rows_of(x, is_pairs))))
     labels = inputs.get("labels")
-    if isinstance(labels, torch.Tensor) and labels.dim() > 1 and not labels.is_floating_point():
+    if isinstance(labels, torch.Tensor) and labels.dim() and not labels.is_floating_point():
         found.append(Candidate("labels", lambda x: (x["labels"] != _IGNORED).sum()))
-        found.append(Candidate("shifted labels", shifted_labels))
+        if labels.dim() > 1:
+            found.append(Candidate("shifted labels", shifted_labels))
+            found.append(Candidate("rows with labels", lambda x: _rows_with(x["labels"])))
+            found.append(
+                Candidate("rows with shifted labels", lambda x: _rows_with(x["labels"][:, 1:]))
+            )
     if "completion_mask" in inputs:
         found.append(Candidate(_TOKENS, lambda x: completion_tokens(x).sum()))
         if is_pairs:
@@ -89,6 +94,11 @@ def candidates(
 def shifted_labels(inputs: Inputs) -> torch.Tensor:
     """The number of labels that are predicted, the first of each row aside."""
     return (inputs["labels"][:, 1:] != _IGNORED).sum()
+
+
+def _rows_with(labels: torch.Tensor) -> torch.Tensor:
+    """The number of rows in which some label counts."""
+    return (labels != _IGNORED).flatten(1).any(1).sum()
 
 
 def completion_tokens(inputs: Inputs) -> torch.Tensor:

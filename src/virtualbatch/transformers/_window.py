@@ -17,7 +17,7 @@ from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._window import Program
 from virtualbatch.transformers._attributes import PlainAttributes
 from virtualbatch.transformers._checks import is_of_trl
-from virtualbatch.transformers._finder import WeightFinder
+from virtualbatch.transformers._finder import WeightFinder, unlike
 from virtualbatch.transformers._metrics import Counted, counted, merge_metrics
 from virtualbatch.transformers._update import Asked, UpdateRows, rows_of_update, with_enough_rows
 from virtualbatch.transformers._weights import Candidate, candidates, likeliest
@@ -69,9 +69,7 @@ class UpdateLoss:
             The mean loss of the whole batch, a scalar.
         """
         trainer = self.trainer
-        config = getattr(trainer.model, "config", None)
-        is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        rows = rows_of_update(batches, self._asked, self.is_pairs, is_encoder_decoder)
+        rows = rows_of_update(batches, self._asked, self.is_pairs, trainer.model)
         with self._own_means():
             update = _Update(self, rows)
             try:
@@ -95,6 +93,7 @@ class UpdateLoss:
 
     def _candidate(self, update: "_Update", model: Any) -> Candidate:
         """What the loss was divided by."""
+        self._finder.begin()
         rows = update.rows
         batch = read(rows.batch, weighted=True)
         size = self._asked.microbatch_size
@@ -102,11 +101,13 @@ class UpdateLoss:
         if batch.can_be_cut:
             is_even = not batch.is_window
             cut = batch.cut(size if isinstance(size, int) else 1, None) if is_even else batch.given
-            batch = with_enough_rows(batch, rows.form)
         inputs = rows.inputs(batch.given[0].get())
         several = candidates(inputs, self.is_pairs, self.count, self._likeliest)
         if self._given is not None:
             several = [self._given]
+        if cut and not self._finder.is_decided:
+            apart = unlike([update.program(model, each) for each in several], cut)
+            batch = with_enough_rows(batch, rows.form, apart)
         try:
             found = self._finder.choose(
                 several, partial(update.program, model), batch, cut, update.put_back

@@ -250,6 +250,11 @@ class TorchTrial(Trial):
         shares = self._program.shares([self._some(a), self._some(b)])
         return shares.of_rows_or_term()
 
+    def weights_of_rows(self) -> list[float]:
+        """The weight of each row alone."""
+        rows = [self._some([row]) for row in range(self.rows)]
+        return self._program.shares(rows).of_rows_or_term()
+
     def _terms(self, part: Microbatch) -> dict[Any, torch.Tensor]:
         with heard_dtypes(self._dtypes):
             loss, _ = loss_and_aux(self._program.loss_fn(part.get()), self._program.has_aux)

@@ -17,6 +17,9 @@ from virtualbatch.torch._replicas.found import quiet
 from virtualbatch.torch._window import Program
 from virtualbatch.window.terms import SUM
 
+# Row numbers of two parts.
+_Pair = tuple[list[int], list[int]]
+
 
 class FoundWeight(NamedTuple):
     """What was found out.
@@ -77,28 +80,64 @@ def found_weight(
             for layer in layers.layers:
                 layer.training = layer.training and not is_not_recurrent(layer)
             chosen = parts(trials[0])
+            telling: list[_Pair] = []
             for place, trial in enumerate(trials):
                 holds = adds_up(trial, chosen, why)
                 if holds is False:
                     continue
-                untried = holds if isinstance(holds, str) else None
-                undecided = frozenset(
+                undecided = {
                     later
                     for later in range(place + 1, len(trials))
                     # A sum is another multiple of the same gradient, and so told apart.
                     if SUM not in (programs[place].weight, programs[later].weight)
                     and _in_proportion(trial, trials[later], chosen)
-                )
-                return FoundWeight(place, undecided, untried, trial.seen.writes_rows)
-            prove(trials[0], why)
+                }
+                pairs = [
+                    pair
+                    for later in sorted(undecided)
+                    for pair in _telling_apart(trial, trials[later])
+                ]
+                if not place:
+                    telling = pairs
+                if holds is True and pairs:
+                    tells = adds_up(trial, pairs, why)
+                    if tells is False:
+                        continue
+                    if tells is True:
+                        undecided = {
+                            later
+                            for later in undecided
+                            if _in_proportion(trial, trials[later], pairs)
+                        }
+                untried = holds if isinstance(holds, str) else None
+                return FoundWeight(place, frozenset(undecided), untried, trial.seen.writes_rows)
+            prove(trials[0], why, more=telling)
+            group = trials[0].seen.group
+            if group > 1:
+                raise ValueError(f"The rows of this loss belong together by {group}.")
     finally:
         put_back()
     return FoundWeight(None)
 
 
-def _in_proportion(
-    trial: TorchTrial, other: TorchTrial, chosen: Sequence[tuple[list[int], list[int]]]
-) -> bool:
+def _telling_apart(trial: TorchTrial, other: TorchTrial) -> list[_Pair]:
+    """A pair of parts in which two weights differ; none if they are alike in all rows.
+
+    Rows that are chosen by what they count may miss the only one that is unlike the others.
+    """
+    mine, its = trial.weights_of_rows(), other.weights_of_rows()
+    counted = [k for k in range(trial.rows) if mine[k] and its[k]]
+    if not counted:
+        return []
+    least, *_, most = sorted([*counted, *counted[:1]], key=lambda row: mine[row] / its[row])
+    if abs(mine[least] * its[most] - mine[most] * its[least]) > 1e-9 * mine[most] * its[least]:
+        return [([least], [most])]
+    # One that counts nothing may have no finite loss alone.
+    odd = next((k for k in range(trial.rows) if bool(mine[k]) != bool(its[k])), None)
+    return [] if odd is None or len(counted) < 2 else [([odd, counted[0]], [counted[1]])]
+
+
+def _in_proportion(trial: TorchTrial, other: TorchTrial, chosen: Sequence[_Pair]) -> bool:
     return all(
         abs(mine - its) <= 1e-9
         for a, b in chosen
