@@ -98,7 +98,8 @@ def test_an_update_and_its_metrics_are_those_of_the_whole_batch(name):
     for batch, steps, ours in cuts.values():
         found = run(make, batch, steps, ours, **given)
         assert error(found, whole) <= most
-        assert loss_error(found, whole) <= most
+        # A logged loss is a metric: of parts that cancel, as those of RLOO do.
+        assert loss_error(found, whole) <= (most if make is reward else METRICS)
         off = metrics_off(found, whole)
         assert max(off.values()) <= METRICS, off
 
