@@ -159,10 +159,11 @@ def run(make, batch, steps, ours=None, **more):
 
 
 def metrics_off(found, uncut):
-    """Name of a logged metric -> its largest difference in any update."""
+    """Name of a logged metric -> its largest difference in any update, relative if above 1."""
     off = {}
     for mine, its in zip(found.logs, uncut.logs, strict=True):
         assert mine.keys() == its.keys()
         for name in mine.keys() - NO_METRICS:
-            off[name] = max(off.get(name, 0.0), abs(mine[name] - its[name]))
+            relative = abs(mine[name] - its[name]) / max(1.0, abs(its[name]))
+            off[name] = max(off.get(name, 0.0), relative)
     return off
