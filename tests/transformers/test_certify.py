@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.transformers.heads import ClassWeighted
 from tests.transformers.training import HEADS, run, trained, trainer_of, weights_of
+from transformers import Trainer
 
 from virtualbatch.transformers import accumulate, certify
 
@@ -43,7 +44,26 @@ def test_dropout_rests():
     for layer in trainer.model.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.5
-    assert certify(trainer).accumulated.exact
+    found = certify(trainer)
+    assert found.accumulated.exact
+    assert found.own.max_error > 0.05
+
+
+class Noisy(Trainer):
+    """Draws numbers that no layer draws, others for each micro-batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        return loss * (1 + torch.rand(()))
+
+
+def test_noise_is_no_rounding():
+    """It is the same in no two ways, and so none of them is certified."""
+    trainer = trainer_of("masked", 4, 5, cls=Noisy)
+    accumulate(trainer, weight=lambda inputs: (inputs["labels"] != -100).sum())
+    found = certify(trainer)
+    assert not found.own.exact
+    assert not found.accumulated.exact
 
 
 def test_arguments_of_accumulate_are_used():

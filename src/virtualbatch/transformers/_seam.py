@@ -82,7 +82,7 @@ class Seam:
             found: torch.Tensor = self._training_step(*args, **kwargs)
         finally:
             self._is_in_step = False
-        if self._calls != 1:
+        if not self._calls:
             raise self._refused_calls()
         return found
 
