@@ -1,8 +1,9 @@
 """Hugging Face's Trainer with `gradient_accumulation_steps`.
 
 It divides by the tokens of the window where the model takes `num_items_in_batch`, as its own
-language models do, and is right then. And the same trainer with us: each round makes a trainer, whose
-first update finds the weight, so that few updates a round show more of that than a training does.
+language models do, and is right then. And the same trainer with us: each round makes a trainer,
+whose first update finds the weight, so that a round of few updates shows more of that than training
+does.
 """
 
 import tempfile
