@@ -105,9 +105,9 @@ class Seam:
         if self._trainer.accelerator.sync_gradients != is_last:
             raise ValueError(
                 "The batches of an update must be known when it begins. "
-                f"Got an update after other than {self._expected} batches: "
-                "gradient_accumulation_steps was changed within an epoch. Change it in "
-                "on_epoch_begin."
+                f"Got one that does not end after {self._expected} batches: "
+                "gradient_accumulation_steps was changed within an epoch. "
+                "Change it in on_epoch_begin."
             )
         if not is_last:
             return torch.zeros((), device=self._trainer.args.device, requires_grad=True)
