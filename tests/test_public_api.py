@@ -109,6 +109,7 @@ NAMES = {
         "WindowStats",
         "certify_loop",
         "pack",
+        "whole_groups",
         "windows",
     },
     virtualbatch.report: {"write_html"},

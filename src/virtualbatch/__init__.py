@@ -11,6 +11,7 @@ from virtualbatch.noise.advice import Advice
 from virtualbatch.noise.estimate import NoiseEstimate, NoiseScale, WindowStats
 from virtualbatch.plan.auto import Auto
 from virtualbatch.plan.plan import Plan, PlanRow
+from virtualbatch.window.groups import whole_groups
 from virtualbatch.window.packing import pack
 from virtualbatch.window.stream import windows
 from virtualbatch.window.window import Window
@@ -28,6 +29,7 @@ __all__ = [
     "WindowStats",
     "certify_loop",
     "pack",
+    "whole_groups",
     "windows",
 ]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tests.conformance import laws, peers, random_models, refusals, statistics
+from tests.conformance import coupled, laws, peers, random_models, refusals, statistics
 from tests.conformance.problems import NAMES
 
 MODES = {"eager": False, "compiled": True}
@@ -171,6 +171,14 @@ def _all() -> list[Case]:
             if law is laws.uncut_is_the_reference:
                 further = "every other case would miss a wrong reference"
             found.append(Case(_named(law), name, law, None, {"name": name}, further))
+    for name in coupled.BY_NAME:
+        further = "" if name in ("clip", "dice", "sorted_distance") else "further losses"
+        found += _in_modes(
+            coupled.coupled_losses_are_exact,
+            name=name.replace("_", " "),
+            arguments={"name": name},
+            thorough=further,
+        )
     for name, refusal in refusals.REFUSALS.items():
         feature = "values of weights are refused" if refusal.reads else refusal.feature
         compiled = {"compiled": "refused by what refuses it eagerly, while it is traced"}

@@ -24,6 +24,21 @@ class Adapter:
         cast=lambda x, dtype: x.astype(dtype),
         concat=jnp.concatenate,
         uniform=jax.random.uniform,
+        matmul=jnp.matmul,
+        transpose=jnp.transpose,
+        diag=jnp.diagonal,
+        eye=lambda rows: jnp.eye(rows, dtype=bool),
+        full=lambda value: jnp.asarray(value, "float64"),
+        equal=jnp.equal,
+        exp=jnp.exp,
+        log=jnp.log,
+        sqrt=jnp.sqrt,
+        relu=jax.nn.relu,
+        softplus=jax.nn.softplus,
+        logsumexp=jax.nn.logsumexp,
+        max=jnp.max,
+        min=jnp.min,
+        sort=jnp.sort,
     )
 
     @contextmanager
@@ -74,6 +89,22 @@ class Adapter:
             return self.result(value, gradients, aux)._replace(stats=found)
 
         return run
+
+    def coupled(self, encode, loss, params, *, compiled=False, **options):
+        """A function of a batch: the loss of what `encode` gives, by `rowwise` if given a size."""
+
+        def rows(params, batch):
+            return encode(self.ops, params, batch)
+
+        if options:
+            rows = vb.rowwise(rows, **options)
+
+        def total(params, batch):
+            return loss(self.ops, params, rows(params, batch))
+
+        call = jax.value_and_grad(total)
+        call = jax.jit(call) if compiled else call
+        return lambda batch: self.result(*call(params, batch), None)
 
     def plain(self, loss_fn, params, batch):
         def total(params):

@@ -23,6 +23,21 @@ class Adapter:
         cast=tf.cast,
         concat=lambda pieces: tf.concat(pieces, 0),
         uniform=lambda key, shape: tf.random.uniform(shape),
+        matmul=tf.matmul,
+        transpose=tf.transpose,
+        diag=tf.linalg.diag_part,
+        eye=lambda rows: tf.eye(rows) > 0,
+        full=lambda value: tf.constant(value, tf.float64),
+        equal=tf.equal,
+        exp=tf.exp,
+        log=tf.math.log,
+        sqrt=tf.sqrt,
+        relu=tf.nn.relu,
+        softplus=tf.math.softplus,
+        logsumexp=tf.reduce_logsumexp,
+        max=tf.reduce_max,
+        min=tf.reduce_min,
+        sort=tf.sort,
     )
 
     def settings(self):
@@ -78,6 +93,23 @@ class Adapter:
             return self.result(value, gradients, aux)._replace(stats=found)
 
         return run
+
+    def coupled(self, encode, loss, params, *, compiled=False, **options):
+        """A function of a batch: the loss of what `encode` gives, by `rowwise` if given a size."""
+
+        def rows(batch):
+            return encode(self.ops, params, batch)
+
+        if options:
+            rows = vb.rowwise(rows, **options)
+
+        def call(batch):
+            with tf.GradientTape() as tape:
+                value = loss(self.ops, params, rows(batch))
+            return value, tape.gradient(value, params)
+
+        call = tf.function(call, jit_compile=compiled == "xla") if compiled else call
+        return lambda batch: self.result(*call(batch), None)
 
     def plain(self, loss_fn, params, batch):
         with tf.GradientTape() as tape:

@@ -43,6 +43,21 @@ class Adapter:
         cast=lambda x, dtype: x.to(getattr(torch, dtype)),
         concat=torch.cat,
         uniform=lambda key, shape: torch.rand(shape),
+        matmul=torch.matmul,
+        transpose=lambda x: x.T,
+        diag=torch.diagonal,
+        eye=lambda rows: torch.eye(rows, dtype=torch.bool),
+        full=lambda value: torch.tensor(value, dtype=torch.float64),
+        equal=torch.eq,
+        exp=torch.exp,
+        log=torch.log,
+        sqrt=torch.sqrt,
+        relu=torch.relu,
+        softplus=torch.nn.functional.softplus,
+        logsumexp=torch.logsumexp,
+        max=torch.amax,
+        min=torch.amin,
+        sort=lambda x: torch.sort(x).values,
     )
 
     def __init__(self):
@@ -112,6 +127,26 @@ class Adapter:
         """What the engine returns; gradients are in `.grad` afterwards."""
         with guard:
             return vb.backward(loss, batch, **options)
+
+    def coupled(self, encode, loss, params, *, compiled=False, **options):
+        """A function of a batch: the loss of what `encode` gives, by `rowwise` if given a size."""
+
+        def rows(batch):
+            return encode(self.ops, params, batch)
+
+        if compiled:
+            torch._dynamo.reset()
+            rows = torch.compile(rows, backend=self._counted)
+        if options:
+            rows = vb.rowwise(rows, module=torch.nn.ParameterList(leaves(params)), **options)
+
+        def run(batch):
+            value = loss(self.ops, params, rows(batch))
+            gradients = torch.autograd.grad(value, leaves(params), allow_unused=True)
+            found = iter(gradients)
+            return self.result(value, mapped(lambda _: next(found), params), None)
+
+        return run
 
     def plain(self, loss_fn, params, batch):
         loss = loss_fn(params, batch)

@@ -1,0 +1,69 @@
+"""What a `rowwise` function returns, refused where a leaf has not one entry per row.
+
+Only shapes are looked at. A leaf whose first axis has as many entries as there are rows by chance
+is found by an engine, which tries another number of rows.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# How a structure of outputs that changes is mended.
+_LACKING = "Return None for what a micro-batch lacks only if all lack it."
+
+
+def check_entries(outputs: Iterable[tuple[str, Any]], rows: int) -> None:
+    """Refuses outputs that have not one entry per row.
+
+    Args:
+        outputs: the expression that reaches a leaf, such as "output['z']", and the leaf: an array,
+            a trace or a description of one, or None, which every row has.
+        rows: rows of the micro-batch that they were computed from.
+
+    Raises:
+        TypeError: a leaf is no array.
+        ValueError: a leaf has another number of entries.
+    """
+    for path, leaf in outputs:
+        if leaf is None:
+            continue
+        if not hasattr(leaf, "shape"):
+            raise TypeError(
+                "What fn returns must be arrays with one entry per row, or None. "
+                f"Got {path} of type {type(leaf).__name__}. "
+                "Return it from a function of its own, or compute it outside."
+            )
+        shape = tuple(leaf.shape)
+        if shape and shape[0] in (rows, None):
+            continue
+        is_joined = bool(shape) and shape[0] > rows and shape[0] % rows == 0
+        raise ValueError(
+            "What fn returns must have one entry per row. "
+            f"Got {path} with shape {shape} for {rows} {'row' if rows == 1 else 'rows'}. "
+            + (
+                f"Return the {shape[0] // rows} views as outputs of their own."
+                if is_joined and rows > 1
+                else "Return one entry per row, and reduce over rows in the loss."
+            )
+        )
+
+
+def check_same_structure(first: Sequence[str], later: Sequence[str]) -> None:
+    """Refuses outputs whose structure changes from one micro-batch to the next.
+
+    Args:
+        first: the expressions that reach the leaves of the first micro-batch's outputs, each with
+            what it is, such as "output['z']" or "output['z'] is None".
+        later: those of a later one.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if list(first) != list(later):
+        raise ValueError(
+            "fn must return the same structure for every micro-batch. "
+            f"Got {_listed(first)}, and later {_listed(later)}. {_LACKING}"
+        )
+
+
+def _listed(places: Sequence[str]) -> str:
+    return ", ".join(places) if places else "nothing"
