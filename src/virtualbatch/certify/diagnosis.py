@@ -111,7 +111,7 @@ def _causes(
         return [_stateful(subject, np.arange(subject.rows), coarse)]
     different = first_difference(activations, parts, coarse)
     if different is not None and subject.weighs_itself:
-        return [_coupled(different, different.where)]
+        return [_coupled(subject, different, different.where)]
     reduced = reduced_at(activations, parts)
     place = reduced.where if reduced else subject.place
     findings = []
@@ -127,7 +127,7 @@ def _causes(
         return findings
     if not wrong:
         return [_of_the_sum(subject)]
-    return [_coupled(different, wrong[0])]
+    return [_coupled(subject, different, wrong[0])]
 
 
 # Epsilons above this are those of half precision.
@@ -138,7 +138,7 @@ SEES_OTHER_ROWS = (
 )
 
 
-def _coupled(activation: Activation | None, place: str) -> Finding:
+def _coupled(subject: TrainingStep, activation: Activation | None, place: str) -> Finding:
     where = activation.where if activation is not None else place
     if activation is not None and "BatchNorm" in activation.layer:
         return Finding(
@@ -154,12 +154,7 @@ def _coupled(activation: Activation | None, place: str) -> Finding:
         if activation is not None
         else "The loss is no mean over rows of anything: a function of a mean is not a mean."
     )
-    return Finding(
-        "coupled_rows",
-        where,
-        why,
-        "Compute it from each row alone, or run this loss on the uncut batch.",
-    )
+    return Finding("coupled_rows", where, why, subject.way_out)
 
 
 def _stateful(subject: TrainingStep, rows: np.ndarray, coarse: float) -> Finding:

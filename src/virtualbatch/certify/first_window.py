@@ -30,7 +30,7 @@ _PAGES = {
     "weight": "docs/sums.md",
     "sum_loss": "docs/sums.md",
     "regulariser": "docs/sums.md",
-    "coupled_rows": "docs/rows.md",
+    "coupled_rows": "docs/rowwise.md",
     "stateful": "docs/state.md",
 }
 

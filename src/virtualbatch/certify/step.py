@@ -40,6 +40,9 @@ def check_microbatches(rows: Sequence[int]) -> None:
         )
 
 
+# Ways out where rows are coupled: in a loss, and in what is wrapped already.
+WRAP = "Wrap what comes before this line in rowwise: what follows then sees all rows."
+MOVE = "Compute it from each row alone, or move it out of what rowwise wraps, into the loss."
 # Of each piece what its mean was divided by; "sum" where pieces add up; None for rows.
 PieceWeights = Sequence[float] | Literal["sum"] | None
 
@@ -96,6 +99,7 @@ class TrainingStep(ABC):
         place: the loss in words, where no line of it is known.
         weight_takes: the arguments of a weight function, as code.
         weighs_itself: whether the engine finds the weights of a loss by itself.
+        way_out: what to do where rows are coupled.
     """
 
     rows: int
@@ -109,6 +113,7 @@ class TrainingStep(ABC):
     place = "loss_fn"
     weight_takes = "batch"
     weighs_itself = False
+    way_out = WRAP
 
     @abstractmethod
     def accumulated(self) -> Observed:
