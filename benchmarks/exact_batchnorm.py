@@ -8,6 +8,7 @@ batch, in its largest entry; times and peaks are parts of the uncut batch's, med
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ class Chain(torch.nn.Module):
         super().__init__()
         widths = [3] + [CHANNELS] * layers
         self.convolutions = torch.nn.ModuleList(
-            torch.nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:], strict=False)
+            torch.nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths)
         )
         self.norms = torch.nn.ModuleList(torch.nn.BatchNorm2d(CHANNELS) for _ in range(layers))
         self.head = torch.nn.Linear(CHANNELS, CLASSES)
