@@ -7,14 +7,17 @@ import numpy as np
 
 # Keras once per backend: those are different programs.
 ENGINES = ("torch", "jax", "tensorflow", "keras-tensorflow", "keras-jax", "keras-torch")
-# The first is bound by overhead, the next two by arithmetic. The last has a loss that divides by
-# valid tokens, of which no two micro-batches have equally many.
-MODELS = ("MLP", "CNN", "transformer", "tokens")
+# The first is bound by overhead, the next two by arithmetic. `tokens` has a loss that divides by
+# valid tokens, of which no two micro-batches have equally many; `pairs` has a contrastive loss, in
+# which every row meets every other.
+MODELS = ("MLP", "CNN", "transformer", "tokens", "pairs")
 CLASSES = 10
 # Adam divides by the root of its second moment. With a large epsilon its first update tells
 # gradients apart that differ by a factor; all frameworks take as long for it as for the usual one.
 RATE, EPSILON = 0.01, 0.1
 WORDS, LENGTH = 1000, 32
+# What similarities of unit length are multiplied by in the contrastive loss.
+SHARPNESS = 20.0
 _SEED = 0
 
 
@@ -49,7 +52,8 @@ class Case:
     @property
     def width(self) -> int:
         """Units of a layer, channels of a convolution, features of a token."""
-        return self.scale * {"MLP": 128, "CNN": 16, "transformer": 64, "tokens": 64}[self.model]
+        usual = {"MLP": 128, "CNN": 16, "transformer": 64, "tokens": 64, "pairs": 64}
+        return self.scale * usual[self.model]
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -59,17 +63,21 @@ class Case:
             "CNN": (16, 16, 1),
             "transformer": (LENGTH, self.width),
             "tokens": (LENGTH,),
+            "pairs": (LENGTH, self.width),
         }[self.model]
 
     def batch(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Inputs and classes, always the same ones.
 
-        Those of `tokens` are ids, padded by 0 behind, and a class for each of them.
+        Those of `tokens` are ids, padded by 0 behind, and a class for each of them; those of
+        `pairs` two views of each row.
         """
         random = np.random.default_rng(_SEED)
         rows = self.rows
         if self.model != "tokens":
             x = random.normal(size=(rows, *self.input_shape)).astype("float32")
+            if self.model == "pairs":
+                return x, x + random.normal(size=x.shape).astype("float32")
             return x, random.integers(0, CLASSES, rows)
         lengths = random.integers(1, LENGTH + 1, rows)
         # Neighbours of like length, as in much text: a mean of means is far off then.

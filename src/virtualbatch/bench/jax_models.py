@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from virtualbatch.bench.case import CLASSES, EPSILON, RATE, WORDS, Case
+from virtualbatch.bench.case import CLASSES, EPSILON, RATE, SHARPNESS, WORDS, Case
 
 _Model = tuple[Any, Callable[[Any, Any], Any]]
 
@@ -93,7 +93,13 @@ def _tokens(random: np.random.Generator, width: int) -> _Model:
     return params, logits
 
 
-_MODELS = {"MLP": _mlp, "CNN": _cnn, "transformer": _transformer, "tokens": _tokens}
+_MODELS = {
+    "MLP": _mlp,
+    "CNN": _cnn,
+    "transformer": _transformer,
+    "tokens": _tokens,
+    "pairs": _transformer,
+}
 
 
 class Problem(NamedTuple):
@@ -105,6 +111,7 @@ class Problem(NamedTuple):
         batch: inputs and classes.
         loss: (params, batch) -> its mean loss.
         weight: what that mean was divided by; None for rows.
+        logits: (params, inputs) -> what the loss is computed from.
     """
 
     params: Any
@@ -112,12 +119,16 @@ class Problem(NamedTuple):
     batch: tuple[jax.Array, jax.Array]
     loss: Callable[[Any, Any], Any]
     weight: Callable[[Any], Any] | None
+    logits: Callable[[Any, Any], Any]
 
 
 def problem(case: Case) -> Problem:
     """A case, always with the same parameters."""
     params, logits = _MODELS[case.model](np.random.default_rng(0), case.width)
     x, y = map(jnp.asarray, case.batch())
+    optimizer = optax.adam(RATE, eps=EPSILON)
+    if case.model == "pairs":
+        return Problem(params, optimizer, (x, y), contrastive_loss(logits), None, logits)
     tokens = case.model == "tokens"
 
     def loss(params: Any, batch: Any) -> Any:
@@ -125,8 +136,22 @@ def problem(case: Case) -> Problem:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y)
         return (losses * (x != 0)).sum() / (x != 0).sum() if tokens else losses.mean()
 
-    optimizer = optax.adam(RATE, eps=EPSILON)
-    return Problem(params, optimizer, (x, y), loss, valid_tokens if tokens else None)
+    return Problem(params, optimizer, (x, y), loss, valid_tokens if tokens else None, logits)
+
+
+def contrastive_loss(encode: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """(params, two views) -> the loss of each first view against all second ones."""
+
+    def loss(params: Any, batch: Any) -> Any:
+        first, second = (
+            z / jnp.linalg.norm(z, axis=1, keepdims=True)
+            for z in (encode(params, view) for view in batch)
+        )
+        logits = SHARPNESS * first @ second.T
+        rows = jnp.arange(len(logits))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, rows).mean()
+
+    return loss
 
 
 def valid_tokens(batch: Any) -> Any:

@@ -25,7 +25,7 @@ from virtualbatch.bench.contender import (
     Contender,
     looped,
 )
-from virtualbatch.bench.jax_models import Problem, problem
+from virtualbatch.bench.jax_models import Problem, contrastive_loss, problem
 
 # (problem, rows of a micro-batch) -> (params, batch) -> (loss, gradients).
 _Way = Callable[[Problem, int], Callable[[Any, Any], Any]]
@@ -35,6 +35,8 @@ def entries(case: Case) -> list[Contender | Absent]:
     """Everybody who can run a case, each with parameters of its own."""
     given = problem(case)
     size = case.microbatch_size
+    if case.model == "pairs":
+        return _of_pairs(case, given)
     found: list[Contender | Absent] = [
         _contender(VIRTUALBATCH, OURS, given, ours(given, size)),
         _contender("forward, backward in a scan, one update", FLOOR, given, _floor(given, size)),
@@ -49,6 +51,20 @@ def entries(case: Case) -> list[Contender | Absent]:
         way = _microbatching(given, size)
         found.append(_contender("optax.microbatching", PEER, given, way))
     return found
+
+
+def _of_pairs(case: Case, given: Problem) -> list[Contender | Absent]:
+    """Those of a loss in which rows meet: its micro-batches' mean is another loss."""
+    size = case.microbatch_size
+    encode = vb.rowwise(given.logits, microbatch_size=size)
+    by_rows = jax.value_and_grad(contrastive_loss(encode))
+    return [
+        _contender(VIRTUALBATCH, OURS, given, by_rows),
+        _contender("forward, backward in a scan, one update", FLOOR, given, _floor(given, size)),
+        _contender(WHOLE_BATCH, WHOLE, given, jax.value_and_grad(given.loss)),
+        _contender("mean of micro-batches in a scan", PEER, given, _by_hand(given, size)),
+        _multi_steps(case, given),
+    ]
 
 
 class _State:

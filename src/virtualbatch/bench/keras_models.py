@@ -1,11 +1,12 @@
 """The models of a comparison in Keras, on any of its backends."""
 
 from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import layers
 
-from virtualbatch.bench.case import CLASSES, EPSILON, LENGTH, RATE, WORDS, Case
+from virtualbatch.bench.case import CLASSES, EPSILON, LENGTH, RATE, SHARPNESS, WORDS, Case
 
 
 def _mlp(width: int) -> keras.Model:
@@ -52,11 +53,18 @@ def _tokens(width: int) -> keras.Model:
     )
 
 
+def _pairs(width: int) -> keras.Model:
+    encode = _transformer(width)
+    views = [layers.Input((LENGTH, width)) for _ in range(2)]
+    return keras.Model(views, layers.Concatenate()([encode(view) for view in views]))
+
+
 _MODELS: dict[str, Callable[[int], keras.Model]] = {
     "MLP": _mlp,
     "CNN": _cnn,
     "transformer": _transformer,
     "tokens": _tokens,
+    "pairs": _pairs,
 }
 
 
@@ -80,3 +88,18 @@ def adam(accumulation_steps: int | None = None) -> keras.optimizers.Optimizer:
 def cross_entropy() -> keras.losses.Loss:
     """The loss of every case; it divides by rows, or by tokens that a mask leaves."""
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def contrastive(embeddings: Any) -> Any:
+    """The loss of each first view against all second ones.
+
+    Args:
+        embeddings: those of both views beside each other, (rows, 2 * features).
+    """
+    first, second = (
+        keras.ops.normalize(view, axis=1) for view in keras.ops.split(embeddings, 2, axis=1)
+    )
+    logits = SHARPNESS * keras.ops.matmul(first, keras.ops.transpose(second))
+    rows = keras.ops.arange(keras.ops.shape(logits)[0])
+    losses = keras.losses.sparse_categorical_crossentropy(rows, logits, from_logits=True)
+    return keras.ops.mean(losses)

@@ -11,7 +11,7 @@ import numpy as np
 import virtualbatch.keras as vb
 from virtualbatch.bench.case import Case
 from virtualbatch.bench.contender import OURS, PEER, VIRTUALBATCH, WHOLE, WHOLE_BATCH, Contender
-from virtualbatch.bench.keras_models import adam, cross_entropy, model_of
+from virtualbatch.bench.keras_models import adam, contrastive, cross_entropy, model_of
 
 _BUILT_IN = "gradient_accumulation_steps"
 
@@ -81,10 +81,11 @@ def contender(
     model = model_of(case)
     # Keras refuses to accumulate one micro-batch; that is a plain update.
     steps = case.accumulation_steps if built_in and case.accumulation_steps > 1 else None
+    pairs = case.model == "pairs"
     model.compile(
         adam(steps),
-        cross_entropy(),
-        metrics=["accuracy"],
+        (lambda _, embeddings: contrastive(embeddings)) if pairs else cross_entropy(),
+        metrics=None if pairs else ["accuracy"],
         jit_compile=jit,
         steps_per_execution=execution,
     )
@@ -103,4 +104,6 @@ def contender(
 
 def _repeated(case: Case, updates: int) -> Any:
     """The batch as often as there are updates."""
-    return tuple(np.concatenate([leaf] * updates) for leaf in case.batch())
+    x, y = (np.concatenate([leaf] * updates) for leaf in case.batch())
+    # The loss of pairs needs no targets, and Keras wants some.
+    return ((x, y), np.zeros(len(x))) if case.model == "pairs" else (x, y)

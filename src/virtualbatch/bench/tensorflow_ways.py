@@ -19,7 +19,7 @@ from virtualbatch.bench.contender import (
     Contender,
     looped,
 )
-from virtualbatch.bench.keras_models import adam, cross_entropy, model_of
+from virtualbatch.bench.keras_models import adam, contrastive, cross_entropy, model_of
 
 
 class Problem(NamedTuple):
@@ -30,9 +30,12 @@ class Problem(NamedTuple):
     batch: tuple[tf.Tensor, tf.Tensor]
     pieces: list[tuple[tf.Tensor, tf.Tensor]]
     weight: Callable[[Any], Any] | None
+    pairs: bool
 
     def loss(self, batch: Any) -> tf.Tensor:
         """The mean loss."""
+        if self.pairs:
+            return contrastive(self.model(list(batch), training=True))
         x, y = batch
         # Keras divides by what the mask of the embedding leaves.
         return cross_entropy()(y, self.model(x, training=True))
@@ -56,13 +59,14 @@ def problem(case: Case) -> Problem:
     size = case.microbatch_size
     pieces = [tuple(leaf[i : i + size] for leaf in batch) for i in range(0, case.rows, size)]
     weight = valid_tokens if case.model == "tokens" else None
-    return Problem(model, optimizer, batch, pieces, weight)
+    return Problem(model, optimizer, batch, pieces, weight, case.model == "pairs")
 
 
 def entries(case: Case) -> list[Contender]:
     """Everybody who can run a case, each with a model of its own."""
+    ours = _by_rows if case.model == "pairs" else _ours
     return [
-        _contender(VIRTUALBATCH, OURS, case, _ours),
+        _contender(VIRTUALBATCH, OURS, case, ours),
         _contender("forward, backward in a loop, one update", FLOOR, case, _floor_in_a_loop),
         _contender("forward, backward called, one update", FLOOR, case, _floor_called),
         _contender(WHOLE_BATCH, WHOLE, case, _whole),
@@ -105,6 +109,22 @@ def _ours(given: Problem) -> Callable[[], Any]:
             weight=given.weight,
         )
         given.apply(gradients)
+        return loss
+
+    return lambda: update(given.batch)
+
+
+def _by_rows(given: Problem) -> Callable[[], Any]:
+    encode = vb.rowwise(
+        lambda batch: given.model(list(batch), training=True),
+        microbatch_size=len(given.pieces[0][0]),
+    )
+
+    @tf.function
+    def update(batch: Any) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            loss = contrastive(encode(batch))
+        given.apply(tape.gradient(loss, given.model.trainable_variables))
         return loss
 
     return lambda: update(given.batch)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from virtualbatch.bench.case import CLASSES, EPSILON, RATE, WORDS, Case
+from virtualbatch.bench.case import CLASSES, EPSILON, RATE, SHARPNESS, WORDS, Case
 
 
 class Attention(nn.Module):
@@ -61,6 +61,7 @@ _MODELS: dict[str, Callable[[int], nn.Module]] = {
     "CNN": _cnn,
     "transformer": _Transformer,
     "tokens": _tokens,
+    "pairs": _Transformer,
 }
 
 
@@ -72,7 +73,7 @@ class Problem(NamedTuple):
         optimizer: of its parameters.
         batch: inputs and classes.
         pieces: the same, cut.
-        loss: (module, batch) -> its mean loss.
+        loss: (module, or a function in its place; batch) -> its mean loss.
         weight: what that mean was divided by; None for rows.
     """
 
@@ -80,7 +81,7 @@ class Problem(NamedTuple):
     optimizer: torch.optim.Optimizer
     batch: tuple[torch.Tensor, torch.Tensor]
     pieces: list[tuple[torch.Tensor, torch.Tensor]]
-    loss: Callable[[nn.Module, Any], torch.Tensor]
+    loss: Callable[[Any, Any], torch.Tensor]
     weight: Callable[[Any], Any] | None
 
 
@@ -95,7 +96,8 @@ def problem(case: Case, device: str = "cpu") -> Problem:
     optimizer = torch.optim.Adam(model.parameters(), RATE, eps=EPSILON)
     if case.model == "tokens":
         return Problem(model, optimizer, batch, pieces, _token_loss, valid_tokens)
-    return Problem(model, optimizer, batch, pieces, _row_loss, None)
+    loss = _contrastive_loss if case.model == "pairs" else _row_loss
+    return Problem(model, optimizer, batch, pieces, loss, None)
 
 
 def valid_tokens(batch: Any) -> torch.Tensor:
@@ -112,6 +114,12 @@ def token_sum(model: nn.Module, batch: Any) -> torch.Tensor:
 
 def _token_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     return token_sum(model, batch) / valid_tokens(batch)
+
+
+def _contrastive_loss(encode: Any, batch: Any) -> torch.Tensor:
+    first, second = (nn.functional.normalize(encode(view), dim=1) for view in batch)
+    logits = SHARPNESS * first @ second.T
+    return nn.functional.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
 def _row_loss(model: nn.Module, batch: Any) -> torch.Tensor:

@@ -32,6 +32,8 @@ _TRAINERS = {
 
 def entries(case: Case) -> list[Contender | Absent]:
     """Everybody who can run a case, each with a model of its own."""
+    if case.model == "pairs":
+        return _of_pairs(case)
     found: list[Contender | Absent] = [*loops(partial(problem, case))]
     if case.model in ("CNN", "transformer"):
         found += compiled_loops(case)
@@ -50,6 +52,26 @@ def loops(make: Callable[[], Problem]) -> list[Contender]:
         _contender("forward, backward, one update", FLOOR, make(), _floor),
         _contender(WHOLE_BATCH, WHOLE, make(), _whole),
         _contender("hand-written loop", PEER, make(), _by_hand),
+    ]
+
+
+def _of_pairs(case: Case) -> list[Contender | Absent]:
+    """Those of a loss in which rows meet: its micro-batches' mean is another loss."""
+    peers: list[Contender | Absent] = [
+        _contender("cached gradients by hand", PEER, problem(case), _cached_gradients),
+        _contender("mean of micro-batches", PEER, problem(case), _by_hand),
+        trainer("accelerate", case, problem(case)),
+    ]
+    if importlib.util.find_spec("sentence_transformers") is None:
+        peers.append(Absent("CachedMultipleNegativesRankingLoss", "sentence-transformers"))
+    else:
+        made = importlib.import_module("virtualbatch.bench.torch_sentence_transformers")
+        peers.append(made.contender(case, problem(case)))
+    return [
+        _contender(VIRTUALBATCH, OURS, problem(case), _by_rows),
+        _contender("forward, backward, one update", FLOOR, problem(case), _floor),
+        _contender(WHOLE_BATCH, WHOLE, problem(case), _whole),
+        *peers,
     ]
 
 
@@ -120,6 +142,36 @@ def _updates(given: Problem, loss: Callable[[Any], Any]) -> Callable[[], Any]:
         )
         given.optimizer.step()
         return found
+
+    return update
+
+
+def _by_rows(given: Problem) -> Callable[[], Any]:
+    encode = vb.rowwise(given.model, microbatch_size=len(given.pieces[0][0]))
+    return _whole(given._replace(loss=lambda _, batch: given.loss(encode, batch)))
+
+
+def _cached_gradients(given: Problem) -> Callable[[], Any]:
+    """GradCache's way: embeddings without a graph, their gradients, then each embedding again.
+
+    https://arxiv.org/abs/2101.06983
+    """
+    model, size = given.model, len(given.pieces[0][0])
+
+    def update() -> torch.Tensor:
+        given.optimizer.zero_grad()
+        cut = [view.split(size) for view in given.batch]
+        with torch.no_grad():
+            found = [torch.cat([model(piece) for piece in pieces]) for pieces in cut]
+        for embeddings in found:
+            embeddings.requires_grad_()
+        loss = given.loss(lambda embeddings: embeddings, found)
+        loss.backward()
+        for pieces, embeddings in zip(cut, found, strict=True):
+            for piece, gradient in zip(pieces, embeddings.grad.split(size), strict=True):
+                (model(piece) * gradient).sum().backward()
+        given.optimizer.step()
+        return loss.detach()
 
     return update
 
