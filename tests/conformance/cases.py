@@ -179,6 +179,7 @@ def _all() -> list[Case]:
             arguments={"name": name},
             thorough=further,
         )
+    found += _in_modes(coupled.whole_groups_are_exact)
     for name, refusal in refusals.REFUSALS.items():
         feature = "values of weights are refused" if refusal.reads else refusal.feature
         compiled = {"compiled": "refused by what refuses it eagerly, while it is traced"}

@@ -10,6 +10,8 @@ import numpy as np
 from tests.conformance.adapters.base import leaves, mapped
 from tests.oracle import EXACT, assert_close
 
+from virtualbatch import whole_groups
+
 ROWS = 7
 
 
@@ -324,3 +326,46 @@ def _assert_expected(result: Any, due: Expected) -> None:
         np.testing.assert_allclose(square, getattr(due, name), rtol=1e-9, atol=1e-20)
     scale = result.gradients["scale"]
     np.testing.assert_allclose(0.0 if scale is None else scale, due.scale, rtol=1e-9, atol=1e-20)
+
+
+# Rows of lists that are ranked.
+LISTS = (8, 8, 5, 8, 10, 7, 9)
+
+
+def whole_groups_are_exact(engine: Any, compiled: Any) -> None:
+    """A mean over lists, each ranked inside; rows of a list need not be neighbours."""
+    n = engine.ops
+
+    def together(batch: Any) -> Any:
+        return n.equal(batch["list"][:, None], batch["list"][None])
+
+    def lists(batch: Any) -> Any:
+        return n.sum(1 / n.sum(n.cast(together(batch), "float64"), 1))
+
+    def loss_fn(params: Any, batch: Any) -> Any:
+        score = n.matmul(n.tanh(n.matmul(batch["x"], params["W"])), params["h"])
+        same = together(batch)
+        found, due = (
+            row - n.logsumexp(n.where(same, row[None], n.full(-1e30)), 1)
+            for row in (score[:, 0], batch["gain"])
+        )
+        return -n.sum(n.exp(due) * found) / lists(batch)
+
+    rows = np.random.default_rng(0).permutation(sum(LISTS))
+    data = {
+        "x": _grid(np.sin, sum(LISTS), 4),
+        "gain": _grid(np.cos, sum(LISTS)),
+        "list": np.repeat(np.arange(len(LISTS)), LISTS)[rows],
+    }
+    params = engine.parameters({"W": PARAMETERS["W"], "h": PARAMETERS["h"][:, None]})
+    batch = mapped(engine.array, data)
+    due = engine.plain(loss_fn, params, batch)
+    window = whole_groups(batch, data["list"], microbatch_size=16)
+    assert len(window) > 2
+    found = engine.program(loss_fn, params, compiled=compiled, weight=lists)(window)
+    assert_close(found.loss, due.loss, EXACT)
+    for name, gradient in due.gradients.items():
+        assert_close(found.gradients[name], gradient, EXACT)
+    by_rows = engine.program(loss_fn, params, compiled=compiled, check=False)(window)
+    # Forgetting that the mean is over lists is wrong by percents.
+    assert abs(by_rows.loss / due.loss - 1) > 1e-3

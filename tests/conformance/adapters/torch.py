@@ -137,16 +137,23 @@ class Adapter:
         if compiled:
             torch._dynamo.reset()
             rows = torch.compile(rows, backend=self._counted)
+        module = torch.nn.ParameterList(leaves(params))
         if options:
-            rows = vb.rowwise(rows, module=torch.nn.ParameterList(leaves(params)), **options)
+            rows = vb.rowwise(rows, module=module, **options)
 
         def run(batch):
-            value = loss(self.ops, params, rows(batch))
+            value = self.of_all_rows(
+                lambda batch: loss(self.ops, params, rows(batch)), batch, module
+            )
             gradients = torch.autograd.grad(value, leaves(params), allow_unused=True)
             found = iter(gradients)
             return self.result(value, mapped(lambda _: next(found), params), None)
 
         return run
+
+    def of_all_rows(self, loss, batch, module):
+        """A loss that sees all rows, to be differentiated."""
+        return loss(batch)
 
     def plain(self, loss_fn, params, batch):
         loss = loss_fn(params, batch)

@@ -14,3 +14,7 @@ class Adapter(plain.Adapter):
         # Outside the guard: a node reads what arrives there where that is on the host.
         (found[0] if isinstance(found, tuple) else found).backward()
         return found
+
+    def of_all_rows(self, loss, batch, module):
+        rows = len(next(iter(batch.values())))
+        return vb.loss(loss, batch, module=module, microbatch_size=rows)
