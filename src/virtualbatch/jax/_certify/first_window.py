@@ -14,7 +14,8 @@ from virtualbatch.certify.first_window import conclude, prove
 from virtualbatch.certify.proven import NO_ROWS, Proven
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
-from virtualbatch.jax._batch import Cut, chosen, cut_batch, is_array, rows_of
+from virtualbatch.jax._arrays import is_array
+from virtualbatch.jax._batch import Cut, chosen, cut_batch, rows_of
 from virtualbatch.jax._certify.certificate import certificate
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._plan.memory import ERRORS
