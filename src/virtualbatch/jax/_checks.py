@@ -11,6 +11,9 @@ from virtualbatch.jax._keys import check_keys
 from virtualbatch.plan.auto import check_sizes_or_auto
 from virtualbatch.window.terms import SUM
 
+# Functions that may not be left out.
+_ASKED_FOR = ("fun", "fn")
+
 
 def check_options(
     functions: dict[str, Any],
@@ -18,7 +21,7 @@ def check_options(
     microbatch_size: Any,
     accumulation_steps: Any,
 ) -> None:
-    """Refuses options of `value_and_grad` that no call could satisfy.
+    """Refuses options of a public verb that no call could satisfy.
 
     Args:
         functions: argument name -> function, or None where it may be left out.
@@ -32,7 +35,7 @@ def check_options(
     """
     for name, function in functions.items():
         may_be_other = function is None or (name == "weight" and function == SUM)
-        if not callable(function) and not (name != "fun" and may_be_other):
+        if not callable(function) and not (name not in _ASKED_FOR and may_be_other):
             of_what = " of one batch" if name == "weight" else ""
             fix = f"{name}=lambda batch: ..." if name == "weight" else "a function."
             raise TypeError(
