@@ -25,7 +25,7 @@ def check_options(
 
     Args:
         functions: argument name -> function, or None where it may be left out.
-        positions: `argnums`, `batch_argnum` and `key_argnum` as given.
+        positions: `batch_argnum`, `key_argnum` and, where there is one, `argnums` as given.
         microbatch_size: as given.
         accumulation_steps: as given.
 
@@ -43,7 +43,7 @@ def check_options(
             )
     if microbatch_size is not None or accumulation_steps is not None:
         check_sizes_or_auto(microbatch_size, accumulation_steps)
-    argnums, batch_argnum = positions["argnums"], positions["batch_argnum"]
+    argnums, batch_argnum = positions.get("argnums", ()), positions["batch_argnum"]
     key_argnum = positions["key_argnum"]
     listed = list(argnums) if isinstance(argnums, Sequence) else [argnums]
     rows = list(batch_argnum) if isinstance(batch_argnum, Sequence) else [batch_argnum]
@@ -60,9 +60,9 @@ def check_options(
     cut = [operator.index(position) for position in rows]
     taken = [operator.index(position) for position in listed]
     if len({*cut} - {*taken, key_argnum}) < len(cut) or key_argnum in taken:
+        given = ", ".join(f"{name}={position}" for name, position in positions.items())
         raise ValueError(
-            "argnums, batch_argnum and key_argnum must be different arguments. "
-            f"Got argnums={argnums}, batch_argnum={batch_argnum} and key_argnum={key_argnum}. "
+            f"{', '.join(positions)} must be different arguments. Got {given}. "
             "Differentiate with respect to parameters, which belong to every row."
         )
 

@@ -71,7 +71,7 @@ def rowwise(
         axis_name: mesh axis, or axes, of `shard_map` over which the rows are spread. Gradients are
             then summed over the devices after the loop, and not once per micro-batch.
         check: whether un-jitted the first call proves on a few rows that fn computes each row
-            from that row alone, which calls fun four times more, once. Under `jit` run `certify`
+            from that row alone, which calls fn three times more, once. Under `jit` run `certify`
             of this function once.
 
     Returns:
@@ -96,7 +96,7 @@ def rowwise(
     """
     check_options(
         {"fn": fn},
-        {"argnums": (), "batch_argnum": batch_argnum, "key_argnum": key_argnum},
+        {"batch_argnum": batch_argnum, "key_argnum": key_argnum},
         microbatch_size,
         accumulation_steps,
     )
