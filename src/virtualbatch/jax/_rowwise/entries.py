@@ -49,7 +49,7 @@ class RowFunction(NamedTuple):
             index: number of the micro-batch in the window.
 
         Raises:
-            ValueError: an output has not one entry per row.
+            ValueError: an output has not one entry per row, or the function changes an argument.
             TypeError: an output is no array.
         """
         args, kwargs = jax.tree.map(_as_given, shared, (self.args, self.kwargs))
@@ -57,6 +57,7 @@ class RowFunction(NamedTuple):
         args[self.batch_argnum] = microbatch
         if self.key_argnum is not None:
             args[self.key_argnum] = folded(args[self.key_argnum], index)
+        before = tree_flatten_with_path((args, kwargs))[0]
         try:
             found = self.fn(*args, **kwargs)
         except framework_errors() as error:
@@ -64,6 +65,7 @@ class RowFunction(NamedTuple):
             if explained is None:
                 raise
             raise explained from error
+        _check_unchanged(before, jax.tree.leaves((args, kwargs)))
         check_entries(named(found), rows_of(microbatch, "batch"))
         return found
 
@@ -87,6 +89,22 @@ def check_alike(outputs: Sequence[Any]) -> None:
 
 def _places(outputs: Any) -> list[str]:
     return [f"{path} is None" if leaf is None else path for path, leaf in named(outputs)]
+
+
+def _check_unchanged(before: Sequence[tuple[Any, Any]], after: Sequence[Any]) -> None:
+    """Refuses a function that changes a module among its arguments, for it is given a copy.
+
+    Raises:
+        ValueError: an array is another one.
+    """
+    changed = [keystr(path) for (path, x), y in zip(before, after, strict=False) if x is not y]
+    if changed or len(before) != len(after):
+        raise ValueError(
+            "fn must not change its arguments, for it runs twice, and on copies of them. "
+            f"Got a change of arguments{(changed or [''])[0]}. Return what changes beside the "
+            "outputs, as often as there are rows, and seed modules by a key that key_argnum "
+            "names. See docs/state.md."
+        )
 
 
 def _widened(x: Any) -> Any:
