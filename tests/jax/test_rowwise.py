@@ -234,7 +234,7 @@ def test_a_structure_that_changes_is_refused(mode):
     [
         ({"fn": None, "microbatch_size": 2}, "fn must be a function"),
         ({"microbatch_size": 0}, "must be a positive integer"),
-        ({"microbatch_size": 2, "key_argnum": 1}, "batch_argnum, key_argnum must be different"),
+        ({"microbatch_size": 2, "key_argnum": 1}, "batch_argnum and key_argnum must be different"),
     ],
 )
 def test_options_that_no_call_can_satisfy(options, text):

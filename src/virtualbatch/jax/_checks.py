@@ -60,11 +60,15 @@ def check_options(
     cut = [operator.index(position) for position in rows]
     taken = [operator.index(position) for position in listed]
     if len({*cut} - {*taken, key_argnum}) < len(cut) or key_argnum in taken:
-        given = ", ".join(f"{name}={position}" for name, position in positions.items())
+        given = [f"{name}={position}" for name, position in positions.items()]
         raise ValueError(
-            f"{', '.join(positions)} must be different arguments. Got {given}. "
+            f"{_listed([*positions])} must be different arguments. Got {_listed(given)}. "
             "Differentiate with respect to parameters, which belong to every row."
         )
+
+
+def _listed(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def check_words(aux_merge: Any, has_aux: bool) -> None:
