@@ -92,7 +92,7 @@ def rowwise(
         >>> rows = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
         >>> gradient = jax.jit(jax.grad(loss))(jnp.array([0.5, 1.0]), rows)
         >>> print(f"{gradient[0]:.4f} {gradient[1]:.4f}")
-        0.0938 0.0083
+        0.1062 -0.0381
     """
     check_options(
         {"fn": fn},
