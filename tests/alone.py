@@ -64,6 +64,9 @@ def jax() -> dict[str, Callable[[], object]]:
         "value_and_grad": lambda: jax.jit(vb.value_and_grad(fun, microbatch_size=SIZE))(
             params, batch
         ),
+        "rowwise": lambda: jax.jit(vb.rowwise(lambda params, batch: batch, microbatch_size=SIZE))(
+            params, batch
+        ),
         "plan": lambda: vb.plan(fun)(params, batch),
         "certify": lambda: vb.certify(fun, microbatch_size=SIZE)(params, batch).raise_if_inexact(),
         "certify_loop": lambda: vb.certify_loop(

@@ -88,6 +88,10 @@ SIGNATURES = {
         "(fun, argnums=0, has_aux=False, *, batch_argnum=1, weight=None, accumulator_dtype=None, "
         "key_argnum=None, grad_fn=None, aux_merge=None, memory_limit=None)"
     ),
+    virtualbatch.jax.rowwise: (
+        "(fn, *, microbatch_size=None, accumulation_steps=None, batch_argnum=1, key_argnum=None, "
+        "axis_name=None, check=True)"
+    ),
     virtualbatch.jax.value_and_grad: (
         "(fun, argnums=0, has_aux=False, *, batch_argnum=1, microbatch_size=None, "
         "accumulation_steps=None, weight=None, accumulator_dtype=None, key_argnum=None, "
@@ -124,7 +128,15 @@ NAMES = {
     virtualbatch.keras: {"NoiseScale", "accumulate", "certify", "certify_loop", "plan", "restore"},
     virtualbatch.lightning: {"accumulate", "restore"},
     virtualbatch.transformers: {"TrainerCertificate", "accumulate", "certify", "restore"},
-    virtualbatch.jax: {"Window", "certify", "certify_loop", "plan", "value_and_grad", "windows"},
+    virtualbatch.jax: {
+        "Window",
+        "certify",
+        "certify_loop",
+        "plan",
+        "rowwise",
+        "value_and_grad",
+        "windows",
+    },
     virtualbatch.torch: {
         "Window",
         "backward",

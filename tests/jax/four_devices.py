@@ -17,6 +17,7 @@ from tests.jax.problems import (
     assert_same,
     batch,
     loss,
+    outputs,
     params,
     pieces,
     term_weights,
@@ -209,6 +210,39 @@ def rows_of_every_device():
                 match=r"a row on every device\. Got micro-batches of 3 rows and 4 devices\. Pass",
             ):
                 way(PARAMS, given)
+
+
+def squares(z):
+    """A loss in which each row meets all others, and their order counts."""
+    return jax.nn.logsumexp(z[:, None] * jnp.roll(z, 1)[None]) + (z * jnp.cos(jnp.arange(ROWS))) @ z
+
+
+def embeddings_of_all_devices():
+    def uncut(params, batch):
+        return squares(outputs(params, batch))
+
+    due = jax.value_and_grad(uncut)(PARAMS, BATCH)
+    # 6 rows a device: even, and with a remainder.
+    for size in (2, 4):
+        encode = vb.rowwise(outputs, microbatch_size=size, axis_name=AXIS)
+
+        def local(params, batch, encode=encode):
+            z = jax.lax.all_gather(encode(params, batch), AXIS, tiled=True)
+            return jax.lax.pmean(squares(z), AXIS)
+
+        run = sharded(jax.value_and_grad(local))
+        assert_same(run(PARAMS, BATCH), due)
+        found = reductions(run.lower(PARAMS, BATCH).compile())
+        # None of them inside of a loop.
+        assert set(found) == {"ENTRY"}, (size, found)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        with jax.set_mesh(mesh(kind)):
+            given = jax.device_put(BATCH, NamedSharding(mesh(kind), P(AXIS)))
+            # 24 rows by 16 leave 8.
+            for size in (8, 16):
+                encode = vb.rowwise(outputs, microbatch_size=size)
+                for way in (encode, jax.jit(encode)):
+                    assert_same(np.asarray(way(PARAMS, given)), np.asarray(outputs(PARAMS, BATCH)))
 
 
 if __name__ == "__main__":

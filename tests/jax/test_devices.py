@@ -16,6 +16,7 @@ CHECKS = [
         "a_device_without_tokens",
         "state_of_all_devices",
         "sharded_batches",
+        "embeddings_of_all_devices",
     ],
     [
         "aux_of_all_rows",

@@ -292,3 +292,47 @@ def test_optax_sees_one_update_per_window():
     ours = train(vb.value_and_grad(loss, microbatch_size=4))
     same(ours, train(jax.value_and_grad(loss)), summands=1000)
     assert int(ours[1][2].count) == 4
+
+
+def spread(z):
+    """A loss that needs all rows."""
+    return jnp.std(z) + jnp.max(z)
+
+
+# Without optimisation XLA computes tanh of other numbers of rows by other code.
+@pytest.mark.usefixtures("optimized")
+def test_rowwise_takes_equinox_modules():
+    def encode(model, batch):
+        return jax.vmap(model)(batch["x"])
+
+    entries = vb.rowwise(encode, microbatch_size=4)
+    due = eqx.filter_jit(eqx.filter_grad(lambda m: spread(encode(m, batch()))))(Equinox())
+    same(eqx.filter_jit(eqx.filter_grad(lambda m: spread(entries(m, batch()))))(Equinox()), due)
+
+
+def test_rowwise_takes_the_state_of_nnx():
+    graph, params, rest = nnx.split(Nnx(nnx.Rngs(0)), nnx.Param, ...)
+
+    def encode(params, batch, graph, rest):
+        return nnx.merge(graph, params, rest, copy=True)(batch["x"])
+
+    entries = vb.rowwise(encode, microbatch_size=5)
+    found = jax.jit(jax.grad(lambda p: spread(entries(p, batch(), graph, rest))))(params)
+    ends = [slice(0, 5), slice(5, 10)]
+    halves = [jax.tree.map(lambda leaf, s=s: leaf[s], batch()) for s in ends]
+
+    def by_hand(params):
+        # BatchNorm takes the statistics of each micro-batch.
+        return spread(jnp.concatenate([encode(params, half, graph, rest) for half in halves]))
+
+    same(found, jax.jit(jax.grad(by_hand))(params))
+
+
+def test_rowwise_refuses_modules_that_change():
+    norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    outside = vb.rowwise(lambda scale, batch: norm(batch["x"]) * scale, microbatch_size=5)
+    with pytest.raises(ValueError, match=r"module from outside.* Got TraceContextError"):
+        jax.jit(outside)(1.0, batch())
+    inside = vb.rowwise(lambda norm, batch: norm(batch["x"]), microbatch_size=5)
+    with pytest.raises(ValueError, match=r"must not change .* Got a change of .*\.mean"):
+        nnx.jit(inside)(norm, batch())

@@ -218,8 +218,7 @@ def _refused(trial: Trial, finding: Finding, failing: _Pair) -> str | None:
         )
         return None
     raise ValueError(
-        "The gradients of micro-batches must add up to that of their batch. "
-        f"Got a loss whose first rows show that they do not: {finding.kind} at {finding.where}. "
+        f"{trial.rule}: {finding.kind} at {finding.where}. "
         f"{finding.why} {finding.fix} See {page}; check=False turns this check off."
     )
 

@@ -81,6 +81,7 @@ class Trial(ABC):
         pairs: rows of the two parts of each pair. One and one tell a sum, unequal ones a wrong
             weight, and only about four and four show what sorts or compares rows.
         seen: what was seen so far.
+        rule: what the loss must be, and how it is not, as the refusal says it.
     """
 
     rows: int
@@ -90,6 +91,10 @@ class Trial(ABC):
     width = 1
     pairs: Sequence[tuple[int, int]] = ((1, 1), (1, 2), (4, 4))
     seen = Seen()
+    rule = (
+        "The gradients of micro-batches must add up to that of their batch. "
+        "Got a loss whose first rows show that they do not"
+    )
 
     @abstractmethod
     def leaves(self, rows: Sequence[int]) -> Mapping[str, np.ndarray]:

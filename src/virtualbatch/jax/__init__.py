@@ -17,9 +17,11 @@ from virtualbatch.jax._certify.certificate import certificate, check_cut
 from virtualbatch.jax._certify.first_window import prove_first_window
 from virtualbatch.jax._certify.loop import certify_loop
 from virtualbatch.jax._checks import check_arguments, check_options, check_words
+from virtualbatch.jax._plan.automatic import Sizes
 from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
 from virtualbatch.jax._plan.plan import planned
-from virtualbatch.jax._plan.sizes import kept_sizes, needs_values, signature, stand_ins
+from virtualbatch.jax._rowwise.certificate import certify_rows
+from virtualbatch.jax._rowwise.rowwise import RowwiseFunction, rowwise
 from virtualbatch.jax._weights import window_shares
 from virtualbatch.jax._window import Program, is_traced, positions
 from virtualbatch.plan.auto import Auto, CurrentSize, check_cut_or_auto, is_automatic
@@ -30,7 +32,7 @@ from virtualbatch.window.stream import windows
 from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.window import Window, refuse_sorted_rows
 
-__all__ = ["Window", "certify", "certify_loop", "plan", "value_and_grad", "windows"]
+__all__ = ["Window", "certify", "certify_loop", "plan", "rowwise", "value_and_grad", "windows"]
 
 # So that a Window goes through jit, vmap and tree maps as its micro-batches.
 jax.tree_util.register_pytree_node(
@@ -145,25 +147,7 @@ def value_and_grad(
     )
     computed = fingerprint(fun, weight, grad_fn, repr((argnums, batch_argnum, has_aux, key_argnum)))
 
-    def sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Auto:
-        if isinstance(microbatch_size, Auto):
-            return microbatch_size
-        return kept_sizes(fun, computed, args, kwargs, rows.position)
-
-    def planned_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CurrentSize:
-        reason = "a call with axis_name" if axis_name is not None else needs_values((args, kwargs))
-        if reason is not None:
-            raise ValueError(
-                'microbatch_size="auto" plans one device outside of shard_map. '
-                f"Got {reason}. Call plan with the shapes of one device, and pass what it finds."
-            )
-
-        def make() -> Plan:
-            given, named = stand_ins((args, kwargs))
-            return planned(program.window, given[rows.position], given, named, kept.memory_limit)
-
-        kept = sizes(args, kwargs)
-        return kept.planned(signature(computed, args, kwargs, rows.position), make)
+    sizes = Sizes(fun, computed, rows.position, microbatch_size, axis_name, program.window)
 
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -177,7 +161,7 @@ def value_and_grad(
         size: CurrentSize | None = None
         if is_automatic(given):
             program.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
-            size = planned_size(args, kwargs)
+            size = sizes.planned(args, kwargs)
             given = size.rows
         cut = cut_batch(
             batch, given, accumulation_steps, compiled=traced, weighted=weight is not None
@@ -199,7 +183,7 @@ def value_and_grad(
         if not has_rows:
             return run_as_it_is(lambda: run(cut), memory)
         asked = given or max(cut.rows)
-        size = size or sizes(args, kwargs).asked(asked)
+        size = size or sizes.of(args, kwargs).asked(asked)
         if size.rows < asked:
             cut = cut_smaller(batch, size.rows)
         differentiated = [args[k] for k in positions(argnums)]
@@ -321,7 +305,9 @@ def certify(
     not compiled.
 
     Args:
-        fun: as in `value_and_grad`, like all arguments that are not explained here.
+        fun: as in `value_and_grad`, like all arguments that are not explained here; or what
+            `rowwise` returned, which brings its own: give at most a size. Then a random sum of
+            its outputs is the loss, and "outputs" among the parameters stands for their values.
         argnums: see there.
         has_aux: see there.
         batch_argnum: see there.
@@ -351,6 +337,9 @@ def certify(
     options = {"fun": fun, "weight": weight, "grad_fn": grad_fn}
     named = {"argnums": argnums, "batch_argnum": batch_argnum, "key_argnum": key_argnum}
     check_options(options, named, microbatch_size, accumulation_steps)
+    if isinstance(fun, RowwiseFunction):
+        rest = (argnums, has_aux, batch_argnum, weight, accumulator_dtype, key_argnum, grad_fn)
+        return certify_rows(fun, microbatch_size, accumulation_steps, rest)
 
     rows = BatchArguments(batch_argnum)
     program = Program(

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from virtualbatch.jax._batch import is_array
+from virtualbatch.jax._arrays import is_array
 from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.window import Window
 

@@ -157,7 +157,7 @@ def joined(
     result = []
     for kind, leaf in zip(kinds, leaves, strict=True):
         if kind == ROWS:
-            result.append(_in_order(next(pieces), cut))
+            result.append(in_order(next(pieces), cut))
         elif kind == KEEP:
             result.append(next(given))
         else:
@@ -165,7 +165,7 @@ def joined(
     return jax.tree.unflatten(structure, result)
 
 
-def _in_order(pieces: Sequence[Any], cut: Cut) -> Any:
+def in_order(pieces: Sequence[Any], cut: Cut) -> Any:
     """Pieces of the segments as rows in the caller's order."""
     found = []
     for number, piece in enumerate(pieces):

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from virtualbatch.jax._batch import Cut, is_array, map_arrays, specs
+from virtualbatch.jax._arrays import is_array, map_arrays
+from virtualbatch.jax._batch import Cut, specs
 from virtualbatch.jax._dependence import BATCH, STATE, Source, given, sources
 from virtualbatch.jax._objective import Call
 from virtualbatch.window.aux import AuxLeaf, AuxShapes
@@ -106,7 +107,7 @@ def leaves_of(found: Any) -> list[AuxLeaf]:
 
 
 def _traced(call: Call, cut: Cut, rows: int) -> _Traced:
-    microbatch = specs(cut, rows)
+    microbatch = specs(cut.segments[0], rows)
     others, structure = jax.tree.flatten((call.arguments(None), dict(call.kwargs)))
     batch = [x for x in jax.tree.leaves(microbatch) if is_array(x)]
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from virtualbatch.jax._arrays import is_array, map_arrays
 from virtualbatch.window.cut import even_cut, rows_per_microbatch
 from virtualbatch.window.row_list import RowList, is_list, shown
 from virtualbatch.window.tree import array_leaves, common_rows, rows_if_shared
@@ -73,16 +74,6 @@ class Cut:
         for segment in self.segments:
             for k in range(segment.count):
                 yield segment.get(k)
-
-
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf of a batch has rows; other leaves belong to every row."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-def map_arrays(fn: Callable[[Any], Any], batch: Any) -> Any:
-    """Applies fn to every array of a pytree; other leaves stay."""
-    return jax.tree.map(lambda leaf: fn(leaf) if is_array(leaf) else leaf, batch)
 
 
 def cut_batch(
@@ -236,7 +227,7 @@ def _on_one_device(x: Any) -> Any:
     return np.asarray(x) if spread else x
 
 
-def specs(cut: Cut, rows: int) -> Any:
+def specs(segment: Segment, rows: int) -> Any:
     """A micro-batch as it would be with another number of rows: types in place of its arrays."""
 
     def spec(leaf: Any) -> Any:
@@ -245,8 +236,8 @@ def specs(cut: Cut, rows: int) -> Any:
 
     result: list[Any] = []
     # Abstractly, so that no micro-batch is made for it.
-    first = cut.segments[0]
-    jax.eval_shape(lambda: result.append(map_arrays(spec, (first.marked or first.get)(0))))
+    get = segment.marked or segment.get
+    jax.eval_shape(lambda: result.append(map_arrays(spec, get(0))))
     return _map_lists(lambda x: shown(x.stretched(rows)), result[0])
 
 

@@ -11,6 +11,9 @@ from virtualbatch.jax._keys import check_keys
 from virtualbatch.plan.auto import check_sizes_or_auto
 from virtualbatch.window.terms import SUM
 
+# Functions that may not be left out.
+_ASKED_FOR = ("fun", "fn")
+
 
 def check_options(
     functions: dict[str, Any],
@@ -18,11 +21,11 @@ def check_options(
     microbatch_size: Any,
     accumulation_steps: Any,
 ) -> None:
-    """Refuses options of `value_and_grad` that no call could satisfy.
+    """Refuses options of a public verb that no call could satisfy.
 
     Args:
         functions: argument name -> function, or None where it may be left out.
-        positions: `argnums`, `batch_argnum` and `key_argnum` as given.
+        positions: `batch_argnum`, `key_argnum` and, where there is one, `argnums` as given.
         microbatch_size: as given.
         accumulation_steps: as given.
 
@@ -32,7 +35,7 @@ def check_options(
     """
     for name, function in functions.items():
         may_be_other = function is None or (name == "weight" and function == SUM)
-        if not callable(function) and not (name != "fun" and may_be_other):
+        if not callable(function) and not (name not in _ASKED_FOR and may_be_other):
             of_what = " of one batch" if name == "weight" else ""
             fix = f"{name}=lambda batch: ..." if name == "weight" else "a function."
             raise TypeError(
@@ -40,7 +43,7 @@ def check_options(
             )
     if microbatch_size is not None or accumulation_steps is not None:
         check_sizes_or_auto(microbatch_size, accumulation_steps)
-    argnums, batch_argnum = positions["argnums"], positions["batch_argnum"]
+    argnums, batch_argnum = positions.get("argnums", ()), positions["batch_argnum"]
     key_argnum = positions["key_argnum"]
     listed = list(argnums) if isinstance(argnums, Sequence) else [argnums]
     rows = list(batch_argnum) if isinstance(batch_argnum, Sequence) else [batch_argnum]
@@ -57,11 +60,15 @@ def check_options(
     cut = [operator.index(position) for position in rows]
     taken = [operator.index(position) for position in listed]
     if len({*cut} - {*taken, key_argnum}) < len(cut) or key_argnum in taken:
+        given = [f"{name}={position}" for name, position in positions.items()]
         raise ValueError(
-            "argnums, batch_argnum and key_argnum must be different arguments. "
-            f"Got argnums={argnums}, batch_argnum={batch_argnum} and key_argnum={key_argnum}. "
+            f"{_listed([*positions])} must be different arguments. Got {_listed(given)}. "
             "Differentiate with respect to parameters, which belong to every row."
         )
+
+
+def _listed(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def check_words(aux_merge: Any, has_aux: bool) -> None:

@@ -30,14 +30,23 @@ def with_fast_convolutions(program: ClosedJaxpr) -> ClosedJaxpr:
         A program of the same inputs and outputs; the same one if it has no other convolution, or
         if JAX does not run on a CPU.
     """
-    if jax.default_backend() != "cpu" or not any(_convolutions(program.jaxpr)):
+    if jax.default_backend() != "cpu" or not any(map(_is_slow, _convolutions(program.jaxpr))):
         return program
     return jax.make_jaxpr(partial(_evaluated, program))(*program.in_avals)
 
 
+def is_slow_backwards(program: ClosedJaxpr) -> bool:
+    """Whether the backward pass of a program is slow in a loop, if it is not rewritten.
+
+    Args:
+        program: a traced function.
+    """
+    return jax.default_backend() == "cpu" and any(_convolutions(program.jaxpr))
+
+
 def _convolutions(program: Jaxpr) -> Iterator[Any]:
     for equation in program.eqns:
-        if _is_slow(equation):
+        if equation.primitive.name == "conv_general_dilated":
             yield equation
         for inner in _programs(equation.params):
             yield from _convolutions(inner)
@@ -53,9 +62,8 @@ def _programs(params: dict[str, Any]) -> Iterator[Jaxpr]:
 
 
 def _is_slow(equation: Any) -> bool:
-    if equation.primitive.name != "conv_general_dilated":
-        return False
-    return not _is_canonical(equation.params["dimension_numbers"])
+    is_convolution = equation.primitive.name == "conv_general_dilated"
+    return is_convolution and not _is_canonical(equation.params["dimension_numbers"])
 
 
 def _is_canonical(numbers: Any) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax.tree_util import tree_flatten_with_path, tree_map_with_path
+from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 # `flax.linen.fp8_ops.OVERWRITE_WITH_GRADIENT`
 _COLLECTION = "_overwrite_with_gradient"
@@ -40,6 +40,22 @@ def put_together(dtypes: Any, added: Sequence[Any], new: Sequence[Any]) -> Any:
 
 def _is_new_value(path: Sequence[Any]) -> bool:
     return any(getattr(key, "key", None) == _COLLECTION for key in path)
+
+
+def refuse_new_values(arguments: Any) -> None:
+    """Refuses arguments whose gradients are new values, where JAX itself would add them up.
+
+    Raises:
+        ValueError: there are some.
+    """
+    found = [
+        keystr(path) for path, _ in tree_flatten_with_path(arguments)[0] if _is_new_value(path)
+    ]
+    if found:
+        raise ValueError(
+            "rowwise adds up gradients, and those of float8 state are no gradients but new values. "
+            f"Got {found[0]}. Keep float8 out of fn, or train in bfloat16."
+        )
 
 
 def seen(new: Sequence[Any]) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from virtualbatch.jax._arrays import of_arrays
 from virtualbatch.jax._flax import (
     check_differentiated,
     explanation,
@@ -75,24 +76,7 @@ class Call(NamedTuple):
         Several terms are differentiated one after another, each time through the same forward;
         XLA sees that it is the same and computes it once.
         """
-        compiled: dict[Any, Callable[..., Any]] = {}
-
-        def fun(*args: Any, **kwargs: Any) -> Any:
-            leaves, structure = jax.tree.flatten((args, kwargs))
-            arrays = [leaf if _is_data(leaf) else None for leaf in leaves]
-            others = [None if _is_data(leaf) else leaf for leaf in leaves]
-
-            def joined(arrays: Sequence[Any]) -> Any:
-                both = [x if y is None else y for x, y in zip(others, arrays, strict=True)]
-                args, kwargs = jax.tree.unflatten(structure, both)
-                return self.fun(*args, **kwargs)
-
-            key = (structure, tuple(map(id, others)))
-            if key not in compiled:
-                compiled[key] = jax.jit(joined)
-            return compiled[key](arrays)
-
-        return self._replace(fun=fun)
+        return self._replace(fun=of_arrays(self.fun, jax.jit))
 
     def gradients(
         self, args: Sequence[Any], names: Sequence[Any] | None, factors: Mapping[Any, Any] = {}
@@ -132,7 +116,3 @@ class Call(NamedTuple):
 def wide_dtype(x: Any, named: Any = None) -> Any:
     """Dtype of the buffer for an array: promote(its dtype, float32) unless one is named."""
     return jnp.dtype(named or accumulator_dtype(str(jnp.result_type(x))))
-
-
-def _is_data(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

@@ -139,3 +139,8 @@ def is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     # Under jit new values are traced too, where a loss uses traced ones that are no arguments.
     leaves = jax.tree.leaves((args, kwargs, jnp.zeros(())))
     return any(isinstance(x, jax.core.Tracer) for x in leaves)
+
+
+def is_staged() -> bool:
+    """Whether what is computed here becomes part of a program, as under `jit`."""
+    return isinstance(jnp.zeros(()), jax.core.Tracer)

@@ -9,7 +9,8 @@ import numpy as np
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import certified
 from virtualbatch.certify.step import check_microbatches, refuse_window
-from virtualbatch.jax._batch import cut_batch, is_array
+from virtualbatch.jax._arrays import is_array
+from virtualbatch.jax._batch import cut_batch
 from virtualbatch.jax._certify.step import JaxTrainingStep
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._window import Program

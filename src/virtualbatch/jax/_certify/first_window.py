@@ -14,7 +14,8 @@ from virtualbatch.certify.first_window import conclude, prove
 from virtualbatch.certify.proven import NO_ROWS, Proven
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
-from virtualbatch.jax._batch import Cut, chosen, cut_batch, is_array, rows_of
+from virtualbatch.jax._arrays import is_array
+from virtualbatch.jax._batch import Cut, chosen, cut_batch, rows_of
 from virtualbatch.jax._certify.certificate import certificate
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._plan.memory import ERRORS
@@ -36,6 +37,7 @@ def prove_first_window(
     cut: Cut,
     shares: Shares,
     weight_takes: str,
+    rule: str = Trial.rule,
 ) -> None:
     """Tries the law on rows of a batch, outside a trace, if its loss has not been tried before.
 
@@ -46,6 +48,7 @@ def prove_first_window(
         cut: the batch, cut.
         shares: its shares.
         weight_takes: the arguments of the user's weight function, as code.
+        rule: see `Trial`.
 
     Raises:
         ValueError: micro-batches of this loss do not add up to their batch.
@@ -66,6 +69,7 @@ def prove_first_window(
         seen.check_sizes(sizes)
         return
     trial = _JaxTrial(program, args, kwargs, sizes, weight_takes)
+    trial.rule = rule
     if lacking is not None and not isinstance(args[program.batch_argnum], Window):
         trial.empty, trial.full = (rows_of_part(sizes, k) for k in lacking)
     host = HostRandom()

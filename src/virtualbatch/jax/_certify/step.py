@@ -12,7 +12,8 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from virtualbatch.certify.activations import Activation, Recording
 from virtualbatch.certify.randomness import axes_of_rows
 from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weights_of
-from virtualbatch.jax._batch import chosen, cut_batch, is_array
+from virtualbatch.jax._arrays import is_array
+from virtualbatch.jax._batch import chosen, cut_batch
 from virtualbatch.jax._jaxpr import Traced, drawn_shapes, evaluate, floating_dtypes, traced
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._window import Program

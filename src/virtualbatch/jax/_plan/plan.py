@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from virtualbatch.jax._batch import is_array, rows_of
+from virtualbatch.jax._arrays import is_array
+from virtualbatch.jax._batch import rows_of
 from virtualbatch.jax._plan.memory import ERRORS, left_bytes
 from virtualbatch.plan import planner
 from virtualbatch.plan.plan import Plan

@@ -1,0 +1,56 @@
+"""Certifying a `rowwise` function: the certificate of the loss that stands for it."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.jax._certify.certificate import certificate, check_cut
+from virtualbatch.jax._rowwise.rowwise import RowwiseFunction
+from virtualbatch.plan.auto import check_cut_or_auto, is_automatic
+
+# What `certify` is given where its options are left out: argnums, has_aux, batch_argnum, weight,
+# accumulator_dtype, key_argnum, grad_fn.
+_LEFT_OUT = (0, False, 1, None, None, None, None)
+
+
+def certify_rows(
+    function: RowwiseFunction,
+    microbatch_size: int | None,
+    accumulation_steps: int | None,
+    options: tuple[Any, ...],
+) -> Callable[..., Certificate]:
+    """What `certify` returns for a `rowwise` function.
+
+    Args:
+        function: what `rowwise` returned.
+        microbatch_size: as `certify` was given it; None for the function's own.
+        accumulation_steps: likewise.
+        options: the other options of `certify`.
+
+    Raises:
+        ValueError: an option is given beside a size, or the function's own size is a plan's.
+    """
+    if options != _LEFT_OUT:
+        raise ValueError(
+            "What rowwise returned brings its own options. Got others in certify. "
+            "Leave out all but microbatch_size and accumulation_steps."
+        )
+    size: Any = microbatch_size
+    steps = accumulation_steps
+    if size is None and steps is None:
+        size, steps = function.microbatch_size, function.accumulation_steps
+    if is_automatic(size):
+        raise ValueError(
+            "certify needs a size. "
+            f"Got a function with microbatch_size={size!r}. Pass microbatch_size to certify."
+        )
+
+    @wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Certificate:
+        program, given = function.as_loss(args)
+        check_cut_or_auto(given[1], size, steps)
+        check_cut(given[1], size, steps)
+        return certificate(program, given, kwargs, size, steps, "batch")
+
+    return wrapper

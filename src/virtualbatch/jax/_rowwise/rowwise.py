@@ -1,0 +1,218 @@
+"""The public verb `rowwise`, and the function that it returns."""
+
+from collections.abc import Callable, Sequence
+from functools import partial, update_wrapper
+from typing import Any
+
+import jax
+
+from virtualbatch.jax._arguments import BatchArguments
+from virtualbatch.jax._batch import Cut, cut_batch, cut_smaller
+from virtualbatch.jax._certify.first_window import prove_first_window
+from virtualbatch.jax._checks import check_arguments, check_options
+from virtualbatch.jax._float8 import refuse_new_values
+from virtualbatch.jax._plan.automatic import Sizes
+from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
+from virtualbatch.jax._replicas import varying
+from virtualbatch.jax._rowwise.entries import RowFunction
+from virtualbatch.jax._rowwise.loop import judge, run_compiled, run_eager
+from virtualbatch.jax._rowwise.surrogate import Surrogate
+from virtualbatch.jax._weights import window_shares
+from virtualbatch.jax._window import Program, is_staged, is_traced
+from virtualbatch.plan.auto import Auto, CurrentSize, check_cut_or_auto, is_automatic
+from virtualbatch.plan.retry import Memory, run_until_it_fits
+from virtualbatch.window.fingerprint import fingerprint
+
+# What the first window shows of a function that is none.
+_RULE = (
+    "What rowwise wraps must compute each row from that row alone. "
+    "Got a function whose first rows show that it does not"
+)
+
+
+def rowwise(
+    fn: Callable[..., Any],
+    *,
+    microbatch_size: int | str | Auto | None = None,
+    accumulation_steps: int | None = None,
+    batch_argnum: int | Sequence[int] = 1,
+    key_argnum: int | None = None,
+    axis_name: Any = None,
+    check: bool = True,
+) -> "RowwiseFunction":
+    """A function of rows, on the memory of a micro-batch, for losses that need all rows at once.
+
+    Wrap what comes before rows meet, such as the encoder of a contrastive loss; the loss then sees
+    the outputs of all rows, and it, its gradient and the update stay as they are. Values and
+    derivatives are those of fn. What differentiates it computes each micro-batch again, at the
+    price of one more forward.
+
+    Under `jit`, and whatever else traces, the micro-batches are one `lax.scan`, and fn is traced
+    once for each of their sizes. If there is one size only, it is traced for twice as many rows,
+    too, which tells outputs of a batch from those of its rows. Outside a trace the micro-batches
+    run one after another.
+
+    All modes work: `grad`, `jvp`, `vmap`, and one in another. Only where fn holds a convolution and
+    runs jitted on a CPU it has reverse mode alone (`grad`, `vjp`, `vmap`, `grad` of `grad`), for
+    what JAX derives from a loop is fifteen times slower there.
+
+    Args:
+        fn: function of positional arguments, the batch among them, that returns a pytree of arrays
+            with one entry per row each, of any dtype, or None. A sum over rows belongs in the loss,
+            as a sum of these.
+        microbatch_size: rows of one forward and backward; at or above the rows of the batch fn runs
+            as it is. Or "auto" or an `Auto`: see `value_and_grad`.
+        accumulation_steps: micro-batches per batch: `microbatch_size = ceil(rows / steps)`.
+        batch_argnum: position of the batch: a pytree whose arrays share their leading axis, the
+            rows; or a `Window`, and then no size is given. Where several arguments hold rows, all
+            of their positions. Other arguments reach every micro-batch whole, and may be as long.
+        key_argnum: position of an argument that holds PRNG keys, each of which is folded with the
+            number of the micro-batch. A batch of one micro-batch uses the keys as they are.
+        axis_name: mesh axis, or axes, of `shard_map` over which the rows are spread. Gradients are
+            then summed over the devices after the loop, and not once per micro-batch.
+        check: whether un-jitted the first call proves on a few rows that fn computes each row
+            from that row alone, which calls fn three times more, once. Under `jit` run `certify`
+            of this function once.
+
+    Returns:
+        A function with fn's arguments and result. Outputs are in the batch's order of rows.
+
+    Raises:
+        ValueError: sizes are not positive integers or disagree (at once); rows differ or are
+            missing, an output has not one entry per row, its structure changes from one
+            micro-batch to the next, or rows depend on one another (when called).
+        TypeError: an output is no array, or an argument is of the wrong kind.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> encode = rowwise(lambda params, x: jnp.tanh(x @ params), microbatch_size=2)
+        >>> def loss(params, x):
+        ...     z = encode(params, x)
+        ...     return -jnp.var(z)  # sees all rows
+        >>> rows = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> gradient = jax.jit(jax.grad(loss))(jnp.array([0.5, 1.0]), rows)
+        >>> print(f"{gradient[0]:.4f} {gradient[1]:.4f}")
+        0.1062 -0.0381
+    """
+    check_options(
+        {"fn": fn},
+        {"batch_argnum": batch_argnum, "key_argnum": key_argnum},
+        microbatch_size,
+        accumulation_steps,
+    )
+    return RowwiseFunction(
+        fn, microbatch_size, accumulation_steps, batch_argnum, key_argnum, axis_name, check
+    )
+
+
+class RowwiseFunction:
+    """What `rowwise` returns; its arguments are explained there."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        microbatch_size: int | str | Auto | None,
+        accumulation_steps: int | None,
+        batch_argnum: int | Sequence[int],
+        key_argnum: int | None,
+        axis_name: Any,
+        check: bool,
+    ):
+        update_wrapper(self, fn)
+        self.microbatch_size = microbatch_size
+        self.accumulation_steps = accumulation_steps
+        self._batch_argnum = batch_argnum
+        self._key_argnum = key_argnum
+        self._axis_name = axis_name
+        self._check = check
+        self._rows = BatchArguments(batch_argnum)
+        self._fn = self._rows.function(fn)
+        self._loss = Surrogate(fn, self._fn, self._rows.position, key_argnum)
+        program = self._loss.program
+        self._sizes = Sizes(
+            fn,
+            fingerprint(fn, "rowwise", repr((batch_argnum, key_argnum))),
+            program.batch_argnum,
+            microbatch_size,
+            axis_name,
+            program.window,
+        )
+
+    def as_loss(self, args: tuple[Any, ...]) -> tuple[Program, tuple[Any, ...]]:
+        """The loss that stands for this function, and what it takes of a call's arguments."""
+        check_arguments(args, self._batch_argnum, self._key_argnum)
+        return self._loss.program, self._loss.arguments(self._rows.gathered(args))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls fn on micro-batches; see `rowwise`."""
+        check_arguments(args, self._batch_argnum, self._key_argnum)
+        args = self._rows.gathered(args)
+        batch = args[self._rows.position]
+        check_cut_or_auto(batch, self.microbatch_size, self.accumulation_steps)
+        staged = is_staged()
+        given: Any = self.microbatch_size
+        size: CurrentSize | None = None
+        if is_automatic(given):
+            size = self._sizes.planned(self._loss.arguments(args), kwargs)
+            given = size.rows
+        cut = cut_batch(batch, given, self.accumulation_steps, compiled=staged)
+        if cut.count == 1:
+            return self._fn(*self._with(args, cut.segments[0].get(0)), **kwargs)
+        function = self._function(args, kwargs)
+        if staged:
+            judge(function, cut)
+            return run_compiled(function, cut)
+        known = jax.tree.map(_value, (args, kwargs))
+        has_values = not is_traced(*known)
+        if self._check and has_values:
+            self._prove(cut, *known)
+        else:
+            judge(function, cut)
+        if not has_values:
+            return run_eager(function, cut)
+
+        def run(cut: Cut) -> Any:
+            found = run_eager(function, cut)
+            # Errors arrive late in JAX; waiting once per call costs what its caller waits.
+            jax.block_until_ready(jax.tree.map(_value, found))
+            return found
+
+        asked = given or max(cut.rows)
+        size = size or self._sizes.of(self._loss.arguments(known[0]), kwargs).asked(asked)
+        if size.rows < asked:
+            cut = cut_smaller(batch, size.rows)
+        result = run_until_it_fits(
+            run,
+            cut,
+            lambda cut: max(cut.rows),
+            partial(cut_smaller, batch),
+            size,
+            Memory(ERRORS, left_bytes),
+            partial(largest_arrays, known),
+        )
+        size.succeeded()
+        return result
+
+    def _function(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RowFunction:
+        shared = self._with(args, None)
+        refuse_new_values((shared, kwargs))
+        if self._axis_name is not None:
+            # Numbers of axes mean nothing outside a trace: JAX names the axis that is missing.
+            jax.lax.axis_size(self._axis_name)
+            shared, kwargs = varying((shared, kwargs), self._axis_name)
+        return RowFunction(self._fn, self._rows.position, self._key_argnum, shared, kwargs)
+
+    def _prove(self, cut: Cut, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tries on a few rows whether they stand alone, once."""
+        program, given = self._loss.program, self._loss.arguments(args)
+        shares = window_shares(cut, program.weight)
+        prove_first_window(program, given, kwargs, cut, shares, "batch", _RULE)
+
+    def _with(self, args: tuple[Any, ...], batch: Any) -> tuple[Any, ...]:
+        position = self._rows.position
+        return (*args[:position], batch, *args[position + 1 :])
+
+
+def _value(x: Any) -> Any:
+    """What a value is that is only differentiated; one that is traced stays so."""
+    return jax.lax.stop_gradient(x) if isinstance(x, jax.core.Tracer) else x
