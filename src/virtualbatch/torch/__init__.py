@@ -23,11 +23,22 @@ from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._plan.plan import planned
 from virtualbatch.torch._replicas.found import quiet, refuse_replicas
 from virtualbatch.torch._replicas.stream import windows
+from virtualbatch.torch._rowwise.rowwise import rowwise
 from virtualbatch.torch._window import Program
 from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.window import Window
 
-__all__ = ["Window", "backward", "captured", "certify", "certify_loop", "loss", "plan", "windows"]
+__all__ = [
+    "Window",
+    "backward",
+    "captured",
+    "certify",
+    "certify_loop",
+    "loss",
+    "plan",
+    "rowwise",
+    "windows",
+]
 
 
 def captured(loss_fn: Callable[[Any], Any]) -> Captured:

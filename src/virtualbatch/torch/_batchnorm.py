@@ -5,7 +5,7 @@ running statistics, though, take one update per window, with the moments of all 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +58,7 @@ class MergedStatistics:
         self._seen: dict[int, list[list[_Seen]]] = {id(layer): [] for layer in self._layers}
         self._calls: dict[int, list[_Seen]] = {}
         self._listening = False
+        self._parts: MergedStatistics | None = None
 
     def __bool__(self) -> bool:
         return bool(self._layers)
@@ -86,11 +87,29 @@ class MergedStatistics:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def in_parts(self) -> Iterator["MergedStatistics"]:
+        """A call of each layer that is made in parts, which are heard inside the context.
+
+        Yields:
+            What hears the parts, each a `forward` of its own.
+        """
+        self._parts = parts = MergedStatistics(self._layers, self._before)
+        try:
+            yield parts
+        finally:
+            self._parts = None
+        if not self._listening:
+            return
+        for layer, calls in zip(self._layers, parts.merged(), strict=True):
+            for seen in calls:
+                moments = torch.stack((seen.mean, seen.variance))
+                self._calls[id(layer)].append(_Seen(seen.values, moments))
+
     def _refuse_second_window(self) -> None:
         for layer in self._layers:
-            for hook in list(layer._forward_hooks.values()):
-                listener = getattr(hook, "__self__", self)
-                if isinstance(listener, MergedStatistics) and listener is not self:
+            for listener in _listeners(layer):
+                if listener is not self:
                     raise RuntimeError(
                         "A BatchNorm layer in training mode must be in one window at a time, which "
                         "gives it one momentum update. "
@@ -162,12 +181,55 @@ class MergedStatistics:
                         buffer.copy_(value)
 
     def _heard(self, layer: Any, args: Any, output: torch.Tensor) -> None:
-        del args
-        if self._listening and layer.training:
+        if self._parts is not None:
+            self._parts._heard(layer, args, output)
+        elif self._listening and layer.training:
             # One copy of both, because a small layer takes no longer than a few operations.
             moments = torch.stack((layer.running_mean, layer.running_var))
             values = output.numel() // output.shape[1]
             self._calls[id(layer)].append(_Seen(values, moments))
+
+
+def one_update(
+    stack: ExitStack, layers: Sequence[torch.nn.Module], before: Buffers
+) -> Callable[[], AbstractContextManager[None]]:
+    """Gives BatchNorm layers one momentum update for several forward passes.
+
+    Inside a window that hears them already, the passes are one of its calls.
+
+    Args:
+        stack: when it is left without an error, the update is made.
+        layers: modules, each once.
+        before: their buffers before the passes.
+
+    Returns:
+        What makes the context of one forward pass.
+    """
+    tracked = [layer for layer in layers if is_tracked(layer)]
+    windows = {id(x): x for layer in tracked for x in _listeners(layer)}
+    alone = [layer for layer in tracked if not _listeners(layer)]
+    heard = [stack.enter_context(window.in_parts()) for window in windows.values()]
+    if alone:
+        own = MergedStatistics(alone, before)
+        # Made when the layers have their own momentum again.
+        stack.push(lambda kind, *_: own.commit() if kind is None else None)
+        stack.enter_context(own.attached())
+        heard.append(own)
+
+    @contextmanager
+    def forward() -> Iterator[None]:
+        with ExitStack() as passes:
+            for statistics in heard:
+                passes.enter_context(statistics.forward())
+            yield
+
+    return forward
+
+
+def _listeners(layer: torch.nn.Module) -> list[MergedStatistics]:
+    """The windows that hear a layer."""
+    found = [getattr(hook, "__self__", None) for hook in list(layer._forward_hooks.values())]
+    return [listener for listener in found if isinstance(listener, MergedStatistics)]
 
 
 _UNHEARD = (
