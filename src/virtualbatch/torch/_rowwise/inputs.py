@@ -37,6 +37,7 @@ class Inputs:
         shared: what goes whole to every micro-batch.
 
     Attributes:
+        fn: as given.
         found: as given.
         batch: as given.
         device: where random numbers are drawn beside the host; None if nowhere.
@@ -49,7 +50,7 @@ class Inputs:
     ):
         self.found = found
         self.batch = batch
-        self._fn = fn
+        self.fn = fn
         leaves: list[tuple[str, Any]] = []
         self._build_shared = builder(shared, "shared", leaves, ONE_LEAF, lists=False)
         self._shared = [leaf for _, leaf in leaves]
@@ -60,7 +61,15 @@ class Inputs:
             for place, leaf in enumerate(microbatch.leaves)
             if _is_trained(leaf)
         }
+        self._places = frozenset(place for _, place in self.rows)
         self.device = found.accelerator or _accelerator(self.tensors())
+
+    def detached(self) -> ReadBatch:
+        """The batch without the graphs that its rows come from."""
+        if not self.rows:
+            return self.batch
+        given = [each.with_tensors(torch.Tensor.detach) for each in self.batch.given]
+        return self.batch._replace(given=given)
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors of the batch and the shared arguments."""
@@ -81,7 +90,7 @@ class Inputs:
         (microbatch,) = self.batch.given
         if self.found.accelerator is not None:
             microbatch = on_device(microbatch, self.found.accelerator)
-        return self._fn(microbatch.get(), *self._build_shared(self._shared))
+        return self.fn(microbatch.get(), *self._build_shared(self._shared))
 
     def call(self, microbatch: Microbatch) -> Called:
         """What fn returns for a micro-batch, as if nothing had been computed before it.
@@ -94,7 +103,7 @@ class Inputs:
         rows: dict[int, torch.Tensor] = {}
         leaves: list[Any] = []
         for place, leaf in enumerate(microbatch.leaves):
-            if _is_trained(leaf):
+            if place in self._places:
                 leaf = rows[place] = leaf.detach().requires_grad_()
             elif isinstance(leaf, torch.Tensor):
                 leaf = leaf.clone()
@@ -103,7 +112,7 @@ class Inputs:
         if self.found.accelerator is not None:
             own = on_device(own, self.found.accelerator)
         shared = [x.detach().requires_grad_() if _is_trained(x) else x for x in self._shared]
-        result = self._fn(own.get(), *self._build_shared(shared))
+        result = self.fn(own.get(), *self._build_shared(shared))
         outputs: list[tuple[str, Any]] = []
         build = builder(result, "output", outputs, ONE_LEAF, lists=False)
         return Called(outputs, build, [x for x in shared if _is_trained(x)], rows)

@@ -6,25 +6,27 @@ from typing import Any
 
 import torch
 
-from virtualbatch.plan.auto import Auto, check_cut_or_auto, check_sizes_or_auto
+from virtualbatch.plan.auto import Auto, check_cut_or_auto, check_sizes_or_auto, is_automatic
 from virtualbatch.torch._as_written import as_written
-from virtualbatch.torch._batch import ReadBatch, read
-from virtualbatch.torch._distributed import distributed_classes
+from virtualbatch.torch._batch import read
+from virtualbatch.torch._call import Trained
+from virtualbatch.torch._coupled import tell
+from virtualbatch.torch._distributed import distributed_classes, number_of_processes
 from virtualbatch.torch._fit import Fit
 from virtualbatch.torch._loose import as_modules
-from virtualbatch.torch._microbatch import Microbatch
+from virtualbatch.torch._microbatch import Microbatch, known_rows, most_rows
 from virtualbatch.torch._modules import Inventory, inventory
-from virtualbatch.torch._plan.memory import ERRORS
 from virtualbatch.torch._rowwise.first_pass import first_pass
 from virtualbatch.torch._rowwise.inputs import Inputs
 from virtualbatch.torch._rowwise.memory import refuses_another_cut
 from virtualbatch.torch._rowwise.node import behind
+from virtualbatch.torch._rowwise.proof import prove_first_call
 from virtualbatch.torch._rowwise.replay import Replay
 from virtualbatch.torch._rowwise.second_pass import SecondPass
-from virtualbatch.torch._rowwise.surrogate import surrogate
+from virtualbatch.torch._rowwise.surrogate import Surrogate
+from virtualbatch.torch._window import Program
+from virtualbatch.window.terms import SUM
 from virtualbatch.window.window import Window
-
-Trained = torch.nn.Module | torch.Tensor
 
 
 class Rowwise:
@@ -49,8 +51,8 @@ class Rowwise:
         # Its name, docstring and signature; not its attributes, which a module has many of.
         functools.update_wrapper(self, fn, updated=())
         self.fn = fn
-        self.microbatch_size = microbatch_size
-        self.accumulation_steps = accumulation_steps
+        self._microbatch_size = microbatch_size
+        self._accumulation_steps = accumulation_steps
         self._check = check
         if module is None:
             # A function of its arguments alone trains nothing of its own.
@@ -63,19 +65,32 @@ class Rowwise:
 
     @as_written
     def _called(self, batch: Any, shared: tuple[Any, ...]) -> Any:
-        check_cut_or_auto(batch, self.microbatch_size, self.accumulation_steps)
+        check_cut_or_auto(batch, self._microbatch_size, self._accumulation_steps)
         if not torch.is_grad_enabled() and not isinstance(batch, Window):
             return self.fn(batch, *shared)
         found = self.inventory()
-        given = read(batch)
-        inputs = Inputs(self.fn, found, given, shared)
-        fit = Fit(
-            surrogate(self.fn, shared, found),
-            given,
-            self.microbatch_size,
-            self.accumulation_steps,
-        )
-        return fit.run(lambda cut: self._outputs(inputs, cut, fit))
+        inputs = Inputs(self.fn, found, read(batch), shared)
+        program = Program(self.fn, SUM, False, None, found)
+        if is_automatic(self._microbatch_size):
+            _refuse_planning()
+            program = Surrogate(self.fn, shared, found).of_rows()
+        fit = Fit(program, inputs.detached(), self._microbatch_size, self._accumulation_steps)
+        tell(most_rows(fit.cut))
+
+        def run(cut: Sequence[Microbatch]) -> Any:
+            if len(cut) == 1:
+                return inputs.whole()
+            if self._check:
+                sizes = list(map(known_rows, cut))
+                prove_first_call(inputs, lambda: Surrogate(self.fn, shared, found), sizes)
+            return _in_two_passes(inputs, cut, fit)
+
+        return fit.run(run)
+
+    def size(self) -> tuple[int | None, int | None]:
+        """Rows of a micro-batch, or the number of micro-batches; no size that is to be planned."""
+        size = self._microbatch_size
+        return None if is_automatic(size) else size, self._accumulation_steps
 
     def inventory(self) -> Inventory:
         """What the modules hold.
@@ -86,21 +101,21 @@ class Rowwise:
         _refuse_distributed(self.modules)
         return inventory(self.modules, hands_over=True, may_be_frozen=True)
 
-    def _outputs(self, inputs: Inputs, cut: Sequence[Microbatch], fit: Fit) -> Any:
-        if len(cut) == 1:
-            return inputs.whole()
-        replay = Replay(inputs.found.with_buffers, inputs.device)
-        try:
-            outputs = first_pass(inputs, cut, replay)
-        except BaseException:
-            replay.before.restore()
-            raise
-        leaves: Sequence[torch.Tensor | None] = outputs.leaves
-        if any(outputs.takes):
-            refuse = refuses_another_cut(replay, ERRORS, cut)
-            second = SecondPass(inputs, replay, lambda run: fit.run(run, cut, refuse))
-            leaves = behind(outputs, inputs, second)
-        return outputs.structure(leaves)
+
+def _in_two_passes(inputs: Inputs, cut: Sequence[Microbatch], fit: Fit) -> Any:
+    """The outputs of all rows, from a first pass; the second one is behind them."""
+    replay = Replay(inputs.found.with_buffers, inputs.device)
+    try:
+        outputs = first_pass(inputs, cut, replay)
+    except BaseException:
+        replay.before.restore()
+        raise
+    leaves: Sequence[torch.Tensor | None] = outputs.leaves
+    if any(outputs.takes):
+        refuse = refuses_another_cut(replay, cut)
+        second = SecondPass(inputs, replay, lambda run: fit.run(run, cut, refuse))
+        leaves = behind(outputs, inputs, second)
+    return outputs.structure(leaves)
 
 
 def _refuse_distributed(modules: Iterable[torch.nn.Module]) -> None:
@@ -122,6 +137,19 @@ def _refuse_distributed(modules: Iterable[torch.nn.Module]) -> None:
             )
 
 
+def _refuse_planning() -> None:
+    """Refuses to plan inside a module that other ranks run at the same time.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if number_of_processes() > 1:
+        raise ValueError(
+            'microbatch_size="auto" in rowwise looks at one process. Got a group of '
+            f"{number_of_processes()}. Plan the function alone, and pass the size that it finds."
+        )
+
+
 def rowwise(
     fn: Callable[..., Any],
     *,
@@ -130,7 +158,7 @@ def rowwise(
     accumulation_steps: int | None = None,
     check: bool = True,
 ) -> Rowwise:
-    """fn again, on the memory of a micro-batch, for losses that see all rows.
+    """A function like fn, on the memory of a micro-batch, for losses that see all rows.
 
     Wrap what comes before rows meet. The loss stands outside, on the outputs of all rows, and is
     called once; `loss.backward()`, scaler, clipping and optimizer lines stay as they are. The

@@ -106,9 +106,10 @@ class _RowGradients:
         index = max(k for k, first in enumerate(self._starts) if first <= start)
         start -= self._starts[index]
         for place, gradient in found.items():
-            if gradient is None:
-                continue
             key = (index, place)
+            # Not every micro-batch of a Window needs the gradient of its rows.
+            if gradient is None or key not in self._rows:
+                continue
             if key not in self._found:
                 self._found[key] = torch.zeros_like(self._rows[key])
             self._found[key][start : start + len(gradient)] = gradient

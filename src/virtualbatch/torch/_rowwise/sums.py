@@ -78,7 +78,7 @@ class GradientSums:
         totals, self._totals = self._totals, [None] * len(self._totals)
         totals.reverse()
         # The list must not hold what `.grad` is to take over.
-        return [committed(x, None, totals.pop()) for x in self._tensors]  # type: ignore[arg-type]
+        return [committed(x, None, totals.pop()) for x in self._tensors]
 
     @torch.no_grad()
     def _add(self, k: int, gradient: torch.Tensor) -> None:
