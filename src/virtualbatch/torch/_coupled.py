@@ -13,10 +13,6 @@ from virtualbatch.torch._plan.memory import ERRORS
 _SIZES: ContextVar[list[int] | None] = ContextVar("rowwise sizes of a window", default=None)
 
 
-class CoupledMemoryError(MemoryError):
-    """Memory ran out, and other micro-batches would be computed from something else."""
-
-
 def tell(rows: int) -> None:
     """Tells the window that runs, if there is one, of a rowwise function in it.
 
@@ -39,14 +35,17 @@ def refused_if_coupled() -> Iterator[Callable[[BaseException], bool]]:
     token = _SIZES.set(sizes)
 
     def refuse(error: BaseException) -> bool:
-        if not sizes or isinstance(error, CoupledMemoryError):
-            return bool(sizes)
+        if not sizes:
+            return False
+        if isinstance(error, MemoryError) and error.__cause__ is not None:
+            # One of a rowwise function itself, which says what to do.
+            return True
         advice = (
             "Pass its rowwise functions a smaller microbatch_size, such as "
             f"{max(1, max(sizes) // 2)}, or run rowwise on the loss as well."
         )
         if ERRORS.is_certain(error):
-            raise CoupledMemoryError(
+            raise MemoryError(
                 "A window whose loss sees all rows, as one of rowwise functions does, cannot be "
                 f"cut smaller when memory runs out. Got that. {advice}"
             ) from error

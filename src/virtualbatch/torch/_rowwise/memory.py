@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-from virtualbatch.torch._coupled import CoupledMemoryError
 from virtualbatch.torch._microbatch import Microbatch, most_rows
 from virtualbatch.torch._plan.memory import ERRORS
 from virtualbatch.torch._rowwise.replay import Replay
@@ -21,7 +20,7 @@ def refuses_another_cut(
         error -> whether it is too late to cut them smaller.
 
     Raises:
-        CoupledMemoryError: the function raises it where smaller micro-batches would draw other
+        MemoryError: the function raises it where smaller micro-batches would draw other
             random numbers, or see other statistics, than the outputs that the loss has.
     """
 
@@ -31,7 +30,7 @@ def refuses_another_cut(
         smaller = max(1, most_rows(cut) // 2)
         advice = f"Pass microbatch_size={smaller}."
         if ERRORS.is_certain(error):
-            raise CoupledMemoryError(
+            raise MemoryError(
                 "The backward pass of a rowwise function must run the micro-batches of its forward "
                 "pass, whose random numbers or statistics belong to them. Got one that ran out of "
                 f"memory with micro-batches of {most_rows(cut)} rows. {advice}"

@@ -1,7 +1,8 @@
 """Sums of gradients beside `.grad`, in float32 or wider, taken as autograd finds them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 
@@ -24,7 +25,10 @@ class GradientSums:
     def __init__(self, tensors: Sequence[torch.Tensor]):
         self._tensors = tensors
         self._totals: list[torch.Tensor | None] = [None] * len(tensors)
-        self._large = [k for k, x in enumerate(tensors) if x.numel() >= _LARGE]
+        # Of large ones, what autograd collects instead of their gradients: it holds no memory.
+        self._nothing = {
+            k: x.new_zeros(()).expand_as(x) for k, x in enumerate(tensors) if x.numel() >= _LARGE
+        }
 
     def add(
         self,
@@ -47,9 +51,8 @@ class GradientSums:
                 outputs, [*self._tensors, *others], starts, allow_unused=True
             )
         count = len(self._tensors)
-        large = set(self._large)
         self.add_found(
-            [None if k in large else gradient for k, gradient in enumerate(found[:count])]
+            [None if k in self._nothing else gradient for k, gradient in enumerate(found[:count])]
         )
         return found[count:]
 
@@ -95,14 +98,10 @@ class GradientSums:
     @contextmanager
     def _as_they_come(self) -> Iterator[None]:
         with ExitStack() as hooks:
-            for k in self._large:
-                hooks.callback(self._tensors[k].register_hook(self._taker(k)).remove)
+            for k in self._nothing:
+                hooks.callback(self._tensors[k].register_hook(partial(self._take, k)).remove)
             yield
 
-    def _taker(self, k: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        def take(gradient: torch.Tensor) -> torch.Tensor:
-            self._add(k, gradient)
-            # What autograd collects instead holds no memory.
-            return gradient if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
-
-        return take
+    def _take(self, k: int, gradient: torch.Tensor) -> torch.Tensor:
+        self._add(k, gradient)
+        return gradient if gradient.is_sparse else self._nothing[k]
