@@ -217,11 +217,8 @@ def test_a_scaler_scales_what_arrives():
     module, x = network(), rows()
     due = uncut(module, x)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    optimizer = torch.optim.SGD(module.parameters(), 0.0)
     scaler.scale(contrastive(vb.rowwise(module, microbatch_size=4)(x))).backward()
-    assert_all_close([g / 1024 for g in [p.grad.numpy() for p in module.parameters()]], due)
-    scaler.unscale_(optimizer)
-    assert_all_close(taken(module), due)
+    assert_all_close([g / 1024 for g in taken(module)], due)
 
 
 def test_gradients_of_half_precision_are_summed_wider():

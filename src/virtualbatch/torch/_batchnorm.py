@@ -73,7 +73,7 @@ class MergedStatistics:
         handles: list[Any] = []
         momenta: list[tuple[Any, float | None]] = []
         try:
-            handles += [layer.register_forward_hook(self._heard) for layer in self._layers]
+            handles += [layer.register_forward_hook(self.hear) for layer in self._layers]
             # Hooks come first and leave last. So whoever meets none finds a layer's own momentum,
             # and of two windows that begin at once none believes to be alone.
             self._refuse_second_window()
@@ -180,9 +180,16 @@ class MergedStatistics:
                     if buffer is not None:
                         buffer.copy_(value)
 
-    def _heard(self, layer: Any, args: Any, output: torch.Tensor) -> None:
+    def hear(self, layer: Any, args: Any, output: torch.Tensor) -> None:
+        """Notes what a layer saw in one call, where it left it.
+
+        Args:
+            layer: the layer.
+            args: what it was called with.
+            output: what it returned.
+        """
         if self._parts is not None:
-            self._parts._heard(layer, args, output)
+            self._parts.hear(layer, args, output)
         elif self._listening and layer.training:
             # One copy of both, because a small layer takes no longer than a few operations.
             moments = torch.stack((layer.running_mean, layer.running_var))

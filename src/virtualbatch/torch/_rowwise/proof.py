@@ -122,14 +122,17 @@ class _RowsTrial(TorchTrial):
 
     def certificate(self, rows: Sequence[int], size: int) -> Certificate:
         """See `Trial`."""
-        # A backward pass would be taken for that of the update where other ranks wait for one.
-        if number_of_processes() > 1 or not self.program.found.parameters:
+        some = self.some(rows)
+        batch = some.build(some.leaves)
+        outputs = self._surrogate.outputs(batch)
+        # Where other ranks wait, a backward pass would be taken for that of the update.
+        if number_of_processes() > 1 or not any(
+            x.requires_grad for _, x in outputs if x is not None
+        ):
             if self._is_clear:
                 raise sees_other_rows("values that change with the other rows")
             raise UntriedError("what its outputs differ by may be rounding")
-        some = self.some(rows)
-        batch = some.build(some.leaves)
-        numbers = self._surrogate.numbers(self._surrogate.outputs(batch), len(rows))
+        numbers = self._surrogate.numbers(outputs, len(rows))
         return certificate(self.program, (batch, numbers), size, None)
 
     def _outputs(self, rows: Sequence[int]) -> list[tuple[str, torch.Tensor | None]]:
