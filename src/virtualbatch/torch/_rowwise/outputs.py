@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from virtualbatch.torch._batch import ONE_LEAF
 from virtualbatch.window.entries import check_entries, check_same_structure
 from virtualbatch.window.tree import Builder, builder
 
@@ -48,7 +49,7 @@ class Outputs:
             self.leaves = [_room(leaf, self._rows) for _, leaf in outputs]
             self.takes = [False] * len(outputs)
             # What was built of the first micro-batch may hold it, and with it its graph.
-            self._build = builder(build(self.leaves), "output", [], lists=False)
+            self._build = builder(build(self.leaves), "output", [], ONE_LEAF, lists=False)
         check_same_structure(self._kinds, kinds)
         stop = self._start + rows
         for k, (_, leaf) in enumerate(outputs):
