@@ -49,7 +49,9 @@ class _Rowwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        _ = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        # Whoever keeps them elsewhere has copied them here.
+        del saved
         with torch.no_grad():
             found = ctx.second.gradients(gradients)
         if torch.is_grad_enabled():

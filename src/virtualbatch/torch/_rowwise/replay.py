@@ -21,7 +21,7 @@ class Replay:
         device: a device beside the host whose random numbers are drawn.
 
     Attributes:
-        before: the buffers.
+        before: the buffers, where the pass changes some.
         is_free: whether the first pass may be cut in another way than the second: it drew no
             random numbers, and changed no buffer.
     """
@@ -32,6 +32,7 @@ class Replay:
         self._random, self._host = RandomState(device), HostRandom()
         self._versions = self._buffer_versions()
         self.before = Buffers(layers)
+        self._changes_buffers = True
         self.is_free = False
         kinds = {"cpu"} | ({device.type} if device is not None else set())
         self._autocast = [
@@ -48,24 +49,23 @@ class Replay:
 
     def end(self) -> None:
         """Notes what the first pass has moved."""
-        self.is_free = (
-            not any(map(is_tracked, self._layers))
-            and self._buffer_versions() == self._versions
-            and not self._random.has_moved()
-            and not self._host.has_moved()
+        # The kernels of BatchNorm write what no version tells.
+        self._changes_buffers = (
+            any(map(is_tracked, self._layers)) or self._buffer_versions() != self._versions
         )
-
-    def put_back(self) -> None:
-        """Lets everything be as it was where the first pass began."""
-        self.before.restore()
-        self._random.restore()
-        self._host.restore()
+        if not self._changes_buffers:
+            self.before = Buffers(())
+        moved = self._random.has_moved() or self._host.has_moved()
+        self.is_free = not moved and not self._changes_buffers
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Runs from the same state, and leaves no trace of it."""
-        random, host, buffers = RandomState(self._device), HostRandom(), Buffers(self._layers)
-        self.put_back()
+        random, host = RandomState(self._device), HostRandom()
+        buffers = Buffers(self._layers if self._changes_buffers else ())
+        self.before.restore()
+        self._random.restore()
+        self._host.restore()
         try:
             yield
         finally:

@@ -11,7 +11,7 @@ from virtualbatch.torch._as_written import as_written
 from virtualbatch.torch._batch import read
 from virtualbatch.torch._call import Trained
 from virtualbatch.torch._coupled import tell
-from virtualbatch.torch._distributed import distributed_classes, number_of_processes
+from virtualbatch.torch._distributed import number_of_processes
 from virtualbatch.torch._fit import Fit
 from virtualbatch.torch._loose import as_modules
 from virtualbatch.torch._microbatch import Microbatch, known_rows, most_rows
@@ -98,8 +98,9 @@ class Rowwise:
         Raises:
             ValueError: they add up gradients over ranks themselves.
         """
-        _refuse_distributed(self.modules)
-        return inventory(self.modules, hands_over=True, may_be_frozen=True)
+        found = inventory(self.modules, hands_over=True, may_be_frozen=True)
+        _refuse_distributed(found.distributed)
+        return found
 
 
 def _in_two_passes(inputs: Inputs, cut: Sequence[Microbatch], fit: Fit) -> Any:
@@ -118,23 +119,19 @@ def _in_two_passes(inputs: Inputs, cut: Sequence[Microbatch], fit: Fit) -> Any:
     return outputs.structure(leaves)
 
 
-def _refuse_distributed(modules: Iterable[torch.nn.Module]) -> None:
-    classes = distributed_classes()
-    for module in modules:
-        for layer in module.modules():
-            if not isinstance(layer, classes):
-                continue
-            name = type(layer).__name__
-            if isinstance(layer, torch.nn.parallel.DistributedDataParallel):
-                raise ValueError(
-                    "rowwise goes inside the module that DistributedDataParallel wraps. "
-                    f"Got {name} as fn or module. Call rowwise in the module's own forward."
-                )
+def _refuse_distributed(layers: Iterable[torch.nn.Module]) -> None:
+    for layer in layers:
+        name = type(layer).__name__
+        if isinstance(layer, torch.nn.parallel.DistributedDataParallel):
             raise ValueError(
-                "rowwise must have its parameters whole on each rank. "
-                f"Got {name}, which gathers them while it runs and is not supported. "
-                "Use DistributedDataParallel, and call rowwise in the forward of what it wraps."
+                "rowwise goes inside the module that DistributedDataParallel wraps. "
+                f"Got {name} as fn or module. Call rowwise in the module's own forward."
             )
+        raise ValueError(
+            "rowwise must have its parameters whole on each rank. "
+            f"Got {name}, which gathers them while it runs and is not supported. "
+            "Use DistributedDataParallel, and call rowwise in the forward of what it wraps."
+        )
 
 
 def _refuse_planning() -> None:
