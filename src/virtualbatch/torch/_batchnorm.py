@@ -5,7 +5,8 @@ running statistics, though, take one update per window, with the moments of all 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class MergedStatistics:
         self._layers: list[Any] = [layer for layer in layers if is_tracked(layer)]
         self._seen: dict[int, list[list[_Seen]]] = {id(layer): [] for layer in self._layers}
         self._calls: dict[int, list[_Seen]] = {}
-        self._listening = False
+        self._listening, self._thread = False, 0
         self._parts: MergedStatistics | None = None
 
     def __bool__(self) -> bool:
@@ -93,7 +94,12 @@ class MergedStatistics:
 
         Yields:
             What hears the parts, each a `forward` of its own.
+
+        Raises:
+            RuntimeError: another thread is in a forward pass of this window.
         """
+        if self._listening and self._thread != get_ident():
+            raise _second_window(self._layers[0])
         self._parts = parts = MergedStatistics(self._layers, self._before)
         try:
             yield parts
@@ -108,15 +114,9 @@ class MergedStatistics:
 
     def _refuse_second_window(self) -> None:
         for layer in self._layers:
-            for listener in _listeners(layer):
+            for listener in listeners(layer):
                 if listener is not self:
-                    raise RuntimeError(
-                        "A BatchNorm layer in training mode must be in one window at a time, which "
-                        "gives it one momentum update. "
-                        f"Got {type(layer).__name__} inside a window that has not ended. "
-                        "Call backward after that window, give each thread a module of its own, "
-                        "or call eval() of the layer."
-                    )
+                    raise _second_window(layer)
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -127,7 +127,7 @@ class MergedStatistics:
         """
         self._calls = {id(layer): [] for layer in self._layers}
         versions = [_counted(layer) for layer in self._layers]
-        self._listening = True
+        self._listening, self._thread = True, get_ident()
         try:
             yield
         finally:
@@ -197,46 +197,19 @@ class MergedStatistics:
             self._calls[id(layer)].append(_Seen(values, moments))
 
 
-def one_update(
-    stack: ExitStack, layers: Sequence[torch.nn.Module], before: Buffers
-) -> Callable[[], AbstractContextManager[None]]:
-    """Gives BatchNorm layers one momentum update for several forward passes.
-
-    Inside a window that hears them already, the passes are one of its calls.
-
-    Args:
-        stack: when it is left without an error, the update is made.
-        layers: modules, each once.
-        before: their buffers before the passes.
-
-    Returns:
-        What makes the context of one forward pass.
-    """
-    tracked = [layer for layer in layers if is_tracked(layer)]
-    windows = {id(x): x for layer in tracked for x in _listeners(layer)}
-    alone = [layer for layer in tracked if not _listeners(layer)]
-    heard = [stack.enter_context(window.in_parts()) for window in windows.values()]
-    if alone:
-        own = MergedStatistics(alone, before)
-        # Made when the layers have their own momentum again.
-        stack.push(lambda kind, *_: own.commit() if kind is None else None)
-        stack.enter_context(own.attached())
-        heard.append(own)
-
-    @contextmanager
-    def forward() -> Iterator[None]:
-        with ExitStack() as passes:
-            for statistics in heard:
-                passes.enter_context(statistics.forward())
-            yield
-
-    return forward
-
-
-def _listeners(layer: torch.nn.Module) -> list[MergedStatistics]:
+def listeners(layer: torch.nn.Module) -> list[MergedStatistics]:
     """The windows that hear a layer."""
     found = [getattr(hook, "__self__", None) for hook in list(layer._forward_hooks.values())]
     return [listener for listener in found if isinstance(listener, MergedStatistics)]
+
+
+def _second_window(layer: torch.nn.Module) -> RuntimeError:
+    return RuntimeError(
+        "A BatchNorm layer in training mode must be in one window at a time, which gives it one "
+        f"momentum update. Got {type(layer).__name__} inside a window that has not ended. "
+        "Call backward after that window, give each thread a module of its own, or call eval() of "
+        "the layer."
+    )
 
 
 _UNHEARD = (

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from virtualbatch.torch._batchnorm import one_update
 from virtualbatch.torch._microbatch import Microbatch, known_rows
 from virtualbatch.torch._rowwise.graph import Graphs
 from virtualbatch.torch._rowwise.inputs import Inputs
+from virtualbatch.torch._rowwise.one_update import one_update
 from virtualbatch.torch._rowwise.outputs import Outputs
 from virtualbatch.torch._rowwise.replay import Replay
 

@@ -89,7 +89,7 @@ class Rowwise:
 
     def size(self) -> tuple[int | None, int | None]:
         """Rows of a micro-batch, or the number of micro-batches; no size that is to be planned."""
-        size = self._microbatch_size
+        size: Any = self._microbatch_size
         return None if is_automatic(size) else size, self._accumulation_steps
 
     def inventory(self) -> Inventory:

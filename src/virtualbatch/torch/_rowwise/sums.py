@@ -27,7 +27,10 @@ class GradientSums:
         self._totals: list[torch.Tensor | None] = [None] * len(tensors)
         # Of large ones, what autograd collects instead of their gradients: it holds no memory.
         self._nothing = {
-            k: x.new_zeros(()).expand_as(x) for k, x in enumerate(tensors) if x.numel() >= _LARGE
+            k: x.new_zeros(()).expand_as(x)
+            for k, x in enumerate(tensors)
+            # Tensors of other classes, such as sharded ones, may have no such view.
+            if x.numel() >= _LARGE and type(x) in (torch.Tensor, torch.nn.Parameter)
         }
 
     def add(
