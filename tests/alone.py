@@ -37,6 +37,9 @@ def torch() -> dict[str, Callable[[], object]]:
         "captured": lambda: vb.backward(
             vb.captured(loss_fn), call["batch"], module=module, microbatch_size=SIZE
         ),
+        "rowwise": lambda: (
+            vb.rowwise(module, microbatch_size=SIZE)(call["batch"][0]).std().backward()
+        ),
         "plan": lambda: vb.plan(**call),
         "certify": lambda: vb.certify(**call, microbatch_size=SIZE).raise_if_inexact(),
         "certify_loop": lambda: vb.certify_loop(

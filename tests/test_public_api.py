@@ -83,6 +83,9 @@ SIGNATURES = {
         "has_aux=False, stats=False, check=True, scaler=None, group=None, reduce=None, "
         "accumulator_dtype=None)"
     ),
+    virtualbatch.torch.rowwise: (
+        "(fn, *, module=None, microbatch_size=None, accumulation_steps=None, check=True)"
+    ),
     virtualbatch.torch.windows: "(stream, accumulation_steps, *, group=None)",
     virtualbatch.jax.plan: (
         "(fun, argnums=0, has_aux=False, *, batch_argnum=1, weight=None, accumulator_dtype=None, "
@@ -145,6 +148,7 @@ NAMES = {
         "certify_loop",
         "loss",
         "plan",
+        "rowwise",
         "windows",
     },
 }

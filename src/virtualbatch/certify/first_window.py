@@ -13,7 +13,7 @@ from virtualbatch.certify.certificate import Certificate, Finding
 from virtualbatch.certify.diagnosis import SEES_OTHER_ROWS
 from virtualbatch.certify.proven import Proven, untried
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, parts
-from virtualbatch.certify.users_line import OURS
+from virtualbatch.certify.users_line import is_ours
 
 _log = logging.getLogger("virtualbatch")
 
@@ -67,7 +67,7 @@ def prove(
         try:
             distance = trial.distance(a, b)
         except Exception as error:  # the user's code, on rows that it may not be made for
-            if _is_ours(error) and not again:
+            if is_ours(error) and not again:
                 raise
             reason = str(error) if isinstance(error, UntriedError) else why(error)
             continue
@@ -176,15 +176,6 @@ def _by_certificates(
 
 def _largest(chosen: Sequence[_Pair]) -> _Pair:
     return max(chosen, key=lambda pair: len(pair[0]) + len(pair[1]))
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether this is a refusal of ours, which the window itself would raise as well."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    in_here = trace is not None and trace.tb_frame.f_code.co_filename.startswith(OURS)
-    return in_here and isinstance(error, ValueError | TypeError)
 
 
 def _cut_like(a: list[int], b: list[int]) -> tuple[list[int], int]:

@@ -68,3 +68,12 @@ def line_of(frame: FrameType) -> Line:
     """The line that a frame runs."""
     code = frame.f_code
     return Line(code.co_filename, frame.f_lineno, code.co_qualname)
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether this is a refusal of ours, raised by a line of this package."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    in_here = trace is not None and trace.tb_frame.f_code.co_filename.startswith(OURS)
+    return in_here and isinstance(error, ValueError | TypeError)

@@ -23,11 +23,24 @@ from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._plan.plan import planned
 from virtualbatch.torch._replicas.found import quiet, refuse_replicas
 from virtualbatch.torch._replicas.stream import windows
+from virtualbatch.torch._rowwise.proof import with_numbers
+from virtualbatch.torch._rowwise.rowwise import Rowwise, rowwise
+from virtualbatch.torch._rowwise.surrogate import Surrogate, refuse_options
 from virtualbatch.torch._window import Program
 from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.window import Window
 
-__all__ = ["Window", "backward", "captured", "certify", "certify_loop", "loss", "plan", "windows"]
+__all__ = [
+    "Window",
+    "backward",
+    "captured",
+    "certify",
+    "certify_loop",
+    "loss",
+    "plan",
+    "rowwise",
+    "windows",
+]
 
 
 def captured(loss_fn: Callable[[Any], Any]) -> Captured:
@@ -81,7 +94,8 @@ def plan(
     Parameters, `.grad`s, buffers and random states are as before the call.
 
     Args:
-        loss_fn: as in `backward`, like all arguments that are not explained here.
+        loss_fn: as in `backward`, like all arguments that are not explained here; or a `rowwise`
+            function of a batch, whose size is to be found.
         batch: a batch, not a Window.
         module: see there.
         weight: see there.
@@ -112,6 +126,9 @@ def plan(
     found = inventory(module)
     refuse_foreign_accumulation()
     program = Program(loss_fn, weight, has_aux, backward_fn, found)
+    if isinstance(loss_fn, Rowwise):
+        refuse_options(weight, has_aux)
+        program = Surrogate(loss_fn.fn, (), found).of_rows()
     with quiet(found):
         return planned(program, read(batch), memory_limit)
 
@@ -133,10 +150,12 @@ def certify(
     attributes of layers and random states are as before the call.
 
     Args:
-        loss_fn: as in `backward`, like all arguments that are not explained here.
+        loss_fn: as in `backward`, like all arguments that are not explained here; or a `rowwise`
+            function of a batch, which is certified by its outputs times random numbers.
         batch: a batch, not a Window.
         module: see there.
-        microbatch_size: rows of one forward and backward.
+        microbatch_size: rows of one forward and backward; of a `rowwise` function its own if
+            neither this nor the number of micro-batches is given.
         accumulation_steps: micro-batches per window.
         weight: see there.
         has_aux: see there.
@@ -157,6 +176,10 @@ def certify(
         >>> certify(loss_fn, batch, module=model, microbatch_size=3).findings[0].fix
         "Pass weight=lambda batch: batch['mask'].sum()."
     """
+    if isinstance(loss_fn, Rowwise):
+        refuse_options(weight, has_aux)
+        if microbatch_size is None and accumulation_steps is None:
+            microbatch_size, accumulation_steps = loss_fn.size()
     check_call({"loss_fn": loss_fn, "weight": weight}, batch, microbatch_size, accumulation_steps)
     check_recording()
     found = inventory(module)
@@ -164,4 +187,6 @@ def certify(
     refuse_foreign_accumulation()
     check_cut(batch, microbatch_size, accumulation_steps)
     program = Program(loss_fn, weight, has_aux, None, found)
+    if isinstance(loss_fn, Rowwise):
+        program, batch = with_numbers(Surrogate(loss_fn.fn, (), found), batch)
     return certificate(program, batch, microbatch_size, accumulation_steps)

@@ -28,7 +28,7 @@ from virtualbatch.window.window import PASS_WEIGHT, Window, check_alike, check_w
 SHARED = (numbers.Number, str, bytes, Enum, torch.dtype, torch.device, torch.Generator, type(None))
 
 # A PackedSequence is a tuple, but its data has the rows in another order.
-_ONE_LEAF = (torch.Tensor, torch.nn.utils.rnn.PackedSequence)
+ONE_LEAF = (torch.Tensor, torch.nn.utils.rnn.PackedSequence)
 
 
 class ReadBatch(NamedTuple):
@@ -137,7 +137,7 @@ def read_without_rows(batch: Any) -> ReadBatch | None:
     if isinstance(batch, Window):
         return None if len(batch) else ReadBatch([], is_window=True)
     found: list[tuple[str, Any]] = []
-    build = builder(batch, "batch", found, _ONE_LEAF)
+    build = builder(batch, "batch", found, ONE_LEAF)
     leaves = [leaf for _, leaf in found]
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if not tensors or any(x.dim() == 0 or x.shape[0] for x in tensors):
@@ -157,7 +157,7 @@ def _cut(uncut: Microbatch, cut: Sequence[tuple[int, int]]) -> list[Microbatch]:
 
 def _uncut(structure: Any, path: str, or_else: str = "") -> Microbatch:
     found: list[tuple[str, Any]] = []
-    build = builder(structure, path, found, _ONE_LEAF)
+    build = builder(structure, path, found, ONE_LEAF)
     tensors = [(place, leaf) for place, leaf in found if _is_tensor(place, leaf, or_else)]
     rows = common_rows(tensors, or_else)
     if rows is None:
@@ -171,7 +171,7 @@ def _uncut(structure: Any, path: str, or_else: str = "") -> Microbatch:
 def _as_it_is(structure: Any, path: str) -> Microbatch:
     """A micro-batch of a Window, with its rows if they can be told."""
     found: list[tuple[str, Any]] = []
-    build = builder(structure, path, found, _ONE_LEAF)
+    build = builder(structure, path, found, ONE_LEAF)
     rows = rows_if_shared([(place, x) for place, x in found if isinstance(x, torch.Tensor)])
     for _, leaf in found:
         plain = isinstance(leaf, SHARED) or is_sequence(leaf)

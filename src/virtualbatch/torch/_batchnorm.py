@@ -6,6 +6,7 @@ running statistics, though, take one update per window, with the moments of all 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,8 @@ class MergedStatistics:
         self._layers: list[Any] = [layer for layer in layers if is_tracked(layer)]
         self._seen: dict[int, list[list[_Seen]]] = {id(layer): [] for layer in self._layers}
         self._calls: dict[int, list[_Seen]] = {}
-        self._listening = False
+        self._listening, self._thread = False, 0
+        self._parts: MergedStatistics | None = None
 
     def __bool__(self) -> bool:
         return bool(self._layers)
@@ -72,7 +74,7 @@ class MergedStatistics:
         handles: list[Any] = []
         momenta: list[tuple[Any, float | None]] = []
         try:
-            handles += [layer.register_forward_hook(self._heard) for layer in self._layers]
+            handles += [layer.register_forward_hook(self.hear) for layer in self._layers]
             # Hooks come first and leave last. So whoever meets none finds a layer's own momentum,
             # and of two windows that begin at once none believes to be alone.
             self._refuse_second_window()
@@ -86,18 +88,35 @@ class MergedStatistics:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def in_parts(self) -> Iterator["MergedStatistics"]:
+        """A call of each layer that is made in parts, which are heard inside the context.
+
+        Yields:
+            What hears the parts, each a `forward` of its own.
+
+        Raises:
+            RuntimeError: another thread is in a forward pass of this window.
+        """
+        if self._listening and self._thread != get_ident():
+            raise _second_window(self._layers[0])
+        self._parts = parts = MergedStatistics(self._layers, self._before)
+        try:
+            yield parts
+        finally:
+            self._parts = None
+        if not self._listening:
+            return
+        for layer, calls in zip(self._layers, parts.merged(), strict=True):
+            for seen in calls:
+                moments = torch.stack((seen.mean, seen.variance))
+                self._calls[id(layer)].append(_Seen(seen.values, moments))
+
     def _refuse_second_window(self) -> None:
         for layer in self._layers:
-            for hook in list(layer._forward_hooks.values()):
-                listener = getattr(hook, "__self__", self)
-                if isinstance(listener, MergedStatistics) and listener is not self:
-                    raise RuntimeError(
-                        "A BatchNorm layer in training mode must be in one window at a time, which "
-                        "gives it one momentum update. "
-                        f"Got {type(layer).__name__} inside a window that has not ended. "
-                        "Call backward after that window, give each thread a module of its own, "
-                        "or call eval() of the layer."
-                    )
+            for listener in listeners(layer):
+                if listener is not self:
+                    raise _second_window(layer)
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -108,7 +127,7 @@ class MergedStatistics:
         """
         self._calls = {id(layer): [] for layer in self._layers}
         versions = [_counted(layer) for layer in self._layers]
-        self._listening = True
+        self._listening, self._thread = True, get_ident()
         try:
             yield
         finally:
@@ -161,13 +180,36 @@ class MergedStatistics:
                     if buffer is not None:
                         buffer.copy_(value)
 
-    def _heard(self, layer: Any, args: Any, output: torch.Tensor) -> None:
-        del args
-        if self._listening and layer.training:
+    def hear(self, layer: Any, args: Any, output: torch.Tensor) -> None:
+        """Notes what a layer saw in one call, where it left it.
+
+        Args:
+            layer: the layer.
+            args: what it was called with.
+            output: what it returned.
+        """
+        if self._parts is not None:
+            self._parts.hear(layer, args, output)
+        elif self._listening and layer.training:
             # One copy of both, because a small layer takes no longer than a few operations.
             moments = torch.stack((layer.running_mean, layer.running_var))
             values = output.numel() // output.shape[1]
             self._calls[id(layer)].append(_Seen(values, moments))
+
+
+def listeners(layer: torch.nn.Module) -> list[MergedStatistics]:
+    """The windows that hear a layer."""
+    found = [getattr(hook, "__self__", None) for hook in list(layer._forward_hooks.values())]
+    return [listener for listener in found if isinstance(listener, MergedStatistics)]
+
+
+def _second_window(layer: torch.nn.Module) -> RuntimeError:
+    return RuntimeError(
+        "A BatchNorm layer in training mode must be in one window at a time, which gives it one "
+        f"momentum update. Got {type(layer).__name__} inside a window that has not ended. "
+        "Call backward after that window, give each thread a module of its own, or call eval() of "
+        "the layer."
+    )
 
 
 _UNHEARD = (

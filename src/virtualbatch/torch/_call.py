@@ -8,6 +8,7 @@ import torch
 from virtualbatch.torch._batch import ReadBatch, read, read_without_rows
 from virtualbatch.torch._certify.first_window import prove_first_window, tell_untried
 from virtualbatch.torch._checks import check_call, refuse_foreign_accumulation
+from virtualbatch.torch._coupled import refused_if_coupled
 from virtualbatch.torch._fit import Fit
 from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._replicas.replicas import Outcome, Replicas
@@ -48,7 +49,8 @@ class Call(NamedTuple):
             shares = program.shares(cut)
             return program.run(self.proved(batch, cut, shares), shares, conclude)
 
-        return self.fit(batch).run(run)
+        with refused_if_coupled() as refuse:
+            return self.fit(batch).run(run, refuse=refuse)
 
     def together(self, replicas: Replicas) -> tuple[Ran, Outcome]:
         """Runs the rows of this rank in the window of all; see `_replicas.window.run_window`."""

@@ -58,27 +58,36 @@ class Fit:
             if self._size.rows < asked:
                 self.cut = self._smaller(self._size.rows)
 
-    def run(self, window: Callable[[Sequence[Microbatch]], Any]) -> Any:
+    def run(
+        self,
+        window: Callable[[Sequence[Microbatch]], Any],
+        cut: Sequence[Microbatch] | None = None,
+        refuse: Callable[[BaseException], bool] = lambda error: False,
+    ) -> Any:
         """Runs a window, again with smaller micro-batches as long as memory runs out.
 
         Args:
             window: micro-batches -> its result; leaves everything as it was if it raises.
+            cut: the micro-batches of the first attempt; None for those of the first call.
+            refuse: error -> whether no smaller ones may be tried; or raises why.
 
         Raises:
             MemoryError: not even a micro-batch of one row fits.
         """
+        cut = self.cut if cut is None else cut
         if self._size is None:
-            return run_as_it_is(partial(window, self.cut), self._memory)
+            return run_as_it_is(partial(window, cut), self._memory)
+        changed = RowsBefore(self._batch)
         result = run_until_it_fits(
             window,
-            self.cut,
+            cut,
             most_rows,
             self._smaller,
             self._size,
             self._memory,
             partial(largest_parameters, self._found.roots[0]),
             put_back=RandomState(self._found.accelerator).restore,
-            is_too_late=RowsBefore(self._batch).refuse_changed,
+            is_too_late=lambda error: refuse(error) or changed.refuse_changed(error),
         )
         self._size.succeeded()
         return result

@@ -1,6 +1,6 @@
 """The first window of a loss proves itself: PyTorch's part of `certify.first_window`."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -57,11 +57,11 @@ def prove_first_window(
         ValueError: micro-batches of this loss do not add up to their batch, or it reaches a
             parameter that no module holds.
     """
-    known = _proven(program)
+    known = proven(program.found.owner)
     if not batch.can_be_cut:
         known.tell_once(program.loss_fn, program.weight, NO_ROWS)
         return cut
-    source = _source(batch.given)
+    source = source_of(batch.given)
     lacking = shares.empty_and_full()
     kinds = [(x.dtype, x.dim()) if isinstance(x, torch.Tensor) else None for x in source.leaves]
     structure = (program.has_aux, source.places, tuple(kinds), len(cut) == 1, lacking is None)
@@ -75,7 +75,7 @@ def prove_first_window(
             if len(cut) == 1:
                 trial.look()
             else:
-                reason = _try(trial, layers)
+                reason = tried(prove, trial, layers)
         conclude(known, program.loss_fn, program.weight, structure, trial, reason)
         seen = trial.seen
     if seen.group > 1:
@@ -83,7 +83,7 @@ def prove_first_window(
     return [microbatch.protected() for microbatch in cut] if seen.writes_rows else cut
 
 
-def _source(given: Sequence[Microbatch]) -> Microbatch:
+def source_of(given: Sequence[Microbatch]) -> Microbatch:
     """Rows to try the law on: of a Window, those of its first micro-batches together.
 
     Where one micro-batch is small, its rows may weigh the same by chance, and show nothing.
@@ -118,18 +118,34 @@ def _shapes(microbatch: Microbatch) -> tuple[Any, ...]:
 
 def tell_untried(program: Program) -> None:
     """Logs, once for a loss, that it cannot be tried with modules that gather parameters."""
-    _proven(program).tell_once(program.loss_fn, program.weight, IN_STEP)
+    proven(program.found.owner).tell_once(program.loss_fn, program.weight, IN_STEP)
 
 
-def _proven(program: Program) -> Proven:
-    owner = program.found.owner
+def proven(owner: Any) -> Proven:
+    """What was tried with a module.
+
+    Args:
+        owner: see `Inventory`.
+    """
     known: Proven | None = _PROVEN.get(owner)
     if known is None:
         known = _PROVEN[owner] = Proven()
     return known
 
 
-def _try(trial: "TorchTrial", layers: LayerState) -> str | None:
+def tried(
+    prove: Callable[["TorchTrial", Callable[[Exception], str], bool], str | None],
+    trial: "TorchTrial",
+    layers: LayerState,
+) -> str | None:
+    """Tries something first without what is random or couples rows on purpose.
+
+    Args:
+        prove: (trial, how an error is told, whether another try follows) -> why it could not be
+            tried, or None.
+        trial: see there.
+        layers: what they were before.
+    """
     reason: str | None = None
     # A model may be another one in evaluation mode, without a loss.
     for again, is_quiet in ((True, is_not_recurrent), (False, _is_random_or_coupled)):
@@ -198,14 +214,14 @@ class TorchTrial(Trial):
         self.rows = known_rows(source)
         self.sizes = sizes
         self.width = sum(x[0].numel() for _, x in source.tensors())
-        self._program = program
+        self.program = program
         self._source = source
-        self._dtypes = set(dtypes)
+        self.dtypes = set(dtypes)
 
     def look(self) -> None:
         """Runs the loss on one row, only to see whether it changes its rows in place."""
         with torch.no_grad(), suppress(Exception):  # the window itself will tell what is wrong
-            self._terms(self._some([0]))
+            self._terms(self.some([0]))
 
     def leaves(self, rows: Sequence[int]) -> Mapping[str, np.ndarray]:
         """See `Trial`."""
@@ -213,8 +229,8 @@ class TorchTrial(Trial):
 
     def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance | None:
         """See `Trial`. The three gradients meet in one buffer, so that none is kept."""
-        program = self._program
-        parts = [self._some(rows) for rows in (a, [*a, *b], b)]
+        program = self.program
+        parts = [self.some(rows) for rows in (a, [*a, *b], b)]
         shares = program.shares([parts[0], parts[2]])
         drawn, of_host = RandomState(program.found.accelerator), HostRandom()
         gradients = WindowGradients(program.found.parameters, program.backward_fn)
@@ -243,38 +259,38 @@ class TorchTrial(Trial):
             for name, value in values[1].items()
             if not any(terms[name].requires_grad for terms in losses)
         }
-        return Distance.of(sizes, share, values, constant, self._epsilon(losses[0].values()))
+        return Distance.of(sizes, share, values, constant, self.epsilon(losses[0].values()))
 
     def weighed(self, a: Sequence[int], b: Sequence[int]) -> Sequence[float]:
         """The shares of two parts in their sum."""
-        shares = self._program.shares([self._some(a), self._some(b)])
+        shares = self.program.shares([self.some(a), self.some(b)])
         return shares.of_rows_or_term()
 
     def weights_of_rows(self) -> list[float]:
         """The weight of each row alone."""
-        rows = [self._some([row]) for row in range(self.rows)]
-        return self._program.shares(rows).of_rows_or_term()
+        rows = [self.some([row]) for row in range(self.rows)]
+        return self.program.shares(rows).of_rows_or_term()
 
     def _terms(self, part: Microbatch) -> dict[Any, torch.Tensor]:
-        with heard_dtypes(self._dtypes):
-            loss, _ = loss_and_aux(self._program.loss_fn(part.get()), self._program.has_aux)
+        with heard_dtypes(self.dtypes):
+            loss, _ = loss_and_aux(self.program.loss_fn(part.get()), self.program.has_aux)
         if any(tensor._version for _, tensor in part.tensors()):
             self.seen = self.seen._replace(writes_rows=True)
         return checked_terms(loss)
 
     def certificate(self, rows: Sequence[int], size: int) -> Certificate:
         """See `Trial`."""
-        some = self._some(rows)
-        return certificate(self._program, some.build(some.leaves), size, None)
+        some = self.some(rows)
+        return certificate(self.program, some.build(some.leaves), size, None)
 
-    def _some(self, rows: Sequence[int]) -> Microbatch:
-        found, device = self._source.some(rows), self._program.found.accelerator
+    def some(self, rows: Sequence[int]) -> Microbatch:
+        found, device = self._source.some(rows), self.program.found.accelerator
         return found if device is None else on_device(found, device)
 
-    def _epsilon(self, terms: Iterable[torch.Tensor]) -> float:
+    def epsilon(self, terms: Iterable[torch.Tensor]) -> float:
         """Of the narrowest dtype that is known to be used."""
-        tensors = [x for x in (*self._program.found.parameters, *terms) if x.is_floating_point()]
-        dtypes = self._dtypes | {x.dtype for x in tensors}
+        tensors = [x for x in (*self.program.found.parameters, *terms) if x.is_floating_point()]
+        dtypes = self.dtypes | {x.dtype for x in tensors}
         for device in {x.device.type for x in tensors}:
             if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 dtypes.add(torch.get_autocast_dtype(device))

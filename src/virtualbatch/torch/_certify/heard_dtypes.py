@@ -3,6 +3,7 @@
 A model that opens autocast in its own forward pass, as Accelerate's do, is float32 from outside.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,9 @@ def heard_dtypes(found: set[torch.dtype]) -> Iterator[None]:
 
     handle = register_module_forward_hook(hear)
     try:
-        yield
+        with warnings.catch_warnings():
+            # A compiled module tells its users of hooks on all modules, which are gone again soon.
+            warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
+            yield
     finally:
         handle.remove()

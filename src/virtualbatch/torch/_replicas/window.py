@@ -9,6 +9,7 @@ import torch
 
 from virtualbatch.torch._batch import ReadBatch
 from virtualbatch.torch._batchnorm import is_tracked
+from virtualbatch.torch._coupled import refused_if_coupled
 from virtualbatch.torch._fit import Fit
 from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._replicas.agreement import Agreement
@@ -85,6 +86,6 @@ def _run_apart(
         ran: Ran = program.run(prove(batch, cut, shares), shares, _checked)
         return ran
 
-    with replicas.quiet():
-        found: Ran = fit.run(run)
+    with replicas.quiet(), refused_if_coupled() as refuse:
+        found: Ran = fit.run(run, refuse=refuse)
     return found

@@ -1,0 +1,69 @@
+"""Whether a function computes each row from that row alone, tried on a few of the user's own rows.
+
+Two parts of some rows run alone and together. If their outputs differ by more than rounding, the
+rows are certified, which tells rounding from a fault and names the layer and the line.
+"""
+
+from collections.abc import Callable
+
+from virtualbatch.certify.first_window import ROUNDING
+from virtualbatch.certify.trial import Trial, UntriedError, parts
+from virtualbatch.certify.users_line import is_ours
+
+# Findings that say so. Others are no fault of the function.
+_COUPLED = {"coupled_rows", "weight", "sum_loss", "regulariser", "stateful"}
+
+
+def prove_rows(trial: Trial, why: Callable[[Exception], str], again: bool = False) -> str | None:
+    """Tries a function on a few rows.
+
+    Args:
+        trial: of its outputs times random numbers.
+        why: error -> why nothing could be tried, in words.
+        again: whether another try follows if this one fails, in another state of the layers.
+
+    Returns:
+        None, or why it could not be tried.
+
+    Raises:
+        ValueError: the outputs of parts are not those of the whole, or the engine refuses them.
+        TypeError: the engine refuses them.
+    """
+    reason: str | None = "there is one row"
+    try:
+        chosen = parts(trial)
+    except Exception as error:  # arrays of the user's, of which some rows may have no place
+        return why(error)
+    for a, b in chosen:
+        try:
+            distance = trial.distance(a, b)
+            if distance is not None and distance.off <= ROUNDING:
+                reason = None
+                continue
+            first, second = (b, a) if len(a) < len(b) else (a, b)
+            certificate = trial.certificate([*first, *second], len(first))
+        except Exception as error:  # the user's code, on rows that it may not be made for
+            if is_ours(error) and not again:
+                raise
+            reason = str(error) if isinstance(error, UntriedError) else why(error)
+            continue
+        reason = None
+        found = next((x for x in certificate.findings if x.kind in _COUPLED), None)
+        if not certificate.exact and found is not None:
+            raise sees_other_rows(
+                f"values that change with the other rows: {found.kind} at {found.where}"
+            )
+    return reason
+
+
+def sees_other_rows(got: str) -> ValueError:
+    """The refusal of a function whose rows are not computed from themselves alone.
+
+    Args:
+        got: what was seen, without a full stop.
+    """
+    return ValueError(
+        f"What rowwise wraps must compute each row from that row alone. Got {got}. "
+        "Return what each row gives, and compare rows in the loss, which sees all of them. "
+        "See docs/rowwise.md; check=False turns this check off."
+    )

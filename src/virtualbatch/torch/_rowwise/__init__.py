@@ -1,0 +1,1 @@
+"""Losses that couple rows: what comes before rows meet, on the memory of a micro-batch."""

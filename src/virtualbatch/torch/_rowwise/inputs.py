@@ -1,0 +1,126 @@
+"""What one call of a rowwise function is given, and how fn is called with a part of it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from virtualbatch.torch._batch import ONE_LEAF, ReadBatch
+from virtualbatch.torch._microbatch import Microbatch, known_rows, on_device
+from virtualbatch.torch._modules import Inventory
+from virtualbatch.window.tree import Builder, builder
+
+
+class Called(NamedTuple):
+    """What fn gave for a micro-batch, and the leaves that it was given.
+
+    Fields:
+        outputs: the expressions that reach the leaves of what it returned, and these leaves.
+        build: leaves -> the structure that it returned.
+        shared: own leaves in place of the shared tensors that take a gradient.
+        rows: own leaves in place of the rows that take one, by their place in the batch.
+    """
+
+    outputs: list[tuple[str, Any]]
+    build: Builder
+    shared: list[torch.Tensor]
+    rows: dict[int, torch.Tensor]
+
+
+class Inputs:
+    """What one call is given.
+
+    Args:
+        fn: (batch, *shared) -> outputs with one entry per row.
+        found: what its modules hold.
+        batch: the batch or Window.
+        shared: what goes whole to every micro-batch.
+
+    Attributes:
+        fn: as given.
+        found: as given.
+        batch: as given.
+        device: where random numbers are drawn beside the host; None if nowhere.
+        shared: the tensors that are shared and take a gradient.
+        rows: those of the batch that take one, by micro-batch of a Window and place in it.
+    """
+
+    def __init__(
+        self, fn: Callable[..., Any], found: Inventory, batch: ReadBatch, shared: tuple[Any, ...]
+    ):
+        self.found = found
+        self.batch = batch
+        self.fn = fn
+        leaves: list[tuple[str, Any]] = []
+        self._build_shared = builder(shared, "shared", leaves, ONE_LEAF, lists=False)
+        self._shared = [leaf for _, leaf in leaves]
+        self.shared = [leaf for leaf in self._shared if _is_trained(leaf)]
+        self.rows = {
+            (index, place): leaf
+            for index, microbatch in enumerate(batch.given)
+            for place, leaf in enumerate(microbatch.leaves)
+            if _is_trained(leaf)
+        }
+        self._places = frozenset(place for _, place in self.rows)
+        self.device = found.accelerator or _accelerator(self.tensors())
+
+    def detached(self) -> ReadBatch:
+        """The batch without the graphs that its rows come from."""
+        if not self.rows:
+            return self.batch
+        given = [each.with_tensors(torch.Tensor.detach) for each in self.batch.given]
+        return self.batch._replace(given=given)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors of the batch and the shared arguments."""
+        rows = [tensor for microbatch in self.batch.given for _, tensor in microbatch.tensors()]
+        return [*rows, *(x for x in self._shared if isinstance(x, torch.Tensor))]
+
+    def trained(self) -> list[torch.Tensor]:
+        """All that takes a gradient: parameters, shared tensors, rows."""
+        return [*self.found.parameters, *self.shared, *self.rows.values()]
+
+    def starts(self) -> list[int]:
+        """The number of the first row of each micro-batch as it was given."""
+        sizes = [known_rows(microbatch) for microbatch in self.batch.given]
+        return [sum(sizes[:index]) for index in range(len(sizes))]
+
+    def whole(self) -> Any:
+        """What fn returns for the only micro-batch that there is."""
+        (microbatch,) = self.batch.given
+        if self.found.accelerator is not None:
+            microbatch = on_device(microbatch, self.found.accelerator)
+        return self.fn(microbatch.get(), *self._build_shared(self._shared))
+
+    def call(self, microbatch: Microbatch) -> Called:
+        """What fn returns for a micro-batch, as if nothing had been computed before it.
+
+        Rows are copied, so that fn may change them in place in each pass.
+
+        Args:
+            microbatch: of the cut.
+        """
+        rows: dict[int, torch.Tensor] = {}
+        leaves: list[Any] = []
+        for place, leaf in enumerate(microbatch.leaves):
+            if place in self._places:
+                leaf = rows[place] = leaf.detach().requires_grad_()
+            elif isinstance(leaf, torch.Tensor):
+                leaf = leaf.clone()
+            leaves.append(leaf)
+        own = microbatch._replace(leaves=leaves, given=None)
+        if self.found.accelerator is not None:
+            own = on_device(own, self.found.accelerator)
+        shared = [x.detach().requires_grad_() if _is_trained(x) else x for x in self._shared]
+        result = self.fn(own.get(), *self._build_shared(shared))
+        outputs: list[tuple[str, Any]] = []
+        build = builder(result, "output", outputs, ONE_LEAF, lists=False)
+        return Called(outputs, build, [x for x in shared if _is_trained(x)], rows)
+
+
+def _is_trained(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
+
+
+def _accelerator(tensors: Sequence[torch.Tensor]) -> torch.device | None:
+    return next((x.device for x in tensors if not x.is_cpu), None)

@@ -1,0 +1,79 @@
+"""The autograd node behind outputs: when their gradients come, the second pass runs.
+
+All that is trained is an input of this one node. So what follows it, gradients added to `.grad`,
+hooks, reductions over ranks, happens once, and with the gradients of the whole batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from virtualbatch.torch._rowwise.inputs import Inputs
+from virtualbatch.torch._rowwise.outputs import Outputs
+from virtualbatch.torch._rowwise.second_pass import SecondPass
+
+
+def behind(outputs: Outputs, inputs: Inputs, second: SecondPass) -> Sequence[torch.Tensor | None]:
+    """The leaves of outputs, with the node behind those that have a gradient.
+
+    Args:
+        outputs: of all rows.
+        inputs: of the call.
+        second: what is left to do.
+    """
+    found: Sequence[torch.Tensor | None] = _Rowwise.apply(
+        outputs.leaves, outputs.takes, second, inputs.tensors(), *inputs.trained()
+    )
+    return found
+
+
+class _Rowwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        leaves: Sequence[torch.Tensor | None],
+        takes: Sequence[bool],
+        second: SecondPass,
+        tensors: Sequence[torch.Tensor],
+        *trained: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, ...]:
+        ctx.second = second
+        ctx.set_materialize_grads(False)
+        pairs = zip(leaves, takes, strict=True)
+        ctx.mark_non_differentiable(*(x for x, taken in pairs if x is not None and not taken))
+        # Read again by the second pass: PyTorch then refuses what has changed since, and a second
+        # backward pass through what the first one has freed.
+        ctx.save_for_backward(*(x for x in (*trained, *tensors) if not x.is_inference()))
+        return tuple(leaves)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        # Whoever keeps them elsewhere has copied them here.
+        del saved
+        with torch.no_grad():
+            found = ctx.second.gradients(gradients)
+        if torch.is_grad_enabled():
+            found = _differentiated_once(found)
+        return (None, None, None, None, *found)
+
+
+def _differentiated_once(found: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+    """Gradients that refuse to be differentiated again."""
+    tensors = [x.detach().requires_grad_() for x in found if x is not None]
+    marked = iter(_Once.apply(*tensors) if tensors else ())
+    return [None if x is None else next(marked) for x in found]
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.view_as(x) for x in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> None:
+        raise RuntimeError(
+            "A rowwise result is differentiated once. Got a second derivative. "
+            "Compute it uncut, or use virtualbatch.jax."
+        )

@@ -1,0 +1,154 @@
+"""The first call of a rowwise function proves that each row is computed from that row alone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.proven import Seen, untried
+from virtualbatch.certify.randomness import HostRandom
+from virtualbatch.certify.row_by_row import prove_rows, sees_other_rows
+from virtualbatch.certify.trial import Distance, UntriedError
+from virtualbatch.torch._batch import ReadBatch, read
+from virtualbatch.torch._certify.certificate import certificate
+from virtualbatch.torch._certify.first_window import (
+    TorchTrial,
+    proven,
+    source_of,
+    tried,
+    untouched,
+)
+from virtualbatch.torch._certify.heard_dtypes import heard_dtypes
+from virtualbatch.torch._distributed import number_of_processes
+from virtualbatch.torch._microbatch import Microbatch, known_rows, on_device
+from virtualbatch.torch._random import RandomState
+from virtualbatch.torch._rowwise.inputs import Inputs
+from virtualbatch.torch._rowwise.outputs import check_outputs
+from virtualbatch.torch._rowwise.surrogate import Surrogate
+from virtualbatch.torch._window import Program
+from virtualbatch.window.terms import SUM
+
+
+def prove_first_call(inputs: Inputs, surrogate: Callable[[], Surrogate], sizes: list[int]) -> None:
+    """Tries a function on some rows of a batch, if it has not been tried before.
+
+    Args:
+        inputs: of the call.
+        surrogate: makes that of the function.
+        sizes: rows of the micro-batches.
+
+    Raises:
+        ValueError: some output of a row depends on other rows, or has not one entry per row.
+        TypeError: an output is no tensor.
+    """
+    if any(isinstance(x, FakeTensor) or x.is_meta for x in inputs.tensors()):
+        # Planning: they have no values.
+        return
+    batch = inputs.detached()
+    source = source_of(batch.given)
+    kinds = [(x.dtype, x.dim()) if isinstance(x, torch.Tensor) else None for x in source.leaves]
+    structure = ("rowwise", source.places, tuple(kinds))
+    known = proven(inputs.found.owner)
+    if known.seen(inputs.fn, SUM, structure) is not None:
+        return
+    trial = _RowsTrial(surrogate(), batch, source, sizes)
+    with torch.enable_grad(), untouched(trial.program) as layers:
+        reason = tried(prove_rows, trial, layers)
+    if reason is not None:
+        untried(reason)
+    known.remember(inputs.fn, SUM, structure, Seen())
+
+
+def with_numbers(surrogate: Surrogate, batch: Any) -> tuple[Program, Any]:
+    """What certifies a function: its surrogate, and a batch beside numbers for its outputs.
+
+    Args:
+        surrogate: of the function.
+        batch: a batch, not a Window.
+    """
+    whole = read(batch).whole
+    rows = known_rows(whole)
+    program = surrogate.of_numbers()
+    device = program.found.accelerator
+    with untouched(program):
+        outputs = surrogate.outputs((whole if device is None else on_device(whole, device)).get())
+        check_outputs(outputs, rows)
+        numbers = surrogate.numbers(outputs, rows)
+    return program, (batch, numbers)
+
+
+class _RowsTrial(TorchTrial):
+    """See `virtualbatch.certify.trial.Trial`: what differs is the values of outputs.
+
+    Args:
+        surrogate: of the function.
+        batch: the batch or Window.
+        source: the rows to choose from.
+        sizes: rows of the micro-batches.
+    """
+
+    def __init__(
+        self, surrogate: Surrogate, batch: ReadBatch, source: Microbatch, sizes: Sequence[int]
+    ):
+        super().__init__(surrogate.of_numbers(), source, sizes)
+        self._surrogate = surrogate
+        # Whether what was seen last is more than rounding can be.
+        self._is_clear = False
+
+    def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance | None:
+        """See `Trial`."""
+        self._is_clear = False
+        drawn, of_host = RandomState(self.program.found.accelerator), HostRandom()
+        first, whole, second = (self._outputs(rows) for rows in (a, [*a, *b], b))
+        if of_host.has_moved():
+            raise UntriedError("it draws random numbers by Python or NumPy")
+        if drawn.has_moved():
+            return None
+        floating = [x for _, x in whole if x is not None and x.is_floating_point()]
+        epsilon = self.epsilon(floating)
+        off = 0.0
+        for (place, x), (_, y), (_, z) in zip(whole, first, second, strict=True):
+            if x is None:
+                continue
+            parts = torch.cat((y, z))
+            if x.is_floating_point():
+                off = max(off, _apart(x, parts) / epsilon)
+            elif not torch.equal(x, parts):
+                raise sees_other_rows(f"values of {place} that change with the other rows")
+        self._is_clear = off * epsilon > epsilon**0.5
+        return Distance(off, False, {})
+
+    def certificate(self, rows: Sequence[int], size: int) -> Certificate:
+        """See `Trial`."""
+        some = self.some(rows)
+        batch = some.build(some.leaves)
+        outputs = self._surrogate.outputs(batch)
+        # Where other ranks wait, a backward pass would be taken for that of the update.
+        if number_of_processes() > 1 or not any(
+            x.requires_grad for _, x in outputs if x is not None
+        ):
+            if self._is_clear:
+                raise sees_other_rows("values that change with the other rows")
+            raise UntriedError("what its outputs differ by may be rounding")
+        numbers = self._surrogate.numbers(outputs, len(rows))
+        return certificate(self.program, (batch, numbers), size, None)
+
+    def _outputs(self, rows: Sequence[int]) -> list[tuple[str, torch.Tensor | None]]:
+        part = self.some(rows)
+        with heard_dtypes(self.dtypes):
+            found = self._surrogate.outputs(part.get())
+        check_outputs(found, known_rows(part))
+        return [(place, None if x is None else x.detach()) for place, x in found]
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, in the largest number."""
+    a, b = (x.to("cpu", torch.float64) for x in (a, b))
+    # What is infinite, or no number, in both is the same.
+    same = (a == b) | (a.isnan() & b.isnan())
+    off = torch.where(same, 0.0, (a - b).abs())
+    if not off.numel() or not bool(off.any()):
+        return 0.0
+    return float(off.max() / a[a.isfinite()].abs().max())

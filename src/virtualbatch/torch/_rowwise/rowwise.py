@@ -1,0 +1,212 @@
+"""`rowwise`: a function again, with one entry per row, on the memory of a micro-batch."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from virtualbatch.plan.auto import Auto, check_cut_or_auto, check_sizes_or_auto, is_automatic
+from virtualbatch.torch._as_written import as_written
+from virtualbatch.torch._batch import read
+from virtualbatch.torch._call import Trained
+from virtualbatch.torch._coupled import tell
+from virtualbatch.torch._distributed import number_of_processes
+from virtualbatch.torch._fit import Fit
+from virtualbatch.torch._loose import as_modules
+from virtualbatch.torch._microbatch import Microbatch, known_rows, most_rows
+from virtualbatch.torch._modules import Inventory, inventory
+from virtualbatch.torch._rowwise.first_pass import first_pass
+from virtualbatch.torch._rowwise.inputs import Inputs
+from virtualbatch.torch._rowwise.memory import refuses_another_cut
+from virtualbatch.torch._rowwise.node import behind
+from virtualbatch.torch._rowwise.proof import prove_first_call
+from virtualbatch.torch._rowwise.replay import Replay
+from virtualbatch.torch._rowwise.second_pass import SecondPass
+from virtualbatch.torch._rowwise.surrogate import Surrogate
+from virtualbatch.torch._window import Program
+from virtualbatch.window.terms import SUM
+from virtualbatch.window.window import Window
+
+
+class Rowwise:
+    """See `rowwise`, which makes it.
+
+    Args:
+        fn: see there, like all that follow.
+        module: see there.
+        microbatch_size: see there.
+        accumulation_steps: see there.
+        check: see there.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        module: Trained | Iterable[Trained] | None,
+        microbatch_size: int | str | Auto | None,
+        accumulation_steps: int | None,
+        check: bool,
+    ):
+        # Its name, docstring and signature; not its attributes, which a module has many of.
+        functools.update_wrapper(self, fn, updated=())
+        self.fn = fn
+        self._microbatch_size = microbatch_size
+        self._accumulation_steps = accumulation_steps
+        self._check = check
+        if module is None:
+            # A function of its arguments alone trains nothing of its own.
+            module = fn if isinstance(fn, torch.nn.Module) else torch.nn.Module()
+        self.modules = list(as_modules(module))
+
+    def __call__(self, batch: Any, *shared: Any) -> Any:
+        """What fn returns for the whole batch."""
+        return self._called(batch, shared)
+
+    @as_written
+    def _called(self, batch: Any, shared: tuple[Any, ...]) -> Any:
+        check_cut_or_auto(batch, self._microbatch_size, self._accumulation_steps)
+        if not torch.is_grad_enabled() and not isinstance(batch, Window):
+            return self.fn(batch, *shared)
+        found = self.inventory()
+        inputs = Inputs(self.fn, found, read(batch), shared)
+        program = Program(self.fn, SUM, False, None, found)
+        if is_automatic(self._microbatch_size):
+            _refuse_planning()
+            program = Surrogate(self.fn, shared, found).of_rows()
+        fit = Fit(program, inputs.detached(), self._microbatch_size, self._accumulation_steps)
+        tell(most_rows(fit.cut))
+
+        def run(cut: Sequence[Microbatch]) -> Any:
+            if len(cut) == 1:
+                return inputs.whole()
+            if self._check:
+                sizes = list(map(known_rows, cut))
+                prove_first_call(inputs, lambda: Surrogate(self.fn, shared, found), sizes)
+            return _in_two_passes(inputs, cut, fit)
+
+        return fit.run(run)
+
+    def size(self) -> tuple[int | None, int | None]:
+        """Rows of a micro-batch, or the number of micro-batches; no size that is to be planned."""
+        size: Any = self._microbatch_size
+        return None if is_automatic(size) else size, self._accumulation_steps
+
+    def inventory(self) -> Inventory:
+        """What the modules hold.
+
+        Raises:
+            ValueError: they add up gradients over ranks themselves.
+        """
+        found = inventory(self.modules, hands_over=True, may_be_frozen=True)
+        _refuse_distributed(found.distributed)
+        return found
+
+
+def _in_two_passes(inputs: Inputs, cut: Sequence[Microbatch], fit: Fit) -> Any:
+    """The outputs of all rows, from a first pass; the second one is behind them."""
+    replay = Replay(inputs.found.with_buffers, inputs.device)
+    try:
+        outputs = first_pass(inputs, cut, replay)
+    except BaseException:
+        replay.before.restore()
+        raise
+    leaves: Sequence[torch.Tensor | None] = outputs.leaves
+    if any(outputs.takes):
+        refuse = refuses_another_cut(replay, cut)
+        second = SecondPass(inputs, replay, lambda run: fit.run(run, cut, refuse))
+        leaves = behind(outputs, inputs, second)
+    return outputs.structure(leaves)
+
+
+def _refuse_distributed(layers: Iterable[torch.nn.Module]) -> None:
+    for layer in layers:
+        name = type(layer).__name__
+        if isinstance(layer, torch.nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "rowwise goes inside the module that DistributedDataParallel wraps. "
+                f"Got {name} as fn or module. Call rowwise in the module's own forward."
+            )
+        raise ValueError(
+            "rowwise must have its parameters whole on each rank. "
+            f"Got {name}, which gathers them while it runs and is not supported. "
+            "Use DistributedDataParallel, and call rowwise in the forward of what it wraps."
+        )
+
+
+def _refuse_planning() -> None:
+    """Refuses to plan inside a module that other ranks run at the same time.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if number_of_processes() > 1:
+        raise ValueError(
+            'microbatch_size="auto" in rowwise looks at one process. Got a group of '
+            f"{number_of_processes()}. Plan the function alone, and pass the size that it finds."
+        )
+
+
+def rowwise(
+    fn: Callable[..., Any],
+    *,
+    module: Trained | Iterable[Trained] | None = None,
+    microbatch_size: int | str | Auto | None = None,
+    accumulation_steps: int | None = None,
+    check: bool = True,
+) -> Rowwise:
+    """A function like fn, on the memory of a micro-batch, for losses that see all rows.
+
+    Wrap what comes before rows meet. The loss stands outside, on the outputs of all rows, and is
+    called once; `loss.backward()`, scaler, clipping and optimizer lines stay as they are. The
+    backward pass runs fn a second time, one micro-batch after another, with the random numbers and
+    the autocast of the first pass; so fn may hold dropout, and BatchNorm layers of the modules
+    take one momentum update. If memory runs out, the same pass runs again with smaller
+    micro-batches, and the smaller size is kept for the module.
+
+    Where PyTorch records no gradients, and where `microbatch_size` is at or above the rows, it is
+    fn and nothing more.
+
+    Args:
+        fn: (batch, *shared) -> nested dicts, lists, tuples and dataclasses of tensors with one
+            entry per row, or None. Row i of them depends on row i of the batch only.
+        module: the module, or all modules, whose parameters and buffers fn uses; tensors that are
+            trained and that no module holds may be among them. None for fn itself, where that is
+            a module.
+        microbatch_size: rows of one forward and backward; or "auto" or an `Auto`, which plan it
+            at the first batch; None for a batch that is a `Window`.
+        accumulation_steps: micro-batches per batch: `microbatch_size = ceil(rows / steps)`.
+        check: whether the first call proves on a few rows that fn computes each row from that row
+            alone, which calls it some ten times more, once.
+
+    Returns:
+        A function of (batch, *shared), differentiable once, also with respect to the rows and to
+        shared tensors, which go whole to every micro-batch. Outputs are those of all rows, in
+        their order.
+
+    Raises:
+        ValueError: when called: sizes are not positive integers or disagree, rows differ or are
+            missing, an output has not one entry per row or depends on other rows, its structure
+            changes, fn uses a trained tensor that no module holds or a graph from outside, or
+            checkpoints with `use_reentrant=True`, or modules add up gradients over ranks.
+        TypeError: an output is no tensor, or an argument is of the wrong kind.
+        MemoryError: not even a micro-batch of one row fits; or the backward pass ran out of memory
+            with micro-batches that cannot be cut smaller, because random numbers or statistics
+            belong to them.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> encode = rowwise(model, microbatch_size=2)
+        >>> z = encode(torch.arange(8.0).reshape(4, 2))
+        >>> loss = torch.nn.functional.cross_entropy(z @ z.T, torch.arange(4))
+        >>> loss.backward()
+        >>> model.weight.grad.shape
+        torch.Size([2, 2])
+    """
+    if not callable(fn):
+        raise TypeError(
+            f"fn must be a function of a batch. Got fn={fn!r}. Pass a module or a function."
+        )
+    if microbatch_size is not None or accumulation_steps is not None:
+        check_sizes_or_auto(microbatch_size, accumulation_steps)
+    return Rowwise(fn, module, microbatch_size, accumulation_steps, check)

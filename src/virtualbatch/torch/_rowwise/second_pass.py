@@ -1,0 +1,134 @@
+"""The second pass: the gradients of what was trained, from those of the outputs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from virtualbatch.torch._microbatch import Microbatch, known_rows
+from virtualbatch.torch._rowwise.inputs import Inputs
+from virtualbatch.torch._rowwise.replay import Replay
+from virtualbatch.torch._rowwise.sums import GradientSums
+
+# Gradients that arrive at outputs, or leave for what is trained; None for none.
+Gradients = Sequence[torch.Tensor | None]
+
+
+class SecondPass:
+    """What is left to do when the gradients of outputs have come.
+
+    Args:
+        inputs: of the call.
+        replay: where the first pass began.
+        fitted: runs the pass on the micro-batches of the first one, or on smaller ones.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        replay: Replay,
+        fitted: Callable[[Callable[[Sequence[Microbatch]], Gradients]], Gradients],
+    ):
+        self._inputs = inputs
+        self._replay = replay
+        self._fitted = fitted
+
+    def gradients(self, of_outputs: Gradients) -> Gradients:
+        """The gradients of `Inputs.trained`.
+
+        Args:
+            of_outputs: one for each leaf.
+        """
+        if all(gradient is None for gradient in of_outputs):
+            return [None] * len(self._inputs.trained())
+        # What somebody does to the gradient of a parameter is done to that of the whole batch.
+        with self._replay.again(), _own_hooks_only(self._inputs.found.parameters):
+            return self._fitted(lambda cut: self._run(cut, of_outputs))
+
+    def _run(self, cut: Sequence[Microbatch], of_outputs: Gradients) -> Gradients:
+        inputs = self._inputs
+        parameters = GradientSums(inputs.found.parameters)
+        shared = GradientSums(inputs.shared)
+        rows = _RowGradients(inputs)
+        start = 0
+        for microbatch in cut:
+            stop = start + known_rows(microbatch)
+            arrived = [None if x is None else x[start:stop] for x in of_outputs]
+            self._add(microbatch, arrived, start, parameters, shared, rows)
+            start = stop
+        return [*parameters.taken(), *shared.taken(), *rows.taken()]
+
+    def _add(
+        self,
+        microbatch: Microbatch,
+        arrived: Gradients,
+        start: int,
+        parameters: GradientSums,
+        shared: GradientSums,
+        rows: "_RowGradients",
+    ) -> None:
+        with torch.enable_grad(), self._replay.autocast():
+            called = self._inputs.call(microbatch)
+        pairs = [
+            (leaf, gradient)
+            for (_, leaf), gradient in zip(called.outputs, arrived, strict=True)
+            if gradient is not None and leaf.requires_grad
+        ]
+        if not pairs:
+            return
+        others = [*called.shared, *called.rows.values()]
+        found = parameters.add([x for x, _ in pairs], [g for _, g in pairs], others)
+        count = len(called.shared)
+        shared.add_found(found[:count])
+        rows.put(start, dict(zip(called.rows, found[count:], strict=True)))
+
+
+class _RowGradients:
+    """Gradients of the rows that take one.
+
+    Args:
+        inputs: of the call.
+    """
+
+    def __init__(self, inputs: Inputs):
+        self._rows = inputs.rows
+        self._starts = inputs.starts()
+        self._found: dict[tuple[int, int], torch.Tensor] = {}
+
+    def put(self, start: int, found: dict[int, torch.Tensor | None]) -> None:
+        """Keeps those of a micro-batch.
+
+        Args:
+            start: the number of its first row.
+            found: by their place in the batch.
+        """
+        # A micro-batch of a Window may have been cut further, and never joined.
+        index = max(k for k, first in enumerate(self._starts) if first <= start)
+        start -= self._starts[index]
+        for place, gradient in found.items():
+            key = (index, place)
+            # Not every micro-batch of a Window needs the gradient of its rows.
+            if gradient is None or key not in self._rows:
+                continue
+            if key not in self._found:
+                self._found[key] = torch.zeros_like(self._rows[key])
+            self._found[key][start : start + len(gradient)] = gradient
+
+    def taken(self) -> Gradients:
+        """All of them, in the order of `Inputs.rows`."""
+        return [self._found.pop(key, None) for key in self._rows]
+
+
+@contextmanager
+def _own_hooks_only(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """No hook of somebody else hears the gradients of micro-batches."""
+    # Emptied in place: PyTorch holds the dictionaries.
+    found = [hooks for x in parameters if (hooks := x._backward_hooks)]
+    kept = [dict(hooks) for hooks in found]
+    for hooks in found:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in zip(found, kept, strict=True):
+            hooks.update(before)

@@ -1,0 +1,110 @@
+"""Sums of gradients beside `.grad`, in float32 or wider, taken as autograd finds them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+
+from virtualbatch.torch._commit import added, committed, widened
+
+# A hook costs as much as adding this many numbers. Smaller gradients are added after the pass.
+_LARGE = 2**14
+
+
+class GradientSums:
+    """The sums of a pass.
+
+    Gradients of large parameters are added while their backward pass goes on, so that never all of
+    them are there at once.
+
+    Args:
+        tensors: those that take a gradient.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]):
+        self._tensors = tensors
+        self._totals: list[torch.Tensor | None] = [None] * len(tensors)
+        # Of large ones, what autograd collects instead of their gradients: it holds no memory.
+        self._nothing = {
+            k: x.new_zeros(()).expand_as(x)
+            for k, x in enumerate(tensors)
+            # Tensors of other classes, such as sharded ones, may have no such view.
+            if x.numel() >= _LARGE and type(x) in (torch.Tensor, torch.nn.Parameter)
+        }
+
+    def add(
+        self,
+        outputs: Sequence[torch.Tensor],
+        starts: Sequence[torch.Tensor],
+        others: Sequence[torch.Tensor],
+    ) -> Sequence[torch.Tensor | None]:
+        """Adds the gradients of a micro-batch.
+
+        Args:
+            outputs: what is differentiated.
+            starts: the gradients that arrive at them.
+            others: further leaves.
+
+        Returns:
+            The gradients of the further leaves.
+        """
+        with self._as_they_come():
+            found = torch.autograd.grad(
+                outputs, [*self._tensors, *others], starts, allow_unused=True
+            )
+        count = len(self._tensors)
+        self.add_found(
+            [None if k in self._nothing else gradient for k, gradient in enumerate(found[:count])]
+        )
+        return found[count:]
+
+    @torch.no_grad()
+    def add_found(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Adds gradients that are there already.
+
+        Args:
+            gradients: one for each tensor; None for none.
+        """
+        totals, found = [], []
+        for k, gradient in enumerate(gradients):
+            total = self._totals[k]
+            if gradient is None:
+                continue
+            if total is None or total.is_sparse or gradient.is_sparse:
+                self._add(k, gradient)
+            else:
+                totals.append(total)
+                found.append(gradient)
+        if totals:
+            torch._foreach_add_(totals, found)
+
+    def taken(self) -> list[torch.Tensor | None]:
+        """Gives the sums away, in the dtypes of the tensors."""
+        totals, self._totals = self._totals, [None] * len(self._totals)
+        totals.reverse()
+        # The list must not hold what `.grad` is to take over.
+        return [committed(x, None, totals.pop()) for x in self._tensors]
+
+    @torch.no_grad()
+    def _add(self, k: int, gradient: torch.Tensor) -> None:
+        total = self._totals[k]
+        if total is None:
+            # A copy: a gradient may have the memory of another one, or of the graph.
+            wide = widened(gradient)
+            self._totals[k] = wide.clone() if wide is gradient else wide
+        elif total.is_sparse or gradient.is_sparse:
+            self._totals[k] = added(total, widened(gradient))
+        else:
+            total.add_(gradient)
+
+    @contextmanager
+    def _as_they_come(self) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for k in self._nothing:
+                hooks.callback(self._tensors[k].register_hook(partial(self._take, k)).remove)
+            yield
+
+    def _take(self, k: int, gradient: torch.Tensor) -> torch.Tensor:
+        self._add(k, gradient)
+        return gradient if gradient.is_sparse else self._nothing[k]
