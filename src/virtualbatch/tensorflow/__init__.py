@@ -29,6 +29,7 @@ from virtualbatch.tensorflow._checks import check_call
 from virtualbatch.tensorflow._plan.memory import ERRORS, largest_variables, left_bytes
 from virtualbatch.tensorflow._plan.plan import held_bytes, planned
 from virtualbatch.tensorflow._plan.sizes import kept_sizes, signature, stand_in
+from virtualbatch.tensorflow._rowwise.function import Rowwise
 from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.stream import windows
@@ -36,7 +37,7 @@ from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.tree import common_rows
 from virtualbatch.window.window import Window, refuse_sorted_rows
 
-__all__ = ["Window", "certify", "certify_loop", "plan", "value_and_gradients", "windows"]
+__all__ = ["Window", "certify", "certify_loop", "plan", "rowwise", "value_and_gradients", "windows"]
 
 
 @overload
@@ -354,6 +355,17 @@ def certify(
     check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
     program = Program(loss_fn, variables, weight, has_aux, stats=False)
     return certificate(program, batch, microbatch_size, accumulation_steps)
+
+
+def rowwise(
+    fn: Callable[..., Any],
+    *,
+    microbatch_size: int | str | Auto | None = None,
+    accumulation_steps: int | None = None,
+    check: bool = True,
+) -> Callable[..., Any]:
+    """A function of rows that needs the memory of a micro-batch, for losses that couple rows."""
+    return Rowwise(fn, microbatch_size, accumulation_steps, check)
 
 
 def _planned_size(program: Program, batch: Any, automatic: Any) -> CurrentSize:
