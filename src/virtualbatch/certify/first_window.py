@@ -217,6 +217,13 @@ def _refused(trial: Trial, finding: Finding, failing: _Pair) -> str | None:
             group,
         )
         return None
+    if trial.is_rowwise:
+        raise ValueError(
+            "What rowwise wraps must compute each row from that row alone. "
+            f"Got a function whose first rows show that it does not: {finding.where}. "
+            f"{finding.why} Wrap what comes before this, and leave the rest to the loss. "
+            "See docs/rowwise.md; check=False turns this check off."
+        )
     raise ValueError(
         "The gradients of micro-batches must add up to that of their batch. "
         f"Got a loss whose first rows show that they do not: {finding.kind} at {finding.where}. "

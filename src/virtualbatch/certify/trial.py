@@ -81,6 +81,7 @@ class Trial(ABC):
         pairs: rows of the two parts of each pair. One and one tell a sum, unequal ones a wrong
             weight, and only about four and four show what sorts or compares rows.
         seen: what was seen so far.
+        is_rowwise: whether the loss is made of a function that `rowwise` wraps.
     """
 
     rows: int
@@ -90,6 +91,7 @@ class Trial(ABC):
     width = 1
     pairs: Sequence[tuple[int, int]] = ((1, 1), (1, 2), (4, 4))
     seen = Seen()
+    is_rowwise = False
 
     @abstractmethod
     def leaves(self, rows: Sequence[int]) -> Mapping[str, np.ndarray]:

@@ -37,7 +37,11 @@ _PROVEN: dict[int, Proven] = {}
 
 
 def prove_first_window(
-    program: Program, batch: Any, cut: Sequence[Segment], shares: Shares
+    program: Program,
+    batch: Any,
+    cut: Sequence[Segment],
+    shares: Shares,
+    is_rowwise: bool = False,
 ) -> None:
     """Tries the law on rows of a batch, if its loss has not been tried with the variables before.
 
@@ -46,6 +50,7 @@ def prove_first_window(
         batch: a batch, or a Window.
         cut: the micro-batches of the window.
         shares: theirs.
+        is_rowwise: whether the loss is made of a function that `rowwise` wraps.
 
     Raises:
         ValueError: micro-batches of this loss do not add up to their batch.
@@ -67,6 +72,7 @@ def prove_first_window(
         seen.check_sizes(sizes)
         return
     trial = _TensorFlowTrial(program, as_tensors(source), sizes)
+    trial.is_rowwise = is_rowwise
     if lacking is not None and not isinstance(batch, Window):
         trial.empty, trial.full = (rows_of_part(sizes, k) for k in lacking)
     with _random_numbers_kept():

@@ -5,16 +5,16 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.tensorflow._batch import Segment, as_tensors, segments, specs
+from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
+from virtualbatch.tensorflow._batch import Segment, as_tensors, segments, smaller_segments
+from virtualbatch.tensorflow._rowwise.attempts import Attempts
 from virtualbatch.tensorflow._rowwise.node import differentiable
-from virtualbatch.tensorflow._rowwise.outputs import check_outputs
 from virtualbatch.tensorflow._rowwise.passes import Passes, Shared
-from virtualbatch.tensorflow._rowwise.program import Reached, reached, traced_alone
+from virtualbatch.tensorflow._rowwise.program import reached
 from virtualbatch.tensorflow._rowwise.recording import is_recording
-from virtualbatch.tensorflow._rowwise.state import State
-from virtualbatch.window.fingerprint import plain_values
-from virtualbatch.window.tree import builder, common_rows
-from virtualbatch.window.window import Window
+from virtualbatch.tensorflow._rowwise.surrogate import Surrogates
+from virtualbatch.tensorflow._window import Program
+from virtualbatch.window.window import Window, check_cut
 
 
 class Rowwise:
@@ -22,7 +22,7 @@ class Rowwise:
 
     Args:
         fn: (batch, *shared) -> outputs.
-        microbatch_size: checked, or None.
+        microbatch_size: checked; or "auto", an `Auto`, or None.
         accumulation_steps: checked, or None.
         check: whether the first call proves that each row stands alone.
     """
@@ -30,66 +30,76 @@ class Rowwise:
     def __init__(
         self,
         fn: Callable[..., Any],
-        microbatch_size: int | None,
+        microbatch_size: Any,
         accumulation_steps: int | None,
         check: bool,
     ):
-        self.fn = fn
         self.sizes = microbatch_size, accumulation_steps
+        self._fn = fn
         self._check = check
-        # By what a trace depends on.
-        self._reached: dict[str, Reached] = {}
+        self._auto = microbatch_size if isinstance(microbatch_size, Auto) else Auto()
+        self._surrogates = Surrogates(fn)
 
     def __call__(self, batch: Any, *shared: Any) -> Any:
         """The outputs for all rows of a batch, or of a Window."""
+        if isinstance(batch, Window):
+            check_cut(batch, *self.sizes)
         if tf.executing_eagerly():
-            return self._eagerly(batch, shared)
+            return self._eagerly(batch, Shared(shared))
         # AutoGraph does not look into this library, but must go on converting what the user wrote.
         autograph = tf.__internal__.autograph
-        fn = autograph.tf_convert(self.fn, autograph.control_status_ctx())
-        return self._in_graph(fn, batch, shared)
+        fn = autograph.tf_convert(self._fn, autograph.control_status_ctx())
+        return self._in_graph(fn, batch, Shared(shared))
+
+    def certified(self, batch: Any, variables: Any) -> tuple[Program, Any]:
+        """The loss that is certified in place of the function, and its batch.
+
+        Raises:
+            ValueError: see `Surrogates.certified`.
+        """
+        return self._surrogates.certified(batch, variables)
 
     @tf.autograph.experimental.do_not_convert
-    def _in_graph(self, fn: Callable[..., Any], batch: Any, shared: Sequence[Any]) -> Any:
+    def _in_graph(self, fn: Callable[..., Any], batch: Any, shared: Shared) -> Any:
         batch = batch if isinstance(batch, Window) else as_tensors(batch)
-        cut = self._cut(batch)
+        cut = self._cut(batch, self._planned(batch, shared))
         if _is_whole(batch, cut):
-            return fn(batch, *shared)
-        given = Shared(shared)
-        passes = Passes(fn, given)
-        traced = passes.traced(cut)
-        graphs = {id(call.graph): call.graph for x in traced for call in (x.first, x.call)}
-        found = reached(list(graphs.values()))
-        return differentiable(passes, given, batch, cut, traced, found.trained, found.written)
+            return fn(batch, *shared.arguments(shared.tensors))
+        passes = Passes(fn, shared)
+        found = reached(passes.graphs(cut))
+        return differentiable(passes, shared, batch, cut, found.trained, found.written, None)
 
-    def _eagerly(self, batch: Any, shared: Sequence[Any]) -> Any:
-        cut = self._cut(batch)
-        if _is_whole(batch, cut) or not (is_recording() or isinstance(batch, Window)):
-            return self.fn(batch, *shared)
-        given = Shared(shared)
-        found = self._learnt(cut[0], given)
-        passes = Passes(self.fn, given)
-        traced = passes.traced(cut)
-        return differentiable(passes, given, batch, cut, traced, found.trained, found.changing)
+    def _eagerly(self, batch: Any, shared: Shared) -> Any:
+        if not is_recording() and not isinstance(batch, Window):
+            return self._fn(batch, *shared.arguments(shared.tensors))
+        planned = self._planned(batch, shared)
+        cut = self._cut(batch, planned)
+        if _is_whole(batch, cut):
+            return self._fn(batch, *shared.arguments(shared.tensors))
+        most = max(segment.rows(0) for segment in cut)
+        size = planned or self._auto.asked(most)
+        if size.rows < most:
+            cut = smaller_segments(batch, size.rows)
+        learnt = self._surrogates.learnt(cut[0].get(0), shared)
+        if self._check:
+            self._surrogates.prove(learnt, batch, cut, shared)
+        found = learnt.reached
+        attempts = Attempts(batch, size, found)
+        passes = Passes(self._fn, shared)
+        return differentiable(passes, shared, batch, cut, found.trained, found.changing, attempts)
 
-    def _cut(self, batch: Any) -> list[Segment]:
-        return segments(batch, *((None, None) if isinstance(batch, Window) else self.sizes))
+    def _cut(self, batch: Any, planned: CurrentSize | None) -> list[Segment]:
+        if isinstance(batch, Window):
+            return segments(batch, None, None)
+        check_cut(batch, *(self.sizes if planned is None else (planned.rows, None)))
+        size, steps = self.sizes
+        return segments(batch, size if planned is None else planned.rows, steps)
 
-    def _learnt(self, first: Segment, shared: Shared) -> Reached:
-        """The variables that the function reaches, by a trace of it, once per structure."""
-        microbatch = as_tensors(first.get(0))
-        key = repr((specs(microbatch, 1), shared.specs, plain_values(self.fn)))
-        if key not in self._reached:
-            before = State.now([])
-            graph, outputs = traced_alone(
-                self.fn, specs(microbatch), shared.arguments(shared.specs)
-            )
-            before.put_back()
-            self._reached[key] = reached([graph])
-            leaves: list[tuple[str, Any]] = []
-            builder(outputs, "output", leaves, lists=False)
-            check_outputs(leaves, first.rows(0))
-        return self._reached[key]
+    def _planned(self, batch: Any, shared: Shared) -> CurrentSize | None:
+        """The size in force where it is to be planned."""
+        if not is_automatic(self.sizes[0]):
+            return None
+        return self._surrogates.planned(batch, shared, self._auto)
 
 
 def _is_whole(batch: Any, cut: Sequence[Segment]) -> bool:

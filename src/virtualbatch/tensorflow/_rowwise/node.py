@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from virtualbatch.tensorflow._batch import Segment
-from virtualbatch.tensorflow._loop import Traced
+from virtualbatch.tensorflow._rowwise.attempts import Attempts
 from virtualbatch.tensorflow._rowwise.outputs import takes_gradient
 from virtualbatch.tensorflow._rowwise.passes import Passes, Shared, tensors_of
 from virtualbatch.tensorflow._rowwise.recording import is_recorded
@@ -19,9 +19,9 @@ def differentiable(
     shared: Shared,
     batch: Any,
     cut: Sequence[Segment],
-    traced: Sequence[Traced],
     trained: Sequence[Any],
     changing: Sequence[Any],
+    attempts: Attempts | None,
 ) -> Any:
     """The outputs for all rows, whose gradient is the second pass.
 
@@ -30,9 +30,9 @@ def differentiable(
         shared: its arguments beside the batch.
         batch: that batch, or a Window.
         cut: its micro-batches.
-        traced: the same with the first pass.
         trained: variables that the function reaches and that take a gradient.
         changing: variables that it may change.
+        attempts: how passes are run eagerly; None in a graph.
 
     Returns:
         What the function returns.
@@ -43,7 +43,11 @@ def differentiable(
     tensors = _tensors_of_rows(batch)
     arrays, others = _wanted(tensors), _wanted(shared.tensors)
     before = State.now(changing)
-    found = passes.first(traced)
+    if attempts is None:
+        found = passes.first(cut)
+    else:
+        found, cut = attempts.first(passes.first, cut, before)
+    drawn = before.is_drawn_from()
     flags = passes.outputs.takes_gradient
     cells = [x for x, flag in zip(found, flags, strict=True) if flag]
     if not cells:
@@ -52,8 +56,13 @@ def differentiable(
     def second(*cotangents: Any, variables: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         now = State.now(changing)
         before.put_back()
-        of_variables, of_shared, of_rows = passes.second(cut, cotangents, variables, others, arrays)
+
+        def run(cut: Sequence[Segment]) -> Any:
+            return passes.second(cut, cotangents, variables, others, arrays)
+
+        found = run(cut) if attempts is None else attempts.second(run, cut, before, drawn)
         now.put_back()
+        of_variables, of_shared, of_rows = found
         return [*of_rows, *of_shared], of_variables
 
     @tf.custom_gradient
@@ -97,9 +106,7 @@ def _wanted(tensors: Sequence[Any]) -> list[int]:
     """
     is_graph = not tf.executing_eagerly()
     return [
-        k
-        for k, x in enumerate(tensors)
-        if takes_gradient(x.dtype) and (is_graph or is_recorded(x))
+        k for k, x in enumerate(tensors) if takes_gradient(x.dtype) and (is_graph or is_recorded(x))
     ]
 
 

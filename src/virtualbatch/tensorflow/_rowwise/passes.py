@@ -56,26 +56,37 @@ class Passes:
         self._fn = fn
         self._shared = shared
         self.outputs = Outputs()
+        self._last: tuple[Sequence[Segment], list[Traced]] | None = None
 
-    def traced(self, cut: Sequence[Segment]) -> list[Traced]:
-        """The first pass over the micro-batches, in a graph traced here, once per shape."""
+    def graphs(self, cut: Sequence[Segment]) -> list[Any]:
+        """The graphs of the first pass over these micro-batches, inside of a graph."""
+        functions: list[Any] = [x for t in self._traced(cut) for x in (t.first, t.call)]
+        return list({id(function): function.graph for function in functions}.values())
 
-        def step(index: Any, microbatch: Any, *given: Any) -> list[Any]:
-            found = self._fn(microbatch, *self._shared.arguments(given))
-            return self.outputs.tensors(found, microbatch)
-
-        with nothing_recorded():
-            return trace(cut, step, extra=self._shared.specs)
-
-    def first(self, traced: Sequence[Traced]) -> list[Any]:
+    def first(self, cut: Sequence[Segment]) -> list[Any]:
         """Runs the first pass.
 
         Returns:
             The tensors of the outputs, each with the rows of all micro-batches in order.
         """
         with nothing_recorded():
-            given = [bound(each, *self._shared.tensors) for each in traced]
-            return list(fold(given, lambda _, found: Output([_entry(found)], found), add).rows)
+            given = [bound(each, *self._shared.tensors) for each in self._traced(cut)]
+            rows = fold(given, lambda _, found: Output([_entry(found)], found), add).rows
+        return _with_all_rows(rows, cut)
+
+    def _traced(self, cut: Sequence[Segment]) -> list[Traced]:
+        """The micro-batches with the first pass, in a graph traced once per shape."""
+        if self._last is not None and self._last[0] is cut:
+            return self._last[1]
+
+        def step(index: Any, microbatch: Any, *given: Any) -> list[Any]:
+            found = self._fn(microbatch, *self._shared.arguments(given))
+            return self.outputs.tensors(found, microbatch)
+
+        with nothing_recorded():
+            traced = trace(cut, step, extra=self._shared.specs)
+        self._last = cut, traced
+        return traced
 
     def second(
         self,
@@ -121,11 +132,10 @@ class Passes:
             bound(each, *self._shared.tensors)
             for each in trace(pairs, step, extra=self._shared.specs)
         ]
-        sums, rows = fold(
-            given, lambda _, found: Output(found[0], [*found[1], *found[2]]), add
-        )
+        sums, rows = fold(given, lambda _, found: Output(found[0], [*found[1], *found[2]]), add)
         flat = finished(sums, rows[: 2 * count], [*variables, *wanted])
         return flat[: len(variables)], flat[len(variables) :], list(rows[2 * count :])
+
 
 def tensors_of(batch: Any) -> list[Any]:
     """The dense tensors of a batch or of a micro-batch, in the same order."""
@@ -136,3 +146,12 @@ def _entry(outputs: Sequence[Any]) -> Any:
     """A number that is there once the outputs are; what waits for it waits for the micro-batch."""
     entries = [tf.reduce_sum(tf.cast(x[:1], tf.float32)) for x in outputs if x.dtype.is_floating]
     return tf.add_n(entries) if entries else tf.zeros([])
+
+
+def _with_all_rows(tensors: Sequence[Any], cut: Sequence[Segment]) -> list[Any]:
+    """The tensors, which say how many rows they have if that is known."""
+    counts = [segment.count * segment.rows(0) for segment in cut]
+    if all(isinstance(count, int) for count in counts):
+        for tensor in tensors:
+            tensor.set_shape([sum(counts), *tensor.shape[1:]])
+    return list(tensors)

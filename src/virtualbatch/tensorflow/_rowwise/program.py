@@ -38,14 +38,14 @@ class Reached(NamedTuple):
 
 
 def traced_alone(
-    fn: Callable[..., Any], microbatch: Any, shared: Sequence[Any]
+    fn: Callable[..., Any], microbatch: Any, tensors: Sequence[Any]
 ) -> tuple[Any, Any]:
     """A function's graph for a micro-batch, made outside of the program that runs it.
 
     Args:
-        fn: (micro-batch, *shared) -> outputs.
+        fn: (micro-batch, tensors) -> outputs.
         microbatch: nested structure of specs and of leaves without rows.
-        shared: the same for its other arguments.
+        tensors: specs of tensors that come from outside.
 
     Returns:
         The graph, and the outputs in it.
@@ -54,12 +54,12 @@ def traced_alone(
     found = []
 
     @tf.function
-    def traced(*arguments: Any) -> None:
+    def traced(microbatch: Any, tensors: Any) -> None:
         converted = autograph.tf_convert(fn, autograph.control_status_ctx())
-        found.append(converted(*arguments))
+        found.append(converted(microbatch, tensors))
 
     try:
-        graph = traced.get_concrete_function(microbatch, *shared).graph
+        graph = traced.get_concrete_function(microbatch, list(tensors)).graph
     except Exception as error:
         error.add_note(
             "rowwise traces fn with tf.function once, to learn which variables it reads and writes."

@@ -27,6 +27,10 @@ class State(NamedTuple):
         host = HostRandom() if tf.executing_eagerly() else None
         return cls(variables, [variable.read_value() for variable in variables], host)
 
+    def is_drawn_from(self) -> bool:
+        """Whether Python or NumPy drew random numbers since."""
+        return self.host is not None and self.host.has_moved()
+
     def put_back(self) -> None:
         """Makes the state what it was."""
         for variable, value in zip(self.variables, self.values, strict=True):
