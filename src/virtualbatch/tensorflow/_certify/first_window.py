@@ -41,7 +41,7 @@ def prove_first_window(
     batch: Any,
     cut: Sequence[Segment],
     shares: Shares,
-    is_rowwise: bool = False,
+    others: Sequence[Any] | None = None,
 ) -> None:
     """Tries the law on rows of a batch, if its loss has not been tried with the variables before.
 
@@ -50,7 +50,8 @@ def prove_first_window(
         batch: a batch, or a Window.
         cut: the micro-batches of the window.
         shares: theirs.
-        is_rowwise: whether the loss is made of a function that `rowwise` wraps.
+        others: variables that it may change, where it is made of a function that `rowwise` wraps;
+            those of any other loss are found by a trace.
 
     Raises:
         ValueError: micro-batches of this loss do not add up to their batch.
@@ -72,7 +73,9 @@ def prove_first_window(
         seen.check_sizes(sizes)
         return
     trial = _TensorFlowTrial(program, as_tensors(source), sizes)
-    trial.is_rowwise = is_rowwise
+    if others is not None:
+        trial.is_rowwise = True
+        trial.keep(others)
     if lacking is not None and not isinstance(batch, Window):
         trial.empty, trial.full = (rows_of_part(sizes, k) for k in lacking)
     with _random_numbers_kept():
@@ -177,16 +180,18 @@ class _TensorFlowTrial(Trial):
             }
         return dict(zip(named, terms, strict=True)), gradients, reached
 
+    def keep(self, others: Sequence[Any]) -> None:
+        """Says what the loss may change beside what is differentiated, which is put back."""
+        self._others = [(variable, variable.numpy()) for variable in others]
+
     @contextmanager
     def _others_kept(self) -> Iterator[None]:
-        """Puts back what the loss may change beside what is differentiated."""
         if self._others is None:
-            found = other_variables(self._program, self._some([0]))
-            self._others = [(variable, variable.numpy()) for variable in found]
+            self.keep(other_variables(self._program, self._some([0])))
         try:
             yield
         finally:
-            for variable, value in self._others:
+            for variable, value in self._others or ():
                 variable.assign(value)
 
 

@@ -91,9 +91,9 @@ class Rowwise:
     def _cut(self, batch: Any, planned: CurrentSize | None) -> list[Segment]:
         if isinstance(batch, Window):
             return segments(batch, None, None)
-        check_cut(batch, *(self.sizes if planned is None else (planned.rows, None)))
-        size, steps = self.sizes
-        return segments(batch, size if planned is None else planned.rows, steps)
+        sizes = self.sizes if planned is None else (planned.rows, None)
+        check_cut(batch, *sizes)
+        return segments(batch, *sizes)
 
     def _planned(self, batch: Any, shared: Shared) -> CurrentSize | None:
         """The size in force where it is to be planned."""

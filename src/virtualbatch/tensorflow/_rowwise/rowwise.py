@@ -64,5 +64,7 @@ def rowwise(
         raise TypeError(
             f"fn must be a function of a batch. Got fn={fn!r}. Pass fn=lambda batch: ..."
         )
-    check_sizes_or_auto(microbatch_size, accumulation_steps)
+    # A Window needs none.
+    if microbatch_size is not None or accumulation_steps is not None:
+        check_sizes_or_auto(microbatch_size, accumulation_steps)
     return Rowwise(fn, microbatch_size, accumulation_steps, check)

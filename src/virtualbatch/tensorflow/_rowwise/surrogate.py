@@ -110,7 +110,7 @@ class Surrogates:
         pairs = _numbered(batch, [segment.rows(0) for segment in cut])
         learnt.given.arguments = shared.arguments(shared.tensors)
         try:
-            prove_first_window(learnt.program, pairs, cut, window_shares(cut, SUM), is_rowwise=True)
+            prove_first_window(learnt.program, pairs, cut, window_shares(cut, SUM), learnt.reached.changing)
         finally:
             learnt.given.arguments = ()
 
