@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tests.oracle import EXACT, assert_close
-from tests.tensorflow.modes import TIERED, WITHOUT_XLA, arrays, compiled
+from tests.tensorflow.modes import MODES, TIERED, WITHOUT_XLA, arrays, compiled
+from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
 
@@ -245,7 +246,9 @@ def test_outputs_of_every_kind(mode):
     assert_equal_gradients(found, gradient_of(fn, [kernel], loss)(batch()))
 
 
-@pytest.mark.parametrize("mode", WITHOUT_XLA)
+@pytest.mark.parametrize(
+    "mode", tiered(MODES[:3], ["eager"], "the gradient of a gradient of loops takes seconds")
+)
 def test_a_persistent_tape_and_a_second_derivative(mode):
     kernel = variable(4, 3)
 

@@ -321,12 +321,12 @@ def certify(
         >>> found.exact, found.findings[0].kind
         (False, 'sum_loss')
     """
-    is_rowwise = isinstance(loss_fn, Rowwise)
-    if is_rowwise and microbatch_size is None and accumulation_steps is None:
-        microbatch_size, accumulation_steps = loss_fn.sizes
+    rowwise_fn = loss_fn if isinstance(loss_fn, Rowwise) else None
+    if rowwise_fn and microbatch_size is None and accumulation_steps is None:
+        microbatch_size, accumulation_steps = rowwise_fn.sizes
     check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
     program = Program(loss_fn, variables, weight, has_aux, stats=False)
-    if is_rowwise:
+    if rowwise_fn:
         refuse_window(batch)
-        program, batch = loss_fn.certified(batch, variables)
+        program, batch = rowwise_fn.certified(batch, variables)
     return certificate(program, batch, microbatch_size, accumulation_steps)

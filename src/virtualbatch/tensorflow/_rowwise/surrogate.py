@@ -4,8 +4,10 @@ The products of its outputs with fixed numbers are added up over rows, so it is 
 exactly where the function works row by row.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
 
 import tensorflow as tf
 
@@ -25,32 +27,92 @@ from virtualbatch.window.terms import SUM
 from virtualbatch.window.tree import builder, common_rows
 from virtualbatch.window.window import Window
 
+# Of functions that differ by plain values only.
+_MOST_TRACES = 4
+
 
 class _Given:
     """The function with the shared arguments of the call in which it is looked at."""
 
     def __init__(self, fn: Callable[..., Any]):
         self._fn = fn
-        self.arguments: Sequence[Any] = ()
+        self._arguments: Sequence[Any] = ()
 
     def __call__(self, batch: Any) -> Any:
-        return self._fn(batch, *self.arguments)
+        return self._fn(batch, *self._arguments)
+
+    @contextmanager
+    def called_with(self, arguments: Sequence[Any]) -> Iterator[None]:
+        """For the length of a context, so that they are not held for longer."""
+        self._arguments = arguments
+        try:
+            yield
+        finally:
+            self._arguments = ()
 
 
-class Learnt(NamedTuple):
+class Learnt:
     """What a trace of a function told.
 
-    Fields:
+    Args:
         reached: its variables.
         outputs: the expressions that reach its outputs, and traces of these.
         given: the function as its loss calls it.
-        program: that loss; None if no output can have a gradient.
     """
 
-    reached: Reached
-    outputs: list[tuple[str, Any]]
-    given: _Given
-    program: Program | None
+    def __init__(self, reached: Reached, outputs: Sequence[tuple[str, Any]], given: _Given):
+        self.reached = reached
+        self.given = given
+        self._outputs = [
+            (place, tf.as_dtype(leaf.dtype))
+            for place, leaf in outputs
+            if leaf is not None and takes_gradient(tf.as_dtype(leaf.dtype))
+        ]
+
+    @cached_property
+    def tried(self) -> Program | None:
+        """The loss that is tried; None if no output can have a gradient."""
+        return self.compared(self.reached.trained)
+
+    def compared(self, variables: Any) -> Program | None:
+        """A loss with the function's outputs among its gradients; None without a gradient."""
+        if not self._outputs:
+            return None
+        # The gradient of each is the sum of its output's products: so outputs are compared too.
+        factors = [
+            tf.Variable(tf.ones([], _wide(dtype)), name=_name(place))
+            for place, dtype in self._outputs
+        ]
+        return Program(self._loss(factors), [factors, variables], SUM, has_aux=False, stats=False)
+
+    @cached_property
+    def planned(self) -> Program | None:
+        """The loss that is planned; None if there is no gradient to measure."""
+        variables = self.reached.trained
+        if not self._outputs or not variables:
+            return None
+        loss_fn = self._loss([1.0] * len(self._outputs))
+        return Program(loss_fn, variables, SUM, has_aux=False, stats=False)
+
+    def _loss(self, factors: Sequence[Any]) -> Callable[[Any], Any]:
+        """The loss, to be run on what `_numbered` gives."""
+        dtypes = [_wide(dtype) for _, dtype in self._outputs]
+        widest = max(dtypes, key=lambda dtype: dtype.size)
+        given = self.given
+
+        def loss_fn(pair: Any) -> Any:
+            batch, numbers = pair
+            outputs = Outputs()
+            tensors = outputs.tensors(given(batch), batch)
+            chosen = [x for x, flag in zip(tensors, outputs.takes_gradient, strict=True) if flag]
+            total = tf.zeros([], widest)
+            for k, (x, dtype) in enumerate(zip(chosen, dtypes, strict=True)):
+                real = tf.math.real(x) + tf.math.imag(x) if x.dtype.is_complex else x
+                products = tf.cast(real, dtype) * _cotangent(numbers, real, k, dtype)
+                total += tf.cast(tf.reduce_sum(products) * factors[k], widest)
+            return total
+
+        return loss_fn
 
 
 class Surrogates:
@@ -62,7 +124,7 @@ class Surrogates:
 
     def __init__(self, fn: Callable[..., Any]):
         self._fn = fn
-        self._learnt: dict[str, Learnt] = {}
+        self._learnt: dict[str, dict[tuple[str, ...], Learnt]] = {}
 
     def learnt(self, microbatch: Any, shared: Shared) -> Learnt:
         """What a trace of the function tells, made once per structure and outside of graphs.
@@ -75,23 +137,15 @@ class Surrogates:
             ValueError: see `reached` and `check_outputs`.
         """
         microbatch = as_tensors(microbatch)
-        # A function may do something else with other values.
-        key = repr((specs(microbatch, 1), shared.specs, plain_values(self._fn)))
-        if key not in self._learnt:
-            before = State.now([])
-            graph, outputs = traced_alone(
-                lambda rows, tensors: self._fn(rows, *shared.arguments(tensors)),
-                specs(microbatch),
-                shared.specs,
-            )
-            before.put_back()
-            leaves: list[tuple[str, Any]] = []
-            builder(outputs, "output", leaves, lists=False)
-            check_outputs(leaves, common_rows(named_arrays(microbatch)))
-            found, given = reached([graph]), _Given(self._fn)
-            program = _loss(given, leaves, found.trained)
-            self._learnt[key] = Learnt(found, leaves, given, program)
-        return self._learnt[key]
+        known = self._learnt.setdefault(repr((specs(microbatch, 1), shared.specs)), {})
+        # With other values a function may do something else.
+        values = plain_values(self._fn)
+        if values not in known:
+            if len(known) >= _MOST_TRACES:
+                # Some value is another one at each call, as a step is.
+                return next(reversed(known.values()))
+            known[values] = self._traced(microbatch, shared)
+        return known[values]
 
     def prove(self, learnt: Learnt, batch: Any, cut: Sequence[Segment], shared: Shared) -> None:
         """Tries on a few rows whether each stands alone, if that was not done.
@@ -105,14 +159,12 @@ class Surrogates:
         Raises:
             ValueError: some row does not.
         """
-        if learnt.program is None:
+        if learnt.tried is None:
             return
         pairs = _numbered(batch, [segment.rows(0) for segment in cut])
-        learnt.given.arguments = shared.arguments(shared.tensors)
-        try:
-            prove_first_window(learnt.program, pairs, cut, window_shares(cut, SUM), learnt.reached.changing)
-        finally:
-            learnt.given.arguments = ()
+        shares = window_shares(cut, SUM)
+        with learnt.given.called_with(shared.arguments(shared.tensors)):
+            prove_first_window(learnt.tried, pairs, cut, shares, learnt.reached.changing)
 
     def certified(self, batch: Any, variables: Any) -> tuple[Program, Any]:
         """The loss that is certified in place of the function, and its batch.
@@ -121,8 +173,7 @@ class Surrogates:
             ValueError: no output can have a gradient.
         """
         (whole,) = segments(batch, None, 1)
-        learnt = self.learnt(whole.get(0), Shared(()))
-        program = _loss(learnt.given, learnt.outputs, variables)
+        program = self.learnt(whole.get(0), Shared(())).compared(variables)
         if program is None:
             raise ValueError(
                 "A certificate compares gradients. Got a function of which no output can have one. "
@@ -131,53 +182,43 @@ class Surrogates:
         return program, _numbered(batch, [whole.rows(0)])
 
     def planned(self, batch: Any, shared: Shared, sizes: Auto) -> CurrentSize:
-        """The size in force for a batch, planned if no plan covers it."""
+        """The size in force for a batch, planned if no plan covers it.
+
+        Raises:
+            ValueError: the function has no gradient that could be measured, or a graph does not
+                know the shapes of the batch.
+        """
         is_graph = not tf.executing_eagerly()
+        rows = common_rows(named_arrays(batch))
+        if rows is None:
+            raise ValueError(
+                'microbatch_size="auto" must see whole shapes while a graph is traced. '
+                "Got open rows. Pass a number."
+            )
         # Out of the user's graph, if there is one; then without its values.
         with tf.init_scope():
             learnt = self.learnt(batch, shared)
             zeros = [tf.zeros(spec.shape, spec.dtype) for spec in shared.specs]
-        if learnt.program is None:
+        if learnt.planned is None:
             raise ValueError(
-                'microbatch_size="auto" measures gradients. Got a function of which no output can '
-                "have one. Call it without rowwise."
+                'microbatch_size="auto" measures gradients of variables. '
+                "Got a function that reaches none. Pass a number."
             )
-        learnt.given.arguments = shared.arguments(zeros if is_graph else shared.tensors)
-        try:
-            rows = common_rows(named_arrays(batch))
-            return planned_size(learnt.program, _numbered(batch, [rows or 0]), sizes)
-        finally:
-            learnt.given.arguments = ()
+        with learnt.given.called_with(shared.arguments(zeros if is_graph else shared.tensors)):
+            return planned_size(learnt.planned, _numbered(batch, [rows]), sizes)
 
-
-def _loss(
-    fn: Callable[[Any], Any], outputs: Sequence[tuple[str, Any]], variables: Any
-) -> Program | None:
-    """The loss of a function, to be run on what `_numbered` gives; None without a gradient."""
-    found = [
-        (place, leaf)
-        for place, leaf in outputs
-        if leaf is not None and takes_gradient(tf.as_dtype(leaf.dtype))
-    ]
-    if not found:
-        return None
-    # Their gradients are the outputs themselves, which are tried with it.
-    factors = [tf.Variable(tf.ones([], _wide(x.dtype)), name=_name(place)) for place, x in found]
-
-    def loss_fn(pair: Any) -> Any:
-        batch, numbers = pair
-        outputs = Outputs()
-        tensors = outputs.tensors(fn(batch), batch)
-        given = [x for x, flag in zip(tensors, outputs.takes_gradient, strict=True) if flag]
-        total = tf.zeros([], max((x.dtype for x in factors), key=lambda dtype: dtype.size))
-        for k, (x, factor) in enumerate(zip(given, factors, strict=True)):
-            real = tf.math.real(x) + tf.math.imag(x) if x.dtype.is_complex else x
-            wide = tf.cast(real, factor.dtype)
-            product = tf.reduce_sum(wide * _cotangent(numbers, wide, k)) * factor
-            total += tf.cast(product, total.dtype)
-        return total
-
-    return Program(loss_fn, [factors, variables], SUM, has_aux=False, stats=False)
+    def _traced(self, microbatch: Any, shared: Shared) -> Learnt:
+        before = State.now([])
+        graph, outputs = traced_alone(
+            lambda rows, tensors: self._fn(rows, *shared.arguments(tensors)),
+            specs(microbatch),
+            shared.specs,
+        )
+        before.put_back()
+        leaves: list[tuple[str, Any]] = []
+        builder(outputs, "output", leaves, lists=False)
+        check_outputs(leaves, common_rows(named_arrays(microbatch)))
+        return Learnt(reached([graph]), leaves, _Given(self._fn))
 
 
 def _numbered(batch: Any, rows: Sequence[int]) -> Any:
@@ -194,15 +235,15 @@ def _numbered(batch: Any, rows: Sequence[int]) -> Any:
     return Window([(microbatch, tf.range(stop - n, stop)) for microbatch, stop, n in pairs])
 
 
-def _cotangent(numbers: Any, like: Any, output: int) -> Any:
+def _cotangent(numbers: Any, like: Any, output: int, dtype: tf.DType) -> Any:
     """Numbers between -1 and 1 without order, one for each entry of an output.
 
     They follow from a row's number, so that a row has the same ones in every cut.
     """
     inner = tf.reshape(tf.range(tf.size(like[0])), tf.shape(like)[1:])
     rows = tf.reshape(numbers, [-1, *[1] * (len(like.shape) - 1)])
-    phase = [tf.cast(x, tf.float64) for x in (rows, inner[None])]
-    return tf.cast(tf.cos(1 + output + 2.399963 * phase[0] ** 2 + 1.324718 * phase[1]), like.dtype)
+    row, place = (tf.cast(x, tf.float64) for x in (rows, inner[None]))
+    return tf.cast(tf.cos(1 + output + 2.399963 * row**2 + 1.324718 * place), dtype)
 
 
 def _wide(dtype: tf.DType) -> tf.DType:
