@@ -161,7 +161,7 @@ def main() -> None:
             found = apart(way, str(count), **FREED_AT_ONCE)
             result["peak_bytes"][f"{way} {count}"] = found
             print(f"{way:8} {count:3} micro-batches: {found / _MIB:6.1f} MiB", flush=True)
-    save(result, arguments.json)
+    save(arguments.json, result)
 
 
 if __name__ == "__main__":

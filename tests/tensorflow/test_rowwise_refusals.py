@@ -137,6 +137,17 @@ def test_arguments_that_are_refused():
             vb.rowwise(lambda x: x, microbatch_size=2)(vb.Window([batch()]))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_forward_mode_is_refused(compiled):
+    kernel = tf.Variable(KERNEL)
+    encode = vb.rowwise(lambda x: x @ kernel, microbatch_size=2)
+    with (
+        tf.autodiff.ForwardAccumulator(kernel, tf.ones_like(kernel)),
+        pytest.raises(ValueError, match="Nest two tapes"),
+    ):
+        (tf.function(encode) if compiled else encode)(batch())
+
+
 COUPLED = {
     "centred": lambda x, k: x @ k - tf.reduce_mean(x @ k, 0),
     "without a variable": lambda x, k: x - tf.reduce_mean(x, 0),
@@ -185,6 +196,27 @@ def test_the_proof_is_made_once_and_changes_nothing(caplog):
     assert proved[0] > 10
     assert proved[3] == plain[3] == 4
     assert [*proved[1:3], *proved[4:]] == [*plain[1:3], *plain[4:]]
+
+
+@pytest.mark.proves_itself
+# NumPy warns of how random numbers in bfloat16 are kept.
+@pytest.mark.filterwarnings("default::DeprecationWarning")
+def test_a_proof_in_half_precision_changes_nothing(caplog):
+    model = keras.Sequential(
+        [keras.layers.Dense(3, dtype="bfloat16"), keras.layers.Dropout(0.5, dtype="bfloat16")]
+    )
+    model(tf.zeros([1, 4]))
+    seed = model.layers[1].seed_generator.state
+    start = seed.numpy()
+    with caplog.at_level(logging.WARNING, "virtualbatch"), tf.GradientTape():
+        vb.rowwise(lambda x: model(x, training=True), microbatch_size=SIZE)(batch())
+    assert not caplog.messages
+    # Each of two micro-batches has drawn once.
+    once = seed.numpy() - start
+    seed.assign(start)
+    model(batch()[:4], training=True)
+    model(batch()[4:], training=True)
+    assert (seed.numpy() - start == once).all()
 
 
 @pytest.mark.proves_itself

@@ -21,6 +21,7 @@ from virtualbatch.tensorflow._certify.certificate import (
     run_eagerly,
 )
 from virtualbatch.tensorflow._certify.eager_random import EagerRandom
+from virtualbatch.tensorflow._certify.step import epsilon
 from virtualbatch.tensorflow._gradients import added, scalar_terms, scaled_gradients
 from virtualbatch.tensorflow._plan.memory import ERRORS
 from virtualbatch.tensorflow._stats import summed
@@ -150,8 +151,8 @@ class _TensorFlowTrial(Trial):
             raise UntriedError("it draws random numbers by Python or NumPy")
         constant = {name: value for name, value in losses[1].items() if name not in reached}
         dtypes = [x.dtype for x in (*self._flat, *terms.values())]
-        epsilon = max(float(np.finfo(tf.as_dtype(d).real_dtype.as_numpy_dtype).eps) for d in dtypes)
-        return Distance.of(sizes, shares.of_rows_or_term(), losses, constant, epsilon)
+        widest_gap = max(epsilon(tf.as_dtype(dtype)) for dtype in dtypes)
+        return Distance.of(sizes, shares.of_rows_or_term(), losses, constant, widest_gap)
 
     def certificate(self, rows: Sequence[int], size: int) -> Certificate:
         """See `Trial`."""

@@ -9,7 +9,7 @@ from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._rowwise.attempts import Attempts
 from virtualbatch.tensorflow._rowwise.outputs import takes_gradient
 from virtualbatch.tensorflow._rowwise.passes import Passes, Shared, tensors_of
-from virtualbatch.tensorflow._rowwise.recording import is_recorded
+from virtualbatch.tensorflow._rowwise.recording import has_tangent, is_recorded
 from virtualbatch.tensorflow._rowwise.state import State
 from virtualbatch.window.window import Window
 
@@ -38,9 +38,11 @@ def differentiable(
         What the function returns.
 
     Raises:
-        ValueError: see `Outputs.tensors`, or rows of a Window take a gradient.
+        ValueError: see `Outputs.tensors`; or rows of a Window take a gradient, or a forward-mode
+            derivative follows what the function uses.
     """
     tensors = _tensors_of_rows(batch)
+    _refuse_tangents([*map(tf.identity, trained), *tensors, *shared.tensors])
     arrays, others = _wanted(tensors), _wanted(shared.tensors)
     before = State.now(changing)
     if attempts is None:
@@ -126,3 +128,11 @@ def _tensors_of_rows(batch: Any) -> list[Any]:
                 f"{leaf.shape}, which a tape records. Pass a batch and a microbatch_size."
             )
     return []
+
+
+def _refuse_tangents(tensors: Sequence[Any]) -> None:
+    if has_tangent(tensors):
+        raise ValueError(
+            "A rowwise function has derivatives by tf.GradientTape. "
+            "Got a call inside tf.autodiff.ForwardAccumulator. Nest two tapes instead."
+        )

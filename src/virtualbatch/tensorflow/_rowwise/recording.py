@@ -3,11 +3,11 @@
 A tape tells only whoever holds it; there is no public name for all tapes of a thread.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tensorflow.python.eager import record
+from tensorflow.python.eager import forwardprop_util, record
 
 
 def is_recording() -> bool:
@@ -18,6 +18,11 @@ def is_recording() -> bool:
 def is_recorded(tensor: Any) -> bool:
     """Whether a tape that records now may ask for the gradient of a tensor."""
     return bool(record.should_record_backprop([tensor]))
+
+
+def has_tangent(tensors: Sequence[Any]) -> bool:
+    """Whether a forward-mode derivative follows one of some tensors."""
+    return bool(forwardprop_util.pack_tangents(list(tensors)).tangents)
 
 
 @contextmanager
