@@ -283,3 +283,33 @@ def test_half_precision_is_summed_in_single(mode):
         return tape.gradient(value, scale)
 
     assert float(compiled(mode, call, rows)(rows)) == 512
+
+
+@pytest.mark.parametrize("mode", TIERED)
+def test_two_encoders_and_the_loss_in_blocks(mode):
+    first, second, scale = variable(4, 3), variable(4, 3, seed=5), variable(seed=6)
+
+    def block(part, others):
+        logits = tf.exp(scale) * part["z"] @ tf.transpose(others)
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(part["row"], logits)
+
+    def wrapped(size, fn):
+        return fn if size is None else vb.rowwise(fn, microbatch_size=size)
+
+    def loss_of(*sizes):
+        left = wrapped(sizes[0], lambda x: tf.tanh(x @ first))
+        right = wrapped(sizes[1], lambda x: tf.tanh(x @ second))
+        blocks = wrapped(sizes[2], block)
+
+        def call(batch):
+            with tf.GradientTape() as tape:
+                z, w = left(batch["x"]), right(batch["u"])
+                rows = tf.range(tf.shape(z)[0])
+                both = blocks({"z": z, "row": rows}, w) + blocks({"z": w, "row": rows}, z)
+                loss = tf.reduce_mean(both)
+            return loss, tape.gradient(loss, [first, second, scale])
+
+        return call
+
+    found = compiled(mode, loss_of(2, 3, 2), batch())(batch())
+    assert_equal_gradients(found, loss_of(None, None, None)(batch()))
