@@ -54,6 +54,7 @@ def rowwise(
         TypeError: `fn` is no function, or returns what is no dense tensor.
 
     Example:
+        >>> import tensorflow as tf
         >>> kernel = tf.Variable([[1.0], [2.0]])
         >>> encode = rowwise(lambda batch: tf.tanh(batch @ kernel), microbatch_size=2)
         >>> with tf.GradientTape() as tape:
