@@ -79,6 +79,8 @@ def jax() -> dict[str, Callable[[], object]]:
 
 
 def tensorflow() -> dict[str, Callable[[], object]]:
+    import tensorflow as tf
+
     import virtualbatch.tensorflow as vb
 
     call = programs.tensorflow_program(ROWS)
@@ -91,8 +93,16 @@ def tensorflow() -> dict[str, Callable[[], object]]:
             for variable, gradient in zip(variables, gradients, strict=True):
                 variable.assign_sub(gradient)
 
+    def rowwise():
+        first, _ = variables
+        encode = vb.rowwise(lambda batch: batch[0] @ first, microbatch_size=SIZE)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.math.reduce_std(encode(call["batch"]), 0))
+        return tape.gradient(loss, first)
+
     return {
         "value_and_gradients": lambda: vb.value_and_gradients(**call, microbatch_size=SIZE),
+        "rowwise": rowwise,
         "plan": lambda: vb.plan(**call),
         "certify": lambda: vb.certify(**call, microbatch_size=SIZE).raise_if_inexact(),
         "certify_loop": lambda: vb.certify_loop(

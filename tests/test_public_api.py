@@ -35,6 +35,9 @@ SIGNATURES = {
         "(loss_fn, batch, variables, *, microbatch_size=None, accumulation_steps=None, "
         "weight=None, has_aux=False, stats=False, check=True)"
     ),
+    virtualbatch.tensorflow.rowwise: (
+        "(fn, *, microbatch_size=None, accumulation_steps=None, check=True)"
+    ),
     virtualbatch.tensorflow.plan: (
         "(loss_fn, batch, variables, *, weight=None, has_aux=False, memory_limit=None)"
     ),
@@ -125,6 +128,7 @@ NAMES = {
         "certify",
         "certify_loop",
         "plan",
+        "rowwise",
         "value_and_gradients",
         "windows",
     },

@@ -208,9 +208,27 @@ def _refused(trial: Trial, finding: Finding, failing: _Pair) -> str | None:
             group,
         )
         return None
+    if trial.is_rowwise:
+        raise sees_other_rows(
+            f"values that change with the other rows: {finding.kind} at {finding.where}"
+        )
     raise ValueError(
-        f"{trial.rule}: {finding.kind} at {finding.where}. "
+        "The gradients of micro-batches must add up to that of their batch. "
+        f"Got a loss whose first rows show that they do not: {finding.kind} at {finding.where}. "
         f"{finding.why} {finding.fix} See {page}; check=False turns this check off."
+    )
+
+
+def sees_other_rows(got: str) -> ValueError:
+    """The refusal of what `rowwise` wraps, where rows are not computed from themselves alone.
+
+    Args:
+        got: what was seen, without a full stop.
+    """
+    return ValueError(
+        f"What rowwise wraps must compute each row from that row alone. Got {got}. "
+        "Return what each row gives, and compare rows in the loss, which sees all of them. "
+        "See docs/rowwise.md; check=False turns this check off."
     )
 
 

@@ -5,13 +5,27 @@ rows are certified, which tells rounding from a fault and names the layer and th
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from virtualbatch.certify.first_window import ROUNDING
+from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.first_window import ROUNDING, sees_other_rows
 from virtualbatch.certify.trial import Trial, UntriedError, parts
 from virtualbatch.certify.users_line import is_ours
 
 # Findings that say so. Others are no fault of the function.
 _COUPLED = {"coupled_rows", "weight", "sum_loss", "regulariser", "stateful"}
+
+_WAY_OUT = "Compute it from each row alone, or move it out of what rowwise wraps, into the loss."
+
+
+def of_rows(found: Certificate) -> Certificate:
+    """A certificate whose findings are told of what `rowwise` wraps, which has no loss.
+
+    Args:
+        found: of its outputs times random numbers.
+    """
+    findings = (replace(x, fix=_WAY_OUT) if x.kind in _COUPLED else x for x in found.findings)
+    return replace(found, findings=tuple(findings))
 
 
 def prove_rows(trial: Trial, why: Callable[[Exception], str], again: bool = False) -> str | None:
@@ -54,16 +68,3 @@ def prove_rows(trial: Trial, why: Callable[[Exception], str], again: bool = Fals
                 f"values that change with the other rows: {found.kind} at {found.where}"
             )
     return reason
-
-
-def sees_other_rows(got: str) -> ValueError:
-    """The refusal of a function whose rows are not computed from themselves alone.
-
-    Args:
-        got: what was seen, without a full stop.
-    """
-    return ValueError(
-        f"What rowwise wraps must compute each row from that row alone. Got {got}. "
-        "Return what each row gives, and compare rows in the loss, which sees all of them. "
-        "See docs/rowwise.md; check=False turns this check off."
-    )

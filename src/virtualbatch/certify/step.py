@@ -40,9 +40,6 @@ def check_microbatches(rows: Sequence[int]) -> None:
         )
 
 
-# Ways out where rows are coupled: in a loss, and in what is wrapped already.
-WRAP = "Wrap what comes before this line in rowwise: what follows then sees all rows."
-MOVE = "Compute it from each row alone, or move it out of what rowwise wraps, into the loss."
 # Of each piece what its mean was divided by; "sum" where pieces add up; None for rows.
 PieceWeights = Sequence[float] | Literal["sum"] | None
 
@@ -113,7 +110,7 @@ class TrainingStep(ABC):
     place = "loss_fn"
     weight_takes = "batch"
     weighs_itself = False
-    way_out = WRAP
+    way_out = "Wrap what comes before this line in rowwise: what follows then sees all rows."
 
     @abstractmethod
     def accumulated(self) -> Observed:

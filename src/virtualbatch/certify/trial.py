@@ -81,7 +81,7 @@ class Trial(ABC):
         pairs: rows of the two parts of each pair. One and one tell a sum, unequal ones a wrong
             weight, and only about four and four show what sorts or compares rows.
         seen: what was seen so far.
-        rule: what the loss must be, and how it is not, as the refusal says it.
+        is_rowwise: whether the loss is made of a function that `rowwise` wraps.
     """
 
     rows: int
@@ -91,10 +91,7 @@ class Trial(ABC):
     width = 1
     pairs: Sequence[tuple[int, int]] = ((1, 1), (1, 2), (4, 4))
     seen = Seen()
-    rule = (
-        "The gradients of micro-batches must add up to that of their batch. "
-        "Got a loss whose first rows show that they do not"
-    )
+    is_rowwise = False
 
     @abstractmethod
     def leaves(self, rows: Sequence[int]) -> Mapping[str, np.ndarray]:

@@ -11,32 +11,29 @@ from typing import Any, Literal, overload
 import tensorflow as tf
 
 from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.row_by_row import of_rows
+from virtualbatch.certify.step import refuse_window
 from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_as_it_is, run_until_it_fits
-from virtualbatch.tensorflow._batch import (
-    Segment,
-    as_tensors,
-    named_arrays,
-    segments,
-    smaller_segments,
-)
+from virtualbatch.tensorflow._batch import Segment, segments, smaller_segments
 from virtualbatch.tensorflow._certify.certificate import certificate
 from virtualbatch.tensorflow._certify.first_window import prove_first_window
 from virtualbatch.tensorflow._certify.loop import certify_loop
 from virtualbatch.tensorflow._checks import check_call
 from virtualbatch.tensorflow._plan.memory import ERRORS, largest_variables, left_bytes
-from virtualbatch.tensorflow._plan.plan import held_bytes, planned
-from virtualbatch.tensorflow._plan.sizes import kept_sizes, signature, stand_in
+from virtualbatch.tensorflow._plan.program import plan_of, planned_size
+from virtualbatch.tensorflow._plan.sizes import kept_sizes
+from virtualbatch.tensorflow._rowwise.function import Rowwise
+from virtualbatch.tensorflow._rowwise.rowwise import rowwise
 from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.stream import windows
 from virtualbatch.window.terms import GivenWeight
-from virtualbatch.window.tree import common_rows
 from virtualbatch.window.window import Window, refuse_sorted_rows
 
-__all__ = ["Window", "certify", "certify_loop", "plan", "value_and_gradients", "windows"]
+__all__ = ["Window", "certify", "certify_loop", "plan", "rowwise", "value_and_gradients", "windows"]
 
 
 @overload
@@ -173,14 +170,7 @@ def value_and_gradients(
     """
     check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
     refuse_sorted_rows(batch, stats)
-    if not tf.executing_eagerly():
-        # AutoGraph does not look into this library, but must go on converting what the user wrote.
-        autograph = tf.__internal__.autograph
-        status = autograph.control_status_ctx()
-        loss_fn = autograph.tf_convert(loss_fn, status)
-        if callable(weight):
-            weight = autograph.tf_convert(weight, status)
-    program = Program(loss_fn, variables, weight, has_aux, stats)
+    program = Program(loss_fn, variables, weight, has_aux, stats).converted()
     return _in_micro_batches(program, batch, microbatch_size, accumulation_steps, check)
 
 
@@ -195,7 +185,7 @@ def _in_micro_batches(
     """A window of the size in force; eagerly once more with a smaller one if memory runs out."""
     size: CurrentSize | None = None
     if is_automatic(microbatch_size):
-        size = _planned_size(program, batch, microbatch_size)
+        size = planned_size(program, batch, microbatch_size)
         microbatch_size = size.rows
     cut = segments(
         batch,
@@ -283,28 +273,7 @@ def plan(
             "tf.function. Call it before."
         )
 
-    def window(microbatch_size: int) -> Callable[[Any], Any]:
-        def run(batch: Any) -> Any:
-            if tf.executing_eagerly():
-                # Without recovery: the search is to know that memory ran out.
-                cut = segments(batch, microbatch_size, None)
-                return Program(loss_fn, variables, weight, has_aux, False).run(cut)
-            return value_and_gradients(
-                loss_fn,
-                batch,
-                variables,
-                microbatch_size=microbatch_size,
-                weight=weight,
-                has_aux=has_aux,
-            )
-
-        return run
-
-    rows = common_rows(named_arrays(batch))
-    if rows is None:
-        raise ValueError("internal: an eager batch has no number of rows.")
-    batch = as_tensors(batch)
-    return planned(window, batch, rows, held_bytes(variables, batch), memory_limit)
+    return plan_of(Program(loss_fn, variables, weight, has_aux, stats=False), batch, memory_limit)
 
 
 def certify(
@@ -324,7 +293,9 @@ def certify(
     before the call; TensorFlow's global random generator has gone on.
 
     Args:
-        loss_fn: as in `value_and_gradients`, like all arguments that are not explained here.
+        loss_fn: as in `value_and_gradients`, like all arguments that are not explained here; or
+            what `rowwise` returned, of which then every output is compared, by its own size if none
+            is given.
         batch: a batch, not a Window.
         variables: see there.
         microbatch_size: rows of one forward and backward.
@@ -351,27 +322,13 @@ def certify(
         >>> found.exact, found.findings[0].kind
         (False, 'sum_loss')
     """
+    rowwise_fn = loss_fn if isinstance(loss_fn, Rowwise) else None
+    if rowwise_fn and microbatch_size is None and accumulation_steps is None:
+        microbatch_size, accumulation_steps = rowwise_fn.sizes
     check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
     program = Program(loss_fn, variables, weight, has_aux, stats=False)
+    if rowwise_fn:
+        refuse_window(batch)
+        program, batch = rowwise_fn.certified(batch, variables)
+        return of_rows(certificate(program, batch, microbatch_size, accumulation_steps))
     return certificate(program, batch, microbatch_size, accumulation_steps)
-
-
-def _planned_size(program: Program, batch: Any, automatic: Any) -> CurrentSize:
-    loss_fn, variables, weight, has_aux, _ = program
-    sizes = automatic if isinstance(automatic, Auto) else kept_sizes(variables)
-    found = signature(program, batch)
-    graph = not tf.executing_eagerly()
-
-    def make() -> Plan:
-        # Out of the user's graph, if there is one; then without its values.
-        with tf.init_scope():
-            return plan(
-                loss_fn,
-                stand_in(batch) if graph else batch,
-                variables,
-                weight=weight,
-                has_aux=has_aux,
-                memory_limit=sizes.memory_limit,
-            )
-
-    return sizes.planned(found, make)

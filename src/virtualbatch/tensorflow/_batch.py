@@ -111,6 +111,34 @@ def segments(
     return result
 
 
+def with_columns(segments: Sequence[Segment], columns: Sequence[Any]) -> list[Segment]:
+    """The same micro-batches, each beside its rows of some tensors.
+
+    Args:
+        segments: micro-batches whose rows are known, or will be.
+        columns: tensors with the rows of all of them, in order.
+
+    Returns:
+        Segments of pairs: a micro-batch, and a list of its rows of each tensor.
+    """
+    found = []
+    offset: Any = 0
+    for segment in segments:
+        found.append(_with_columns(segment, list(columns), offset))
+        offset = offset + segment.count * segment.rows(0)
+    return found
+
+
+def _with_columns(segment: Segment, columns: list[Any], offset: Any) -> Segment:
+    size = segment.rows(0)
+
+    def cut(source: Any, i: Any) -> Any:
+        start = offset + i * size
+        return segment.cut(source[0], i), [_slice(x, start, segment.rows(i)) for x in source[1]]
+
+    return segment._replace(source=(segment.source, columns), cut=cut)
+
+
 def smaller_segments(batch: Any, most: int) -> list[Segment]:
     """The same micro-batches, eagerly, with no more rows than that; those of a Window are cut.
 
@@ -226,6 +254,11 @@ def _counts(batch: Any) -> Any:
         return tf.shape(array)[0]
 
     return tf.stack([count(array) for array in _arrays(batch)])
+
+
+def count_rows(microbatch: Any) -> Any:
+    """The rows of a micro-batch at run time, as an int32 scalar."""
+    return _counts(microbatch)[0]
 
 
 def _no_row_list(found: Any, rows: Any) -> Any:

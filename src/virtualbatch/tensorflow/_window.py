@@ -59,6 +59,21 @@ class Program(NamedTuple):
     has_aux: bool
     stats: bool
 
+    def converted(self) -> "Program":
+        """The same program, whose functions AutoGraph converts where the caller's are.
+
+        It does not look into this library, but must go on converting what the user wrote.
+        """
+        if tf.executing_eagerly():
+            return self
+        autograph = tf.__internal__.autograph
+        status = autograph.control_status_ctx()
+        weight = self.weight
+        return self._replace(
+            loss_fn=autograph.tf_convert(self.loss_fn, status),
+            weight=autograph.tf_convert(weight, status) if callable(weight) else weight,
+        )
+
     def run(self, cut: Sequence[Segment], shares: Shares | None = None) -> tuple[Any, ...]:
         """Runs a window, without recovery.
 

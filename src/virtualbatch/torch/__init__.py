@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.row_by_row import of_rows
 from virtualbatch.plan.plan import Plan
 from virtualbatch.torch._backward import backward
 from virtualbatch.torch._batch import read
@@ -189,4 +190,5 @@ def certify(
     program = Program(loss_fn, weight, has_aux, None, found)
     if isinstance(loss_fn, Rowwise):
         program, batch = with_numbers(Surrogate(loss_fn.fn, (), found), batch)
+        return of_rows(certificate(program, batch, microbatch_size, accumulation_steps))
     return certificate(program, batch, microbatch_size, accumulation_steps)

@@ -11,13 +11,14 @@ from typing import Any
 _LACKING = "Return None for what a micro-batch lacks only if all lack it."
 
 
-def check_entries(outputs: Iterable[tuple[str, Any]], rows: int) -> None:
+def check_entries(outputs: Iterable[tuple[str, Any]], rows: int | None) -> None:
     """Refuses outputs that have not one entry per row.
 
     Args:
         outputs: the expression that reaches a leaf, such as "output['z']", and the leaf: an array,
             a trace or a description of one, or None, which every row has.
-        rows: rows of the micro-batch that they were computed from.
+        rows: rows of the micro-batch that they were computed from; None where a trace leaves them
+            open, and then only what cannot have rows is refused.
 
     Raises:
         TypeError: a leaf is no array.
@@ -33,15 +34,15 @@ def check_entries(outputs: Iterable[tuple[str, Any]], rows: int) -> None:
                 "Return it from a function of its own, or compute it outside."
             )
         shape = tuple(leaf.shape)
-        if shape and shape[0] in (rows, None):
+        if shape and (rows is None or shape[0] in (rows, None)):
             continue
-        is_joined = bool(shape) and shape[0] > rows and shape[0] % rows == 0
+        is_joined = bool(shape and rows) and shape[0] > rows and shape[0] % rows == 0
         raise ValueError(
             "What fn returns must have one entry per row. "
-            f"Got {path} with shape {shape} for {rows} {'row' if rows == 1 else 'rows'}. "
+            f"Got {path} with shape {shape} for {_counted(rows)}. "
             + (
                 f"Return the {shape[0] // rows} views as outputs of their own."
-                if is_joined and rows > 1
+                if is_joined and rows != 1
                 else "Return one entry per row, and reduce over rows in the loss."
             )
         )
@@ -63,6 +64,12 @@ def check_same_structure(first: Sequence[str], later: Sequence[str]) -> None:
             "fn must return the same structure for every micro-batch. "
             f"Got {_listed(first)}, and later {_listed(later)}. {_LACKING}"
         )
+
+
+def _counted(rows: int | None) -> str:
+    if rows is None:
+        return "any number of rows"
+    return "1 row" if rows == 1 else f"{rows} rows"
 
 
 def _listed(places: Sequence[str]) -> str:

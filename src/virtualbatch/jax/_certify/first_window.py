@@ -37,7 +37,7 @@ def prove_first_window(
     cut: Cut,
     shares: Shares,
     weight_takes: str,
-    rule: str = Trial.rule,
+    is_rowwise: bool = False,
 ) -> None:
     """Tries the law on rows of a batch, outside a trace, if its loss has not been tried before.
 
@@ -48,7 +48,7 @@ def prove_first_window(
         cut: the batch, cut.
         shares: its shares.
         weight_takes: the arguments of the user's weight function, as code.
-        rule: see `Trial`.
+        is_rowwise: see `Trial`.
 
     Raises:
         ValueError: micro-batches of this loss do not add up to their batch.
@@ -69,7 +69,7 @@ def prove_first_window(
         seen.check_sizes(sizes)
         return
     trial = _JaxTrial(program, args, kwargs, sizes, weight_takes)
-    trial.rule = rule
+    trial.is_rowwise = is_rowwise
     if lacking is not None and not isinstance(args[program.batch_argnum], Window):
         trial.empty, trial.full = (rows_of_part(sizes, k) for k in lacking)
     host = HostRandom()

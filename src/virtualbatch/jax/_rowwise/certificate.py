@@ -5,6 +5,7 @@ from functools import wraps
 from typing import Any
 
 from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.row_by_row import of_rows
 from virtualbatch.jax._certify.certificate import certificate, check_cut
 from virtualbatch.jax._rowwise.rowwise import RowwiseFunction
 from virtualbatch.plan.auto import check_cut_or_auto, is_automatic
@@ -51,6 +52,6 @@ def certify_rows(
         program, given = function.as_loss(args)
         check_cut_or_auto(given[1], size, steps)
         check_cut(given[1], size, steps)
-        return certificate(program, given, kwargs, size, steps, "batch")
+        return of_rows(certificate(program, given, kwargs, size, steps, "batch"))
 
     return wrapper

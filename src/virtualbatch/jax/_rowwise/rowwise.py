@@ -23,12 +23,6 @@ from virtualbatch.plan.auto import Auto, CurrentSize, check_cut_or_auto, is_auto
 from virtualbatch.plan.retry import Memory, run_until_it_fits
 from virtualbatch.window.fingerprint import fingerprint
 
-# What the first window shows of a function that is none.
-_RULE = (
-    "What rowwise wraps must compute each row from that row alone. "
-    "Got a function whose first rows show that it does not"
-)
-
 
 def rowwise(
     fn: Callable[..., Any],
@@ -206,7 +200,7 @@ class RowwiseFunction:
         """Tries on a few rows whether they stand alone, once."""
         program, given = self._loss.program, self._loss.arguments(args)
         shares = window_shares(cut, program.weight)
-        prove_first_window(program, given, kwargs, cut, shares, "batch", _RULE)
+        prove_first_window(program, given, kwargs, cut, shares, "batch", is_rowwise=True)
 
     def _with(self, args: tuple[Any, ...], batch: Any) -> tuple[Any, ...]:
         position = self._rows.position

@@ -20,14 +20,16 @@ def certificate(
     """The certificate of a program; see `virtualbatch.tensorflow.certify`."""
     _check_cut(batch, microbatch_size, accumulation_steps)
     others = other_variables(program, batch)
+    before = [(variable, variable.numpy()) for variable in others]
     with run_eagerly():
-        subject = TensorFlowTrainingStep(
-            program, batch, microbatch_size, accumulation_steps, others
-        )
         try:
-            return certified(subject)
+            # It runs the loss already as it is made.
+            return certified(
+                TensorFlowTrainingStep(program, batch, microbatch_size, accumulation_steps, others)
+            )
         finally:
-            subject.restore()
+            for variable, value in before:
+                variable.assign(value)
 
 
 def other_variables(program: Program, batch: Any) -> list[Any]:

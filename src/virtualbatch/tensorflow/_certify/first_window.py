@@ -21,6 +21,7 @@ from virtualbatch.tensorflow._certify.certificate import (
     run_eagerly,
 )
 from virtualbatch.tensorflow._certify.eager_random import EagerRandom
+from virtualbatch.tensorflow._certify.step import epsilon
 from virtualbatch.tensorflow._gradients import added, scalar_terms, scaled_gradients
 from virtualbatch.tensorflow._plan.memory import ERRORS
 from virtualbatch.tensorflow._stats import summed
@@ -37,7 +38,11 @@ _PROVEN: dict[int, Proven] = {}
 
 
 def prove_first_window(
-    program: Program, batch: Any, cut: Sequence[Segment], shares: Shares
+    program: Program,
+    batch: Any,
+    cut: Sequence[Segment],
+    shares: Shares,
+    others: Sequence[Any] | None = None,
 ) -> None:
     """Tries the law on rows of a batch, if its loss has not been tried with the variables before.
 
@@ -46,6 +51,8 @@ def prove_first_window(
         batch: a batch, or a Window.
         cut: the micro-batches of the window.
         shares: theirs.
+        others: variables that it may change, where it is made of a function that `rowwise` wraps;
+            those of any other loss are found by a trace.
 
     Raises:
         ValueError: micro-batches of this loss do not add up to their batch.
@@ -67,6 +74,9 @@ def prove_first_window(
         seen.check_sizes(sizes)
         return
     trial = _TensorFlowTrial(program, as_tensors(source), sizes)
+    if others is not None:
+        trial.is_rowwise = True
+        trial.keep(others)
     if lacking is not None and not isinstance(batch, Window):
         trial.empty, trial.full = (rows_of_part(sizes, k) for k in lacking)
     with _random_numbers_kept():
@@ -141,8 +151,8 @@ class _TensorFlowTrial(Trial):
             raise UntriedError("it draws random numbers by Python or NumPy")
         constant = {name: value for name, value in losses[1].items() if name not in reached}
         dtypes = [x.dtype for x in (*self._flat, *terms.values())]
-        epsilon = max(float(np.finfo(tf.as_dtype(d).real_dtype.as_numpy_dtype).eps) for d in dtypes)
-        return Distance.of(sizes, shares.of_rows_or_term(), losses, constant, epsilon)
+        widest_gap = max(epsilon(tf.as_dtype(dtype)) for dtype in dtypes)
+        return Distance.of(sizes, shares.of_rows_or_term(), losses, constant, widest_gap)
 
     def certificate(self, rows: Sequence[int], size: int) -> Certificate:
         """See `Trial`."""
@@ -171,16 +181,18 @@ class _TensorFlowTrial(Trial):
             }
         return dict(zip(named, terms, strict=True)), gradients, reached
 
+    def keep(self, others: Sequence[Any]) -> None:
+        """Says what the loss may change beside what is differentiated, which is put back."""
+        self._others = [(variable, variable.numpy()) for variable in others]
+
     @contextmanager
     def _others_kept(self) -> Iterator[None]:
-        """Puts back what the loss may change beside what is differentiated."""
         if self._others is None:
-            found = other_variables(self._program, self._some([0]))
-            self._others = [(variable, variable.numpy()) for variable in found]
+            self.keep(other_variables(self._program, self._some([0])))
         try:
             yield
         finally:
-            for variable, value in self._others:
+            for variable, value in self._others or ():
                 variable.assign(value)
 
 

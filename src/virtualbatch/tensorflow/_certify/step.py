@@ -68,8 +68,8 @@ class TensorFlowTrainingStep(TrainingStep):
             terms = self._terms(np.arange(self.rows))
         self._random.keep(whole, part, len(self.pieces[0]))
         dtype = next(iter(terms.values())).dtype
-        self.epsilon = _epsilon(tf.float32 if dtype.size < 4 else dtype)
-        self.narrowest = max(map(_epsilon, [dtype, *self._random.dtypes]))
+        self.epsilon = epsilon(tf.float32 if dtype.size < 4 else dtype)
+        self.narrowest = max(map(epsilon, [dtype, *self._random.dtypes]))
         self.notes = [f"Compared in {dtype.name}: variables of TensorFlow keep their dtype."]
         if self._random.draws:
             self.notes = [
@@ -166,8 +166,9 @@ def _names(variables: Sequence[Any]) -> list[str]:
     ]
 
 
-def _epsilon(dtype: Any) -> float:
-    return float(tf.experimental.numpy.finfo(dtype.as_numpy_dtype).eps)
+def epsilon(dtype: tf.DType) -> float:
+    """The gap after 1 in a floating dtype, which NumPy's finfo does not tell of bfloat16."""
+    return float(np.spacing(dtype.real_dtype.as_numpy_dtype(1)))
 
 
 def _numpy(found: Any) -> np.ndarray:

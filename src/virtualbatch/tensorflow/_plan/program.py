@@ -1,0 +1,63 @@
+"""The plan of a program, and the size that it gives a batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from virtualbatch.plan.auto import Auto, CurrentSize
+from virtualbatch.plan.plan import Plan
+from virtualbatch.tensorflow._batch import as_tensors, named_arrays, segments
+from virtualbatch.tensorflow._plan.plan import held_bytes, planned
+from virtualbatch.tensorflow._plan.sizes import kept_sizes, signature, stand_in
+from virtualbatch.tensorflow._window import Program
+from virtualbatch.window.tree import common_rows
+
+
+def plan_of(program: Program, batch: Any, memory_limit: int | str | None) -> Plan:
+    """The plan of a program, outside of graphs.
+
+    Args:
+        program: what is run, without statistics.
+        batch: a batch, not a Window.
+        memory_limit: see `virtualbatch.tensorflow.plan`.
+    """
+
+    def window(microbatch_size: int) -> Callable[[Any], Any]:
+        # Without recovery: the search is to know that memory ran out.
+        return lambda batch: _run(program.converted(), batch, microbatch_size)
+
+    rows = common_rows(named_arrays(batch))
+    if rows is None:
+        raise ValueError("internal: an eager batch has no number of rows.")
+    batch = as_tensors(batch)
+    return planned(window, batch, rows, held_bytes(program.variables, batch), memory_limit)
+
+
+def planned_size(program: Program, batch: Any, automatic: Any) -> CurrentSize:
+    """The size in force for a batch, planned if no plan covers it; in a graph while it is traced.
+
+    Args:
+        program: what is run.
+        batch: a batch, not a Window.
+        automatic: "auto" or an `Auto`.
+    """
+    sizes = automatic if isinstance(automatic, Auto) else kept_sizes(program.variables)
+    found = signature(program, batch)
+    graph = not tf.executing_eagerly()
+
+    def make() -> Plan:
+        # Out of the user's graph, if there is one; then without its values.
+        with tf.init_scope():
+            given = stand_in(batch) if graph else batch
+            return plan_of(program._replace(stats=False), given, sizes.memory_limit)
+
+    return sizes.planned(found, make)
+
+
+@tf.autograph.experimental.do_not_convert
+def _run(program: Program, batch: Any, microbatch_size: int) -> Any:
+    weighted = program.weight is not None
+    return program.run(
+        segments(batch, microbatch_size, None, weighted=weighted, counted=program.has_aux)
+    )

@@ -1,0 +1,98 @@
+"""How a pass is run: as it is, or eagerly again in smaller micro-batches where memory runs out."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from virtualbatch.plan.auto import CurrentSize
+from virtualbatch.plan.retry import Memory, run_until_it_fits
+from virtualbatch.tensorflow._batch import Segment, smaller_segments
+from virtualbatch.tensorflow._plan.memory import ERRORS, largest_variables, left_bytes
+from virtualbatch.tensorflow._rowwise.program import Reached
+from virtualbatch.tensorflow._rowwise.state import State
+
+_MEMORY = Memory(ERRORS, left_bytes)
+
+# Runs a pass, cut like this.
+Pass = Callable[[Sequence[Segment]], Any]
+
+
+class Attempts(NamedTuple):
+    """The attempts of one eager call.
+
+    Fields:
+        batch: a batch or a Window.
+        size: the size in force.
+        reached: the variables of the function.
+    """
+
+    batch: Any
+    size: CurrentSize
+    reached: Reached
+
+    def first(
+        self, run: Pass, cut: Sequence[Segment], before: State
+    ) -> tuple[Any, Sequence[Segment]]:
+        """Runs the first pass until it fits.
+
+        Args:
+            run: the pass.
+            cut: the micro-batches of the first attempt.
+            before: the state that every attempt starts from.
+
+        Returns:
+            What it gave, and the micro-batches that fitted.
+        """
+        fitted: list[Sequence[Segment]] = []
+
+        def attempt(cut: Sequence[Segment]) -> Any:
+            found = run(cut)
+            fitted[:] = [cut]
+            return found
+
+        found = self._until_it_fits(attempt, cut, before)
+        self.size.succeeded()
+        return found, fitted[0]
+
+    def second(self, run: Pass, cut: Sequence[Segment], before: State, drawn: bool) -> Any:
+        """Runs the second pass; until it fits, where smaller micro-batches give the same.
+
+        Args:
+            run: the pass.
+            cut: the micro-batches of the first pass.
+            before: the state that every attempt starts from.
+            drawn: whether Python or NumPy drew random numbers in the first pass.
+
+        Raises:
+            MemoryError: memory ran out, and other micro-batches would have given other outputs.
+        """
+        if not (drawn or self.reached.written):
+            return self._until_it_fits(run, cut, before)
+        try:
+            return run(cut)
+        except ERRORS.kinds as error:
+            if not ERRORS.is_possible(error):
+                raise
+            rows = _most_rows(cut)
+            raise MemoryError(
+                "The gradient of a rowwise function needs the memory of a micro-batch once more. "
+                f"Got micro-batches of {rows} rows, which ran out of it after their outputs were "
+                "used, and random numbers or layers that depend on them. "
+                f"Pass microbatch_size={max(1, rows // 2)}."
+            ) from error
+
+    def _until_it_fits(self, run: Pass, cut: Sequence[Segment], before: State) -> Any:
+        return run_until_it_fits(
+            run,
+            cut,
+            _most_rows,
+            partial(smaller_segments, self.batch),
+            self.size,
+            _MEMORY,
+            partial(largest_variables, self.reached.variables),
+            put_back=before.put_back,
+        )
+
+
+def _most_rows(cut: Sequence[Segment]) -> int:
+    return max(segment.rows(0) for segment in cut)

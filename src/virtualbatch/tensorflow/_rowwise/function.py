@@ -1,0 +1,108 @@
+"""A function of rows that runs in micro-batches, and differentiates like the function itself."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
+from virtualbatch.tensorflow._batch import Segment, as_tensors, segments, smaller_segments
+from virtualbatch.tensorflow._rowwise.attempts import Attempts
+from virtualbatch.tensorflow._rowwise.node import differentiable
+from virtualbatch.tensorflow._rowwise.passes import Passes, Shared
+from virtualbatch.tensorflow._rowwise.program import reached
+from virtualbatch.tensorflow._rowwise.recording import is_recording
+from virtualbatch.tensorflow._rowwise.surrogate import Surrogates
+from virtualbatch.tensorflow._window import Program
+from virtualbatch.window.window import Window, check_cut
+
+
+class Rowwise:
+    """What `virtualbatch.tensorflow.rowwise` returns.
+
+    Args:
+        fn: (batch, *shared) -> outputs.
+        microbatch_size: checked; or "auto", an `Auto`, or None.
+        accumulation_steps: checked, or None.
+        check: whether the first call proves that each row stands alone.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        microbatch_size: Any,
+        accumulation_steps: int | None,
+        check: bool,
+    ):
+        self.sizes = microbatch_size, accumulation_steps
+        self._fn = fn
+        self._check = check
+        self._auto = microbatch_size if isinstance(microbatch_size, Auto) else Auto()
+        self._surrogates = Surrogates(fn)
+
+    def __call__(self, batch: Any, *shared: Any) -> Any:
+        """The outputs for all rows of a batch, or of a Window."""
+        if isinstance(batch, Window):
+            check_cut(batch, *self.sizes)
+        if tf.executing_eagerly():
+            return self._eagerly(batch, Shared(shared))
+        # AutoGraph does not look into this library, but must go on converting what the user wrote.
+        autograph = tf.__internal__.autograph
+        fn = autograph.tf_convert(self._fn, autograph.control_status_ctx())
+        return self._in_graph(fn, batch, Shared(shared))
+
+    def certified(self, batch: Any, variables: Any) -> tuple[Program, Any]:
+        """The loss that is certified in place of the function, and its batch.
+
+        Raises:
+            ValueError: see `Surrogates.certified`.
+        """
+        return self._surrogates.certified(batch, variables)
+
+    @tf.autograph.experimental.do_not_convert
+    def _in_graph(self, fn: Callable[..., Any], batch: Any, shared: Shared) -> Any:
+        batch = batch if isinstance(batch, Window) else as_tensors(batch)
+        cut = self._cut(batch, self._planned(batch, shared))
+        if _is_whole(batch, cut):
+            return fn(batch, *shared.arguments(shared.tensors))
+        passes = Passes(fn, shared)
+        found = reached(passes.graphs(cut))
+        return differentiable(passes, shared, batch, cut, found.trained, found.written, None)
+
+    def _eagerly(self, batch: Any, shared: Shared) -> Any:
+        if not is_recording() and not isinstance(batch, Window):
+            return self._fn(batch, *shared.arguments(shared.tensors))
+        planned = self._planned(batch, shared)
+        cut = self._cut(batch, planned)
+        if _is_whole(batch, cut):
+            return self._fn(batch, *shared.arguments(shared.tensors))
+        most = max(segment.rows(0) for segment in cut)
+        size = planned or self._auto.asked(most)
+        if size.rows < most:
+            cut = smaller_segments(batch, size.rows)
+        learnt = self._surrogates.learnt(cut[0].get(0), shared)
+        if self._check:
+            self._surrogates.prove(learnt, batch, cut, shared)
+        found = learnt.reached
+        attempts = Attempts(batch, size, found)
+        passes = Passes(self._fn, shared)
+        return differentiable(passes, shared, batch, cut, found.trained, found.changing, attempts)
+
+    def _cut(self, batch: Any, planned: CurrentSize | None) -> list[Segment]:
+        if isinstance(batch, Window):
+            return segments(batch, None, None)
+        sizes = self.sizes if planned is None else (planned.rows, None)
+        check_cut(batch, *sizes)
+        return segments(batch, *sizes)
+
+    def _planned(self, batch: Any, shared: Shared) -> CurrentSize | None:
+        """The size in force where it is to be planned."""
+        if not is_automatic(self.sizes[0]):
+            return None
+        return self._surrogates.planned(batch, shared, self._auto)
+
+
+def _is_whole(batch: Any, cut: Sequence[Segment]) -> bool:
+    """Whether there is nothing to cut."""
+    count = cut[0].count
+    return not isinstance(batch, Window) and len(cut) == 1 and isinstance(count, int) and count == 1

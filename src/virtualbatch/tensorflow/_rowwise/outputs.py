@@ -1,0 +1,100 @@
+"""What a function of rows returns: a structure of tensors with one entry per row each."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from virtualbatch.tensorflow._batch import after, count_rows, named_arrays
+from virtualbatch.window.entries import check_entries, check_same_structure
+from virtualbatch.window.tree import Builder, builder, rows_if_shared
+
+
+class Outputs:
+    """The structure that every micro-batch's outputs must have, learnt from the first.
+
+    Attributes:
+        takes_gradient: for each tensor of the outputs whether it can have a gradient.
+    """
+
+    def __init__(self) -> None:
+        self._build: Builder | None = None
+        self._places: list[str] = []
+        self.takes_gradient: list[bool] = []
+
+    def tensors(self, found: Any, microbatch: Any) -> list[Any]:
+        """The outputs for a micro-batch as a flat list of tensors, without what is None.
+
+        Raises:
+            ValueError: one has not one entry per row, or the structure differs from the first.
+            TypeError: one is no dense tensor.
+        """
+        leaves: list[tuple[str, Any]] = []
+        build = builder(found, "output", leaves, lists=False)
+        is_open = check_outputs(leaves, rows_if_shared(named_arrays(microbatch)))
+        places = [f"{place} is None" if leaf is None else place for place, leaf in leaves]
+        if self._build is None:
+            self._build, self._places = build, places
+        check_same_structure(self._places, places)
+        tensors = [tf.convert_to_tensor(leaf) for _, leaf in leaves if leaf is not None]
+        self.takes_gradient = [takes_gradient(x.dtype) for x in tensors]
+        if is_open:
+            tensors = after([_one_entry_per_row(x, microbatch) for x in tensors], tensors)
+        return tensors
+
+    def structure(self, tensors: Sequence[Any]) -> Any:
+        """The outputs again, of tensors in the order of `tensors`."""
+        if self._build is None:
+            raise RuntimeError("internal: no micro-batch has run.")
+        given = iter(tensors)
+        return self._build(
+            [None if place.endswith(" is None") else next(given) for place in self._places]
+        )
+
+
+def check_outputs(leaves: Sequence[tuple[str, Any]], rows: int | None) -> bool:
+    """Refuses outputs by their shapes, as far as a trace knows them.
+
+    Args:
+        leaves: of the outputs, with the expressions that reach them.
+        rows: of the micro-batch; None where a trace leaves them open.
+
+    Returns:
+        Whether only the run can tell of some.
+    """
+    for place, leaf in leaves:
+        if isinstance(leaf, tf.RaggedTensor | tf.SparseTensor | tf.IndexedSlices):
+            raise TypeError(
+                "What fn returns must be dense tensors. "
+                f"Got {place} of type {type(leaf).__name__}. "
+                "Return its to_tensor(), or what comes of it for each row."
+            )
+    known = [(place, leaf) for place, leaf in leaves if not _is_open(leaf, rows)]
+    check_entries(known, rows)
+    return len(known) < len(leaves)
+
+
+def takes_gradient(dtype: tf.DType) -> bool:
+    """Whether what has this dtype can have a gradient."""
+    return bool(dtype.is_floating or dtype.is_complex)
+
+
+def _is_open(leaf: Any, rows: int | None) -> bool:
+    """Whether only the run can tell how many entries a leaf has for each row."""
+    shape = getattr(leaf, "shape", None)
+    if not isinstance(shape, tf.TensorShape):
+        return False
+    return shape.rank is None or (shape.rank > 0 and (rows is None or shape[0] is None))
+
+
+def _one_entry_per_row(tensor: Any, microbatch: Any) -> Any:
+    return tf.debugging.Assert(
+        tf.equal(tf.shape(tensor)[0], count_rows(microbatch)),
+        [
+            "What fn returns must have one entry per row. Got shape",
+            tf.shape(tensor),
+            "for rows",
+            count_rows(microbatch),
+            "Return one entry per row, and reduce over rows in the loss.",
+        ],
+    )

@@ -1,0 +1,255 @@
+"""An ordinary loss with the derivatives of a function of rows: what is tried, certified, planned.
+
+The products of its outputs with fixed numbers are added up over rows, so it is a sum over rows
+exactly where the function works row by row.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import tensorflow as tf
+
+from virtualbatch.plan.auto import Auto, CurrentSize
+from virtualbatch.tensorflow._batch import Segment, as_tensors, named_arrays, segments, specs
+from virtualbatch.tensorflow._certify.first_window import prove_first_window
+from virtualbatch.tensorflow._plan.program import planned_size
+from virtualbatch.tensorflow._rowwise.outputs import Outputs, check_outputs, takes_gradient
+from virtualbatch.tensorflow._rowwise.passes import Shared
+from virtualbatch.tensorflow._rowwise.program import Reached, reached, traced_alone
+from virtualbatch.tensorflow._rowwise.state import State
+from virtualbatch.tensorflow._weights import window_shares
+from virtualbatch.tensorflow._window import Program
+from virtualbatch.window.fingerprint import plain_values
+from virtualbatch.window.shares import accumulator_dtype
+from virtualbatch.window.terms import SUM
+from virtualbatch.window.tree import builder, common_rows
+from virtualbatch.window.window import Window
+
+# Of functions that differ by plain values only.
+_MOST_TRACES = 4
+
+
+class _Given:
+    """The function with the shared arguments of the call in which it is looked at."""
+
+    def __init__(self, fn: Callable[..., Any]):
+        self._fn = fn
+        self._arguments: Sequence[Any] = ()
+
+    def __call__(self, batch: Any) -> Any:
+        return self._fn(batch, *self._arguments)
+
+    @contextmanager
+    def called_with(self, arguments: Sequence[Any]) -> Iterator[None]:
+        """For the length of a context, so that they are not held for longer."""
+        self._arguments = arguments
+        try:
+            yield
+        finally:
+            self._arguments = ()
+
+
+class Learnt:
+    """What a trace of a function told.
+
+    Args:
+        reached: its variables.
+        outputs: the expressions that reach its outputs, and traces of these.
+        given: the function as its loss calls it.
+    """
+
+    def __init__(self, reached: Reached, outputs: Sequence[tuple[str, Any]], given: _Given):
+        self.reached = reached
+        self.given = given
+        self._outputs = [
+            (place, tf.as_dtype(leaf.dtype))
+            for place, leaf in outputs
+            if leaf is not None and takes_gradient(tf.as_dtype(leaf.dtype))
+        ]
+
+    @cached_property
+    def tried(self) -> Program | None:
+        """The loss that is tried; None if no output can have a gradient."""
+        return self.compared(self.reached.trained)
+
+    def compared(self, variables: Any) -> Program | None:
+        """A loss with the function's outputs among its gradients; None without a gradient."""
+        if not self._outputs:
+            return None
+        # The gradient of each is the sum of its output's products: so outputs are compared too.
+        factors = [
+            tf.Variable(tf.ones([], _wide(dtype)), name=_name(place))
+            for place, dtype in self._outputs
+        ]
+        return Program(self._loss(factors), [factors, variables], SUM, has_aux=False, stats=False)
+
+    @cached_property
+    def planned(self) -> Program | None:
+        """The loss that is planned; None if there is no gradient to measure."""
+        variables = self.reached.trained
+        if not self._outputs or not variables:
+            return None
+        loss_fn = self._loss([1.0] * len(self._outputs))
+        return Program(loss_fn, variables, SUM, has_aux=False, stats=False)
+
+    def _loss(self, factors: Sequence[Any]) -> Callable[[Any], Any]:
+        """The loss, to be run on what `_numbered` gives."""
+        dtypes = [_wide(dtype) for _, dtype in self._outputs]
+        widest = max(dtypes, key=lambda dtype: dtype.size)
+        given = self.given
+
+        def loss_fn(pair: Any) -> Any:
+            batch, numbers = pair
+            outputs = Outputs()
+            tensors = outputs.tensors(given(batch), batch)
+            chosen = [x for x, flag in zip(tensors, outputs.takes_gradient, strict=True) if flag]
+            total = tf.zeros([], widest)
+            for k, (x, dtype) in enumerate(zip(chosen, dtypes, strict=True)):
+                real = tf.math.real(x) + tf.math.imag(x) if x.dtype.is_complex else x
+                products = tf.cast(real, dtype) * _cotangent(numbers, real, k, dtype)
+                total += tf.cast(tf.reduce_sum(products) * factors[k], widest)
+            return total
+
+        return loss_fn
+
+
+class Surrogates:
+    """The losses of a function, one for each structure of batches.
+
+    Args:
+        fn: (batch, *shared) -> outputs.
+    """
+
+    def __init__(self, fn: Callable[..., Any]):
+        self._fn = fn
+        self._learnt: dict[str, dict[tuple[str, ...], Learnt]] = {}
+
+    def learnt(self, microbatch: Any, shared: Shared) -> Learnt:
+        """What a trace of the function tells, made once per structure and outside of graphs.
+
+        Args:
+            microbatch: whose rows are known.
+            shared: the other arguments.
+
+        Raises:
+            ValueError: see `reached` and `check_outputs`.
+        """
+        microbatch = as_tensors(microbatch)
+        known = self._learnt.setdefault(repr((specs(microbatch, 1), shared.specs)), {})
+        # With other values a function may do something else.
+        values = plain_values(self._fn)
+        if values not in known:
+            if len(known) >= _MOST_TRACES:
+                # Some value is another one at each call, as a step is.
+                return next(reversed(known.values()))
+            known[values] = self._traced(microbatch, shared)
+        return known[values]
+
+    def prove(self, learnt: Learnt, batch: Any, cut: Sequence[Segment], shared: Shared) -> None:
+        """Tries on a few rows whether each stands alone, if that was not done.
+
+        Args:
+            learnt: of the function.
+            batch: a batch, or a Window.
+            cut: its micro-batches.
+            shared: the other arguments.
+
+        Raises:
+            ValueError: some row does not.
+        """
+        if learnt.tried is None:
+            return
+        pairs = _numbered(batch, [segment.rows(0) for segment in cut])
+        shares = window_shares(cut, SUM)
+        with learnt.given.called_with(shared.arguments(shared.tensors)):
+            prove_first_window(learnt.tried, pairs, cut, shares, learnt.reached.changing)
+
+    def certified(self, batch: Any, variables: Any) -> tuple[Program, Any]:
+        """The loss that is certified in place of the function, and its batch.
+
+        Raises:
+            ValueError: no output can have a gradient.
+        """
+        (whole,) = segments(batch, None, 1)
+        program = self.learnt(whole.get(0), Shared(())).compared(variables)
+        if program is None:
+            raise ValueError(
+                "A certificate compares gradients. Got a function of which no output can have one. "
+                "Return floating tensors."
+            )
+        return program, _numbered(batch, [whole.rows(0)])
+
+    def planned(self, batch: Any, shared: Shared, sizes: Auto) -> CurrentSize:
+        """The size in force for a batch, planned if no plan covers it.
+
+        Raises:
+            ValueError: the function has no gradient that could be measured, or a graph does not
+                know the shapes of the batch.
+        """
+        is_graph = not tf.executing_eagerly()
+        rows = common_rows(named_arrays(batch))
+        if rows is None:
+            raise ValueError(
+                'microbatch_size="auto" must see whole shapes while a graph is traced. '
+                "Got open rows. Pass a number."
+            )
+        # Out of the user's graph, if there is one; then without its values.
+        with tf.init_scope():
+            learnt = self.learnt(batch, shared)
+            zeros = [tf.zeros(spec.shape, spec.dtype) for spec in shared.specs]
+        if learnt.planned is None:
+            raise ValueError(
+                'microbatch_size="auto" measures gradients of variables. '
+                "Got a function that reaches none. Pass a number."
+            )
+        with learnt.given.called_with(shared.arguments(zeros if is_graph else shared.tensors)):
+            return planned_size(learnt.planned, _numbered(batch, [rows]), sizes)
+
+    def _traced(self, microbatch: Any, shared: Shared) -> Learnt:
+        before = State.now([])
+        graph, outputs = traced_alone(
+            lambda rows, tensors: self._fn(rows, *shared.arguments(tensors)),
+            specs(microbatch),
+            shared.specs,
+        )
+        before.put_back()
+        leaves: list[tuple[str, Any]] = []
+        builder(outputs, "output", leaves, lists=False)
+        check_outputs(leaves, common_rows(named_arrays(microbatch)))
+        return Learnt(reached([graph]), leaves, _Given(self._fn))
+
+
+def _numbered(batch: Any, rows: Sequence[int]) -> Any:
+    """A batch, or a Window, beside the numbers of its rows.
+
+    Args:
+        batch: it.
+        rows: of its micro-batches.
+    """
+    if not isinstance(batch, Window):
+        return batch, tf.range(sum(rows))
+    stops = [sum(rows[: k + 1]) for k in range(len(rows))]
+    pairs = zip(batch, stops, rows, strict=True)
+    return Window([(microbatch, tf.range(stop - n, stop)) for microbatch, stop, n in pairs])
+
+
+def _cotangent(numbers: Any, like: Any, output: int, dtype: tf.DType) -> Any:
+    """Numbers between -1 and 1 without order, one for each entry of an output.
+
+    They follow from a row's number, so that a row has the same ones in every cut.
+    """
+    inner = tf.reshape(tf.range(tf.size(like[0])), tf.shape(like)[1:])
+    rows = tf.reshape(numbers, [-1, *[1] * (len(like.shape) - 1)])
+    row, place = (tf.cast(x, tf.float64) for x in (rows, inner[None]))
+    return tf.cast(tf.cos(1 + output + 2.399963 * row**2 + 1.324718 * place), dtype)
+
+
+def _wide(dtype: tf.DType) -> tf.DType:
+    return tf.as_dtype(accumulator_dtype(dtype.real_dtype.name))
+
+
+def _name(place: str) -> str:
+    """A name that TensorFlow takes for a variable."""
+    return "".join(x if x.isalnum() else "_" for x in place).strip("_")
