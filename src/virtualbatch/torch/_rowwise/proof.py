@@ -7,9 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.first_window import sees_other_rows
 from virtualbatch.certify.proven import Seen, untried
 from virtualbatch.certify.randomness import HostRandom
-from virtualbatch.certify.first_window import sees_other_rows
 from virtualbatch.certify.row_by_row import prove_rows
 from virtualbatch.certify.trial import Distance, UntriedError
 from virtualbatch.torch._batch import ReadBatch, read
