@@ -21,7 +21,8 @@ from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._jax.packing import packed_cut
 from virtualbatch.keras._jax.plan import MEMORY, copied, planned
 from virtualbatch.keras._jax.program import JaxProgram
-from virtualbatch.keras._jax.window import State, WindowRun
+from virtualbatch.keras._jax.stateless import State
+from virtualbatch.keras._jax.window import WindowRun
 from virtualbatch.keras._packing import Packing
 from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._train_step import TrainStep
