@@ -11,6 +11,7 @@ from keras import ops, tree
 
 from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._packing import Packing, PaddedBatch, padded_batch
+from virtualbatch.keras._torch.device import device
 from virtualbatch.keras._torch.window import Microbatch, WindowRun
 from virtualbatch.window.gather import gathered
 from virtualbatch.window.packing import row_lengths, token_cut
@@ -102,14 +103,3 @@ def _cut(batch: Any, start: int, stop: int) -> Any:
         return rows
 
     return tree.map_structure(piece, batch)
-
-
-def device() -> torch.device:
-    """The device that Keras puts tensors on."""
-    return ops.zeros(()).device
-
-
-def place() -> torch.device | None:
-    """The same; None for the host."""
-    found = device()
-    return None if found.type == "cpu" else found

@@ -15,7 +15,8 @@ from virtualbatch.keras._certify.eager_program import EagerProgram
 from virtualbatch.keras._certify.first_window import prove_first_window
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._packing import Packing
-from virtualbatch.keras._torch.batch import packed_window_of, place, window_of
+from virtualbatch.keras._torch.batch import packed_window_of, window_of
+from virtualbatch.keras._torch.device import place
 from virtualbatch.keras._torch.plan import MEMORY, planned
 from virtualbatch.keras._torch.state import State, torch_modules
 from virtualbatch.keras._train_step import TrainStep, uncompiled
