@@ -25,6 +25,7 @@ from virtualbatch.keras._batchnorm import (
     moving_statistics,
     recorded_moments,
 )
+from virtualbatch.keras._gather.gathering import Gathering
 from virtualbatch.keras._jax.packing import PackedSegment, branches, chosen
 from virtualbatch.keras._jax.passes import Step, TracedPass, Window, eager_pass
 from virtualbatch.keras._jax.stateless import State, StatelessModel, losses_of
@@ -62,6 +63,7 @@ class WindowRun:
         stretch: micro-batch -> see `Rows`.
         added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
+        gathering: whose predictions are gathered, if any.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class WindowRun:
         stretch: Callable[[Any], float],
         added: AddedLosses,
         stats: bool,
+        gathering: Gathering | None = None,
     ):
         self._model = model
         self._with_stats = stats
@@ -79,7 +82,7 @@ class WindowRun:
         self._cut = cut
         self._state = state
         self._functions = StatelessModel(model, state)
-        self._window = WindowModel(model, sum(cut.rows), added)
+        self._window = WindowModel(model, sum(cut.rows), added, gathering)
         # Known once a micro-batch was run or traced.
         self._called: list[Any] = []
 

@@ -19,6 +19,8 @@ from virtualbatch.keras._backend import Backend
 from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.eager_program import EagerProgram
 from virtualbatch.keras._certify.first_window import prove_first_window
+from virtualbatch.keras._gather.detection import evaluated_eagerly
+from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._snapshot import Snapshot
@@ -188,10 +190,13 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 lambda: run(feed()),
                 snapshot.restore,
                 make_again,
-                lambda limit: planned(partial(_step_of, model), model, largest, limit),
+                lambda limit: planned(
+                    partial(_step_of, model, step.found(given)), model, largest, limit
+                ),
                 lambda size: prove_first_window(
                     model, step, given, _rows(largest), size, BACKEND, MEMORY.errors
                 ),
+                lambda: step.look_for_coupled(given, _rows(largest), evaluated_eagerly),
             )
 
         model.train_function = train_function
@@ -207,9 +212,9 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
     return make
 
 
-def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
+def plan(model: keras.Model, batch: Any, memory_limit: int | str | None, found: Found) -> Plan:
     """The plan for a batch, for a model that need not accumulate; see `virtualbatch.keras.plan`."""
-    return planned(partial(_step_of, model), model, batch, memory_limit)
+    return planned(partial(_step_of, model, found), model, batch, memory_limit)
 
 
 def _build(model: keras.Model, batch: Any) -> None:
@@ -226,9 +231,9 @@ def _sizes(rows: int, size: int) -> list[int]:
     return [min(size, rows - start) for start in range(0, rows, size)]
 
 
-def _step_of(model: keras.Model, size: int) -> Callable[[Any], Any]:
+def _step_of(model: keras.Model, found: Found, size: int) -> Callable[[Any], Any]:
     """The step of a model with micro-batches of so many rows."""
-    return TensorFlowStep(model, size, None)
+    return TensorFlowStep(model, size, None, gather=found)
 
 
 def _rows(batch: Any) -> int:
@@ -302,4 +307,5 @@ BACKEND = Backend(
     cut=_sizes,
     is_concrete=lambda value: hasattr(value, "numpy"),
     kept=lambda model: [EagerRandom()],
+    evaluate=evaluated_eagerly,
 )

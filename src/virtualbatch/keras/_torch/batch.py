@@ -10,6 +10,7 @@ import torch
 from keras import ops, tree
 
 from virtualbatch.keras._added_losses import AddedLosses
+from virtualbatch.keras._gather.gathering import Gathering
 from virtualbatch.keras._packing import Packing, PaddedBatch, padded_batch
 from virtualbatch.keras._torch.device import device
 from virtualbatch.keras._torch.window import Microbatch, WindowRun
@@ -28,6 +29,7 @@ def window_of(
     cut: Sequence[tuple[int, int]],
     added: AddedLosses,
     stats: bool,
+    gathering: Gathering | None,
 ) -> WindowRun:
     """A window of one batch.
 
@@ -38,10 +40,11 @@ def window_of(
         cut: (start, stop) of each micro-batch.
         added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
+        gathering: whose predictions are gathered, if any.
     """
     batch = tree.map_structure(_tensor, batch)
     pieces = [Microbatch(stop - start, partial(_cut, batch, start, stop)) for start, stop in cut]
-    return WindowRun(model, rows, pieces, added, stats)
+    return WindowRun(model, rows, pieces, added, stats, gathering)
 
 
 def packed_window_of(

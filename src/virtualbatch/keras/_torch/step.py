@@ -13,6 +13,8 @@ from virtualbatch.keras._backend import Backend
 from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.eager_program import EagerProgram
 from virtualbatch.keras._certify.first_window import prove_first_window
+from virtualbatch.keras._gather.detection import evaluated_eagerly
+from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._packing import Packing
 from virtualbatch.keras._torch.batch import packed_window_of, window_of
@@ -36,8 +38,9 @@ class TorchStep(TrainStep):
         accumulation_steps: int | None,
         packing: Packing | None = None,
         check: bool = False,
+        gather: bool | Found | None = None,
     ):
-        super().__init__(model, microbatch_size, accumulation_steps, packing, check)
+        super().__init__(model, microbatch_size, accumulation_steps, packing, check, gather)
         self._guard = Guard(model, self, MEMORY)
 
     def __call__(self, data: Any) -> dict[str, Any]:
@@ -54,10 +57,11 @@ class TorchStep(TrainStep):
             lambda: self._trained(data, batch, rows),
             random.restore,
             lambda: None,
-            lambda limit: planned(self._model, batch, limit),
+            lambda limit: planned(self._model, batch, limit, self.found(batch)),
             lambda size: prove_first_window(
                 self._model, self, batch, rows, size, BACKEND, MEMORY.errors
             ),
+            lambda: self.look_for_coupled(batch, rows, evaluated_eagerly),
         )
         self._guard.succeeded()
         return results
@@ -72,7 +76,8 @@ class TorchStep(TrainStep):
                 if len(cut) == 1:
                     whole: dict[str, Any] = type(model).train_step(model, data)
                     return whole
-                run = window_of(model, batch, rows, cut, self._added, self.listener is not None)
+                stats, gathering = self.listener is not None, self.gathering(batch)
+                run = window_of(model, batch, rows, cut, self._added, stats, gathering)
             results = run.train()
         self._say(run.losses_of_one_number)
         return self.told(results)
@@ -153,4 +158,5 @@ BACKEND = Backend(
     cut=_sizes,
     is_concrete=lambda value: True,
     kept=_kept,
+    evaluate=evaluated_eagerly,
 )

@@ -21,6 +21,7 @@ from virtualbatch.keras._batchnorm import (
     moving_statistics,
     recorded_moments,
 )
+from virtualbatch.keras._gather.gathering import Gathering
 from virtualbatch.keras._overwritten import updated
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._torch.gradients import Gradients
@@ -56,6 +57,7 @@ class WindowRun:
         cut: its micro-batches.
         added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
+        gathering: whose predictions are gathered, if any.
     """
 
     def __init__(
@@ -65,11 +67,12 @@ class WindowRun:
         cut: Sequence[Microbatch],
         added: AddedLosses,
         stats: bool,
+        gathering: Gathering | None = None,
     ):
         self._model = model
         self._with_stats = stats
         self._cut = cut
-        self._window = WindowModel(model, rows, added)
+        self._window = WindowModel(model, rows, added, gathering)
         self._modules = torch_modules(model)
         # Sums over the micro-batches so far; none holds a graph.
         self._losses: list[torch.Tensor] = []
