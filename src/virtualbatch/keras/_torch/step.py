@@ -70,7 +70,8 @@ class TorchStep(TrainStep):
         model, packing = self._model, self._packing_in_force()
         with State(model).kept_on_failure():
             if packing is not None:
-                run = packed_window_of(model, batch, rows, packing, self._added)
+                gathering = self.gathering(batch)
+                run = packed_window_of(model, batch, rows, packing, self._added, gathering)
             else:
                 cut = even_cut(rows, self._size(rows))
                 if len(cut) == 1:

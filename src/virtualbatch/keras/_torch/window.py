@@ -24,6 +24,7 @@ from virtualbatch.keras._batchnorm import (
 from virtualbatch.keras._gather.gathering import Gathering
 from virtualbatch.keras._overwritten import updated
 from virtualbatch.keras._rows import Rows
+from virtualbatch.keras._torch.gathered_rows import Place
 from virtualbatch.keras._torch.gradients import Gradients
 from virtualbatch.keras._torch.state import torch_modules
 from virtualbatch.keras._train_step import STATS
@@ -39,11 +40,13 @@ class Microbatch(NamedTuple):
 
     Fields:
         rows: its rows; a Python int.
+        place: where they stand in the batch.
         get: () -> (x, y, sample_weight) of its rows.
         stretch: padded length over that of its targets, where rows are packed; see `Rows`.
     """
 
     rows: int
+    place: Place
     get: Callable[[], Any]
     stretch: float = 1.0
 
@@ -162,8 +165,9 @@ class WindowRun:
         if self._counted is None:
             window = self._window
             with self._without_a_trace():
-                for rows, get, stretch in self._cut:
-                    counted = window.counted(get(), Rows(rows, window.rows, stretch))
+                for found in self._cut:
+                    rows = Rows(found.rows, window.rows, found.stretch)
+                    counted = window.counted(found.get(), rows)
                     self._counted = counted if self._counted is None else self._counted + counted
         return self._counted
 
