@@ -144,6 +144,34 @@ class TracedPass:
         return Window(*carry, kept)
 
 
+def run_pass(
+    cut: Cut,
+    step: StepFn,
+    state: Any,
+    given: Any,
+    own: Sequence[Any] | None,
+    merge: Merge,
+    nothing: Callable[[Any], Any],
+    compiled: bool,
+) -> Window:
+    """Goes through the micro-batches, one way or the other.
+
+    Args:
+        cut: see `TracedPass`.
+        step: see there.
+        state: see there.
+        given: see there; arrays.
+        own: see there.
+        merge: of sums.
+        nothing: shapes of sums -> what any sums can be merged with without a change.
+        compiled: whether this runs inside a trace.
+    """
+    if not compiled:
+        return eager_pass(cut, step, state, given, own, merge)
+    traced = TracedPass(cut, step, state, given, own)
+    return traced.run(nothing(traced.sums), given, merge)
+
+
 def _nothing(cut: Cut) -> list[None]:
     return [None] * len(cut.segments)
 

@@ -37,7 +37,7 @@ from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.window.shares import accumulator_dtype
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """What adds up over micro-batches.
 
     Fields:
@@ -63,7 +63,7 @@ class WindowRun:
         stretch: micro-batch -> see `Rows`.
         added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
-        gathering: whose predictions are gathered, if any.
+        gathering: whose predictions are gathered; None here.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class WindowRun:
         Returns:
             The logs and the new state.
         """
-        found = self._traced() if compiled else self._eager()
+        found = self._run(compiled)
         sums, (seen, metrics) = found.sums, found.state
         model, window, state = self._model, self._window, self._state
         gradients = [
@@ -121,10 +121,12 @@ class WindowRun:
         non_trainable, metrics = self._functions.changed(scope)
         return logs, State(trainable, non_trainable, optimizer, metrics)
 
-    def _eager(self) -> Window:
-        return eager_pass(self._cut, self._micro, self._before, self._totals, None, self._merged)
-
-    def _traced(self) -> Window:
+    def _run(self, compiled: bool) -> Window:
+        """Forward and backward of all micro-batches."""
+        if not compiled:
+            return eager_pass(
+                self._cut, self._micro, self._before, self._totals, None, self._merged
+            )
         # A loss asks for two counts at most. Whether it asks at all its trace has to tell.
         losses = getattr(self._model._compile_loss, "_flat_losses", None) or []
         totals = jax.ShapeDtypeStruct((2 * len(losses) + 2,), keras.backend.floatx())
@@ -173,13 +175,13 @@ class WindowRun:
 
         scaled, differentiate, aux = jax.vjp(objective, self._state.trainable, has_aux=True)
         losses, moments, after, latest = aux
-        (gradients,) = differentiate(self._upstream(scaled, here))
+        (gradients,) = differentiate(self._upstream(here, jnp.ones_like(scaled)))
         gradients = [self._widened(gradient, here) for gradient in gradients]
         moments = jax.tree.map(jnp.asarray, moments)
         parts = []
         if self._with_stats:
             parts = [part_of(updated(gradients, window.overwritten), here.share("float32"))]
-        return Step(_Sums(losses, gradients, moments, parts), after, latest, None)
+        return Step(Sums(losses, gradients, moments, parts), after, latest, None)
 
     def _shown(self, y_pred: Any) -> Any:
         """Predictions as metrics see them: of packed rows with the mask, which Keras loses on JAX.
@@ -200,14 +202,14 @@ class WindowRun:
         square = squared_norm(updated(gradients, self._window.overwritten))
         return WindowStats(self._window.rows, self._cut.count, mean_square * undo, square * undo)
 
-    def _upstream(self, scaled: Any, rows: Rows) -> Any:
+    def _upstream(self, rows: Rows, cotangent: Any) -> Any:
         """What the backward pass begins with.
 
-        The loss is already this micro-batch's part of the window's. Half-precision gradients are
-        taken of the micro-batch's own mean and scaled in the wide dtype, where few bits are lost.
+        The cotangent is already of this micro-batch's part of the window's loss. Half-precision
+        gradients are taken of the micro-batch's own mean and scaled in the wide dtype, where few
+        bits are lost.
         """
-        one = jnp.ones_like(scaled)
-        return one / rows.share(scaled.dtype) if self._scales_later() else one
+        return cotangent / rows.share(cotangent.dtype) if self._scales_later() else cotangent
 
     def _widened(self, gradient: Any, rows: Rows) -> Any:
         wide = gradient.astype(wide_dtype(gradient))
@@ -229,8 +231,8 @@ class WindowRun:
             ]
         )
 
-    def _merged(self, a: _Sums, b: _Sums) -> _Sums:
-        return _Sums(
+    def _merged(self, a: Sums, b: Sums) -> Sums:
+        return Sums(
             [x + y for x, y in zip(a.losses, b.losses, strict=True)],
             merged_gradients(a.gradients, b.gradients, self._window.overwritten, jnp.maximum),
             [tuple(found) for found in merged(a.moments, b.moments)],

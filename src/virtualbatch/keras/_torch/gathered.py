@@ -49,7 +49,8 @@ class GatheredRun(WindowRun):
     ):
         super().__init__(model, rows, cut, added, False, gathering)
         self._batch = batch
-        self._is_seen_whole = gathering.takes_all and all(gathering.losses or [])
+        self._is_cut = not all(gathering.losses or [])
+        self._is_seen_whole = gathering.takes_all and not self._is_cut
         # Sums and rows of the first pass; none holds a graph.
         self._added_by_layers: list[torch.Tensor] = []
         self._rows: GatheredRows | None = None
@@ -95,6 +96,9 @@ class GatheredRun(WindowRun):
         self._rows.write(microbatch.place, [detached(found) for found in arrays])
         self._added_by_layers = added_up(self._added_by_layers, added)
         self._merge(seen)
+        counted = window.weights(batch, y_pred, rows) if self._is_cut else None
+        if counted is not None:
+            self._counted = counted if self._counted is None else self._counted + counted
 
     def _differentiate_loss(
         self, rows: GatheredRows, gradients: Gradients
@@ -150,7 +154,8 @@ class GatheredRun(WindowRun):
         if gradients.parameters and reached:
             tensors, cotangents = zip(*reached, strict=True)
             gradients.add_product(tensors, cotangents, rows)
-        window.update_metrics(batch, y_pred, rows)
+        latest = window.update_metrics(batch, y_pred, rows)
+        self._latest |= tree.map_structure(detached, latest)
 
     def _trimmed_axes(self, microbatch: Microbatch, arrays: Sequence[Any]) -> list[bool]:
         """For each gathered array, whether its second axis is one that is trimmed.
