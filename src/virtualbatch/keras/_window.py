@@ -217,6 +217,15 @@ class WindowModel:
 
         return shapes_of_added(self.model, forward)
 
+    def counted_of(self, batch: Any, y_pred: Any, rows: Rows) -> Any:
+        """The same of predictions that are there already, for losses that do not see all rows.
+
+        Returns:
+            A vector; None where nothing has to be counted, or every loss sees all rows.
+        """
+        losses = self._gathers.losses
+        return None if losses is None or all(losses) else self.weights(batch, y_pred, rows)
+
     def weights(self, batch: Any, y_pred: Any, rows: Rows) -> Any:
         """The same vector from predictions of the micro-batch that are there already."""
         return self._contribution(batch, y_pred, rows, _Ones).counted

@@ -16,8 +16,8 @@ What a backend's window does, with a `WindowModel` of its model (`window`), wher
    predictions (`arrays` without the masks; integers have no gradient), by each of `added`, and by
    the trainable variables, which a loss may use itself. `window.update_metrics_of_all_rows(batch,
    y_pred)`, with predictions that hold no graph (on JAX without masks, as plain Keras shows them).
-3. What the forward of pass 1 wrote (seeds, and all that `state_variables` names) goes back to where
-   the window began.
+3. What the forward of pass 1 wrote (seeds, and all else that `state.state_variables` names) goes
+   back to where the window began; after pass 2 it is again what it was after 2.
 4. Pass 2, for each micro-batch: forward; `added` again; `loss, tracked = window.cut_loss(batch,
    y_pred, rows, totals)`, or (None, []) where every loss has seen all rows. One vector-Jacobian
    product of the gathered predictions `window.predictions(y_pred)` with their rows' gradients, of

@@ -136,11 +136,3 @@ def added_to(model: keras.Model, losses: Sequence[Any]) -> Iterator[None]:
         yield
     finally:
         model._losses_override = before
-
-
-def state_variables(model: keras.Model) -> list[Any]:
-    """Variables that a forward may write: seeds and what layers keep, but no frozen weights."""
-    layers = model._flatten_layers()
-    found = [v for layer in layers for v in layer._non_trainable_variables]
-    found += [g.state for layer in layers for g in layer._seed_generators]
-    return list({id(variable): variable for variable in found}.values())

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import keras
 
-from virtualbatch.keras._gather.gathering import COMPARES, Coupled, Found
+from virtualbatch.keras._gather.gathering import COMPARES, NUMBER, Coupled, Found
 
 _log = logging.getLogger("virtualbatch")
 
@@ -21,13 +21,14 @@ def say_what_is_gathered(model: keras.Model, found: Found) -> None:
             type(model).__name__,
         )
         return
-    names = [found.name for found in found.coupled]
+    numbers = [found.name for found in found.coupled if found.why == NUMBER]
     _log.warning(
-        "%s: %s the predictions of all rows, at the price of one more forward. "
-        "gather=False takes %s for a mean over rows.",
+        "%s: %s the predictions of all rows, at the price of one more forward. gather=False %s.",
         _reasons(found.coupled),
-        {1: "it gets", 2: "both get"}.get(len(names), "they get"),
-        _listed(names),
+        {1: "it gets", 2: "both get"}.get(len(found.coupled), "they get"),
+        f"takes {_listed(numbers)} for a mean over rows"
+        if numbers
+        else "shows it the rows of a micro-batch only",
     )
 
 

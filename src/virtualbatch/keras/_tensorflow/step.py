@@ -7,7 +7,7 @@ train function around it keeps XLA inside the loop over micro-batches.
 import math
 import re
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -20,17 +20,18 @@ from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.eager_program import EagerProgram
 from virtualbatch.keras._certify.first_window import prove_first_window
 from virtualbatch.keras._gather.detection import evaluated_eagerly
-from virtualbatch.keras._gather.gathering import Found
+from virtualbatch.keras._gather.gathering import Found, Gathering
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._snapshot import Snapshot
 from virtualbatch.keras._tensorflow.data import given_back, has_open_rows_only, taken
+from virtualbatch.keras._tensorflow.gathered_window import GatheredRun
 from virtualbatch.keras._tensorflow.packing import packed_segments
 from virtualbatch.keras._tensorflow.plan import MEMORY, planned
 from virtualbatch.keras._tensorflow.window import WindowRun, rows_of
 from virtualbatch.keras._train_step import TrainStep, uncompiled
 from virtualbatch.plan.plan import Plan
-from virtualbatch.tensorflow._batch import is_array, segments, specs
+from virtualbatch.tensorflow._batch import Segment, is_array, segments, specs
 from virtualbatch.tensorflow._certify.eager_random import EagerRandom
 from virtualbatch.window.cut import sizes_disagree
 from virtualbatch.window.tree import array_leaves, common_rows
@@ -52,6 +53,7 @@ class TensorFlowStep(TrainStep):
             stretch: Callable[[Any], Any] = unstretched
             if packing is None:
                 batch = self._with_agreeing_sizes(batch)
+                cut_with = partial(_cut_with, batch, *self._cut_by())
                 cut = segments(batch, *self._cut_by())
             else:
                 cut, stretch = packed_segments(model, batch, packing)
@@ -59,12 +61,20 @@ class TensorFlowStep(TrainStep):
                 _build_layers(model, cut[0].get(0)[0])
                 self._layers_built = True
             _build_optimizer(model)
-            window = WindowRun(
-                model, cut, rows_of(batch), stretch, self._added, self.listener is not None
-            )
+            rows, stats = rows_of(batch), self.listener is not None
+            gathering = None if _is_one(cut) else self._gathering_of(batch, rows)
+            if gathering is None:
+                window = WindowRun(model, cut, rows, stretch, self._added, stats)
+            else:
+                window = GatheredRun(model, batch, cut_with, rows, stretch, self._added, gathering)
             results = window.train()
             self._say(window.losses_of_one_number)
         return results
+
+    def _gathering_of(self, batch: Any, rows: Any) -> Gathering | None:
+        if tf.executing_eagerly():
+            self.look_for_coupled(batch, int(rows), evaluated_eagerly)
+        return self.gathering(batch)
 
     def _cut_by(self) -> tuple[int | None, int | None]:
         """One of the two sizes: the one in force, or that which was asked for."""
@@ -99,6 +109,18 @@ class TensorFlowStep(TrainStep):
             return tf.nest.map_structure(
                 lambda leaf: tf.identity(leaf) if is_array(leaf) else leaf, batch
             )
+
+
+def _is_one(cut: Sequence[Segment]) -> bool:
+    """Whether a batch is known to be one micro-batch."""
+    return len(cut) == 1 and isinstance(cut[0].count, int) and cut[0].count == 1
+
+
+def _cut_with(
+    batch: Any, size: int | None, steps: int | None, arrays: Sequence[Any]
+) -> list[Segment]:
+    """A batch and arrays with its rows, cut alike."""
+    return segments((batch, list(arrays)), size, steps)
 
 
 def make_train_function(model: keras.Model) -> Callable[..., Any]:
