@@ -183,9 +183,7 @@ CASES = [
     coupled("Tversky", mlp(6, "sigmoid"), keras.losses.Tversky, X, MASKS),
     coupled("Circle", mlp(8), keras.losses.Circle, X, CLASSES),
     coupled("contrastive, two inputs", towers, clip, [X, U], VALUES),
-    coupled(
-        "a value per row", mlp(16), among_others, X, VALUES, fit={"sample_weight": WEIGHTS}
-    ),
+    coupled("a value per row", mlp(16), among_others, X, VALUES, fit={"sample_weight": WEIGHTS}),
     coupled("Barlow Twins", mlp(16), barlow, X, VALUES),
     coupled(
         "correlation",
@@ -198,9 +196,7 @@ CASES = [
     coupled("a weighted mean", mlp(1), weighted_mean, X, VALUES),
     TEMPERATURE,
     HEADS,
-    coupled(
-        "regularisers", regularised, keras.losses.Dice, X, MASKS, metrics=lambda: ["mae"]
-    ),
+    coupled("regularisers", regularised, keras.losses.Dice, X, MASKS, metrics=lambda: ["mae"]),
     coupled(
         "masked words, none coupled",
         tagger,

@@ -22,6 +22,8 @@ from virtualbatch.keras._gather.gathering import Gathering
 from virtualbatch.keras._gather.state import state_variables
 from virtualbatch.keras._overwritten import merged_gradients
 from virtualbatch.keras._rows import Rows
+from virtualbatch.keras._tensorflow.cut import Cut
+from virtualbatch.keras._tensorflow.packing import PackedCut
 from virtualbatch.keras._tensorflow.window import WindowRun, is_half, rows_of
 from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._certify.eager_random import EagerRandom
@@ -55,9 +57,8 @@ class GatheredRun(WindowRun):
     Args:
         model: see `WindowRun`.
         batch: (x, y, sample_weight) of all rows.
-        cut: arrays with the rows of the batch -> (micro-batch, their rows), cut.
+        cut: the batch, cut.
         rows: see `WindowRun`.
-        stretch: see there.
         added: see there.
         gathering: whose predictions are gathered.
     """
@@ -66,15 +67,16 @@ class GatheredRun(WindowRun):
         self,
         model: keras.Model,
         batch: Any,
-        cut: Callable[[Sequence[Any]], list[Segment]],
+        cut: Cut | PackedCut,
         rows: Any,
-        stretch: Callable[[Any], Any],
         added: AddedLosses,
         gathering: Gathering,
     ):
-        super().__init__(model, cut([]), rows, stretch, added, False, gathering)
+        super().__init__(model, [], rows, cut.stretch, added, False, gathering)
         self._batch = batch
-        self._cut_with = cut
+        self._gathered_by = gathering
+        self._all_rows = cut
+        self._trimmed: list[bool] = []
 
     def train(self) -> dict[str, Any]:
         """See `WindowRun`."""
@@ -83,11 +85,11 @@ class GatheredRun(WindowRun):
         state = state_variables(model)
         before = _State(state)
         (moments, added, counts, _), arrays = fold(
-            self._traced(self._cut, self._forward),
-            lambda _, found: Output(found[0], found[1]),
+            self._traced(self._all_rows.segments(), self._forward),
+            lambda _, found: Output(found[0], self._lengthened(found[1])),
             lambda a, b: (merged(a[0], b[0]), add(a[1], b[1]), add(a[2], b[2]), a[3] + b[3]),
         )
-        whole = self._loss_of_all_rows(arrays, added)
+        whole = self._loss_of_all_rows(self._in_order(arrays), added)
         after = _State(state)
         before.restore(whole.predictions)
         losses, tracked, gradients, latest = self._second_pass(whole, counts)
@@ -111,9 +113,21 @@ class GatheredRun(WindowRun):
             _refuse_hidden_randomness(entry)
         return [bound(entry, *extra) for entry in traced] if extra else traced
 
-    def _forward(self, pair: Any) -> Any:
+    def _lengthened(self, arrays: Sequence[Any]) -> list[Any]:
+        """Predictions and masks of a micro-batch, as long as those of all rows."""
+        if not self._trimmed:
+            self._trimmed = self._all_rows.trimmed(self._gathered_by, len(arrays) // 2)
+        return [
+            None if array is None else self._all_rows.lengthened(array, trimmed)
+            for array, trimmed in zip(arrays, self._trimmed * 2, strict=True)
+        ]
+
+    def _in_order(self, arrays: Sequence[Any]) -> list[Any]:
+        return [None if array is None else self._all_rows.in_order(array) for array in arrays]
+
+    def _forward(self, batch: Any) -> Any:
         """Forward of one micro-batch: what is summed of it, and its rows."""
-        window, (batch, _) = self._window, pair
+        window = self._window
         rows = Rows(rows_of(batch), window.rows, self._stretch(batch))
         with recorded_moments(window.batchnorm) as seen:
             y_pred = window.forward(batch[0])
@@ -158,7 +172,10 @@ class GatheredRun(WindowRun):
         """
         model, window = self._model, self._window
         needed = [k for k, gradient in enumerate(whole.predictions) if gradient is not None]
-        cut = self._cut_with([tf.convert_to_tensor(whole.predictions[k]) for k in needed])
+        cut = self._all_rows.segments_with(
+            [tf.convert_to_tensor(whole.predictions[k]) for k in needed],
+            [self._trimmed[k] for k in needed],
+        )
         upstream = [x for x in whole.added if x is not None]
         totals = counts or [tf.zeros([1], tf.float64)]
 

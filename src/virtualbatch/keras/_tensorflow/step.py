@@ -22,16 +22,16 @@ from virtualbatch.keras._certify.first_window import prove_first_window
 from virtualbatch.keras._gather.detection import evaluated_eagerly
 from virtualbatch.keras._gather.gathering import Found, Gathering
 from virtualbatch.keras._guard import Guard
-from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._snapshot import Snapshot
+from virtualbatch.keras._tensorflow.cut import Cut
 from virtualbatch.keras._tensorflow.data import given_back, has_open_rows_only, taken
 from virtualbatch.keras._tensorflow.gathered_window import GatheredRun
-from virtualbatch.keras._tensorflow.packing import packed_segments
+from virtualbatch.keras._tensorflow.packing import PackedCut
 from virtualbatch.keras._tensorflow.plan import MEMORY, planned
 from virtualbatch.keras._tensorflow.window import WindowRun, rows_of
 from virtualbatch.keras._train_step import TrainStep, uncompiled
 from virtualbatch.plan.plan import Plan
-from virtualbatch.tensorflow._batch import Segment, is_array, segments, specs
+from virtualbatch.tensorflow._batch import Segment, is_array, specs
 from virtualbatch.tensorflow._certify.eager_random import EagerRandom
 from virtualbatch.window.cut import sizes_disagree
 from virtualbatch.window.tree import array_leaves, common_rows
@@ -50,23 +50,23 @@ class TensorFlowStep(TrainStep):
         batch = self._unpacked(data)
         with tf.variable_creator_scope(_created_outside):
             packing = self._packing_in_force()
-            stretch: Callable[[Any], Any] = unstretched
+            cut: Cut | PackedCut
             if packing is None:
                 batch = self._with_agreeing_sizes(batch)
-                cut_with = partial(_cut_with, batch, *self._cut_by())
-                cut = segments(batch, *self._cut_by())
+                cut = Cut(batch, *self._cut_by())
             else:
-                cut, stretch = packed_segments(model, batch, packing)
+                cut = PackedCut(model, batch, packing)
+            microbatches = cut.segments()
             if not self._layers_built:
-                _build_layers(model, cut[0].get(0)[0])
+                _build_layers(model, microbatches[0].get(0)[0])
                 self._layers_built = True
             _build_optimizer(model)
             rows, stats = rows_of(batch), self.listener is not None
-            gathering = None if _is_one(cut) else self._gathering_of(batch, rows)
+            gathering = None if _is_one(microbatches) else self._gathering_of(batch, rows)
             if gathering is None:
-                window = WindowRun(model, cut, rows, stretch, self._added, stats)
+                window = WindowRun(model, microbatches, rows, cut.stretch, self._added, stats)
             else:
-                window = GatheredRun(model, batch, cut_with, rows, stretch, self._added, gathering)
+                window = GatheredRun(model, batch, cut, rows, self._added, gathering)
             results = window.train()
             self._say(window.losses_of_one_number)
         return results
@@ -114,13 +114,6 @@ class TensorFlowStep(TrainStep):
 def _is_one(cut: Sequence[Segment]) -> bool:
     """Whether a batch is known to be one micro-batch."""
     return len(cut) == 1 and isinstance(cut[0].count, int) and cut[0].count == 1
-
-
-def _cut_with(
-    batch: Any, size: int | None, steps: int | None, arrays: Sequence[Any]
-) -> list[Segment]:
-    """A batch and arrays with its rows, cut alike."""
-    return segments((batch, list(arrays)), size, steps)
 
 
 def make_train_function(model: keras.Model) -> Callable[..., Any]:
