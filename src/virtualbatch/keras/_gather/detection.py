@@ -46,7 +46,7 @@ def found_on_rows(model: keras.Model, batch: Any, rows: int, evaluate: Evaluate)
         evaluate: runs a function in inference, in a scope that keeps what it assigns.
     """
     if _overrides_compute_loss(model):
-        return Found([], EVERYTHING)
+        return Found([], EVERYTHING, _run_by_loss(model, batch))
     if _is_told_by_type(model):
         return NOTHING
     count = min(rows, _ROWS) // 2 * 2
@@ -139,6 +139,38 @@ def found_as_asked(
 
 def _overrides_compute_loss(model: keras.Model) -> bool:
     return type(model).compute_loss is not keras.Model.compute_loss
+
+
+def _run_by_loss(model: keras.Model, batch: Any) -> list[str]:
+    """Names of layers that an overridden `compute_loss` runs; nothing is computed for it."""
+    given = tree.map_structure(_symbol, batch)
+    layers = model._flatten_layers()
+    before = [(layer, vars(layer).get("call")) for layer in layers]
+    called: dict[str, None] = {}
+
+    def listening(layer: Any) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            called[layer.name] = None
+            return type(layer).call(layer, *args, **options)
+
+        return call
+
+    def loss(x: Any, y: Any, sample_weight: Any) -> Any:
+        y_pred = _in_inference(model, x)
+        for layer in layers:
+            vars(layer)["call"] = listening(layer)
+        return model._compute_loss(x, y, y_pred, sample_weight, training=True)
+
+    try:
+        backend.compute_output_spec(loss, *given)
+    except Exception:  # the user's code, of which some needs values
+        return []
+    finally:
+        for layer, own in before:
+            vars(layer).pop("call", None)
+            if own is not None:
+                vars(layer)["call"] = own
+    return list(called)
 
 
 def _is_told_by_type(model: keras.Model) -> bool:

@@ -56,10 +56,12 @@ class Found(NamedTuple):
     Fields:
         coupled: the compiled losses that need all rows.
         gathering: what is gathered; None for nothing.
+        runs: names of layers that an overridden `compute_loss` runs itself, on all rows.
     """
 
     coupled: Sequence[Coupled]
     gathering: Gathering | None
+    runs: Sequence[str] = ()
 
 
 NOTHING = Found([], None)

@@ -17,7 +17,6 @@ from virtualbatch.keras._terms import (
     shallow_copy,
     with_other_losses,
 )
-from virtualbatch.window.entries import check_entries
 
 # Stands for a prediction that nobody reads.
 _UNREAD = 0
@@ -47,12 +46,13 @@ class GatheredPredictions:
 
         Raises:
             ValueError: one of them has not one entry per row.
-            TypeError: one of them is no array.
         """
         self._structure = tree.map_structure(lambda _: _UNREAD, y_pred)
         found = self.of(y_pred)
-        if rows is not None:
-            check_entries(((f"y_pred[{k}]", leaf) for k, leaf in enumerate(found)), rows)
+        for leaf in found:
+            shape = tuple(leaf.shape)
+            if not shape or (None not in (shape[0], rows) and shape[0] != rows):
+                raise ValueError(not_of_rows(f"the shape {shape}", rows or "some"))
         return [*found, *map(backend.get_keras_mask, found)]
 
     def joined(self, arrays: Sequence[Any]) -> Any:
@@ -71,6 +71,14 @@ class GatheredPredictions:
             for k, leaf in enumerate(tree.flatten(self._structure))
         ]
         return tree.pack_sequence_as(self._structure, flat)
+
+
+def not_of_rows(got: Any, rows: Any) -> str:
+    """Text of the refusal of predictions that are not of rows."""
+    return (
+        "Predictions that a loss sees for all rows must have one entry per row. "
+        f"Got {got} for {rows} rows. Return one entry per row, and reduce over rows in the loss."
+    )
 
 
 def loss_of_all_rows(

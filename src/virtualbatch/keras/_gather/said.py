@@ -20,6 +20,12 @@ def say_what_is_gathered(model: keras.Model, found: Found) -> None:
             "more forward. gather=False takes its result for a mean over rows.",
             type(model).__name__,
         )
+        if found.runs:
+            _log.warning(
+                "compute_loss sees all rows at once, and runs %s on them, on the memory of the "
+                "whole batch. Run that in call, and return what it gives as one more output.",
+                _listed(found.runs),
+            )
         return
     numbers = [found.name for found in found.coupled if found.why == NUMBER]
     _log.warning(

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import tensorflow as tf
+
 from virtualbatch.keras._gather.gathering import Gathering
 from virtualbatch.keras._rows import unstretched
 from virtualbatch.tensorflow._batch import Segment, segments
@@ -41,7 +43,7 @@ class Cut:
 
     def in_order(self, array: Any) -> Any:
         """Rows of all micro-batches in the order of the batch."""
-        return array
+        return tf.identity(array)
 
     def stretch(self, microbatch: Any) -> Any:
         """See `Rows`."""

@@ -19,6 +19,7 @@ from virtualbatch.keras._batchnorm import (
     recorded_moments,
 )
 from virtualbatch.keras._gather.gathering import Gathering
+from virtualbatch.keras._gather.loss import not_of_rows
 from virtualbatch.keras._gather.state import state_variables
 from virtualbatch.keras._overwritten import merged_gradients
 from virtualbatch.keras._rows import Rows
@@ -123,7 +124,21 @@ class GatheredRun(WindowRun):
         ]
 
     def _in_order(self, arrays: Sequence[Any]) -> list[Any]:
-        return [None if array is None else self._all_rows.in_order(array) for array in arrays]
+        with tf.control_dependencies(self._one_entry_per_row(arrays)):
+            return [None if array is None else self._all_rows.in_order(array) for array in arrays]
+
+    def _one_entry_per_row(self, arrays: Sequence[Any]) -> list[Any]:
+        """Refuses predictions that are not of rows; a graph knows of that when it runs."""
+        rows = self._window.rows
+        counts = [tf.shape(array)[0] for array in arrays if array is not None]
+        if tf.executing_eagerly():
+            for count in counts:
+                if count != rows:
+                    raise ValueError(not_of_rows(int(count), int(rows)))
+            return []
+        before, between, after = not_of_rows("COUNT", "COUNT").split("COUNT")
+        fits = tf.reduce_all(tf.equal(tf.stack(counts), rows))
+        return [tf.debugging.Assert(fits, [before, tf.stack(counts), between, rows, after])]
 
     def _forward(self, batch: Any) -> Any:
         """Forward of one micro-batch: what is summed of it, and its rows."""

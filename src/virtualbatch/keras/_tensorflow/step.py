@@ -263,10 +263,8 @@ def _size(batch: Any) -> int:
 
 def _refusal(error: tf.errors.InvalidArgumentError) -> str | None:
     """Text of a check that could only run inside the graph, or None if it was none of ours."""
-    assertion = re.search(
-        r"assertion failed: \[((?:microbatch_size and|All arrays of|No length may).*)\]",
-        str(error),
-    )
+    ours = "microbatch_size and|All arrays of|No length may|Predictions that"
+    assertion = re.search(rf"assertion failed: \[((?:{ours}).*)\]", str(error))
     # What was printed is pieces of text and numbers, each in brackets.
     return " ".join(re.split(r"\s*\] \[\s*", assertion[1])) if assertion else None
 
