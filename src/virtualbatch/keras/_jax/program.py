@@ -8,7 +8,7 @@ import keras
 from jax.extend.core import ClosedJaxpr, Literal
 
 from virtualbatch.keras._backend import Ran
-from virtualbatch.keras._jax.window import State
+from virtualbatch.keras._jax.stateless import State
 
 # It runs once or twice, so that most of the time would go into optimising it.
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

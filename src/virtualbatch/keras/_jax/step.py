@@ -20,10 +20,12 @@ from virtualbatch.keras._certify.first_window import prove_first_window
 from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._jax.evaluate import evaluated
+from virtualbatch.keras._jax.gathered import GatheredRun
 from virtualbatch.keras._jax.packing import packed_cut
 from virtualbatch.keras._jax.plan import MEMORY, copied, planned
 from virtualbatch.keras._jax.program import JaxProgram
-from virtualbatch.keras._jax.window import State, WindowRun
+from virtualbatch.keras._jax.stateless import State
+from virtualbatch.keras._jax.window import WindowRun
 from virtualbatch.keras._packing import Packing
 from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._train_step import TrainStep
@@ -56,19 +58,19 @@ class JaxStep(TrainStep):
             raise ValueError("internal: a batch of JAX has no number of rows.")
         compiled = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, data)))
         packing = self._packing_in_force()
-        gathering = None
         if packing is not None:
-            cut, stretch = packed_cut(model, batch, rows, packing)
+            cut, stretch, order = packed_cut(model, batch, rows, packing)
         else:
             cut = cut_batch(batch, self._size(rows), None, compiled=compiled)
-            stretch = unstretched
+            stretch, order = unstretched, None
             if cut.count == 1:
                 return type(model).train_step(model, state, data)
-            gathering = self.gathering(batch)
-        run = WindowRun(
-            *(model, cut, State(*state), stretch, self._added, self.listener is not None),
-            gathering,
-        )
+        gathering, before = self.gathering(batch), State(*state)
+        if gathering is None or cut.count == 1:
+            stats = self.listener is not None
+            run = WindowRun(model, cut, before, stretch, self._added, stats)
+        else:
+            run = GatheredRun(model, batch, cut, order, before, stretch, self._added, gathering)
         logs, after = run.train(compiled)
         self._say(run.losses_of_one_number)
         return logs, tuple(after)

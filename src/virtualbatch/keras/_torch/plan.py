@@ -8,7 +8,8 @@ import keras
 from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._gather.gathering import Found, Gathering
 from virtualbatch.keras._snapshot import Snapshot
-from virtualbatch.keras._torch.batch import place, window_of
+from virtualbatch.keras._torch.batch import window_of
+from virtualbatch.keras._torch.device import place
 from virtualbatch.keras._torch.state import State
 from virtualbatch.plan import planner
 from virtualbatch.plan.plan import Plan

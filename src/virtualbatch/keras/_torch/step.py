@@ -17,7 +17,8 @@ from virtualbatch.keras._gather.detection import evaluated_eagerly
 from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._packing import Packing
-from virtualbatch.keras._torch.batch import packed_window_of, place, window_of
+from virtualbatch.keras._torch.batch import packed_window_of, window_of
+from virtualbatch.keras._torch.device import place
 from virtualbatch.keras._torch.plan import MEMORY, planned
 from virtualbatch.keras._torch.state import State, torch_modules
 from virtualbatch.keras._train_step import TrainStep, uncompiled
@@ -69,7 +70,8 @@ class TorchStep(TrainStep):
         model, packing = self._model, self._packing_in_force()
         with State(model).kept_on_failure():
             if packing is not None:
-                run = packed_window_of(model, batch, rows, packing, self._added)
+                gathering = self.gathering(batch)
+                run = packed_window_of(model, batch, rows, packing, self._added, gathering)
             else:
                 cut = even_cut(rows, self._size(rows))
                 if len(cut) == 1:
