@@ -103,18 +103,19 @@ def found_by_shape(model: keras.Model, batch: Any) -> Found:
     compile_loss = model._compile_loss
     if not compile_loss.built:
         compile_loss.build(y, y_pred)
-    coupled: dict[int, Coupled | None] = {}
+    ranks: dict[int, int] = {}
 
     def look(y: Any, y_pred: Any) -> Any:
-        for k, value in _values(compile_loss, y, y_pred, set()):
-            loss = compile_loss._flat_losses[k].loss
-            if not value.shape:
-                coupled[k] = Coupled(loss.name, NUMBER)
-            elif couples_rows(loss):
-                coupled[k] = Coupled(loss.name, COMPARES)
+        ranks.update((k, len(value.shape)) for k, value in _values(compile_loss, y, y_pred, set()))
         return y_pred
 
     backend.compute_output_spec(look, y, y_pred)
+    coupled: dict[int, Coupled | None] = {}
+    for k, entry in enumerate(compile_loss._flat_losses):
+        if ranks.get(k) == 0:
+            coupled[k] = Coupled(entry.loss.name, NUMBER)
+        elif couples_rows(entry.loss):
+            coupled[k] = Coupled(entry.loss.name, COMPARES)
     return _found(model, coupled)
 
 
