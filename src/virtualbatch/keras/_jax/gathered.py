@@ -201,11 +201,11 @@ class GatheredRun(WindowRun):
         gradients = [self._widened(gradient, here) for gradient in gradients]
         return Step(Sums(losses, gradients, [], []), after, latest, None)
 
-    def _shapes(self, batch: Any) -> Arrays:
+    def _shapes(self, batch: Any, rows: int) -> Arrays:
         """What is kept of a micro-batch, for its shapes."""
         state, window = self._state, self._window
         y_pred, _, _ = self._functions.forward(batch[0], state.trainable, state.non_trainable)
-        return window.arrays(batch, y_pred, Rows(1, window.rows))
+        return window.arrays(batch, y_pred, Rows(rows, window.rows))
 
 
 def _merged_seen(a: _Seen, b: _Seen) -> _Seen:

@@ -19,10 +19,10 @@ class GatheredRows:
     Args:
         cut: the batch, cut.
         order: numbers of the rows as they were cut, where they are packed; else None.
-        arrays: micro-batch -> what is kept of it.
+        arrays: (micro-batch, its rows) -> what is kept of it.
     """
 
-    def __init__(self, cut: Cut, order: Any, arrays: Callable[[Any], Arrays]):
+    def __init__(self, cut: Cut, order: Any, arrays: Callable[[Any, int], Arrays]):
         self._cut = cut
         self._order = order
         self._arrays = arrays
@@ -50,8 +50,9 @@ class GatheredRows:
             return list(arrays)
         if self._whole is None:
             # Rows of the last branch are not trimmed, and only shapes are computed.
-            longest = branches(self._cut.segments[-1])[-1]
-            self._whole = jax.eval_shape(lambda: self._arrays(longest(0)))
+            last = self._cut.segments[-1]
+            longest = branches(last)[-1]
+            self._whole = jax.eval_shape(lambda: self._arrays(longest(0), last.rows))
         return [
             None if found is None else _padded(found, whole.shape)
             for found, whole in zip(arrays, self._whole, strict=False)
