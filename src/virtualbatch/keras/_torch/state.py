@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import torch
 
+from virtualbatch.keras._gather.state import state_variables
 from virtualbatch.keras._torch.device import place
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._state import Buffers
@@ -74,14 +75,19 @@ class Beginning:
 
 def _written_by_layers(model: keras.Model) -> list[Any]:
     """Variables that layers assign to when they are called."""
-    found: list[Any] = []
-    for layer in model._flatten_layers():
-        found += [generator.state for generator in layer._seed_generators]
-        # Parameters of a wrapped module and packed weights of a quantised layer may be as large
-        # as the model, and no forward changes them.
-        if not isinstance(layer, keras.layers.TorchModuleWrapper):
-            found += [v for v in layer._non_trainable_variables if v.value.element_size() > 1]
-    return found
+    # Parameters of a wrapped module and packed weights of a quantised layer may be as large as the
+    # model, and no forward changes them.
+    of_modules = {
+        id(variable)
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.TorchModuleWrapper)
+        for variable in layer._non_trainable_variables
+    }
+    return [
+        variable
+        for variable in state_variables(model)
+        if id(variable) not in of_modules and variable.value.element_size() > 1
+    ]
 
 
 def _copies(variables: list[Any]) -> list[tuple[Any, torch.Tensor]]:
