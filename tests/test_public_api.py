@@ -47,7 +47,7 @@ SIGNATURES = {
     ),
     virtualbatch.keras.accumulate: (
         "(model, *, microbatch_size=None, accumulation_steps=None, microbatch_tokens=None, "
-        "lengths=None, check=True)"
+        "lengths=None, check=True, gather=None)"
     ),
     virtualbatch.lightning.accumulate: "(module, *, microbatch_size=None, weight=None)",
     virtualbatch.lightning.restore: "(module)",

@@ -33,6 +33,7 @@ from virtualbatch.keras._certify import first_window
 from virtualbatch.keras._certify.first_window import KerasTrial
 from virtualbatch.keras._certify.keras_own import is_keras_own
 from virtualbatch.keras._checks import unpacked_batch
+from virtualbatch.keras._gather.gathering import NOTHING
 
 pytestmark = pytest.mark.proves_itself
 
@@ -87,9 +88,10 @@ class OwnMean(keras.Sequential):
 EAGERLY = {"run_eagerly": BACKEND == "tensorflow"}
 
 
-def accumulating(model, check=True, size=8, **options):
+def accumulating(model, check=True, size=8, gather=False, **options):
+    """By default, losses see micro-batches only: what sees all rows is exact."""
     found = made(model, **EAGERLY | options)
-    vb.accumulate(found, microbatch_size=size, check=check)
+    vb.accumulate(found, microbatch_size=size, check=check, gather=gather)
     return found
 
 
@@ -110,7 +112,7 @@ QUICK = {"two outputs", "mixture", "masked token weights"}
 def test_no_false_alarm(case):
     model = made(case.model, **case.options())
     batch = unpacked_batch(model, case.batch)
-    trial = KerasTrial(model, batch, 22, [8, 8, 6], _backend_for(model))
+    trial = KerasTrial(model, batch, 22, [8, 8, 6], _backend_for(model), NOTHING)
     assert prove(trial, str) is None
 
 
@@ -139,6 +141,13 @@ def test_what_adds_up_is_tried_and_passes(name, tries, caplog):
     assert not [line for line in caplog.messages if "tried" in line or "returns one" in line]
 
 
+@pytest.mark.parametrize("name", ["one number", "rows", "compute_loss"])
+def test_what_sees_all_rows_is_tried_and_passes(name, tries):
+    model, options, _ = WRONG[name]
+    accumulating(model, gather=None, **options).train_on_batch(X, TARGETS)
+    assert tries == [22]
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -153,7 +162,7 @@ def test_what_does_not_add_up_is_refused_and_nothing_is_changed(name):
         # What an earlier batch counted is kept too.
         vb.restore(model)
         model.train_on_batch(X, TARGETS)
-        vb.accumulate(model, microbatch_size=8)
+        vb.accumulate(model, microbatch_size=8, gather=False)
     else:
         model(ops.convert_to_tensor(X[:2]))
     before = state(model)
@@ -259,10 +268,10 @@ def test_a_packed_batch_is_tried_by_its_rows(tries):
     model = keras.Sequential([inputs, layers.Embedding(50, 4), layers.Dense(2)])
     model.compile("sgd", tokens, **EAGERLY)
     targets = np.ones(IDS.shape, "int32")
-    vb.accumulate(model, **PACKED)
+    vb.accumulate(model, **PACKED, gather=False)
     with pytest.raises(ValueError, match="sum_loss at the loss tokens"):
         model.train_on_batch(IDS[:20], targets[:20])
-    vb.accumulate(model, **PACKED | {"microbatch_tokens": 2 * IDS.shape[1]})
+    vb.accumulate(model, gather=False, **PACKED | {"microbatch_tokens": 2 * IDS.shape[1]})
     model.train_on_batch(IDS[:2], targets[:2])
     assert tries == [20]
 

@@ -29,6 +29,8 @@ NAMES = {
     },
     "layer": {"_dtype_policy", "_moments", "_seed_generators"},
     "variable": {"_dtype", "_initialize", "_value"},
+    "loss": {"_fn_kwargs"},
+    "compile_metrics": {"_flat_metrics", "_flat_weighted_metrics", "_flatten_y"},
     "compile_loss": {
         "_flat_losses",
         "_metrics",
@@ -59,12 +61,14 @@ def test_what_is_imported_is_there(name: str) -> None:
 
 def test_keras_has_every_private_name() -> None:
     model = keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization()])
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", metrics=["mae"])
     model.fit(np.ones((4, 2)), np.ones((4, 2)), verbose=0)
     owners = {
         "model": model,
         "layer": model.layers[0],
         "variable": model.trainable_variables[0],
+        "loss": keras.losses.MeanSquaredError(),
+        "compile_metrics": model._compile_metrics,
         "compile_loss": model._compile_loss,
     }
     assert isinstance(model._compile_loss, CompileLoss)

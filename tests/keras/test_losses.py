@@ -9,8 +9,6 @@ from tests.keras.backends import supported
 from tests.keras.problems import compiled, crossentropy
 from tests.keras.training import MICRO, ROWS, Case, assert_equals_keras, in_tiers, train
 
-import virtualbatch.keras as vb
-
 REDUCTIONS = ["sum_over_batch_size", "sum", "mean_with_sample_weight", None]
 
 NARROW = ("weights narrower than the mask",)
@@ -175,18 +173,10 @@ def test_equals_keras(case):
 )
 def test_a_loss_of_one_number_is_named_once(loss, caplog):
     y = np.eye(3)[problems.LABELS] if isinstance(loss(), keras.losses.Dice) else problems.LABELS
-    case = Case("", problems.classifier, compiled(loss=loss, metrics=None), problems.X, y)
+    sizes = {"microbatch_size": MICRO, "gather": False}
+    options = compiled(loss=loss, metrics=None)
+    case = Case("", problems.classifier, options, problems.X, y, sizes=sizes)
     train(case, accumulated=True)
     said = [record.getMessage() for record in caplog.records if record.name == "virtualbatch"]
     assert len(said) == 1
     assert "returns one number: it is taken for one mean over rows" in said[0]
-
-
-@pytest.mark.parametrize("loss", ["circle", keras.losses.circle, keras.losses.Circle()])
-def test_a_loss_that_couples_rows_is_named(loss, caplog):
-    model = problems.classifier()
-    model.compile("sgd", loss)
-    vb.accumulate(model, microbatch_size=16)
-    said = [record.getMessage() for record in caplog.records if record.name == "virtualbatch"]
-    assert len(said) == 1
-    assert "Circle loss compares the rows of a batch with each other" in said[0]

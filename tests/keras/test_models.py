@@ -269,7 +269,8 @@ def test_added_losses_that_depend_on_the_number_of_rows_are_refused():
 
 
 def test_own_compute_loss_is_named_once(caplog):
-    train(Case("", OwnLoss, compiled(loss=None), X, LABELS), accumulated=True)
+    sizes = {"microbatch_size": MICRO, "gather": False}
+    train(Case("", OwnLoss, compiled(loss=None), X, LABELS, sizes=sizes), accumulated=True)
     said = [record.getMessage() for record in caplog.records if record.name == "virtualbatch"]
     assert said == ["OwnLoss overrides compute_loss: its result is taken for one mean over rows."]
 

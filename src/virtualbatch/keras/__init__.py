@@ -19,10 +19,13 @@ from virtualbatch.keras._checks import (
     say_what_is_not_exact,
     unpacked_batch,
 )
+from virtualbatch.keras._gather.detection import found_as_asked
+from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._noise import NoiseScale
 from virtualbatch.keras._packing import asked_packing
 from virtualbatch.plan.auto import Auto, check_sizes_or_auto, is_automatic
 from virtualbatch.plan.plan import Plan
+from virtualbatch.window.tree import array_leaves, common_rows
 
 __all__ = ["NoiseScale", "accumulate", "certify", "certify_loop", "plan", "restore"]
 
@@ -38,6 +41,7 @@ def accumulate(
     microbatch_tokens: int | None = None,
     lengths: Callable[[Any], Any] | None = None,
     check: bool = True,
+    gather: bool | None = None,
 ) -> None:
     """Makes every batch of `fit` and `train_on_batch` one update, computed in micro-batches.
 
@@ -59,6 +63,10 @@ def accumulate(
             update: whether micro-batches of a few rows add up to those rows in one. For that they
             are called more often, without dropout and without statistics of the batch. What does
             not add up is refused by `fit`; what cannot be tried is said in a log line.
+        gather: which losses get the predictions of all rows, so that they and their metrics are
+            exact, for one more forward. None: those that need them, which is found out at the
+            first batch and said: losses that return one number or compare rows, and an overridden
+            `compute_loss`. True: all. False: none; a number is then taken for a mean over rows.
 
     Raises:
         TypeError: `model` is not a Keras model, or `lengths` is not a function.
@@ -87,7 +95,9 @@ def accumulate(
             f"and accumulation_steps={accumulation_steps}. Pass microbatch_tokens and lengths only."
         )
     keras_backend = _backend_for(model)
-    step = keras_backend.step(model, microbatch_size, accumulation_steps, packing, check=check)
+    step = keras_backend.step(
+        model, microbatch_size, accumulation_steps, packing, check=check, gather=gather
+    )
     restore(model)
     say_what_is_not_exact(model)
     model.train_step = step
@@ -128,7 +138,7 @@ def plan(model: keras.Model, batch: Any, *, memory_limit: int | str | None = Non
     keras_backend = _backend_for(model)
     given = unpacked_batch(model, batch)
     model._symbolic_build(data_batch=given)
-    return keras_backend.plan(model, given, memory_limit)
+    return keras_backend.plan(model, given, memory_limit, _found(model, given, keras_backend))
 
 
 def certify(
@@ -176,7 +186,9 @@ def certify(
         )
     keras_backend = _backend_for(model)
     given = unpacked_batch(model, batch)
-    return certificate(model, given, microbatch_size, accumulation_steps, keras_backend)
+    return certificate(
+        model, given, microbatch_size, accumulation_steps, keras_backend, _asked(model)
+    )
 
 
 def restore(model: keras.Model) -> None:
@@ -191,6 +203,18 @@ def restore(model: keras.Model) -> None:
         for name in _ATTRIBUTES:
             delattr(model, name)
         model.train_function = None
+
+
+def _found(model: keras.Model, batch: Any, keras_backend: Backend) -> Found:
+    """What of a model's loss needs all rows of a batch, and gets them as it accumulates now."""
+    rows = common_rows(array_leaves(batch)) or 0
+    return found_as_asked(model, batch, rows, keras_backend.evaluate, _asked(model))
+
+
+def _asked(model: keras.Model) -> bool | None:
+    """What of its predictions a model was asked to gather, where it accumulates."""
+    asked: bool | None = model.train_step.gather if accumulates(model) else None
+    return asked
 
 
 def _backend_for(model: Any) -> Backend:

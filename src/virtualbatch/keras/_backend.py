@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import keras
 
+from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.plan.plan import Plan
 
 
@@ -48,24 +49,26 @@ class Backend(NamedTuple):
 
     Fields:
         refuse: model -> nothing; refuses what only this backend cannot train.
-        step: (model, microbatch_size, accumulation_steps, packing, check=) -> the step that
-        accumulates, see `TrainStep`.
+        step: (model, microbatch_size, accumulation_steps, packing, check=, gather=) -> the step
+            that accumulates, see `TrainStep`.
         make_train_function: model -> its `make_train_function`.
-        plan: (model, (x, y, sample_weight), memory limit) -> plan.
+        plan: (model, (x, y, sample_weight), memory limit, what needs all rows) -> plan.
         build: (model, (x, y, sample_weight)) -> nothing; makes what `fit` would make at its first
             batch.
         program: (model, step) -> a program of the step.
         cut: (rows, microbatch_size) -> rows of each micro-batch.
         is_concrete: whether a tensor has a value that can be read.
         kept: model -> what else is put back after its steps were observed.
+        evaluate: (model, function, arrays) -> see `virtualbatch.keras._gather.detection`.
     """
 
     refuse: Callable[[keras.Model], None]
     step: Callable[..., Any]
     make_train_function: Callable[[keras.Model], Callable[..., Any]]
-    plan: Callable[[keras.Model, Any, int | str | None], Plan]
+    plan: Callable[[keras.Model, Any, int | str | None, Found], Plan]
     build: Callable[[keras.Model, Any], None]
     program: Callable[[keras.Model, Any], Program]
     cut: Callable[[int, int], Sequence[int]]
     is_concrete: Callable[[Any], bool]
     kept: Callable[[keras.Model], Sequence[Kept]]
+    evaluate: Callable[[keras.Model, Callable[[Any], Any], Any], Sequence[Any]]

@@ -117,7 +117,7 @@ def unpacked_batch(model: keras.Model, batch: Any) -> tuple[Any, Any, Any]:
 
 
 def say_what_is_not_exact(model: keras.Model) -> None:
-    """Warns of layers and losses whose result depends on how the batch is cut.
+    """Warns of layers whose result depends on how the batch is cut.
 
     Args:
         model: a compiled model.
@@ -143,22 +143,3 @@ def say_what_is_not_exact(model: keras.Model) -> None:
             "forward, so they change with each micro-batch.",
             ", ".join(stepwise),
         )
-    if any(_couples_rows(loss) for loss in keras.tree.flatten(model.loss)):
-        _log.warning(
-            "The Circle loss compares the rows of a batch with each other, so it sees those of a "
-            "micro-batch only."
-        )
-    if type(model).compute_loss is not keras.Model.compute_loss:
-        _log.warning(
-            "%s overrides compute_loss: its result is taken for one mean over rows.",
-            type(model).__name__,
-        )
-
-
-def _couples_rows(loss: Any) -> bool:
-    """Whether this is a loss of Keras with one value per row that depends on other rows."""
-    return (
-        isinstance(loss, keras.losses.Circle)
-        or loss is keras.losses.circle
-        or (isinstance(loss, str) and loss.lower() == "circle")
-    )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
 import keras
+from keras.src import backend
 
 from virtualbatch.window.gather import is_known
 from virtualbatch.window.packing import check_tokens
@@ -123,6 +124,27 @@ def padded_batch(model: keras.Model, batch: Any) -> PaddedBatch:
         build,
         any(path.startswith("batch[1]") for path in trimmed),
     )
+
+
+def trimmed_outputs(model: keras.Model, batch: PaddedBatch) -> list[bool]:
+    """For each leaf of the predictions, whether its second axis is as long as the rows of x.
+
+    Nothing is run.
+
+    Args:
+        model: a model that is built.
+        batch: a batch of `fit`.
+    """
+
+    def symbol(leaf: Any, trimmed: bool) -> Any:
+        shape = (leaf.shape[0], None, *leaf.shape[2:]) if trimmed else leaf.shape
+        return keras.KerasTensor(shape, keras.backend.standardize_dtype(leaf.dtype))
+
+    def forward(x: Any) -> Any:
+        return model(x, training=False) if model._call_has_training_arg else model(x)
+
+    found = keras.tree.flatten(backend.compute_output_spec(forward, batch.mapped(symbol)[0]))
+    return [len(leaf.shape) > 1 and leaf.shape[1] is None for leaf in found]
 
 
 def checked_lengths(lengths: Any, rows: int | None) -> Any:

@@ -45,6 +45,17 @@ class Contribution(NamedTuple):
         return self.counted is not None
 
 
+class Recorded:
+    """Stands where Keras updates a per-output loss metric, which happens once per window."""
+
+    value: Any = None
+    sample_weight: Any = None
+
+    def update_state(self, value: Any, sample_weight: Any = None) -> None:
+        """Keeps what the metric would be shown."""
+        self.value, self.sample_weight = value, sample_weight
+
+
 def contribution(
     compile_loss: Any,
     y: Any,
@@ -52,6 +63,7 @@ def contribution(
     sample_weight: Any,
     rows: Rows,
     totals: Callable[[], Any],
+    skipped: Sequence[bool] = (),
 ) -> Contribution:
     """Runs a model's compiled loss on one micro-batch.
 
@@ -66,6 +78,7 @@ def contribution(
         rows: rows of the micro-batch and the window.
         totals: returns what the micro-batches of the window have `counted`, added up (or floats
             that stand for it); called only where a weight has to be counted.
+        skipped: for each loss of a built one, whether it is left out; empty for all.
 
     Returns:
         The contribution.
@@ -81,16 +94,44 @@ def contribution(
         total = totals()[len(counts) - 1]
         return total if isinstance(total, float) else ops.cast(total, value.dtype)
 
-    metrics: list[_Recorded] = []
-    run = _shallow_copy(compile_loss)
+    def summed(entries: Sequence[Any]) -> Sequence[Any]:
+        _check_reduced(entries)
+        skips = skipped or [False] * len(entries)
+        return [
+            entry._replace(loss=_summed(entry.loss, rows, over_window, notes))
+            for entry, skip in zip(entries, skips, strict=True)
+            if not skip
+        ]
+
+    metrics: list[Recorded] = []
+    run = with_other_losses(compile_loss, summed, metrics)
+    total = run(y, y_pred, sample_weight)
+    seen = [metric for metric in metrics if metric.value is not None]
+    return Contribution(
+        total=total,
+        tracked=[metric.value for metric in seen],
+        tracked_by_rows=any(metric.sample_weight is not None for metric in seen),
+        counted=_vector(counts) if counts else None,
+        numbers=notes.numbers,
+        unreduced=notes.unreduced,
+    )
+
+
+def with_other_losses(
+    compile_loss: Any, other: Callable[[Sequence[Any]], Sequence[Any]], metrics: list[Recorded]
+) -> Any:
+    """A copy of a `CompileLoss` that computes other entries, and updates no metric.
+
+    Args:
+        compile_loss: the model's own, which is built if it was not and otherwise left alone.
+        other: its entries -> those of the copy.
+        metrics: takes what each of these would show its metric, once the copy has run.
+    """
+    run = shallow_copy(compile_loss)
 
     def adopt() -> None:
-        entries = compile_loss._flat_losses
-        _check_reduced(entries)
-        run._flat_losses = [
-            entry._replace(loss=_summed(entry.loss, rows, over_window, notes)) for entry in entries
-        ]
-        metrics.extend(_Recorded() for _ in compile_loss.metrics)
+        run._flat_losses = other(compile_loss._flat_losses)
+        metrics.extend(Recorded() for _ in run._flat_losses if compile_loss.metrics)
         run._metrics = metrics
         run._y_pred_build_structure = compile_loss._y_pred_build_structure
         run._y_true_build_structure = compile_loss._y_true_build_structure
@@ -104,16 +145,7 @@ def contribution(
         adopt()
     else:
         run.build = build
-    total = run(y, y_pred, sample_weight)
-    seen = [metric for metric in metrics if metric.value is not None]
-    return Contribution(
-        total=total,
-        tracked=[metric.value for metric in seen],
-        tracked_by_rows=any(metric.sample_weight is not None for metric in seen),
-        counted=_vector(counts) if counts else None,
-        numbers=notes.numbers,
-        unreduced=notes.unreduced,
-    )
+    return run
 
 
 def _check_reduced(entries: Sequence[Any]) -> None:
@@ -131,7 +163,7 @@ def _check_reduced(entries: Sequence[Any]) -> None:
         )
 
 
-def _shallow_copy(instance: Any) -> Any:
+def shallow_copy(instance: Any) -> Any:
     """A copy that shares every attribute; Keras' own copies go through a saved config."""
     twin = object.__new__(type(instance))
     vars(twin).update(vars(instance))
@@ -149,16 +181,6 @@ class _Notes:
 
     numbers: list[str]
     unreduced: bool = False
-
-
-class _Recorded:
-    """Stands where Keras updates a per-output loss metric, which happens once per window."""
-
-    value: Any = None
-    sample_weight: Any = None
-
-    def update_state(self, value: Any, sample_weight: Any = None) -> None:
-        self.value, self.sample_weight = value, sample_weight
 
 
 def _summed(
@@ -188,10 +210,10 @@ def _summed(
         if len(value.shape) == 0:
             return part(value)
         notes.unreduced = True
-        return _logged_as_mean(ops.sum(value), value, rows)
+        return logged_as_mean(ops.sum(value), value, rows)
 
     def term(y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        values, mask, product = _elements(loss, y_true, y_pred, _copy(sample_weight))
+        values, mask, product = elements(loss, y_true, y_pred, _copy(sample_weight))
         weights = _weights(loss, mask, _copy(sample_weight))
         if len(values.shape) == 0:
             mean = part(values)
@@ -205,7 +227,7 @@ def _summed(
             return total
         if _is_unreduced(loss):
             notes.unreduced = True
-            return _logged_as_mean(total, product, rows)
+            return logged_as_mean(total, product, rows)
         if loss.reduction == "mean_with_sample_weight" and weights is not None:
             return _divided(total, over_window(ops.sum(weights)))
         if loss.reduction != "mean_with_sample_weight" and mask is not None:
@@ -225,7 +247,7 @@ def _is_unreduced(loss: keras.losses.Loss) -> bool:
     return loss.reduction in (None, "none")
 
 
-def _logged_as_mean(total: Any, elements: Any, rows: Rows) -> Any:
+def logged_as_mean(total: Any, elements: Any, rows: Rows) -> Any:
     """A loss that is not reduced: Keras sums its gradients but logs its mean."""
     part = _divided(total, _size_over_window(elements, rows))
     return total + ops.stop_gradient(part - total)
@@ -257,7 +279,7 @@ def _divided(total: Any, weight: Any) -> Any:
     return ops.divide_no_nan(total, weight)
 
 
-def _elements(
+def elements(
     loss: keras.losses.Loss, y_true: Any, y_pred: Any, sample_weight: Any
 ) -> tuple[Any, Any, Any]:
     """Runs one loss without its reduction.
@@ -272,7 +294,7 @@ def _elements(
         seen.append(loss.call(y_true, y_pred))
         return seen[0]
 
-    run = _shallow_copy(loss)
+    run = shallow_copy(loss)
     run.call = call
     run.reduction = None
     product = run(y_true, y_pred, sample_weight)

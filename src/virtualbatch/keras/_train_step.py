@@ -10,6 +10,9 @@ import keras
 from virtualbatch.certify.proven import Proven
 from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._checks import refuse_accumulating_optimizer, refuse_replicas
+from virtualbatch.keras._gather.detection import Evaluate, found_by_shape, found_on_rows
+from virtualbatch.keras._gather.gathering import EVERYTHING, NOTHING, Found, Gathering
+from virtualbatch.keras._gather.said import say_what_is_gathered, say_what_is_not_gathered
 from virtualbatch.keras._packing import Packing
 from virtualbatch.plan.auto import is_automatic
 from virtualbatch.window.cut import rows_per_microbatch
@@ -29,11 +32,14 @@ class TrainStep:
         accumulation_steps: micro-batches per window, or None.
         packing: how rows are packed instead, or None.
         check: whether its first window proves itself.
+        gather: whether losses get the predictions of all rows: those that need them (None), all
+            or none; or what was found out of the model before.
 
     Attributes:
         microbatch_size: as given.
         packing: as given.
         check: as given.
+        gather: as given.
         silent: whether losses that only their author knows how to cut are not named: they were
             proven, or somebody observes them.
         most: rows of a micro-batch, or tokens of a packed one, where they were planned, or made
@@ -51,26 +57,87 @@ class TrainStep:
         accumulation_steps: int | None,
         packing: Packing | None = None,
         check: bool = False,
+        gather: bool | Found | None = None,
     ):
         self._model = model
         self.microbatch_size = microbatch_size
         self.packing = packing
         self.check = check
+        self.gather = gather
         self.silent = False
         self._accumulation_steps = accumulation_steps
         self.most: int | None = None
         self.listener: Callable[[Any], None] | None = None
         self._said: set[str] = set()
-        self._proven, self._proven_as = Proven(), model._compile_loss
+        self._proven, self._compiled = Proven(), model._compile_loss
+        self._found: Found | None = None
         self._added = AddedLosses()
         self._said_how_it_is_cut = False
 
     def proven(self) -> Proven:
         """What was tried of the model as it is compiled."""
-        if self._proven_as is not self._model._compile_loss:
-            self._proven, self._proven_as = Proven(), self._model._compile_loss
-            self.silent = False
+        self._forget_if_recompiled()
         return self._proven
+
+    def look_for_coupled(self, batch: Any, rows: int, evaluate: Evaluate) -> None:
+        """Finds out, once, what needs all rows, and says so.
+
+        Args:
+            batch: (x, y, sample_weight), of which every array has values.
+            rows: its rows.
+            evaluate: see there.
+        """
+        if self._is_known() or rows < 2:
+            return
+        self._found = found_on_rows(self._model, batch, rows, evaluate)
+        self._say_what_was_found(self._found)
+
+    def found(self, batch: Any) -> Found:
+        """What needs all rows and gets them; by its shape where no values were looked at.
+
+        Args:
+            batch: (x, y, sample_weight), perhaps without values.
+        """
+        if isinstance(self.gather, Found):
+            return self.gather
+        if self.gather:
+            return Found([], EVERYTHING)
+        if not self._is_known():
+            self._found = found_by_shape(self._model, batch)
+            self._say_what_was_found(self._found)
+        return NOTHING if self._found is None or self.gather is False else self._found
+
+    def gathering(self, batch: Any) -> Gathering | None:
+        """What a window of several micro-batches gathers; None for nothing.
+
+        Args:
+            batch: (x, y, sample_weight), perhaps without values.
+
+        Raises:
+            ValueError: its statistics are asked for, but a loss sees all rows.
+        """
+        found = self.found(batch).gathering
+        if found is not None and self.listener is not None:
+            raise ValueError(
+                "stats needs a loss that is a mean over rows. Got a loss that sees all rows. "
+                "Leave NoiseScale out, or pass gather=False to accumulate."
+            )
+        return found
+
+    def _is_known(self) -> bool:
+        self._forget_if_recompiled()
+        return self._found is not None or self.gather is True or isinstance(self.gather, Found)
+
+    def _say_what_was_found(self, found: Found) -> None:
+        if self.gather is False:
+            say_what_is_not_gathered(self._model, found)
+        else:
+            say_what_is_gathered(self._model, found)
+
+    def _forget_if_recompiled(self) -> None:
+        if self._compiled is not self._model._compile_loss:
+            self._proven, self._compiled = Proven(), self._model._compile_loss
+            self._found, self.silent = None, False
 
     def rows_asked_for(self, rows: int) -> int:
         """Rows, or tokens, of one micro-batch as asked for, for a batch of so many rows."""

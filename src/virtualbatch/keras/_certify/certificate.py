@@ -15,6 +15,8 @@ from virtualbatch.keras._certify.full_precision import in_full_precision
 from virtualbatch.keras._certify.no_randomness import without_randomness
 from virtualbatch.keras._certify.step import NUMBERS, KerasStep
 from virtualbatch.keras._certify.untouched import Attributes, RandomNumbers
+from virtualbatch.keras._gather.detection import found_as_asked
+from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._snapshot import Snapshot
 from virtualbatch.window.cut import rows_per_microbatch
 from virtualbatch.window.tree import array_leaves, common_rows
@@ -26,7 +28,12 @@ def build_symbolically(model: keras.Model, batch: Any) -> None:
 
 
 def certificate(
-    model: keras.Model, batch: Any, size: int | None, steps: int | None, backend: Backend
+    model: keras.Model,
+    batch: Any,
+    size: int | None,
+    steps: int | None,
+    backend: Backend,
+    gather: bool | Found | None,
 ) -> Certificate:
     """The certificate of a compiled model; see `virtualbatch.keras.certify`.
 
@@ -36,6 +43,7 @@ def certificate(
         size: checked rows of one micro-batch, or None.
         steps: checked micro-batches per window, or None.
         backend: that of Keras.
+        gather: what `accumulate` was asked for, or what was found out of the model before.
 
     Raises:
         ValueError: there is one row, or one micro-batch, or the batch is no batch of arrays.
@@ -63,7 +71,8 @@ def certificate(
             )
         if held.enter_context(in_full_precision(model)):
             notes.append("Half precision was replaced by float32 for the comparison.")
-        return certified(KerasStep(model, batch, rows, size, backend, notes))
+        found = found_as_asked(model, batch, rows, backend.evaluate, gather)
+        return certified(KerasStep(model, batch, rows, size, backend, notes, found))
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from virtualbatch.keras._certify.step import (
     tracked_loss,
 )
 from virtualbatch.keras._certify.untouched import Attributes
+from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._packing import padded_batch
 from virtualbatch.keras._snapshot import Snapshot
 from virtualbatch.keras._train_step import TrainStep
@@ -71,7 +72,7 @@ def prove_first_window(
     if not is_keras_own(model):
         # Packed, rows are sorted first, so that no group of them stays together.
         sizes = backend.cut(rows, size) if step.packing is None else [1]
-        trial = KerasTrial(model, batch, rows, sizes, backend)
+        trial = KerasTrial(model, batch, rows, sizes, backend, step.found(batch))
         reason = trial.cannot_be_tried()
         if reason is None:
             reason = prove(trial, lambda error: in_words(error, errors))
@@ -116,6 +117,7 @@ class KerasTrial(Trial):
         rows: its rows.
         sizes: rows of its micro-batches.
         backend: that of Keras.
+        found: what needs all rows, and gets them.
     """
 
     # One, because on JAX each number of rows is compiled. It is cut after five rows, so that no
@@ -123,9 +125,15 @@ class KerasTrial(Trial):
     pairs = ((4, 5),)
 
     def __init__(
-        self, model: keras.Model, batch: Any, rows: int, sizes: Sequence[int], backend: Backend
+        self,
+        model: keras.Model,
+        batch: Any,
+        rows: int,
+        sizes: Sequence[int],
+        backend: Backend,
+        found: Found,
     ):
-        self._model, self._batch, self._backend = model, batch, backend
+        self._model, self._batch, self._backend, self._found = model, batch, backend, found
         self.rows, self.sizes = rows, sizes
         self._certified: dict[frozenset[int], Certificate] = {}
 
@@ -133,7 +141,7 @@ class KerasTrial(Trial):
         """Why not, where that is known before anything runs."""
         model = self._model
         coupled = losses_that_couple_rows(model)
-        if coupled:
+        if coupled and self._found.gathering is None:
             return f"the loss {coupled[0]} is made of many rows at once"
         if any(layer.quantization_mode == "float8" for layer in model._flatten_layers()):
             return "float8 rounds too much"
@@ -150,7 +158,7 @@ class KerasTrial(Trial):
         few, more = sorted([a, b], key=len)
         # An even cut, too, keeps these parts, or those of which both are made.
         size = len(more) if len(more) - len(few) <= 1 else len(few)
-        step = self._backend.step(self._model, size, None, None, check=False)
+        step = self._backend.step(self._model, size, None, None, check=False, gather=self._found)
         step.silent = True
         with self._running([*more, *few]) as (run, _):
             host = HostRandom()
@@ -175,7 +183,7 @@ class KerasTrial(Trial):
             if self._off(run(program), run(program)) > ROUNDING:
                 raise UntriedError("the same rows give another result each time")
         with _as_in_inference(model):
-            return certificate(model, self._some(rows), size, None, self._backend)
+            return certificate(model, self._some(rows), size, None, self._backend, self._found)
 
     @contextmanager
     def _running(self, rows: Sequence[int]) -> Iterator[tuple[_Run, list[str]]]:

@@ -27,7 +27,7 @@ def is_keras_own(model: keras.Model) -> bool:
     """
     return (
         type(model).compute_loss is keras.Model.compute_loss
-        and all(_is_own(getattr(loss, "fn", loss)) for loss in _losses(model))
+        and all(_is_own(getattr(loss, "fn", loss)) for loss in losses_of(model))
         and all(_is_own_layer(layer) for layer in model._flatten_layers())
     )
 
@@ -36,12 +36,28 @@ def losses_that_couple_rows(model: keras.Model) -> list[str]:
     """Names of Keras' own losses that are made of many rows at once."""
     return [
         getattr(loss, "name", None) or loss.__name__
-        for loss in _losses(model)
-        if isinstance(loss, _COUPLED) or any(loss is function for function in _COUPLED_FUNCTIONS)
+        for loss in losses_of(model)
+        if couples_rows(loss)
     ]
 
 
-def _losses(model: keras.Model) -> list[Any]:
+def couples_rows(loss: Any) -> bool:
+    """Whether a loss is one of Keras' own that is made of many rows at once."""
+    called = getattr(loss, "fn", loss)
+    return isinstance(loss, _COUPLED) or any(called is function for function in _COUPLED_FUNCTIONS)
+
+
+def is_own_of_rows(loss: Any) -> bool:
+    """Whether a loss is one of Keras' own that gives each row a value of its own.
+
+    They do, but for those above, wherever they reduce the last axis and that is not the rows.
+    """
+    axes = {vars(loss).get("axis", -1), vars(loss).get("_fn_kwargs", {}).get("axis", -1)}
+    return _is_own(getattr(loss, "fn", loss)) and not couples_rows(loss) and axes == {-1}
+
+
+def losses_of(model: keras.Model) -> list[Any]:
+    """The losses that a model was compiled with, names of Keras' own resolved."""
     given = keras.tree.flatten(model.loss)
     return [
         keras.losses.get(loss) if isinstance(loss, str) else loss

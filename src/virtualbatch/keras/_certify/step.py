@@ -13,6 +13,7 @@ from virtualbatch.keras._backend import Backend, Program, Ran
 from virtualbatch.keras._certify.activations import compiled_losses, recorded
 from virtualbatch.keras._certify.loss_parts import LossParts
 from virtualbatch.keras._certify.untouched import Attributes
+from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._snapshot import Snapshot
 from virtualbatch.window.tree import array_leaves
 
@@ -30,6 +31,7 @@ class KerasStep(TrainingStep):
         size: rows of one micro-batch, fewer than the batch has.
         backend: see there.
         notes: what was done to the model before, in sentences.
+        found: what needs all rows.
     """
 
     weighs_itself = True
@@ -43,11 +45,13 @@ class KerasStep(TrainingStep):
         size: int,
         backend: Backend,
         notes: Sequence[str],
+        found: Found,
     ):
         self._model = model
         self._batch = batch
         self._backend = backend
         self._size = size
+        self._found = found
         self._snapshot, self._attributes = Snapshot(model), Attributes(model)
         self._scale = float(keras.ops.convert_to_numpy(model.optimizer.scale_loss(1.0)))
         # One for each part of the loss: a compiled one keeps the part that it was traced with.
@@ -73,7 +77,9 @@ class KerasStep(TrainingStep):
 
     def accumulated_term(self, term: Any) -> Observed:
         """See `TrainingStep`."""
-        step = self._backend.step(self._model, self._size, None, None, check=False)
+        step = self._backend.step(
+            self._model, self._size, None, None, check=False, gather=self._found
+        )
         step.silent = True
         return self._ran(("accumulated", term), step, np.arange(self.rows), term, 1)
 

@@ -41,7 +41,7 @@ class PackedSegment(Segment):
 
 def packed_cut(
     model: keras.Model, batch: Any, rows: int, packing: Packing
-) -> tuple[Cut, Callable[[Any], float]]:
+) -> tuple[Cut, Callable[[Any], float], Any]:
     """Cuts a batch by tokens.
 
     Args:
@@ -51,7 +51,8 @@ def packed_cut(
         packing: how rows are packed.
 
     Returns:
-        The cut, longest rows first, and micro-batch -> its stretch (see `Rows`).
+        The cut, longest rows first; micro-batch -> its stretch (see `Rows`); and the numbers of
+        the rows in the order in which they are cut.
     """
     found = padded_batch(model, jax.tree.map(jnp.asarray, batch))
     lengths = jnp.asarray(checked_lengths(packing.lengths(batch[0]), rows))
@@ -82,7 +83,7 @@ def packed_cut(
         length = found.like(microbatch).leaves[place].shape[1]
         return found.length / length if found.targets else 1.0
 
-    return Cut(segments), stretch
+    return Cut(segments), stretch, order
 
 
 def branches(segment: Segment) -> tuple[Callable[[Any], Any], ...]:

@@ -8,10 +8,10 @@ import keras
 from jax.extend.core import ClosedJaxpr, Literal
 
 from virtualbatch.keras._backend import Ran
-from virtualbatch.keras._jax.window import State
+from virtualbatch.keras._jax.stateless import State
 
 # It runs once or twice, so that most of the time would go into optimising it.
-_QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class JaxProgram:
@@ -28,7 +28,7 @@ class JaxProgram:
     def __init__(self, model: keras.Model, step: Any):
         self._model = model
         self._step = step
-        self._program = jax.jit(self._run, compiler_options=_QUICKLY)
+        self._program = jax.jit(self._run, compiler_options=QUICKLY)
         self._reached: list[bool] | None = None
 
     def __call__(self, batch: Callable[[], Any], times: int) -> Ran:

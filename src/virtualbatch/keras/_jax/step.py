@@ -17,11 +17,15 @@ from virtualbatch.jax._batch import cut_batch
 from virtualbatch.keras._backend import Backend
 from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.first_window import prove_first_window
+from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._guard import Guard
+from virtualbatch.keras._jax.evaluate import evaluated
+from virtualbatch.keras._jax.gathered import GatheredRun
 from virtualbatch.keras._jax.packing import packed_cut
 from virtualbatch.keras._jax.plan import MEMORY, copied, planned
 from virtualbatch.keras._jax.program import JaxProgram
-from virtualbatch.keras._jax.window import State, WindowRun
+from virtualbatch.keras._jax.stateless import State
+from virtualbatch.keras._jax.window import WindowRun
 from virtualbatch.keras._packing import Packing
 from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._train_step import TrainStep
@@ -40,8 +44,9 @@ class JaxStep(TrainStep):
         accumulation_steps: int | None,
         packing: Packing | None = None,
         check: bool = False,
+        gather: bool | Found | None = None,
     ):
-        super().__init__(model, microbatch_size, accumulation_steps, packing, check)
+        super().__init__(model, microbatch_size, accumulation_steps, packing, check, gather)
         self._seen_whole = False
 
     def __call__(self, state: Any, data: Any) -> tuple[dict[str, Any], Any]:
@@ -54,13 +59,18 @@ class JaxStep(TrainStep):
         compiled = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, data)))
         packing = self._packing_in_force()
         if packing is not None:
-            cut, stretch = packed_cut(model, batch, rows, packing)
+            cut, stretch, order = packed_cut(model, batch, rows, packing)
         else:
             cut = cut_batch(batch, self._size(rows), None, compiled=compiled)
-            stretch = unstretched
+            stretch, order = unstretched, None
             if cut.count == 1:
                 return type(model).train_step(model, state, data)
-        run = WindowRun(model, cut, State(*state), stretch, self._added, self.listener is not None)
+        gathering, before = self.gathering(batch), State(*state)
+        if gathering is None or cut.count == 1:
+            stats = self.listener is not None
+            run = WindowRun(model, cut, before, stretch, self._added, stats)
+        else:
+            run = GatheredRun(model, batch, cut, order, before, stretch, self._added, gathering)
         logs, after = run.train(compiled)
         self._say(run.losses_of_one_number)
         return logs, tuple(after)
@@ -139,14 +149,21 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 with _holding(model, State(*state)):
                     prove_first_window(model, step, given, rows, size, BACKEND, MEMORY.errors)
 
+            def look_for_coupled() -> None:
+                with _holding(model, State(*state)):
+                    step.look_for_coupled(given, rows, evaluated)
+
             return guard.run(
                 given,
                 rows,
                 attempt,
                 lambda: None,
                 make_again,
-                lambda limit: planned(partial(_step_of, model), state, largest, limit),
+                lambda limit: planned(
+                    partial(_step_of, model, step.found(given)), state, largest, limit
+                ),
                 prove,
+                look_for_coupled,
             )
 
         model.train_function = train_function
@@ -205,9 +222,9 @@ def _put_back(model: keras.Model, state: State) -> None:
         }
 
 
-def _step_of(model: keras.Model, size: int) -> Callable[[Any, Any], Any]:
+def _step_of(model: keras.Model, found: Found, size: int) -> Callable[[Any, Any], Any]:
     """The step of a model with micro-batches of so many rows."""
-    return JaxStep(model, size, None)
+    return JaxStep(model, size, None, gather=found)
 
 
 def _rows(batch: Any) -> int:
@@ -218,7 +235,7 @@ def _size(batch: Any) -> int:
     return sum(array.size for _, array in array_leaves(batch))
 
 
-def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
+def plan(model: keras.Model, batch: Any, memory_limit: int | str | None, found: Found) -> Plan:
     """The plan for a batch, for a model that need not accumulate; see `virtualbatch.keras.plan`."""
     state = model._get_jax_state(
         trainable_variables=True,
@@ -227,7 +244,7 @@ def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan
         metrics_variables=True,
         purge_model_variables=False,
     )
-    return planned(partial(_step_of, model), state, batch, memory_limit)
+    return planned(partial(_step_of, model, found), state, batch, memory_limit)
 
 
 def _refuse_nnx(model: keras.Model) -> None:
@@ -259,4 +276,5 @@ BACKEND = Backend(
     cut=_sizes,
     is_concrete=lambda value: not isinstance(value, jax.core.Tracer),
     kept=lambda model: [],
+    evaluate=evaluated,
 )

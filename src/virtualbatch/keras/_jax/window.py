@@ -1,12 +1,11 @@
-"""One batch of `fit` as micro-batches, on JAX: a scan, or eagerly a loop in Python.
+"""One batch of `fit` as micro-batches, on JAX.
 
 Each micro-batch adds its part of the loss, of the gradients and of the BatchNorm moments, and hands
 on the state that its layers and metrics changed; then the optimizer, the trackers and the moving
 averages move once. Nothing is assigned: the new state is what comes back.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,21 +13,22 @@ import jax
 import jax.numpy as jnp
 import keras
 from jax import lax
-from jax.extend.core import jaxpr_as_fun
 from keras.src import backend
 
 from virtualbatch.jax._batch import Cut
-from virtualbatch.jax._convolution import with_fast_convolutions
 from virtualbatch.jax._objective import wide_dtype
 from virtualbatch.jax._stats import part_of, squared_norm
-from virtualbatch.keras._added_losses import AddedLosses, Shape, shapes_of_added
+from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._batchnorm import (
     assign_statistics,
     merged,
     moving_statistics,
     recorded_moments,
 )
+from virtualbatch.keras._gather.gathering import Gathering
 from virtualbatch.keras._jax.packing import PackedSegment, branches, chosen
+from virtualbatch.keras._jax.passes import Step, TracedPass, Window, eager_pass
+from virtualbatch.keras._jax.stateless import State, StatelessModel, losses_of
 from virtualbatch.keras._overwritten import merged_gradients, updated
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._train_step import STATS
@@ -37,16 +37,7 @@ from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.window.shares import accumulator_dtype
 
 
-class State(NamedTuple):
-    """Values of a model's variables, as Keras hands them to a `train_step` on JAX."""
-
-    trainable: list[Any]
-    non_trainable: list[Any]
-    optimizer: list[Any]
-    metrics: list[Any]
-
-
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """What adds up over micro-batches.
 
     Fields:
@@ -62,14 +53,6 @@ class _Sums(NamedTuple):
     mean_square: list[Any]
 
 
-class _Carried(NamedTuple):
-    """What a micro-batch hands on to the next one, and the last one to the window."""
-
-    non_trainable: list[Any]
-    metrics: list[Any]
-    latest: Any
-
-
 class WindowRun:
     """One batch of `fit` as micro-batches.
 
@@ -80,6 +63,7 @@ class WindowRun:
         stretch: micro-batch -> see `Rows`.
         added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
+        gathering: whose predictions are gathered; None here.
     """
 
     def __init__(
@@ -90,13 +74,15 @@ class WindowRun:
         stretch: Callable[[Any], float],
         added: AddedLosses,
         stats: bool,
+        gathering: Gathering | None = None,
     ):
         self._model = model
         self._with_stats = stats
         self._stretch = stretch
         self._cut = cut
         self._state = state
-        self._window = WindowModel(model, sum(cut.rows), added)
+        self._functions = StatelessModel(model, state)
+        self._window = WindowModel(model, sum(cut.rows), added, gathering)
         # Known once a micro-batch was run or traced.
         self._called: list[Any] = []
 
@@ -114,7 +100,8 @@ class WindowRun:
         Returns:
             The logs and the new state.
         """
-        sums, carried = self._traced() if compiled else self._eager()
+        found = self._run(compiled)
+        sums, (seen, metrics) = found.sums, found.state
         model, window, state = self._model, self._window, self._state
         gradients = [
             gradient.astype(value.dtype)
@@ -123,91 +110,58 @@ class WindowRun:
         trainable, optimizer = model.optimizer.stateless_apply(
             state.optimizer, gradients, state.trainable
         )
-        with self._scope(state.trainable, state.non_trainable):
+        with self._functions.scope(state.trainable, state.non_trainable):
             start = moving_statistics(window.batchnorm)
-        with self._scope(trainable, carried.non_trainable, carried.metrics) as scope:
+        with self._functions.scope(trainable, seen, metrics) as scope:
             assign_statistics(self._called, start, sums.moments)
             window.track(sums.losses[0], sums.losses[1:])
-            logs = window.results(carried.latest)
+            logs = window.results(found.latest)
         if self._with_stats:
             logs[STATS] = self._stats(gradients, *sums.mean_square)
-        non_trainable, metrics = self._changed(scope)
+        non_trainable, metrics = self._functions.changed(scope)
         return logs, State(trainable, non_trainable, optimizer, metrics)
 
-    def _eager(self) -> tuple[_Sums, _Carried]:
-        carried = _Carried(self._state.non_trainable, self._state.metrics, {})
-        sums = None
-        for segment in self._cut.segments:
-            for k in range(segment.count):
-                found, carried = self._micro(segment.get(k), segment.rows, carried, self._totals)
-                sums = found if sums is None else self._merged(sums, found)
-        if sums is None:
-            raise RuntimeError("internal: a window ran no micro-batch.")
-        return sums, carried
-
-    def _traced(self) -> tuple[_Sums, _Carried]:
-        """The window as one program: equal micro-batches in a scan, the rest in one more call."""
-        state = self._state
+    def _run(self, compiled: bool) -> Window:
+        """Forward and backward of all micro-batches."""
+        if not compiled:
+            return eager_pass(
+                self._cut, self._micro, self._before, self._totals, None, self._merged
+            )
         # A loss asks for two counts at most. Whether it asks at all its trace has to tell.
         losses = getattr(self._model._compile_loss, "_flat_losses", None) or []
         totals = jax.ShapeDtypeStruct((2 * len(losses) + 2,), keras.backend.floatx())
-        first = (state.non_trainable, state.metrics)
-        number = jax.ShapeDtypeStruct((), jnp.int32)
-        programs = []
-        for segment in self._cut.segments:
-            traced = []
-            for get in branches(segment):
 
-                def step(
-                    k: Any, first: Any, totals: Any, get: Any = get, rows: int = segment.rows
-                ) -> Any:
-                    carried = _Carried(first[0], first[1], {})
-                    return self._micro(get(k), rows, carried, lambda: totals)
+        def step(batch: Any, rows: int, before: Any, totals: Any, own: None) -> Step:
+            return self._micro(batch, rows, before, lambda: totals, own)
 
-                program, outputs = jax.make_jaxpr(step, return_shape=True)(number, first, totals)
-                traced.append(jaxpr_as_fun(with_fast_convolutions(program)))
-            programs.append((segment, traced, outputs))
+        traced = TracedPass(self._cut, step, self._before, totals, None)
         given = jnp.zeros(totals.shape, totals.dtype)
         if self._window.needs_count:
             counted = self._totals()
             given = given.astype(counted.dtype).at[: len(counted)].set(counted)
             given = given.astype(totals.dtype)
-        sums = self._nothing(programs[0][2][0])
-        carried = _Carried(*first, jax.tree.map(jnp.zeros_like, programs[0][2][1].latest))
-        for segment, traced, outputs in programs:
+        return traced.run(self._nothing(traced.sums), given, self._merged)
 
-            def body(
-                carry: Any, k: Any, entry: Any = (segment, traced), outputs: Any = outputs
-            ) -> Any:
-                sums, carried = carry
-                leaves = jax.tree.leaves((k, (carried.non_trainable, carried.metrics), given))
-                found = chosen(*entry, k, *leaves)
-                found = jax.tree.unflatten(jax.tree.structure(outputs), found)
-                return _like((self._merged(sums, found[0]), found[1]), carry), None
-
-            if segment.count == 1:
-                (sums, carried), _ = body((sums, carried), jnp.zeros((), jnp.int32))
-            else:
-                index = jnp.arange(segment.count, dtype=jnp.int32)
-                (sums, carried), _ = lax.scan(body, (sums, carried), index)
-        return sums, carried
+    @property
+    def _before(self) -> tuple[list[Any], list[Any]]:
+        """What the first micro-batch begins with."""
+        return self._state.non_trainable, self._state.metrics
 
     def _micro(
-        self, batch: Any, rows: int, carried: _Carried, totals: Callable[[], Any]
-    ) -> tuple[_Sums, _Carried]:
+        self, batch: Any, rows: int, before: Any, totals: Callable[[], Any], own: None
+    ) -> Step:
         """Forward and backward of one micro-batch."""
-        model, window = self._model, self._window
+        del own
+        model, window, functions = self._model, self._window, self._functions
         here = Rows(rows, window.rows, self._stretch(batch))
 
         def objective(trainable: list[Any]) -> tuple[Any, Any]:
             with recorded_moments(window.batchnorm) as seen:
-                y_pred, non_trainable, losses = self._forward(
-                    batch[0], trainable, carried.non_trainable
-                )
-            added_shapes = partial(self._added_shapes, batch[0])
+                y_pred, non_trainable, losses = functions.forward(batch[0], trainable, before[0])
+            added_shapes = partial(functions.added_shapes, batch[0])
             with (
-                _losses_of(model, losses or []),
-                self._scope(trainable, non_trainable, carried.metrics) as scope,
+                losses_of(model, losses or []),
+                functions.scope(trainable, non_trainable, before[1]) as scope,
             ):
                 loss, tracked = window.loss(batch, y_pred, here, totals, added_shapes)
                 latest = window.update_metrics(batch, self._shown(y_pred), here)
@@ -215,38 +169,19 @@ class WindowRun:
                 # JAX' own error, as for the whole batch.
                 jax.grad(lambda _: jnp.broadcast_to(loss, (window.rows,)))(0.0)
             self._called = [layer for layer, _ in seen]
-            after = _Carried(*self._changed(scope), latest)
-            scaled = self._scaled(loss)
-            return scaled, ([loss, *tracked], [found for _, found in seen], after)
+            moments = [found for _, found in seen]
+            aux = ([loss, *tracked], moments, functions.changed(scope), latest)
+            return functions.scaled(loss), aux
 
         scaled, differentiate, aux = jax.vjp(objective, self._state.trainable, has_aux=True)
-        losses, moments, after = aux
-        (gradients,) = differentiate(self._upstream(scaled, here))
+        losses, moments, after, latest = aux
+        (gradients,) = differentiate(self._upstream(here, jnp.ones_like(scaled)))
         gradients = [self._widened(gradient, here) for gradient in gradients]
         moments = jax.tree.map(jnp.asarray, moments)
         parts = []
         if self._with_stats:
             parts = [part_of(updated(gradients, window.overwritten), here.share("float32"))]
-        return _Sums(losses, gradients, moments, parts), after
-
-    def _forward(self, x: Any, trainable: list[Any], non_trainable: list[Any]) -> Any:
-        """(predictions, changed non-trainable variables, added losses), in training mode."""
-        model = self._model
-        options = {"training": True} if model._call_has_training_arg else {}
-        return model.stateless_call(trainable, non_trainable, x, return_losses=True, **options)
-
-    def _added_shapes(self, x: Any, few: int) -> list[Shape]:
-        """Shapes of the losses that layers add for so many rows, without running anything."""
-        state = self._state
-
-        def losses(x: Any) -> list[Any]:
-            return self._forward(x, state.trainable, state.non_trainable)[2] or []
-
-        rows = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((few, *leaf.shape[1:]), leaf.dtype), x
-        )
-        with _losses_of(self._model, []):
-            return shapes_of_added(self._model, lambda: jax.eval_shape(losses, rows))
+        return Step(Sums(losses, gradients, moments, parts), after, latest, None)
 
     def _shown(self, y_pred: Any) -> Any:
         """Predictions as metrics see them: of packed rows with the mask, which Keras loses on JAX.
@@ -261,26 +196,20 @@ class WindowRun:
                 backend.set_keras_mask(to, backend.get_keras_mask(source))
         return shown
 
-    def _scaled(self, loss: Any) -> Any:
-        optimizer = self._model.optimizer
-        mapping = list(zip(optimizer.variables, self._state.optimizer, strict=True))
-        with keras.StatelessScope(state_mapping=mapping):
-            return optimizer.scale_loss(loss)
-
     def _stats(self, gradients: Any, mean_square: Any) -> WindowStats:
         """The statistics of a window, without the scale of its loss, which the optimizer moves."""
-        undo = self._scaled(jnp.ones((), mean_square.dtype)) ** -2
+        undo = self._functions.scaled(jnp.ones((), mean_square.dtype)) ** -2
         square = squared_norm(updated(gradients, self._window.overwritten))
         return WindowStats(self._window.rows, self._cut.count, mean_square * undo, square * undo)
 
-    def _upstream(self, scaled: Any, rows: Rows) -> Any:
+    def _upstream(self, rows: Rows, cotangent: Any) -> Any:
         """What the backward pass begins with.
 
-        The loss is already this micro-batch's part of the window's. Half-precision gradients are
-        taken of the micro-batch's own mean and scaled in the wide dtype, where few bits are lost.
+        The cotangent is already of this micro-batch's part of the window's loss. Half-precision
+        gradients are taken of the micro-batch's own mean and scaled in the wide dtype, where few
+        bits are lost.
         """
-        one = jnp.ones_like(scaled)
-        return one / rows.share(scaled.dtype) if self._scales_later() else one
+        return cotangent / rows.share(cotangent.dtype) if self._scales_later() else cotangent
 
     def _widened(self, gradient: Any, rows: Rows) -> Any:
         wide = gradient.astype(wide_dtype(gradient))
@@ -302,8 +231,8 @@ class WindowRun:
             ]
         )
 
-    def _merged(self, a: _Sums, b: _Sums) -> _Sums:
-        return _Sums(
+    def _merged(self, a: Sums, b: Sums) -> Sums:
+        return Sums(
             [x + y for x, y in zip(a.losses, b.losses, strict=True)],
             merged_gradients(a.gradients, b.gradients, self._window.overwritten, jnp.maximum),
             [tuple(found) for found in merged(a.moments, b.moments)],
@@ -315,8 +244,8 @@ class WindowRun:
         state, window = self._state, self._window
 
         def counted(batch: Any, rows: int) -> Any:
-            y_pred, _, _ = self._forward(batch[0], state.trainable, state.non_trainable)
-            with self._scope(state.trainable, state.non_trainable, state.metrics):
+            y_pred, _, _ = self._functions.forward(batch[0], state.trainable, state.non_trainable)
+            with self._functions.scope(state.trainable, state.non_trainable, state.metrics):
                 return window.weights(batch, y_pred, Rows(rows, window.rows, self._stretch(batch)))
 
         total = None
@@ -332,41 +261,3 @@ class WindowRun:
                 found = lax.map(one, jnp.arange(segment.count, dtype=jnp.int32)).sum(0)
             total = found if total is None else total + found
         return total
-
-    def _scope(
-        self, trainable: Sequence[Any], non_trainable: Sequence[Any], metrics: Sequence[Any] = ()
-    ) -> Any:
-        model = self._model
-        pairs = [
-            *zip(model.trainable_variables, trainable, strict=True),
-            *zip(model.non_trainable_variables, non_trainable, strict=True),
-            *zip(model.metrics_variables if metrics else (), metrics, strict=True),
-        ]
-        return keras.StatelessScope(state_mapping=pairs)
-
-    def _changed(self, scope: Any) -> tuple[list[Any], list[Any]]:
-        """Values of the non-trainable and the metric variables after what ran in a scope."""
-        model = self._model
-        return (
-            [scope.get_current_value(variable) for variable in model.non_trainable_variables],
-            [scope.get_current_value(variable) for variable in model.metrics_variables],
-        )
-
-
-@contextmanager
-def _losses_of(model: keras.Model, losses: list[Any]) -> Iterator[None]:
-    """While a model is said to have added these losses; none for those that it adds itself."""
-    before, model._losses_override = model._losses_override, losses
-    try:
-        yield
-    finally:
-        model._losses_override = before
-
-
-def _like(found: Any, carry: Any) -> Any:
-    """What a micro-batch leaves, in the structure and dtypes that it took."""
-    leaves = [
-        jnp.asarray(x).astype(y.dtype)
-        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(carry), strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(carry), leaves)

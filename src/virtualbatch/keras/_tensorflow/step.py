@@ -7,7 +7,7 @@ train function around it keeps XLA inside the loop over micro-batches.
 import math
 import re
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -19,16 +19,19 @@ from virtualbatch.keras._backend import Backend
 from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.eager_program import EagerProgram
 from virtualbatch.keras._certify.first_window import prove_first_window
+from virtualbatch.keras._gather.detection import evaluated_eagerly
+from virtualbatch.keras._gather.gathering import Found, Gathering
 from virtualbatch.keras._guard import Guard
-from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._snapshot import Snapshot
+from virtualbatch.keras._tensorflow.cut import Cut
 from virtualbatch.keras._tensorflow.data import given_back, has_open_rows_only, taken
-from virtualbatch.keras._tensorflow.packing import packed_segments
+from virtualbatch.keras._tensorflow.gathered_window import GatheredRun
+from virtualbatch.keras._tensorflow.packing import PackedCut
 from virtualbatch.keras._tensorflow.plan import MEMORY, planned
 from virtualbatch.keras._tensorflow.window import WindowRun, rows_of
 from virtualbatch.keras._train_step import TrainStep, uncompiled
 from virtualbatch.plan.plan import Plan
-from virtualbatch.tensorflow._batch import is_array, segments, specs
+from virtualbatch.tensorflow._batch import Segment, is_array, specs
 from virtualbatch.tensorflow._certify.eager_random import EagerRandom
 from virtualbatch.window.cut import sizes_disagree
 from virtualbatch.window.tree import array_leaves, common_rows
@@ -47,22 +50,31 @@ class TensorFlowStep(TrainStep):
         batch = self._unpacked(data)
         with tf.variable_creator_scope(_created_outside):
             packing = self._packing_in_force()
-            stretch: Callable[[Any], Any] = unstretched
+            cut: Cut | PackedCut
             if packing is None:
                 batch = self._with_agreeing_sizes(batch)
-                cut = segments(batch, *self._cut_by())
+                cut = Cut(batch, *self._cut_by())
             else:
-                cut, stretch = packed_segments(model, batch, packing)
+                cut = PackedCut(model, batch, packing)
+            microbatches = cut.segments()
             if not self._layers_built:
-                _build_layers(model, cut[0].get(0)[0])
+                _build_layers(model, microbatches[0].get(0)[0])
                 self._layers_built = True
             _build_optimizer(model)
-            window = WindowRun(
-                model, cut, rows_of(batch), stretch, self._added, self.listener is not None
-            )
+            rows, stats = rows_of(batch), self.listener is not None
+            gathering = None if _is_one(microbatches) else self._gathering_of(batch, rows)
+            if gathering is None:
+                window = WindowRun(model, microbatches, rows, cut.stretch, self._added, stats)
+            else:
+                window = GatheredRun(model, batch, cut, rows, self._added, gathering)
             results = window.train()
             self._say(window.losses_of_one_number)
         return results
+
+    def _gathering_of(self, batch: Any, rows: Any) -> Gathering | None:
+        if tf.executing_eagerly():
+            self.look_for_coupled(batch, int(rows), evaluated_eagerly)
+        return self.gathering(batch)
 
     def _cut_by(self) -> tuple[int | None, int | None]:
         """One of the two sizes: the one in force, or that which was asked for."""
@@ -97,6 +109,11 @@ class TensorFlowStep(TrainStep):
             return tf.nest.map_structure(
                 lambda leaf: tf.identity(leaf) if is_array(leaf) else leaf, batch
             )
+
+
+def _is_one(cut: Sequence[Segment]) -> bool:
+    """Whether a batch is known to be one micro-batch."""
+    return len(cut) == 1 and isinstance(cut[0].count, int) and cut[0].count == 1
 
 
 def make_train_function(model: keras.Model) -> Callable[..., Any]:
@@ -188,10 +205,13 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 lambda: run(feed()),
                 snapshot.restore,
                 make_again,
-                lambda limit: planned(partial(_step_of, model), model, largest, limit),
+                lambda limit: planned(
+                    partial(_step_of, model, step.found(given)), model, largest, limit
+                ),
                 lambda size: prove_first_window(
                     model, step, given, _rows(largest), size, BACKEND, MEMORY.errors
                 ),
+                lambda: step.look_for_coupled(given, _rows(largest), evaluated_eagerly),
             )
 
         model.train_function = train_function
@@ -207,9 +227,9 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
     return make
 
 
-def plan(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
+def plan(model: keras.Model, batch: Any, memory_limit: int | str | None, found: Found) -> Plan:
     """The plan for a batch, for a model that need not accumulate; see `virtualbatch.keras.plan`."""
-    return planned(partial(_step_of, model), model, batch, memory_limit)
+    return planned(partial(_step_of, model, found), model, batch, memory_limit)
 
 
 def _build(model: keras.Model, batch: Any) -> None:
@@ -226,9 +246,9 @@ def _sizes(rows: int, size: int) -> list[int]:
     return [min(size, rows - start) for start in range(0, rows, size)]
 
 
-def _step_of(model: keras.Model, size: int) -> Callable[[Any], Any]:
+def _step_of(model: keras.Model, found: Found, size: int) -> Callable[[Any], Any]:
     """The step of a model with micro-batches of so many rows."""
-    return TensorFlowStep(model, size, None)
+    return TensorFlowStep(model, size, None, gather=found)
 
 
 def _rows(batch: Any) -> int:
@@ -243,10 +263,8 @@ def _size(batch: Any) -> int:
 
 def _refusal(error: tf.errors.InvalidArgumentError) -> str | None:
     """Text of a check that could only run inside the graph, or None if it was none of ours."""
-    assertion = re.search(
-        r"assertion failed: \[((?:microbatch_size and|All arrays of|No length may).*)\]",
-        str(error),
-    )
+    ours = "microbatch_size and|All arrays of|No length may|Predictions that"
+    assertion = re.search(rf"assertion failed: \[((?:{ours}).*)\]", str(error))
     # What was printed is pieces of text and numbers, each in brackets.
     return " ".join(re.split(r"\s*\] \[\s*", assertion[1])) if assertion else None
 
@@ -302,4 +320,5 @@ BACKEND = Backend(
     cut=_sizes,
     is_concrete=lambda value: hasattr(value, "numpy"),
     kept=lambda model: [EagerRandom()],
+    evaluate=evaluated_eagerly,
 )

@@ -19,6 +19,7 @@ from virtualbatch.keras._batchnorm import (
     moving_statistics,
     recorded_moments,
 )
+from virtualbatch.keras._gather.gathering import Gathering
 from virtualbatch.keras._overwritten import merged_gradients, updated
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._train_step import STATS
@@ -70,6 +71,7 @@ class WindowRun:
         stretch: micro-batch -> see `Rows`.
         added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
+        gathering: whose predictions are gathered, if any.
     """
 
     def __init__(
@@ -80,12 +82,13 @@ class WindowRun:
         stretch: Callable[[Any], Any],
         added: AddedLosses,
         stats: bool,
+        gathering: Gathering | None = None,
     ):
         self._model = model
         self._with_stats = stats
         self._cut = cut
         self._stretch = stretch
-        self._window = WindowModel(model, rows, added)
+        self._window = WindowModel(model, rows, added, gathering)
         # Known once the step is traced, or eagerly run.
         self._called: list[Any] = []
         self._counted: Any = None
@@ -171,7 +174,7 @@ class WindowRun:
         taken of the micro-batch's own mean and scaled in the wide dtype, where few bits are lost.
         """
         variables = self._model.trainable_variables
-        if not any(_is_half(variable) for variable in variables):
+        if not any(is_half(variable) for variable in variables):
             return tape.gradient(loss, variables)
         if any(self._window.overwritten):
             # Maxima of the backward pass are of the window's loss, and cannot be scaled later.
@@ -234,5 +237,6 @@ class WindowRun:
         return WindowStats(self._window.rows, count, mean_square * undo, square * undo)
 
 
-def _is_half(variable: Any) -> bool:
+def is_half(variable: Any) -> bool:
+    """Whether the gradients of a variable are summed in a wider dtype."""
     return accumulator_dtype(variable.dtype) != variable.dtype

@@ -10,7 +10,11 @@ import torch
 from keras import ops, tree
 
 from virtualbatch.keras._added_losses import AddedLosses
+from virtualbatch.keras._gather.gathering import Gathering
 from virtualbatch.keras._packing import Packing, PaddedBatch, padded_batch
+from virtualbatch.keras._torch.device import device
+from virtualbatch.keras._torch.gathered import GatheredRun
+from virtualbatch.keras._torch.gathered_rows import Place
 from virtualbatch.keras._torch.window import Microbatch, WindowRun
 from virtualbatch.window.gather import gathered
 from virtualbatch.window.packing import row_lengths, token_cut
@@ -27,6 +31,7 @@ def window_of(
     cut: Sequence[tuple[int, int]],
     added: AddedLosses,
     stats: bool,
+    gathering: Gathering | None,
 ) -> WindowRun:
     """A window of one batch.
 
@@ -37,14 +42,25 @@ def window_of(
         cut: (start, stop) of each micro-batch.
         added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
+        gathering: whose predictions are gathered, if any.
     """
     batch = tree.map_structure(_tensor, batch)
-    pieces = [Microbatch(stop - start, partial(_cut, batch, start, stop)) for start, stop in cut]
+    pieces = [
+        Microbatch(stop - start, Place(slice(start, stop)), partial(_cut, batch, start, stop))
+        for start, stop in cut
+    ]
+    if gathering is not None:
+        return GatheredRun(model, _on_device(model, batch), rows, pieces, added, gathering)
     return WindowRun(model, rows, pieces, added, stats)
 
 
 def packed_window_of(
-    model: keras.Model, batch: Any, rows: int, packing: Packing, added: AddedLosses
+    model: keras.Model,
+    batch: Any,
+    rows: int,
+    packing: Packing,
+    added: AddedLosses,
+    gathering: Gathering | None,
 ) -> WindowRun:
     """A window of one batch, its rows sorted by length and packed.
 
@@ -54,6 +70,7 @@ def packed_window_of(
         rows: its rows.
         packing: how rows are packed.
         added: what is known of the losses that layers add.
+        gathering: whose predictions are gathered, if any.
     """
     batch = tree.map_structure(_tensor, batch)
     found = padded_batch(model, batch)
@@ -67,7 +84,10 @@ def packed_window_of(
     ):
         get = partial(_gathered, found, order[start:stop], length)
         stretch = found.length / length if found.targets else 1.0
-        pieces.append(Microbatch(stop - start, get, stretch))
+        place = Place(torch.as_tensor(order[start:stop], device=device()), length, found.length)
+        pieces.append(Microbatch(stop - start, place, get, stretch))
+    if gathering is not None and len(pieces) > 1:
+        return GatheredRun(model, _on_device(model, batch), rows, pieces, added, gathering)
     return WindowRun(model, rows, pieces, added, False)
 
 
@@ -92,6 +112,24 @@ def _tensor(leaf: Any) -> Any:
     return ops.convert_to_tensor(array) if array.dtype.kind in _NUMBERS else array
 
 
+def _on_device(model: keras.Model, batch: Any) -> Any:
+    """A batch as the loss and the metrics of all rows read it.
+
+    Keras' own read no x, so it stays where it is, unless the user's code may read it.
+    """
+    x, *rest = batch
+    own = type(model)
+    if own.compute_loss is not keras.Model.compute_loss or (
+        own.compute_metrics is not keras.Model.compute_metrics
+    ):
+        x = tree.map_structure(_moved, x)
+    return (x, *tree.map_structure(_moved, rest))
+
+
+def _moved(leaf: Any) -> Any:
+    return ops.convert_to_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+
 def _cut(batch: Any, start: int, stop: int) -> Any:
     def piece(leaf: Any) -> Any:
         if not hasattr(leaf, "shape"):
@@ -102,14 +140,3 @@ def _cut(batch: Any, start: int, stop: int) -> Any:
         return rows
 
     return tree.map_structure(piece, batch)
-
-
-def device() -> torch.device:
-    """The device that Keras puts tensors on."""
-    return ops.zeros(()).device
-
-
-def place() -> torch.device | None:
-    """The same; None for the host."""
-    found = device()
-    return None if found.type == "cpu" else found

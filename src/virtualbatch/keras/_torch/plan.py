@@ -6,8 +6,10 @@ from typing import Any
 import keras
 
 from virtualbatch.keras._added_losses import AddedLosses
+from virtualbatch.keras._gather.gathering import Found, Gathering
 from virtualbatch.keras._snapshot import Snapshot
-from virtualbatch.keras._torch.batch import place, window_of
+from virtualbatch.keras._torch.batch import window_of
+from virtualbatch.keras._torch.device import place
 from virtualbatch.keras._torch.state import State
 from virtualbatch.plan import planner
 from virtualbatch.plan.plan import Plan
@@ -23,13 +25,14 @@ from virtualbatch.window.tree import array_leaves, common_rows
 MEMORY = Memory(ERRORS, lambda: left_bytes(place()))
 
 
-def planned(model: keras.Model, batch: Any, memory_limit: int | str | None) -> Plan:
+def planned(model: keras.Model, batch: Any, memory_limit: int | str | None, found: Found) -> Plan:
     """The plan for a batch.
 
     Args:
         model: a model that is built and compiled, its optimizer too.
         batch: (x, y, sample_weight).
         memory_limit: bytes, a text, or None.
+        found: what needs all rows.
     """
     rows = common_rows(array_leaves(batch))
     if rows is None:
@@ -37,7 +40,7 @@ def planned(model: keras.Model, batch: Any, memory_limit: int | str | None) -> P
     snapshot = Snapshot(model)
     held = snapshot.nbytes() + sum(array.nbytes for _, array in array_leaves(batch))
     return planner.planned(
-        lambda size: _Update(model, batch, rows, size, snapshot),
+        lambda size: _Update(model, batch, rows, size, snapshot, found.gathering),
         rows,
         held,
         bytes_allowed(memory_limit, held, MEMORY),
@@ -49,11 +52,19 @@ def planned(model: keras.Model, batch: Any, memory_limit: int | str | None) -> P
 class _Update:
     """The update of one size."""
 
-    def __init__(self, model: keras.Model, batch: Any, rows: int, size: int, snapshot: Snapshot):
+    def __init__(
+        self,
+        model: keras.Model,
+        batch: Any,
+        rows: int,
+        size: int,
+        snapshot: Snapshot,
+        gathering: Gathering | None,
+    ):
         self._model, self._batch, self._rows = model, batch, rows
         self._cut = even_cut(rows, size)
         self._added = AddedLosses()
-        self._snapshot = snapshot
+        self._snapshot, self._gathering = snapshot, gathering
         self._peak: list[int] = []
         self.timing = Timing(self._timed)
 
@@ -78,7 +89,10 @@ class _Update:
         if len(self._cut) == 1:
             logs = type(model).train_step(model, self._batch)
         else:
-            window = window_of(model, self._batch, self._rows, self._cut, self._added, False)
+            window = window_of(
+                *(model, self._batch, self._rows, self._cut, self._added, False),
+                self._gathering,
+            )
             logs = window.train()
         # The device has finished once a value of the logs is here.
         keras.tree.map_structure(float, logs)

@@ -5,7 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
+import torch
 
+from virtualbatch.keras._gather.state import state_variables
+from virtualbatch.keras._torch.device import place
+from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._state import Buffers
 
 
@@ -31,9 +35,7 @@ class State:
     def __init__(self, model: keras.Model):
         self._buffers = Buffers(torch_modules(model))
         self._gradients = [(v.value, v.value.grad) for v in model.trainable_variables]
-        self._variables = [
-            (variable, variable.value.detach().clone()) for variable in _changed_by_forward(model)
-        ]
+        self._variables = _copies([*model.metrics_variables, *_written_by_layers(model)])
 
     @contextmanager
     def kept_on_failure(self) -> Iterator[None]:
@@ -46,20 +48,54 @@ class State:
 
     def restore(self) -> None:
         """Puts everything back."""
-        for variable, value in self._variables:
-            variable.assign(value)
+        _assign(self._variables)
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         self._buffers.restore()
 
 
-def _changed_by_forward(model: keras.Model) -> list[Any]:
-    """Variables that layers and metrics assign to, each once."""
-    found = list(model.metrics_variables)
-    for layer in model._flatten_layers():
-        found += [generator.state for generator in layer._seed_generators]
-        # Parameters of a wrapped module and packed weights of a quantised layer may be as large
-        # as the model, and no forward changes them.
-        if not isinstance(layer, keras.layers.TorchModuleWrapper):
-            found += [v for v in layer._non_trainable_variables if v.value.element_size() > 1]
-    return list({id(variable): variable for variable in found}.values())
+class Beginning:
+    """What a forward pass draws and writes, as it is now, so that it can be run again.
+
+    Args:
+        model: a model that is built.
+    """
+
+    def __init__(self, model: keras.Model):
+        self._random = RandomState(place())
+        self._buffers = Buffers(torch_modules(model))
+        self._variables = _copies(_written_by_layers(model))
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        self._random.restore()
+        self._buffers.restore()
+        _assign(self._variables)
+
+
+def _written_by_layers(model: keras.Model) -> list[Any]:
+    """Variables that layers assign to when they are called."""
+    # Parameters of a wrapped module and packed weights of a quantised layer may be as large as the
+    # model, and no forward changes them.
+    of_modules = {
+        id(variable)
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.TorchModuleWrapper)
+        for variable in layer._non_trainable_variables
+    }
+    return [
+        variable
+        for variable in state_variables(model)
+        if id(variable) not in of_modules and variable.value.element_size() > 1
+    ]
+
+
+def _copies(variables: list[Any]) -> list[tuple[Any, torch.Tensor]]:
+    """Each variable once, with a copy of its value."""
+    once = {id(variable): variable for variable in variables}.values()
+    return [(variable, variable.value.detach().clone()) for variable in once]
+
+
+def _assign(copies: list[tuple[Any, torch.Tensor]]) -> None:
+    for variable, value in copies:
+        variable.assign(value)

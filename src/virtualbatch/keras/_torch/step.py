@@ -13,9 +13,12 @@ from virtualbatch.keras._backend import Backend
 from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.eager_program import EagerProgram
 from virtualbatch.keras._certify.first_window import prove_first_window
+from virtualbatch.keras._gather.detection import evaluated_eagerly
+from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._packing import Packing
-from virtualbatch.keras._torch.batch import packed_window_of, place, window_of
+from virtualbatch.keras._torch.batch import packed_window_of, window_of
+from virtualbatch.keras._torch.device import place
 from virtualbatch.keras._torch.plan import MEMORY, planned
 from virtualbatch.keras._torch.state import State, torch_modules
 from virtualbatch.keras._train_step import TrainStep, uncompiled
@@ -35,8 +38,9 @@ class TorchStep(TrainStep):
         accumulation_steps: int | None,
         packing: Packing | None = None,
         check: bool = False,
+        gather: bool | Found | None = None,
     ):
-        super().__init__(model, microbatch_size, accumulation_steps, packing, check)
+        super().__init__(model, microbatch_size, accumulation_steps, packing, check, gather)
         self._guard = Guard(model, self, MEMORY)
 
     def __call__(self, data: Any) -> dict[str, Any]:
@@ -53,10 +57,11 @@ class TorchStep(TrainStep):
             lambda: self._trained(data, batch, rows),
             random.restore,
             lambda: None,
-            lambda limit: planned(self._model, batch, limit),
+            lambda limit: planned(self._model, batch, limit, self.found(batch)),
             lambda size: prove_first_window(
                 self._model, self, batch, rows, size, BACKEND, MEMORY.errors
             ),
+            lambda: self.look_for_coupled(batch, rows, evaluated_eagerly),
         )
         self._guard.succeeded()
         return results
@@ -65,13 +70,15 @@ class TorchStep(TrainStep):
         model, packing = self._model, self._packing_in_force()
         with State(model).kept_on_failure():
             if packing is not None:
-                run = packed_window_of(model, batch, rows, packing, self._added)
+                gathering = self.gathering(batch)
+                run = packed_window_of(model, batch, rows, packing, self._added, gathering)
             else:
                 cut = even_cut(rows, self._size(rows))
                 if len(cut) == 1:
                     whole: dict[str, Any] = type(model).train_step(model, data)
                     return whole
-                run = window_of(model, batch, rows, cut, self._added, self.listener is not None)
+                stats, gathering = self.listener is not None, self.gathering(batch)
+                run = window_of(model, batch, rows, cut, self._added, stats, gathering)
             results = run.train()
         self._say(run.losses_of_one_number)
         return self.told(results)
@@ -152,4 +159,5 @@ BACKEND = Backend(
     cut=_sizes,
     is_concrete=lambda value: True,
     kept=_kept,
+    evaluate=evaluated_eagerly,
 )

@@ -21,17 +21,18 @@ from virtualbatch.keras._batchnorm import (
     moving_statistics,
     recorded_moments,
 )
+from virtualbatch.keras._gather.gathering import Gathering
 from virtualbatch.keras._overwritten import updated
 from virtualbatch.keras._rows import Rows
+from virtualbatch.keras._torch.gathered_rows import Place
+from virtualbatch.keras._torch.gradients import Gradients
 from virtualbatch.keras._torch.state import torch_modules
 from virtualbatch.keras._train_step import STATS
 from virtualbatch.keras._window import WindowModel
 from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.torch._batchnorm import MergedStatistics
-from virtualbatch.torch._own_memory import OwnMemory
 from virtualbatch.torch._state import Buffers
 from virtualbatch.torch._stats import GradientNorms
-from virtualbatch.window.shares import accumulator_dtype
 
 
 class Microbatch(NamedTuple):
@@ -39,11 +40,13 @@ class Microbatch(NamedTuple):
 
     Fields:
         rows: its rows; a Python int.
+        place: where they stand in the batch.
         get: () -> (x, y, sample_weight) of its rows.
         stretch: padded length over that of its targets, where rows are packed; see `Rows`.
     """
 
     rows: int
+    place: Place
     get: Callable[[], Any]
     stretch: float = 1.0
 
@@ -57,6 +60,7 @@ class WindowRun:
         cut: its micro-batches.
         added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
+        gathering: whose predictions are gathered, if any.
     """
 
     def __init__(
@@ -66,11 +70,12 @@ class WindowRun:
         cut: Sequence[Microbatch],
         added: AddedLosses,
         stats: bool,
+        gathering: Gathering | None = None,
     ):
         self._model = model
         self._with_stats = stats
         self._cut = cut
-        self._window = WindowModel(model, rows, added)
+        self._window = WindowModel(model, rows, added, gathering)
         self._modules = torch_modules(model)
         # Sums over the micro-batches so far; none holds a graph.
         self._losses: list[torch.Tensor] = []
@@ -93,15 +98,14 @@ class WindowRun:
         norms = None
         if self._with_stats:
             norms = GradientNorms(updated(parameters, window.overwritten))
-        gradients = _Gradients(parameters, window.overwritten, norms)
+        gradients = Gradients(parameters, window.overwritten, norms)
         logs: dict[str, Any] = {}
         for module in self._modules:
             # As its wrapper does when it is called: statistics are only read of what trains.
             module.train()
         statistics = MergedStatistics(self._modules, Buffers(self._modules))
         with statistics.attached(), norms.attached() if norms else nullcontext():
-            for microbatch in self._cut:
-                self._add(microbatch, gradients, statistics)
+            self._run(gradients, statistics)
         if variables:
             with torch.no_grad():
                 finished = gradients.finished()
@@ -116,8 +120,13 @@ class WindowRun:
         window.track(loss, tracked)
         return window.results(self._latest) | logs
 
+    def _run(self, gradients: Gradients, statistics: MergedStatistics) -> None:
+        """Forward and backward of all micro-batches."""
+        for microbatch in self._cut:
+            self._add(microbatch, gradients, statistics)
+
     def _add(
-        self, microbatch: Microbatch, gradients: "_Gradients", statistics: MergedStatistics
+        self, microbatch: Microbatch, gradients: Gradients, statistics: MergedStatistics
     ) -> None:
         """Forward and backward of one micro-batch; its activations are free when this returns."""
         window, optimizer = self._window, self._model.optimizer
@@ -134,15 +143,15 @@ class WindowRun:
             gradients.add(loss if optimizer is None else optimizer.scale_loss(loss), rows)
         latest = window.update_metrics(batch, y_pred, rows)
 
-        losses = [value.detach() for value in (loss, *tracked)]
-        moments = [found for _, found in seen]
+        self._latest = tree.map_structure(detached, latest)
+        self._losses = added_up(self._losses, [loss, *tracked])
+        self._merge(seen)
+
+    def _merge(self, seen: Sequence[tuple[Any, Any]]) -> None:
+        """Takes in the moments of one micro-batch."""
         self._called = [layer for layer, _ in seen]
-        self._latest = tree.map_structure(_detached, latest)
-        if not self._losses:
-            self._losses, self._moments = losses, moments
-        else:
-            self._losses = [a + b for a, b in zip(self._losses, losses, strict=True)]
-            self._moments = merged(self._moments, moments)
+        moments = [found for _, found in seen]
+        self._moments = merged(self._moments, moments) if self._moments else moments
 
     def _stats(self, norms: GradientNorms, gradients: Sequence[torch.Tensor | None]) -> WindowStats:
         """The statistics of a window, without the scale of its loss, which the optimizer moves."""
@@ -156,8 +165,9 @@ class WindowRun:
         if self._counted is None:
             window = self._window
             with self._without_a_trace():
-                for rows, get, stretch in self._cut:
-                    counted = window.counted(get(), Rows(rows, window.rows, stretch))
+                for found in self._cut:
+                    rows = Rows(found.rows, window.rows, found.stretch)
+                    counted = window.counted(found.get(), rows)
                     self._counted = counted if self._counted is None else self._counted + counted
         return self._counted
 
@@ -179,87 +189,12 @@ class WindowRun:
         buffers.restore()
 
 
-class _Gradients:
-    """Sums the gradients of a window's micro-batches, in `.grad` or in a buffer beside it.
-
-    Where every parameter is float32 or wider, PyTorch itself adds to a fresh `.grad`. Otherwise
-    gradients are taken of a micro-batch's own mean, and its share multiplies in the add to a
-    float32 buffer, where few bits are lost. What is overwritten is kept beside `.grad` too.
-
-    Args:
-        parameters: trainable parameters, each once.
-        overwritten: for each, whether its gradient is its new value.
-        norms: is told when a micro-batch ends, if statistics are asked for.
-    """
-
-    def __init__(
-        self,
-        parameters: Sequence[torch.Tensor],
-        overwritten: Sequence[bool],
-        norms: GradientNorms | None,
-    ):
-        self.parameters = parameters
-        self._overwritten = [k for k, found in enumerate(overwritten) if found]
-        self._norms = norms
-        self._half = any(_wide(parameter) is not parameter.dtype for parameter in parameters)
-        self._sums: list[torch.Tensor | None] = [None] * len(parameters)
-        self._without_gradient: torch.Tensor | None = None
-        self._found_any = False
-        for parameter in parameters:
-            parameter.grad = None
-        self._own_memory = OwnMemory(updated(parameters, overwritten))
-
-    def add(self, loss: torch.Tensor, rows: Rows) -> None:
-        """Differentiates one micro-batch's part of the loss."""
-        if not loss.requires_grad:
-            # A branch may leave a micro-batch without parameters: its gradient is zero.
-            self._without_gradient = loss
-            return
-        self._found_any = True
-        share = rows.share("float32")
-        # Maxima of the backward pass are of the window's loss, and cannot be scaled later.
-        later = share if self._half and not self._overwritten else 1.0
-        (loss if later == 1.0 else loss / later).backward()
-        self._keep_maxima()
-        if self._half:
-            self._add_wide(later)
-        else:
-            self._own_memory.give()
-        if self._norms:
-            self._norms.close(share, later)
-
-    def _keep_maxima(self) -> None:
-        for k in self._overwritten:
-            gradient, largest = self.parameters[k].grad, self._sums[k]
-            if gradient is not None:
-                self.parameters[k].grad = None
-                self._sums[k] = gradient if largest is None else torch.maximum(gradient, largest)
-
-    def _add_wide(self, share: float) -> None:
-        for k, parameter in enumerate(self.parameters):
-            gradient, total = parameter.grad, self._sums[k]
-            if gradient is None:
-                continue
-            parameter.grad = None
-            if total is None:
-                self._sums[k] = gradient.to(_wide(parameter)) * share
-            else:
-                total.add_(gradient, alpha=share)
-
-    def finished(self) -> list[torch.Tensor | None]:
-        """The window's gradients in the dtypes of the parameters, as `.grad` then holds them."""
-        if not self._found_any and self._without_gradient is not None:
-            # PyTorch's own error, as for the whole batch.
-            self._without_gradient.backward()
-        for k in range(len(self.parameters)) if self._half else self._overwritten:
-            parameter, total = self.parameters[k], self._sums[k]
-            parameter.grad = None if total is None else total.to(parameter.dtype)
-        return [parameter.grad for parameter in self.parameters]
-
-
-def _wide(parameter: torch.Tensor) -> torch.dtype:
-    return getattr(torch, accumulator_dtype(str(parameter.dtype).removeprefix("torch.")))
-
-
-def _detached(value: Any) -> Any:
+def detached(value: Any) -> Any:
+    """A tensor without its graph; anything else as it is."""
     return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def added_up(sums: list[torch.Tensor], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Sums over micro-batches with those of one more, without its graph; empty before the first."""
+    found = [value.detach() for value in values]
+    return [a + b for a, b in zip(sums, found, strict=True)] if sums else found

@@ -1,0 +1,22 @@
+"""A function of a model on JAX, run once: as one program, which nobody optimises."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import keras
+
+from virtualbatch.keras._jax.program import QUICKLY
+
+
+def evaluated(model: keras.Model, function: Callable[[Any], Any], given: Any) -> Sequence[Any]:
+    """See `virtualbatch.keras._gather.detection.Evaluate`."""
+    variables = model.variables
+
+    def run(values: list[Any], given: Any) -> Any:
+        with keras.StatelessScope(list(zip(variables, values, strict=True))):
+            return function(given)
+
+    program = jax.jit(run, compiler_options=QUICKLY)
+    found: Sequence[Any] = jax.device_get(program([v.value for v in variables], given))
+    return found
