@@ -50,6 +50,22 @@ NEUTRAL = {
         "test_numbers_of_the_host_cannot_be_tried",
         "test_what_is_keras_own_is_not_tried",
     },
+    "test_gather.py": {
+        "test_a_coupled_loss_proves_itself_and_is_certified",
+        "test_a_noise_scale_is_refused",
+        "test_a_plan_is_that_of_the_gathered_step",
+        "test_another_loss_is_looked_at_anew",
+        "test_memory_that_runs_out_is_asked_for_less",
+        "test_moving_averages_take_one_update_per_batch",
+        "test_one_microbatch_and_losses_of_rows_are_not_gathered",
+        "test_only_outputs_that_need_it_are_gathered",
+        "test_what_is_gathered_is_said_once",
+        "test_without_gathering_both_kinds_of_loss_are_named",
+    },
+    "test_gather_detection.py": {
+        "test_losses_of_keras",
+        "test_the_same_losses_by_their_values",
+    },
     "test_limited.py": {
         "test_an_update_that_runs_out_is_that_of_the_smaller_size[forward-fit]",
     },
