@@ -82,7 +82,8 @@ def test_an_update_is_that_of_the_same_microbatches_in_one_graph():
     assert int(norm.num_batches_tracked) == 1
     assert_close(norm.running_mean.numpy(), X.mean(0) / 2, 1e-12)
     assert_close(norm.running_var.numpy(), 0.5 + X.var(0, ddof=1) / 2, 1e-12)
-    assert actual.layers[1].graphs == [True] * 6
+    # The first call looks for losses that see all rows.
+    assert actual.layers[1].graphs[1:] == [True] * 6
 
 
 def test_without_variables_to_train_there_is_one_pass():
@@ -91,7 +92,7 @@ def test_without_variables_to_train_there_is_one_pass():
     vb.accumulate(model, microbatch_size=MICRO)
     with pytest.warns(UserWarning, match="trainable weights"):
         model.train_step((X, MASKS))
-    assert len(model.layers[1].graphs) == len(CUT)
+    assert len(model.layers[1].graphs[1:]) == len(CUT)
 
 
 def small():

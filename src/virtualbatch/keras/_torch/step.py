@@ -13,14 +13,14 @@ from virtualbatch.keras._backend import Backend
 from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.eager_program import EagerProgram
 from virtualbatch.keras._certify.first_window import prove_first_window
-from virtualbatch.keras._gather.detection import evaluated_eagerly
+from virtualbatch.keras._gather.detection import Evaluate, evaluated_eagerly
 from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._packing import Packing
 from virtualbatch.keras._torch.batch import packed_window_of, window_of
 from virtualbatch.keras._torch.device import place
 from virtualbatch.keras._torch.plan import MEMORY, planned
-from virtualbatch.keras._torch.state import State, torch_modules
+from virtualbatch.keras._torch.state import Beginning, State, torch_modules
 from virtualbatch.keras._train_step import TrainStep, uncompiled
 from virtualbatch.torch._distributed import distributed_classes, number_of_processes
 from virtualbatch.torch._random import RandomState
@@ -65,6 +65,16 @@ class TorchStep(TrainStep):
         )
         self._guard.succeeded()
         return results
+
+    def look_for_coupled(self, batch: Any, rows: int, evaluate: Evaluate) -> None:
+        """See `TrainStep`. What layers draw from PyTorch's own generators is taken back."""
+        if self._is_known():
+            return
+        beginning = Beginning(self._model)
+        try:
+            super().look_for_coupled(batch, rows, evaluate)
+        finally:
+            beginning.restore()
 
     def _trained(self, data: Any, batch: Any, rows: int) -> dict[str, Any]:
         model, packing = self._model, self._packing_in_force()
