@@ -16,6 +16,7 @@ NAMES = {
     "model": {
         "_aggregate_additional_loss",
         "_call_has_training_arg",
+        "_clear_losses",
         "_compile_loss",
         "_compile_metrics",
         "_compute_loss",
