@@ -1,4 +1,4 @@
-"""The programs that `rowwise` makes: how often fn is traced, in what dtype it adds, what it keeps."""
+"""The programs that `rowwise` makes: how often fn is traced, its dtypes, loops and memory."""
 
 import re
 
@@ -109,7 +109,7 @@ def test_temporaries_do_not_grow_with_the_batch():
         rows = 4 * steps
 
         def encode(params, x):
-            return jnp.tanh(x @ params) @ params.T[:, :2]
+            return jnp.tanh(x @ params).reshape(len(x), 2, -1).sum(2)
 
         def total(params, x):
             return jnp.std(vb.rowwise(encode, microbatch_size=4)(params, x))
@@ -147,11 +147,12 @@ def test_a_size_is_planned(mode):
 
     def encode(p, x):
         seen.append(len(x))
-        return jnp.tanh(jnp.tanh(x @ p) @ p.T)
+        return jnp.tanh(x * p)
 
-    ours = vb.rowwise(encode, microbatch_size=virtualbatch.Auto(memory_limit="600KiB"))
-    x, p = RANDOM.normal(size=(512, 64)), RANDOM.normal(size=(64, 64))
-    found = in_mode(mode, jax.grad(lambda p: ours(p, x).std()))(p)
+    ours = vb.rowwise(encode, microbatch_size=virtualbatch.Auto(memory_limit="80KiB"))
+    x = RANDOM.normal(size=(64, 64))
+    found = in_mode(mode, jax.grad(lambda p: (ours(p, x) ** 2).sum() / 2))(0.5)
     # The last trace is of what was run.
-    assert seen[-1] < 512
-    assert_same(found, jax.jit(jax.grad(lambda p: encode(p, x).std()))(p))
+    assert seen[-1] < 64
+    z = np.tanh(x * 0.5)
+    assert_same(found, jnp.asarray((z * x * (1 - z**2)).sum()))

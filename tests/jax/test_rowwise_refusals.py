@@ -81,33 +81,42 @@ def test_a_function_is_tried_once(caplog):
     seen = []
 
     def encode(params, rows):
-        x, keys = rows
-        seen.append(len(x))
-        return x * params, keys
+        seen.append(len(rows["x"]))
+        return rows["x"] * params
 
     ours = vb.rowwise(encode, microbatch_size=4)
+    keys = jax.random.wrap_key_data(np.zeros((12, 2), np.uint32))
     for _ in range(2):
-        ours(2.0, (jnp.ones(12), jax.random.split(jax.random.key(1), 12)))
+        ours(2.0, {"x": jnp.ones(12), "keys": keys})
     # The parts and the whole of them, then what was asked for.
     assert seen == [3, 7, 4, 4, 4]
     assert not caplog.records
 
 
-def test_certify_takes_the_function():
-    ours = vb.rowwise(lambda params, x: jnp.sort(x * params["w"]), microbatch_size="auto")
+def test_the_sum_that_is_tried_tells_all_entries_apart():
+    ours = vb.rowwise(lambda params, batch: batch, microbatch_size=2)
+    batch = {"x": jnp.ones((3, 2)), "y": jnp.ones(3)}
+    program, (parameters, (_, numbers), keys) = ours.as_loss((None, batch))
+    weights = jax.jit(jax.grad(lambda rows: program.fun(parameters, (rows, numbers), keys)))(batch)
+    assert len({round(float(w), 6) for x in weights.values() for w in x.ravel()}) == 9
+
+
+def test_what_certify_refuses_of_a_function():
+    ours = vb.rowwise(lambda params, x: x, microbatch_size="auto")
     with pytest.raises(ValueError, match=r"needs a size\. Got .*'auto'"):
         vb.certify(ours)
     with pytest.raises(ValueError, match="brings its own options"):
         vb.certify(ours, weight="sum", microbatch_size=2)
-    found = vb.certify(ours, microbatch_size=2)({"w": 2.0}, np.array([3.0, 1, 2, 0]))
-    assert [finding.kind for finding in found.findings] == ["coupled_rows"]
 
 
-@pytest.mark.thorough("one more certificate")
-def test_certify_names_the_arguments_beside_the_rows():
-    found = vb.certify(vb.rowwise(lambda params, x: x * params["w"], microbatch_size=2))(
-        {"w": jnp.asarray(2.0), "unused": jnp.ones(2)}, np.arange(6.0)
-    )
+@pytest.mark.thorough("two certificates")
+def test_certify_takes_the_function():
+    ours = vb.rowwise(lambda params, x: x * params["w"], microbatch_size=2)
+    given = {"w": jnp.asarray(2.0), "unused": jnp.ones(2)}
+    found = vb.certify(ours)(given, np.arange(6.0))
     assert found.exact
     names = {"['params']['w']", "['params']['unused']", "['the outputs']"}
     assert set(found.parameters) == names
+    centred = vb.rowwise(lambda params, x: x * params - x.mean(), microbatch_size="auto")
+    found = vb.certify(centred, microbatch_size=2)(2.0, np.arange(6.0))
+    assert [finding.kind for finding in found.findings] == ["coupled_rows"]
