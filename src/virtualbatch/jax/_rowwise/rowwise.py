@@ -64,8 +64,8 @@ def rowwise(
             of their positions. Other arguments reach every micro-batch whole, and may be as long.
         key_argnum: position of an argument that holds PRNG keys, each of which is folded with the
             number of the micro-batch. A batch of one micro-batch uses the keys as they are.
-        axis_name: mesh axis, or axes, of `shard_map` over which the rows are spread. Gradients are
-            then summed over the devices after the loop, and not once per micro-batch.
+        axis_name: mesh axis, or axes, of `shard_map` over which the rows are spread. Gradients of
+            arguments are then summed over the devices after the loop, and not once per micro-batch.
         check: whether un-jitted the first call proves on a few rows that fn computes each row
             from that row alone, which calls fn three times more, once. Under `jit` run `certify`
             of this function once.
