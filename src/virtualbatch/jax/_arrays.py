@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 def is_array(leaf: Any) -> bool:
@@ -17,6 +19,12 @@ def is_array(leaf: Any) -> bool:
 def map_arrays(fn: Callable[[Any], Any], tree: Any) -> Any:
     """Applies fn to every array of a pytree; other leaves stay."""
     return jax.tree.map(lambda leaf: fn(leaf) if is_array(leaf) else leaf, tree)
+
+
+def on_host(x: Any) -> np.ndarray:
+    """An array as one of NumPy; of typed keys, the numbers that they are made of."""
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(x) if is_key else x)
 
 
 def of_arrays(

@@ -14,7 +14,7 @@ from virtualbatch.certify.first_window import conclude, prove
 from virtualbatch.certify.proven import NO_ROWS, Proven
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
-from virtualbatch.jax._arrays import is_array
+from virtualbatch.jax._arrays import is_array, on_host
 from virtualbatch.jax._batch import Cut, chosen, cut_batch, rows_of
 from virtualbatch.jax._certify.certificate import certificate
 from virtualbatch.jax._objective import Call
@@ -108,7 +108,7 @@ class _JaxTrial(Trial):
         """See `Trial`."""
         batch = self._some(rows)[self._program.batch_argnum]
         found = tree_flatten_with_path(batch)[0]
-        return {keystr(path): np.asarray(leaf) for path, leaf in found if is_array(leaf)}
+        return {keystr(path): on_host(leaf) for path, leaf in found if is_array(leaf)}
 
     def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance:
         """See `Trial`."""

@@ -12,7 +12,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from virtualbatch.certify.activations import Activation, Recording
 from virtualbatch.certify.randomness import axes_of_rows
 from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weights_of
-from virtualbatch.jax._arrays import is_array
+from virtualbatch.jax._arrays import is_array, on_host
 from virtualbatch.jax._batch import chosen, cut_batch
 from virtualbatch.jax._jaxpr import Traced, drawn_shapes, evaluate, floating_dtypes, traced
 from virtualbatch.jax._objective import Call
@@ -48,7 +48,7 @@ class JaxTrainingStep(TrainingStep):
             for path, leaf in tree_flatten_with_path(batch)[0]
             if is_array(leaf)
         ]
-        self.leaves = {f"batch{path}": np.asarray(leaf) for path, leaf in arrays}
+        self.leaves = {f"batch{path}": on_host(leaf) for path, leaf in arrays}
         self.rows = len(arrays[0][1])
         pair = (batch, jnp.arange(self.rows))
         cut = cut_batch(pair, microbatch_size, accumulation_steps, compiled=False)

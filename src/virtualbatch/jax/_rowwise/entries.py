@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from virtualbatch.jax._arrays import is_array, map_arrays
+from virtualbatch.jax._arrays import is_array
 from virtualbatch.jax._batch import rows_of
 from virtualbatch.jax._flax import explanation, framework_errors
 from virtualbatch.jax._keys import folded
@@ -36,15 +36,11 @@ class RowFunction(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def shared(self) -> Any:
-        """What every micro-batch is given, with wide arrays in place of those in half precision."""
-        return map_arrays(_widened, (self.args, self.kwargs))
-
     def entries(self, shared: Any, microbatch: Any, index: Any) -> Any:
         """What the function returns for one micro-batch.
 
         Args:
-            shared: what `shared` gave.
+            shared: (args, kwargs), wide arrays in place of those in half precision.
             microbatch: the rows.
             index: number of the micro-batch in the window.
 
@@ -52,7 +48,7 @@ class RowFunction(NamedTuple):
             ValueError: an output has not one entry per row, or the function changes an argument.
             TypeError: an output is no array.
         """
-        args, kwargs = jax.tree.map(_as_given, shared, (self.args, self.kwargs))
+        args, kwargs = jax.tree.map(as_given, shared, (self.args, self.kwargs))
         args = list(args)
         args[self.batch_argnum] = microbatch
         if self.key_argnum is not None:
@@ -107,9 +103,12 @@ def _check_unchanged(before: Sequence[tuple[Any, Any]], after: Sequence[Any]) ->
         )
 
 
-def _widened(x: Any) -> Any:
-    return x.astype(wide_dtype(x)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+def widened(x: Any) -> Any:
+    """The array, in float32 if it is in half precision."""
+    is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != wide_dtype(x)
+    return x.astype(wide_dtype(x)) if is_narrow else x
 
 
-def _as_given(x: Any, given: Any) -> Any:
+def as_given(x: Any, given: Any) -> Any:
+    """What was widened, in the dtype that it was given in."""
     return x.astype(given.dtype) if is_array(given) and x.dtype != given.dtype else x

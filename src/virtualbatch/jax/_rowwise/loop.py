@@ -11,79 +11,68 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from virtualbatch.jax._arrays import is_array, of_arrays
+from virtualbatch.jax._arrays import is_array, map_arrays
 from virtualbatch.jax._aux import in_order
 from virtualbatch.jax._batch import Cut, Segment, specs
 from virtualbatch.jax._convolution import is_slow_backwards
-from virtualbatch.jax._rowwise.entries import RowFunction, check_alike
+from virtualbatch.jax._rowwise.entries import check_alike
 from virtualbatch.jax._rowwise.rule import looped
+from virtualbatch.jax._rowwise.traces import Traced, Traces
 
 
-def run_compiled(function: RowFunction, cut: Cut) -> Any:
+def run_compiled(traces: Traces, cut: Cut) -> Any:
     """The outputs for all rows, inside a trace.
 
     Args:
-        function: what computes those of a micro-batch.
+        traces: what computes those of a micro-batch.
         cut: the micro-batches.
     """
-    # Micro-batches of one shape may come in several runs.
-    again = len(cut.segments) > len({segment.rows for segment in cut.segments})
-    entries = of_arrays(function.entries, jax.jit) if again else function.entries
-    leaves, structure = jax.tree.flatten(function.shared())
-    arrays = [leaf for leaf in leaves if is_array(leaf)]
     stacked, outputs, offset = [], [], 0
     for segment in cut.segments:
-
-        def one(
-            k: Any, arrays: Sequence[Any], segment: Segment = segment, offset: int = offset
-        ) -> Any:
-            given = iter(arrays)
-            filled = [next(given) if is_array(leaf) else leaf for leaf in leaves]
-            shared = jax.tree.unflatten(structure, filled)
-            return entries(shared, segment.get(k), offset + k)
-
-        number = jax.ShapeDtypeStruct((), jnp.int32)
-        program, found = jax.make_jaxpr(one, return_shape=True)(number, arrays)
-        outputs.append(found)
-        stacked.append(_stacked(program, segment.count, arrays))
+        traced = traces.of(specs(segment, segment.rows))
+        outputs.append(traced.outputs)
+        stacked.append(_stacked(traced, segment, offset))
         offset += segment.count
     check_alike(outputs)
     return _joined(cut, outputs[0], stacked)
 
 
-def _stacked(program: ClosedJaxpr, count: int, arrays: Sequence[Any]) -> list[Any]:
+def _stacked(traced: Traced, segment: Segment, offset: int) -> list[Any]:
     """Outputs of the micro-batches of a segment, of shape (micro-batches, rows, ...)."""
-    run = jaxpr_as_fun(program)
+
+    def run(k: Any, *shared: Any) -> list[Any]:
+        return traced.run(offset + k, shared, segment.get(k))
+
+    shared, count = traced.shared, segment.count
     if count == 1:
-        return [x[None] for x in jax.checkpoint(run)(jnp.int32(0), *arrays)]
-    if is_slow_backwards(program):
-        return looped(program, count, arrays)
+        return [x[None] for x in jax.checkpoint(run)(jnp.int32(0), *shared)]
+    if is_slow_backwards(traced.program):
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        return looped(jax.make_jaxpr(run)(number, *shared), count, shared)
     # In a loop nothing is computed once for both passes, so nothing has to be kept apart.
     again = jax.checkpoint(run, prevent_cse=False)
     numbers = jnp.arange(count, dtype=jnp.int32)
-    found: list[Any] = lax.scan(lambda _, k: (None, again(k, *arrays)), None, numbers)[1]
+    found: list[Any] = lax.scan(lambda _, k: (None, again(k, *shared)), None, numbers)[1]
     return found
 
 
-def run_eager(function: RowFunction, cut: Cut) -> Any:
+def run_eager(traces: Traces, cut: Cut) -> Any:
     """The outputs for all rows, outside a trace.
 
     Args:
-        function: what computes those of a micro-batch.
+        traces: what computes those of a micro-batch.
         cut: the micro-batches.
     """
-    entries = of_arrays(function.entries, jax.checkpoint)
-    shared = function.shared()
-    found = [
-        entries(shared, microbatch, np.int32(index))
-        for index, microbatch in enumerate(cut.microbatches())
-    ]
-    check_alike(found)
-    columns = zip(*map(jax.tree.leaves, found), strict=True)
-    by_leaf = [_by_segment(cut, column) for column in columns]
-    return _joined(cut, found[0], [*zip(*by_leaf, strict=True)])
+    outputs, found = [], []
+    for index, microbatch in enumerate(cut.microbatches()):
+        traced = traces.of(map_arrays(jax.typeof, microbatch))
+        outputs.append(traced.outputs)
+        arrays = [leaf for leaf in jax.tree.leaves(microbatch) if is_array(leaf)]
+        found.append(jax.checkpoint(traced.run)(np.int32(index), traced.shared, arrays))
+    check_alike(outputs)
+    by_leaf = [_by_segment(cut, column) for column in zip(*found, strict=True)]
+    return _joined(cut, outputs[0], [*zip(*by_leaf, strict=True)])
 
 
 def _by_segment(cut: Cut, column: Sequence[Any]) -> list[Any]:
@@ -97,14 +86,14 @@ def _joined(cut: Cut, like: Any, stacked: Sequence[Sequence[Any]]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def judge(function: RowFunction, cut: Cut) -> None:
+def judge(traces: Traces, cut: Cut) -> None:
     """Refuses outputs that have one entry per row by coincidence only.
 
     Micro-batches of two sizes tell by themselves. Else the function is traced for twice the rows,
     which keeps groups of rows whole.
 
     Args:
-        function: what computes the outputs of a micro-batch.
+        traces: what computes the outputs of a micro-batch.
         cut: the micro-batches.
 
     Raises:
@@ -115,12 +104,4 @@ def judge(function: RowFunction, cut: Cut) -> None:
         return
     first = cut.segments[0]
     rows = 2 * first.rows
-    microbatch = specs(first, rows)
-    arrays = [leaf for leaf in jax.tree.leaves(microbatch) if is_array(leaf)]
-
-    def entries(arrays: Sequence[Any]) -> Any:
-        given = iter(arrays)
-        filled = jax.tree.map(lambda x: next(given) if is_array(x) else x, microbatch)
-        return function.entries(function.shared(), filled, np.int32(0))
-
-    jax.make_jaxpr(entries)(arrays)
+    traces.of(specs(first, rows))

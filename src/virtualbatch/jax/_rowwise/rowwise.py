@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial, update_wrapper
+from types import MethodType
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from virtualbatch.jax._replicas import varying
 from virtualbatch.jax._rowwise.entries import RowFunction
 from virtualbatch.jax._rowwise.loop import judge, run_compiled, run_eager
 from virtualbatch.jax._rowwise.surrogate import Surrogate
+from virtualbatch.jax._rowwise.traces import Traces
 from virtualbatch.jax._weights import window_shares
 from virtualbatch.jax._window import Program, is_staged, is_traced
 from virtualbatch.plan.auto import Auto, CurrentSize, check_cut_or_auto, is_automatic
@@ -62,8 +64,8 @@ def rowwise(
             of their positions. Other arguments reach every micro-batch whole, and may be as long.
         key_argnum: position of an argument that holds PRNG keys, each of which is folded with the
             number of the micro-batch. A batch of one micro-batch uses the keys as they are.
-        axis_name: mesh axis, or axes, of `shard_map` over which the rows are spread. Gradients are
-            then summed over the devices after the loop, and not once per micro-batch.
+        axis_name: mesh axis, or axes, of `shard_map` over which the rows are spread. Gradients of
+            arguments are then summed over the devices after the loop, and not once per micro-batch.
         check: whether un-jitted the first call proves on a few rows that fn computes each row
             from that row alone, which calls fn three times more, once. Under `jit` run `certify`
             of this function once.
@@ -152,21 +154,21 @@ class RowwiseFunction:
         cut = cut_batch(batch, given, self.accumulation_steps, compiled=staged)
         if cut.count == 1:
             return self._fn(*self._with(args, cut.segments[0].get(0)), **kwargs)
-        function = self._function(args, kwargs)
+        traces = Traces(self._function(args, kwargs))
         if staged:
-            judge(function, cut)
-            return run_compiled(function, cut)
+            judge(traces, cut)
+            return run_compiled(traces, cut)
         known = jax.tree.map(_value, (args, kwargs))
         has_values = not is_traced(*known)
         if self._check and has_values:
             self._prove(cut, *known)
         else:
-            judge(function, cut)
+            judge(traces, cut)
         if not has_values:
-            return run_eager(function, cut)
+            return run_eager(traces, cut)
 
         def run(cut: Cut) -> Any:
-            found = run_eager(function, cut)
+            found = run_eager(traces, cut)
             # Errors arrive late in JAX; waiting once per call costs what its caller waits.
             jax.block_until_ready(jax.tree.map(_value, found))
             return found
@@ -186,6 +188,10 @@ class RowwiseFunction:
         )
         size.succeeded()
         return result
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """Binds what is wrapped in a class, as a function is."""
+        return self if instance is None else MethodType(self, instance)
 
     def _function(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RowFunction:
         shared = self._with(args, None)

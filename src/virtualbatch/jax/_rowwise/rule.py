@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
@@ -30,7 +30,8 @@ def looped(program: ClosedJaxpr, count: int, arrays: Sequence[Any]) -> list[Any]
     Returns:
         The outputs, of shape (micro-batches, ...).
     """
-    numbers = jnp.arange(count, dtype=jnp.int32)
+    # Of NumPy: a traced one would belong to a trace that ends before the backward pass.
+    numbers = np.arange(count, dtype=np.int32)
     consts = len(program.consts)
 
     def outputs(given: Sequence[Any], k: Any) -> list[Any]:
