@@ -21,6 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 import virtualbatch.torch as vb
 from virtualbatch import pack
+from virtualbatch.torch._batch import read
+from virtualbatch.torch._modules import inventory
+from virtualbatch.torch._rowwise.inputs import Inputs
 
 
 @dataclasses.dataclass
@@ -148,6 +151,18 @@ def test_state_that_changes_with_each_call_is_met_again():
     assert_all_close(by_rowwise(module, x, accumulation_steps=3)[1], due)
     for name, buffer in other.named_buffers():
         assert_close(module.get_buffer(name).numpy(), buffer.numpy())
+
+
+def test_generators_of_all_devices_are_set_back():
+    # A model may be on several; "meta" stands for one here, and draws nothing.
+    module = nn.ModuleList([nn.Linear(2, 2), nn.BatchNorm1d(2, device="meta")])
+    found = inventory(module, hands_over=True)
+    assert found.accelerator is None
+    assert found.devices == [torch.device("meta")]
+    frozen = inventory(nn.ModuleList([module[0], nn.BatchNorm1d(2, affine=False, device="meta")]))
+    assert frozen.devices == [torch.device("meta")]
+    inputs = Inputs(module, inventory(module[0]), read(torch.ones(2, 2, device="meta")), ())
+    assert inputs.devices == {torch.device("meta")}
 
 
 class Counted(nn.Module):

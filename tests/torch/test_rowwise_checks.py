@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from tests.oracle import assert_all_close
+from tests.oracle import assert_all_close, assert_close
 from tests.torch.coupled import ROWS, contrastive, in_one_graph, network, rows, taken
 from torch import nn
 from torch.nn import functional as F
@@ -135,6 +135,17 @@ def test_the_first_call_finds_what_is_another_result_in_the_second_pass():
 
     with pytest.raises(ValueError, match=r"called twice, and must .* of output from"):
         vb.rowwise(noisy, module=MODULE, microbatch_size=4)(rows())
+
+
+@pytest.mark.proves_itself
+def test_the_first_call_inside_a_window_leaves_its_statistics_alone():
+    module, x = network(nn.BatchNorm1d(8)), rows()
+    due = in_one_graph(module, x, 3)[1]
+    running = in_one_graph(module, x, 1)[2][1].running_mean
+    encode = vb.rowwise(module, accumulation_steps=3)
+    vb.backward(lambda x: contrastive(encode(x)), x, module=module, microbatch_size=ROWS)
+    assert_all_close(taken(module), due)
+    assert_close(module[1].running_mean.numpy(), running.numpy())
 
 
 @pytest.mark.proves_itself

@@ -14,6 +14,7 @@ from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.row_by_row import prove_rows
 from virtualbatch.certify.trial import Distance, UntriedError
 from virtualbatch.torch._batch import ReadBatch, read
+from virtualbatch.torch._batchnorm import is_tracked
 from virtualbatch.torch._certify.certificate import certificate
 from virtualbatch.torch._certify.first_window import (
     TorchTrial,
@@ -59,6 +60,9 @@ def prove_first_call(inputs: Inputs, surrogate: Callable[[], Surrogate], sizes: 
     with torch.enable_grad(), _unheard(), untouched(trial.program) as layers:
         reason = tried(prove_rows, trial, layers)
         layers.restore()
+        # A window around the call would take what BatchNorm sees here for its own.
+        for layer in layers.layers:
+            layer.training = layer.training and not is_tracked(layer)
         if reason is None:
             trial.repeat(sizes[0])
     if reason is not None:
