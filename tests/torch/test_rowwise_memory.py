@@ -144,14 +144,22 @@ def test_the_peak_is_that_of_a_micro_batch():
 
 
 def test_nothing_keeps_a_result_alive():
-    module = network()
+    module, graphs = network(), []
+
+    def fn(x):
+        assert not any(graph() for graph in graphs)
+        z = module(x)
+        graphs.append(weakref.ref(z.grad_fn))
+        return z
+
     gc.collect()
     gc.disable()
     try:
-        z = vb.rowwise(module, microbatch_size=4)(rows(ROWS))
+        z = vb.rowwise(fn, module=module, microbatch_size=4)(rows(ROWS))
         node = weakref.ref(z.grad_fn)
         contrastive(z).backward()
         del z
         assert node() is None
+        assert len(graphs) == 8
     finally:
         gc.enable()
