@@ -14,6 +14,9 @@ NAMES = {
     "module": {"_buffers", "_forward_hooks", "_modules", "_parameters"},
     "parameter": {"_backward_hooks", "_post_accumulate_grad_hooks", "_version"},
     "storage": {"_cdata"},
+    "bindings": {"_autograd"},
+    "modes": {"_unsafe_preserve_version_counter"},
+    "of autograd": {"_top_saved_tensors_default_hooks"},
     "torch": {"_foreach_add_", "_foreach_copy_", "_foreach_zero_"},
     "operation": {"_schema"},
 }
@@ -66,6 +69,9 @@ def test_torch_has_every_private_name():
         "module": module,
         "parameter": module.weight,
         "storage": module.weight.untyped_storage(),
+        "bindings": torch._C,
+        "modes": torch.autograd.grad_mode,
+        "of autograd": torch._C._autograd,
         "torch": torch,
         "operation": torch.ops.aten.add.Tensor,
     }

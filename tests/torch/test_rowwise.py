@@ -21,6 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 import virtualbatch.torch as vb
 from virtualbatch import pack
+from virtualbatch.torch._batch import read
+from virtualbatch.torch._modules import inventory
+from virtualbatch.torch._rowwise.inputs import Inputs
 
 
 @dataclasses.dataclass
@@ -150,6 +153,73 @@ def test_state_that_changes_with_each_call_is_met_again():
         assert_close(module.get_buffer(name).numpy(), buffer.numpy())
 
 
+def test_generators_of_all_devices_are_set_back():
+    # A model may be on several; "meta" stands for one here, and draws nothing.
+    module = nn.ModuleList([nn.Linear(2, 2), nn.BatchNorm1d(2, device="meta")])
+    found = inventory(module, hands_over=True)
+    assert found.accelerator is None
+    assert found.devices == [torch.device("meta")]
+    frozen = inventory(nn.ModuleList([module[0], nn.BatchNorm1d(2, affine=False, device="meta")]))
+    assert frozen.devices == [torch.device("meta")]
+    inputs = Inputs(module, inventory(module[0]), read(torch.ones(2, 2, device="meta")), ())
+    assert inputs.devices == {torch.device("meta")}
+
+
+class Counted(nn.Module):
+    def __init__(self, replaces):
+        super().__init__()
+        self.net = network()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+        self._replaces = replaces
+
+    def forward(self, x):
+        if self._replaces:
+            self.calls = self.calls + 1
+        else:
+            self.calls += 1
+        return self.net(x) * self.calls.clone()
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_buffer_that_counts_calls(replaces):
+    module, x = Counted(replaces), rows()
+    _, due, other = in_one_graph(module, x, 3)
+    assert_all_close(by_rowwise(module, x, accumulation_steps=3)[1], due)
+    assert module.calls.item() == other.calls.item() == 3
+
+
+def test_modes_that_change_between_the_passes():
+    module, x = network(nn.Dropout(0.3)), rows()
+    torch.manual_seed(1)
+    due = in_one_graph(module, x, 3)[1]
+    torch.manual_seed(1)
+    loss = contrastive(vb.rowwise(module, accumulation_steps=3)(x))
+    module.eval()
+    module[0].requires_grad_(False)
+    loss.backward()
+    assert not any(layer.training for layer in module.modules())
+    assert [p.requires_grad for p in module.parameters()] == [False, False, True, True]
+    # As in a graph, what is frozen by now gets nothing.
+    assert_all_close(taken(module), [None, None, *due[2:]])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_graphs_of_others_that_keep_statistics_stay_right(training):
+    module, x = network(nn.BatchNorm1d(8), nn.Dropout(0.0)), rows()
+    module[1].train(training)
+    encode = vb.rowwise(module, microbatch_size=4)
+    due = in_one_graph(module, x[:4], 1)[1]
+    # One piece has a graph of its own; the others are given statistics anew.
+    few = contrastive(encode(x[:4]))
+    z = encode(x)
+    more = contrastive(module(x[:4]))
+    z.sum().backward()
+    module.zero_grad()
+    (few + more).backward()
+    if training:
+        assert_all_close(taken(module), [2 * g for g in due])
+
+
 @pytest.mark.parametrize("inside", [vb.backward, vb.loss])
 def test_inside_a_window_of_one_micro_batch(inside):
     module, x = network(nn.BatchNorm1d(8)), rows()
@@ -224,8 +294,8 @@ def test_a_scaler_scales_what_arrives():
 def test_gradients_of_half_precision_are_summed_wider():
     weight = nn.Parameter(torch.zeros((), dtype=torch.bfloat16))
     encode = vb.rowwise(lambda x: (x * 0 + weight).float(), module=weight, microbatch_size=1)
-    encode(torch.ones(1024, dtype=torch.bfloat16)).sum().backward()
-    assert weight.grad.item() == 1024
+    encode(torch.ones(512, dtype=torch.bfloat16)).sum().backward()
+    assert weight.grad.item() == 512
     assert weight.grad.dtype == torch.bfloat16
 
 
@@ -256,6 +326,31 @@ def test_hooks_of_others_hear_the_gradient_of_the_whole_batch_once():
     assert_all_close(heard, due[:1])
     assert len(stepped) == 1
     assert_all_close(found, [2 * due[0], *due[1:]])
+
+
+def test_hooks_of_what_gets_no_gradient_hear_nothing():
+    module, other, x = network(), network(), rows()
+    heard = []
+    weight = other[0].weight
+    weight.register_hook(lambda g: heard.append(g.clone()))
+    weight.register_post_accumulate_grad_hook(lambda p: heard.append(p.grad.clone()))
+    kept = [
+        list(weight._backward_hooks.values()),
+        list(weight._post_accumulate_grad_hooks.values()),
+    ]
+    encode = vb.rowwise(lambda x: (module(x), other(x)), module=[module, other], microbatch_size=4)
+    for _ in range(2):
+        contrastive(encode(x)[0]).backward()
+        assert not heard
+        # One that came before is none of this pass.
+        weight.grad = torch.ones_like(weight)
+    weight.grad = None
+    (contrastive(encode(x)[0]) + contrastive(other(x))).backward()
+    assert_all_close([g.numpy() for g in heard], 2 * uncut(network(), x)[:1])
+    assert [
+        list(weight._backward_hooks.values()),
+        list(weight._post_accumulate_grad_hooks.values()),
+    ] == kept
 
 
 @pytest.mark.parametrize("reads", ["loss", "nothing", "labels"])

@@ -4,7 +4,8 @@ import logging
 
 import pytest
 import torch
-from tests.torch.coupled import ROWS, contrastive, network, rows, taken
+from tests.oracle import assert_all_close, assert_close
+from tests.torch.coupled import ROWS, contrastive, in_one_graph, network, rows, taken
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -33,6 +34,10 @@ OUTPUTS = {
     ),
     "number": (lambda x: MODULE(x).sum(), r"Got output with shape \(\) for 5 rows"),
     "views joined": (joined, r"Got output with shape \(10, 4\) for 5 rows\. Return the 2 views"),
+    "mean as long as views": (
+        lambda x: x.new_ones(10),
+        r"shape \(10,\) for 5 rows\. Return one entry per row, and reduce over rows in the loss",
+    ),
     "other structure": (changing([]), r"same structure .* Got output\['z'\] .*, and later outp"),
     "other width": (
         lambda x: x[:, : len(x)],
@@ -117,6 +122,41 @@ def test_the_first_call_finds_what_sees_other_rows(name):
         vb.rowwise(fn, module=MODULE, microbatch_size=4)(rows(12))
     assert taken(MODULE) == [None] * 4
     vb.rowwise(fn, module=MODULE, microbatch_size=4, check=False)(rows(12))
+
+
+OWN = torch.Generator().manual_seed(0)
+
+
+@pytest.mark.proves_itself
+def test_the_first_call_finds_what_is_another_result_in_the_second_pass():
+    def noisy(x):
+        noise = torch.rand(len(x), 4, generator=OWN) if MODULE.training else 0
+        return MODULE(x) + noise
+
+    with pytest.raises(ValueError, match=r"called twice, and must .* of output from"):
+        vb.rowwise(noisy, module=MODULE, microbatch_size=4)(rows())
+
+
+@pytest.mark.proves_itself
+def test_the_first_call_inside_a_window_leaves_its_statistics_alone():
+    module, x = network(nn.BatchNorm1d(8)), rows()
+    due = in_one_graph(module, x, 3)[1]
+    running = in_one_graph(module, x, 1)[2][1].running_mean
+    encode = vb.rowwise(module, accumulation_steps=3)
+    vb.backward(lambda x: contrastive(encode(x)), x, module=module, microbatch_size=ROWS)
+    assert_all_close(taken(module), due)
+    assert_close(module[1].running_mean.numpy(), running.numpy())
+
+
+@pytest.mark.proves_itself
+def test_the_first_call_inside_a_checkpoint():
+    module, x = network(nn.Dropout(0.3)), rows()
+    torch.manual_seed(1)
+    due = in_one_graph(module, x, 3)[1]
+    torch.manual_seed(1)
+    encode = vb.rowwise(module, accumulation_steps=3)
+    contrastive(checkpoint(encode, x, use_reentrant=False)).backward()
+    assert_all_close(taken(module), due)
 
 
 RIGHT = {

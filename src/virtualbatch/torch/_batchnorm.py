@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from virtualbatch.torch._state import Buffers
+from virtualbatch.torch._state import Buffers, versions_of
 
 
 class _Seen(NamedTuple):
@@ -176,9 +176,11 @@ class MergedStatistics:
                 state = [b if b is None else self._before.copy_of(b) for b in buffers]
                 for moments in calls:
                     state = _updated(state, (moments.mean, moments.variance), layer.momentum)
-                for buffer, value in zip(buffers, state, strict=True):
-                    if buffer is not None:
-                        buffer.copy_(value)
+                # PyTorch's own updates leave the versions of statistics as they are.
+                with versions_of([layer.running_mean, layer.running_var]):
+                    for buffer, value in zip(buffers, state, strict=True):
+                        if buffer is not None:
+                            buffer.copy_(value)
 
     def hear(self, layer: Any, args: Any, output: torch.Tensor) -> None:
         """Notes what a layer saw in one call, where it left it.

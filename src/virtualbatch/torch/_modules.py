@@ -15,18 +15,22 @@ class Inventory(NamedTuple):
 
     Fields:
         roots: the modules themselves, each once.
+        layers: they and all their submodules, each once.
         parameters: those that take a gradient, each once.
         with_buffers: modules that have buffers of their own, each once.
         accelerator: the device that all parameters are on, or None if that is the host or they
             are on several.
+        devices: all devices beside the host that parameters and buffers are on.
         owner: lives as long as what is trained: the first module or tensor that was given.
         distributed: modules that add up gradients, or gather parameters, over processes.
     """
 
     roots: list[torch.nn.Module]
+    layers: list[torch.nn.Module]
     parameters: list[torch.nn.Parameter]
     with_buffers: list[torch.nn.Module]
     accelerator: torch.device | None
+    devices: list[torch.device]
     owner: torch.nn.Module | torch.Tensor
     distributed: list[torch.nn.Module]
 
@@ -84,14 +88,25 @@ def inventory(module: Any, *, hands_over: bool = False, may_be_frozen: bool = Fa
             "module must have at least one trainable parameter. "
             f"Got {names} without any. Pass the model that the loss uses, not frozen."
         )
-    device = devices.pop() if len(devices) == 1 else "cpu"
-    accelerator = None if device == "cpu" else device
+    apart = [device for device in devices if device != "cpu"]
+    accelerator = apart[0] if len(devices) == 1 and apart else None
+    of_buffers = {x.device for y in with_buffers for x in y._buffers.values() if x is not None}
+    apart += [device for device in of_buffers if device.type != "cpu" and device not in devices]
     first = next(iter(roots.values()))
     owner = first.tensor if isinstance(first, Loose) else first
     trained = list(parameters.values())
     if not hands_over:
         refuse_node_hooks(owner, trained)
-    return Inventory(list(roots.values()), trained, with_buffers, accelerator, owner, distributed)
+    return Inventory(
+        list(roots.values()),
+        layers,
+        trained,
+        with_buffers,
+        accelerator,
+        apart,
+        owner,
+        distributed,
+    )
 
 
 def _roots(module: Any) -> dict[int, torch.nn.Module]:

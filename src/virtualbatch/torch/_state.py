@@ -26,6 +26,7 @@ class Buffers:
                 continue
             if buffer.numel() * buffer.element_size() <= LARGEST_COPIED:
                 self._copies[id(buffer)] = (buffer, buffer.detach().clone())
+        self._versions = versions_of([buffer for buffer, _ in self._copies.values()])
 
     def copy_of(self, buffer: torch.Tensor) -> torch.Tensor:
         """What the buffer held when this was made; a detached tensor."""
@@ -37,6 +38,21 @@ class Buffers:
             if layer._buffers.get(name) is not buffer:
                 layer._buffers[name] = buffer
         # All of them: the count of in-place changes does not see what BatchNorm's kernels write.
-        with torch.no_grad():
+        with torch.no_grad(), self._versions:
             for buffer, copied in self._copies.values():
                 buffer.copy_(copied)
+
+
+def versions_of(
+    tensors: Sequence[torch.Tensor],
+) -> torch.autograd.grad_mode._unsafe_preserve_version_counter:
+    """A context that leaves tensors with the versions that they have now.
+
+    For values that are put back, or are written as PyTorch's own kernels write statistics: graphs
+    that keep such a tensor for their backward pass are still right.
+
+    Args:
+        tensors: buffers.
+    """
+    counted = tuple(x for x in tensors if not x.is_inference())
+    return torch.autograd.grad_mode._unsafe_preserve_version_counter(counted)

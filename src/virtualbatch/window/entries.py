@@ -36,7 +36,8 @@ def check_entries(outputs: Iterable[tuple[str, Any]], rows: int | None) -> None:
         shape = tuple(leaf.shape)
         if shape and (rows is None or shape[0] in (rows, None)):
             continue
-        is_joined = bool(shape and rows) and shape[0] > rows and shape[0] % rows == 0
+        # A mean over rows may be as long as several views of them.
+        is_joined = len(shape) > 1 and bool(rows) and shape[0] > rows and shape[0] % rows == 0
         raise ValueError(
             "What fn returns must have one entry per row. "
             f"Got {path} with shape {shape} for {_counted(rows)}. "

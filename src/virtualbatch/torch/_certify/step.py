@@ -18,6 +18,7 @@ from virtualbatch.torch._leaves import refuse_unheld_parameter
 from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._microbatch import known_rows, on_device
 from virtualbatch.torch._modules import inventory
+from virtualbatch.torch._state import versions_of
 from virtualbatch.torch._window import Program, keep
 from virtualbatch.window.terms import loss_and_aux, of_part, weight_terms
 
@@ -192,6 +193,7 @@ class LayerState:
             for buffer in buffers.values()
             if buffer is not None
         ]
+        self._versions = versions_of([buffer for buffer, _ in self._values])
 
     def restore(self) -> None:
         """Puts everything back: the same objects with the same values."""
@@ -200,7 +202,7 @@ class LayerState:
             vars(layer).update(attributes)
             layer._buffers.clear()
             layer._buffers.update(buffers)
-        with torch.no_grad():
+        with torch.no_grad(), self._versions:
             for buffer, value in self._values:
                 buffer.copy_(value)
 

@@ -1,6 +1,6 @@
 """What one call of a rowwise function is given, and how fn is called with a part of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ class Inputs:
         fn: as given.
         found: as given.
         batch: as given.
-        device: where random numbers are drawn beside the host; None if nowhere.
+        devices: all devices beside the host.
         shared: the tensors that are shared and take a gradient.
         rows: those of the batch that take one, by micro-batch of a Window and place in it.
     """
@@ -62,7 +62,7 @@ class Inputs:
             if _is_trained(leaf)
         }
         self._places = frozenset(place for _, place in self.rows)
-        self.device = found.accelerator or _accelerator(self.tensors())
+        self.devices = {*found.devices, *(x.device for x in self.tensors() if not x.is_cpu)}
 
     def detached(self) -> ReadBatch:
         """The batch without the graphs that its rows come from."""
@@ -120,7 +120,3 @@ class Inputs:
 
 def _is_trained(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.requires_grad
-
-
-def _accelerator(tensors: Sequence[torch.Tensor]) -> torch.device | None:
-    return next((x.device for x in tensors if not x.is_cpu), None)

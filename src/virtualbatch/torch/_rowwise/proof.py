@@ -1,6 +1,7 @@
 """The first call of a rowwise function proves that each row is computed from that row alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.row_by_row import prove_rows
 from virtualbatch.certify.trial import Distance, UntriedError
 from virtualbatch.torch._batch import ReadBatch, read
+from virtualbatch.torch._batchnorm import is_tracked
 from virtualbatch.torch._certify.certificate import certificate
 from virtualbatch.torch._certify.first_window import (
     TorchTrial,
@@ -55,8 +57,14 @@ def prove_first_call(inputs: Inputs, surrogate: Callable[[], Surrogate], sizes: 
     if known.seen(inputs.fn, SUM, structure) is not None:
         return
     trial = _RowsTrial(surrogate(), batch, source, sizes)
-    with torch.enable_grad(), untouched(trial.program) as layers:
+    with torch.enable_grad(), _unheard(), untouched(trial.program) as layers:
         reason = tried(prove_rows, trial, layers)
+        layers.restore()
+        # A window around the call would take what BatchNorm sees here for its own.
+        for layer in layers.layers:
+            layer.training = layer.training and not is_tracked(layer)
+        if reason is None:
+            trial.repeat(sizes[0])
     if reason is not None:
         untried(reason)
     known.remember(inputs.fn, SUM, structure, Seen())
@@ -136,12 +144,48 @@ class _RowsTrial(TorchTrial):
         numbers = self._surrogate.numbers(outputs, len(rows))
         return certificate(self.program, (batch, numbers), size, None)
 
+    def repeat(self, count: int) -> None:
+        """Computes some rows twice, as the two passes do.
+
+        Args:
+            count: of the first rows.
+
+        Raises:
+            ValueError: the outputs are not the same.
+        """
+        rows = range(min(count, self.rows))
+        found = []
+        for _ in range(2):
+            with untouched(self.program):
+                found.append(self._outputs(rows))
+        for (place, x), (_, y) in zip(*found, strict=True):
+            if x is None or not x.is_floating_point():
+                continue
+            if _apart(x, y) > self.epsilon([x]) ** 0.5:
+                raise ValueError(
+                    "What rowwise wraps is called twice, and must give the same rows twice. "
+                    f"Got other values of {place} from the same random state. Draw random numbers "
+                    "from the generators that PyTorch, NumPy and Python have for all, and keep "
+                    "what changes with each call in buffers of the modules."
+                )
+
     def _outputs(self, rows: Sequence[int]) -> list[tuple[str, torch.Tensor | None]]:
         part = self.some(rows)
         with heard_dtypes(self.dtypes):
             found = self._surrogate.outputs(part.get())
         check_outputs(found, known_rows(part))
         return [(place, None if x is None else x.detach()) for place, x in found]
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """No hook of others, as checkpoints have them, counts the tensors that a proof saves."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        # Hooks that do nothing would have compiled functions compiled once more.
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        yield
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:

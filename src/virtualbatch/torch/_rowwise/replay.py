@@ -1,12 +1,16 @@
-"""What the second pass must find as the first one did: random numbers, autocast, buffers."""
+"""What the second pass must find as the first one did.
 
-from collections.abc import Iterator, Sequence
+That is random numbers, autocast, buffers, and what layers and parameters are switched to.
+"""
+
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.torch._batchnorm import is_tracked
+from virtualbatch.torch._modules import Inventory
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._state import Buffers
 
@@ -17,8 +21,8 @@ class Replay:
     """Where a first pass begins. One snapshot is enough: both passes run in the same order.
 
     Args:
-        layers: modules that have buffers of their own.
-        device: a device beside the host whose random numbers are drawn.
+        found: what the modules hold.
+        devices: those beside the host whose random numbers are drawn.
 
     Attributes:
         before: the buffers, where the pass changes some.
@@ -26,15 +30,17 @@ class Replay:
             random numbers, and changed no buffer.
     """
 
-    def __init__(self, layers: Sequence[torch.nn.Module], device: torch.device | None):
-        self._layers = layers
-        self._device = device
-        self._random, self._host = RandomState(device), HostRandom()
+    def __init__(self, found: Inventory, devices: Collection[torch.device]):
+        layers = self._layers = found.with_buffers
+        self._devices = devices
+        self._random, self._host = _Generators(devices), HostRandom()
+        self._trained = found.parameters
+        self._modes = [(layer, layer.training) for layer in found.layers]
         self._versions = self._buffer_versions()
         self.before = Buffers(layers)
         self._changes_buffers = True
         self.is_free = False
-        kinds = {"cpu"} | ({device.type} if device is not None else set())
+        kinds = {"cpu", *(device.type for device in devices)}
         self._autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in sorted(kinds)
@@ -61,13 +67,14 @@ class Replay:
     @contextmanager
     def again(self) -> Iterator[None]:
         """Runs from the same state, and leaves no trace of it."""
-        random, host = RandomState(self._device), HostRandom()
+        random, host = _Generators(self._devices), HostRandom()
         buffers = Buffers(self._layers if self._changes_buffers else ())
         self.before.restore()
         self._random.restore()
         self._host.restore()
         try:
-            yield
+            with self._switched():
+                yield
         finally:
             buffers.restore()
             random.restore()
@@ -85,6 +92,37 @@ class Replay:
                 )
             yield
 
-    def _buffer_versions(self) -> list[int]:
+    @contextmanager
+    def _switched(self) -> Iterator[None]:
+        """Modes of layers, and what is trained, as they were; a graph would have kept them."""
+        others = [(x, x.training) for x, training in self._modes if x.training != training]
+        frozen = [x for x in self._trained if not x.requires_grad]
+        try:
+            for layer, training in others:
+                layer.training = not training
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for layer, training in others:
+                layer.training = training
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+
+    def _buffer_versions(self) -> list[tuple[int, int]]:
         buffers = [b for layer in self._layers for b in layer._buffers.values() if b is not None]
-        return list(map(_VERSION, buffers))
+        return [(id(b), 0 if b.is_inference() else _VERSION(b)) for b in buffers]
+
+
+class _Generators:
+    """The random generators of PyTorch on the host and on devices, as they are now."""
+
+    def __init__(self, devices: Collection[torch.device]):
+        self._states = [RandomState(device) for device in devices or (None,)]
+
+    def has_moved(self) -> bool:
+        return any(state.has_moved() for state in self._states)
+
+    def restore(self) -> None:
+        for state in self._states:
+            state.restore()

@@ -105,7 +105,7 @@ class Rowwise:
 
 def _in_two_passes(inputs: Inputs, cut: Sequence[Microbatch], fit: Fit) -> Any:
     """The outputs of all rows, from a first pass; the second one is behind them."""
-    replay = Replay(inputs.found.with_buffers, inputs.device)
+    replay = Replay(inputs.found, inputs.devices)
     try:
         outputs = first_pass(inputs, cut, replay)
     except BaseException:

@@ -1,11 +1,11 @@
 """The second pass: the gradients of what was trained, from those of the outputs."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 
 from virtualbatch.torch._microbatch import Microbatch, known_rows
+from virtualbatch.torch._rowwise.hooks import own_hooks_only, spare_hooks
 from virtualbatch.torch._rowwise.inputs import Inputs
 from virtualbatch.torch._rowwise.replay import Replay
 from virtualbatch.torch._rowwise.sums import GradientSums
@@ -39,11 +39,14 @@ class SecondPass:
         Args:
             of_outputs: one for each leaf.
         """
-        if all(gradient is None for gradient in of_outputs):
-            return [None] * len(self._inputs.trained())
-        # What somebody does to the gradient of a parameter is done to that of the whole batch.
-        with self._replay.again(), _own_hooks_only(self._inputs.found.parameters):
-            return self._fitted(lambda cut: self._run(cut, of_outputs))
+        trained = self._inputs.trained()
+        found: Gradients = [None] * len(trained)
+        if any(gradient is not None for gradient in of_outputs):
+            # What somebody does to the gradient of a parameter is done to that of the whole batch.
+            with self._replay.again(), own_hooks_only(self._inputs.found.parameters):
+                found = self._fitted(lambda cut: self._run(cut, of_outputs))
+        spare_hooks(trained, found)
+        return found
 
     def _run(self, cut: Sequence[Microbatch], of_outputs: Gradients) -> Gradients:
         inputs = self._inputs
@@ -117,18 +120,3 @@ class _RowGradients:
     def taken(self) -> Gradients:
         """All of them, in the order of `Inputs.rows`."""
         return [self._found.pop(key, None) for key in self._rows]
-
-
-@contextmanager
-def _own_hooks_only(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    """No hook of somebody else hears the gradients of micro-batches."""
-    # Emptied in place: PyTorch holds the dictionaries.
-    found = [hooks for x in parameters if (hooks := x._backward_hooks)]
-    kept = [dict(hooks) for hooks in found]
-    for hooks in found:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, before in zip(found, kept, strict=True):
-            hooks.update(before)

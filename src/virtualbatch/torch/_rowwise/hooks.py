@@ -1,0 +1,81 @@
+"""Hooks of others on what is trained: they hear the gradient of the whole batch, or nothing.
+
+They are looked at in place: PyTorch holds the dictionaries that they are in.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+
+Hook: TypeAlias = Callable[[Any], Any]
+
+
+@contextmanager
+def own_hooks_only(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """No hook of somebody else hears the gradients of micro-batches."""
+    found = [hooks for x in parameters if (hooks := x._backward_hooks)]
+    kept = [dict(hooks) for hooks in found]
+    for hooks in found:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in zip(found, kept, strict=True):
+            hooks.update(before)
+
+
+def spare_hooks(trained: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+    """Until the backward pass ends, hooks of what has no gradient are not called without one.
+
+    Of a graph without such a tensor PyTorch would not call them. Behind a node of Python it does,
+    with None.
+
+    Args:
+        trained: inputs of a node that runs.
+        gradients: theirs; None for none.
+    """
+    for x, gradient in zip(trained, gradients, strict=True):
+        if gradient is not None:
+            continue
+        if hooks := x._backward_hooks:
+            _spare(hooks, _if_given)
+        if hooks := x._post_accumulate_grad_hooks if x.is_leaf else None:
+            _spare(hooks, partial(_if_accumulated, _grad_of(x)))
+
+
+class _Spared:
+    """A hook of others, called if there is a gradient."""
+
+    def __init__(self, call: Callable[[Hook, Any], Any], hook: Hook):
+        self._call = call
+        self.hook = hook
+
+    def __call__(self, argument: Any) -> Any:
+        return self._call(self.hook, argument)
+
+
+def _spare(hooks: dict[int, Hook], call: Callable[[Hook, Any], Any]) -> None:
+    others = {k: hook for k, hook in hooks.items() if not isinstance(hook, _Spared)}
+    hooks.update({k: _Spared(call, hook) for k, hook in others.items()})
+    torch.autograd.Variable._execution_engine.queue_callback(partial(_put_back, hooks))
+
+
+def _put_back(hooks: dict[int, Hook]) -> None:
+    hooks.update({k: hook.hook for k, hook in hooks.items() if isinstance(hook, _Spared)})
+
+
+def _if_given(hook: Hook, gradient: torch.Tensor | None) -> Any:
+    return None if gradient is None else hook(gradient)
+
+
+def _if_accumulated(before: tuple[int, int], hook: Hook, x: torch.Tensor) -> None:
+    if _grad_of(x) != before:
+        hook(x)
+
+
+def _grad_of(x: torch.Tensor) -> tuple[int, int]:
+    """Which tensor `.grad` is, and how often it was written."""
+    return id(x.grad), 0 if x.grad is None else x.grad._version
