@@ -174,24 +174,88 @@ def test_rows_and_shared_arguments_take_a_gradient(mode):
     assert_equal_gradients(found, gradient_of(both(fn, again), [kernel, other])(batch()))
 
 
-@pytest.mark.parametrize("mode", WITHOUT_XLA)
-def test_the_batch_itself_takes_a_gradient(mode):
+def ragged_of(values):
+    return tf.RaggedTensor.from_row_lengths(values, [1, 2, 3, 1, 2, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("outer", "tape"), [("eager", "inside"), ("static", "outside"), ("static", "inside")]
+)
+def test_all_that_goes_in_takes_a_gradient(outer, tape):
+    """Rows, ragged rows, a variable as rows, shared ragged tensors, and frozen variables."""
+    kernel, column = variable(4, 3), variable(ROWS, 3, seed=7)
+    frozen = variable(3, seed=8, trainable=False)
+    x, inner = batch()["x"], tf.constant(numbers(12, 4, seed=3))
+
+    def fn(rows, shared):
+        seen = rows["x"] + tf.reduce_sum(rows["ragged"], 1)
+        return tf.tanh(seen @ kernel) * rows["column"] * frozen + tf.reduce_sum(shared)
+
+    def run(encode, outer, tape):
+        def forward(x, inner):
+            ragged = ragged_of(inner)
+            return coupled(encode({"x": x, "ragged": ragged, "column": column}, ragged * 2.0))
+
+        def call(forward):
+            def run(x, inner):
+                with tf.GradientTape() as tape:
+                    tape.watch([x, inner, *([frozen] if watched else [])])
+                    loss = forward(x, inner)
+                sources = [kernel, column, x, inner, *([frozen] if watched else [])]
+                return loss, tape.gradient(loss, sources)
+
+            return run
+
+        # A graph does not hear of a tape outside that watches a frozen variable.
+        watched = tape == "inside"
+        if outer == "eager":
+            return call(forward)(x, inner)
+        return (tf.function(call(forward)) if tape == "inside" else call(tf.function(forward)))(
+            x, inner
+        )
+
+    found = run(vb.rowwise(fn, microbatch_size=SIZE), outer, tape)
+    assert_equal_gradients(found, run(fn, "eager", tape))
+
+
+@pytest.mark.parametrize(
+    ("outer", "tape"), [("eager", "inside"), ("static", "outside"), ("static", "inside")]
+)
+def test_rows_of_a_window_take_a_gradient(outer, tape):
+    """Also where its micro-batches have other widths."""
     kernel = variable(4, 3)
+    x = batch()["x"]
 
-    def fn(batch):
-        return tf.tanh(batch["x"] @ kernel)
+    def fn(rows):
+        return tf.tanh(rows["x"] @ kernel) * tf.reduce_sum(rows["wide"], 1, keepdims=True)
 
-    def of_rows(encode):
-        def call(batch):
+    def window(x):
+        cut = [x[:3], x[3:5], x[5:]]
+        return [
+            {"x": part, "wide": part[:, :1] * tf.ones([1, 2 + k], tf.float64)}
+            for k, part in enumerate(cut)
+        ]
+
+    def gradient(forward):
+        def call(x):
             with tf.GradientTape() as tape:
-                tape.watch(batch["x"])
-                value = coupled(encode(batch))
-            return value, tape.gradient(value, [batch["x"], batch["u"]])
+                tape.watch(x)
+                loss = forward(x)
+            return loss, tape.gradient(loss, [x, kernel])
 
         return call
 
-    found = compiled(mode, of_rows(vb.rowwise(fn, microbatch_size=SIZE)), batch())(batch())
-    assert_equal_gradients(found, of_rows(fn)(batch()))
+    def forward(x):
+        return coupled(vb.rowwise(fn)(vb.Window(window(x))))
+
+    if outer == "eager":
+        found = gradient(forward)(x)
+    elif tape == "inside":
+        found = tf.function(gradient(forward))(x)
+    else:
+        found = gradient(tf.function(forward))(x)
+    due = gradient(lambda x: coupled(tf.concat([fn(part) for part in window(x)], 0)))(x)
+    assert_equal_gradients(found, due)
 
 
 @pytest.mark.parametrize("mode", WITHOUT_XLA)

@@ -115,16 +115,6 @@ def test_the_same_where_the_tape_is_outside_of_the_graph():
         call(batch())
 
 
-def test_rows_of_a_window_take_no_gradient():
-    rows = batch()
-    encode = vb.rowwise(lambda x: x * 2)
-    with tf.GradientTape() as tape:
-        tape.watch(rows)
-        window = vb.Window([rows[:4] * 1, rows[4:] * 1])
-        with pytest.raises(ValueError, match="Rows of a Window take no gradient"):
-            encode(window)
-
-
 def test_arguments_that_are_refused():
     with pytest.raises(TypeError, match=r"fn must be a function of a batch\. Got fn=3"):
         vb.rowwise(3, microbatch_size=2)

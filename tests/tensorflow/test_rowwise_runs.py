@@ -63,6 +63,31 @@ def test_a_graph_traces_twice_per_shape(mode):
     assert fn.runs == {"static": 4, "dynamic": 2}[mode]
 
 
+@pytest.mark.parametrize("mode", ["eager", "static"])
+def test_rows_take_no_gradient_that_nobody_asks_for(mode):
+    """It would be as large as the batch."""
+    kernel = tf.Variable(KERNEL)
+    asked = []
+
+    @tf.custom_gradient
+    def noted(x):
+        def backward(upstream):
+            asked.append(None)
+            return upstream
+
+        return tf.identity(x), backward
+
+    encode = vb.rowwise(lambda x, shared: noted(x + noted(shared)) @ kernel, microbatch_size=3)
+
+    def call(x, shared):
+        with tf.GradientTape() as tape:
+            loss = spread(encode(x, shared))
+        return tape.gradient(loss, kernel)
+
+    (tf.function(call) if mode == "static" else call)(batch(), tf.ones([4], tf.float64))
+    assert not asked
+
+
 def test_frozen_variables_need_no_second_pass():
     fn = Counted(trainable=False)
     head = tf.Variable(KERNEL.T)
