@@ -160,6 +160,7 @@ def test_the_proof_is_made_once_and_changes_nothing(caplog):
     model(tf.zeros([1, 4]))
     seed = model.layers[1].seed_generator.state
     start, calls = seed.numpy(), []
+    of_model = {id(x.value) for x in model.trainable_variables}
     rows = tf.cast(batch(), tf.float32)
 
     def fn(x):
@@ -172,6 +173,8 @@ def test_the_proof_is_made_once_and_changes_nothing(caplog):
             calls.clear()
             with tf.GradientTape() as tape:
                 loss = tf.math.reduce_std(encode(rows))
+            # It hears of the function's variables only.
+            assert {*map(id, tape.watched_variables())} == of_model
             gradients = tape.gradient(loss, model.trainable_variables)
             found += [len(calls), seed.numpy().tolist(), [x.numpy().tolist() for x in gradients]]
         seed.assign(start)
