@@ -5,12 +5,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tests.oracle import EXACT, assert_close
-from tests.tensorflow.modes import MODES, TIERED, WITHOUT_XLA, arrays, compiled
+from tests.tensorflow.modes import MODES, arrays, compiled
 from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
 
 ROWS, SIZE = 7, 3
+GRAPHS = "graphs of every loss run in the conformance tests"
+EAGER = tiered(MODES, ["eager"], GRAPHS)
+WITHOUT_XLA = tiered(MODES[:3], ["eager"], GRAPHS)
+# From where gradients are asked.
+ASKED = ["eager inside", "static inside", "static outside"]
 # Micro-batches as each mode cuts them.
 CUTS = {"eager": (3, 2, 2), "static": (3, 3, 1), "dynamic": (3, 3, 1), "jit": (3, 3, 1)}
 
@@ -88,7 +93,7 @@ class Encoder:
         return found
 
 
-@pytest.mark.parametrize("mode", WITHOUT_XLA)
+@pytest.mark.parametrize("mode", tiered(MODES, ["eager", "dynamic"], GRAPHS))
 @pytest.mark.parametrize("layer", ["dropout", "batch normalisation"])
 def test_state_is_replayed_and_afterwards_as_after_one_pass(mode, layer):
     layers = {
@@ -96,7 +101,9 @@ def test_state_is_replayed_and_afterwards_as_after_one_pass(mode, layer):
         "batch normalisation": lambda: keras.layers.BatchNormalization(dtype="float64"),
     }
     encoder = Encoder(layers[layer]())
-    due = gradient_of(in_one_graph(encoder, CUTS[mode]), encoder.variables)(batch())
+    due = gradient_of(in_one_graph(encoder, CUTS[mode]), encoder.variables)
+    # XLA draws other numbers than TensorFlow does from the same seed.
+    due = (compiled(mode, due, batch()) if mode == "jit" else due)(batch())
     state = encoder.state()
     found = compiled(
         mode, gradient_of(vb.rowwise(encoder, microbatch_size=SIZE), encoder.variables), batch()
@@ -139,7 +146,7 @@ def test_numbers_of_numpy_are_replayed():
     assert np.random.normal() == drawn
 
 
-@pytest.mark.parametrize("mode", TIERED)
+@pytest.mark.parametrize("mode", EAGER)
 def test_sparse_gradients(mode):
     table = variable(9, 3)
     rows = {"i": tf.constant([0, 2, 2, 8, 1, 0, 5])}
@@ -152,7 +159,7 @@ def test_sparse_gradients(mode):
     assert_equal_gradients(found, gradient_of(fn, [table])(rows))
 
 
-@pytest.mark.parametrize("mode", TIERED)
+@pytest.mark.parametrize("mode", EAGER)
 def test_rows_and_shared_arguments_take_a_gradient(mode):
     kernel, other = variable(4, 3), variable(3, 3, seed=4)
 
@@ -178,11 +185,10 @@ def ragged_of(values):
     return tf.RaggedTensor.from_row_lengths(values, [1, 2, 3, 1, 2, 1, 2])
 
 
-@pytest.mark.parametrize(
-    ("outer", "tape"), [("eager", "inside"), ("static", "outside"), ("static", "inside")]
-)
-def test_all_that_goes_in_takes_a_gradient(outer, tape):
+@pytest.mark.parametrize("asked", tiered(ASKED, ASKED[:1], "graphs of many inputs"))
+def test_all_that_goes_in_takes_a_gradient(asked):
     """Rows, ragged rows, a variable as rows, shared ragged tensors, and frozen variables."""
+    outer, tape = asked.split()
     kernel, column = variable(4, 3), variable(ROWS, 3, seed=7)
     frozen = variable(3, seed=8, trainable=False)
     x, inner = batch()["x"], tf.constant(numbers(12, 4, seed=3))
@@ -218,11 +224,10 @@ def test_all_that_goes_in_takes_a_gradient(outer, tape):
     assert_equal_gradients(found, run(fn, "eager", tape))
 
 
-@pytest.mark.parametrize(
-    ("outer", "tape"), [("eager", "inside"), ("static", "outside"), ("static", "inside")]
-)
-def test_rows_of_a_window_take_a_gradient(outer, tape):
+@pytest.mark.parametrize("asked", tiered(ASKED, ASKED[::2], "what lies between"))
+def test_rows_of_a_window_take_a_gradient(asked):
     """Also where its micro-batches have other widths."""
+    outer, tape = asked.split()
     kernel = variable(4, 3)
     x = batch()["x"]
 
@@ -258,7 +263,7 @@ def test_rows_of_a_window_take_a_gradient(outer, tape):
     assert_equal_gradients(found, due)
 
 
-@pytest.mark.parametrize("mode", WITHOUT_XLA)
+@pytest.mark.parametrize("mode", tiered(MODES[:3], ["static"], "the graph is the hard case"))
 def test_a_tape_outside_of_a_graph(mode):
     kernel, temperature = variable(4, 3), variable(seed=9)
     generator = tf.random.Generator.from_seed(1)
@@ -285,7 +290,7 @@ def test_a_tape_outside_of_a_graph(mode):
     assert (generator.state.numpy() == state).all()
 
 
-@pytest.mark.parametrize("mode", TIERED)
+@pytest.mark.parametrize("mode", EAGER)
 def test_outputs_of_every_kind(mode):
     kernel = variable(4, 3)
 
@@ -338,7 +343,8 @@ def test_a_persistent_tape_and_a_second_derivative(mode):
 @pytest.mark.parametrize("mode", WITHOUT_XLA)
 def test_half_precision_is_summed_in_single(mode):
     scale = tf.Variable(tf.zeros([], tf.bfloat16))
-    rows = tf.ones([512, 1], tf.bfloat16)
+    # In bfloat16 256 + 1 is 256.
+    rows = tf.constant([[256.0], [1], [1], [1], [1]], tf.bfloat16)
 
     def call(batch):
         with tf.GradientTape() as tape:
@@ -346,10 +352,10 @@ def test_half_precision_is_summed_in_single(mode):
             value = tf.reduce_sum(tf.cast(out, tf.float32))
         return tape.gradient(value, scale)
 
-    assert float(compiled(mode, call, rows)(rows)) == 512
+    assert float(compiled(mode, call, rows)(rows)) == 260
 
 
-@pytest.mark.parametrize("mode", TIERED)
+@pytest.mark.parametrize("mode", EAGER)
 def test_two_encoders_and_the_loss_in_blocks(mode):
     first, second, scale = variable(4, 3), variable(4, 3, seed=5), variable(seed=6)
 

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
 
@@ -147,7 +148,10 @@ COUPLED = {
 
 
 @pytest.mark.proves_itself
-@pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.parametrize(
+    "name",
+    tiered(COUPLED, ["centred", "a mean by chance"], "each is certified, which takes a second"),
+)
 def test_a_function_that_couples_rows_is_refused(name):
     rule = "one entry per row" if name == "a mean by chance" else "each row from that row alone"
     with pytest.raises(ValueError, match=rule):

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from tests.oracle import EXACT, assert_close
 from tests.tensorflow.modes import compiled
+from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
 
@@ -50,7 +51,7 @@ def test_eagerly_each_micro_batch_runs_twice():
         assert fn.runs == expected
 
 
-@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize("mode", tiered(["static", "dynamic"], ["static"], "fewer shapes"))
 def test_a_graph_traces_twice_per_shape(mode):
     fn = Counted()
     encode = vb.rowwise(fn, microbatch_size=3)
@@ -110,7 +111,7 @@ def test_without_a_tape_and_with_a_large_size_it_is_the_function_itself():
     assert fn.runs == 3
 
 
-@pytest.mark.parametrize("outer", ["eager", "static"])
+@pytest.mark.parametrize("outer", tiered(["eager", "static"], ["eager"], "as a batch in a graph"))
 def test_a_window_is_taken_as_it_is_cut(outer):
     fn = Counted()
     seen = []
@@ -244,7 +245,7 @@ def test_a_second_pass_that_depends_on_the_cut_names_a_size():
 
 
 @pytest.mark.usefixtures("untimed_plans")
-@pytest.mark.parametrize("outer", ["eager", "static"])
+@pytest.mark.parametrize("outer", tiered(["eager", "static"], ["static"], "plans take seconds"))
 def test_a_size_can_be_planned(outer):
     fn = Counted()
     encode = vb.rowwise(fn, microbatch_size="auto")
