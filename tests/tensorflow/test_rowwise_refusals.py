@@ -195,6 +195,7 @@ def test_the_proof_is_made_once_and_changes_nothing(caplog):
     assert [*proved[1:3], *proved[4:]] == [*plain[1:3], *plain[4:]]
 
 
+@pytest.mark.thorough("the same proof in another dtype")
 @pytest.mark.proves_itself
 # NumPy warns of how random numbers in bfloat16 are kept.
 @pytest.mark.filterwarnings("default::DeprecationWarning")
