@@ -5,12 +5,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tests.oracle import EXACT, assert_close
-from tests.tensorflow.modes import MODES, TIERED, WITHOUT_XLA, arrays, compiled
+from tests.tensorflow.modes import MODES, arrays, compiled
 from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
 
 ROWS, SIZE = 7, 3
+GRAPHS = "graphs of every loss run in the conformance tests"
+EAGER = tiered(MODES, ["eager"], GRAPHS)
+WITHOUT_XLA = tiered(MODES[:3], ["eager"], GRAPHS)
+# From where gradients are asked.
+ASKED = ["eager inside", "static inside", "static outside"]
 # Micro-batches as each mode cuts them.
 CUTS = {"eager": (3, 2, 2), "static": (3, 3, 1), "dynamic": (3, 3, 1), "jit": (3, 3, 1)}
 
@@ -88,7 +93,7 @@ class Encoder:
         return found
 
 
-@pytest.mark.parametrize("mode", WITHOUT_XLA)
+@pytest.mark.parametrize("mode", EAGER)
 @pytest.mark.parametrize("layer", ["dropout", "batch normalisation"])
 def test_state_is_replayed_and_afterwards_as_after_one_pass(mode, layer):
     layers = {
@@ -96,7 +101,9 @@ def test_state_is_replayed_and_afterwards_as_after_one_pass(mode, layer):
         "batch normalisation": lambda: keras.layers.BatchNormalization(dtype="float64"),
     }
     encoder = Encoder(layers[layer]())
-    due = gradient_of(in_one_graph(encoder, CUTS[mode]), encoder.variables)(batch())
+    due = gradient_of(in_one_graph(encoder, CUTS[mode]), encoder.variables)
+    # XLA draws other numbers than TensorFlow does from the same seed.
+    due = (compiled(mode, due, batch()) if mode == "jit" else due)(batch())
     state = encoder.state()
     found = compiled(
         mode, gradient_of(vb.rowwise(encoder, microbatch_size=SIZE), encoder.variables), batch()
@@ -114,12 +121,15 @@ def test_a_generator_is_replayed(mode):
     def fn(batch):
         return (batch["x"] + generator.normal(tf.shape(batch["x"]), dtype=tf.float64)) @ kernel
 
-    due = gradient_of(in_one_graph(fn, CUTS[mode]), [kernel])(batch())
+    def loss(z):
+        # The second pass leaves what was drawn between the passes.
+        return coupled(z) * (2 + generator.normal([], dtype=tf.float64))
+
+    due = gradient_of(in_one_graph(fn, CUTS[mode]), [kernel], loss)(batch())
     state = generator.state.numpy()
     generator.reset_from_seed(1)
-    found = compiled(mode, gradient_of(vb.rowwise(fn, microbatch_size=SIZE), [kernel]), batch())(
-        batch()
-    )
+    encode = vb.rowwise(fn, microbatch_size=SIZE)
+    found = compiled(mode, gradient_of(encode, [kernel], loss), batch())(batch())
     assert_equal_gradients(found, due)
     assert (generator.state.numpy() == state).all()
 
@@ -139,7 +149,7 @@ def test_numbers_of_numpy_are_replayed():
     assert np.random.normal() == drawn
 
 
-@pytest.mark.parametrize("mode", TIERED)
+@pytest.mark.parametrize("mode", EAGER)
 def test_sparse_gradients(mode):
     table = variable(9, 3)
     rows = {"i": tf.constant([0, 2, 2, 8, 1, 0, 5])}
@@ -152,7 +162,7 @@ def test_sparse_gradients(mode):
     assert_equal_gradients(found, gradient_of(fn, [table])(rows))
 
 
-@pytest.mark.parametrize("mode", TIERED)
+@pytest.mark.parametrize("mode", EAGER)
 def test_rows_and_shared_arguments_take_a_gradient(mode):
     kernel, other = variable(4, 3), variable(3, 3, seed=4)
 
@@ -174,27 +184,89 @@ def test_rows_and_shared_arguments_take_a_gradient(mode):
     assert_equal_gradients(found, gradient_of(both(fn, again), [kernel, other])(batch()))
 
 
-@pytest.mark.parametrize("mode", WITHOUT_XLA)
-def test_the_batch_itself_takes_a_gradient(mode):
+def ragged_of(values):
+    return tf.RaggedTensor.from_row_lengths(values, [1, 2, 3, 1, 2, 1, 2])
+
+
+@pytest.mark.parametrize("asked", tiered(ASKED, ASKED[:1], "graphs of many inputs"))
+def test_all_that_goes_in_takes_a_gradient(asked):
+    """Rows, ragged rows, a variable as rows, shared ragged tensors, and frozen variables."""
+    outer, tape = asked.split()
+    kernel, column = variable(4, 3), variable(ROWS, 3, seed=7)
+    frozen = variable(3, seed=8, trainable=False)
+    x, inner = batch()["x"], tf.constant(numbers(12, 4, seed=3))
+
+    def fn(rows, shared):
+        seen = rows["x"] + tf.reduce_sum(rows["ragged"], 1)
+        return tf.tanh(seen @ kernel) * rows["column"] * frozen + tf.reduce_sum(shared)
+
+    def run(encode, outer, tape):
+        def forward(x, inner):
+            ragged = ragged_of(inner)
+            return coupled(encode({"x": x, "ragged": ragged, "column": column}, ragged * 2.0))
+
+        def call(forward):
+            def run(x, inner):
+                with tf.GradientTape() as tape:
+                    tape.watch([x, inner, *([frozen] if watched else [])])
+                    loss = forward(x, inner)
+                sources = [kernel, column, x, inner, *([frozen] if watched else [])]
+                return loss, tape.gradient(loss, sources)
+
+            return run
+
+        # A graph does not hear of a tape outside that watches a frozen variable.
+        watched = tape == "inside"
+        if outer == "eager":
+            return call(forward)(x, inner)
+        return (tf.function(call(forward)) if tape == "inside" else call(tf.function(forward)))(
+            x, inner
+        )
+
+    found = run(vb.rowwise(fn, microbatch_size=SIZE), outer, tape)
+    assert_equal_gradients(found, run(fn, "eager", tape))
+
+
+@pytest.mark.parametrize("asked", tiered(ASKED, ASKED[::2], "what lies between"))
+def test_rows_of_a_window_take_a_gradient(asked):
+    """Also where its micro-batches have other widths."""
+    outer, tape = asked.split()
     kernel = variable(4, 3)
+    x = batch()["x"]
 
-    def fn(batch):
-        return tf.tanh(batch["x"] @ kernel)
+    def fn(rows):
+        return tf.tanh(rows["x"] @ kernel) * tf.reduce_sum(rows["wide"], 1, keepdims=True)
 
-    def of_rows(encode):
-        def call(batch):
+    def window(x):
+        cut = [x[:3], x[3:5], x[5:]]
+        return [
+            {"x": part, "wide": part[:, :1] * tf.ones([1, 2 + k], tf.float64)}
+            for k, part in enumerate(cut)
+        ]
+
+    def gradient(forward):
+        def call(x):
             with tf.GradientTape() as tape:
-                tape.watch(batch["x"])
-                value = coupled(encode(batch))
-            return value, tape.gradient(value, [batch["x"], batch["u"]])
+                tape.watch(x)
+                loss = forward(x)
+            return loss, tape.gradient(loss, [x, kernel])
 
         return call
 
-    found = compiled(mode, of_rows(vb.rowwise(fn, microbatch_size=SIZE)), batch())(batch())
-    assert_equal_gradients(found, of_rows(fn)(batch()))
+    def forward(x):
+        return coupled(vb.rowwise(fn)(vb.Window(window(x))))
+
+    if outer == "eager":
+        found = gradient(forward)(x)
+    elif tape == "inside":
+        found = tf.function(gradient(forward))(x)
+    else:
+        found = gradient(tf.function(forward))(x)
+    due = gradient(lambda x: coupled(tf.concat([fn(part) for part in window(x)], 0)))(x)
+    assert_equal_gradients(found, due)
 
 
-@pytest.mark.parametrize("mode", WITHOUT_XLA)
+@pytest.mark.parametrize("mode", tiered(MODES[:3], ["static"], "the graph is the hard case"))
 def test_a_tape_outside_of_a_graph(mode):
     kernel, temperature = variable(4, 3), variable(seed=9)
     generator = tf.random.Generator.from_seed(1)
@@ -221,7 +293,7 @@ def test_a_tape_outside_of_a_graph(mode):
     assert (generator.state.numpy() == state).all()
 
 
-@pytest.mark.parametrize("mode", TIERED)
+@pytest.mark.parametrize("mode", EAGER)
 def test_outputs_of_every_kind(mode):
     kernel = variable(4, 3)
 
@@ -274,7 +346,8 @@ def test_a_persistent_tape_and_a_second_derivative(mode):
 @pytest.mark.parametrize("mode", WITHOUT_XLA)
 def test_half_precision_is_summed_in_single(mode):
     scale = tf.Variable(tf.zeros([], tf.bfloat16))
-    rows = tf.ones([512, 1], tf.bfloat16)
+    # In bfloat16 256 + 1 is 256.
+    rows = tf.constant([[256.0], [1], [1], [1], [1]], tf.bfloat16)
 
     def call(batch):
         with tf.GradientTape() as tape:
@@ -282,10 +355,10 @@ def test_half_precision_is_summed_in_single(mode):
             value = tf.reduce_sum(tf.cast(out, tf.float32))
         return tape.gradient(value, scale)
 
-    assert float(compiled(mode, call, rows)(rows)) == 512
+    assert float(compiled(mode, call, rows)(rows)) == 260
 
 
-@pytest.mark.parametrize("mode", TIERED)
+@pytest.mark.parametrize("mode", EAGER)
 def test_two_encoders_and_the_loss_in_blocks(mode):
     first, second, scale = variable(4, 3), variable(4, 3, seed=5), variable(seed=6)
 

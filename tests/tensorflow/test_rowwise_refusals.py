@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
 
@@ -115,16 +116,6 @@ def test_the_same_where_the_tape_is_outside_of_the_graph():
         call(batch())
 
 
-def test_rows_of_a_window_take_no_gradient():
-    rows = batch()
-    encode = vb.rowwise(lambda x: x * 2)
-    with tf.GradientTape() as tape:
-        tape.watch(rows)
-        window = vb.Window([rows[:4] * 1, rows[4:] * 1])
-        with pytest.raises(ValueError, match="Rows of a Window take no gradient"):
-            encode(window)
-
-
 def test_arguments_that_are_refused():
     with pytest.raises(TypeError, match=r"fn must be a function of a batch\. Got fn=3"):
         vb.rowwise(3, microbatch_size=2)
@@ -157,7 +148,10 @@ COUPLED = {
 
 
 @pytest.mark.proves_itself
-@pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.parametrize(
+    "name",
+    tiered(COUPLED, ["centred", "a mean by chance"], "each is certified, which takes a second"),
+)
 def test_a_function_that_couples_rows_is_refused(name):
     rule = "one entry per row" if name == "a mean by chance" else "each row from that row alone"
     with pytest.raises(ValueError, match=rule):
@@ -170,6 +164,7 @@ def test_the_proof_is_made_once_and_changes_nothing(caplog):
     model(tf.zeros([1, 4]))
     seed = model.layers[1].seed_generator.state
     start, calls = seed.numpy(), []
+    of_model = {id(x.value) for x in model.trainable_variables}
     rows = tf.cast(batch(), tf.float32)
 
     def fn(x):
@@ -182,6 +177,8 @@ def test_the_proof_is_made_once_and_changes_nothing(caplog):
             calls.clear()
             with tf.GradientTape() as tape:
                 loss = tf.math.reduce_std(encode(rows))
+            # It hears of the function's variables only.
+            assert {*map(id, tape.watched_variables())} == of_model
             gradients = tape.gradient(loss, model.trainable_variables)
             found += [len(calls), seed.numpy().tolist(), [x.numpy().tolist() for x in gradients]]
         seed.assign(start)
@@ -198,6 +195,7 @@ def test_the_proof_is_made_once_and_changes_nothing(caplog):
     assert [*proved[1:3], *proved[4:]] == [*plain[1:3], *plain[4:]]
 
 
+@pytest.mark.thorough("the same proof in another dtype")
 @pytest.mark.proves_itself
 # NumPy warns of how random numbers in bfloat16 are kept.
 @pytest.mark.filterwarnings("default::DeprecationWarning")

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from tests.oracle import EXACT, assert_close
 from tests.tensorflow.modes import compiled
+from tests.tiers import tiered
 
 import virtualbatch.tensorflow as vb
 
@@ -50,7 +51,7 @@ def test_eagerly_each_micro_batch_runs_twice():
         assert fn.runs == expected
 
 
-@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize("mode", tiered(["static", "dynamic"], ["static"], "fewer shapes"))
 def test_a_graph_traces_twice_per_shape(mode):
     fn = Counted()
     encode = vb.rowwise(fn, microbatch_size=3)
@@ -61,6 +62,31 @@ def test_a_graph_traces_twice_per_shape(mode):
         assert_close(call(batch()), due, EXACT)
     # Three rows and one row; or as many as there are.
     assert fn.runs == {"static": 4, "dynamic": 2}[mode]
+
+
+@pytest.mark.parametrize("mode", ["eager", "static"])
+def test_rows_take_no_gradient_that_nobody_asks_for(mode):
+    """It would be as large as the batch."""
+    kernel = tf.Variable(KERNEL)
+    asked = []
+
+    @tf.custom_gradient
+    def noted(x):
+        def backward(upstream):
+            asked.append(None)
+            return upstream
+
+        return tf.identity(x), backward
+
+    encode = vb.rowwise(lambda x, shared: noted(x + noted(shared)) @ kernel, microbatch_size=3)
+
+    def call(x, shared):
+        with tf.GradientTape() as tape:
+            loss = spread(encode(x, shared))
+        return tape.gradient(loss, kernel)
+
+    (tf.function(call) if mode == "static" else call)(batch(), tf.ones([4], tf.float64))
+    assert not asked
 
 
 def test_frozen_variables_need_no_second_pass():
@@ -85,7 +111,7 @@ def test_without_a_tape_and_with_a_large_size_it_is_the_function_itself():
     assert fn.runs == 3
 
 
-@pytest.mark.parametrize("outer", ["eager", "static"])
+@pytest.mark.parametrize("outer", tiered(["eager", "static"], ["eager"], "as a batch in a graph"))
 def test_a_window_is_taken_as_it_is_cut(outer):
     fn = Counted()
     seen = []
@@ -219,7 +245,7 @@ def test_a_second_pass_that_depends_on_the_cut_names_a_size():
 
 
 @pytest.mark.usefixtures("untimed_plans")
-@pytest.mark.parametrize("outer", ["eager", "static"])
+@pytest.mark.parametrize("outer", tiered(["eager", "static"], ["static"], "plans take seconds"))
 def test_a_size_can_be_planned(outer):
     fn = Counted()
     encode = vb.rowwise(fn, microbatch_size="auto")

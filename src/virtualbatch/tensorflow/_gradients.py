@@ -14,6 +14,11 @@ from virtualbatch.window.shares import accumulator_dtype
 _HALF = (tf.float16, tf.bfloat16)
 
 
+def watch_tensors(tape: tf.GradientTape, variables: Sequence[Any]) -> None:
+    """Watches what stands among variables and is none; a tape watches variables by itself."""
+    tape.watch([x for x in variables if isinstance(x, tf.Tensor)])
+
+
 def scaled_gradients(
     tape: tf.GradientTape,
     terms: Sequence[Any],

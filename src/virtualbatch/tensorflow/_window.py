@@ -15,6 +15,7 @@ from virtualbatch.tensorflow._gradients import (
     scaled_gradients,
     selected_loss,
     split_sparse,
+    watch_tensors,
 )
 from virtualbatch.tensorflow._loop import Output, fold, trace
 from virtualbatch.tensorflow._numerics import explained_numerics
@@ -96,6 +97,7 @@ class Program(NamedTuple):
         def micro(index: Any, microbatch: Any) -> _Micro:
             with explained_numerics(shares, index):
                 with tf.GradientTape(persistent=several) as tape:
+                    watch_tensors(tape, flat_variables)
                     loss, aux = loss_and_aux(loss_fn(microbatch), has_aux)
                     named = loss_terms(loss)
                     terms = scalar_terms(named.values())

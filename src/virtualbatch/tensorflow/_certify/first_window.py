@@ -22,7 +22,7 @@ from virtualbatch.tensorflow._certify.certificate import (
 )
 from virtualbatch.tensorflow._certify.eager_random import EagerRandom
 from virtualbatch.tensorflow._certify.step import epsilon
-from virtualbatch.tensorflow._gradients import added, scalar_terms, scaled_gradients
+from virtualbatch.tensorflow._gradients import added, scalar_terms, scaled_gradients, watch_tensors
 from virtualbatch.tensorflow._plan.memory import ERRORS
 from virtualbatch.tensorflow._stats import summed
 from virtualbatch.tensorflow._weights import window_shares
@@ -166,6 +166,7 @@ class _TensorFlowTrial(Trial):
     ) -> tuple[dict[Any, Any], list[Any], set[Any]]:
         """Terms of a part, the gradient of their shares, and those that have one."""
         with tf.GradientTape(persistent=True) as tape:
+            watch_tensors(tape, self._flat)
             loss, _ = loss_and_aux(self._program.loss_fn(part), self._program.has_aux)
             named = loss_terms(loss)
             terms = scalar_terms(named.values())

@@ -11,6 +11,7 @@ from virtualbatch.certify.activations import Activation, Recording
 from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weights_of
 from virtualbatch.tensorflow._batch import as_tensors, chosen, named_arrays, segments
 from virtualbatch.tensorflow._certify.activations import RowwiseRandom, watched
+from virtualbatch.tensorflow._gradients import watch_tensors
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.terms import (
     loss_and_aux,
@@ -108,6 +109,7 @@ class TensorFlowTrainingStep(TrainingStep):
             if again:
                 self._terms(rows)
             with tf.GradientTape() as tape:
+                watch_tensors(tape, self._variables)
                 terms = self._terms(rows)
                 chosen = list(terms.values()) if term is None else [terms[term]]
                 total = sum(chosen[1:], chosen[0])

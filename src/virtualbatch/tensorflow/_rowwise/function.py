@@ -8,6 +8,7 @@ import tensorflow as tf
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.tensorflow._batch import Segment, as_tensors, segments, smaller_segments
 from virtualbatch.tensorflow._rowwise.attempts import Attempts
+from virtualbatch.tensorflow._rowwise.inputs import read_variables
 from virtualbatch.tensorflow._rowwise.node import differentiable
 from virtualbatch.tensorflow._rowwise.passes import Passes, Shared
 from virtualbatch.tensorflow._rowwise.program import reached
@@ -44,6 +45,9 @@ class Rowwise:
         """The outputs for all rows of a batch, or of a Window."""
         if isinstance(batch, Window):
             check_cut(batch, *self.sizes)
+            batch = Window(map(read_variables, batch), sorted_rows=batch.sorted_rows)
+        else:
+            batch = read_variables(batch)
         if tf.executing_eagerly():
             return self._eagerly(batch, Shared(shared))
         # AutoGraph does not look into this library, but must go on converting what the user wrote.
@@ -67,7 +71,7 @@ class Rowwise:
             return fn(batch, *shared.arguments(shared.tensors))
         passes = Passes(fn, shared)
         found = reached(passes.graphs(cut))
-        return differentiable(passes, shared, batch, cut, found.trained, found.written, None)
+        return differentiable(passes, shared, batch, cut, found, None)
 
     def _eagerly(self, batch: Any, shared: Shared) -> Any:
         if not is_recording() and not isinstance(batch, Window):
@@ -83,10 +87,9 @@ class Rowwise:
         learnt = self._surrogates.learnt(cut[0].get(0), shared)
         if self._check:
             self._surrogates.prove(learnt, batch, cut, shared)
-        found = learnt.reached
-        attempts = Attempts(batch, size, found)
+        attempts = Attempts(batch, size, learnt.reached)
         passes = Passes(self._fn, shared)
-        return differentiable(passes, shared, batch, cut, found.trained, found.changing, attempts)
+        return differentiable(passes, shared, batch, cut, learnt.reached, attempts)
 
     def _cut(self, batch: Any, planned: CurrentSize | None) -> list[Segment]:
         if isinstance(batch, Window):

@@ -7,11 +7,11 @@ import tensorflow as tf
 
 from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._rowwise.attempts import Attempts
-from virtualbatch.tensorflow._rowwise.outputs import takes_gradient
-from virtualbatch.tensorflow._rowwise.passes import Passes, Shared, tensors_of
-from virtualbatch.tensorflow._rowwise.recording import has_tangent, is_recorded
+from virtualbatch.tensorflow._rowwise.inputs import Inputs, rows_of
+from virtualbatch.tensorflow._rowwise.passes import Passes, Shared
+from virtualbatch.tensorflow._rowwise.program import Reached
+from virtualbatch.tensorflow._rowwise.recording import has_tangent
 from virtualbatch.tensorflow._rowwise.state import State
-from virtualbatch.window.window import Window
 
 
 def differentiable(
@@ -19,8 +19,7 @@ def differentiable(
     shared: Shared,
     batch: Any,
     cut: Sequence[Segment],
-    trained: Sequence[Any],
-    changing: Sequence[Any],
+    found: Reached,
     attempts: Attempts | None,
 ) -> Any:
     """The outputs for all rows, whose gradient is the second pass.
@@ -30,59 +29,68 @@ def differentiable(
         shared: its arguments beside the batch.
         batch: that batch, or a Window.
         cut: its micro-batches.
-        trained: variables that the function reaches and that take a gradient.
-        changing: variables that it may change.
+        found: the variables that the function reaches.
         attempts: how passes are run eagerly; None in a graph.
 
     Returns:
         What the function returns.
 
     Raises:
-        ValueError: see `Outputs.tensors`; or rows of a Window take a gradient, or a forward-mode
-            derivative follows what the function uses.
+        ValueError: see `Outputs.tensors`; or a forward-mode derivative follows what the function
+            uses.
     """
-    tensors = _tensors_of_rows(batch)
-    _refuse_tangents([*map(tf.identity, trained), *tensors, *shared.tensors])
-    arrays, others = _wanted(tensors), _wanted(shared.tensors)
+    trained, watched = found.trained, found.watched
+    columns = rows_of(batch), [[x] for x in shared.tensors], [[tf.identity(v)] for v in watched]
+    inputs = [Inputs(each) for each in columns]
+    tensors = [x for each in inputs for x in each.tensors]
+    _refuse_tangents([*map(tf.identity, trained), *tensors])
+    changing = found.written if attempts is None else found.changing
     before = State.now(changing)
     if attempts is None:
-        found = passes.first(cut)
+        outputs = passes.first(cut)
     else:
-        found, cut = attempts.first(passes.first, cut, before)
+        outputs, cut = attempts.first(passes.first, cut, before)
     drawn = before.is_drawn_from()
     flags = passes.outputs.takes_gradient
-    cells = [x for x, flag in zip(found, flags, strict=True) if flag]
+    cells = [x for x, flag in zip(outputs, flags, strict=True) if flag]
     if not cells:
-        return passes.outputs.structure(found)
-
-    def second(*cotangents: Any, variables: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        now = State.now(changing)
-        before.put_back()
-
-        def run(cut: Sequence[Segment]) -> Any:
-            return passes.second(cut, cotangents, variables, others, arrays)
-
-        found = run(cut) if attempts is None else attempts.second(run, cut, before, drawn)
-        now.put_back()
-        of_variables, of_shared, of_rows = found
-        return [*of_rows, *of_shared], of_variables
+        return passes.outputs.structure(outputs)
 
     @tf.custom_gradient
-    def node(*inputs: Any) -> Any:
+    def node(*entered: Any) -> Any:
         for variable in trained:
             # A tape hears of a variable when it is read, and of no reading that it does not record.
             tf.identity(variable)
 
         def grad(*cotangents: Any, variables: Sequence[Any] = ()) -> Any:
+            asked = [each.asked() for each in inputs]
+            count = len(variables)
+
+            def second(*cotangents: Any) -> tuple[list[Any], list[Any]]:
+                now = State.now(changing)
+                before.put_back()
+                wanted = [*variables, *(watched[k] for k in asked[2])]
+
+                def run(cut: Sequence[Segment]) -> Any:
+                    return passes.second(cut, cotangents, wanted, asked[1], asked[0])
+
+                found = run(cut) if attempts is None else attempts.second(run, cut, before, drawn)
+                now.put_back()
+                of_variables, of_shared, of_rows = found
+                gradients = of_rows, of_shared, of_variables[count:]
+                each = zip(inputs, asked, gradients, strict=True)
+                of_inputs = [g for x, numbers, y in each for g in x.gradients(numbers, y)]
+                return of_inputs, of_variables[:count]
+
             run = second if tf.executing_eagerly() else _own_graph(second)
-            of_inputs, of_variables = run(*cotangents, variables=variables)
+            of_inputs, of_variables = run(*cotangents)
             return (of_inputs, of_variables) if variables else of_inputs
 
         return cells, grad
 
-    results = iter(node(*[tensors[k] for k in arrays], *[shared.tensors[k] for k in others]))
+    results = iter(node(*tensors))
     return passes.outputs.structure(
-        [next(results) if flag else x for x, flag in zip(found, flags, strict=True)]
+        [next(results) if flag else x for x, flag in zip(outputs, flags, strict=True)]
     )
 
 
@@ -91,43 +99,7 @@ def _own_graph(second: Any) -> Any:
 
     Where a tape outside of a graph asks for its gradient, only what that needs is run.
     """
-
-    def run(*cotangents: Any, variables: Sequence[Any]) -> Any:
-        return tf.function(lambda *given: second(*given, variables=variables), autograph=False)(
-            *cotangents
-        )
-
-    return run
-
-
-def _wanted(tensors: Sequence[Any]) -> list[int]:
-    """The numbers of those tensors whose gradient may be asked for.
-
-    A graph may be differentiated from outside, which it does not know, and leaves out what nobody
-    asks for.
-    """
-    is_graph = not tf.executing_eagerly()
-    return [
-        k for k, x in enumerate(tensors) if takes_gradient(x.dtype) and (is_graph or is_recorded(x))
-    ]
-
-
-def _tensors_of_rows(batch: Any) -> list[Any]:
-    """The tensors of a batch that may take a gradient; those of a Window must not.
-
-    Raises:
-        ValueError: rows take a gradient where it could not be given back.
-    """
-    if not isinstance(batch, Window):
-        return tensors_of(batch)
-    leaves = [leaf for microbatch in batch for leaf in tensors_of(microbatch)]
-    for leaf in leaves:
-        if takes_gradient(leaf.dtype) and is_recorded(leaf):
-            raise ValueError(
-                "Rows of a Window take no gradient. Got an array of shape "
-                f"{leaf.shape}, which a tape records. Pass a batch and a microbatch_size."
-            )
-    return []
+    return tf.function(second, autograph=False)
 
 
 def _refuse_tangents(tensors: Sequence[Any]) -> None:

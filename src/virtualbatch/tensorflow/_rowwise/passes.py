@@ -5,6 +5,7 @@ its rows of the outputs' gradient, and sums what comes back.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import tensorflow as tf
@@ -12,6 +13,7 @@ import tensorflow as tf
 from virtualbatch.tensorflow._batch import Segment, with_columns
 from virtualbatch.tensorflow._gradients import add, finished, split_sparse, widened
 from virtualbatch.tensorflow._loop import Output, Traced, bound, fold, trace
+from virtualbatch.tensorflow._rowwise.inputs import tensors_of
 from virtualbatch.tensorflow._rowwise.outputs import Outputs
 from virtualbatch.tensorflow._rowwise.recording import nothing_recorded
 from virtualbatch.window.tree import builder
@@ -32,13 +34,22 @@ class Shared:
         leaves: list[tuple[str, Any]] = []
         self._build = builder(tuple(arguments), "shared", leaves, lists=False)
         self._leaves = [leaf for _, leaf in leaves]
-        self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, tf.Tensor)]
+        parts = [_parts(leaf) for leaf in self._leaves]
+        self._counts = [None if found is None else len(found) for found in parts]
+        self.tensors = [x for found in parts for x in found or ()]
         self.specs = [tf.TensorSpec(x.shape, x.dtype) for x in self.tensors]
 
     def arguments(self, tensors: Sequence[Any]) -> Any:
         """The arguments with other tensors in place of theirs."""
         given = iter(tensors)
-        return self._build([next(given) if isinstance(x, tf.Tensor) else x for x in self._leaves])
+        return self._build(
+            [
+                leaf
+                if count is None
+                else tf.nest.pack_sequence_as(leaf, list(islice(given, count)), True)
+                for leaf, count in zip(self._leaves, self._counts, strict=True)
+            ]
+        )
 
 
 class Passes:
@@ -106,7 +117,7 @@ class Passes:
             arrays: numbers of the arrays of the batch whose gradient is wanted.
 
         Returns:
-            The gradients of the variables, of the shared tensors and of the arrays.
+            The gradients of the variables, of the shared tensors, and flat ones of the arrays.
         """
         wanted = [self._shared.tensors[k] for k in shared]
         count = len(variables) + len(wanted)
@@ -122,7 +133,7 @@ class Passes:
                 chosen = [x for x, y in zip(outputs, self.outputs.takes_gradient, strict=True) if y]
             gradients = tape.gradient(chosen, [*variables, *inputs, *rows], upstream)
             of_rows = [
-                tf.zeros_like(x) if g is None else tf.convert_to_tensor(g)
+                tf.reshape(tf.zeros_like(x) if g is None else tf.convert_to_tensor(g), [-1])
                 for x, g in zip(rows, gradients[count:], strict=True)
             ]
             return *split_sparse([widened(x, 1.0) for x in gradients[:count]]), of_rows
@@ -137,9 +148,11 @@ class Passes:
         return flat[: len(variables)], flat[len(variables) :], list(rows[2 * count :])
 
 
-def tensors_of(batch: Any) -> list[Any]:
-    """The dense tensors of a batch or of a micro-batch, in the same order."""
-    return [leaf for leaf in tf.nest.flatten(batch) if isinstance(leaf, tf.Tensor)]
+def _parts(leaf: Any) -> list[Any] | None:
+    """The tensors of a leaf; None for what is no tensor, as a variable, which is read as it is."""
+    if isinstance(leaf, tf.Tensor | tf.RaggedTensor | tf.SparseTensor | tf.IndexedSlices):
+        return tf.nest.flatten(leaf, expand_composites=True)
+    return None
 
 
 def _entry(outputs: Sequence[Any]) -> Any:

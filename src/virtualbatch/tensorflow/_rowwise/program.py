@@ -28,6 +28,15 @@ class Reached(NamedTuple):
         return [v for v in self.variables if v.trainable]
 
     @property
+    def watched(self) -> list[Any]:
+        """Those that take none by themselves, but that a tape was told to watch."""
+        return [
+            v
+            for v in self.variables
+            if not v.trainable and v.dtype.is_floating and is_recorded(v.handle)
+        ]
+
+    @property
     def changing(self) -> list[Any]:
         """Those that another call may change, although it did not in this graph.
 

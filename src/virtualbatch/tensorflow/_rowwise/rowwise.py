@@ -46,9 +46,8 @@ def rowwise(
         ValueError: sizes are not positive integers or disagree. The function that is returned
             raises it where an output has not one entry per row, where outputs of micro-batches
             differ in structure, where random numbers cannot be drawn again, where `fn` uses a
-            tensor from outside that takes a gradient, where rows of a Window take one, where a
-            forward-mode derivative is asked for, and where the first rows show that a row does not
-            stand alone.
+            tensor from outside that takes a gradient, where a forward-mode derivative is asked
+            for, and where the first rows show that a row does not stand alone.
         MemoryError: memory ran out in the second run, where smaller micro-batches would have given
             other outputs; or one row does not fit.
         TypeError: `fn` is no function, or returns what is no dense tensor.

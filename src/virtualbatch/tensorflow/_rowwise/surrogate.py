@@ -72,17 +72,25 @@ class Learnt:
     @cached_property
     def tried(self) -> Program | None:
         """The loss that is tried; None if no output can have a gradient."""
-        return self.compared(self.reached.trained)
+        # No variables, of which a tape of the user's would hear.
+        factors = [tf.ones([], _wide(dtype)) for _, dtype in self._outputs]
+        return self._compared(factors, self.reached.trained)
 
-    def compared(self, variables: Any) -> Program | None:
-        """A loss with the function's outputs among its gradients; None without a gradient."""
-        if not self._outputs:
-            return None
-        # The gradient of each is the sum of its output's products: so outputs are compared too.
+    def certified(self, variables: Any) -> Program | None:
+        """The loss that is certified; None if no output can have a gradient."""
         factors = [
             tf.Variable(tf.ones([], _wide(dtype)), name=_name(place))
             for place, dtype in self._outputs
         ]
+        return self._compared(factors, variables)
+
+    def _compared(self, factors: Sequence[Any], variables: Any) -> Program | None:
+        """A loss with the function's outputs among its gradients.
+
+        The gradient of each factor is the sum of its output's products.
+        """
+        if not factors:
+            return None
         return Program(self._loss(factors), [factors, variables], SUM, has_aux=False, stats=False)
 
     @cached_property
@@ -173,7 +181,7 @@ class Surrogates:
             ValueError: no output can have a gradient.
         """
         (whole,) = segments(batch, None, 1)
-        program = self.learnt(whole.get(0), Shared(())).compared(variables)
+        program = self.learnt(whole.get(0), Shared(())).certified(variables)
         if program is None:
             raise ValueError(
                 "A certificate compares gradients. Got a function of which no output can have one. "
