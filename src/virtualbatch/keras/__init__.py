@@ -214,7 +214,12 @@ def restore(model: keras.Model) -> None:
 def _found(model: keras.Model, batch: Any, keras_backend: Backend) -> Found:
     """What of a model's loss needs all rows of a batch, and gets them as it accumulates now."""
     rows = common_rows(array_leaves(batch)) or 0
-    return found_as_asked(model, batch, rows, keras_backend.evaluate, _asked(model))
+    kept = keras_backend.kept(model)
+    try:
+        return found_as_asked(model, batch, rows, keras_backend.evaluate, _asked(model))
+    finally:
+        for state in kept:
+            state.restore()
 
 
 def _asked(model: keras.Model) -> bool | None:
