@@ -204,7 +204,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 return step.look_for_coupled(given, _rows(largest), evaluated_eagerly)
 
             if open_rows and look_for_coupled():
-                # The program serves larger batches, which nobody looks at.
+                # The program serves larger batches, too, which would each be looked at.
                 make_again()
             return guard.run(
                 given,
