@@ -94,6 +94,20 @@ def test_what_a_loss_returns(loss, why):
     assert [found.why for found in found.coupled] == ([why] if why else [])
 
 
+def test_values_that_are_not_finite():
+    """A row that is none of the numbers says whether others read it, and nothing else."""
+
+    def reads_all(y_true, y_pred):
+        return ops.sum(ops.matmul(y_pred, ops.transpose(y_true)), 1)
+
+    def of_its_row(y_true, y_pred):
+        return ops.sum(y_pred * y_true, 1)
+
+    missing = np.where(np.arange(20)[:, None] == 3, np.nan, Y)
+    found = [looked_at(loss, missing).coupled for loss in (reads_all, of_its_row)]
+    assert [[why for _, why, _ in coupled] for coupled in found] == [[COMPARES], []]
+
+
 def test_predictions_of_one_axis_leave_one_number():
     def flat():
         inputs = keras.Input((FEATURES,))

@@ -69,7 +69,8 @@ def accumulate(
             `compute_loss`. True: all. False: none; a number is then taken for a mean over rows.
 
     Raises:
-        TypeError: `model` is not a Keras model, or `lengths` is not a function.
+        TypeError: `model` is not a Keras model, `lengths` is not a function, or `gather` is not
+            None, True or False.
         ValueError: the model is not compiled, has a `train_step` of its own or several replicas,
             its optimizer accumulates already, a layer keeps state per row, a size is not a
             positive integer, or only one of `microbatch_tokens` and `lengths` is given.
@@ -93,6 +94,11 @@ def accumulate(
             "Rows are packed by tokens or cut by number. "
             f"Got microbatch_tokens={microbatch_tokens} with microbatch_size={microbatch_size} "
             f"and accumulation_steps={accumulation_steps}. Pass microbatch_tokens and lengths only."
+        )
+    if gather is not None and not isinstance(gather, bool):
+        raise TypeError(
+            f"gather must be None, True or False. Got gather={gather!r}. "
+            "Leave it out: then the losses that need all rows get them."
         )
     keras_backend = _backend_for(model)
     step = keras_backend.step(
@@ -208,7 +214,12 @@ def restore(model: keras.Model) -> None:
 def _found(model: keras.Model, batch: Any, keras_backend: Backend) -> Found:
     """What of a model's loss needs all rows of a batch, and gets them as it accumulates now."""
     rows = common_rows(array_leaves(batch)) or 0
-    return found_as_asked(model, batch, rows, keras_backend.evaluate, _asked(model))
+    kept = keras_backend.kept(model)
+    try:
+        return found_as_asked(model, batch, rows, keras_backend.evaluate, _asked(model))
+    finally:
+        for state in kept:
+            state.restore()
 
 
 def _asked(model: keras.Model) -> bool | None:

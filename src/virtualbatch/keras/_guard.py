@@ -67,7 +67,7 @@ class Guard:
         make_again: Callable[[], None],
         plan: Callable[[int | str | None], Plan],
         prove: Callable[[int], None],
-        look_for_coupled: Callable[[], None],
+        look_for_coupled: Callable[[], bool],
     ) -> Any:
         """Runs a window, again with smaller micro-batches as long as memory runs out.
 
@@ -80,23 +80,25 @@ class Guard:
             plan: memory limit -> plan for this batch.
             prove: rows, or tokens, of a micro-batch -> nothing; tries the law on the batch if that
                 was not done before.
-            look_for_coupled: finds out what of the loss needs all rows; see `TrainStep`.
+            look_for_coupled: finds out what of the loss needs all rows, and whether the program is
+                outdated by it; see `TrainStep`.
 
         Raises:
             MemoryError: not even a micro-batch of one row fits.
         """
         self._step.say_how_it_is_cut(rows)
+        outdated = False
         if is_automatic(self._step.microbatch_size):
             found = self._signature(batch)
-            look_for_coupled()
+            outdated = look_for_coupled()
             size = self._sizes.planned(found, lambda: plan(self._sizes.memory_limit))
         else:
             size = self._sizes.asked(self._step.rows_asked_for(rows))
         self._latest = size
-        if self._take(size):
-            make_again()
         if self._step.packing is not None or size.rows < rows:
-            look_for_coupled()
+            outdated = look_for_coupled() or outdated
+        if self._take(size) or outdated:
+            make_again()
         prove(size.rows)
 
         def smaller(_: int) -> None:

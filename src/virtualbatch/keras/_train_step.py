@@ -70,7 +70,9 @@ class TrainStep:
         self.listener: Callable[[Any], None] | None = None
         self._said: set[str] = set()
         self._proven, self._compiled = Proven(), model._compile_loss
+        # What was found by values; and what stands for it where there were none to look at.
         self._found: Found | None = None
+        self._assumed: Found | None = None
         self._added = AddedLosses()
         self._said_how_it_is_cut = False
 
@@ -79,18 +81,25 @@ class TrainStep:
         self._forget_if_recompiled()
         return self._proven
 
-    def look_for_coupled(self, batch: Any, rows: int, evaluate: Evaluate) -> None:
+    def look_for_coupled(self, batch: Any, rows: int, evaluate: Evaluate) -> bool:
         """Finds out, once, what needs all rows, and says so.
 
         Args:
             batch: (x, y, sample_weight), of which every array has values.
             rows: its rows.
             evaluate: see there.
+
+        Returns:
+            Whether a program that was made before computes something else.
         """
-        if self._is_known() or rows < 2:
-            return
+        if self.is_known() or rows < 2:
+            return False
+        assumed, self._assumed = self._assumed, None
         self._found = found_on_rows(self._model, batch, rows, evaluate)
+        if assumed is not None and assumed.gathering == self._found.gathering:
+            return False
         self._say_what_was_found(self._found)
+        return assumed is not None
 
     def found(self, batch: Any) -> Found:
         """What needs all rows and gets them; by its shape where no values were looked at.
@@ -102,10 +111,15 @@ class TrainStep:
             return self.gather
         if self.gather:
             return Found([], EVERYTHING)
-        if not self._is_known():
-            self._found = found_by_shape(self._model, batch)
-            self._say_what_was_found(self._found)
-        return NOTHING if self._found is None or self.gather is False else self._found
+        if self.is_known():
+            found = self._found
+        else:
+            # A later batch may show more, so this is no more than what this one gets.
+            if self._assumed is None:
+                self._assumed = found_by_shape(self._model, batch)
+                self._say_what_was_found(self._assumed)
+            found = self._assumed
+        return NOTHING if found is None or self.gather is False else found
 
     def gathering(self, batch: Any) -> Gathering | None:
         """What a window of several micro-batches gathers; None for nothing.
@@ -124,7 +138,8 @@ class TrainStep:
             )
         return found
 
-    def _is_known(self) -> bool:
+    def is_known(self) -> bool:
+        """Whether it is settled what needs all rows."""
         self._forget_if_recompiled()
         return self._found is not None or self.gather is True or isinstance(self.gather, Found)
 
@@ -137,7 +152,7 @@ class TrainStep:
     def _forget_if_recompiled(self) -> None:
         if self._compiled is not self._model._compile_loss:
             self._proven, self._compiled = Proven(), self._model._compile_loss
-            self._found, self.silent = None, False
+            self._found, self._assumed, self.silent = None, None, False
 
     def rows_asked_for(self, rows: int) -> int:
         """Rows, or tokens, of one micro-batch as asked for, for a batch of so many rows."""

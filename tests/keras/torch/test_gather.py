@@ -95,6 +95,32 @@ def test_without_variables_to_train_there_is_one_pass():
     assert len(model.layers[1].graphs[1:]) == len(CUT)
 
 
+def test_a_plan_draws_nothing():
+    model = built(made())
+    before = torch.get_rng_state()
+    vb.plan(model, (X, MASKS))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class SomeMasked(layers.Layer):
+    """Has a mask for micro-batches that begin with a positive number."""
+
+    def call(self, x):
+        return x
+
+    def compute_mask(self, x, previous=None):
+        known = isinstance(x, torch.Tensor) and x.device.type != "meta"
+        return x[:, 0] > 0 if known and x[0, 0] > 0 else None
+
+
+def test_a_mask_of_some_micro_batches_is_refused():
+    model = made(lambda: keras.Sequential([SomeMasked(), layers.Dense(6)]), loss="mse")
+    x = np.where(np.arange(20)[:, None] < 7, -1.0, np.ones((20, FEATURES)))
+    vb.accumulate(model, microbatch_size=MICRO, gather=True)
+    with pytest.raises(ValueError, match=r"a mask for every micro-batch or for none\. Got a mask"):
+        model.train_step((x, MASKS))
+
+
 def small():
     return keras.Sequential(
         [keras.Input((FEATURES,)), layers.Dense(64, activation="tanh"), layers.Dense(6)]

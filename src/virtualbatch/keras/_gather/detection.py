@@ -270,10 +270,13 @@ def _why(loss: Any, values: dict[int, np.ndarray], rows: int, failed: bool) -> C
 def _differs(whole: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
     """Largest difference between values of all rows and of halves, over the largest value."""
     whole, parts = whole.astype("float64"), np.concatenate([first, second]).astype("float64")
-    size = np.max(np.abs(whole), initial=0.0)
-    off = np.max(np.abs(whole - parts), initial=0.0)
-    # What is not finite tells nothing.
-    return float(off / size) if size and np.isfinite(off) and np.isfinite(size) else 0.0
+    finite = np.isfinite(whole)
+    if np.any(finite != np.isfinite(parts)):
+        return np.inf
+    # Values of rows that are not finite themselves tell nothing.
+    size = np.max(np.abs(whole[finite]), initial=0.0)
+    off = np.max(np.abs(whole[finite] - parts[finite]), initial=0.0)
+    return float(off / size) if size else 0.0
 
 
 def _found(model: keras.Model, coupled: dict[int, Coupled | None]) -> Found:

@@ -149,9 +149,9 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 with _holding(model, State(*state)):
                     prove_first_window(model, step, given, rows, size, BACKEND, MEMORY.errors)
 
-            def look_for_coupled() -> None:
+            def look_for_coupled() -> bool:
                 with _holding(model, State(*state)):
-                    step.look_for_coupled(given, rows, evaluated)
+                    return step.look_for_coupled(given, rows, evaluated)
 
             return guard.run(
                 given,

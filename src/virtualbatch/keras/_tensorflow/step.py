@@ -183,11 +183,12 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
             feed = partial(given_back, batches, spec) if from_dataset else partial(iter, batches)
             if guard.fitted(shapes):
                 return run(feed())
-            results = first_of_its_shape(batches, feed)
-            guard.remember(shapes)
+            results = first_of_its_shape(batches, feed, from_dataset)
+            if step.is_known() or not from_dataset:
+                guard.remember(shapes)
             return results
 
-        def first_of_its_shape(batches: list[Any], feed: Callable[[], Any]) -> Any:
+        def first_of_its_shape(batches: list[Any], feed: Callable[[], Any], open_rows: bool) -> Any:
             largest = max(batches, key=lambda batch: (_rows(batch), _size(batch)))
             given = keras.utils.unpack_x_y_sample_weight(largest)
             # What the first window would make has to be there before it can be copied.
@@ -199,6 +200,12 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 nonlocal run
                 run = compiled()
 
+            def look_for_coupled() -> bool:
+                return step.look_for_coupled(given, _rows(largest), evaluated_eagerly)
+
+            if open_rows and look_for_coupled():
+                # The program serves larger batches, too, which would each be looked at.
+                make_again()
             return guard.run(
                 given,
                 _rows(largest),
@@ -211,7 +218,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 lambda size: prove_first_window(
                     model, step, given, _rows(largest), size, BACKEND, MEMORY.errors
                 ),
-                lambda: step.look_for_coupled(given, _rows(largest), evaluated_eagerly),
+                look_for_coupled,
             )
 
         model.train_function = train_function

@@ -92,7 +92,7 @@ class GatheredRun(WindowRun):
             self._takes_gradient = [
                 leaf is not None and leaf.requires_grad for leaf in window.predictions(y_pred)
             ]
-            self._rows = GatheredRows(window.rows, self._trimmed_axes(microbatch, arrays))
+            self._rows = GatheredRows(window.rows, self._trimmed_axes(len(arrays)))
         self._rows.write(microbatch.place, [detached(found) for found in arrays])
         self._added_by_layers = added_up(self._added_by_layers, added)
         self._merge(seen)
@@ -157,28 +157,27 @@ class GatheredRun(WindowRun):
         latest = window.update_metrics(batch, y_pred, rows)
         self._latest |= tree.map_structure(detached, latest)
 
-    def _trimmed_axes(self, microbatch: Microbatch, arrays: Sequence[Any]) -> list[bool]:
-        """For each gathered array, whether its second axis is one that is trimmed.
+    def _trimmed_axes(self, count: int) -> list[bool]:
+        """For each of so many gathered arrays, whether its second axis is one that is trimmed.
 
-        That length may be a coincidence, so it is read for rows that are not trimmed, too.
+        Rows are longest first, so the first micro-batch may be none that is trimmed. A length may
+        be a coincidence, so it is read of one row of the last one, and of one that is not trimmed.
         """
-        place = microbatch.place
-
-        def may_be(found: Any) -> bool:
-            return found is not None and found.ndim > 1 and found.shape[1] == place.length
-
-        if not place.is_trimmed or not any(map(may_be, arrays)):
-            return [False] * len(arrays)
-        row = tree.map_structure(
-            lambda leaf: leaf[:1] if hasattr(leaf, "shape") else leaf, self._batch
-        )
-        with self._without_a_trace(), keras.StatelessScope():
-            y_pred = self._window.forward(row[0])
-            whole = self._window.arrays(row, y_pred, Rows(1, self._window.rows))
+        last = self._cut[-1]
+        if not last.place.is_trimmed:
+            return [False] * count
+        trimmed, whole = (self._arrays_of_a_row(x) for x in (last.get()[0], self._batch[0]))
         return [
-            may_be(found) and other.shape[1] != found.shape[1]
-            for found, other in zip(arrays, whole, strict=True)
+            found is not None and found.ndim > 1 and found.shape[1] != longer.shape[1]
+            for found, longer in zip(trimmed, whole, strict=True)
         ]
+
+    def _arrays_of_a_row(self, x: Any) -> list[Any]:
+        """What is gathered of the first of some rows; nothing of its forward stays."""
+        row = tree.map_structure(lambda leaf: leaf[:1] if hasattr(leaf, "shape") else leaf, x)
+        with self._without_a_trace(), keras.StatelessScope():
+            y_pred = self._window.forward(row)
+            return self._window.arrays(self._batch, y_pred, Rows(1, self._window.rows))
 
 
 def _gradient(tensor: torch.Tensor | None) -> torch.Tensor | None:

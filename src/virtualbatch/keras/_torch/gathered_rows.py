@@ -50,7 +50,10 @@ class GatheredRows:
 
         Args:
             place: of these rows.
-            tensors: without a graph; always the same ones are None.
+            tensors: without a graph, or None.
+
+        Raises:
+            ValueError: a tensor, such as a mask, is there for some micro-batches only.
         """
         if not self._tensors:
             self._tensors = [
@@ -58,6 +61,12 @@ class GatheredRows:
                 for found, trimmed in zip(tensors, self._trimmed, strict=True)
             ]
         for rows, found, trimmed in zip(self._tensors, tensors, self._trimmed, strict=True):
+            if (rows is None) != (found is None):
+                raise ValueError(
+                    "Predictions that a loss sees for all rows must have a mask for every "
+                    "micro-batch or for none. Got a mask for some of them. "
+                    "Return a mask of ones where compute_mask has none."
+                )
             if rows is not None and found is not None:
                 target = rows[:, : place.length] if trimmed else rows
                 target[place.rows] = found

@@ -66,13 +66,13 @@ class TorchStep(TrainStep):
         self._guard.succeeded()
         return results
 
-    def look_for_coupled(self, batch: Any, rows: int, evaluate: Evaluate) -> None:
+    def look_for_coupled(self, batch: Any, rows: int, evaluate: Evaluate) -> bool:
         """See `TrainStep`. What layers draw from PyTorch's own generators is taken back."""
-        if self._is_known():
-            return
+        if self.is_known():
+            return False
         beginning = Beginning(self._model)
         try:
-            super().look_for_coupled(batch, rows, evaluate)
+            return super().look_for_coupled(batch, rows, evaluate)
         finally:
             beginning.restore()
 
