@@ -37,8 +37,8 @@ class KerasStep(TrainingStep):
     weighs_itself = True
     place = "the loss"
     way_out = (
-        "In a loss, leave gather=False out: then it sees all rows. In a layer, compute it from each "
-        "row alone, or move it into the loss."
+        "In a loss, leave gather=False out: then it sees all rows. In a layer, compute it from "
+        "each row alone, or move it into the loss."
     )
 
     def __init__(
