@@ -103,6 +103,8 @@ class Guard:
 
         def smaller(_: int) -> None:
             self._take(size)
+            # A batch that was one micro-batch was not looked at.
+            look_for_coupled()
             make_again()
 
         packed = self._step.packing is not None
