@@ -172,14 +172,17 @@ def _all() -> list[Case]:
                 further = "every other case would miss a wrong reference"
             found.append(Case(_named(law), name, law, None, {"name": name}, further))
     for name in coupled.BY_NAME:
-        further = "" if name in ("clip", "dice", "sorted_distance") else "further losses"
+        further = "" if name == "clip" else "further losses"
         found += _in_modes(
             coupled.coupled_losses_are_exact,
             name=name.replace("_", " "),
             arguments={"name": name},
             thorough=further,
         )
-    found += _in_modes(coupled.whole_groups_are_exact)
+    found += _in_modes(
+        coupled.whole_groups_are_exact,
+        thorough={"eager": "un-jitted JAX compiles every operation for every shape"},
+    )
     for name, refusal in refusals.REFUSALS.items():
         feature = "values of weights are refused" if refusal.reads else refusal.feature
         compiled = {"compiled": "refused by what refuses it eagerly, while it is traced"}
