@@ -117,6 +117,12 @@ bench: setup
 	$(BIN)/python benchmarks/keras_backends.py --backend torch
 	$(BIN)/python benchmarks/keras_backends.py --backend jax
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/rowwise.py
+	$(BIN)/python benchmarks/rowwise_jax.py
+	$(BIN)/python benchmarks/rowwise_tensorflow.py
+	set -e; for backend in tensorflow jax torch; do \
+		$(BIN)/python benchmarks/rowwise_keras.py --backend $$backend; done
+	$(BIN)/python benchmarks/exact_batchnorm.py --layers 20
 
 examples: setup
 	set -e; for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example; done
