@@ -67,6 +67,16 @@ def test_chained_functions_and_the_loss_in_blocks():
         assert_all_close(taken(module, scale), due)
 
 
+@pytest.mark.parametrize("module", [None, []])
+def test_a_function_of_its_arguments_alone_needs_no_module(module):
+    x = rows()
+    weight = torch.randn(x.shape[1], 2, dtype=torch.float64, requires_grad=True)
+    scored = vb.rowwise(lambda x, weight: x @ weight, module=module, microbatch_size=4)
+    (found,) = torch.autograd.grad(scored(x, weight).var(), weight)
+    (due,) = torch.autograd.grad((x @ weight).var(), weight)
+    assert_close(found, due)
+
+
 def test_outputs_keep_their_structure_and_have_no_graph_where_there_is_none():
     module, x = network(), rows()
     due = uncut(module, x)

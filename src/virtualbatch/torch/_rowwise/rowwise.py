@@ -55,9 +55,9 @@ class Rowwise:
         self._accumulation_steps = accumulation_steps
         self._check = check
         if module is None:
-            # A function of its arguments alone trains nothing of its own.
-            module = fn if isinstance(fn, torch.nn.Module) else torch.nn.Module()
-        self.modules = list(as_modules(module))
+            module = fn if isinstance(fn, torch.nn.Module) else ()
+        # A function of its arguments alone trains nothing of its own.
+        self.modules = list(as_modules(module)) or [torch.nn.Module()]
 
     def __call__(self, batch: Any, *shared: Any) -> Any:
         """What fn returns for the whole batch."""
