@@ -75,7 +75,7 @@ def coupled(w, b):
 WRONG = {
     "sum_loss": (lambda w, b: tf.reduce_sum((b @ w) ** 2), X, {}, "sums"),
     "weight": (masked, BATCH, {}, "sums"),
-    "coupled_rows": (coupled, X, {}, "rows"),
+    "coupled_rows": (coupled, X, {}, "rowwise"),
 }
 
 
