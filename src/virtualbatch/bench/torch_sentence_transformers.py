@@ -1,9 +1,9 @@
 """The contrastive loss of sentence-transformers that caches gradients, as its trainer calls it."""
 
+import importlib
 from typing import Any
 
 import torch
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
 from virtualbatch.bench.case import SHARPNESS, Case
 from virtualbatch.bench.contender import PEER, Contender, looped
@@ -20,7 +20,9 @@ class _Sentences(torch.nn.Sequential):
 
 def contender(case: Case, given: Problem) -> Contender:
     """The contender of a case."""
-    loss_of = CachedMultipleNegativesRankingLoss(
+    # A peer that none of our own environments has.
+    losses = importlib.import_module("sentence_transformers.sentence_transformer.losses")
+    loss_of = losses.CachedMultipleNegativesRankingLoss(
         _Sentences(given.model), scale=SHARPNESS, mini_batch_size=case.microbatch_size
     )
     features = [
