@@ -123,7 +123,17 @@ def hooks_set_aside(owner: Any, parameters: Sequence[torch.Tensor]) -> Iterator[
         if hooks
     ]
     found += [hooks for _, hooks in node_hooks(owner, parameters)]
-    # Emptied in place: PyTorch holds the dictionaries, and does not see that an attribute is None.
+    with emptied(found):
+        yield
+
+
+@contextmanager
+def emptied(found: Sequence[dict[Any, Any]]) -> Iterator[None]:
+    """Dictionaries of hooks hold nothing inside the context, and what they held after it.
+
+    Args:
+        found: the dictionaries themselves. PyTorch holds them, and would not see others.
+    """
     kept = [dict(hooks) for hooks in found]
     for hooks in found:
         hooks.clear()

@@ -30,6 +30,7 @@ from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._certify.eager_random import EagerRandom
 from virtualbatch.tensorflow._gradients import add, finished, split_sparse, widened
 from virtualbatch.tensorflow._loop import Output, Traced, bound, fold, trace
+from virtualbatch.tensorflow._rowwise.program import hidden_random
 
 _TOTALS = tf.TensorSpec([None], tf.float64)
 
@@ -308,9 +309,7 @@ def _refuse_hidden_randomness(traced: Traced) -> None:
         ValueError: an operation draws from a state that TensorFlow keeps for itself.
     """
     function: Any = traced.first
-    graph = function.graph.as_graph_def()
-    nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
-    found = sorted({node.op for node in nodes if "seed2" in node.attr})
+    found = hidden_random(function.graph)
     if found:
         raise ValueError(
             "Layers must draw random numbers that can be drawn again, because a loss sees all "

@@ -99,11 +99,16 @@ def reached(graphs: Sequence[Any]) -> Reached:
     return Reached(list(variables.values()), list(written.values()))
 
 
-def _refuse_hidden_random(graph: Any) -> None:
+def hidden_random(graph: Any) -> list[str]:
+    """Names of operations that draw from a state which TensorFlow keeps for itself."""
     definition = graph.as_graph_def()
     nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
     # Those that are seeded as an operation, and not by a variable or by a seed that is given.
-    hidden = sorted({node.op for node in nodes if "seed2" in node.attr})
+    return sorted({node.op for node in nodes if "seed2" in node.attr})
+
+
+def _refuse_hidden_random(graph: Any) -> None:
+    hidden = hidden_random(graph)
     if hidden:
         raise ValueError(
             "fn must draw random numbers that can be drawn again. "

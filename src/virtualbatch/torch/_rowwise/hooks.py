@@ -10,21 +10,16 @@ from typing import Any, TypeAlias
 
 import torch
 
+from virtualbatch.torch._handover import emptied
+
 Hook: TypeAlias = Callable[[Any], Any]
 
 
 @contextmanager
 def own_hooks_only(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
     """No hook of somebody else hears the gradients of micro-batches."""
-    found = [hooks for x in parameters if (hooks := x._backward_hooks)]
-    kept = [dict(hooks) for hooks in found]
-    for hooks in found:
-        hooks.clear()
-    try:
+    with emptied([hooks for x in parameters if (hooks := x._backward_hooks)]):
         yield
-    finally:
-        for hooks, before in zip(found, kept, strict=True):
-            hooks.update(before)
 
 
 def spare_hooks(trained: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
