@@ -1,0 +1,130 @@
+"""Replicas of a `tf.distribute` strategy: what they sum, and a replica that has no rows.
+
+A graph is traced in one thread per replica, and threads change places wherever replicas wait for
+each other. So nothing that they share may be held changed over a sum, and no sum may stand in a
+loop or a branch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+
+def replicas() -> int:
+    """How many replicas train in step, this one included; 1 outside of `strategy.run`."""
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else int(context.num_replicas_in_sync)
+
+
+def refuse_eager_replicas() -> None:
+    """Refuses a call whose replicas would run one after another, each waiting for all.
+
+    Raises:
+        ValueError: this is one of several replicas, outside of a graph.
+    """
+    count = replicas()
+    if count > 1 and tf.executing_eagerly():
+        raise ValueError(
+            "Several replicas are trained in a graph. "
+            f"Got an eager call in a strategy of {count} replicas. "
+            "Put strategy.run into a tf.function."
+        )
+
+
+def refuse_replicas_out_of_step() -> None:
+    """Refuses a strategy whose replicas never wait for each other.
+
+    Raises:
+        ValueError: this is a replica of a ParameterServerStrategy.
+    """
+    strategy = tf.distribute.get_strategy()
+    if isinstance(strategy, tf.distribute.experimental.ParameterServerStrategy):
+        raise ValueError(
+            f"Replicas must train in step. Got {type(strategy).__name__}. "
+            "Use MirroredStrategy or MultiWorkerMirroredStrategy."
+        )
+
+
+def summed(values: Sequence[Any]) -> list[Any]:
+    """Tensors, each summed over all replicas, in one reduction.
+
+    Args:
+        values: of a floating or integer dtype, each of one shape on all replicas. They are summed
+            in float64.
+
+    Returns:
+        The sums, in the dtypes and shapes of the values.
+    """
+    flat = [tf.reshape(tf.cast(value, tf.float64), [-1]) for value in values]
+    # One vector: of several tensors a strategy may make several reductions.
+    total = _context().all_reduce(tf.distribute.ReduceOp.SUM, tf.concat(flat, 0))
+    pieces = tf.split(total, [tf.size(piece) for piece in flat])
+    return [
+        tf.ensure_shape(tf.cast(tf.reshape(piece, tf.shape(value)), value.dtype), value.shape)
+        for piece, value in zip(pieces, values, strict=True)
+    ]
+
+
+def summed_gradients(gradients: Sequence[Any]) -> list[Any]:
+    """Gradients, each summed over all replicas, as the strategy packs them.
+
+    Args:
+        gradients: tensors, IndexedSlices or Nones, which are the same ones on all replicas.
+    """
+    given = [gradient for gradient in gradients if gradient is not None]
+    found = iter(_context().all_reduce(tf.distribute.ReduceOp.SUM, given) if given else [])
+    return [None if gradient is None else next(found) for gradient in gradients]
+
+
+def with_a_row(structure: Any, rows: Any) -> Any:
+    """A batch that can be cut: as it is, or one row of zeros where there are none.
+
+    What is computed from that row must be dropped; see `unless_empty`.
+
+    Args:
+        structure: nested structure of tensors with one entry per row, and of Nones.
+        rows: their number, an integer scalar.
+    """
+    leaves = tf.nest.flatten(structure)
+    tensors = [leaf for leaf in leaves if leaf is not None]
+
+    def filler() -> list[Any]:
+        return [tf.zeros(tf.concat([[1], tf.shape(leaf)[1:]], 0), leaf.dtype) for leaf in tensors]
+
+    found = tf.cond(rows > 0, lambda: [tf.identity(leaf) for leaf in tensors], filler)
+    for leaf, tensor in zip(tensors, found, strict=True):
+        tensor.set_shape([None, *leaf.shape[1:]])
+    filled = iter(found)
+    return tf.nest.pack_sequence_as(
+        structure, [leaf if leaf is None else next(filled) for leaf in leaves]
+    )
+
+
+def unless_empty(rows: Any, run: Callable[[], Any], like: Any) -> Any:
+    """What `run` gives, or zeros where there are no rows; then nothing of it runs.
+
+    Args:
+        rows: of this replica, an integer scalar.
+        run: () -> nested structure of tensors and Nones.
+        like: the same structure of specs, or of tensors of a trace, and of Nones. An axis of
+            unknown length is empty where there are no rows.
+    """
+    specs = tf.nest.flatten(like)
+
+    def nothing() -> list[Any]:
+        return [
+            tf.zeros([0 if length is None else length for length in spec.shape], spec.dtype)
+            for spec in specs
+            if spec is not None
+        ]
+
+    def window() -> list[Any]:
+        return [leaf for leaf in tf.nest.flatten(run()) if leaf is not None]
+
+    found = iter(tf.cond(rows > 0, window, nothing))
+    return tf.nest.pack_sequence_as(like, [None if spec is None else next(found) for spec in specs])
+
+
+def _context() -> Any:
+    return tf.distribute.get_replica_context()

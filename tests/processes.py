@@ -1,0 +1,88 @@
+"""Programs of several processes on this machine, each started anew, all within a limit."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Ended(NamedTuple):
+    """A process that has ended.
+
+    Fields:
+        status: its exit status, negative where a signal ended it; None where the limit did.
+        output: what it printed.
+        seconds: until it ended.
+    """
+
+    status: int | None
+    output: str
+    seconds: float
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens at."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for found in sockets:
+            found.bind(("127.0.0.1", 0))
+        return [found.getsockname()[1] for found in sockets]
+    finally:
+        for found in sockets:
+            found.close()
+
+
+def together(
+    module: str,
+    arguments: Callable[[int], Sequence[str]],
+    environment: Callable[[int], Mapping[str, str]],
+    count: int = 2,
+    limit: float = 120,
+) -> list[Ended]:
+    """Runs a module in several processes at once, and ends those that are late.
+
+    Args:
+        module: such as "tests.jax.two_processes".
+        arguments: number of a process -> its arguments.
+        environment: number of a process -> variables besides those of this process.
+        count: how many processes.
+        limit: seconds for all of them together.
+    """
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    began = time.monotonic()
+    # Files, because a full pipe would stop a process that others wait for.
+    outputs = [tempfile.TemporaryFile() for _ in range(count)]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments(k)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": path} | dict(environment(k)),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        for k, output in enumerate(outputs)
+    ]
+    seconds: dict[int, float] = {}
+    while len(seconds) < count and time.monotonic() - began < limit:
+        for k, child in enumerate(children):
+            if k not in seconds and child.poll() is not None:
+                seconds[k] = time.monotonic() - began
+        time.sleep(0.02)
+    found = []
+    for k, (child, output) in enumerate(zip(children, outputs, strict=True)):
+        late = k not in seconds
+        if late:
+            child.kill()
+        child.wait()
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+        output.close()
+        found.append(Ended(None if late else child.returncode, text, seconds.get(k, limit)))
+    return found
