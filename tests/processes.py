@@ -57,32 +57,41 @@ def together(
     """
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     began = time.monotonic()
-    # Files, because a full pipe would stop a process that others wait for.
-    outputs = [tempfile.TemporaryFile() for _ in range(count)]
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *arguments(k)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": path} | dict(environment(k)),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        for k, output in enumerate(outputs)
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        # Files, because a full pipe would stop a process that others wait for.
+        outputs = [Path(folder, f"{k}.txt") for k in range(count)]
+        children = []
+        for k, output in enumerate(outputs):
+            with output.open("wb") as printed:
+                children.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", module, *arguments(k)],
+                        cwd=ROOT,
+                        env=os.environ | {"PYTHONPATH": path} | dict(environment(k)),
+                        stdout=printed,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        seconds = _until_they_end(children, began, limit)
+        found = []
+        for k, child in enumerate(children):
+            text = outputs[k].read_text(errors="replace")
+            late = k not in seconds
+            found.append(Ended(None if late else child.returncode, text, seconds.get(k, limit)))
+    return found
+
+
+def _until_they_end(
+    children: Sequence[subprocess.Popen[bytes]], began: float, limit: float
+) -> dict[int, float]:
+    """After how many seconds each ended; without those that the limit ended."""
     seconds: dict[int, float] = {}
-    while len(seconds) < count and time.monotonic() - began < limit:
+    while len(seconds) < len(children) and time.monotonic() - began < limit:
         for k, child in enumerate(children):
             if k not in seconds and child.poll() is not None:
                 seconds[k] = time.monotonic() - began
         time.sleep(0.02)
-    found = []
-    for k, (child, output) in enumerate(zip(children, outputs, strict=True)):
-        late = k not in seconds
-        if late:
-            child.kill()
+    for child in children:
+        child.kill()
         child.wait()
-        output.seek(0)
-        text = output.read().decode(errors="replace")
-        output.close()
-        found.append(Ended(None if late else child.returncode, text, seconds.get(k, limit)))
-    return found
+    return seconds
