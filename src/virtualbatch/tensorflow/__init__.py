@@ -25,6 +25,12 @@ from virtualbatch.tensorflow._checks import check_call
 from virtualbatch.tensorflow._plan.memory import ERRORS, largest_variables, left_bytes
 from virtualbatch.tensorflow._plan.program import plan_of, planned_size
 from virtualbatch.tensorflow._plan.sizes import kept_sizes
+from virtualbatch.tensorflow._replicas import (
+    refuse_eager_replicas,
+    refuse_replicas,
+    refuse_replicas_out_of_step,
+    replicas,
+)
 from virtualbatch.tensorflow._rowwise.function import Rowwise
 from virtualbatch.tensorflow._rowwise.rowwise import rowwise
 from virtualbatch.tensorflow._weights import window_shares
@@ -170,6 +176,8 @@ def value_and_gradients(
     """
     check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
     refuse_sorted_rows(batch, stats)
+    refuse_replicas_out_of_step()
+    refuse_eager_replicas()
     program = Program(loss_fn, variables, weight, has_aux, stats).converted()
     return _in_micro_batches(program, batch, microbatch_size, accumulation_steps, check)
 
@@ -185,6 +193,10 @@ def _in_micro_batches(
     """A window of the size in force; eagerly once more with a smaller one if memory runs out."""
     size: CurrentSize | None = None
     if is_automatic(microbatch_size):
+        refuse_replicas(
+            'microbatch_size="auto" plans one device.',
+            "Call plan outside of it, and pass what it finds.",
+        )
         size = planned_size(program, batch, microbatch_size)
         microbatch_size = size.rows
     cut = segments(
@@ -193,6 +205,7 @@ def _in_micro_batches(
         accumulation_steps,
         weighted=program.weight is not None,
         counted=program.has_aux or program.stats,
+        may_be_empty=replicas() > 1,
     )
     if not tf.executing_eagerly():
         return program.run(cut)
@@ -267,6 +280,7 @@ def plan(
         True
     """
     check_call(loss_fn, batch, variables, "auto", None, weight)
+    refuse_replicas("A plan is that of one device.", "Call plan outside of strategy.run.")
     if not tf.executing_eagerly():
         raise ValueError(
             "A plan is made outside of graphs, because it runs some. Got a call inside "
@@ -326,6 +340,9 @@ def certify(
     if rowwise_fn and microbatch_size is None and accumulation_steps is None:
         microbatch_size, accumulation_steps = rowwise_fn.sizes
     check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
+    refuse_replicas(
+        "A certificate compares on one device.", "Call certify outside of strategy.run."
+    )
     program = Program(loss_fn, variables, weight, has_aux, stats=False)
     if rowwise_fn:
         refuse_window(batch)

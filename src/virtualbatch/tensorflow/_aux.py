@@ -29,6 +29,8 @@ class WindowAux:
         segments: the window's segments.
         traced: the same with their steps, whose results have a field `aux`.
         shares: those of the window.
+        is_one: whether this is the only replica. Else sums over the window are still to be summed
+            over all replicas before `result`, which must know their shapes.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class WindowAux:
         segments: Sequence[Segment],
         traced: Sequence[Traced],
         shares: Shares,
+        is_one: bool,
     ):
         self._loss_fn = loss_fn
         self._segments = segments
@@ -44,12 +47,14 @@ class WindowAux:
         self._shares = shares.rows if known else shares.of_rows_or_term()
         self._kept: list[Any] = []
         only = segments[0].count
-        self._alone = len(segments) == 1 and isinstance(only, int) and only == 1
+        self._alone = is_one and len(segments) == 1 and isinstance(only, int) and only == 1
         self._in_graph = not tf.executing_eagerly() and not self._alone
         if self._in_graph:
             self._structure = traced[0].outputs.aux
             found = [entry.outputs.aux for entry in traced]
             self._kinds = self._kinds_of(found, tf.constant(0))
+            if not is_one:
+                _refuse_open_shapes(self._kinds, self._structure)
 
     def route(self, index: Any, aux: Any) -> tuple[list[Any], list[Any]]:
         """Splits one micro-batch's aux into what is summed and what is concatenated.
@@ -154,6 +159,17 @@ def _leaves(aux: Any) -> list[AuxLeaf]:
 def _static_rows(rows: Any) -> int | None:
     """Rows that a trace knows."""
     return rows if isinstance(rows, int) else None
+
+
+def _refuse_open_shapes(kinds: Sequence[str], aux: Any) -> None:
+    """Refuses what replicas might have in different shapes, and would wait for each other for."""
+    for kind, leaf in zip(kinds, _tensors(aux), strict=True):
+        if kind in (MEAN, SUM) and not leaf.shape.is_fully_defined():
+            raise ValueError(
+                "A leaf of aux that replicas sum must have a shape that a trace knows. "
+                f"Got shape {leaf.shape} and dtype {leaf.dtype.name}. "
+                "Return it by tf.ensure_shape(leaf, shape), or with one entry per row."
+            )
 
 
 def _structure(nested: Any) -> str:

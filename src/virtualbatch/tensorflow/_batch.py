@@ -30,6 +30,7 @@ class Segment(NamedTuple):
         rows: number within the segment -> its rows, a Python int or an int32 scalar; None where a
             weight says what a micro-batch counts and its rows cannot be told.
         holds_lists: whether `cut` marks lists with one entry per row.
+        may_be_empty: whether its only micro-batch may turn out to have no rows, at run time.
     """
 
     count: Any
@@ -37,6 +38,7 @@ class Segment(NamedTuple):
     cut: Callable[[Any, Any], Any]
     rows: Callable[[Any], Any]
     holds_lists: bool = False
+    may_be_empty: bool = False
 
     def get(self, i: Any) -> Any:
         """The micro-batch of that number."""
@@ -59,6 +61,7 @@ def segments(
     accumulation_steps: int | None,
     weighted: bool = False,
     counted: bool = False,
+    may_be_empty: bool = False,
 ) -> list[Segment]:
     """Cuts a batch, or takes a Window as it is cut.
 
@@ -69,9 +72,10 @@ def segments(
         weighted: whether a weight says what a micro-batch counts. Then the rows of a Window need
             not be known, nor its micro-batches alike.
         counted: whether rows are asked for beside the weight.
+        may_be_empty: whether a batch, or micro-batches of a Window, may have no rows in a graph.
 
     Returns:
-        The segments in row order.
+        The segments in row order. A batch without rows is one micro-batch without rows.
 
     Raises:
         ValueError: rows differ or are missing, the two sizes disagree, or the window is empty.
@@ -79,7 +83,9 @@ def segments(
             is as long as the batch.
     """
     if isinstance(batch, Window):
-        return _window_segments(batch, weighted, counted)
+        return _window_segments(batch, weighted, counted, may_be_empty)
+    if may_be_empty:
+        batch = _open_if_empty(batch)
     rows = common_rows(named_arrays(batch))
     _refuse_sparse(batch)
     marked = _marked(batch)
@@ -94,11 +100,13 @@ def segments(
     batch = as_tensors(batch)
     if _is_open(batch):
         counts = _counts(batch)
-        batch, counts = after([_equal_rows(counts)], (batch, counts))
+        least = 0 if may_be_empty else 1
+        batch, counts = after([_equal_rows(counts, least)], (batch, counts))
         if rows is None:
             for found in lists:
                 batch, counts = after([_no_row_list(found, counts[0])], (batch, counts))
-            return [_dynamic_run(batch, counts[0], microbatch_size, accumulation_steps)]
+            run = _dynamic_run(batch, counts[0], microbatch_size, accumulation_steps, least)
+            return [run._replace(may_be_empty=may_be_empty)]
     size = rows_per_microbatch(rows, microbatch_size, accumulation_steps)
     if size >= rows:
         return [_single(batch, rows)]
@@ -352,12 +360,31 @@ def _static_run(batch: Any, count: int, size: int) -> Segment:
     )
 
 
-def _equal_rows(counts: Any) -> Any:
+def _open_if_empty(batch: Any) -> Any:
+    """A batch that a trace knows to be empty, as one whose rows it does not know.
+
+    So that nothing is traced for no rows, where a shape may not even be possible.
+    """
+    tensors = as_tensors(batch)
+    dense = [leaf for leaf in _arrays(tensors) if isinstance(leaf, tf.Tensor) and rank(leaf)]
+    if not dense or any(leaf.shape[0] != 0 for leaf in dense):
+        return batch
+
+    def opened(leaf: Any) -> Any:
+        if not isinstance(leaf, tf.Tensor) or not rank(leaf):
+            return leaf
+        return tf.compat.v1.placeholder_with_default(leaf, [None, *leaf.shape[1:]])
+
+    return map_rows(opened, tensors)
+
+
+def _equal_rows(counts: Any, least: int = 1) -> Any:
     """Refuses, at run time, the rows that a trace leaves open; those it knows were compared."""
     return tf.debugging.Assert(
-        tf.logical_and(tf.reduce_all(tf.equal(counts, counts[0])), counts[0] > 0),
+        tf.logical_and(tf.reduce_all(tf.equal(counts, counts[0])), counts[0] >= least),
         [
-            "All arrays of a batch must have the same number of rows, at least one. Got rows",
+            f"All arrays of a batch must have the same number of rows{', at least one' * least}. "
+            "Got rows",
             counts,
             "in the order of tf.nest.flatten(batch). Pass arrays that share their leading axis.",
         ],
@@ -365,7 +392,11 @@ def _equal_rows(counts: Any) -> Any:
 
 
 def _dynamic_run(
-    batch: Any, rows: Any, microbatch_size: int | None, accumulation_steps: int | None
+    batch: Any,
+    rows: Any,
+    microbatch_size: int | None,
+    accumulation_steps: int | None,
+    least: int,
 ) -> Segment:
     """Micro-batches of a batch whose rows are known at run time only.
 
@@ -373,12 +404,17 @@ def _dynamic_run(
     simply the last turn of the loop and nothing is traced for it.
     """
     size = rows_per_microbatch(rows, microbatch_size, accumulation_steps)
+    if least == 0:
+        size = tf.maximum(size, 1)
     count = (rows + size - 1) // size
+    if least == 0:
+        count = tf.maximum(count, 1)
     if microbatch_size is not None and accumulation_steps is not None:
         disagree = sizes_disagree("the batch", microbatch_size, accumulation_steps)
-        check = tf.debugging.Assert(
-            tf.equal(count, accumulation_steps), [disagree, "Got rows", rows]
-        )
+        agree = tf.equal(count, accumulation_steps)
+        if least == 0:
+            agree = tf.logical_or(agree, tf.equal(rows, 0))
+        check = tf.debugging.Assert(agree, [disagree, "Got rows", rows])
         batch, rows = after([check], (batch, rows))
 
     def rows_of(i: Any) -> Any:
@@ -392,12 +428,18 @@ def _dynamic_run(
     )
 
 
-def _window_segments(window: Window, weighted: bool, counted: bool) -> list[Segment]:
+def _window_segments(
+    window: Window, weighted: bool, counted: bool, may_be_empty: bool
+) -> list[Segment]:
     check_window(window)
+    if may_be_empty:
+        window = Window(map(_open_if_empty, window), sorted_rows=window.sorted_rows)
+    # Whether a micro-batch is empty is asked of its rows.
+    counted = counted or may_be_empty
     if weighted and not all(_rows_are_told(found, counted) for found in window):
         if tf.executing_eagerly():
             return [_single(microbatch, None) for microbatch in window]
-        return _runs(list(map(as_tensors, window)), counted=False)
+        return _runs(list(map(as_tensors, window)), False, may_be_empty=False)
     arrays = [named_arrays(found, f"window[{i}]", PASS_WEIGHT) for i, found in enumerate(window)]
     rows = [common_rows(found, PASS_WEIGHT) for found in arrays]
     check_alike(
@@ -409,8 +451,9 @@ def _window_segments(window: Window, weighted: bool, counted: bool) -> list[Segm
     if tf.executing_eagerly():
         return [_as_it_is(found, n) for found, n in zip(window, rows, strict=True)]
     microbatches = list(map(as_tensors, window))
-    checks = [_equal_rows(_counts(found)) for found in microbatches if _is_open(found)]
-    return _runs(after(checks, microbatches), counted=True)
+    least = 0 if may_be_empty else 1
+    checks = [_equal_rows(_counts(found), least) for found in microbatches if _is_open(found)]
+    return _runs(after(checks, microbatches), True, may_be_empty)
 
 
 def _rows_are_told(microbatch: Any, counted: bool) -> bool:
@@ -434,7 +477,7 @@ def _as_it_is(microbatch: Any, rows: Any) -> Segment:
     return _single(_with_rows(marked, _known(rows)), rows)._replace(holds_lists=True)
 
 
-def _runs(microbatches: Sequence[Any], counted: bool) -> list[Segment]:
+def _runs(microbatches: Sequence[Any], counted: bool, may_be_empty: bool) -> list[Segment]:
     """Micro-batches of a Window in a graph, those of one shape that follow each other as one."""
     result: list[Segment] = []
     run: list[Any] = []
@@ -446,7 +489,9 @@ def _runs(microbatches: Sequence[Any], counted: bool) -> list[Segment]:
         if stackable:
             run.append(microbatch)
         else:
-            result.append(_single(microbatch, _counts(microbatch)[0] if counted else None))
+            rows = _counts(microbatch)[0] if counted else None
+            may_be = may_be_empty and _is_open(microbatch)
+            result.append(_single(microbatch, rows)._replace(may_be_empty=may_be))
     return result + ([_stacked(run, counted)] if run else [])
 
 

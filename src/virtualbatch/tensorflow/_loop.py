@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from virtualbatch.tensorflow._batch import Segment, specs
+from virtualbatch.tensorflow._replicas import replica, replicas, unless_empty
 
 _INDEX = tf.TensorSpec([], tf.int32)
 
@@ -56,7 +57,7 @@ def trace(
 
     Under a seed (`tf.random.set_seed`) every trace of a graph draws the same random numbers, and
     so does every place that calls one. A step that draws is therefore traced once per place, each
-    with a seed of its own, or micro-batches would share their dropout masks.
+    with a seed of its own, or micro-batches, and replicas, would share their dropout masks.
 
     Args:
         segments: the window's segments.
@@ -67,9 +68,11 @@ def trace(
     Returns:
         One Traced per segment, in order.
     """
+    number_of_replica, count_of_replicas = replica(), replicas()
 
     def function(place: int) -> Any:
-        return tf.function(_reseeded(step, place), autograph=False, jit_compile=jit_compile or None)
+        seeded = _reseeded(step, place * count_of_replicas + number_of_replica)
+        return tf.function(seeded, autograph=False, jit_compile=jit_compile or None)
 
     shared = function(0)
     result: list[Traced] = []
@@ -85,7 +88,10 @@ def trace(
                     first = function(2 * number).get_concrete_function(_INDEX, spec, *extra)
                 if not _is_one(segment.count):
                     rest = function(2 * number + 1).get_concrete_function(_INDEX, spec, *extra)
-            result.append(Traced(segment, offset, first, rest, first.structured_outputs))
+            outputs = first.structured_outputs
+            if segment.may_be_empty:
+                first = _unless_empty(segment, first, outputs)
+            result.append(Traced(segment, offset, first, rest, outputs))
         offset = offset + segment.count
     return result
 
@@ -134,6 +140,11 @@ def fold(
         for kept, *new in zip(pieces, *given, strict=True):
             kept.extend(piece for piece in new if piece is not None)
     return Output(sums, [_concatenated(kept) for kept in pieces])
+
+
+def _unless_empty(segment: Segment, call: Callable[..., Any], outputs: Any) -> Callable[..., Any]:
+    """The step for a micro-batch that may have no rows; then it does not run."""
+    return lambda *args: unless_empty(segment.rows(0), lambda: call(*args), outputs)
 
 
 def _is_one(count: Any) -> bool:

@@ -17,6 +17,13 @@ def replicas() -> int:
     return 1 if context is None else int(context.num_replicas_in_sync)
 
 
+def replica() -> int:
+    """The number of this replica, from 0; 0 outside of `strategy.run`."""
+    if replicas() == 1:
+        return 0
+    return int(tf.get_static_value(_context().replica_id_in_sync_group))
+
+
 def refuse_eager_replicas() -> None:
     """Refuses a call whose replicas would run one after another, each waiting for all.
 
@@ -30,6 +37,21 @@ def refuse_eager_replicas() -> None:
             f"Got an eager call in a strategy of {count} replicas. "
             "Put strategy.run into a tf.function."
         )
+
+
+def refuse_replicas(rule: str, fix: str) -> None:
+    """Refuses what is made for one device.
+
+    Args:
+        rule: a sentence.
+        fix: a sentence.
+
+    Raises:
+        ValueError: this is one of several replicas.
+    """
+    count = replicas()
+    if count > 1:
+        raise ValueError(f"{rule} Got a strategy of {count} replicas. {fix}")
 
 
 def refuse_replicas_out_of_step() -> None:
@@ -50,19 +72,20 @@ def summed(values: Sequence[Any]) -> list[Any]:
     """Tensors, each summed over all replicas, in one reduction.
 
     Args:
-        values: of a floating or integer dtype, each of one shape on all replicas. They are summed
-            in float64.
+        values: of a floating, complex or integer dtype, each of one shape on all replicas. They
+            are summed in float64; integers exactly.
 
     Returns:
         The sums, in the dtypes and shapes of the values.
     """
-    flat = [tf.reshape(tf.cast(value, tf.float64), [-1]) for value in values]
+    parts = [_as_floats(value) for value in values]
+    flat = [tf.reshape(part, [-1]) for part in parts]
     # One vector: of several tensors a strategy may make several reductions.
     total = _context().all_reduce(tf.distribute.ReduceOp.SUM, tf.concat(flat, 0))
     pieces = tf.split(total, [tf.size(piece) for piece in flat])
     return [
-        tf.ensure_shape(tf.cast(tf.reshape(piece, tf.shape(value)), value.dtype), value.shape)
-        for piece, value in zip(pieces, values, strict=True)
+        tf.ensure_shape(_from_floats(tf.reshape(piece, tf.shape(part)), value.dtype), value.shape)
+        for piece, part, value in zip(pieces, parts, values, strict=True)
     ]
 
 
@@ -124,6 +147,27 @@ def unless_empty(rows: Any, run: Callable[[], Any], like: Any) -> Any:
 
     found = iter(tf.cond(rows > 0, window, nothing))
     return tf.nest.pack_sequence_as(like, [None if spec is None else next(found) for spec in specs])
+
+
+def _as_floats(value: Any) -> Any:
+    """One or two numbers of float64 for each entry, whose sums make the entry's."""
+    if value.dtype.is_complex:
+        return tf.cast(tf.stack([tf.math.real(value), tf.math.imag(value)]), tf.float64)
+    if value.dtype.is_integer:
+        wide = tf.cast(value, tf.int64)
+        high = tf.bitwise.right_shift(wide, tf.constant(32, tf.int64))
+        return tf.cast(tf.stack([high, wide - high * 2**32]), tf.float64)
+    return tf.cast(value, tf.float64)[None]
+
+
+def _from_floats(sums: Any, dtype: tf.DType) -> Any:
+    """The entries of which `_as_floats` made these, along the first axis."""
+    if dtype.is_complex:
+        return tf.cast(tf.complex(sums[0], sums[1]), dtype)
+    if dtype.is_integer:
+        high, low = tf.cast(sums[0], tf.int64), tf.cast(sums[1], tf.int64)
+        return tf.cast(high * 2**32 + low, dtype)
+    return tf.cast(sums[0], dtype)
 
 
 def _context() -> Any:

@@ -23,17 +23,24 @@ def part_of(gradients: Sequence[Any], share: Any) -> Any:
     return tf.math.divide_no_nan(total, tf.cast(share, total.dtype))
 
 
-def stats_of(gradients: Sequence[Any], shares: Shares, mean_square: Any) -> WindowStats:
+def counted(shares: Shares) -> Any:
+    """How many micro-batches of a window count for something."""
+    return tf.math.count_nonzero(shares.of_rows_or_term(), dtype=tf.int32)
+
+
+def stats_of(
+    gradients: Sequence[Any], rows: Any, microbatches: Any, mean_square: Any
+) -> WindowStats:
     """The statistics of a window.
 
     Args:
         gradients: those of the window.
-        shares: its shares.
+        rows: its rows, or what stands for them.
+        microbatches: see `counted`.
         mean_square: sum of `part_of` over its micro-batches.
     """
-    counted = tf.math.count_nonzero(shares.of_rows_or_term(), dtype=tf.int32)
     square = tf.cast(squared_norm(gradients), mean_square.dtype)
-    return WindowStats(shares.window, counted, mean_square, square)
+    return WindowStats(rows, microbatches, mean_square, square)
 
 
 def squared_norm(gradients: Sequence[Any]) -> Any:

@@ -13,6 +13,7 @@ import tensorflow as tf
 from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._gradients import add
 from virtualbatch.tensorflow._loop import Output, fold, trace
+from virtualbatch.tensorflow._replicas import replicas, summed
 from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import GivenWeight, WeightFunction
 from virtualbatch.window.weights import host_shares
@@ -21,8 +22,10 @@ from virtualbatch.window.weights import host_shares
 def window_shares(segments: Sequence[Segment], weight: GivenWeight) -> Shares:
     """Shares of a window by rows and, if a weight function is given, by its weights.
 
+    Where several replicas train in step, the window is that of all of them.
+
     Args:
-        segments: the window's segments.
+        segments: the segments of this replica.
         weight: see `host_shares`.
 
     Returns:
@@ -36,26 +39,35 @@ def window_shares(segments: Sequence[Segment], weight: GivenWeight) -> Shares:
         found = host_shares(rows, weight, (segment.get(0) for segment in segments), _on_host)
         # TensorFlow reads a Python float as float32.
         return found.mapped(np.asarray)
-    counts = _graph_rows(segments)
-    known = segments[0].rows(0) is not None
-    of_rows, window = _divided(counts), tf.reduce_sum(counts) if known else None
+    rows = _graph_rows(segments)
+    checked = WeightFunction(weight) if callable(weight) else None
+    columns = [rows, *(_weighed(segments, checked) if checked else ())]
+    totals = [tf.reduce_sum(column) for column in columns]
+    if replicas() > 1:
+        totals = summed(totals)
+    of_rows, *of_terms = [
+        tf.math.divide_no_nan(column, total) for column, total in zip(columns, totals, strict=True)
+    ]
+    window = totals[0] if segments[0].rows(0) is not None else None
     ones = tf.ones_like(of_rows)
-    if not callable(weight):
-        unnamed = of_rows if weight is None else ones
-        return Shares(of_rows, None, frozenset(), window, unnamed)
-    checked = WeightFunction(weight)
+    if checked is None:
+        return Shares(of_rows, None, frozenset(), window, of_rows if weight is None else ones)
+    terms = checked.by_name(of_terms, of_rows, ones)
+    if window is None and len(terms) == len(of_terms) == 1:
+        window = totals[1]
+    return Shares(of_rows, terms, checked.certain, window, of_rows)
+
+
+def _weighed(segments: Sequence[Segment], weight: WeightFunction) -> list[Any]:
+    """What each micro-batch weighs in a graph, a vector for each term that is weighed."""
 
     def weights(index: Any, microbatch: Any) -> Any:
-        values = [_wide(value) for value in checked.values(microbatch)]
+        values = [_wide(value) for value in weight.values(microbatch)]
         return tf.stack(values or tf.zeros([0], tf.float64))[None]
 
     # Not tf.map_fn: an error of the user's function in it breaks later variable scopes.
     (table,) = fold(trace(segments, weights), lambda _, found: Output([], [found]), add).rows
-    columns = [_divided(table[:, k]) for k in range(table.shape[1])]
-    terms = checked.by_name(columns, of_rows, ones)
-    if window is None and len(terms) == len(columns) == 1:
-        window = tf.reduce_sum(table)
-    return Shares(of_rows, terms, checked.certain, window, of_rows)
+    return [table[:, k] for k in range(table.shape[1])]
 
 
 def _graph_rows(segments: Sequence[Segment]) -> Any:
@@ -79,10 +91,6 @@ def _wide(weight: Any) -> Any:
     """A weight as a float64 scalar."""
     number = weight if tf.is_tensor(weight) else np.asarray(weight, np.float64)
     return tf.ensure_shape(tf.cast(number, tf.float64), [])
-
-
-def _divided(weights: Any) -> Any:
-    return tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
 
 
 def _on_host(weights: list[Any]) -> Any:

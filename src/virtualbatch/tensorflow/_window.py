@@ -19,7 +19,8 @@ from virtualbatch.tensorflow._gradients import (
 )
 from virtualbatch.tensorflow._loop import Output, fold, trace
 from virtualbatch.tensorflow._numerics import explained_numerics
-from virtualbatch.tensorflow._stats import part_of, stats_of
+from virtualbatch.tensorflow._replicas import replicas, summed, summed_gradients
+from virtualbatch.tensorflow._stats import counted, part_of, stats_of
 from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.window.shares import Shares, check_counted
 from virtualbatch.window.terms import GivenWeight, loss_and_aux, loss_terms
@@ -83,9 +84,12 @@ class Program(NamedTuple):
             shares: theirs, where they are known already.
 
         Returns:
-            (loss or (loss, aux), gradients), and with `stats` the `WindowStats`.
+            (loss or (loss, aux), gradients), and with `stats` the `WindowStats`. Where several
+            replicas train in step, the gradients are this replica's part and all else is theirs
+            together, but for leaves of aux with one entry per row.
         """
         loss_fn, variables, weight, has_aux, stats = self
+        is_one = replicas() == 1
         flat_variables = tf.nest.flatten(variables)
         if shares is None:
             shares = window_shares(cut, weight)
@@ -105,12 +109,14 @@ class Program(NamedTuple):
                 parts = shares.of(list(named), index)
                 may_be_empty = shares.terms is not None
                 gradients = scaled_gradients(tape, terms, parts, flat_variables, may_be_empty)
+                if not is_one:
+                    _set_shapes(gradients, flat_variables)
             norm = part_of(gradients, shares.of_rows_or_term()[index]) if stats else None
             loss = selected_loss(terms, parts, may_be_empty)
             return _Micro(loss, norm, *split_sparse(gradients), aux)
 
         traced = trace(cut, micro)
-        aux = WindowAux(loss_fn, cut, traced, shares) if has_aux else None
+        aux = WindowAux(loss_fn, cut, traced, shares, is_one) if has_aux else None
 
         def route(index: Any, found: _Micro) -> Output:
             sums, rows = aux.route(index, found.aux) if aux else ([], [])
@@ -120,8 +126,29 @@ class Program(NamedTuple):
         count = len(flat_variables)
         flat = finished(sums[2 : 2 + count], rows[: 2 * count], flat_variables)
         gradients = tf.nest.pack_sequence_as(variables, flat)
-        loss = tf.cast(sums[0], dtypes[0])
-        value = (loss, aux.result(sums[2 + count :], rows[2 * count :])) if aux else loss
+        microbatches = counted(shares) if stats else None
+        whole = [sums[0], sums[1], microbatches, *sums[2 + count :]]
+        if not is_one:
+            whole = _of_all_replicas(whole)
+        loss, norm, microbatches, *of_aux = whole
+        loss = tf.cast(loss, dtypes[0])
+        value = (loss, aux.result(of_aux, rows[2 * count :])) if aux else loss
         if stats:
-            return value, gradients, stats_of(flat, shares, sums[1])
+            found = flat if is_one else summed_gradients(flat)
+            return value, gradients, stats_of(found, shares.window, microbatches, norm)
         return value, gradients
+
+
+def _of_all_replicas(values: Sequence[Any]) -> list[Any]:
+    """Values summed over all replicas in one reduction; None stays None."""
+    found = iter(summed([value for value in values if value is not None]))
+    return [None if value is None else next(found) for value in values]
+
+
+def _set_shapes(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    """Tells a trace that leaves them open; a replica without rows gives zeros in these shapes."""
+    for gradient, variable in zip(gradients, variables, strict=True):
+        if isinstance(gradient, tf.IndexedSlices):
+            gradient.values.set_shape([None, *variable.shape[1:]])
+        elif gradient is not None:
+            gradient.set_shape(variable.shape)
