@@ -26,9 +26,11 @@ from virtualbatch.tensorflow._plan.memory import ERRORS, largest_variables, left
 from virtualbatch.tensorflow._plan.program import plan_of, planned_size
 from virtualbatch.tensorflow._plan.sizes import kept_sizes
 from virtualbatch.tensorflow._replicas import (
+    refuse_certifying_replicas,
     refuse_eager_replicas,
-    refuse_replicas,
+    refuse_planning_replicas,
     refuse_replicas_out_of_step,
+    refuse_values_of_replicas,
     replicas,
 )
 from virtualbatch.tensorflow._rowwise.function import Rowwise
@@ -175,6 +177,7 @@ def value_and_gradients(
         2.000 [0.667 0.667]
     """
     check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
+    refuse_values_of_replicas(batch, variables)
     refuse_sorted_rows(batch, stats)
     refuse_replicas_out_of_step()
     refuse_eager_replicas()
@@ -193,10 +196,7 @@ def _in_micro_batches(
     """A window of the size in force; eagerly once more with a smaller one if memory runs out."""
     size: CurrentSize | None = None
     if is_automatic(microbatch_size):
-        refuse_replicas(
-            'microbatch_size="auto" plans one device.',
-            "Call plan outside of it, and pass what it finds.",
-        )
+        refuse_planning_replicas()
         size = planned_size(program, batch, microbatch_size)
         microbatch_size = size.rows
     cut = segments(
@@ -280,7 +280,7 @@ def plan(
         True
     """
     check_call(loss_fn, batch, variables, "auto", None, weight)
-    refuse_replicas("A plan is that of one device.", "Call plan outside of strategy.run.")
+    refuse_planning_replicas()
     if not tf.executing_eagerly():
         raise ValueError(
             "A plan is made outside of graphs, because it runs some. Got a call inside "
@@ -340,9 +340,7 @@ def certify(
     if rowwise_fn and microbatch_size is None and accumulation_steps is None:
         microbatch_size, accumulation_steps = rowwise_fn.sizes
     check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
-    refuse_replicas(
-        "A certificate compares on one device.", "Call certify outside of strategy.run."
-    )
+    refuse_certifying_replicas()
     program = Program(loss_fn, variables, weight, has_aux, stats=False)
     if rowwise_fn:
         refuse_window(batch)

@@ -361,21 +361,24 @@ def _static_run(batch: Any, count: int, size: int) -> Segment:
 
 
 def _open_if_empty(batch: Any) -> Any:
-    """A batch that a trace knows to be empty, as one whose rows it does not know.
+    """The batch, whose arrays without rows have rows that a trace does not know.
 
     So that nothing is traced for no rows, where a shape may not even be possible.
     """
-    tensors = as_tensors(batch)
-    dense = [leaf for leaf in _arrays(tensors) if isinstance(leaf, tf.Tensor) and rank(leaf)]
-    if not dense or any(leaf.shape[0] != 0 for leaf in dense):
-        return batch
 
-    def opened(leaf: Any) -> Any:
-        if not isinstance(leaf, tf.Tensor) or not rank(leaf):
+    def opened(tensor: Any) -> Any:
+        return tf.compat.v1.placeholder_with_default(tensor, [None, *tensor.shape[1:]])
+
+    def leaf_or_open(leaf: Any) -> Any:
+        if rank(leaf) in (None, 0) or leaf.shape[0] != 0:
             return leaf
-        return tf.compat.v1.placeholder_with_default(leaf, [None, *leaf.shape[1:]])
+        if isinstance(leaf, tf.RaggedTensor):
+            splits = map(opened, leaf.nested_row_splits)
+            values = opened(leaf.flat_values)
+            return tf.RaggedTensor.from_nested_row_splits(values, list(splits), validate=False)
+        return leaf if isinstance(leaf, tf.SparseTensor) else opened(tf.convert_to_tensor(leaf))
 
-    return map_rows(opened, tensors)
+    return map_rows(leaf_or_open, batch)
 
 
 def _equal_rows(counts: Any, least: int = 1) -> Any:

@@ -39,19 +39,54 @@ def refuse_eager_replicas() -> None:
         )
 
 
-def refuse_replicas(rule: str, fix: str) -> None:
-    """Refuses what is made for one device.
+def refuse_values_of_replicas(batch: Any, variables: Any) -> None:
+    """Refuses what only a replica can read, outside of `strategy.run`.
 
     Args:
-        rule: a sentence.
-        fix: a sentence.
+        batch: nested structure of arrays.
+        variables: nested structure of variables.
+
+    Raises:
+        ValueError: rows are those of several replicas, or variables those of a strategy in its
+            scope, where TensorFlow has no gradients.
+    """
+    found = tf.nest.flatten(batch)
+    if tf.distribute.in_cross_replica_context():
+        # Keras' variables hold TensorFlow's there.
+        found += [getattr(x, "_value", x) for x in tf.nest.flatten(variables)]
+    if any(isinstance(leaf, tf.distribute.DistributedValues) for leaf in found):
+        raise ValueError(
+            "Each replica takes the gradients of its own rows. "
+            "Got values of a strategy outside of strategy.run. Put the call into it."
+        )
+
+
+def refuse_planning_replicas() -> None:
+    """Refuses to plan a replica while the others wait for it.
 
     Raises:
         ValueError: this is one of several replicas.
     """
     count = replicas()
     if count > 1:
-        raise ValueError(f"{rule} Got a strategy of {count} replicas. {fix}")
+        raise ValueError(
+            f'microbatch_size="auto" plans one device. Got a strategy of {count} replicas. '
+            "Call plan outside of it, and pass what it finds."
+        )
+
+
+def refuse_certifying_replicas() -> None:
+    """Refuses to certify in a replica, whose loss is not that of its own rows.
+
+    Raises:
+        ValueError: this is one of several replicas.
+    """
+    count = replicas()
+    if count > 1:
+        raise ValueError(
+            f"certify compares on one device. Got a strategy of {count} replicas. "
+            "Call it outside of strategy.run."
+        )
 
 
 def refuse_replicas_out_of_step() -> None:

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.tensorflow._batch import Segment, as_tensors, segments, smaller_segments
+from virtualbatch.tensorflow._replicas import refuse_planning_replicas, replicas
 from virtualbatch.tensorflow._rowwise.attempts import Attempts
 from virtualbatch.tensorflow._rowwise.inputs import read_variables
 from virtualbatch.tensorflow._rowwise.node import differentiable
@@ -92,16 +93,19 @@ class Rowwise:
         return differentiable(passes, shared, batch, cut, learnt.reached, attempts)
 
     def _cut(self, batch: Any, planned: CurrentSize | None) -> list[Segment]:
+        # Eagerly a replica without rows must not call it.
+        may_be_empty = replicas() > 1 and not tf.executing_eagerly()
         if isinstance(batch, Window):
-            return segments(batch, None, None)
+            return segments(batch, None, None, may_be_empty=may_be_empty)
         sizes = self.sizes if planned is None else (planned.rows, None)
         check_cut(batch, *sizes)
-        return segments(batch, *sizes)
+        return segments(batch, *sizes, may_be_empty=may_be_empty)
 
     def _planned(self, batch: Any, shared: Shared) -> CurrentSize | None:
         """The size in force where it is to be planned."""
         if not is_automatic(self.sizes[0]):
             return None
+        refuse_planning_replicas()
         return self._surrogates.planned(batch, shared, self._auto)
 
 
