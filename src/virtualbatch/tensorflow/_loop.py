@@ -6,6 +6,7 @@ writes the buffer and a while-loop adds the rest, so peak memory is that of one 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -88,10 +89,7 @@ def trace(
                     first = function(2 * number).get_concrete_function(_INDEX, spec, *extra)
                 if not _is_one(segment.count):
                     rest = function(2 * number + 1).get_concrete_function(_INDEX, spec, *extra)
-            outputs = first.structured_outputs
-            if segment.may_be_empty:
-                first = _unless_empty(segment, first, outputs)
-            result.append(Traced(segment, offset, first, rest, outputs))
+            result.append(Traced(segment, offset, first, rest, first.structured_outputs))
         offset = offset + segment.count
     return result
 
@@ -122,7 +120,7 @@ def fold(
     """
     sums: Any = None
     pieces: list[list[Any]] = []
-    for segment, offset, call_first, call, _ in traced:
+    for segment, offset, call_first, call, outputs in traced:
         # No forward needs the sums before it, but two at once would hold two activations.
         if sums is not None:
             segment = _waiting(segment, sums)
@@ -130,7 +128,8 @@ def fold(
         # A step may change state without reading a row; rows that are refused must stop it.
         # Only a control edge does that: an input is waited for by its own readers alone.
         with tf.control_dependencies(_ready(microbatch)):
-            found = call_first(index, microbatch)
+            run = partial(call_first, index, microbatch)
+            found = unless_empty(segment.rows(0), run, outputs) if segment.may_be_empty else run()
         first = route(index, found)
         sums = first.sums if sums is None else combine(sums, first.sums)
         given: list[Sequence[Any]] = [first.rows]
@@ -140,11 +139,6 @@ def fold(
         for kept, *new in zip(pieces, *given, strict=True):
             kept.extend(piece for piece in new if piece is not None)
     return Output(sums, [_concatenated(kept) for kept in pieces])
-
-
-def _unless_empty(segment: Segment, call: Callable[..., Any], outputs: Any) -> Callable[..., Any]:
-    """The step for a micro-batch that may have no rows; then it does not run."""
-    return lambda *args: unless_empty(segment.rows(0), lambda: call(*args), outputs)
 
 
 def _is_one(count: Any) -> bool:

@@ -97,9 +97,9 @@ class Rowwise:
         may_be_empty = replicas() > 1 and not tf.executing_eagerly()
         if isinstance(batch, Window):
             return segments(batch, None, None, may_be_empty=may_be_empty)
-        sizes = self.sizes if planned is None else (planned.rows, None)
-        check_cut(batch, *sizes)
-        return segments(batch, *sizes, may_be_empty=may_be_empty)
+        size, steps = self.sizes if planned is None else (planned.rows, None)
+        check_cut(batch, size, steps)
+        return segments(batch, size, steps, may_be_empty=may_be_empty)
 
     def _planned(self, batch: Any, shared: Shared) -> CurrentSize | None:
         """The size in force where it is to be planned."""
