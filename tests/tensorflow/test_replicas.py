@@ -1,0 +1,235 @@
+"""The law inside `strategy.run`: whatever rows each replica has, all get the uncut batch's."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tests.oracle import assert_all_close, assert_close
+from tests.replicas import BY_HAND
+from tests.tensorflow.modes import uncut
+from tests.tensorflow.replicated import (
+    CUTS,
+    DEVICES,
+    collectives,
+    given,
+    local,
+    open_rows,
+    parts,
+    run,
+    three_terms,
+    together,
+    two,
+    variable,
+    window_of,
+)
+from tests.tiers import tiered
+
+import virtualbatch.tensorflow as vb
+
+X = np.random.default_rng(3).normal(size=(24, 3))
+
+
+@functools.cache
+def by_hand(size, factor):
+    """One graph for any number of rows on each replica."""
+    w = variable(1.0)
+
+    def terms(batch):
+        mean = tf.reduce_sum(batch["mask"] * w * batch["x"]) / tf.reduce_sum(batch["mask"])
+        return {"mean": mean, "penalty": factor * w**2} if factor else {"mean": mean}
+
+    def weight(batch):
+        return {"mean": tf.reduce_sum(batch["mask"])} | ({"penalty": None} if factor else {})
+
+    numbers = tf.zeros([2], tf.float64)
+    spec = open_rows({"x": numbers, "mask": numbers})
+    return run(window_of(terms, w, microbatch_size=size, weight=weight), spec)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_one_parameter_by_hand(name):
+    case = BY_HAND[name]
+    rows = [
+        {"x": np.asarray(x, np.float64), "mask": np.asarray(mask, np.float64)}
+        for x, mask in zip(case.x, case.mask, strict=True)
+    ]
+    losses, gradients = by_hand(case.size, case.factor)(given(rows))
+    assert_close(local(losses), [case.loss] * 2)
+    assert_close(together(gradients)[0], case.gradient)
+
+
+@functools.cache
+def terms_on_replicas(size):
+    with two().scope():
+        terms, weight, batch, variables = three_terms()
+    step = run(window_of(terms, variables, microbatch_size=size, weight=weight), open_rows(batch))
+    return step, batch
+
+
+@functools.cache
+def terms_uncut():
+    terms, _, batch, variables = three_terms()
+    return uncut(terms, batch, variables)
+
+
+@pytest.mark.parametrize("size", tiered([24, 4, 1], [24, 4], "another size of the same graph"))
+@pytest.mark.parametrize("cut", CUTS)
+def test_three_terms_that_are_means_over_different_things(cut, size):
+    step, batch = terms_on_replicas(size)
+    losses, gradients = step(given(parts(batch, CUTS[cut])))
+    loss, due = terms_uncut()
+    first, second = local(losses)
+    assert first.tobytes() == second.tobytes()
+    assert_close(first, loss)
+    assert_all_close(together(gradients), due)
+
+
+@pytest.mark.parametrize(
+    "cut", tiered(CUTS, ["5 and 19", "0 and 24"], "equal rows are a simpler graph")
+)
+def test_rows_that_the_trace_knows(cut):
+    with two().scope():
+        terms, weight, batch, variables = three_terms()
+    step = run(window_of(terms, variables, microbatch_size=4, weight=weight))
+    losses, gradients = step(given(parts(batch, CUTS[cut])))
+    loss, due = terms_uncut()
+    assert_close(local(losses), [loss] * 2)
+    assert_all_close(together(gradients), due)
+
+
+def mean_square(kernel):
+    return lambda x: tf.reduce_mean((x @ kernel) ** 2)
+
+
+def test_two_reductions_however_many_micro_batches_and_none_in_a_loop():
+    kernel = variable(np.ones((3, 1)))
+    found = []
+    for size in (8, 4, 2, 1):
+        step = run(window_of(mean_square(kernel), [kernel], microbatch_size=size))
+        batch = given(parts(X[:16], (8, 8)))
+        found.append(collectives(step.get_concrete_function(batch).graph))
+    # Two on each of two replicas: rows before the loop, the loss after it.
+    assert found == [{"top": 4}] * 4
+
+
+def test_neither_weights_nor_rows_left_open_cost_a_reduction():
+    step, batch = terms_on_replicas(4)
+    found = collectives(step.get_concrete_function(given(parts(batch, (12, 12)))).graph)
+    assert found == {"top": 4}
+
+
+def test_a_reduction_can_be_counted_in_a_loop():
+    # What the counts above would find, if there were one.
+    def replica(x):
+        loop = tf.function(lambda i, y: (i + 1, _reduced(y)), autograph=False)
+        return tf.while_loop(lambda i, y: i < 3, loop, (0, x))[1]
+
+    step = tf.function(replica, autograph=False)
+    assert collectives(step.get_concrete_function(tf.ones([2])).graph).keys() - {"top"}
+
+
+def _reduced(x):
+    return tf.raw_ops.CollectiveReduceV2(
+        input=x,
+        group_size=1,
+        group_key=901,
+        instance_key=901,
+        ordering_token=[],
+        merge_op="Add",
+        final_op="Id",
+    )
+
+
+ONE = {
+    "one device": lambda: tf.distribute.OneDeviceStrategy("CPU:0"),
+    "a mirror of one": lambda: tf.distribute.MirroredStrategy(DEVICES[:1]),
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_one_replica_is_the_graph_without_a_strategy(name):
+    strategy = ONE[name]()
+
+    def operations(run_it):
+        with strategy.scope():
+            kernel = tf.Variable(np.ones((3, 1)))
+        replica = window_of(
+            mean_square(kernel), [kernel], microbatch_size=4, weight=lambda x: tf.shape(x)[0]
+        )
+        spec = tf.TensorSpec([None, 3], tf.float64)
+        graph = tf.function(run_it(replica), autograph=False).get_concrete_function(spec).graph
+        definition = graph.as_graph_def()
+        return [
+            [node.op for node in nodes]
+            for nodes in (definition.node, *(f.node_def for f in definition.library.function))
+        ]
+
+    within = operations(lambda replica: lambda x: strategy.run(replica, args=(x,)))
+    assert sorted(within) == sorted(operations(lambda replica: replica))
+
+
+def trained(strategy, batches, replica_of):
+    """Weights after an update for each batch, by Adam."""
+    with strategy.scope():
+        kernel = tf.Variable(np.linspace(-1, 1, 3)[:, None])
+        optimizer = keras.optimizers.Adam(0.1)
+        optimizer.build([kernel])
+    step = tf.function(
+        lambda batch: strategy.run(replica_of(kernel, optimizer), args=(batch,)),
+        reduce_retracing=True,
+    )
+    losses = [strategy.experimental_local_results(step(batch))[0] for batch in batches(strategy)]
+    return kernel.numpy(), losses
+
+
+def by_windows(kernel, optimizer):
+    def replica(x):
+        loss, gradients = vb.value_and_gradients(
+            mean_square(kernel), x, [kernel], microbatch_size=3
+        )
+        optimizer.apply_gradients(zip(gradients, [kernel], strict=True))
+        return loss
+
+    return replica
+
+
+def by_whole_batches(kernel, optimizer):
+    def replica(x):
+        with tf.GradientTape() as tape:
+            loss = mean_square(kernel)(x)
+        optimizer.apply_gradients([(tape.gradient(loss, kernel), kernel)])
+        return loss
+
+    return replica
+
+
+def test_updates_from_a_distributed_dataset_are_those_of_one_device():
+    # 4 and 4 rows, 4 and 4, and one that leaves a replica without rows.
+    data = tf.data.Dataset.from_tensor_slices(X[:17]).batch(8).repeat(2)
+    weights, losses = trained(
+        two(), lambda strategy: strategy.experimental_distribute_dataset(data), by_windows
+    )
+    due, due_losses = trained(tf.distribute.get_strategy(), lambda _: data, by_whole_batches)
+    assert_close(weights, due)
+    assert_close(losses, due_losses)
+
+
+def test_each_replica_may_have_rows_of_its_own():
+    def pieces():
+        yield X[:5]
+        yield X[5:24]
+
+    def pipeline(_):
+        # One batch for each replica in turn.
+        return tf.data.Dataset.from_generator(
+            pieces, output_signature=tf.TensorSpec([None, 3], tf.float64)
+        )
+
+    weights, losses = trained(
+        two(), lambda strategy: strategy.distribute_datasets_from_function(pipeline), by_windows
+    )
+    due, due_losses = trained(tf.distribute.get_strategy(), lambda _: [X], by_whole_batches)
+    assert_close(weights, due)
+    assert_close(losses, due_losses)
