@@ -1,7 +1,5 @@
 """The law inside `strategy.run`: whatever rows each replica has, all get the uncut batch's."""
 
-import functools
-
 import keras
 import numpy as np
 import pytest
@@ -31,9 +29,12 @@ import virtualbatch.tensorflow as vb
 X = np.random.default_rng(3).normal(size=(24, 3))
 
 
-@functools.cache
-def by_hand(size, factor):
-    """One graph for any number of rows on each replica."""
+GRAPHS = {(case.size, case.factor) for case in BY_HAND.values()}
+
+
+# One graph for any number of rows on each replica; setting a seed would build it again.
+@pytest.mark.parametrize(("size", "factor"), sorted(GRAPHS))
+def test_one_parameter_by_hand(size, factor):
     w = variable(1.0)
 
     def terms(batch):
@@ -45,58 +46,44 @@ def by_hand(size, factor):
 
     numbers = tf.zeros([2], tf.float64)
     spec = open_rows({"x": numbers, "mask": numbers})
-    return run(window_of(terms, w, microbatch_size=size, weight=weight), spec)
+    step = run(window_of(terms, w, microbatch_size=size, weight=weight), spec)
+    for case in BY_HAND.values():
+        if (case.size, case.factor) == (size, factor):
+            rows = [
+                {"x": np.asarray(x, np.float64), "mask": np.asarray(mask, np.float64)}
+                for x, mask in zip(case.x, case.mask, strict=True)
+            ]
+            losses, gradients = step(given(rows))
+            assert_close(local(losses), [case.loss] * 2)
+            assert_close(together(gradients)[0], case.gradient)
 
 
-@pytest.mark.parametrize("name", BY_HAND)
-def test_one_parameter_by_hand(name):
-    case = BY_HAND[name]
-    rows = [
-        {"x": np.asarray(x, np.float64), "mask": np.asarray(mask, np.float64)}
-        for x, mask in zip(case.x, case.mask, strict=True)
-    ]
-    losses, gradients = by_hand(case.size, case.factor)(given(rows))
-    assert_close(local(losses), [case.loss] * 2)
-    assert_close(together(gradients)[0], case.gradient)
-
-
-@functools.cache
-def terms_on_replicas(size):
+def assert_three_terms(known_rows, size, cuts):
     with two().scope():
         terms, weight, batch, variables = three_terms()
-    step = run(window_of(terms, variables, microbatch_size=size, weight=weight), open_rows(batch))
-    return step, batch
+    replica = window_of(terms, variables, microbatch_size=size, weight=weight)
+    step = run(replica, None if known_rows else open_rows(batch))
+    alone, _, _, variables = three_terms()
+    loss, due = uncut(alone, batch, variables)
+    for cut in cuts:
+        losses, gradients = step(given(parts(batch, CUTS[cut])))
+        first, second = local(losses)
+        assert first.tobytes() == second.tobytes()
+        assert_close(first, loss)
+        assert_all_close(together(gradients), due)
+    found = step.get_concrete_function(given(parts(batch, CUTS[cut])))
+    assert collectives(found.graph) == {"top": 4}
 
 
-@functools.cache
-def terms_uncut():
-    terms, _, batch, variables = three_terms()
-    return uncut(terms, batch, variables)
+@pytest.mark.parametrize("size", tiered([24, 4, 1], [4], "another size of the same graph"))
+def test_three_terms_that_are_means_over_different_things(size):
+    assert_three_terms(False, size, CUTS)
 
 
-@pytest.mark.parametrize("size", tiered([24, 4, 1], [24, 4], "another size of the same graph"))
+@pytest.mark.thorough("a graph for each takes seconds; other tests know rows, of simpler losses")
 @pytest.mark.parametrize("cut", CUTS)
-def test_three_terms_that_are_means_over_different_things(cut, size):
-    step, batch = terms_on_replicas(size)
-    losses, gradients = step(given(parts(batch, CUTS[cut])))
-    loss, due = terms_uncut()
-    first, second = local(losses)
-    assert first.tobytes() == second.tobytes()
-    assert_close(first, loss)
-    assert_all_close(together(gradients), due)
-
-
-@pytest.mark.parametrize(
-    "cut", tiered(CUTS, ["5 and 19", "0 and 24"], "equal rows are a simpler graph")
-)
-def test_rows_that_the_trace_knows(cut):
-    with two().scope():
-        terms, weight, batch, variables = three_terms()
-    step = run(window_of(terms, variables, microbatch_size=4, weight=weight))
-    losses, gradients = step(given(parts(batch, CUTS[cut])))
-    loss, due = terms_uncut()
-    assert_close(local(losses), [loss] * 2)
-    assert_all_close(together(gradients), due)
+def test_three_terms_where_the_trace_knows_the_rows(cut):
+    assert_three_terms(True, 4, [cut])
 
 
 def mean_square(kernel):
@@ -112,12 +99,6 @@ def test_two_reductions_however_many_micro_batches_and_none_in_a_loop():
         found.append(collectives(step.get_concrete_function(batch).graph))
     # Two on each of two replicas: rows before the loop, the loss after it.
     assert found == [{"top": 4}] * 4
-
-
-def test_neither_weights_nor_rows_left_open_cost_a_reduction():
-    step, batch = terms_on_replicas(4)
-    found = collectives(step.get_concrete_function(given(parts(batch, (12, 12)))).graph)
-    assert found == {"top": 4}
 
 
 def test_a_reduction_can_be_counted_in_a_loop():
@@ -171,16 +152,13 @@ def test_one_replica_is_the_graph_without_a_strategy(name):
 
 
 def trained(strategy, batches, replica_of):
-    """Weights after an update for each batch, by Adam."""
+    """Weights and losses after an update for each batch, by Adam."""
     with strategy.scope():
         kernel = tf.Variable(np.linspace(-1, 1, 3)[:, None])
         optimizer = keras.optimizers.Adam(0.1)
         optimizer.build([kernel])
-    step = tf.function(
-        lambda batch: strategy.run(replica_of(kernel, optimizer), args=(batch,)),
-        reduce_retracing=True,
-    )
-    losses = [strategy.experimental_local_results(step(batch))[0] for batch in batches(strategy)]
+    step = run(replica_of(kernel, optimizer), batches.element_spec, strategy)
+    losses = [strategy.experimental_local_results(step(batch))[0] for batch in batches]
     return kernel.numpy(), losses
 
 
@@ -206,30 +184,24 @@ def by_whole_batches(kernel, optimizer):
 
 
 def test_updates_from_a_distributed_dataset_are_those_of_one_device():
-    # 4 and 4 rows, 4 and 4, and one that leaves a replica without rows.
-    data = tf.data.Dataset.from_tensor_slices(X[:17]).batch(8).repeat(2)
-    weights, losses = trained(
-        two(), lambda strategy: strategy.experimental_distribute_dataset(data), by_windows
-    )
-    due, due_losses = trained(tf.distribute.get_strategy(), lambda _: data, by_whole_batches)
+    # 4 and 4 rows, twice, and one row, which leaves a replica without any.
+    data = tf.data.Dataset.from_tensor_slices(X[:17]).batch(8)
+    weights, losses = trained(two(), two().experimental_distribute_dataset(data), by_windows)
+    due, due_losses = trained(tf.distribute.get_strategy(), data, by_whole_batches)
     assert_close(weights, due)
     assert_close(losses, due_losses)
 
 
 def test_each_replica_may_have_rows_of_its_own():
-    def pieces():
-        yield X[:5]
-        yield X[5:24]
-
-    def pipeline(_):
-        # One batch for each replica in turn.
+    def pieces(*cut):
         return tf.data.Dataset.from_generator(
-            pieces, output_signature=tf.TensorSpec([None, 3], tf.float64)
+            lambda: (X[slice(*rows)] for rows in cut),
+            output_signature=tf.TensorSpec([None, 3], tf.float64),
         )
 
-    weights, losses = trained(
-        two(), lambda strategy: strategy.distribute_datasets_from_function(pipeline), by_windows
-    )
-    due, due_losses = trained(tf.distribute.get_strategy(), lambda _: [X], by_whole_batches)
+    # One batch for each replica in turn.
+    found = two().distribute_datasets_from_function(lambda _: pieces((0, 5), (5, 24)))
+    weights, losses = trained(two(), found, by_windows)
+    due, due_losses = trained(tf.distribute.get_strategy(), pieces((0, 24)), by_whole_batches)
     assert_close(weights, due)
     assert_close(losses, due_losses)
