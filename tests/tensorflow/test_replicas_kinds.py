@@ -24,7 +24,7 @@ import virtualbatch.tensorflow as vb
 RANDOM = np.random.default_rng(5)
 X = RANDOM.normal(size=(24, 3))
 IDS = RANDOM.integers(0, 5, size=24)
-BIG = 2**60 + 1
+BIG = 2**53 + 1
 
 
 def values():
