@@ -11,6 +11,7 @@ from tests.tensorflow.modes import arrays
 from tests.tensorflow.problems import problem
 
 import virtualbatch.tensorflow as vb
+from virtualbatch.tensorflow._batch import as_tensor
 
 DEVICES = ["CPU:0", "CPU:1"]
 # Rows of each replica.
@@ -35,7 +36,7 @@ def given(batches: Sequence[Any], strategy: tf.distribute.Strategy | None = None
 
     def one(*leaves: Any) -> Any:
         return strategy.experimental_distribute_values_from_function(
-            lambda context: tf.convert_to_tensor(leaves[context.replica_id_in_sync_group])
+            lambda context: as_tensor(leaves[context.replica_id_in_sync_group])
         )
 
     return tf.nest.map_structure(one, *batches)

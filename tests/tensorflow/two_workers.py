@@ -50,7 +50,7 @@ def three_terms_of_all_workers(strategy, worker):
 
 
 def failing(strategy, worker, fail):
-    """What the other worker sees, and after how many seconds."""
+    """The error of this worker, and after how many seconds it came."""
     with strategy.scope():
         kernel = tf.Variable(np.ones((3, 1)))
 
@@ -66,7 +66,7 @@ def failing(strategy, worker, fail):
     began = time.monotonic()
     try:
         return ["no error", float(step(tf.ones([6, 3], tf.float64)))]
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return [type(error).__name__, str(error)[:300], time.monotonic() - began]
 
 
@@ -77,6 +77,13 @@ def raising_in_a_step(strategy, worker):
             return tf.identity(x)
 
     return failing(strategy, worker, fail)
+
+
+def raising_and_staying(strategy, worker):
+    found = raising_in_a_step(strategy, worker)
+    # Longer than a worker may go without a sign of life.
+    time.sleep(60 * worker)
+    return found
 
 
 def raising_while_traced(strategy, worker):
