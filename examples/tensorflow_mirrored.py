@@ -38,7 +38,6 @@ def trained(strategy, dataset):
 
     def replica(batch):
         weights, words = model.trainable_variables, lambda batch: tf.reduce_sum(batch[2])
-        # Eight rows at a time on each device.
         loss, gradients = vb.value_and_gradients(
             loss_fn, batch, weights, microbatch_size=8, weight=words
         )

@@ -126,14 +126,20 @@ def value_and_gradients(
     Works eagerly and inside `tf.function`; there the micro-batches are one loop in the graph, and
     the loss is traced once per micro-batch shape.
 
+    Inside `strategy.run` the batch is the rows of one replica, any number of them, also none. The
+    gradients are this replica's part of those of all rows: `optimizer.apply_gradients` adds the
+    parts up, as it does with the gradients of a tape. All else is that of all rows, the same on
+    all replicas, but for leaves of aux with one entry per row. `strategy.run` stands in a
+    `tf.function`, and this call in no other inside of it.
+
     Args:
         loss_fn: batch -> scalar mean, or a dict of term names to scalar means whose sum is the
             loss. With `has_aux=True` it returns (loss, aux).
         batch: nested structure whose arrays share their leading axis, the rows; or a `Window`,
             and then no size is given.
         variables: what to differentiate with respect to, in any nested structure.
-        microbatch_size: rows of one forward and backward; or "auto" or an `Auto`, which plan it at
-            the first batch, in a graph while it is traced.
+        microbatch_size: rows of one forward and backward on one device; or "auto" or an `Auto`,
+            which plan it at the first batch, in a graph while it is traced, for one device only.
         accumulation_steps: micro-batches per window: `microbatch_size = ceil(rows / steps)`.
         weight: micro-batch -> what its mean was divided by, a scalar >= 0 (rows when None); for
             a dict of terms a dict with the same keys, None marking a term that does not depend
@@ -148,7 +154,8 @@ def value_and_gradients(
             `certify` once.
 
     Returns:
-        (loss, gradients), or ((loss, aux), gradients), and the stats last. The gradients have the
+        (loss, gradients), or ((loss, aux), gradients), and the stats last, which need one more
+        reduction of the gradients where there are several replicas. The gradients have the
         structure and dtype of the variables as `tape.gradient` gives them: None where the loss
         does not depend on a variable, IndexedSlices for embeddings.
 
@@ -156,7 +163,8 @@ def value_and_gradients(
         ValueError: there are no variables, sizes are not positive integers or disagree, rows differ
             or are missing, a weight is negative or not finite, the loss is not a scalar, names of
             terms differ, or the first rows show that gradients of micro-batches do not add up to
-            their batch's.
+            their batch's. Of several replicas: the call is eager, a size is to be planned, or the
+            strategy does not train them in step.
         TypeError: the loss is not a floating tensor, or an argument is of the wrong kind.
         tf.errors.InvalidArgumentError: the same faults of rows and sizes, in a graph that learns
             its shapes at run time.
