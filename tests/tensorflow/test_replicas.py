@@ -29,33 +29,39 @@ import virtualbatch.tensorflow as vb
 X = np.random.default_rng(3).normal(size=(24, 3))
 
 
-GRAPHS = {(case.size, case.factor) for case in BY_HAND.values()}
-
-
-# One graph for any number of rows on each replica; setting a seed would build it again.
-@pytest.mark.parametrize(("size", "factor"), sorted(GRAPHS))
-def test_one_parameter_by_hand(size, factor):
-    w = variable(1.0)
+def assert_by_hand(cases, size):
+    """One graph for any number of rows on each replica, and any penalty."""
+    w, factor = variable(1.0), variable(0.0)
 
     def terms(batch):
         mean = tf.reduce_sum(batch["mask"] * w * batch["x"]) / tf.reduce_sum(batch["mask"])
-        return {"mean": mean, "penalty": factor * w**2} if factor else {"mean": mean}
+        return {"mean": mean, "penalty": factor * w**2}
 
     def weight(batch):
-        return {"mean": tf.reduce_sum(batch["mask"])} | ({"penalty": None} if factor else {})
+        return {"mean": tf.reduce_sum(batch["mask"]), "penalty": None}
 
     numbers = tf.zeros([2], tf.float64)
     spec = open_rows({"x": numbers, "mask": numbers})
     step = run(window_of(terms, w, microbatch_size=size, weight=weight), spec)
-    for case in BY_HAND.values():
-        if (case.size, case.factor) == (size, factor):
-            rows = [
-                {"x": np.asarray(x, np.float64), "mask": np.asarray(mask, np.float64)}
-                for x, mask in zip(case.x, case.mask, strict=True)
-            ]
-            losses, gradients = step(given(rows))
-            assert_close(local(losses), [case.loss] * 2)
-            assert_close(together(gradients)[0], case.gradient)
+    for case in cases:
+        factor.assign(case.factor)
+        rows = [
+            {"x": np.asarray(x, np.float64), "mask": np.asarray(mask, np.float64)}
+            for x, mask in zip(case.x, case.mask, strict=True)
+        ]
+        losses, gradients = step(given(rows))
+        assert_close(local(losses), [case.loss] * 2)
+        assert_close(together(gradients)[0], case.gradient)
+
+
+def test_one_parameter_by_hand():
+    assert_by_hand(BY_HAND.values(), 3)
+
+
+@pytest.mark.thorough("a graph for each of the sizes of the same laws")
+@pytest.mark.parametrize("name", BY_HAND)
+def test_one_parameter_by_hand_by_the_size_of_the_law(name):
+    assert_by_hand([BY_HAND[name]], BY_HAND[name].size)
 
 
 def assert_three_terms(known_rows, size, cuts):
@@ -129,7 +135,9 @@ ONE = {
 }
 
 
-@pytest.mark.parametrize("name", ONE)
+@pytest.mark.parametrize(
+    "name", tiered(ONE, ["a mirror of one"], "a strategy that does less than the other")
+)
 def test_one_replica_is_the_graph_without_a_strategy(name):
     strategy = ONE[name]()
 
@@ -192,6 +200,7 @@ def test_updates_from_a_distributed_dataset_are_those_of_one_device():
     assert_close(losses, due_losses)
 
 
+@pytest.mark.thorough("another way to give rows to replicas, in seconds")
 def test_each_replica_may_have_rows_of_its_own():
     def pieces(*cut):
         return tf.data.Dataset.from_generator(

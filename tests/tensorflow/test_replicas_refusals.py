@@ -101,6 +101,7 @@ def test_rows_of_one_device_outside_of_replicas_are_a_batch():
     assert_all_close([gradients[0].numpy()], due)
 
 
+@pytest.mark.thorough("a refusal of TensorFlow's own")
 def test_a_function_inside_of_the_replicas_function():
     # Refused by TensorFlow, in words that say what to do.
     kernel = ones()
