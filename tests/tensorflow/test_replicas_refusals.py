@@ -81,8 +81,11 @@ OUTSIDE = (
 def test_variables_of_a_strategy_in_its_scope():
     # Where TensorFlow itself has no gradients, in words of its own.
     kernel = ones()
+    for verb in (vb.value_and_gradients, vb.certify):
+        with two().scope(), pytest.raises(ValueError, match=re.escape(OUTSIDE)):
+            verb(mean_square(kernel), X, [kernel], microbatch_size=4)
     with two().scope(), pytest.raises(ValueError, match=re.escape(OUTSIDE)):
-        vb.value_and_gradients(mean_square(kernel), X, [kernel], microbatch_size=4)
+        vb.plan(mean_square(kernel), X, [kernel])
 
 
 def test_rows_of_several_replicas_outside_of_them():

@@ -273,7 +273,7 @@ def plan(
             process is in, has left besides what is held already.
 
     Returns:
-        The plan. On the host a peak is that of the resident memory, and is off by some MiB.
+        The plan, of one device. On the host a peak is that of the resident memory, and is off by some MiB.
 
     Raises:
         ValueError: not even one row fits, a limit does not parse, the batch is already cut, or
@@ -289,6 +289,7 @@ def plan(
     """
     check_call(loss_fn, batch, variables, "auto", None, weight)
     refuse_planning_replicas()
+    refuse_values_of_replicas(batch, variables)
     if not tf.executing_eagerly():
         raise ValueError(
             "A plan is made outside of graphs, because it runs some. Got a call inside "
@@ -349,6 +350,7 @@ def certify(
         microbatch_size, accumulation_steps = rowwise_fn.sizes
     check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
     refuse_certifying_replicas()
+    refuse_values_of_replicas(batch, variables)
     program = Program(loss_fn, variables, weight, has_aux, stats=False)
     if rowwise_fn:
         refuse_window(batch)

@@ -25,7 +25,8 @@ def rowwise(
     Random numbers are drawn again as they were, and what the function writes to variables stands
     as after one run of each micro-batch, in order: a BatchNorm normalises by micro-batches, and
     updates its moving statistics once for each. Where no tape records eagerly, and where a
-    micro-batch holds all rows, this is the function itself.
+    micro-batch holds all rows, this is the function itself. Inside `strategy.run` it is given the
+    rows of one replica; `all_gather` of its outputs shows each loss the rows of all.
 
     Args:
         fn: (batch, *shared) -> outputs: a nested structure of dense tensors with one entry per row
