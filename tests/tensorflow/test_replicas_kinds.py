@@ -135,6 +135,27 @@ def test_a_window_may_have_a_micro_batch_without_rows_on_some_replica():
     assert collectives(step.get_concrete_function(window).graph) == {"top": 4}
 
 
+def test_a_micro_batch_whose_rows_are_not_known_may_be_empty():
+    w = variable(2.0)
+
+    def terms(batch):
+        # Entries and groups of them are not as many, so that none of them are rows.
+        mean = tf.reduce_sum(batch["entries"]) * w / tf.reduce_sum(batch["groups"])
+        return {"mean": mean, "penalty": 0.1 * w**2}
+
+    def weight(batch):
+        return {"mean": tf.reduce_sum(batch["groups"]), "penalty": None}
+
+    def pieces(*entries):
+        return [{"entries": X[:n, 0], "groups": np.ones(n // 2)} for n in entries]
+
+    window = vb.Window([given(pieces(4, 6)), given(pieces(0, 8))])
+    losses, gradients = run(window_of(terms, w, weight=weight))(window)
+    mean = (X[:4, 0].sum() + X[:6, 0].sum() + X[:8, 0].sum()) / 9
+    assert_close(local(losses), [2 * mean + 0.4] * 2)
+    assert_close(together(gradients)[0], mean + 0.4)
+
+
 @pytest.mark.parametrize(
     "counts",
     [(0, 24), pytest.param((5, 19), marks=pytest.mark.thorough("a graph for each takes seconds"))],

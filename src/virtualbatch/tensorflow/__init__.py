@@ -273,7 +273,7 @@ def plan(
             process is in, has left besides what is held already.
 
     Returns:
-        The plan, of one device. On the host a peak is that of the resident memory, and is off by some MiB.
+        The plan. On the host a peak is that of the resident memory, and is off by some MiB.
 
     Raises:
         ValueError: not even one row fits, a limit does not parse, the batch is already cut, or

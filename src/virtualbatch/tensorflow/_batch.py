@@ -30,7 +30,8 @@ class Segment(NamedTuple):
         rows: number within the segment -> its rows, a Python int or an int32 scalar; None where a
             weight says what a micro-batch counts and its rows cannot be told.
         holds_lists: whether `cut` marks lists with one entry per row.
-        may_be_empty: whether its only micro-batch may turn out to have no rows, at run time.
+        entries: 0, at run time, where its first micro-batch has no rows; then there is no other.
+            None where it is known to have some.
     """
 
     count: Any
@@ -38,7 +39,7 @@ class Segment(NamedTuple):
     cut: Callable[[Any, Any], Any]
     rows: Callable[[Any], Any]
     holds_lists: bool = False
-    may_be_empty: bool = False
+    entries: Any = None
 
     def get(self, i: Any) -> Any:
         """The micro-batch of that number."""
@@ -106,7 +107,7 @@ def segments(
             for found in lists:
                 batch, counts = after([_no_row_list(found, counts[0])], (batch, counts))
             run = _dynamic_run(batch, counts[0], microbatch_size, accumulation_steps, least)
-            return [run._replace(may_be_empty=may_be_empty)]
+            return [run._replace(entries=counts[0] if may_be_empty else None)]
     size = rows_per_microbatch(rows, microbatch_size, accumulation_steps)
     if size >= rows:
         return [_single(batch, rows)]
@@ -264,6 +265,14 @@ def _counts(batch: Any) -> Any:
     return tf.stack([count(array) for array in _arrays(batch)])
 
 
+def _entries(microbatch: Any) -> Any:
+    """The most entries that an array has at run time; None if one is known to have some."""
+    arrays = [array for array in _arrays(microbatch) if rank(array) != 0]
+    if not arrays or any(rank(array) and array.shape[0] is not None for array in arrays):
+        return None
+    return tf.reduce_max(_counts(arrays))
+
+
 def count_rows(microbatch: Any) -> Any:
     """The rows of a micro-batch at run time, as an int32 scalar."""
     return _counts(microbatch)[0]
@@ -384,7 +393,7 @@ def _open_if_empty(batch: Any) -> Any:
 def _equal_rows(counts: Any, least: int = 1) -> Any:
     """Refuses, at run time, the rows that a trace leaves open; those it knows were compared."""
     return tf.debugging.Assert(
-        tf.logical_and(tf.reduce_all(tf.equal(counts, counts[0])), counts[0] >= least),
+        tf.logical_and(tf.reduce_all(tf.equal(counts, counts[0])), counts[0] > least - 1),
         [
             f"All arrays of a batch must have the same number of rows{', at least one' * least}. "
             "Got rows",
@@ -437,12 +446,10 @@ def _window_segments(
     check_window(window)
     if may_be_empty:
         window = Window(map(_open_if_empty, window), sorted_rows=window.sorted_rows)
-    # Whether a micro-batch is empty is asked of its rows.
-    counted = counted or may_be_empty
     if weighted and not all(_rows_are_told(found, counted) for found in window):
         if tf.executing_eagerly():
             return [_single(microbatch, None) for microbatch in window]
-        return _runs(list(map(as_tensors, window)), False, may_be_empty=False)
+        return _runs(list(map(as_tensors, window)), False, may_be_empty)
     arrays = [named_arrays(found, f"window[{i}]", PASS_WEIGHT) for i, found in enumerate(window)]
     rows = [common_rows(found, PASS_WEIGHT) for found in arrays]
     check_alike(
@@ -493,8 +500,8 @@ def _runs(microbatches: Sequence[Any], counted: bool, may_be_empty: bool) -> lis
             run.append(microbatch)
         else:
             rows = _counts(microbatch)[0] if counted else None
-            may_be = may_be_empty and _is_open(microbatch)
-            result.append(_single(microbatch, rows)._replace(may_be_empty=may_be))
+            entries = _entries(microbatch) if may_be_empty else None
+            result.append(_single(microbatch, rows)._replace(entries=entries))
     return result + ([_stacked(run, counted)] if run else [])
 
 

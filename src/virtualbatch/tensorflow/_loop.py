@@ -129,7 +129,8 @@ def fold(
         # Only a control edge does that: an input is waited for by its own readers alone.
         with tf.control_dependencies(_ready(microbatch)):
             run = partial(call_first, index, microbatch)
-            found = unless_empty(segment.rows(0), run, outputs) if segment.may_be_empty else run()
+            entries = segment.entries
+            found = run() if entries is None else unless_empty(entries, run, outputs)
         first = route(index, found)
         sums = first.sums if sums is None else combine(sums, first.sums)
         given: list[Sequence[Any]] = [first.rows]

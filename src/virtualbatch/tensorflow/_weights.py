@@ -74,7 +74,11 @@ def _graph_rows(segments: Sequence[Segment]) -> Any:
     parts = []
     for segment in segments:
         if isinstance(segment.count, int) and segment.count == 1:
-            parts.append(tf.cast(_or_one(segment.rows(0)), tf.float64)[None])
+            rows = segment.rows(0)
+            if rows is None:
+                # Those that are not known all weigh alike, but what does not run weighs nothing.
+                rows = 1 if segment.entries is None else tf.minimum(segment.entries, 1)
+            parts.append(tf.cast(rows, tf.float64)[None])
         else:
             numbers = tf.range(segment.count)
             rows = tf.zeros_like(numbers) + _or_one(segment.rows(numbers))
