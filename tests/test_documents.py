@@ -26,6 +26,8 @@ MAX_EXAMPLE_LINES = 60
 
 BLOCK = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 BACKEND = re.compile(r'^os\.environ\["KERAS_BACKEND"\] = "(\w+)"$', re.MULTILINE)
+# A framework asks for its devices once.
+DEVICES = re.compile(r"set_logical_device_configuration|xla_force_host_platform_device_count")
 
 # `virtualbatch bench` imports a peer's module only where that peer is installed.
 DOCTESTS = """
@@ -114,9 +116,12 @@ def run(sources: Sequence[Path | str], folder: Path) -> Callable[[Path | str], N
     return assert_ran
 
 
-def backend_of(source: Path | str) -> str:
-    """The Keras backend that a program asks for; "" for the default one."""
-    found = BACKEND.search(source.read_text()) if isinstance(source, Path) else None
+def process_of(source: Path | str) -> str:
+    """The process that a program runs in: of its Keras backend, of devices that it makes, or ""."""
+    text = source.read_text() if isinstance(source, Path) else ""
+    if source in EXAMPLES and DEVICES.search(text):
+        return source.name
+    found = BACKEND.search(text)
     return found[1] if found else ""
 
 
@@ -133,11 +138,11 @@ def assert_runs(
     ran: dict[str, Callable[[Path | str], None]] = {}
 
     def check(source: Path | str) -> None:
-        backend = backend_of(source)
-        if backend not in ran:
-            together = [other for other in asked if backend_of(other) == backend]
-            ran[backend] = run(together, tmp_path_factory.mktemp("programs"))
-        ran[backend](source)
+        process = process_of(source)
+        if process not in ran:
+            together = [other for other in asked if process_of(other) == process]
+            ran[process] = run(together, tmp_path_factory.mktemp("programs"))
+        ran[process](source)
 
     return check
 
@@ -242,6 +247,7 @@ def test_a_failing_example_fails(tmp_path: Path) -> None:
         run([example], tmp_path)(example)
 
 
-def test_an_example_that_asks_for_a_backend_has_a_process_of_its_own() -> None:
-    assert backend_of(ROOT / "examples" / "keras_jax.py") == "jax"
-    assert backend_of(README) == backend_of("docstrings") == ""
+def test_an_example_that_asks_for_a_backend_or_devices_has_a_process_of_its_own() -> None:
+    assert process_of(ROOT / "examples" / "keras_jax.py") == "jax"
+    assert process_of(ROOT / "examples" / "tensorflow_mirrored.py") == "tensorflow_mirrored.py"
+    assert process_of(README) == process_of("docstrings") == ""
