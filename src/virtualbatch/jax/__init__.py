@@ -16,7 +16,9 @@ from virtualbatch.jax._batch import Cut, cut_batch, cut_smaller, rows_of
 from virtualbatch.jax._certify.certificate import certificate, check_cut
 from virtualbatch.jax._certify.first_window import prove_first_window
 from virtualbatch.jax._certify.loop import certify_loop
+from virtualbatch.jax._certify.spread_window import prove_spread_window
 from virtualbatch.jax._checks import check_arguments, check_options, check_words
+from virtualbatch.jax._mesh import Spread, axes_to_enter
 from virtualbatch.jax._plan.automatic import Sizes
 from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
 from virtualbatch.jax._plan.plan import planned
@@ -163,9 +165,20 @@ def value_and_grad(
             program.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
             size = sizes.planned(args, kwargs)
             given = size.rows
-        cut = cut_batch(
-            batch, given, accumulation_steps, compiled=traced, weighted=weight is not None
+        cut_own = partial(
+            cut_batch,
+            microbatch_size=given,
+            accumulation_steps=accumulation_steps,
+            weighted=weight is not None,
         )
+        axes = axes_to_enter(axis_name)
+        if axes is not None:
+            spread = Spread(program, axes, partial(cut_own, compiled=True))
+            spread.check(args, kwargs)
+            if not traced:
+                prove_spread_window(spread, args, kwargs, rows.weight_takes, check)
+            return spread.run(args, kwargs)
+        cut = cut_own(batch, compiled=traced)
         has_rows = None not in cut.rows
         if cut.count > 1 and has_rows:
             program.refuse_uncut_rows(args, kwargs, sum(cut.rows))

@@ -56,7 +56,7 @@ class _Traced(NamedTuple):
 
 def run_compiled(
     call: Call, cut: Cut, shares: Shares, accumulator_dtype: Any, axis_name: Any, stats: bool
-) -> tuple[Any, Any, Any, Any]:
+) -> tuple[tuple[Any, Any, Any, Any], list[str]]:
     """The loss, aux, gradients and statistics of a window, inside a trace.
 
     Args:
@@ -68,7 +68,8 @@ def run_compiled(
         stats: whether statistics are asked for.
 
     Returns:
-        (loss, aux, gradients, stats); aux is None without has_aux, stats if not asked for.
+        ((loss, aux, gradients, stats), kinds): aux is None without has_aux, stats if not asked
+        for. Kinds tell how leaves of aux are put together; empty where nothing is.
     """
     alone = cut.count == 1
     groups_of_terms = groups(shares)
@@ -93,12 +94,12 @@ def run_compiled(
         norm = part_of(gradients, jnp.asarray(shares.of_rows_or_term())[index]) if stats else None
         return _Micro(loss, gradients, reduce(largest, of_terms), norm, aux)
 
+    aux_kinds: list[str] = []
     if alone and axis_name is None:
         loss, gradients, new_values, norm, aux = step(0, cut.segments[0].get(0))
     else:
         traced = _traced(cut, step)
         outputs = traced[0].outputs
-        aux_kinds = []
         if call.has_aux:
             rows_of = [entry.segment.rows for entry in traced]
             aux_kinds = kinds(call, cut, [entry.outputs.aux for entry in traced], rows_of)
@@ -125,7 +126,7 @@ def run_compiled(
         aux = joined(aux_kinds, outputs.aux, cut, total[own.num_leaves :], rows)
     gradients = put_together(dtypes["gradients"], gradients, new_values)
     found = stats_of(split(gradients)[0], shares, norm, axis_name) if stats else None
-    return loss.astype(dtypes["loss"]), aux, gradients, found
+    return (loss.astype(dtypes["loss"]), aux, gradients, found), aux_kinds
 
 
 def _traced(cut: Cut, step: Callable[[Any, Any], _Micro]) -> list[_Traced]:
