@@ -16,7 +16,7 @@ from virtualbatch.jax._aux import joined, kinds, merged_kinds, routed
 from virtualbatch.jax._batch import Cut, Segment
 from virtualbatch.jax._convolution import with_fast_convolutions
 from virtualbatch.jax._float8 import largest, put_together, seen, split
-from virtualbatch.jax._merge import merged, nothing, over_devices
+from virtualbatch.jax._merge import filled, merged, nothing, over_devices
 from virtualbatch.jax._objective import Call, wide_dtype
 from virtualbatch.jax._stats import part_of, stats_of
 from virtualbatch.jax._weights import groups, scaled
@@ -159,13 +159,14 @@ def _after(
         total: the sums so far.
         add: sums so far -> (sums with the micro-batch, its rows).
     """
-    numbers = [x for x in total if x.size and not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
-    first = [jnp.real(jnp.ravel(x)[0]) for x in numbers]
+    # A number of an array that is spread over devices by its type would have no place.
+    numbers = [x for x in total if x.size and _is_whole(x)]
+    first = [jnp.real(_first(x)) for x in numbers]
     # Never true, which XLA does not know.
     never = jnp.isneginf(jnp.abs(sum(first)))
 
     def nothing(total: Any) -> tuple[Any, list[Any]]:
-        return total, jax.tree.map(jnp.zeros_like, jax.eval_shape(add, total)[1])
+        return total, [filled(x, 0) for x in jax.eval_shape(add, total)[1]]
 
     def branched(total: Any) -> tuple[Any, list[Any]]:
         found: tuple[Any, list[Any]] = lax.cond(never, nothing, add, total)
@@ -173,6 +174,18 @@ def _after(
 
     # Under `shard_map` a branch may change a type: then all devices share the batch.
     return branched(total) if _types(branched, total) == _types(add, total) else add(total)
+
+
+def _first(x: Any) -> Any:
+    if jax.sharding.get_abstract_mesh().empty:
+        return jnp.ravel(x)[0]
+    # Devices would gather an array that they share, to put its entries in a row.
+    return lax.squeeze(lax.slice(x, (0,) * x.ndim, (1,) * x.ndim), range(x.ndim))
+
+
+def _is_whole(x: Any) -> bool:
+    is_number = not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    return is_number and all(entry is None for entry in jax.typeof(x).sharding.spec)
 
 
 def _types(fn: Callable[[Any], Any], total: Any) -> list[Any]:
