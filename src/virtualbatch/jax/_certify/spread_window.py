@@ -3,7 +3,7 @@
 from typing import Any
 
 from virtualbatch.jax._certify.first_window import cannot_try, prove_first_window
-from virtualbatch.jax._mesh import Spread
+from virtualbatch.jax._spread import Spread
 from virtualbatch.jax._weights import window_shares
 
 # Of arrays that are spread over processes.
@@ -11,7 +11,13 @@ OF_OTHERS = "other processes hold a part of its arguments"
 
 
 def prove_spread_window(
-    spread: Spread, args: tuple[Any, ...], kwargs: dict[str, Any], weight_takes: str, check: bool
+    spread: Spread,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    weight_takes: str,
+    *,
+    check: bool = True,
+    is_rowwise: bool = False,
 ) -> None:
     """Checks the weights of a window outside a trace, and tries the law on some of its rows.
 
@@ -21,6 +27,7 @@ def prove_spread_window(
         kwargs: keyword arguments.
         weight_takes: see `prove_first_window`.
         check: whether the law is tried.
+        is_rowwise: see `prove_first_window`.
 
     Raises:
         ValueError: a weight is negative or not finite, or micro-batches do not add up.
@@ -35,4 +42,4 @@ def prove_spread_window(
     given, cut = found
     shares = window_shares(cut, program.weight)
     if check:
-        prove_first_window(program, given, kwargs, cut, shares, weight_takes)
+        prove_first_window(program, given, kwargs, cut, shares, weight_takes, is_rowwise)
