@@ -32,7 +32,7 @@ def prove_spread_window(
     Raises:
         ValueError: a weight is negative or not finite, or micro-batches do not add up.
     """
-    program = spread.program
+    program = spread.program._replace(axis_name=None)
     if not check and not callable(program.weight):
         return
     found = spread.as_one_device(args)

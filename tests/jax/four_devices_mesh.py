@@ -1,0 +1,337 @@
+"""Checks of a mesh in use, over which the engine itself spreads rows; see `four_devices`."""
+
+import logging
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from tests.jax.four_devices import AXIS, mesh, reductions, run_checks, squares
+from tests.jax.problems import (
+    assert_same,
+    batch,
+    loss,
+    outputs,
+    params,
+    pieces,
+    term_weights,
+    terms,
+    token_loss,
+    tokens,
+    uncut,
+)
+from tests.replicas import BY_HAND
+
+import virtualbatch.jax as vb
+
+ROWS = 24
+PARAMS, BATCH = params(), batch(ROWS)
+KINDS = (AxisType.Auto, AxisType.Explicit)
+
+
+def host(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def on(spec, tree=BATCH):
+    return jax.device_put(tree, spec)
+
+
+def ways(run):
+    return run, jax.jit(run)
+
+
+def padded(numbers, rows):
+    return [*numbers, *[0] * (rows - len(numbers))]
+
+
+def laws_by_hand():
+    """Devices have equally many rows in a program, so those that a case lacks weigh nothing."""
+
+    def fun(w, batch):
+        x, m = batch
+        return {"mean": (m * w * x).sum() / m.sum(), "penalty": factor * w**2}
+
+    def weight(batch):
+        return {"mean": batch[1].sum(), "penalty": None}
+
+    with jax.set_mesh(jax.make_mesh((2,), (AXIS,), devices=jax.devices()[:2])):
+        for name, case in BY_HAND.items():
+            factor = case.factor
+            rows = max(map(len, case.x))
+            given = [
+                np.concatenate([padded(own, rows) for own in both]).astype(float)
+                for both in (case.x, case.mask)
+            ]
+            run = vb.value_and_grad(fun, microbatch_size=case.size, weight=weight, axis_name=AXIS)
+            found = jax.jit(run)(1.0, tuple(given))
+            assert np.allclose(found, (case.loss, case.gradient), rtol=1e-14), (name, found)
+
+
+def rows_of_all_devices():
+    """Even micro-batches, a remainder, one; wherever the batch is before."""
+    due = uncut(terms, PARAMS, BATCH)
+    for kind in KINDS:
+        with jax.set_mesh(mesh(kind)):
+            for size, given in ((2, BATCH), (4, on(P(AXIS))), (6, on(P()))):
+                run = vb.value_and_grad(
+                    terms, microbatch_size=size, weight=term_weights, axis_name=AXIS
+                )
+                for way in ways(run):
+                    assert_same(host(way(PARAMS, given)), host(due))
+
+
+def reductions_once_and_own_rows():
+    """As many reductions for any number of micro-batches, and each device multiplies its rows."""
+    width, rows = 5, 32
+
+    def fun(w, x):
+        return jnp.mean(jnp.tanh(x @ w) ** 2)
+
+    x = np.random.default_rng(0).normal(size=(rows, 3))
+    with jax.set_mesh(mesh()):
+        for count in (1, 2, 4, 8):
+            run = vb.value_and_grad(fun, microbatch_size=8 // count, axis_name=AXIS, weight=len)
+            compiled = jax.jit(run).lower(np.ones((3, width)), on(P(AXIS), x)).compile()
+            assert reductions(compiled) == ["ENTRY"] * 2, (count, reductions(compiled))
+            sizes = re.findall(rf"f64\[(\d+),{width}\]\S* dot\(", compiled.as_text())
+            assert str(8 // count) in sizes, (count, sizes)
+            assert str(rows) not in sizes, (count, sizes)
+
+
+def two_layers(params, batch):
+    # Contracted over what `model` may hold: an explicit mesh asks where the sum goes.
+    z = jnp.dot(jnp.tanh(batch["x"] @ params["a"]), params["b"], out_sharding=whole())
+    return (((z - batch["y"][:, None]) ** 2) * batch["mask"]).sum() / batch["mask"].sum()
+
+
+def whole():
+    mesh = jax.sharding.get_abstract_mesh()
+    return P() if AxisType.Explicit in mesh.axis_types else None
+
+
+LAYERS = {"a": np.linspace(-1, 1, 24).reshape(3, 8), "b": np.cos(np.arange(32.0)).reshape(8, 4)}
+FSDP = {"a": P(None, "data"), "b": P("data")}
+TENSOR = {"a": P(None, "model"), "b": P("model")}
+
+
+def both(kind):
+    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+
+
+def sharded_parameters():
+    due = host(uncut(two_layers, LAYERS, BATCH))
+    for kind in KINDS:
+        for used, specs in ((mesh(kind), FSDP), (both(kind), TENSOR)):
+            with jax.set_mesh(used):
+                given = on(specs, LAYERS)
+                # With a remainder.
+                run = vb.value_and_grad(
+                    two_layers, microbatch_size=5, weight=tokens, axis_name="data"
+                )
+                compiled = jax.jit(run).lower(given, on(P("data"))).compile()
+                found = compiled(given, on(P("data")))
+                assert_same(host(found), due)
+                gathered = len(re.findall(r" all-gather(?:-start)?\(", compiled.as_text()))
+                if specs is FSDP:
+                    assert gathered == len(FSDP)
+                if specs is TENSOR and kind == AxisType.Auto:
+                    assert gathered == 0
+                if specs is TENSOR or kind == AxisType.Explicit:
+                    for name, x in given.items():
+                        assert found[1][name].sharding.is_equivalent_to(x.sharding, x.ndim)
+
+
+def a_shard_map_over_some_axes():
+    """One of the user's; the other axis stays automatic."""
+    due = host(uncut(two_layers, LAYERS, BATCH))
+    with jax.set_mesh(both(AxisType.Auto)):
+        given = on(TENSOR, LAYERS), on(P("data"))
+        for check_vma in (True, False):
+            for size in (12, 4, 5):
+                run = vb.value_and_grad(
+                    two_layers, microbatch_size=size, weight=tokens, axis_name="data"
+                )
+                entered = jax.shard_map(
+                    run,
+                    in_specs=(P(), P("data")),
+                    out_specs=(P(), P()),
+                    axis_names={"data"},
+                    check_vma=check_vma,
+                )
+                assert_same(host(jax.jit(entered)(*given)), due)
+
+
+def aux_of_all_kinds():
+    def fun(params, state, x, y, key, *, factor):
+        found = {"x": x, "y": y}
+        aux = {
+            "rows": y * 2,
+            "ones": jnp.ones(len(y)),
+            "mean": y.mean(),
+            "count": jnp.sum(y > 0),
+            "state": state["n"] + 1,
+            "key": key,
+            "last": y[-1],
+            "none": None,
+        }
+        return loss(params[0], found) * factor * state["scale"] + params[1], aux
+
+    words = dict.fromkeys(["rows", "ones", "mean", "count", "state", "none"])
+    words |= {"key": "keep", "last": "keep"}
+    words["none"] = None
+    x, y, key = BATCH["x"], BATCH["y"], jax.random.key(3)
+    state = {"n": np.asarray(5), "scale": 2.0, "name": "not an array"}
+    given = (PARAMS, 1.0), state, x, y, key
+    options = {"argnums": (0,), "has_aux": True}
+    due = jax.value_and_grad(fun, **options)(*given, factor=np.asarray(3.0))
+    cuts = 0, 8, 20, 24
+    windows = [vb.Window(pieces(part, *cuts)) for part in (x, y)]
+    for kind in KINDS:
+        with jax.set_mesh(mesh(kind)):
+            run = vb.value_and_grad(
+                fun,
+                batch_argnum=(2, 3),
+                microbatch_size=4,
+                axis_name=AXIS,
+                stats=True,
+                aux_merge=words,
+                **options,
+            )
+            (value, gradients, stats) = jax.jit(
+                lambda p, *rows, run=run, **named: run(p, state, *rows, **named)
+            )((PARAMS, 1.0), x, y, key, factor=np.asarray(3.0))
+            found = host((value[1].pop("key"), value, gradients)[1:])
+            expected = due[0][0], {k: v for k, v in due[0][1].items() if k != "key"}
+            assert_same(found, host((expected, due[1])))
+            assert (stats.rows, stats.microbatches) == (24, 8)
+            run = vb.value_and_grad(
+                fun, batch_argnum=(2, 3), axis_name=AXIS, aux_merge=words, **options
+            )
+            for way in (run,):
+                ((value, aux), gradients) = way(
+                    (PARAMS, 1.0), state, *windows, key, factor=np.asarray(3.0)
+                )
+                aux.pop("key")
+                assert_same(host(((value, aux), gradients)), host((expected, due[1])))
+
+
+def keys_differ():
+    """By device and by micro-batch; one device, or a window of one micro-batch, is no exception."""
+
+    def fun(w, x, key):
+        noise = jax.random.normal(key, x.shape)
+        return jnp.mean(w * x), noise
+
+    key = jax.random.key(1)
+    with jax.set_mesh(mesh()):
+        for size in (2, 6):
+            run = vb.value_and_grad(
+                fun, has_aux=True, microbatch_size=size, key_argnum=2, axis_name=AXIS
+            )
+            noise = np.asarray(jax.jit(run)(1.0, np.ones(ROWS), key)[0][1])
+            assert len(set(noise.tolist())) == ROWS, size
+
+
+def losses_that_start_from_zeros():
+    def fun(params, batch):
+        total, _ = jax.lax.scan(
+            lambda carry, x: (carry + x @ params["w"], None), jnp.zeros(()), batch["x"]
+        )
+        return total / len(batch["x"])
+
+    with jax.set_mesh(mesh()):
+        run = vb.value_and_grad(fun, microbatch_size=4, axis_name=AXIS)
+        assert_same(host(jax.jit(run)(PARAMS, BATCH)), host(uncut(fun, PARAMS, BATCH)))
+
+
+def refusals():
+    run = vb.value_and_grad(loss, microbatch_size=2, axis_name=AXIS)
+    odd = jax.tree.map(lambda x: x[:22], BATCH)
+    pad = r"Got 22 rows in batch for the 4 devices of axis 'data'\. Pad them to 24 with rows of"
+    with jax.set_mesh(mesh()):
+        for way in ways(run):
+            with pytest.raises(ValueError, match=pad):
+                way(PARAMS, odd)
+        with pytest.raises(ValueError, match=r"Got 10 rows in window\[1\] for the 4 devices"):
+            vb.value_and_grad(loss, axis_name=AXIS)(PARAMS, vb.Window(pieces(BATCH, 0, 8, 18)))
+        with pytest.raises(TypeError, match=r"one beside 24 rows, on a mesh\. Pass an array"):
+            run(PARAMS, BATCH | {"names": ["a"] * ROWS})
+        with pytest.raises(ValueError, match=r"axis_name='rows' outside of shard_map and a mesh of"):
+            vb.value_and_grad(loss, microbatch_size=2, axis_name="rows")(PARAMS, BATCH)
+        with pytest.raises(ValueError, match=r"beside a batch of 24 rows"):
+            run(PARAMS, BATCH, np.ones(ROWS))
+        # Values that can be read are, and the law is tried on them.
+        with pytest.raises(ValueError, match="weight"):
+            vb.value_and_grad(
+                loss, microbatch_size=2, axis_name=AXIS, weight=lambda batch: -len(batch["y"])
+            )(PARAMS, BATCH)
+        wrong = vb.value_and_grad(
+            lambda p, b: loss(p, b) * len(b["y"]), microbatch_size=2, axis_name=AXIS
+        )
+        with pytest.raises(ValueError, match=r"sum_loss|a sum"):
+            wrong(PARAMS, BATCH)
+
+
+def embeddings_of_all_devices():
+    def contrastive(params, batch, encode=outputs):
+        return squares(encode(params, batch))
+
+    due = host(jax.value_and_grad(contrastive)(PARAMS, BATCH))
+    for kind in KINDS:
+        with jax.set_mesh(mesh(kind)):
+            for size in (2, 4, 6):
+                encode = vb.rowwise(outputs, microbatch_size=size, axis_name=AXIS)
+
+                def fun(params, batch, encode=encode):
+                    z = encode(params, batch)
+                    return squares(z if whole() is None else jax.reshard(z, P()))
+
+                given = PARAMS, on(P(AXIS))
+                assert_same(host(jax.jit(jax.value_and_grad(fun))(*given)), due)
+                assert np.allclose(encode(*given), outputs(PARAMS, BATCH), rtol=1e-14)
+
+
+class Said(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+def said_once():
+    said = Said()
+    logging.getLogger("virtualbatch").addHandler(said)
+
+    def told(options, given, kind=AxisType.Auto, used=True):
+        def fun(params, batch):
+            return loss(params, batch)
+
+        # A code of its own, as any other loss has.
+        fun.__code__ = fun.__code__.replace(co_name="loss")
+        run = vb.value_and_grad(fun, microbatch_size=8, **options)
+        said.texts.clear()
+        for _ in range(2):
+            with jax.set_mesh(mesh(kind)) if used else jax.set_mesh(jax.make_mesh((1,), ("a",))):
+                jax.jit(run).trace(PARAMS, given() if callable(given) else given)
+        return [text[:70] for text in said.texts]
+
+    assert told({}, lambda: on(P(AXIS))) == [
+        "If the rows of this batch are spread over the mesh in use, every devic"
+    ]
+    assert told({}, lambda: on(P(AXIS)), AxisType.Explicit) == [
+        "The rows of this batch are spread over 4 devices, whose gradients are "
+    ]
+    assert told({}, lambda: on(P()), AxisType.Explicit) == []
+    assert told({"axis_name": AXIS}, lambda: on(P(AXIS))) == []
+    assert told({}, BATCH, used=False) == []
+
+
+if __name__ == "__main__":
+    run_checks(sys.argv[1:], globals())
