@@ -20,7 +20,6 @@ from tests.jax.problems import (
     pieces,
     term_weights,
     terms,
-    token_loss,
     tokens,
     uncut,
 )
@@ -39,10 +38,6 @@ def host(tree):
 
 def on(spec, tree=BATCH):
     return jax.device_put(tree, spec)
-
-
-def ways(run):
-    return run, jax.jit(run)
 
 
 def padded(numbers, rows):
@@ -73,16 +68,39 @@ def laws_by_hand():
 
 
 def rows_of_all_devices():
-    """Even micro-batches, a remainder, one; wherever the batch is before."""
+    """Even micro-batches and a remainder; wherever the batch is before."""
+    due = host(uncut(terms, PARAMS, BATCH))
+    for kind, size, given in (
+        (KINDS[0], 4, lambda: on(P(AXIS))),
+        (KINDS[1], 4, lambda: BATCH),
+        (KINDS[1], 2, lambda: on(P())),
+    ):
+        with jax.set_mesh(mesh(kind)):
+            run = vb.value_and_grad(
+                terms, microbatch_size=size, weight=term_weights, axis_name=AXIS
+            )
+            assert_same(host(jax.jit(run)(PARAMS, given())), due)
+
+
+def outside_of_a_trace():
     due = uncut(terms, PARAMS, BATCH)
+    for used, spec in ((mesh(AxisType.Explicit), P()), (both(AxisType.Auto), P("data"))):
+        with jax.set_mesh(used):
+            run = vb.value_and_grad(
+                terms, accumulation_steps=2, weight=term_weights, axis_name="data"
+            )
+            assert_same(host(run(PARAMS, on(spec))), host(due))
+
+
+def a_first_window_proves_itself():
+    def sum_of_rows(params, batch):
+        return ((outputs(params, batch) - batch["y"]) ** 2).sum()
+
     for kind in KINDS:
         with jax.set_mesh(mesh(kind)):
-            for size, given in ((2, BATCH), (4, on(P(AXIS))), (6, on(P()))):
-                run = vb.value_and_grad(
-                    terms, microbatch_size=size, weight=term_weights, axis_name=AXIS
-                )
-                for way in ways(run):
-                    assert_same(host(way(PARAMS, given)), host(due))
+            run = vb.value_and_grad(sum_of_rows, microbatch_size=6, axis_name=AXIS)
+            with pytest.raises(ValueError, match=r"must add up.*Got a loss whose.*sum_loss"):
+                run(PARAMS, on(P(AXIS)))
 
 
 def reductions_once_and_own_rows():
@@ -123,27 +141,32 @@ def both(kind):
     return jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
 
 
-def sharded_parameters():
-    due = host(uncut(two_layers, LAYERS, BATCH))
-    for kind in KINDS:
-        for used, specs in ((mesh(kind), FSDP), (both(kind), TENSOR)):
-            with jax.set_mesh(used):
-                given = on(specs, LAYERS)
-                # With a remainder.
-                run = vb.value_and_grad(
-                    two_layers, microbatch_size=5, weight=tokens, axis_name="data"
-                )
-                compiled = jax.jit(run).lower(given, on(P("data"))).compile()
-                found = compiled(given, on(P("data")))
-                assert_same(host(found), due)
-                gathered = len(re.findall(r" all-gather(?:-start)?\(", compiled.as_text()))
-                if specs is FSDP:
-                    assert gathered == len(FSDP)
-                if specs is TENSOR and kind == AxisType.Auto:
-                    assert gathered == 0
-                if specs is TENSOR or kind == AxisType.Explicit:
-                    for name, x in given.items():
-                        assert found[1][name].sharding.is_equivalent_to(x.sharding, x.ndim)
+def window_of_layers(used, specs):
+    """Checked gradients of parameters that are sharded, with a remainder; and all-gathers."""
+    with jax.set_mesh(used):
+        given = on(specs, LAYERS)
+        run = vb.value_and_grad(two_layers, microbatch_size=5, weight=tokens, axis_name="data")
+        compiled = jax.jit(run).lower(given, on(P("data"))).compile()
+        found = compiled(given, on(P("data")))
+        assert_same(host(found), host(uncut(two_layers, LAYERS, BATCH)))
+        gathered = len(re.findall(r" all-gather(?:-start)?\(", compiled.as_text()))
+        alike = [
+            found[1][name].sharding.is_equivalent_to(x.sharding, x.ndim)
+            for name, x in given.items()
+        ]
+        return gathered, all(alike)
+
+
+def parameters_spread_over_the_axis():
+    # Types tell where gradients belong.
+    assert window_of_layers(mesh(AxisType.Explicit), FSDP) == (len(FSDP), True)
+
+
+def parameters_spread_in_all_ways():
+    assert window_of_layers(mesh(AxisType.Auto), FSDP)[0] == len(FSDP)
+    assert window_of_layers(both(AxisType.Auto), TENSOR) == (0, True)
+    # JAX itself gathers what other explicit axes hold where a shard_map begins.
+    assert window_of_layers(both(AxisType.Explicit), TENSOR)[1]
 
 
 def a_shard_map_over_some_axes():
@@ -151,8 +174,8 @@ def a_shard_map_over_some_axes():
     due = host(uncut(two_layers, LAYERS, BATCH))
     with jax.set_mesh(both(AxisType.Auto)):
         given = on(TENSOR, LAYERS), on(P("data"))
-        for check_vma in (True, False):
-            for size in (12, 4, 5):
+        for size in (12, 4, 5):
+            for check_vma in (True, False):
                 run = vb.value_and_grad(
                     two_layers, microbatch_size=size, weight=tokens, axis_name="data"
                 )
@@ -254,27 +277,33 @@ def refusals():
     odd = jax.tree.map(lambda x: x[:22], BATCH)
     pad = r"Got 22 rows in batch for the 4 devices of axis 'data'\. Pad them to 24 with rows of"
     with jax.set_mesh(mesh()):
-        for way in ways(run):
+        for way in (run, jax.jit(run)):
             with pytest.raises(ValueError, match=pad):
                 way(PARAMS, odd)
         with pytest.raises(ValueError, match=r"Got 10 rows in window\[1\] for the 4 devices"):
             vb.value_and_grad(loss, axis_name=AXIS)(PARAMS, vb.Window(pieces(BATCH, 0, 8, 18)))
         with pytest.raises(TypeError, match=r"one beside 24 rows, on a mesh\. Pass an array"):
             run(PARAMS, BATCH | {"names": ["a"] * ROWS})
-        with pytest.raises(ValueError, match=r"axis_name='rows' outside of shard_map and a mesh of"):
+        with pytest.raises(
+            ValueError, match=r"Got axis_name='rows' outside of shard_map and a mesh"
+        ):
             vb.value_and_grad(loss, microbatch_size=2, axis_name="rows")(PARAMS, BATCH)
         with pytest.raises(ValueError, match=r"beside a batch of 24 rows"):
             run(PARAMS, BATCH, np.ones(ROWS))
-        # Values that can be read are, and the law is tried on them.
-        with pytest.raises(ValueError, match="weight"):
-            vb.value_and_grad(
-                loss, microbatch_size=2, axis_name=AXIS, weight=lambda batch: -len(batch["y"])
-            )(PARAMS, BATCH)
-        wrong = vb.value_and_grad(
-            lambda p, b: loss(p, b) * len(b["y"]), microbatch_size=2, axis_name=AXIS
+        negative = vb.value_and_grad(
+            loss, microbatch_size=2, weight=lambda batch: -len(batch["y"]), axis_name=AXIS
         )
-        with pytest.raises(ValueError, match=r"sum_loss|a sum"):
-            wrong(PARAMS, BATCH)
+        with pytest.raises(ValueError, match=r"Got weight=-2\.0 for micro-batch 0"):
+            negative(PARAMS, on(P(AXIS)))
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        table = jnp.ones(3)
+        run = vb.value_and_grad(
+            lambda params, batch: loss(params, batch) * table.sum(),
+            microbatch_size=2,
+            axis_name=AXIS,
+        )
+        with pytest.raises(ValueError, match=r"Got one that it closes over f64\[3\].*Pass it as"):
+            jax.jit(run)(PARAMS, BATCH)
 
 
 def embeddings_of_all_devices():

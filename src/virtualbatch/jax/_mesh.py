@@ -146,11 +146,21 @@ def over_devices(
         axis_names=set(axes.names),
         check_vma=False,
     )
-    # Outside of a program JAX does not run a shard_map over some axes without these checks.
-    found: tuple[Any, Any] = jax.jit(run)(
+    arrays = (
         [placed(x, axes) for x in shared if is_array(x)],
         [placed(x, axes, by_rows=True) for x in own if is_array(x)],
     )
+    try:
+        # Outside of a program JAX does not run a shard_map over some axes without these checks.
+        found: tuple[Any, Any] = jax.jit(run)(*arrays)
+    except NotImplementedError as error:
+        if "Closing over inputs to shard_map" not in str(error):
+            raise
+        raise ValueError(
+            "On a mesh with explicit axes a function must take arrays of JAX as arguments. "
+            f"Got one that it closes over{str(error).partition('with shape')[2]}. Pass it as an "
+            "argument, keywords too, or as an array of NumPy; or make the axis automatic."
+        ) from error
     return found
 
 

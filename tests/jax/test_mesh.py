@@ -1,0 +1,54 @@
+"""A mesh axis of one device: nothing differs from a call without it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from tests.jax.problems import (
+    MODES,
+    assert_same,
+    batch,
+    in_mode,
+    params,
+    pieces,
+    term_weights,
+    terms,
+    uncut,
+)
+from tests.tiers import tiered
+
+import virtualbatch.jax as vb
+
+
+@pytest.fixture(params=["Auto", "Explicit"])
+def _one_device(request):
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(AxisType[request.param],))):
+        yield
+
+
+@pytest.mark.usefixtures("_one_device")
+@pytest.mark.parametrize("mode", tiered(MODES, ["jit"], "the proof compiles twenty programs"))
+def test_gradients_of_one_device(mode):
+    found = batch(10)
+    run = vb.value_and_grad(terms, microbatch_size=4, weight=term_weights, axis_name="data")
+    assert_same(in_mode(mode, run)(params(), found), uncut(terms, params(), found))
+
+
+@pytest.mark.usefixtures("_one_device")
+def test_a_window_of_one_device():
+    found = batch(10)
+    run = vb.value_and_grad(terms, weight=term_weights, axis_name="data")
+    window = vb.Window(pieces(found, 0, 3, 10))
+    assert_same(jax.jit(run)(params(), window), uncut(terms, params(), found))
+
+
+def test_keys_of_one_device_are_those_without_a_mesh():
+    def fun(w, x, key):
+        return jnp.mean(w * x), jax.random.normal(key, x.shape)
+
+    options = {"has_aux": True, "microbatch_size": 4, "key_argnum": 2}
+    given = 1.0, np.ones(8), jax.random.key(0)
+    due = jax.jit(vb.value_and_grad(fun, **options))(*given)
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        assert_same(jax.jit(vb.value_and_grad(fun, axis_name="data", **options))(*given), due)
