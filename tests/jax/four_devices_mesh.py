@@ -106,8 +106,10 @@ def a_first_window_proves_itself():
 def reductions_once_and_own_rows():
     """As many reductions for any number of micro-batches, and each device multiplies its rows."""
     width, rows = 5, 32
+    traces = []
 
     def fun(w, x):
+        traces.append(len(x))
         return jnp.mean(jnp.tanh(x @ w) ** 2)
 
     x = np.random.default_rng(0).normal(size=(rows, 3))
@@ -119,6 +121,7 @@ def reductions_once_and_own_rows():
             sizes = re.findall(rf"f64\[(\d+),{width}\]\S* dot\(", compiled.as_text())
             assert str(8 // count) in sizes, (count, sizes)
             assert str(rows) not in sizes, (count, sizes)
+    assert traces == [8, 4, 2, 1]
 
 
 def two_layers(params, batch):

@@ -1,4 +1,4 @@
-"""Batches on four devices: `shard_map`, named axes, sharded arrays, a mesh in use."""
+"""Batches on four devices: `shard_map`, named axes, sharded arrays."""
 
 import os
 import subprocess
@@ -27,38 +27,12 @@ CHECKS = [
     ],
     ["rows_of_every_device"],
 ]
-ON_A_MESH = [
-    [
-        "laws_by_hand",
-        "rows_of_all_devices",
-        "reductions_once_and_own_rows",
-        "parameters_spread_over_the_axis",
-        "keys_differ",
-        "losses_that_start_from_zeros",
-        "refusals",
-        "said_once",
-    ],
-    [
-        "outside_of_a_trace",
-        "a_first_window_proves_itself",
-        "aux_of_all_kinds",
-        "embeddings_of_all_devices",
-    ],
-    ["parameters_spread_in_all_ways", "a_shard_map_over_some_axes"],
-]
 WHY = "further programs, each process loads JAX"
 
 
 @pytest.mark.parametrize("checks", tiered(CHECKS, CHECKS[:1], WHY), ids=lambda checks: checks[0])
 def test_on_four_devices(checks):
     run("four_devices", checks)
-
-
-@pytest.mark.parametrize(
-    "checks", tiered(ON_A_MESH, ON_A_MESH[:1], WHY), ids=lambda checks: checks[0]
-)
-def test_on_a_mesh_in_use(checks):
-    run("four_devices_mesh", checks)
 
 
 def run(program, checks):

@@ -1,4 +1,4 @@
-"""A mesh axis of one device: nothing differs from a call without it."""
+"""A mesh in use: rows spread over its devices by the engine; one device as without a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,37 @@ from tests.jax.problems import (
     terms,
     uncut,
 )
+from tests.jax.test_devices import WHY, run
 from tests.tiers import tiered
 
 import virtualbatch.jax as vb
+
+ON_A_MESH = [
+    [
+        "laws_by_hand",
+        "rows_of_all_devices",
+        "reductions_once_and_own_rows",
+        "parameters_spread_over_the_axis",
+        "keys_differ",
+        "losses_that_start_from_zeros",
+        "refusals",
+        "said_once",
+    ],
+    [
+        "outside_of_a_trace",
+        "a_first_window_proves_itself",
+        "aux_of_all_kinds",
+        "embeddings_of_all_devices",
+    ],
+    ["parameters_spread_in_all_ways", "a_shard_map_over_some_axes"],
+]
+
+
+@pytest.mark.parametrize(
+    "checks", tiered(ON_A_MESH, ON_A_MESH[:1], WHY), ids=lambda checks: checks[0]
+)
+def test_on_a_mesh_in_use(checks):
+    run("four_devices_mesh", checks)
 
 
 @pytest.fixture(params=["Auto", "Explicit"])

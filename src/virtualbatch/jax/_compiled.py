@@ -177,9 +177,9 @@ def _after(
 
 
 def _first(x: Any) -> Any:
-    if jax.sharding.get_abstract_mesh().empty:
+    if not jax.sharding.get_abstract_mesh().auto_axes:
         return jnp.ravel(x)[0]
-    # Devices would gather an array that they share, to put its entries in a row.
+    # Devices that share an array would gather it, to put its entries in a row.
     return lax.squeeze(lax.slice(x, (0,) * x.ndim, (1,) * x.ndim), range(x.ndim))
 
 

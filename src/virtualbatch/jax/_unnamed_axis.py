@@ -55,7 +55,8 @@ def _automatic() -> str | None:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     names = [name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1]
-    if not names:
+    # Inside of `shard_map` the user says which device has what.
+    if not names or mesh.manual_axes:
         return None
     return (
         "If the rows of this batch are spread over the mesh in use, every device computes all of "
