@@ -32,10 +32,10 @@ WHY = "further programs, each process loads JAX"
 
 @pytest.mark.parametrize("checks", tiered(CHECKS, CHECKS[:1], WHY), ids=lambda checks: checks[0])
 def test_on_four_devices(checks):
-    run("four_devices", checks)
+    run_on_four_devices("four_devices", checks)
 
 
-def run(program, checks):
+def run_on_four_devices(program, checks):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",

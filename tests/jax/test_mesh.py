@@ -16,7 +16,7 @@ from tests.jax.problems import (
     terms,
     uncut,
 )
-from tests.jax.test_devices import WHY, run
+from tests.jax.test_devices import WHY, run_on_four_devices
 from tests.tiers import tiered
 
 import virtualbatch.jax as vb
@@ -46,7 +46,7 @@ ON_A_MESH = [
     "checks", tiered(ON_A_MESH, ON_A_MESH[:1], WHY), ids=lambda checks: checks[0]
 )
 def test_on_a_mesh_in_use(checks):
-    run("four_devices_mesh", checks)
+    run_on_four_devices("four_devices_mesh", checks)
 
 
 @pytest.fixture(params=["Auto", "Explicit"])
