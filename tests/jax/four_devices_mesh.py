@@ -341,17 +341,17 @@ def said_once():
     said = Said()
     logging.getLogger("virtualbatch").addHandler(said)
 
-    def told(options, given, kind=AxisType.Auto, used=True):
+    def told(options, given, kind=AxisType.Auto, used=True, enter=jax.jit):
         def fun(params, batch):
             return loss(params, batch)
 
         # A code of its own, as any other loss has.
         fun.__code__ = fun.__code__.replace(co_name="loss")
-        run = vb.value_and_grad(fun, microbatch_size=8, **options)
+        run = vb.value_and_grad(fun, microbatch_size=4, **options)
         said.texts.clear()
         for _ in range(2):
             with jax.set_mesh(mesh(kind)) if used else jax.set_mesh(jax.make_mesh((1,), ("a",))):
-                jax.jit(run).trace(PARAMS, given() if callable(given) else given)
+                enter(run).trace(PARAMS, given() if callable(given) else given)
         return [text[:70] for text in said.texts]
 
     assert told({}, lambda: on(P(AXIS))) == [
@@ -363,6 +363,12 @@ def said_once():
     assert told({}, lambda: on(P()), AxisType.Explicit) == []
     assert told({"axis_name": AXIS}, lambda: on(P(AXIS))) == []
     assert told({}, BATCH, used=False) == []
+
+    def entered(run):
+        specs = {"in_specs": (P(), P(AXIS)), "out_specs": (P(AXIS), P())}
+        return jax.jit(jax.shard_map(lambda *args: (run(*args)[0][None], 0.0), **specs))
+
+    assert told({}, lambda: on(P(AXIS)), enter=entered) == []
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ def value_and_grad(
     Raises:
         ValueError: sizes are not positive integers or disagree (at once); rows differ or are
             missing, another argument holds rows too, a weight is negative or not finite, the loss
-            is not a scalar, or names of terms differ (when called).
+            is not a scalar, names of terms differ, or no mesh in use has the axis, or its devices
+            do not divide the rows (when called).
         TypeError: the loss is not a floating array, or an argument is of the wrong kind.
 
     Source:

@@ -137,8 +137,6 @@ class Program(NamedTuple):
         axis_name = self.axis_name
         if axis_name is None:
             return args
-        # Numbers of axes mean nothing outside a trace: JAX names the axis that is missing.
-        jax.lax.axis_size(axis_name)
         own = positions(self.argnums)
         return tuple(varying(arg, axis_name) if k in own else arg for k, arg in enumerate(args))
 

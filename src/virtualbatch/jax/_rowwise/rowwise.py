@@ -89,7 +89,8 @@ def rowwise(
     Raises:
         ValueError: sizes are not positive integers or disagree (at once); rows differ or are
             missing, an output has not one entry per row, its structure changes from one
-            micro-batch to the next, or rows depend on one another (when called).
+            micro-batch to the next, rows depend on one another, or the devices of a mesh do not
+            divide the rows (when called).
         TypeError: an output is no array, or an argument is of the wrong kind.
 
     Example:
@@ -252,8 +253,6 @@ class RowwiseFunction:
         shared = self._with(args, None)
         refuse_new_values((shared, kwargs))
         if self._axis_name is not None:
-            # Numbers of axes mean nothing outside a trace: JAX names the axis that is missing.
-            jax.lax.axis_size(self._axis_name)
             shared, kwargs = varying((shared, kwargs), self._axis_name)
         return RowFunction(self._fn, self._rows.position, self._key_argnum, shared, kwargs)
 
