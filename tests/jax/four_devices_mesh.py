@@ -341,34 +341,37 @@ def said_once():
     said = Said()
     logging.getLogger("virtualbatch").addHandler(said)
 
-    def told(options, given, kind=AxisType.Auto, used=True, enter=jax.jit):
+    def told(used, options, spec=P(AXIS), enter=jax.jit):
         def fun(params, batch):
             return loss(params, batch)
 
         # A code of its own, as any other loss has.
-        fun.__code__ = fun.__code__.replace(co_name="loss")
+        fun.__code__ = fun.__code__.replace(co_name=f"loss{len(seen)}")
+        seen.append(fun)
         run = vb.value_and_grad(fun, microbatch_size=4, **options)
         said.texts.clear()
-        for _ in range(2):
-            with jax.set_mesh(mesh(kind)) if used else jax.set_mesh(jax.make_mesh((1,), ("a",))):
-                enter(run).trace(PARAMS, given() if callable(given) else given)
+        with jax.set_mesh(used):
+            for _ in range(2):
+                jax.clear_caches()
+                enter(run).trace(PARAMS, on(spec))
         return [text[:70] for text in said.texts]
 
-    assert told({}, lambda: on(P(AXIS))) == [
+    def entered(run):
+        specs = {"in_specs": (P(), P(AXIS)), "out_specs": P(AXIS), "axis_names": {AXIS}}
+        return jax.jit(jax.shard_map(lambda *args: run(*args)[0][None], **specs))
+
+    seen = []
+    automatic, explicit = map(mesh, KINDS)
+    assert told(automatic, {}) == [
         "If the rows of this batch are spread over the mesh in use, every devic"
     ]
-    assert told({}, lambda: on(P(AXIS)), AxisType.Explicit) == [
+    assert told(explicit, {}) == [
         "The rows of this batch are spread over 4 devices, whose gradients are "
     ]
-    assert told({}, lambda: on(P()), AxisType.Explicit) == []
-    assert told({"axis_name": AXIS}, lambda: on(P(AXIS))) == []
-    assert told({}, BATCH, used=False) == []
-
-    def entered(run):
-        specs = {"in_specs": (P(), P(AXIS)), "out_specs": (P(AXIS), P())}
-        return jax.jit(jax.shard_map(lambda *args: (run(*args)[0][None], 0.0), **specs))
-
-    assert told({}, lambda: on(P(AXIS)), enter=entered) == []
+    assert told(explicit, {}, P()) == []
+    assert told(automatic, {"axis_name": AXIS}) == []
+    assert told(jax.make_mesh((1,), (AXIS,)), {}) == []
+    assert told(both(AxisType.Auto), {}, enter=entered) == []
 
 
 if __name__ == "__main__":
