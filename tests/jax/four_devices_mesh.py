@@ -28,6 +28,7 @@ from tests.replicas import BY_HAND
 import virtualbatch.jax as vb
 
 ROWS = 24
+BY_ROWS = P(AXIS)
 PARAMS, BATCH = params(), batch(ROWS)
 KINDS = (AxisType.Auto, AxisType.Explicit)
 
@@ -341,7 +342,7 @@ def said_once():
     said = Said()
     logging.getLogger("virtualbatch").addHandler(said)
 
-    def told(used, options, spec=P(AXIS), enter=jax.jit):
+    def told(used, options, spec=BY_ROWS, enter=jax.jit):
         def fun(params, batch):
             return loss(params, batch)
 
