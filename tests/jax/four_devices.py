@@ -245,10 +245,14 @@ def embeddings_of_all_devices():
                     assert_same(np.asarray(way(PARAMS, given)), np.asarray(outputs(PARAMS, BATCH)))
 
 
-if __name__ == "__main__":
+def run_checks(names, checks):
     warnings.simplefilter("error")
     jax.config.update("jax_enable_x64", True)
     assert len(jax.devices()) == 4
-    for name in sys.argv[1:]:
-        globals()[name]()
-        print("ok", name)
+    for name in names:
+        checks[name]()
+        print("ok", name, flush=True)
+
+
+if __name__ == "__main__":
+    run_checks(sys.argv[1:], globals())

@@ -1,4 +1,4 @@
-"""Batches that are spread over four devices: `shard_map`, named axes, sharded arrays."""
+"""Batches on four devices: `shard_map`, named axes, sharded arrays."""
 
 import os
 import subprocess
@@ -27,14 +27,15 @@ CHECKS = [
     ],
     ["rows_of_every_device"],
 ]
+WHY = "further programs, each process loads JAX"
 
 
-@pytest.mark.parametrize(
-    "checks",
-    tiered(CHECKS, CHECKS[:1], "further programs, each process loads JAX"),
-    ids=lambda checks: checks[0],
-)
+@pytest.mark.parametrize("checks", tiered(CHECKS, CHECKS[:1], WHY), ids=lambda checks: checks[0])
 def test_on_four_devices(checks):
+    run_on_four_devices("four_devices", checks)
+
+
+def run_on_four_devices(program, checks):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
@@ -42,7 +43,7 @@ def test_on_four_devices(checks):
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     child = subprocess.run(
-        [sys.executable, "-m", "tests.jax.four_devices", *checks],
+        [sys.executable, "-m", f"tests.jax.{program}", *checks],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -177,8 +177,10 @@ def test_positions_that_the_call_lacks(name, mode):
 
 
 def test_an_axis_that_there_is_not():
-    with pytest.raises(NameError, match="rows"):
-        Call(axis_name="rows").run("eager")
+    text = r"Got axis_name='rows' outside of shard_map and no mesh\. Call it under jax\.set_mesh"
+    for mode in MODES:
+        with pytest.raises(ValueError, match=text):
+            Call(axis_name="rows").run(mode)
 
 
 FORMS = {

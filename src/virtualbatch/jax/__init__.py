@@ -16,12 +16,16 @@ from virtualbatch.jax._batch import Cut, cut_batch, cut_smaller, rows_of
 from virtualbatch.jax._certify.certificate import certificate, check_cut
 from virtualbatch.jax._certify.first_window import prove_first_window
 from virtualbatch.jax._certify.loop import certify_loop
+from virtualbatch.jax._certify.spread_window import prove_spread_window
 from virtualbatch.jax._checks import check_arguments, check_options, check_words
+from virtualbatch.jax._mesh import axes_to_enter
 from virtualbatch.jax._plan.automatic import Sizes
 from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
 from virtualbatch.jax._plan.plan import planned
 from virtualbatch.jax._rowwise.certificate import certify_rows
 from virtualbatch.jax._rowwise.rowwise import RowwiseFunction, rowwise
+from virtualbatch.jax._spread import Spread
+from virtualbatch.jax._unnamed_axis import tell_once
 from virtualbatch.jax._weights import window_shares
 from virtualbatch.jax._window import Program, is_traced, positions
 from virtualbatch.plan.auto import Auto, CurrentSize, check_cut_or_auto, is_automatic
@@ -76,9 +80,9 @@ def value_and_grad(
         batch_argnum: position of the batch: a pytree whose arrays share their leading axis, the
             rows; or a `Window`, and then no size is given. Where several arguments hold rows, all
             of their positions; all are Windows or none, and weight takes as many arguments.
-        microbatch_size: rows of one forward and backward; or "auto" or an `Auto`, which plan it at
-            the first call, under `jit` while it is traced, and remember it for this function, also
-            where fun is made anew at each update.
+        microbatch_size: rows of one forward and backward on one device; or "auto" or an `Auto`,
+            which plan it at the first call, under `jit` while it is traced, and remember it for
+            this function, also where fun is made anew at each update.
         accumulation_steps: micro-batches per window: `microbatch_size = ceil(rows / steps)`.
         weight: micro-batch -> what its mean was divided by, a scalar >= 0 (rows when None); for
             a dict of terms a dict with the same keys, None marking a term that does not depend
@@ -87,10 +91,12 @@ def value_and_grad(
         key_argnum: position of an argument that holds PRNG keys, each of which is folded with the
             number of the micro-batch, so that random numbers differ between micro-batches. A
             window of one micro-batch uses the keys as they are.
-        axis_name: mesh axis, or axes, over which the rows are spread inside `shard_map` (or name
-            of a `vmap`). Value, gradients, and the means and sums of aux are then those of the
-            rows of all devices, reduced once per window; leaves of aux with one entry per row
-            are those of the device's own rows.
+        axis_name: mesh axis, or axes, over which the rows are spread. With a mesh in use
+            (`jax.set_mesh`) `shard_map` is entered over it: each device accumulates its own rows,
+            and all are reduced once per window; keys differ by device, and other axes of the mesh
+            stay as they are. Inside a `shard_map` (or a `vmap` or `pmap` of that name) leaves of
+            aux with one entry per row are those of the device's own rows, all else is that of the
+            rows of all devices.
         grad_fn: what differentiates instead of `jax.value_and_grad`, such as
             `equinox.filter_value_and_grad`. It is called as `grad_fn(function, has_aux=True)`,
             with `argnums=` too unless that is 0.
@@ -110,7 +116,8 @@ def value_and_grad(
     Raises:
         ValueError: sizes are not positive integers or disagree (at once); rows differ or are
             missing, another argument holds rows too, a weight is negative or not finite, the loss
-            is not a scalar, or names of terms differ (when called).
+            is not a scalar, names of terms differ, or no mesh in use has the axis, or its devices
+            do not divide the rows (when called).
         TypeError: the loss is not a floating array, or an argument is of the wrong kind.
 
     Source:
@@ -163,13 +170,26 @@ def value_and_grad(
             program.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
             size = sizes.planned(args, kwargs)
             given = size.rows
-        cut = cut_batch(
-            batch, given, accumulation_steps, compiled=traced, weighted=weight is not None
+        cut_own = partial(
+            cut_batch,
+            microbatch_size=given,
+            accumulation_steps=accumulation_steps,
+            weighted=weight is not None,
         )
+        axes = axes_to_enter(axis_name)
+        if axes is not None:
+            spread = Spread(program, axes, partial(cut_own, compiled=True))
+            spread.check(args, kwargs)
+            if not traced:
+                prove_spread_window(spread, args, kwargs, rows.weight_takes, check=check)
+            return spread.run(args, kwargs)
+        cut = cut_own(batch, compiled=traced)
         has_rows = None not in cut.rows
         if cut.count > 1 and has_rows:
             program.refuse_uncut_rows(args, kwargs, sum(cut.rows))
         if traced:
+            if cut.count > 1 and axis_name is None:
+                tell_once(fun, batch)
             return program.run(args, kwargs, cut, traced)
         memory = Memory(ERRORS, left_bytes)
 

@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from virtualbatch.jax._arrays import is_array, map_arrays
+from virtualbatch.jax._arrays import is_array, map_arrays, on_host
 from virtualbatch.window.cut import even_cut, rows_per_microbatch
 from virtualbatch.window.row_list import RowList, is_list, shown
 from virtualbatch.window.tree import array_leaves, common_rows, rows_if_shared
@@ -111,13 +111,8 @@ def cut_batch(
     size = min(rows_per_microbatch(rows, microbatch_size, accumulation_steps), rows)
     if size == rows:
         return Cut([Segment(1, rows, lambda _: batch)])
-    marked = _with_row_lists(batch, rows)
-    if compiled and marked is not batch:
-        raise TypeError(
-            "A list as long as the batch is cut with it, which a compiled program cannot do. "
-            f"Got one beside {rows} rows, inside a trace. Pass an array for it, or call outside "
-            "of jax.jit. See docs/rows.md."
-        )
+    if compiled:
+        refuse_row_lists(batch, rows, "inside a trace", "call outside of jax.jit")
     if any(_is_sharded(leaf) for leaf in jax.tree.leaves(batch)):
         devices = max(map(_explicit_devices, jax.tree.leaves(batch)))
         if size < devices:
@@ -150,6 +145,18 @@ def cut_smaller(batch: Any, most: int) -> Cut:
         for piece in _evenly(microbatch, rows_of(microbatch, f"window[{index}]"), most)
     ]
     return Cut(pieces)
+
+
+def cut_into(batch: Any, sizes: Sequence[int]) -> Cut:
+    """Micro-batches of known sizes, one after another, outside a trace.
+
+    Args:
+        batch: a batch, not a Window.
+        sizes: rows of each; together those of the batch.
+    """
+    starts = accumulate(sizes[:-1], initial=0)
+    pieces = zip(starts, sizes, strict=True)
+    return Cut([Segment(1, rows, partial(_piece, batch, start, rows)) for start, rows in pieces])
 
 
 def rows_of(batch: Any, path: str, or_else: str = "") -> int:
@@ -197,6 +204,26 @@ def _is_list(node: Any) -> bool:
     return is_list(node) and not any(hasattr(x, "shape") for x in jax.tree.leaves(node))
 
 
+def refuse_row_lists(batch: Any, rows: int, where: str, instead: str) -> None:
+    """Refuses lists with one entry per row, which no compiled program can cut.
+
+    Args:
+        batch: pytree.
+        rows: its rows.
+        where: where the program is.
+        instead: what to do if no array can stand for the list.
+
+    Raises:
+        TypeError: there is one.
+    """
+    if _with_row_lists(batch, rows) is not batch:
+        raise TypeError(
+            "A list as long as the batch is cut with it, which a compiled program cannot do. "
+            f"Got one beside {rows} rows, {where}. Pass an array for it, or {instead}. "
+            "See docs/rows.md."
+        )
+
+
 def _with_row_lists(batch: Any, rows: int) -> Any:
     """The batch with its lists marked that have one entry per row; itself if there are none."""
     found = [x for x in jax.tree.leaves(batch, is_leaf=_is_list) if isinstance(x, list | tuple)]
@@ -216,15 +243,18 @@ def _map_lists(fn: Callable[[RowList], Any], batch: Any) -> Any:
 def chosen(batch: Any, rows: np.ndarray) -> Any:
     """Some rows of a batch, by their numbers."""
     marked = _with_row_lists(batch, rows_of(batch, "batch"))
-    found = map_arrays(lambda x: jnp.asarray(_on_one_device(x))[rows], marked)
+    found = map_arrays(lambda x: jnp.asarray(on_one_device(x))[rows], marked)
     return _map_lists(lambda x: x.chosen(rows).items, found)
 
 
-def _on_one_device(x: Any) -> Any:
+def on_one_device(x: Any) -> Any:
     """The array, brought to the host if it is spread over devices."""
     # On an explicit mesh some of its rows would have no place.
-    spread = isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
-    return np.asarray(x) if spread else x
+    if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
+        return x
+    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return np.asarray(x)
+    return jax.random.wrap_key_data(on_host(x), impl=jax.random.key_impl(x))
 
 
 def specs(segment: Segment, rows: int) -> Any:

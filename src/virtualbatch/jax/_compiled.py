@@ -16,7 +16,7 @@ from virtualbatch.jax._aux import joined, kinds, merged_kinds, routed
 from virtualbatch.jax._batch import Cut, Segment
 from virtualbatch.jax._convolution import with_fast_convolutions
 from virtualbatch.jax._float8 import largest, put_together, seen, split
-from virtualbatch.jax._merge import merged, nothing, over_devices
+from virtualbatch.jax._merge import filled, merged, nothing, over_devices
 from virtualbatch.jax._objective import Call, wide_dtype
 from virtualbatch.jax._stats import part_of, stats_of
 from virtualbatch.jax._weights import groups, scaled
@@ -56,7 +56,7 @@ class _Traced(NamedTuple):
 
 def run_compiled(
     call: Call, cut: Cut, shares: Shares, accumulator_dtype: Any, axis_name: Any, stats: bool
-) -> tuple[Any, Any, Any, Any]:
+) -> tuple[tuple[Any, Any, Any, Any], list[str]]:
     """The loss, aux, gradients and statistics of a window, inside a trace.
 
     Args:
@@ -68,7 +68,8 @@ def run_compiled(
         stats: whether statistics are asked for.
 
     Returns:
-        (loss, aux, gradients, stats); aux is None without has_aux, stats if not asked for.
+        ((loss, aux, gradients, stats), kinds): aux is None without has_aux, stats if not asked
+        for. Kinds tell how leaves of aux are put together; empty where nothing is.
     """
     alone = cut.count == 1
     groups_of_terms = groups(shares)
@@ -93,12 +94,12 @@ def run_compiled(
         norm = part_of(gradients, jnp.asarray(shares.of_rows_or_term())[index]) if stats else None
         return _Micro(loss, gradients, reduce(largest, of_terms), norm, aux)
 
+    aux_kinds: list[str] = []
     if alone and axis_name is None:
         loss, gradients, new_values, norm, aux = step(0, cut.segments[0].get(0))
     else:
         traced = _traced(cut, step)
         outputs = traced[0].outputs
-        aux_kinds = []
         if call.has_aux:
             rows_of = [entry.segment.rows for entry in traced]
             aux_kinds = kinds(call, cut, [entry.outputs.aux for entry in traced], rows_of)
@@ -125,7 +126,7 @@ def run_compiled(
         aux = joined(aux_kinds, outputs.aux, cut, total[own.num_leaves :], rows)
     gradients = put_together(dtypes["gradients"], gradients, new_values)
     found = stats_of(split(gradients)[0], shares, norm, axis_name) if stats else None
-    return loss.astype(dtypes["loss"]), aux, gradients, found
+    return (loss.astype(dtypes["loss"]), aux, gradients, found), aux_kinds
 
 
 def _traced(cut: Cut, step: Callable[[Any, Any], _Micro]) -> list[_Traced]:
@@ -158,13 +159,14 @@ def _after(
         total: the sums so far.
         add: sums so far -> (sums with the micro-batch, its rows).
     """
-    numbers = [x for x in total if x.size and not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
-    first = [jnp.real(jnp.ravel(x)[0]) for x in numbers]
+    # A number of an array that is spread over devices by its type would have no place.
+    numbers = [x for x in total if x.size and _is_whole(x)]
+    first = [jnp.real(_first(x)) for x in numbers]
     # Never true, which XLA does not know.
     never = jnp.isneginf(jnp.abs(sum(first)))
 
     def nothing(total: Any) -> tuple[Any, list[Any]]:
-        return total, jax.tree.map(jnp.zeros_like, jax.eval_shape(add, total)[1])
+        return total, [filled(x, 0) for x in jax.eval_shape(add, total)[1]]
 
     def branched(total: Any) -> tuple[Any, list[Any]]:
         found: tuple[Any, list[Any]] = lax.cond(never, nothing, add, total)
@@ -172,6 +174,18 @@ def _after(
 
     # Under `shard_map` a branch may change a type: then all devices share the batch.
     return branched(total) if _types(branched, total) == _types(add, total) else add(total)
+
+
+def _first(x: Any) -> Any:
+    if not jax.sharding.get_abstract_mesh().auto_axes:
+        return jnp.ravel(x)[0]
+    # Devices that share an array would gather it, to put its entries in a row.
+    return lax.squeeze(lax.slice(x, (0,) * x.ndim, (1,) * x.ndim), range(x.ndim))
+
+
+def _is_whole(x: Any) -> bool:
+    is_number = not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    return is_number and all(entry is None for entry in jax.typeof(x).sharding.spec)
 
 
 def _types(fn: Callable[[Any], Any], total: Any) -> list[Any]:

@@ -39,8 +39,19 @@ def nothing(kinds: Sequence[str], types: Sequence[Any]) -> list[Any]:
 
 
 def _nothing(kind: str, x: Any) -> Any:
-    found = jnp.full_like(x, _lowest(x.dtype)) if kind == MAX else jnp.zeros_like(x)
-    # A key does not take over from the type that it varies over devices.
+    return filled(x, _lowest(x.dtype) if kind == MAX else 0)
+
+
+def filled(x: Any, value: Any) -> Any:
+    """An array of one number.
+
+    Args:
+        x: its type, a `ShapeDtypeStruct`.
+        value: the number.
+    """
+    # JAX fills no type that varies over some axes of a mesh while others are automatic, and a key
+    # does not take over from its type that it varies.
+    found = jnp.full_like(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), value)
     varied = x.manual_axis_type.varying if x.manual_axis_type else frozenset()
     missing = tuple(varied - varies_over(found))
     return lax.pcast(found, missing, to="varying") if missing else found

@@ -96,25 +96,49 @@ class Program(NamedTuple):
         Returns:
             (loss or (loss, aux), gradients), and with `stats` the `WindowStats`.
         """
-        axis_name, weight = self.axis_name, self.weight
-        if axis_name is not None:
-            # Numbers of axes mean nothing outside a trace: JAX names the axis that is missing.
-            jax.lax.axis_size(axis_name)
-            own = positions(self.argnums)
-            args = tuple(varying(arg, axis_name) if k in own else arg for k, arg in enumerate(args))
-        if shares is None:
-            shares = traced_shares(cut, weight, axis_name) if traced else window_shares(cut, weight)
+        if traced:
+            return self.result(*self.compiled(args, kwargs, cut)[0])
+        args = self._of_this_device(args)
+        shares = window_shares(cut, self.weight) if shares is None else shares
         if self.stats:
             check_counted(shares)
         call = self.call(args, kwargs, shares.terms)
-        dtype = self.accumulator_dtype
-        if traced:
-            result = run_compiled(call, cut, shares, dtype, axis_name, self.stats)
-        else:
-            result = run_eager(call, cut, shares, dtype, self.stats)
-        value, aux, gradients, stats = result
-        found = ((value, aux) if self.has_aux else value), gradients
+        return self.result(*run_eager(call, cut, shares, self.accumulator_dtype, self.stats))
+
+    def compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any], cut: Cut) -> tuple[Any, Any]:
+        """Runs a window inside a trace.
+
+        Args:
+            args: positional arguments, the batch among them.
+            kwargs: keyword arguments.
+            cut: the batch, cut.
+
+        Returns:
+            (results, kinds): as `run_compiled` returns them.
+        """
+        args = self._of_this_device(args)
+        shares = traced_shares(cut, self.weight, self.axis_name)
+        if self.stats:
+            check_counted(shares)
+        call = self.call(args, kwargs, shares.terms)
+        return run_compiled(call, cut, shares, self.accumulator_dtype, self.axis_name, self.stats)
+
+    def result(self, loss: Any, aux: Any, gradients: Any, stats: Any) -> Any:
+        """What the user is given of a window."""
+        found = ((loss, aux) if self.has_aux else loss), gradients
         return (*found, stats) if self.stats else found
+
+    def differentiated(self, args: Sequence[Any]) -> Any:
+        """The arguments that are differentiated, in the structure of their gradients."""
+        found = tuple(args[k] for k in positions(self.argnums))
+        return found if isinstance(self.argnums, Sequence) else found[0]
+
+    def _of_this_device(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        axis_name = self.axis_name
+        if axis_name is None:
+            return args
+        own = positions(self.argnums)
+        return tuple(varying(arg, axis_name) if k in own else arg for k, arg in enumerate(args))
 
     def window(self, size: int) -> Callable[..., Any]:
         """A window of one size, without recovery: a search is to know that memory ran out."""

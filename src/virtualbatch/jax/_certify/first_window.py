@@ -58,7 +58,7 @@ def prove_first_window(
     known = _PROVEN.setdefault(owner_of(program.fun), Proven())
     sizes = [n for n in cut.rows if n is not None]
     if len(sizes) < cut.count:
-        known.tell_once(program.fun, program.weight, NO_ROWS)
+        cannot_try(program, NO_ROWS)
         return
     lacking = shares.empty_and_full()
     leaves, tree = jax.tree.flatten((args, kwargs))
@@ -78,6 +78,17 @@ def prove_first_window(
     finally:
         host.restore()
     conclude(known, program.fun, program.weight, structure, trial, reason)
+
+
+def cannot_try(program: Program, reason: str) -> None:
+    """Says, once for each loss, that the law cannot be tried.
+
+    Args:
+        program: what is run.
+        reason: why.
+    """
+    known = _PROVEN.setdefault(owner_of(program.fun), Proven())
+    known.tell_once(program.fun, program.weight, reason)
 
 
 class _JaxTrial(Trial):

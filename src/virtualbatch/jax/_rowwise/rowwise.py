@@ -8,22 +8,34 @@ from typing import Any
 import jax
 
 from virtualbatch.jax._arguments import BatchArguments
-from virtualbatch.jax._batch import Cut, cut_batch, cut_smaller
+from virtualbatch.jax._batch import Cut, cut_batch, cut_smaller, rows_of
 from virtualbatch.jax._certify.first_window import prove_first_window
+from virtualbatch.jax._certify.spread_window import prove_spread_window
 from virtualbatch.jax._checks import check_arguments, check_options
 from virtualbatch.jax._float8 import refuse_new_values
+from virtualbatch.jax._mesh import (
+    Axes,
+    axes_to_enter,
+    by_microbatch,
+    check_rows,
+    in_order,
+    over_devices,
+)
 from virtualbatch.jax._plan.automatic import Sizes
 from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
 from virtualbatch.jax._replicas import varying
-from virtualbatch.jax._rowwise.entries import RowFunction
+from virtualbatch.jax._rowwise.entries import RowFunction, named
 from virtualbatch.jax._rowwise.loop import judge, run_compiled, run_eager
 from virtualbatch.jax._rowwise.surrogate import Surrogate
 from virtualbatch.jax._rowwise.traces import Traces
+from virtualbatch.jax._spread import Spread
 from virtualbatch.jax._weights import window_shares
 from virtualbatch.jax._window import Program, is_staged, is_traced
 from virtualbatch.plan.auto import Auto, CurrentSize, check_cut_or_auto, is_automatic
 from virtualbatch.plan.retry import Memory, run_until_it_fits
+from virtualbatch.window.entries import check_entries
 from virtualbatch.window.fingerprint import fingerprint
+from virtualbatch.window.window import Window
 
 
 def rowwise(
@@ -64,8 +76,9 @@ def rowwise(
             of their positions. Other arguments reach every micro-batch whole, and may be as long.
         key_argnum: position of an argument that holds PRNG keys, each of which is folded with the
             number of the micro-batch. A batch of one micro-batch uses the keys as they are.
-        axis_name: mesh axis, or axes, of `shard_map` over which the rows are spread. Gradients of
-            arguments are then summed over the devices after the loop, and not once per micro-batch.
+        axis_name: mesh axis, or axes, over which the rows are spread. Gradients of arguments are
+            then summed over the devices after the loop, and not once per micro-batch. Outside of
+            `shard_map`, with a mesh in use: see `value_and_grad`.
         check: whether un-jitted the first call proves on a few rows that fn computes each row
             from that row alone, which calls fn three times more, once. Under `jit` run `certify`
             of this function once.
@@ -76,7 +89,8 @@ def rowwise(
     Raises:
         ValueError: sizes are not positive integers or disagree (at once); rows differ or are
             missing, an output has not one entry per row, its structure changes from one
-            micro-batch to the next, or rows depend on one another (when called).
+            micro-batch to the next, rows depend on one another, or the devices of a mesh do not
+            divide the rows (when called).
         TypeError: an output is no array, or an argument is of the wrong kind.
 
     Example:
@@ -151,6 +165,15 @@ class RowwiseFunction:
         if is_automatic(given):
             size = self._sizes.planned(self._loss.arguments(args), kwargs)
             given = size.rows
+        axes = axes_to_enter(self._axis_name)
+        if axes is not None:
+            cut_own = partial(
+                cut_batch,
+                microbatch_size=given,
+                accumulation_steps=self.accumulation_steps,
+                compiled=True,
+            )
+            return self._on_mesh(axes, cut_own, args, kwargs)
         cut = cut_batch(batch, given, self.accumulation_steps, compiled=staged)
         if cut.count == 1:
             return self._fn(*self._with(args, cut.segments[0].get(0)), **kwargs)
@@ -189,6 +212,39 @@ class RowwiseFunction:
         size.succeeded()
         return result
 
+    def _on_mesh(
+        self,
+        axes: Axes,
+        cut_own: Callable[[Any], Cut],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The outputs of all rows, where each device has its own."""
+        check_rows(args[self._rows.position], axes)
+        known = jax.tree.map(_value, (args, kwargs))
+        if self._check and not is_traced(*known):
+            given = self._loss.arguments(known[0])
+            spread = Spread(self._loss.program, axes, cut_own)
+            prove_spread_window(spread, given, known[1], "batch", is_rowwise=True)
+        structures = []
+
+        def compute(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            batch = args[self._rows.position]
+            cut = cut_own(batch)
+            if cut.count == 1:
+                found = self._fn(*self._with(args, cut.segments[0].get(0)), **kwargs)
+                check_entries(named(found), rows_of(batch, "batch"))
+            else:
+                traces = Traces(self._function(args, kwargs))
+                judge(traces, cut)
+                found = run_compiled(traces, cut)
+            sizes = cut.rows if isinstance(batch, Window) else None
+            structures.append(jax.tree.structure(found))
+            return [], [by_microbatch(leaf, sizes) for leaf in jax.tree.leaves(found)]
+
+        _, found = over_devices(compute, axes, args, kwargs, self._rows.position, self._key_argnum)
+        return jax.tree.unflatten(structures[0], map(in_order, found))
+
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         """Binds what is wrapped in a class, as a function is."""
         return self if instance is None else MethodType(self, instance)
@@ -197,8 +253,6 @@ class RowwiseFunction:
         shared = self._with(args, None)
         refuse_new_values((shared, kwargs))
         if self._axis_name is not None:
-            # Numbers of axes mean nothing outside a trace: JAX names the axis that is missing.
-            jax.lax.axis_size(self._axis_name)
             shared, kwargs = varying((shared, kwargs), self._axis_name)
         return RowFunction(self._fn, self._rows.position, self._key_argnum, shared, kwargs)
 

@@ -1,0 +1,65 @@
+"""Rows that are spread over devices in a program, where `axis_name` is not given: what that costs.
+
+On a mesh with explicit axes types tell that they are. With automatic axes nothing does before the
+program is compiled; to ask the compiler (`jax.debug.inspect_array_sharding`) costs the program its
+place in the compilation cache and its export, so there the mesh in use alone speaks.
+"""
+
+import logging
+import math
+from typing import Any
+from weakref import WeakSet
+
+import jax
+from jax.sharding import AxisType
+
+from virtualbatch.jax._arrays import is_array
+from virtualbatch.window.fingerprint import owner_of
+
+_log = logging.getLogger("virtualbatch")
+
+# For as long as a loss can be made anew: that it was said of it.
+_TOLD: WeakSet[Any] = WeakSet()
+
+
+def tell_once(fun: Any, batch: Any) -> None:
+    """Logs, once for each loss, that devices do more than they need to.
+
+    Args:
+        fun: the loss.
+        batch: what is cut inside a program, in several micro-batches.
+    """
+    owner = owner_of(fun)
+    text = None if owner in _TOLD else _explicit(batch) or _automatic()
+    if text is not None:
+        _TOLD.add(owner)
+        _log.warning("%s See docs/jax.md.", text)
+
+
+def _explicit(batch: Any) -> str | None:
+    for leaf in filter(is_array, jax.tree.leaves(batch)):
+        sharding = jax.typeof(leaf).sharding
+        entry = sharding.spec[0] if sharding.spec else None
+        names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        devices = math.prod(sharding.mesh.shape[name] for name in names)
+        if devices > 1:
+            return (
+                f"The rows of this batch are spread over {devices} devices, whose gradients are "
+                "summed in every micro-batch. Once per window they are with "
+                f"axis_name={(names[0] if len(names) == 1 else names)!r}."
+            )
+    return None
+
+
+def _automatic() -> str | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    names = [name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1]
+    # Inside of `shard_map` the user says which device has what.
+    if not names or mesh.manual_axes:
+        return None
+    return (
+        "If the rows of this batch are spread over the mesh in use, every device computes all of "
+        f"them, because types do not tell it on axes that are automatic ({', '.join(names)}). "
+        f'Each computes its own with axis_name, such as axis_name="{names[0]}".'
+    )
