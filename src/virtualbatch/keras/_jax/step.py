@@ -19,6 +19,7 @@ from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.first_window import prove_first_window
 from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._guard import Guard
+from virtualbatch.keras._jax.devices import cut_by_device, devices_of_rows, spread
 from virtualbatch.keras._jax.evaluate import evaluated
 from virtualbatch.keras._jax.gathered import GatheredRun
 from virtualbatch.keras._jax.packing import packed_cut
@@ -57,11 +58,15 @@ class JaxStep(TrainStep):
         if rows is None:
             raise ValueError("internal: a batch of JAX has no number of rows.")
         compiled = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, data)))
-        packing = self._packing_in_force()
+        packing, devices = self._packing_in_force(), _devices_of(rows)
         if packing is not None:
-            cut, stretch, order = packed_cut(model, batch, rows, packing)
+            cut, stretch, order = packed_cut(model, batch, rows, packing, devices)
         else:
-            cut = cut_batch(batch, self._size(rows), None, compiled=compiled)
+            size = self._size(rows // devices)
+            if devices == 1 or size * devices >= rows:
+                cut = cut_batch(batch, size * devices, None, compiled=compiled)
+            else:
+                cut = cut_by_device(batch, rows, size, devices)
             stretch, order = unstretched, None
             if cut.count == 1:
                 return type(model).train_step(model, state, data)
@@ -76,7 +81,7 @@ class JaxStep(TrainStep):
         return logs, tuple(after)
 
     def _size(self, rows: int) -> int:
-        """Rows of one micro-batch, for a batch of so many.
+        """Rows of one micro-batch, for a batch of so many; both on one device.
 
         Raises:
             ValueError: two sizes disagree. The last batch of an epoch may be short; a batch that
@@ -108,10 +113,13 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
         if model.train_function is not None and not force:
             return
         guard.forget()
-        run = compiled()
+        run, compiled_for = compiled(), keras.distribution.distribution()
 
         def train_function(state: Any, iterator: Any) -> Any:
-            nonlocal run
+            nonlocal run, compiled_for
+            if compiled_for is not keras.distribution.distribution():
+                guard.forget()
+                run, compiled_for = compiled(), keras.distribution.distribution()
             # What `next` raises is for Keras, which ends the epoch by it.
             batches = [next(iterator), *islice(iterator, model.steps_per_execution - 1)]
             shapes = tuple(
@@ -143,7 +151,8 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 nonlocal run
                 run = compiled()
 
-            given, rows = keras.utils.unpack_x_y_sample_weight(largest), _rows(largest)
+            given = keras.utils.unpack_x_y_sample_weight(largest)
+            rows = _rows_of_one_device(largest)
 
             def prove(size: int) -> None:
                 with _holding(model, State(*state)):
@@ -160,7 +169,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 lambda: None,
                 make_again,
                 lambda limit: planned(
-                    partial(_step_of, model, step.found(given)), state, largest, limit
+                    partial(_step_of, model, step.found(given)), state, largest, rows, limit
                 ),
                 prove,
                 look_for_coupled,
@@ -227,8 +236,19 @@ def _step_of(model: keras.Model, found: Found, size: int) -> Callable[[Any, Any]
     return JaxStep(model, size, None, gather=found)
 
 
+def _devices_of(rows: int) -> int:
+    """Over how many devices a batch of so many rows is spread; Keras spreads no other ones."""
+    devices = devices_of_rows()
+    return devices if rows % devices == 0 else 1
+
+
 def _rows(batch: Any) -> int:
     return common_rows(array_leaves(batch)) or 0
+
+
+def _rows_of_one_device(batch: Any) -> int:
+    rows = _rows(batch)
+    return rows // _devices_of(rows)
 
 
 def _size(batch: Any) -> int:
@@ -244,7 +264,8 @@ def plan(model: keras.Model, batch: Any, memory_limit: int | str | None, found: 
         metrics_variables=True,
         purge_model_variables=False,
     )
-    return planned(partial(_step_of, model, found), state, batch, memory_limit)
+    step, rows = partial(_step_of, model, found), _rows_of_one_device(batch)
+    return planned(step, state, spread(batch), rows, memory_limit)
 
 
 def _refuse_nnx(model: keras.Model) -> None:
