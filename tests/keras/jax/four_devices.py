@@ -1,107 +1,190 @@
-"""Keras models on JAX whose batches are spread over four devices by `keras.distribution`.
+"""Keras models on JAX whose batches `keras.distribution` spreads over four devices.
 
 Named checks, run by test_devices.py in processes of their own: devices are made when JAX starts.
-The reference is plain Keras on one of them.
+What they are compared with is plain Keras on one device.
 """
 
 import re
 import sys
+
+# Keras would load it to set a seed, which takes longer than most of these checks.
+sys.modules["tensorflow"] = None
+
+import logging
 import warnings
-from functools import partial
 
 import jax
 import keras
 import numpy as np
+import pytest
 from keras import layers
 from keras.distribution import DataParallel, DeviceMesh, LayoutMap, ModelParallel
 from keras.src.backend.common import dtypes
-from tests.keras import coupled, problems
-from tests.keras.problems import FEATURES, LABELS, ROW_WEIGHTS, X, classifier, compiled, tagger
-from tests.keras.training import Case, assert_same_run, eagerly, train
+from tests.keras import coupled, packing, problems, running_out
+from tests.keras.problems import LABELS, ROW_WEIGHTS, X, classifier, compiled
+from tests.keras.test_metrics import functions
+from tests.keras.training import Case, assert_same_run, train
 
 import virtualbatch.keras as vb
 
 DEVICES = 4
 # On each device 12 rows a batch, cut into 5 5 2; the last batch of an epoch has 6, cut into 5 1.
-ROWS, BATCH, MICRO = 120, 48, 5
+ROWS, BATCH = 120, 48
 FIT = {"batch_size": BATCH, "epochs": 3}
-SIZES = {"microbatch_size": MICRO}
+SIZES = {"microbatch_size": 5}
 
 
 def data_parallel():
     return DataParallel(auto_shard_dataset=False)
 
 
-def model_parallel(path=".*dense.*kernel"):
-    mesh = DeviceMesh((2, 2), ("rows", "model"), keras.distribution.list_devices())
-    layout = LayoutMap(mesh)
-    layout[path] = (None, "model")
-    return ModelParallel(layout_map=layout, batch_dim_name="rows", auto_shard_dataset=False)
-
-
-def spread(case, distribution=data_parallel):
-    """The run of a case whose batches are spread, by micro-batches."""
-    with distribution().scope():
-        return train(case, accumulated=True)
-
-
-def assert_same(case, distribution=data_parallel):
-    """Raises unless a case over devices gives what plain Keras gives on one."""
-    assert_same_run(spread(case, distribution), train(eagerly(case), accumulated=False))
+def model_parallel():
+    """Rows over two devices and each kernel over two."""
+    mesh = DeviceMesh((2, 2), ("model", "rows"), keras.distribution.list_devices())
+    layouts = LayoutMap(mesh)
+    layouts[".*kernel"] = ("model", None)
+    return ModelParallel(layout_map=layouts, batch_dim_name="rows", auto_shard_dataset=False)
 
 
 def case(model=classifier, x=X, y=LABELS, fit=None, sizes=SIZES, rows=ROWS, **options):
     return Case("", model, compiled(**options), x, y, FIT | (fit or {}), sizes, rows=rows)
 
 
-def clipped():
+def spread(of, distribution=data_parallel):
+    """The run of a case, accumulated, whose batches are spread."""
+
+    def model():
+        # Later than the new session with which a run begins: that forgets the distribution.
+        keras.distribution.set_distribution(distribution())
+        return of.model()
+
+    try:
+        return train(of._replace(model=model), accumulated=True)
+    finally:
+        keras.distribution.set_distribution(None)
+
+
+def assert_same(of, distribution=data_parallel):
+    """Raises unless a case over devices gives what plain Keras gives on one."""
+    run = spread(of, distribution)
+    assert_same_run(run, train(of, accumulated=False))
+    return run
+
+
+def adam():
     return keras.optimizers.AdamW(0.01, global_clipnorm=0.1, use_ema=True)
 
 
-def rows_of_all_devices():
-    assert_same(case(optimizer=clipped, fit={"sample_weight": ROW_WEIGHTS}))
-    # Weights and masks differ from device to device: the first has no word in its rows.
-    ids = np.where(np.arange(ROWS)[:, None] % BATCH < 12, 0, problems.WORD_IDS[:ROWS])
-    assert_same(case(tagger, ids, problems.TOKEN_LABELS, metrics=None))
+def weighted():
+    assert_same(case(optimizer=adam, fit={"sample_weight": ROW_WEIGHTS}))
 
 
-def program(model, batch):
-    """The text of a train step's program, for a batch that is spread."""
-    distribution = keras.distribution.distribution()
-    distribution = keras.distribution.distribution()
+def masked():
+    # No device has as many words as another, and the first has none.
+    first = np.arange(ROWS) % BATCH < BATCH // DEVICES
+    ids = np.where(first[:, None], 0, problems.WORD_IDS[:ROWS])
+    assert_same(case(problems.tagger, ids, problems.TOKEN_LABELS, metrics=None))
+
+
+def normalized():
+    """BatchNorm before anything is trained, which sees the same whatever the weights are."""
+    return keras.Sequential(
+        [
+            keras.Input((problems.FEATURES,)),
+            layers.BatchNormalization(momentum=0.7),
+            layers.Dense(problems.CLASSES),
+        ]
+    )
+
+
+def statistics_of_all_rows():
+    of = case(normalized, rows=96, metrics=None)
+    found, due = spread(of), train(of, accumulated=False)
+    for variable, expected in zip(*(run.model.non_trainable_variables for run in (found, due))):
+        np.testing.assert_allclose(variable.numpy(), expected.numpy(), rtol=1e-12)
+
+
+def losses_of_all_rows():
+    # Dice compares each row of predictions with the same row of targets.
+    assert_same(coupled.HEADS._replace(rows=40, sizes={"microbatch_size": 2}))
+
+
+def kernels_over_devices():
+    run = assert_same(case(optimizer=adam), model_parallel)
+    kernel = run.model.layers[0].kernel.value
+    assert kernel.sharding.spec[0] == "model", kernel.sharding
+
+
+def _dense(distribution):
+    """The text of a program of one device: 32 micro-batches of rows, each of 32 columns."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((24,)), layers.Dense(64), layers.Dense(16)])
+    model.compile("sgd", "mse")
+    model.optimizer.build(model.trainable_variables)
+    vb.accumulate(model, microbatch_size=32)
+    batch = np.zeros((1024, 24)), np.zeros((1024, 16))
+    layouts = [distribution.get_data_layout(x.shape) for x in batch]
+    x, y = map(keras.distribution.distribute_tensor, batch, layouts)
     state = model._get_jax_state(
         trainable_variables=True,
         non_trainable_variables=True,
         optimizer_variables=True,
         metrics_variables=True,
     )
-    if distribution is not None:
-        layouts = [distribution.get_data_layout(x.shape) for x in batch]
-        batch = tuple(map(keras.distribution.distribute_tensor, batch, layouts))
-    return jax.jit(model.train_step).lower(state, (*batch, None)).compile().as_text()
-
-
-def _dense():
-    keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((32,)), layers.Dense(64), layers.Dense(16)])
-    model.compile("sgd", "mse")
-    model.optimizer.build(model.trainable_variables)
-    return model
-
-
-def collectives(text):
-    """Which there are, without those of numbers."""
-    found = re.findall(r"= \(?\w+\[(\d[\d,]*)?.* (all-\w+|collective-\w+)\(", text)
-    return [name for shape, name in found if shape]
+    return jax.jit(model.train_step).lower(state, (x, y, None)).compile().as_text()
 
 
 def every_device_computes_its_own_rows():
-    batch = np.zeros((1024, 32)), np.zeros((1024, 16))
     with data_parallel().scope():
-        model = _dense()
-        vb.accumulate(model, microbatch_size=32)
-        text = program(model, batch)
-        open('/tmp/kj.hlo','w').write(text); print(set(re.findall(r"f64\[(\d+),\d+\]\S* dot\(", text)), collectives(text))
+        text = _dense(keras.distribution.distribution())
+    # Forward products of 32 rows; those of gradients have none.
+    assert set(re.findall(r"= f64\[(\d+),(?:64|16)\]\S* dot\(", text)) == {"32", "64"}, text
+    print(re.findall(r"= (.*) (all-\w+|collective-\w+|reduce-scatter)", text))
+
+
+def rows_that_devices_do_not_divide():
+    with pytest.raises(ValueError, match="divisible|partitioned"):
+        spread(case(rows=50))
+
+
+def a_batch_of_one_micro_batch():
+    assert_same(case(sizes={"microbatch_size": 12}, metrics=None))
+    sizes = {"accumulation_steps": 3, "microbatch_size": 4}
+    steps = case(sizes=sizes, metrics=functions)
+    assert_same(steps._replace(rows=96))
+
+
+def several_steps_at_once():
+    assert_same(case(steps_per_execution=2, rows=96))
+
+
+def eagerly():
+    assert_same(case(run_eagerly=True, rows=BATCH, fit={"epochs": 1}))
+
+
+def packed():
+    of = Case(
+        "", packing.tagger, compiled(), packing.IDS, packing.LABELS, FIT, packing.PACKED, rows=ROWS
+    )
+    assert_same(of._replace(compile=compiled(metrics=None)))
+
+
+def batches_by_hand():
+    def trained():
+        keras.utils.set_random_seed(1)
+        model = classifier()
+        model.compile(adam(), problems.crossentropy(), metrics=["accuracy"])
+        vb.accumulate(model, **SIZES)
+        logs = [model.train_on_batch(X[:n], LABELS[:n], return_dict=True) for n in (48, 24, 8)]
+        return logs, model.get_weights()
+
+    with data_parallel().scope():
+        found, weights = trained()
+    due, expected = trained()
+    for a, b in zip(found, due, strict=True):
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-10)
+    for a, b in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
 if __name__ == "__main__":
@@ -115,7 +198,12 @@ if __name__ == "__main__":
     keras.config.set_dtype_policy("float64")
     assert len(jax.devices()) == DEVICES
     import time
+    import traceback
+
     for name in sys.argv[1:]:
-        t=time.time()
-        globals()[name]()
-        print("ok", name, time.time()-t)
+        t = time.process_time()
+        try:
+            globals()[name]()
+            print("ok", name, round(time.process_time() - t, 1), flush=True)
+        except BaseException:
+            print("FAILED", name, traceback.format_exc()[-1800:], flush=True)
