@@ -20,12 +20,15 @@ import pytest
 from keras import layers
 from keras.distribution import DataParallel, DeviceMesh, LayoutMap, ModelParallel
 from keras.src.backend.common import dtypes
-from tests.keras import coupled, packing, problems, running_out
+from tests.keras import coupled, packing, problems, running_out, test_noise
 from tests.keras.problems import LABELS, ROW_WEIGHTS, X, classifier, compiled
 from tests.keras.test_metrics import functions
 from tests.keras.training import Case, assert_same_run, train
 
 import virtualbatch.keras as vb
+from virtualbatch import Auto
+from virtualbatch.plan import planner
+from virtualbatch.plan.timing import TimeBudget
 
 DEVICES = 4
 # On each device 12 rows a batch, cut into 5 5 2; the last batch of an epoch has 6, cut into 5 1.
@@ -185,6 +188,114 @@ def batches_by_hand():
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-10)
     for a, b in zip(weights, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def mean_error(y_true, y_pred):
+    return keras.ops.mean(keras.ops.square(y_true - y_pred))
+
+
+def batch_sum(y_true, y_pred):
+    return keras.ops.sum(keras.ops.square(y_true - y_pred), -1) * keras.ops.shape(y_pred)[0]
+
+
+def regressor():
+    return keras.Sequential([keras.Input((problems.FEATURES,)), layers.Dense(2)])
+
+
+def the_first_window_proves_itself():
+    of = case(regressor, y=problems.TARGETS, loss=lambda: mean_error, metrics=None)
+    cut = of._replace(rows=96, sizes={"microbatch_size": 2, "gather": False})
+    assert_same(cut)
+    with pytest.raises(ValueError, match="Got"):
+        spread(cut._replace(compile=compiled(loss=lambda: batch_sum, metrics=None)))
+
+
+def a_size_that_runs_out_of_memory():
+    """The first batch, whose micro-batches have 12 rows, runs again with 6."""
+    def trained(size, fail=()):
+        model = running_out.model(running_out.Points(fail))
+        vb.accumulate(model, microbatch_size=size)
+        model.fit(X48, Y48, batch_size=48, epochs=2, shuffle=False, verbose=0)
+        return model, running_out.state(model)
+
+    x = np.concatenate([running_out.X[:48]])
+    X48, Y48 = x, running_out.Y[:48]
+    with data_parallel().scope():
+        model, found = trained(8, [0])
+        assert model.train_step.most == 4
+        _, due = trained(4)
+    running_out.assert_same(found, due)
+
+
+def a_size_that_is_planned():
+    planner.BUDGET = TimeBudget(seconds=0.0)
+    with data_parallel().scope():
+        keras.utils.set_random_seed(1)
+        model = classifier()
+        model.compile("sgd", problems.crossentropy())
+        plan = vb.plan(model, (X[:64], LABELS[:64]))
+        print(plan)
+        assert plan.microbatch_size <= 16, plan
+        assert max(row.microbatch_size for row in plan.rows) <= 16
+        vb.accumulate(model, microbatch_size=Auto())
+        model.fit(X[:64], LABELS[:64], batch_size=64, verbose=0)
+        assert model.train_step.most <= 16
+        print(model.train_step.most)
+
+
+def a_certificate():
+    with data_parallel().scope():
+        keras.utils.set_random_seed(1)
+        model = classifier()
+        model.compile("sgd", problems.crossentropy())
+        print(vb.certify(model, (X[:32], LABELS[:32]), microbatch_size=8))
+
+
+def noise():
+    def told():
+        seen = test_noise.Seen()
+        keras.utils.set_random_seed(1)
+        model = classifier()
+        model.compile("sgd", problems.crossentropy())
+        vb.accumulate(model, microbatch_size=size)
+        model.fit(X[:64], LABELS[:64], batch_size=64, shuffle=False, callbacks=[seen], verbose=0)
+        return seen.stats
+
+    size = 4
+    with data_parallel().scope():
+        found = told()
+    order = np.arange(64).reshape(4, 4, 4).swapaxes(0, 1).reshape(-1)
+    size = 16
+    global X, LABELS
+    X, LABELS = X[:64][order], LABELS[:64][order]
+    np.testing.assert_allclose(found, told(), rtol=1e-10)
+
+
+def dropout():
+    masks = []
+    with data_parallel().scope():
+        keras.utils.set_random_seed(1)
+        outputs = layers.Dense(1, use_bias=False, kernel_initializer="zeros")
+        model = keras.Sequential([keras.Input((64,)), layers.Dropout(0.5), outputs])
+        model.compile(keras.optimizers.SGD(1.0), lambda y_true, y_pred: y_pred[:, 0])
+        vb.accumulate(model, microbatch_size=1)
+        model.train_on_batch(np.eye(64)[[0] * 8] * 0 + 1, np.zeros(8))
+        gradient = outputs.kernel.numpy()[:, 0] * -8 / 2
+        print(gradient)
+        assert len(set(np.round(gradient))) > 4
+
+
+def another_distribution_later():
+    keras.utils.set_random_seed(1)
+    model = classifier()
+    model.compile("sgd", problems.crossentropy())
+    vb.accumulate(model, microbatch_size=4)
+    options = dict(batch_size=48, shuffle=False, verbose=0)
+    model.fit(X[:48], LABELS[:48], **options)
+    with data_parallel().scope():
+        model.fit(X[:48], LABELS[:48], **options)
+    model.fit(X[:48], LABELS[:48], **options)
+    due = classifier()
 
 
 if __name__ == "__main__":

@@ -113,13 +113,10 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
         if model.train_function is not None and not force:
             return
         guard.forget()
-        run, compiled_for = compiled(), keras.distribution.distribution()
+        run = compiled()
 
         def train_function(state: Any, iterator: Any) -> Any:
-            nonlocal run, compiled_for
-            if compiled_for is not keras.distribution.distribution():
-                guard.forget()
-                run, compiled_for = compiled(), keras.distribution.distribution()
+            nonlocal run
             # What `next` raises is for Keras, which ends the epoch by it.
             batches = [next(iterator), *islice(iterator, model.steps_per_execution - 1)]
             shapes = tuple(
@@ -135,9 +132,9 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
             except BaseException:
                 _put_back(model, State(*state))
                 raise
-            if guard.succeeded():
-                run = compiled()
             logs, after = result
+            if guard.succeeded():
+                run = compiled_again(after)
             return step.told(logs), after
 
         def first_of_its_shape(state: Any, batches: list[Any]) -> Any:
@@ -149,7 +146,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
 
             def make_again() -> None:
                 nonlocal run
-                run = compiled()
+                run = compiled_again(state)
 
             given = keras.utils.unpack_x_y_sample_weight(largest)
             rows = _rows_of_one_device(largest)
@@ -188,6 +185,11 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
             model.train_step = step
         plain, model.train_function = model.train_function, ours
         return plain
+
+    def compiled_again(state: Any) -> Any:
+        # Of a distribution, Keras reads where values are.
+        with _holding(model, State(*state)):
+            return compiled()
 
     return make
 
