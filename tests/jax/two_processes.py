@@ -109,7 +109,7 @@ if __name__ == "__main__":
         f"127.0.0.1:{port}",
         num_processes=2,
         process_id=number,
-        heartbeat_timeout_seconds=HEARTBEAT,
+        heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=10,
     )
     assert len(jax.devices()) == DEVICES
     globals()[check](number)

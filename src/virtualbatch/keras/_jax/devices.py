@@ -40,6 +40,15 @@ def devices_of_rows() -> int:
     return 1 if axis is None else int(mesh.shape[list(mesh.axis_names).index(axis)])
 
 
+def processes_of_rows() -> int:
+    """In how many processes the devices of the distribution in use are."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return 1
+    devices = distribution.device_mesh.backend_mesh.devices
+    return len({device.process_index for device in devices.flat})
+
+
 def spread(batch: Any) -> Any:
     """A batch as `fit` spreads it over devices; the same where there is no distribution."""
     distribution = keras.distribution.distribution()

@@ -19,7 +19,12 @@ from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.first_window import prove_first_window
 from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._guard import Guard
-from virtualbatch.keras._jax.devices import cut_by_device, devices_of_rows, spread
+from virtualbatch.keras._jax.devices import (
+    cut_by_device,
+    devices_of_rows,
+    processes_of_rows,
+    spread,
+)
 from virtualbatch.keras._jax.evaluate import evaluated
 from virtualbatch.keras._jax.gathered import GatheredRun
 from virtualbatch.keras._jax.packing import packed_cut
@@ -30,6 +35,7 @@ from virtualbatch.keras._jax.window import WindowRun
 from virtualbatch.keras._packing import Packing
 from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._train_step import TrainStep
+from virtualbatch.plan.auto import is_automatic
 from virtualbatch.plan.plan import Plan
 from virtualbatch.window.cut import rows_per_microbatch, sizes_disagree
 from virtualbatch.window.tree import array_leaves, common_rows
@@ -140,9 +146,25 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
         def first_of_its_shape(state: Any, batches: list[Any]) -> Any:
             largest = max(batches, key=lambda batch: (_rows(batch), _size(batch)))
 
+            processes = processes_of_rows()
+            if processes > 1 and is_automatic(step.microbatch_size):
+                raise ValueError(
+                    'microbatch_size="auto" is planned in one process, and all must cut alike. '
+                    f"Got {processes} processes. Pass what plan finds in one process."
+                )
+
             def attempt() -> Any:
-                # Errors arrive late in JAX.
-                return jax.block_until_ready(run(copied(state), iter(batches)))
+                try:
+                    # Errors arrive late in JAX.
+                    return jax.block_until_ready(run(copied(state), iter(batches)))
+                except MEMORY.errors.kinds as error:
+                    if processes == 1 or not MEMORY.errors.is_possible(error):
+                        raise
+                    raise RuntimeError(
+                        "All processes must run the same program, so that none runs a batch again "
+                        f"by itself. Got memory that ran out in one of {processes} processes. "
+                        "Pass a smaller microbatch_size."
+                    ) from error
 
             def make_again() -> None:
                 nonlocal run
