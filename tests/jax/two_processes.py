@@ -68,7 +68,9 @@ def exits(number):
     try:
         jax.block_until_ready(gradients_of(0, 12, 12))
     except BaseException as error:
-        print("raised", time.monotonic()-began, type(error).__name__, str(error)[:300], flush=True)
+        print(
+            "raised", time.monotonic() - began, type(error).__name__, str(error)[:300], flush=True
+        )
         time.sleep(60)
 
 
@@ -98,7 +100,9 @@ def lives_on(number):
         time.sleep(20)
         os._exit(4)
     except BaseException as error:
-        print("raised", time.monotonic()-began, type(error).__name__, str(error)[:300], flush=True)
+        print(
+            "raised", time.monotonic() - began, type(error).__name__, str(error)[:300], flush=True
+        )
 
 
 if __name__ == "__main__":
@@ -109,7 +113,8 @@ if __name__ == "__main__":
         f"127.0.0.1:{port}",
         num_processes=2,
         process_id=number,
-        heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=10,
+        heartbeat_timeout_seconds=HEARTBEAT,
+        shutdown_timeout_seconds=10,
     )
     assert len(jax.devices()) == DEVICES
     globals()[check](number)

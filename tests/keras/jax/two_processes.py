@@ -5,13 +5,12 @@ Run by test_devices.py: `python -m tests.keras.jax.two_processes CHECK NUMBER PO
 
 import sys
 
-# Keras would load it to set a seed, which takes longer than the check.
-sys.modules["tensorflow"] = None
-
 import jax
 import keras
 import numpy as np
-from keras.src.backend.common import dtypes
+import pytest
+from tests.keras import running_out
+from tests.keras.jax.alone import alone
 from tests.keras.problems import LABELS, ROW_WEIGHTS, X, classifier, crossentropy
 
 import virtualbatch.keras as vb
@@ -49,35 +48,23 @@ def exact(number):
     np.testing.assert_allclose(history["accuracy"], losses["accuracy"], rtol=1e-10)
 
 
-def mean_error(y_true, y_pred):
-    return keras.ops.mean(keras.ops.square(y_true - y_pred))
-
-
-def own_loss(number):
-    def run(own, size):
-        keras.utils.set_random_seed(1)
-        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6, activation="sigmoid")])
-        model.compile("sgd", mean_error)
-        if size:
-            vb.accumulate(model, microbatch_size=size, gather=False)
-        model.fit(X[own], X[own], batch_size=len(own), epochs=2, shuffle=False, verbose=0)
-        return [np.asarray(v.value) for v in model.weights]
-
-    due = run(np.arange(ROWS), None)
+def refused(number):
+    """No process may plan, or run a batch again, by itself."""
     keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
-    found = run(np.arange(ROWS // 2) + number * ROWS // 2, 5)
-    for a, b in zip(found, due, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match=r"planned in one process.*Got 2 processes\. Pass what"):
+        trained(np.arange(ROWS // 2) + number * ROWS // 2, "auto")
+
+    model = running_out.model(running_out.Points([0]))
+    vb.accumulate(model, microbatch_size=5)
+    own = np.arange(24) + 24 * number
+    with pytest.raises(RuntimeError, match=r"ran out in one of 2 processes\. Pass a smaller"):
+        model.fit(running_out.X[own], running_out.Y[own], batch_size=24, verbose=0)
 
 
 if __name__ == "__main__":
     check, number, port = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    jax.config.update("jax_enable_x64", True)
+    alone()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     keras.distribution.initialize(f"127.0.0.1:{port}", 2, number)
-    # Keras on JAX rounds means of float64 to float32: see tests/keras/conftest.py.
-    dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
     globals()[check](number)
-    print("ok", flush=True)
+    print("ok", check, flush=True)

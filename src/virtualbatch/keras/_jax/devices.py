@@ -40,6 +40,12 @@ def devices_of_rows() -> int:
     return 1 if axis is None else int(mesh.shape[list(mesh.axis_names).index(axis)])
 
 
+def devices_of(rows: int) -> int:
+    """Over how many devices a batch of so many rows is spread; Keras spreads no other ones."""
+    devices = devices_of_rows()
+    return devices if rows % devices == 0 else 1
+
+
 def processes_of_rows() -> int:
     """In how many processes the devices of the distribution in use are."""
     distribution = keras.distribution.distribution()

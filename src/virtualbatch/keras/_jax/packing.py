@@ -62,7 +62,7 @@ def packed_cut(
     lengths = lengths[order]
     source = found.like(found.mapped(lambda leaf, trimmed: leaf[order]))
     # Sorted, rows move from device to device, so that the types of a program tell no place.
-    place: Callable[[Any], Any] = spread if devices > 1 else lambda piece: piece
+    move: Callable[[Any], Any] = spread if devices > 1 else lambda piece: piece
     step = -(-found.length // FEW_LENGTHS)
     few = sorted({rounded(n, step, found.length) for n in range(1, found.length + 1)})
     size = min(rows, devices * max(1, packing.tokens // found.length))
@@ -70,9 +70,9 @@ def packed_cut(
     segments = []
     if first:
         # The longest ones, which gain least from another program that trims them.
-        get = partial(_piece, source, place, 0, first, found.length)
+        get = partial(_piece, source, move, 0, first, found.length)
         segments.append(Segment(1, first, get))
-    branches = tuple(partial(_piece, source, place, first, size, length) for length in few)
+    branches = tuple(partial(_piece, source, move, first, size, length) for length in few)
     branch = jnp.searchsorted(jnp.asarray(few), lengths[first::size])
     # Lengths beyond the padded axis are trimmed to all of it.
     branch = jnp.minimum(branch, len(few) - 1).astype(jnp.int32)
@@ -104,7 +104,7 @@ def chosen(segment: Segment, functions: Any, index: Any, *args: Any) -> Any:
 
 def _piece(
     batch: PaddedBatch,
-    place: Callable[[Any], Any],
+    move: Callable[[Any], Any],
     first: int,
     size: int,
     length: int,
@@ -114,4 +114,4 @@ def _piece(
         rows = lax.dynamic_slice_in_dim(leaf, first + index * size, size)
         return rows[:, :length] if trimmed else rows
 
-    return place(batch.mapped(piece))
+    return move(batch.mapped(piece))

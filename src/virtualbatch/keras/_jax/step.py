@@ -4,8 +4,7 @@ Keras compiles it whole, as it does its own: the batch is checked and cut while 
 the window is one scan in the program.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -21,12 +20,14 @@ from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._jax.devices import (
     cut_by_device,
+    devices_of,
     devices_of_rows,
     processes_of_rows,
     spread,
 )
 from virtualbatch.keras._jax.evaluate import evaluated
 from virtualbatch.keras._jax.gathered import GatheredRun
+from virtualbatch.keras._jax.held import holding, put_back
 from virtualbatch.keras._jax.packing import packed_cut
 from virtualbatch.keras._jax.plan import MEMORY, copied, planned
 from virtualbatch.keras._jax.program import JaxProgram
@@ -64,7 +65,7 @@ class JaxStep(TrainStep):
         if rows is None:
             raise ValueError("internal: a batch of JAX has no number of rows.")
         compiled = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, data)))
-        packing, devices = self._packing_in_force(), _devices_of(rows)
+        packing, devices = self._packing_in_force(), devices_of(rows)
         if packing is not None:
             cut, stretch, order = packed_cut(model, batch, rows, packing, devices)
         else:
@@ -85,6 +86,9 @@ class JaxStep(TrainStep):
         logs, after = run.train(compiled)
         self._say(run.losses_of_one_number)
         return logs, tuple(after)
+
+    def _devices(self) -> int:
+        return devices_of_rows()
 
     def _size(self, rows: int) -> int:
         """Rows of one micro-batch, for a batch of so many; both on one device.
@@ -136,7 +140,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                     result = first_of_its_shape(state, batches)
                     guard.remember(shapes)
             except BaseException:
-                _put_back(model, State(*state))
+                put_back(model, State(*state))
                 raise
             logs, after = result
             if guard.succeeded():
@@ -174,11 +178,11 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
             rows = _rows_of_one_device(largest)
 
             def prove(size: int) -> None:
-                with _holding(model, State(*state)):
+                with holding(model, State(*state)):
                     prove_first_window(model, step, given, rows, size, BACKEND, MEMORY.errors)
 
             def look_for_coupled() -> bool:
-                with _holding(model, State(*state)):
+                with holding(model, State(*state)):
                     return step.look_for_coupled(given, rows, evaluated)
 
             return guard.run(
@@ -210,60 +214,15 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
 
     def compiled_again(state: Any) -> Any:
         # Of a distribution, Keras reads where values are.
-        with _holding(model, State(*state)):
+        with holding(model, State(*state)):
             return compiled()
 
     return make
 
 
-def _pairs(model: keras.Model, state: State) -> list[tuple[Any, Any]]:
-    """Each variable of a model with its value in a state."""
-    return [
-        *zip(model.trainable_variables, state.trainable, strict=True),
-        *zip(model.non_trainable_variables, state.non_trainable, strict=True),
-        *zip(model.optimizer.variables, state.optimizer, strict=True),
-        *zip(model.metrics_variables, state.metrics, strict=True),
-    ]
-
-
-@contextmanager
-def _holding(model: keras.Model, state: State) -> Iterator[None]:
-    """While the variables of a model hold a state, which `fit` takes out of them."""
-    pairs = _pairs(model, state)
-    before = [variable._value for variable, _ in pairs]
-    try:
-        for variable, value in pairs:
-            variable._value = value
-        yield
-    finally:
-        for (variable, _), value in zip(pairs, before, strict=True):
-            variable._value = value
-
-
-def _put_back(model: keras.Model, state: State) -> None:
-    pairs = _pairs(model, state)
-    # A program that ran has taken its inputs.
-    if not any(value.is_deleted() for _, value in pairs):
-        for variable, value in pairs:
-            variable.assign(value)
-        # What `fit` assigns once more when it ends.
-        model._jax_state = {
-            "trainable_variables": state.trainable,
-            "non_trainable_variables": state.non_trainable,
-            "optimizer_variables": state.optimizer,
-            "metrics_variables": state.metrics,
-        }
-
-
 def _step_of(model: keras.Model, found: Found, size: int) -> Callable[[Any, Any], Any]:
     """The step of a model with micro-batches of so many rows."""
     return JaxStep(model, size, None, gather=found)
-
-
-def _devices_of(rows: int) -> int:
-    """Over how many devices a batch of so many rows is spread; Keras spreads no other ones."""
-    devices = devices_of_rows()
-    return devices if rows % devices == 0 else 1
 
 
 def _rows(batch: Any) -> int:
@@ -272,7 +231,7 @@ def _rows(batch: Any) -> int:
 
 def _rows_of_one_device(batch: Any) -> int:
     rows = _rows(batch)
-    return rows // _devices_of(rows)
+    return rows // devices_of(rows)
 
 
 def _size(batch: Any) -> int:
