@@ -4,10 +4,15 @@ import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from tests.conftest import ROOT
 from tests.processes import free_ports, together
 from tests.tiers import tiered
+
+from virtualbatch.keras._jax.devices import cut_by_device
+from virtualbatch.keras._jax.gathered_rows import GatheredRows
 
 # In few processes: each of them loads Keras.
 CHECKS = [
@@ -28,6 +33,29 @@ CHECKS = [
         "batches_by_hand",
     ],
 ]
+
+
+def test_each_micro_batch_has_the_same_rows_of_every_device():
+    # 5 rows on each of four devices, by 2; one device after another, as the batch has them.
+    cut = cut_by_device(jnp.arange(20), 20, 2, 4)
+    assert [np.asarray(rows).tolist() for rows in cut.microbatches()] == [
+        [0, 1, 5, 6, 10, 11, 15, 16],
+        [2, 3, 7, 8, 12, 13, 17, 18],
+        [4, 9, 14, 19],
+    ]
+    assert cut.rows == [8, 8, 4]
+
+
+def test_gathered_rows_come_in_the_order_of_the_batch():
+    x = np.arange(40).reshape(20, 2)
+    cut = cut_by_device(jnp.asarray(x), 20, 2, 4)
+    kept = [
+        [jnp.stack([segment.get(k) for k in range(segment.count)]), None]
+        for segment in cut.segments
+    ]
+    rows, nothing = GatheredRows(cut, None, lambda batch, rows: []).joined(kept)
+    np.testing.assert_array_equal(rows, x)
+    assert nothing is None
 
 
 @pytest.mark.parametrize(
