@@ -4,8 +4,8 @@ import keras
 import numpy as np
 from keras import layers
 
-from virtualbatch.keras._jax.stateless import State
 from virtualbatch.keras._jax.held import holding
+from virtualbatch.keras._jax.stateless import State
 
 
 def test_variables_hold_the_state_for_the_first_window_only():
