@@ -16,7 +16,7 @@ from virtualbatch.plan.auto import Auto, CurrentSize, Leaf, Signature, is_automa
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_until_it_fits
 from virtualbatch.window.fingerprint import fingerprint
-from virtualbatch.window.tree import array_leaves, common_rows
+from virtualbatch.window.tree import array_leaves
 
 
 class Guard:
@@ -73,7 +73,7 @@ class Guard:
 
         Args:
             batch: the batch, or the largest of those that run in one call.
-            rows: its rows.
+            rows: its rows on one device.
             attempt: runs the window once and waits for it.
             put_back: undoes whatever a failed attempt wrote.
             make_again: makes a program for another size.
@@ -89,7 +89,7 @@ class Guard:
         self._step.say_how_it_is_cut(rows)
         outdated = False
         if is_automatic(self._step.microbatch_size):
-            found = self._signature(batch)
+            found = self._signature(batch, rows)
             outdated = look_for_coupled()
             size = self._sizes.planned(found, lambda: plan(self._sizes.memory_limit))
         else:
@@ -131,11 +131,8 @@ class Guard:
             self._fitted = set()
         return changed
 
-    def _signature(self, batch: Any) -> Signature:
+    def _signature(self, batch: Any, rows: int) -> Signature:
         arrays = list(array_leaves(batch))
-        rows = common_rows(arrays)
-        if rows is None:
-            raise ValueError("internal: a batch has no number of rows.")
         if not self._program:
             variables = ", ".join(
                 f"{variable.dtype}{list(variable.shape)}" for variable in self._model.variables

@@ -175,26 +175,33 @@ class TrainStep:
         Elsewhere `batch_size` is what goes through the model at once, and factors multiply it.
 
         Args:
-            rows: of the batch.
+            rows: of the batch on one device.
         """
         if self._said_how_it_is_cut:
             return
         self._said_how_it_is_cut = True
         size, steps = self._asked()
+        devices = self._devices()
         if steps is None and size is not None and size >= rows and self.packing is None:
             _log.warning(
-                "A batch of %d rows is one micro-batch of microbatch_size=%d, so nothing is "
+                "A batch of %d rows is one micro-batch of microbatch_size=%d%s, so nothing is "
                 "accumulated. One batch of fit is one update: did you mean fit(batch_size=%d)?",
-                *(rows, size, 4 * size),
+                *(rows * devices, size, _on_each(devices), 4 * size * devices),
             )
         elif size is None and steps is not None and steps > 1:
             size = int(rows_per_microbatch(rows, None, steps))
+            whole = rows * devices
             _log.warning(
-                "A batch of %d rows is one update of %d micro-batches of up to %d rows. If all %d "
-                "rows fit in memory at once, did you mean fit(batch_size=%d)? Else pass "
+                "A batch of %d rows is one update of %d micro-batches of up to %d rows%s. If all "
+                "%d rows fit in memory at once, did you mean fit(batch_size=%d)? Else pass "
                 "microbatch_size=%d instead of accumulation_steps=%d, and this is not said again.",
-                *(rows, -(-rows // size), size, rows, rows * steps, size, steps),
+                *(whole, -(-rows // size), size, _on_each(devices)),
+                *(whole, whole * steps, size, steps),
             )
+
+    def _devices(self) -> int:
+        """Over how many devices the rows of a batch are spread."""
+        return 1
 
     def _asked(self) -> tuple[int | None, int | None]:
         """The two sizes as asked for; (None, None) where they are planned."""
@@ -248,6 +255,10 @@ class TrainStep:
                     "The loss %s returns one number: it is taken for one mean over rows.", name
                 )
         self._said.update(losses)
+
+
+def _on_each(devices: int) -> str:
+    return f" on each of {devices} devices" if devices > 1 else ""
 
 
 @contextmanager

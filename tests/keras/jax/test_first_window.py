@@ -4,8 +4,8 @@ import keras
 import numpy as np
 from keras import layers
 
+from virtualbatch.keras._jax.held import holding
 from virtualbatch.keras._jax.stateless import State
-from virtualbatch.keras._jax.step import _holding
 
 
 def test_variables_hold_the_state_for_the_first_window_only():
@@ -22,7 +22,7 @@ def test_variables_hold_the_state_for_the_first_window_only():
         )
     )
     kernel = model.trainable_variables[0]
-    with _holding(model, state):
+    with holding(model, state):
         np.testing.assert_array_equal(kernel.numpy(), state.trainable[0])
     # A second copy of the weights would stay for an epoch.
     assert kernel._value is None

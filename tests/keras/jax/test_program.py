@@ -1,16 +1,10 @@
 """On JAX a batch is one program: what is traced, what memory it plans, what a failed one leaves."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import jax
 import keras
 import numpy as np
 import pytest
 from keras import layers
-from tests.conftest import ROOT
 from tests.keras import problems
 from tests.keras.problems import FEATURES, X, classifier, compiled, crossentropy
 from tests.keras.training import Case, assert_equals_keras
@@ -135,42 +129,3 @@ def test_convolutions():
         )
 
     assert_equals_keras(Case("", convolutional, compiled(), problems.IMAGES, LABELS))
-
-
-SHARDED = """
-import jax
-jax.config.update("jax_enable_x64", True)
-import keras
-from tests.keras.problems import X, LABELS, ROW_WEIGHTS, classifier, compiled, crossentropy
-from tests.keras.training import Case, assert_same_run, train
-from keras.src.backend.common import dtypes
-
-# Keras on JAX rounds means of float64 to float32: see tests/keras/conftest.py.
-dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
-keras.config.set_floatx("float64")
-keras.config.set_dtype_policy("float64")
-case = Case(
-    "", classifier, compiled(optimizer=lambda: keras.optimizers.Adam(global_clipnorm=0.1)),
-    X[:128], LABELS[:128],
-    {"batch_size": 64, "sample_weight": ROW_WEIGHTS[:128], "epochs": 2},
-)
-plain = train(case, accumulated=False)
-keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
-assert len(jax.devices()) == 4
-assert_same_run(train(case, accumulated=True), plain)
-"""
-
-
-@pytest.mark.thorough("starts another process, with four devices")
-def test_data_parallel_equals_one_device():
-    child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED)],
-        cwd=ROOT,
-        env=os.environ
-        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "KERAS_BACKEND": "jax"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import keras
 
+from virtualbatch.keras._jax.devices import on_every_device
 from virtualbatch.keras._jax.program import QUICKLY
 
 
@@ -18,5 +19,6 @@ def evaluated(model: keras.Model, function: Callable[[Any], Any], given: Any) ->
             return function(given)
 
     program = jax.jit(run, compiler_options=QUICKLY)
-    found: Sequence[Any] = jax.device_get(program([v.value for v in variables], given))
+    with on_every_device():
+        found: Sequence[Any] = jax.device_get(program([v.value for v in variables], given))
     return found

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from virtualbatch.jax._batch import Cut
+from virtualbatch.keras._jax.devices import CutByDevice
 from virtualbatch.keras._jax.packing import branches
 
 # One per array, or None where there is none.
@@ -59,11 +60,23 @@ class GatheredRows:
         ]
 
     def _joined(self, pieces: Sequence[Any]) -> Any:
+        if isinstance(self._cut, CutByDevice):
+            return _joined_by_device(pieces, self._cut.devices)
         first, *rest = pieces
         if self._cut.interleaved:
             first = first.swapaxes(0, 1)
         rows = jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in (first, *rest)])
         return rows if self._order is None else rows[jnp.argsort(self._order)]
+
+
+def _joined_by_device(pieces: Sequence[Any], devices: int) -> Any:
+    """All rows from micro-batches that have rows of each device, stacked."""
+    row = pieces[0].shape[2:]
+    by_device = [
+        x.reshape(len(x), devices, -1, *row).swapaxes(0, 1).reshape(devices, -1, *row)
+        for x in pieces
+    ]
+    return jnp.concatenate(by_device, axis=1).reshape(-1, *row)
 
 
 def _padded(found: Any, shape: Sequence[int]) -> Any:

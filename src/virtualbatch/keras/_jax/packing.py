@@ -16,6 +16,7 @@ import keras
 from jax import lax
 
 from virtualbatch.jax._batch import Cut, Segment
+from virtualbatch.keras._jax.devices import spread
 from virtualbatch.keras._packing import (
     FEW_LENGTHS,
     Packing,
@@ -40,7 +41,7 @@ class PackedSegment(Segment):
 
 
 def packed_cut(
-    model: keras.Model, batch: Any, rows: int, packing: Packing
+    model: keras.Model, batch: Any, rows: int, packing: Packing, devices: int
 ) -> tuple[Cut, Callable[[Any], float], Any]:
     """Cuts a batch by tokens.
 
@@ -48,7 +49,8 @@ def packed_cut(
         model: the model.
         batch: (x, y, sample_weight), traced or not.
         rows: its rows.
-        packing: how rows are packed.
+        packing: how rows are packed, on one device.
+        devices: over how many a micro-batch is spread.
 
     Returns:
         The cut, longest rows first; micro-batch -> its stretch (see `Rows`); and the numbers of
@@ -59,16 +61,18 @@ def packed_cut(
     order = jnp.argsort(-lengths, stable=True)
     lengths = lengths[order]
     source = found.like(found.mapped(lambda leaf, trimmed: leaf[order]))
+    # Sorted, rows move from device to device, so that the types of a program tell no place.
+    move: Callable[[Any], Any] = spread if devices > 1 else lambda piece: piece
     step = -(-found.length // FEW_LENGTHS)
     few = sorted({rounded(n, step, found.length) for n in range(1, found.length + 1)})
-    size = min(rows, max(1, packing.tokens // found.length))
+    size = min(rows, devices * max(1, packing.tokens // found.length))
     first = rows % size
     segments = []
     if first:
         # The longest ones, which gain least from another program that trims them.
-        get = partial(_piece, source, 0, first, found.length)
+        get = partial(_piece, source, move, 0, first, found.length)
         segments.append(Segment(1, first, get))
-    branches = tuple(partial(_piece, source, first, size, length) for length in few)
+    branches = tuple(partial(_piece, source, move, first, size, length) for length in few)
     branch = jnp.searchsorted(jnp.asarray(few), lengths[first::size])
     # Lengths beyond the padded axis are trimmed to all of it.
     branch = jnp.minimum(branch, len(few) - 1).astype(jnp.int32)
@@ -98,9 +102,16 @@ def chosen(segment: Segment, functions: Any, index: Any, *args: Any) -> Any:
     return functions[0](*args)
 
 
-def _piece(batch: PaddedBatch, first: int, size: int, length: int, index: Any) -> Any:
+def _piece(
+    batch: PaddedBatch,
+    move: Callable[[Any], Any],
+    first: int,
+    size: int,
+    length: int,
+    index: Any,
+) -> Any:
     def piece(leaf: Any, trimmed: bool) -> Any:
         rows = lax.dynamic_slice_in_dim(leaf, first + index * size, size)
         return rows[:, :length] if trimmed else rows
 
-    return batch.mapped(piece)
+    return move(batch.mapped(piece))

@@ -1,5 +1,6 @@
 """Planning for Keras on JAX: what XLA says of a whole update, and how long it takes."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,6 @@ from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.planner import bytes_allowed
 from virtualbatch.plan.retry import Memory
 from virtualbatch.plan.timing import Timing
-from virtualbatch.window.tree import array_leaves, common_rows
 
 MEMORY = Memory(ERRORS, left_bytes)
 
@@ -23,6 +23,7 @@ def planned(
     step: Callable[[int], Callable[[Any, Any], Any]],
     state: Any,
     batch: Any,
+    rows: int,
     memory_limit: int | str | None,
 ) -> Plan:
     """The plan for a batch.
@@ -31,12 +32,10 @@ def planned(
         step: microbatch_size -> pure function (state, batch) -> (logs, state).
         state: of the model, as Keras' train function takes it; not changed.
         batch: the batch as that function takes it.
+        rows: its rows on one device.
         memory_limit: bytes, a text, or None.
     """
-    rows = common_rows(array_leaves(batch))
-    if rows is None:
-        raise ValueError("internal: a batch of JAX has no number of rows.")
-    held = sum(x.nbytes for x in jax.tree.leaves((state, batch)) if hasattr(x, "nbytes"))
+    held = sum(map(_bytes_of_one_device, jax.tree.leaves((state, batch))))
     return planner.planned(
         lambda size: _Update(step(size), state, batch, held),
         rows,
@@ -45,6 +44,15 @@ def planned(
         ERRORS,
         remainder=False,
     )
+
+
+def _bytes_of_one_device(leaf: Any) -> int:
+    """Bytes that one device holds of what a program takes."""
+    if not hasattr(leaf, "nbytes"):
+        return 0
+    if not isinstance(leaf, jax.Array):
+        return int(leaf.nbytes)
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def copied(state: Any) -> Any:

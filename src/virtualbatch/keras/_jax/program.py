@@ -8,6 +8,7 @@ import keras
 from jax.extend.core import ClosedJaxpr, Literal
 
 from virtualbatch.keras._backend import Ran
+from virtualbatch.keras._jax.devices import on_every_device
 from virtualbatch.keras._jax.stateless import State
 
 # It runs once or twice, so that most of the time would go into optimising it.
@@ -33,7 +34,11 @@ class JaxProgram:
 
     def __call__(self, batch: Callable[[], Any], times: int) -> Ran:
         """See `Program`."""
-        model, data = self._model, batch()
+        with on_every_device():
+            return self._ran(batch(), times)
+
+    def _ran(self, data: Any, times: int) -> Ran:
+        model = self._model
         start = State(
             *model._get_jax_state(
                 trainable_variables=True,

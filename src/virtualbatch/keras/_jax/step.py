@@ -4,8 +4,7 @@ Keras compiles it whole, as it does its own: the batch is checked and cut while 
 the window is one scan in the program.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -19,8 +18,16 @@ from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.first_window import prove_first_window
 from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._guard import Guard
+from virtualbatch.keras._jax.devices import (
+    cut_by_device,
+    devices_of,
+    devices_of_rows,
+    processes_of_rows,
+    spread,
+)
 from virtualbatch.keras._jax.evaluate import evaluated
 from virtualbatch.keras._jax.gathered import GatheredRun
+from virtualbatch.keras._jax.held import holding, put_back
 from virtualbatch.keras._jax.packing import packed_cut
 from virtualbatch.keras._jax.plan import MEMORY, copied, planned
 from virtualbatch.keras._jax.program import JaxProgram
@@ -29,6 +36,7 @@ from virtualbatch.keras._jax.window import WindowRun
 from virtualbatch.keras._packing import Packing
 from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._train_step import TrainStep
+from virtualbatch.plan.auto import is_automatic
 from virtualbatch.plan.plan import Plan
 from virtualbatch.window.cut import rows_per_microbatch, sizes_disagree
 from virtualbatch.window.tree import array_leaves, common_rows
@@ -57,11 +65,15 @@ class JaxStep(TrainStep):
         if rows is None:
             raise ValueError("internal: a batch of JAX has no number of rows.")
         compiled = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, data)))
-        packing = self._packing_in_force()
+        packing, devices = self._packing_in_force(), devices_of(rows)
         if packing is not None:
-            cut, stretch, order = packed_cut(model, batch, rows, packing)
+            cut, stretch, order = packed_cut(model, batch, rows, packing, devices)
         else:
-            cut = cut_batch(batch, self._size(rows), None, compiled=compiled)
+            size = self._size(rows // devices)
+            if devices == 1 or size * devices >= rows:
+                cut = cut_batch(batch, size * devices, None, compiled=compiled)
+            else:
+                cut = cut_by_device(batch, rows, size, devices)
             stretch, order = unstretched, None
             if cut.count == 1:
                 return type(model).train_step(model, state, data)
@@ -75,8 +87,11 @@ class JaxStep(TrainStep):
         self._say(run.losses_of_one_number)
         return logs, tuple(after)
 
+    def _devices(self) -> int:
+        return devices_of_rows()
+
     def _size(self, rows: int) -> int:
-        """Rows of one micro-batch, for a batch of so many.
+        """Rows of one micro-batch, for a batch of so many; both on one device.
 
         Raises:
             ValueError: two sizes disagree. The last batch of an epoch may be short; a batch that
@@ -125,32 +140,49 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                     result = first_of_its_shape(state, batches)
                     guard.remember(shapes)
             except BaseException:
-                _put_back(model, State(*state))
+                put_back(model, State(*state))
                 raise
-            if guard.succeeded():
-                run = compiled()
             logs, after = result
+            if guard.succeeded():
+                run = compiled_again(after)
             return step.told(logs), after
 
         def first_of_its_shape(state: Any, batches: list[Any]) -> Any:
             largest = max(batches, key=lambda batch: (_rows(batch), _size(batch)))
 
+            processes = processes_of_rows()
+            if processes > 1 and is_automatic(step.microbatch_size):
+                raise ValueError(
+                    'microbatch_size="auto" is planned in one process, and all must cut alike. '
+                    f"Got {processes} processes. Pass what plan finds in one process."
+                )
+
             def attempt() -> Any:
-                # Errors arrive late in JAX.
-                return jax.block_until_ready(run(copied(state), iter(batches)))
+                try:
+                    # Errors arrive late in JAX.
+                    return jax.block_until_ready(run(copied(state), iter(batches)))
+                except MEMORY.errors.kinds as error:
+                    if processes == 1 or not MEMORY.errors.is_possible(error):
+                        raise
+                    raise RuntimeError(
+                        "All processes must run the same program, so that none runs a batch again "
+                        f"by itself. Got memory that ran out in one of {processes} processes. "
+                        "Pass a smaller microbatch_size."
+                    ) from error
 
             def make_again() -> None:
                 nonlocal run
-                run = compiled()
+                run = compiled_again(state)
 
-            given, rows = keras.utils.unpack_x_y_sample_weight(largest), _rows(largest)
+            given = keras.utils.unpack_x_y_sample_weight(largest)
+            rows = _rows_of_one_device(largest)
 
             def prove(size: int) -> None:
-                with _holding(model, State(*state)):
+                with holding(model, State(*state)):
                     prove_first_window(model, step, given, rows, size, BACKEND, MEMORY.errors)
 
             def look_for_coupled() -> bool:
-                with _holding(model, State(*state)):
+                with holding(model, State(*state)):
                     return step.look_for_coupled(given, rows, evaluated)
 
             return guard.run(
@@ -160,7 +192,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 lambda: None,
                 make_again,
                 lambda limit: planned(
-                    partial(_step_of, model, step.found(given)), state, largest, limit
+                    partial(_step_of, model, step.found(given)), state, largest, rows, limit
                 ),
                 prove,
                 look_for_coupled,
@@ -180,46 +212,12 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
         plain, model.train_function = model.train_function, ours
         return plain
 
+    def compiled_again(state: Any) -> Any:
+        # Of a distribution, Keras reads where values are.
+        with holding(model, State(*state)):
+            return compiled()
+
     return make
-
-
-def _pairs(model: keras.Model, state: State) -> list[tuple[Any, Any]]:
-    """Each variable of a model with its value in a state."""
-    return [
-        *zip(model.trainable_variables, state.trainable, strict=True),
-        *zip(model.non_trainable_variables, state.non_trainable, strict=True),
-        *zip(model.optimizer.variables, state.optimizer, strict=True),
-        *zip(model.metrics_variables, state.metrics, strict=True),
-    ]
-
-
-@contextmanager
-def _holding(model: keras.Model, state: State) -> Iterator[None]:
-    """While the variables of a model hold a state, which `fit` takes out of them."""
-    pairs = _pairs(model, state)
-    before = [variable._value for variable, _ in pairs]
-    try:
-        for variable, value in pairs:
-            variable._value = value
-        yield
-    finally:
-        for (variable, _), value in zip(pairs, before, strict=True):
-            variable._value = value
-
-
-def _put_back(model: keras.Model, state: State) -> None:
-    pairs = _pairs(model, state)
-    # A program that ran has taken its inputs.
-    if not any(value.is_deleted() for _, value in pairs):
-        for variable, value in pairs:
-            variable.assign(value)
-        # What `fit` assigns once more when it ends.
-        model._jax_state = {
-            "trainable_variables": state.trainable,
-            "non_trainable_variables": state.non_trainable,
-            "optimizer_variables": state.optimizer,
-            "metrics_variables": state.metrics,
-        }
 
 
 def _step_of(model: keras.Model, found: Found, size: int) -> Callable[[Any, Any], Any]:
@@ -229,6 +227,11 @@ def _step_of(model: keras.Model, found: Found, size: int) -> Callable[[Any, Any]
 
 def _rows(batch: Any) -> int:
     return common_rows(array_leaves(batch)) or 0
+
+
+def _rows_of_one_device(batch: Any) -> int:
+    rows = _rows(batch)
+    return rows // devices_of(rows)
 
 
 def _size(batch: Any) -> int:
@@ -244,7 +247,8 @@ def plan(model: keras.Model, batch: Any, memory_limit: int | str | None, found: 
         metrics_variables=True,
         purge_model_variables=False,
     )
-    return planned(partial(_step_of, model, found), state, batch, memory_limit)
+    step, rows = partial(_step_of, model, found), _rows_of_one_device(batch)
+    return planned(step, state, spread(batch), rows, memory_limit)
 
 
 def _refuse_nnx(model: keras.Model) -> None:

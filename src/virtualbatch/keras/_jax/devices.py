@@ -1,0 +1,106 @@
+"""The devices over which `keras.distribution` spreads the rows of a batch, and a cut by them.
+
+A type says nothing of devices inside a program of Keras, whose meshes leave them to XLA. So the
+distribution in use is asked, and each micro-batch takes the same rows of every device: none moves
+to another one, and every device computes its own.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import keras
+from jax import lax
+
+from virtualbatch.jax._batch import Cut, Segment
+
+
+@dataclass(frozen=True)
+class CutByDevice(Cut):
+    """A batch cut on each of its devices.
+
+    Fields:
+        devices: micro-batches have equally many rows of each, device after device; and each device
+            has consecutive rows of the batch.
+    """
+
+    devices: int = 1
+
+
+def devices_of_rows() -> int:
+    """Over how many devices the rows of a batch are spread."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return 1
+    axis = distribution.get_data_layout((1,)).axes[0]
+    mesh = distribution.device_mesh
+    return 1 if axis is None else int(mesh.shape[list(mesh.axis_names).index(axis)])
+
+
+def devices_of(rows: int) -> int:
+    """Over how many devices a batch of so many rows is spread; Keras spreads no other ones."""
+    devices = devices_of_rows()
+    return devices if rows % devices == 0 else 1
+
+
+def processes_of_rows() -> int:
+    """In how many processes the devices of the distribution in use are."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return 1
+    devices = distribution.device_mesh.backend_mesh.devices
+    return len({device.process_index for device in devices.flat})
+
+
+def spread(batch: Any) -> Any:
+    """A batch as `fit` spreads it over devices; the same where there is no distribution."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return batch
+
+    def placed(leaf: Any) -> Any:
+        layout = distribution.get_data_layout(leaf.shape)
+        return keras.distribution.distribute_tensor(leaf, layout)
+
+    return jax.tree.map(placed, batch)
+
+
+@contextmanager
+def on_every_device() -> Iterator[None]:
+    """While rows are not spread, but computed by every device: few rows, for a trial."""
+    before = keras.distribution.distribution()
+    keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(before)
+
+
+def cut_by_device(batch: Any, rows: int, size: int, devices: int) -> CutByDevice:
+    """Cuts the rows of each device in the same way, into equal micro-batches and a remainder.
+
+    Args:
+        batch: pytree of arrays.
+        rows: their rows, a multiple of the devices.
+        size: rows of a micro-batch on one device.
+        devices: over how many the rows are spread.
+    """
+    here = rows // devices
+    count, rest = divmod(here, size)
+    segments = [Segment(count, size * devices, _pieces(batch, devices, 0, size))]
+    if rest:
+        get = _pieces(batch, devices, count * size, rest)
+        segments.append(Segment(1, rest * devices, get))
+    return CutByDevice(segments, devices=devices)
+
+
+def _pieces(batch: Any, devices: int, start: int, size: int) -> Callable[[Any], Any]:
+    def piece(leaf: Any, index: Any) -> Any:
+        by_device = leaf.reshape(devices, -1, *leaf.shape[1:])
+        found = lax.dynamic_slice_in_dim(by_device, start + index * size, size, axis=1)
+        return found.reshape(-1, *leaf.shape[1:])
+
+    return lambda index: jax.tree.map(partial(piece, index=index), batch)
