@@ -13,8 +13,8 @@ def check_model(model: Any) -> None:
 
     Raises:
         TypeError: not a Keras model.
-        ValueError: the model is not compiled, has a `train_step` of its own or several replicas,
-            its optimizer accumulates already, or a layer keeps state per row.
+        ValueError: the model is not compiled, has a `train_step` of its own, its optimizer
+            accumulates already, or a layer keeps state per row.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(
@@ -35,7 +35,6 @@ def check_model(model: Any) -> None:
             f"In that train_step, call {ours} instead of {theirs}."
         )
     refuse_accumulating_optimizer(model.optimizer)
-    refuse_replicas(model)
     stateful = [
         layer.name for layer in model._flatten_layers() if getattr(layer, "stateful", False)
     ]
@@ -75,22 +74,6 @@ def refuse_accumulating_optimizer(optimizer: Any) -> None:
             "Only one of Keras and virtualbatch can accumulate gradients. "
             f"Got an optimizer with gradient_accumulation_steps={steps}. "
             "Compile with an optimizer without it and pass the whole batch to fit."
-        )
-
-
-def refuse_replicas(model: keras.Model) -> None:
-    """Refuses a model that is trained on several replicas.
-
-    Raises:
-        ValueError: a `tf.distribute` strategy of several replicas is in use.
-    """
-    strategy = getattr(model, "distribute_strategy", None)
-    replicas = getattr(strategy, "num_replicas_in_sync", 1)
-    if replicas > 1:
-        raise ValueError(
-            "accumulate works on one device; weights are not summed over replicas yet. "
-            f"Got a model of {type(strategy).__name__} with {replicas} replicas. "
-            "Build, compile and fit the model outside the strategy's scope."
         )
 
 

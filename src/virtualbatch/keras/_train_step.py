@@ -9,7 +9,7 @@ import keras
 
 from virtualbatch.certify.proven import Proven
 from virtualbatch.keras._added_losses import AddedLosses
-from virtualbatch.keras._checks import refuse_accumulating_optimizer, refuse_replicas
+from virtualbatch.keras._checks import refuse_accumulating_optimizer
 from virtualbatch.keras._gather.detection import Evaluate, found_by_shape, found_on_rows
 from virtualbatch.keras._gather.gathering import EVERYTHING, NOTHING, Found, Gathering
 from virtualbatch.keras._gather.said import say_what_is_gathered, say_what_is_not_gathered
@@ -231,10 +231,9 @@ class TrainStep:
         """(x, y, sample_weight) of a batch, for a model that may still be trained by windows.
 
         Raises:
-            ValueError: since `accumulate`, the model was given several replicas or an optimizer
-                that accumulates by itself.
+            ValueError: since `accumulate`, the model was given an optimizer that accumulates by
+                itself.
         """
-        refuse_replicas(self._model)
         refuse_accumulating_optimizer(self._model.optimizer)
         return keras.utils.unpack_x_y_sample_weight(data)
 
