@@ -105,4 +105,4 @@ def make_replica_train_function(model: keras.Model, backend: Backend) -> Callabl
 
 def _most_rows(local: list[Any]) -> int:
     """Rows of the replica that has most of them."""
-    return max(common_rows(array_leaves(batch)) or 0 for batch in local)
+    return max(array.shape[0] for batch in local for _, array in array_leaves(batch))

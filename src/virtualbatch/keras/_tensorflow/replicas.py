@@ -63,13 +63,11 @@ class ReplicaRun(WindowRun):
     def _optimizer(self) -> Any:
         return _without_a_sum(self._model.optimizer)
 
-    def _totals(self) -> Any:
-        if self._counted is None:
-            local = unless_empty(
-                self._here, lambda: WindowRun._totals(self), tf.TensorSpec([None], tf.float64)
-            )
-            self._counted = summed([local])[0]
-        return self._counted
+    def _counts(self, traced: Sequence[Traced]) -> Any:
+        local = unless_empty(
+            self._here, lambda: WindowRun._counts(self, traced), traced[0].outputs
+        )
+        return summed([local])[0]
 
     def _sums(self, traced: Sequence[Traced]) -> Micro:
         found = unless_empty(self._here, lambda: WindowRun._sums(self, traced), self._like(traced))

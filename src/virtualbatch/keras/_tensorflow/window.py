@@ -196,10 +196,15 @@ class WindowRun:
     def _totals(self) -> Any:
         """Weights of the window that only a forward reveals, counted without a trace of it."""
         if self._counted is None:
-            counting = trace(self._cut, lambda index, batch: self._count(batch))
-            sums, _ = fold(counting, lambda _, counted: Output([counted], []), add)
-            self._counted = sums[0]
+            self._counted = self._counts(
+                trace(self._cut, lambda index, batch: self._count(batch))
+            )
         return self._counted
+
+    def _counts(self, traced: Sequence[Traced]) -> Any:
+        """What all micro-batches count."""
+        sums, _ = fold(traced, lambda _, counted: Output([counted], []), add)
+        return sums[0]
 
     def _count(self, batch: Any) -> Any:
         rows = Rows(rows_of(batch), self._window.rows, self._stretch(batch))
