@@ -73,7 +73,7 @@ def make_replica_train_function(model: keras.Model, backend: Backend) -> Callabl
             if from_dataset:
                 spec = iterator.element_spec
                 shapes = tuple(tf.nest.flatten(spec))
-                if shapes in looked_at:
+                if shapes in looked_at and model.steps_per_execution == 1:
                     return iterator
                 batches = taken(iterator, model.steps_per_execution)
             else:
@@ -87,7 +87,10 @@ def make_replica_train_function(model: keras.Model, backend: Backend) -> Callabl
                     look_at(max((local_batches(x, strategy) for x in batches), key=_most_rows))
                 if step.is_known():
                     looked_at.add(shapes)
-            return distributed(batches, spec, strategy) if from_dataset else iter(batches)
+            # TensorFlow cannot run Keras' loop over several batches with collectives in it.
+            if from_dataset and model.steps_per_execution == 1:
+                return distributed(batches, spec, strategy)
+            return iter(batches)
 
         def look_at(local: list[Any]) -> None:
             """Tries the law on the batch of all replicas, on one device."""
