@@ -77,6 +77,32 @@ def refuse_accumulating_optimizer(optimizer: Any) -> None:
         )
 
 
+def replica_count(model: keras.Model) -> int:
+    """How many replicas of a `tf.distribute` strategy train a model; 1 without a strategy."""
+    strategy = getattr(model, "distribute_strategy", None)
+    return int(getattr(strategy, "num_replicas_in_sync", 1))
+
+
+def refuse_on_replicas(model: keras.Model, rule: str, fix: str) -> None:
+    """Refuses what is done for one device.
+
+    Args:
+        model: the model.
+        rule: a sentence.
+        fix: a sentence.
+
+    Raises:
+        ValueError: the model has several replicas.
+    """
+    if replica_count(model) > 1:
+        raise ValueError(f"{rule} Got a model in {named_strategy(model)}. {fix}")
+
+
+def named_strategy(model: keras.Model) -> str:
+    """The strategy of a model, with its replicas."""
+    return f"a {type(model.distribute_strategy).__name__} of {replica_count(model)} replicas"
+
+
 def unpacked_batch(model: keras.Model, batch: Any) -> tuple[Any, Any, Any]:
     """(x, y, sample_weight) of a batch that a user gives.
 

@@ -51,9 +51,7 @@ def together(batches: list[Any]) -> Any:
     )
 
 
-def distributed(
-    batches: list[Any], spec: Any, strategy: tf.distribute.Strategy
-) -> Iterator[Any]:
+def distributed(batches: list[Any], spec: Any, strategy: tf.distribute.Strategy) -> Iterator[Any]:
     """A fresh iterator over batches of all replicas, of the spec that they were taken with.
 
     Args:

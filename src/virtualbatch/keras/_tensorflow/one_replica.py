@@ -22,9 +22,7 @@ def told_of_one_replica() -> Iterator[None]:
     can be read inside, but not be written, which would ask for the strategy itself.
     """
     told = _OneReplica(tf.distribute.get_strategy())
-    with _in_mode(
-        distribute_lib._ThreadMode(told, None, tf.distribute.get_replica_context())
-    ):
+    with _in_mode(distribute_lib._ThreadMode(told, None, tf.distribute.get_replica_context())):
         yield
 
 

@@ -1,16 +1,10 @@
 """What cannot be trained by windows on the replicas of a strategy is refused."""
 
-from typing import Any
-
 import keras
 import tensorflow as tf
 
+from virtualbatch.keras._checks import named_strategy, replica_count
 from virtualbatch.keras._overwritten import are_overwritten
-
-
-def replica_count(model: keras.Model) -> int:
-    """How many replicas of a model train in step; 1 without a strategy."""
-    return int(model.distribute_strategy.num_replicas_in_sync)
 
 
 def refuse_replicas(model: keras.Model) -> None:
@@ -30,7 +24,7 @@ def refuse_replicas(model: keras.Model) -> None:
     if model.run_eagerly:
         raise ValueError(
             "Several replicas are trained in a graph. "
-            f"Got run_eagerly=True in {named(model)}. Compile without it."
+            f"Got run_eagerly=True in {named_strategy(model)}. Compile without it."
         )
     layers = list(model._flatten_layers())
     waiting = [layer.name for layer in layers if getattr(layer, "synchronized", False)]
@@ -43,7 +37,7 @@ def refuse_replicas(model: keras.Model) -> None:
     if any(are_overwritten(model.trainable_variables)):
         raise ValueError(
             "What a layer sets in its backward pass is not summed over replicas. "
-            f"Got float8 layers in {named(model)}. Train them on one device."
+            f"Got float8 layers in {named_strategy(model)}. Train them on one device."
         )
 
 
@@ -54,27 +48,8 @@ def refuse_gathering(model: keras.Model, what: str) -> None:
         ValueError: always.
     """
     raise ValueError(
-        f"On several replicas a loss must be a mean over rows. Got {what} in {named(model)}. "
-        "Return one value per row, or build and compile the model outside of the strategy's "
-        "scope. gather=False takes it for a mean over rows."
+        "On several replicas a loss must be a mean over rows. "
+        f"Got {what}, in {named_strategy(model)}. "
+        "Return one value per row; or build and compile the model outside of the strategy's scope; "
+        "or pass gather=False, if it is a mean over rows."
     )
-
-
-def named(model: keras.Model) -> str:
-    """The strategy of a model, with its replicas."""
-    return f"a {type(model.distribute_strategy).__name__} of {replica_count(model)} replicas"
-
-
-def refuse_on_replicas(model: Any, what: str, instead: str) -> None:
-    """Refuses what works on one device only.
-
-    Args:
-        model: the model.
-        what: what was asked for, as a sentence without its end.
-        instead: what to do, a sentence.
-
-    Raises:
-        ValueError: the model has several replicas.
-    """
-    if replica_count(model) > 1:
-        raise ValueError(f"{what}. Got a model of {named(model)}. {instead}")

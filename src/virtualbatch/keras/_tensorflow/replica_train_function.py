@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from virtualbatch.keras._backend import Backend
 from virtualbatch.keras._certify.first_window import prove_first_window
-from virtualbatch.keras._tensorflow.data import has_open_rows_only, taken
+from virtualbatch.keras._checks import named_strategy
+from virtualbatch.keras._tensorflow.data import taken
 from virtualbatch.keras._tensorflow.distributed_data import (
     distributed,
     divided,
@@ -22,7 +23,6 @@ from virtualbatch.keras._tensorflow.distributed_data import (
 )
 from virtualbatch.keras._tensorflow.one_replica import outside_of_scopes
 from virtualbatch.keras._tensorflow.plan import MEMORY
-from virtualbatch.keras._tensorflow.replica_checks import named
 from virtualbatch.keras._tensorflow.train_function import in_our_words, plain_train_function
 from virtualbatch.window.tree import array_leaves, common_rows
 
@@ -64,7 +64,7 @@ def make_replica_train_function(model: keras.Model, backend: Backend) -> Callabl
                     raise
                 raise MemoryError(
                     "Replicas that ran out of memory cannot run their batch again. "
-                    f"Got {named(model)}. Start again with {step.next_to_try()}."
+                    f"Got {named_strategy(model)}. Start again with {step.next_to_try()}."
                 ) from error
 
         def feed(iterator: Any) -> Any:

@@ -22,17 +22,22 @@ from virtualbatch.tensorflow._replicas import summed, summed_gradients, unless_e
 from virtualbatch.window.shares import Moments
 
 
-def rows_of_replicas(rows: Any) -> Any:
-    """The rows of every replica, known to each, as an int32 vector.
+def known_to_all(rows: Any, seen: Any) -> tuple[Any, Any]:
+    """What all replicas must know before their first micro-batch, in one reduction.
 
     Args:
         rows: of this replica, an int32 scalar.
+        seen: what its loss tracker has counted.
+
+    Returns:
+        (rows of each replica, an int32 vector; what all trackers have counted).
     """
     context = tf.distribute.get_replica_context()
     place = tf.one_hot(
         context.replica_id_in_sync_group, context.num_replicas_in_sync, dtype=tf.int32
     )
-    return summed([place * rows])[0]
+    everywhere, counted = summed([place * rows, tf.convert_to_tensor(seen)])
+    return everywhere, counted
 
 
 class ReplicaRun(WindowRun):
@@ -64,9 +69,7 @@ class ReplicaRun(WindowRun):
         return _without_a_sum(self._model.optimizer)
 
     def _counts(self, traced: Sequence[Traced]) -> Any:
-        local = unless_empty(
-            self._here, lambda: WindowRun._counts(self, traced), traced[0].outputs
-        )
+        local = unless_empty(self._here, lambda: WindowRun._counts(self, traced), traced[0].outputs)
         return summed([local])[0]
 
     def _sums(self, traced: Sequence[Traced]) -> Micro:
@@ -112,9 +115,7 @@ class ReplicaRun(WindowRun):
         variables = self._model.trainable_variables
         slices = [
             None if values is None else tf.IndexedSlices(values, indices, tf.shape(variable))
-            for values, indices, variable in zip(
-                sparse[::2], sparse[1::2], variables, strict=True
-            )
+            for values, indices, variable in zip(sparse[::2], sparse[1::2], variables, strict=True)
         ]
         found = summed_gradients([*dense, *slices])
         count = len(variables)

@@ -18,6 +18,7 @@ from virtualbatch.keras._backend import Backend
 from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.eager_program import EagerProgram
 from virtualbatch.keras._certify.first_window import prove_first_window
+from virtualbatch.keras._checks import replica_count
 from virtualbatch.keras._gather.detection import evaluated_eagerly
 from virtualbatch.keras._gather.gathering import Found, Gathering
 from virtualbatch.keras._guard import Guard
@@ -27,13 +28,9 @@ from virtualbatch.keras._tensorflow.data import given_back, has_open_rows_only, 
 from virtualbatch.keras._tensorflow.gathered_window import GatheredRun
 from virtualbatch.keras._tensorflow.packing import PackedCut
 from virtualbatch.keras._tensorflow.plan import MEMORY, planned
-from virtualbatch.keras._tensorflow.replica_checks import (
-    refuse_gathering,
-    refuse_replicas,
-    replica_count,
-)
+from virtualbatch.keras._tensorflow.replica_checks import refuse_gathering, refuse_replicas
 from virtualbatch.keras._tensorflow.replica_train_function import make_replica_train_function
-from virtualbatch.keras._tensorflow.replicas import ReplicaRun, rows_of_replicas
+from virtualbatch.keras._tensorflow.replicas import ReplicaRun, known_to_all
 from virtualbatch.keras._tensorflow.train_function import in_our_words, plain_train_function
 from virtualbatch.keras._tensorflow.window import WindowRun, rows_of
 from virtualbatch.keras._train_step import TrainStep
@@ -62,7 +59,9 @@ class TensorFlowStep(TrainStep):
             packing = self._packing_in_force()
             cut: Cut | PackedCut
             if packing is None:
-                batch = self._with_agreeing_sizes(batch)
+                batch = self._with_agreeing_sizes(
+                    batch, rows_of(batch), self._model._loss_tracker.count
+                )
                 cut = Cut(batch, *self._cut_by())
             else:
                 cut = PackedCut(model, batch, packing)
@@ -88,8 +87,8 @@ class TensorFlowStep(TrainStep):
         self.refuse_gathering(batch)
         rows = rows_of(batch)
         batch = with_a_row(_of_equal_rows(batch), rows)
-        everywhere = rows_of_replicas(rows)
-        batch = self._with_agreeing_sizes(batch)
+        everywhere, seen = known_to_all(rows, model._loss_tracker.count)
+        batch = self._with_agreeing_sizes(batch, tf.reduce_max(everywhere), seen)
         cut = Cut(batch, *self._cut_by())
         window = ReplicaRun(
             model,
@@ -107,8 +106,15 @@ class TensorFlowStep(TrainStep):
         """Refuses a batch of several replicas whose loss needs all rows."""
         found = self.found(batch)
         if found.gathering is not None:
+            if self.gather is True:
+                refuse_gathering(self._model, "gather=True")
             what = ", ".join(f"the loss {loss.name}, which {loss.why}" for loss in found.coupled)
             refuse_gathering(self._model, what or "an overridden compute_loss")
+
+    def _say_what_was_found(self, found: Found) -> None:
+        # What would be gathered is refused instead.
+        if self.gather is False or replica_count(self._model) == 1:
+            super()._say_what_was_found(found)
 
     def next_to_try(self) -> str:
         """What to ask for instead, where memory ran out."""
@@ -130,18 +136,22 @@ class TensorFlowStep(TrainStep):
         # Rows may not be known here; no micro-batch has more than there are.
         return self._in_force(_MANY, size), None
 
-    def _with_agreeing_sizes(self, batch: Any) -> Any:
+    def _with_agreeing_sizes(self, batch: Any, rows: Any, seen: Any) -> Any:
         """The batch, readable only if both sizes agree for it.
 
         The last batch of an epoch may be short. Which one that is only the data knows, but the
         first of an epoch, where the loss tracker has counted nothing yet, is not.
+
+        Args:
+            batch: the batch.
+            rows: its rows on one device; of several, on that which has most.
+            seen: what the loss tracker has counted.
         """
         size, steps = self._asked()
         if size is None or steps is None:
             return batch
-        rows = rows_of(batch)
         count = (rows + size - 1) // size
-        first = tf.equal(self._model._loss_tracker.count, 0)
+        first = tf.equal(seen, 0)
         agree = tf.logical_or(
             tf.equal(count, steps), tf.logical_and(count < steps, tf.logical_not(first))
         )

@@ -138,7 +138,8 @@ class WindowRun:
                 b[3],
             ),
         )
-        return Micro(*sums, list(sparse))
+        losses, dense, moments, latest = sums
+        return Micro(losses, dense, moments, latest, list(sparse))
 
     def _optimizer(self) -> Any:
         """What takes the gradients of the window."""
@@ -196,9 +197,7 @@ class WindowRun:
     def _totals(self) -> Any:
         """Weights of the window that only a forward reveals, counted without a trace of it."""
         if self._counted is None:
-            self._counted = self._counts(
-                trace(self._cut, lambda index, batch: self._count(batch))
-            )
+            self._counted = self._counts(trace(self._cut, lambda index, batch: self._count(batch)))
         return self._counted
 
     def _counts(self, traced: Sequence[Traced]) -> Any:
