@@ -98,7 +98,7 @@ class TrainStep:
         self._found = found_on_rows(self._model, batch, rows, evaluate)
         if assumed is not None and assumed.gathering == self._found.gathering:
             return False
-        self._say_what_was_found(self._found)
+        self.say_what_was_found(self._found)
         return assumed is not None
 
     def found(self, batch: Any) -> Found:
@@ -117,7 +117,7 @@ class TrainStep:
             # A later batch may show more, so this is no more than what this one gets.
             if self._assumed is None:
                 self._assumed = found_by_shape(self._model, batch)
-                self._say_what_was_found(self._assumed)
+                self.say_what_was_found(self._assumed)
             found = self._assumed
         return NOTHING if found is None or self.gather is False else found
 
@@ -143,7 +143,8 @@ class TrainStep:
         self._forget_if_recompiled()
         return self._found is not None or self.gather is True or isinstance(self.gather, Found)
 
-    def _say_what_was_found(self, found: Found) -> None:
+    def say_what_was_found(self, found: Found) -> None:
+        """Says whose predictions are gathered, or should be."""
         if self.gather is False:
             say_what_is_not_gathered(self._model, found)
         else:

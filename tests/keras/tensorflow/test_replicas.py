@@ -75,7 +75,8 @@ def test_train_on_batch_divides_the_rows():
             m.train_on_batch(X[:rows], TARGETS[:rows], return_dict=True) for m in (model, other)
         ]
         assert_same_values(*logs, RTOL)
-    assert_same_variables(model.variables, other.variables)
+    for mine, due in zip(model.variables, other.variables, strict=True):
+        assert_close(mine.numpy(), due.numpy(), RTOL)
     counts = [local.numpy() for local in model._loss_tracker.count.value.values]
     assert counts == [1, 0]
 
@@ -97,7 +98,6 @@ def test_restored_evaluated_and_saved(tmp_path):
 
 
 def compiled_model(given):
-    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(1)
     model = given.model()
     model.compile(**given.compile())

@@ -68,12 +68,12 @@ class ReplicaRun(WindowRun):
     def _optimizer(self) -> Any:
         return _without_a_sum(self._model.optimizer)
 
-    def _counts(self, traced: Sequence[Traced]) -> Any:
-        local = unless_empty(self._here, lambda: WindowRun._counts(self, traced), traced[0].outputs)
+    def counts_of(self, traced: Sequence[Traced]) -> Any:
+        local = unless_empty(self._here, lambda: super().counts_of(traced), traced[0].outputs)
         return summed([local])[0]
 
-    def _sums(self, traced: Sequence[Traced]) -> Micro:
-        found = unless_empty(self._here, lambda: WindowRun._sums(self, traced), self._like(traced))
+    def sums_of(self, traced: Sequence[Traced]) -> Micro:
+        found = unless_empty(self._here, lambda: super().sums_of(traced), self._like(traced))
         centres = [tf.cast(self._start[id(layer)][0], tf.float64) for layer in self._called]
         powers = [
             power

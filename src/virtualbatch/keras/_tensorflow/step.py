@@ -111,10 +111,10 @@ class TensorFlowStep(TrainStep):
             what = ", ".join(f"the loss {loss.name}, which {loss.why}" for loss in found.coupled)
             refuse_gathering(self._model, what or "an overridden compute_loss")
 
-    def _say_what_was_found(self, found: Found) -> None:
+    def say_what_was_found(self, found: Found) -> None:
         # What would be gathered is refused instead.
         if self.gather is False or replica_count(self._model) == 1:
-            super()._say_what_was_found(found)
+            super().say_what_was_found(found)
 
     def next_to_try(self) -> str:
         """What to ask for instead, where memory ran out."""

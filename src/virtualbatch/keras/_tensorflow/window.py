@@ -115,7 +115,7 @@ class WindowRun:
             # Only now is it known whether any weight has to be counted.
             totals = self._totals() if self._window.needs_count else tf.zeros([1], tf.float64)
             traced = [bound(entry, totals) for entry in step]
-        losses, dense, moments, latest, sparse = self._sums(traced)
+        losses, dense, moments, latest, sparse = self.sums_of(traced)
         noise: list[Any] = []
         if self._with_stats:
             *losses, mean_square, count = losses
@@ -124,7 +124,7 @@ class WindowRun:
         assign_statistics(self._called, self._start, moments)
         return self._window.results(latest) | stats
 
-    def _sums(self, traced: Sequence[Traced]) -> Micro:
+    def sums_of(self, traced: Sequence[Traced]) -> Micro:
         """What all micro-batches give."""
         sums, sparse = fold(
             traced,
@@ -197,10 +197,12 @@ class WindowRun:
     def _totals(self) -> Any:
         """Weights of the window that only a forward reveals, counted without a trace of it."""
         if self._counted is None:
-            self._counted = self._counts(trace(self._cut, lambda index, batch: self._count(batch)))
+            self._counted = self.counts_of(
+                trace(self._cut, lambda index, batch: self._count(batch))
+            )
         return self._counted
 
-    def _counts(self, traced: Sequence[Traced]) -> Any:
+    def counts_of(self, traced: Sequence[Traced]) -> Any:
         """What all micro-batches count."""
         sums, _ = fold(traced, lambda _, counted: Output([counted], []), add)
         return sums[0]
