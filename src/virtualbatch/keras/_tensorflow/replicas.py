@@ -5,6 +5,7 @@ of those of the whole batch. They are summed once, after the loop, and the optim
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -69,11 +70,13 @@ class ReplicaRun(WindowRun):
         return _without_a_sum(self._model.optimizer)
 
     def counts_of(self, traced: Sequence[Traced]) -> Any:
-        local = unless_empty(self._here, lambda: super().counts_of(traced), traced[0].outputs)
+        count = partial(super().counts_of, traced)
+        local = unless_empty(self._here, count, traced[0].outputs)
         return summed([local])[0]
 
     def sums_of(self, traced: Sequence[Traced]) -> Micro:
-        found = unless_empty(self._here, lambda: super().sums_of(traced), self._like(traced))
+        run = partial(super().sums_of, traced)
+        found = unless_empty(self._here, run, self._like(traced))
         centres = [tf.cast(self._start[id(layer)][0], tf.float64) for layer in self._called]
         powers = [
             power
