@@ -109,6 +109,18 @@ def squares(optimizer=lambda: "sgd", **options):
     return compiled(optimizer=optimizer, loss="mse", metrics=["mae"], **options)
 
 
+TWO_OUTPUTS = case(
+    "two outputs, scaled loss, clipped",
+    two_outputs,
+    compiled(
+        optimizer=lambda: optimizers.LossScaleOptimizer(optimizers.SGD(0.1, clipvalue=0.01)),
+        loss=lambda: ["mse", crossentropy()],
+        metrics=lambda: [["mae"], ["accuracy"]],
+        loss_weights=lambda: [1.0, 0.3],
+    ),
+    lambda: Sixteens(X[:ROWS], (NUMBERS[:ROWS], CLASSES[:ROWS])),
+    None,
+)
 CASES = [
     case(
         "AdamW, EMA, clipped, L2, sample weights",
@@ -134,18 +146,6 @@ CASES = [
         WORD_IDS,
         TOKEN_LABELS,
         {"sample_weight": TOKEN_WEIGHTS},
-    ),
-    case(
-        "two outputs, scaled loss, clipped",
-        two_outputs,
-        compiled(
-            optimizer=lambda: optimizers.LossScaleOptimizer(optimizers.SGD(0.1, clipvalue=0.01)),
-            loss=lambda: ["mse", crossentropy()],
-            metrics=lambda: [["mae"], ["accuracy"]],
-            loss_weights=lambda: [1.0, 0.3],
-        ),
-        lambda: Sixteens(X[:ROWS], (NUMBERS[:ROWS], CLASSES[:ROWS])),
-        None,
     ),
     case(
         "added losses, several batches per call",

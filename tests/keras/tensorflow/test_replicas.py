@@ -1,17 +1,20 @@
 """`fit` on two replicas trains as one device does on the same batches."""
 
 import collections
+import inspect
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from tensorflow.python.distribute import distribute_lib
 from tests.keras.problems import TARGETS, X
 from tests.keras.tensorflow.replicas import (
     CASES,
     FURTHER,
     SIZE,
+    TWO_OUTPUTS,
     case,
     on_replicas,
     regression,
@@ -42,6 +45,23 @@ def test_equals_one_device(case):
     found = on_replicas(case)
     assert found.events == expected.events or case.compile().get("steps_per_execution", 1) > 1
     assert_same_run(found, expected)
+
+
+def test_two_outputs_equal_one_device():
+    # In a graph on both sides: where rows are open, Keras weighs batches of such losses alike.
+    assert_same_run(on_replicas(TWO_OUTPUTS), train(TWO_OUTPUTS, accumulated=False))
+
+
+def test_private_names_of_tensorflow_and_its_optimizers():
+    for name in ("_get_default_replica_mode", "_pop_per_thread_mode", "_push_per_thread_mode"):
+        assert callable(getattr(distribute_lib, name))
+    mode = distribute_lib._ThreadMode("strategy", None, "replica")
+    assert (mode.strategy, mode.replica_context) == ("strategy", "replica")
+    asked = inspect.signature(keras.optimizers.SGD()._all_reduce_sum_gradients)
+    assert list(asked.parameters) == ["grads_and_vars"]
+    rows = tf.data.Dataset.range(4).batch(2)
+    spec = strategy().experimental_distribute_dataset(rows).element_spec
+    assert len(spec._component_specs) == 2
 
 
 def test_moving_averages_are_those_of_all_rows():
