@@ -148,13 +148,6 @@ CASES = [
         {"sample_weight": TOKEN_WEIGHTS},
     ),
     case(
-        "added losses, several batches per call",
-        lambda: regression(Adds()),
-        squares(steps_per_execution=2),
-        X,
-        NUMBERS,
-    ),
-    case(
         "an overridden compute_loss",
         OwnLoss,
         squares(),
@@ -164,6 +157,13 @@ CASES = [
     ),
 ]
 FURTHER = [
+    case(
+        "added losses, several batches per call",
+        lambda: regression(Adds()),
+        squares(steps_per_execution=2),
+        X,
+        NUMBERS,
+    ),
     case(
         "rows of a replica at once",
         regression,

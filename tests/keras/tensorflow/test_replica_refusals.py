@@ -102,7 +102,11 @@ class Centred(layers.Layer):
 
 
 @pytest.mark.proves_itself
-@pytest.mark.parametrize("inside", [False, True], ids=["outside of the scope", "inside of it"])
+@pytest.mark.parametrize(
+    "inside",
+    [pytest.param(False, marks=pytest.mark.thorough("the harder of the two is tried")), True],
+    ids=["outside of the scope", "inside of it"],
+)
 def test_a_layer_that_couples_rows(inside):
     model = compiled_model(lambda: regression(Centred()))
     vb.accumulate(model, **SIZE)

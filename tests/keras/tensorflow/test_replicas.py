@@ -182,6 +182,6 @@ def test_as_many_reductions_for_any_number_of_microbatches(layer, due):
     )
     with devices.scope():
         model._symbolic_build(data_batch=(X[:2], TARGETS[:2]))
-    # 8 rows a replica: 1, 2, 4 and 8 micro-batches.
-    for size in (8, 4, 2, 1):
+    # 8 rows a replica: 1, 2 and 8 micro-batches.
+    for size in (8, 4, 1):
         assert collectives(model, data, size) == ({"CollectiveReduceV2": 2 * due}, 0)
