@@ -21,6 +21,13 @@ if BACKEND == "jax":
     import jax
 
     jax.config.update("jax_enable_x64", True)
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+
+    # Two devices, for strategies with replicas; what names none runs on the first.
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    )
 if BACKEND == "torch":
     import torch
 

@@ -16,6 +16,7 @@ from virtualbatch.keras._certify.loop import certify_loop
 from virtualbatch.keras._checks import (
     accumulates,
     check_model,
+    refuse_on_replicas,
     say_what_is_not_exact,
     unpacked_batch,
 )
@@ -28,6 +29,11 @@ from virtualbatch.plan.plan import Plan
 from virtualbatch.window.tree import array_leaves, common_rows
 
 __all__ = ["NoiseScale", "accumulate", "certify", "certify_loop", "plan", "restore"]
+
+_PLAN_OUTSIDE = (
+    "Build and compile the same model outside of the scope, call plan with it and the rows of one "
+    "device, and pass the size that it finds."
+)
 
 # The attributes of a model that `accumulate` sets and `restore` removes.
 _ATTRIBUTES = ("train_step", "make_train_function")
@@ -50,9 +56,10 @@ def accumulate(
 
     Args:
         model: a compiled model.
-        microbatch_size: rows of one forward and backward; or "auto" or an `Auto`, which plan it
-            at the first batch of `fit` or `train_on_batch`.
-        accumulation_steps: micro-batches per batch: `microbatch_size = ceil(rows / steps)`. Given
+        microbatch_size: rows of one forward and backward, on one device; or "auto" or an `Auto`,
+            which plan it at the first batch of `fit` or `train_on_batch`.
+        accumulation_steps: micro-batches per batch: `microbatch_size = ceil(rows / steps)`, where
+            replicas of a `tf.distribute` strategy each cut the rows that they have. Given
             both, they must agree for every batch but the last, short one of an epoch.
         microbatch_tokens: instead of a size, for padded text and series: rows of a batch are
             sorted by length and packed, so that rows times longest row of a micro-batch are at
@@ -71,9 +78,9 @@ def accumulate(
     Raises:
         TypeError: `model` is not a Keras model, `lengths` is not a function, or `gather` is not
             None, True or False.
-        ValueError: the model is not compiled, has a `train_step` of its own or several replicas,
-            its optimizer accumulates already, a layer keeps state per row, a size is not a
-            positive integer, or only one of `microbatch_tokens` and `lengths` is given.
+        ValueError: the model is not compiled, has a `train_step` of its own, its optimizer
+            accumulates already, a layer keeps state per row, a size is not a positive integer, only
+            one of `microbatch_tokens` and `lengths` is given, or several replicas cannot do it.
         NotImplementedError: Keras runs on a backend that this version does not support, or on
             PyTorch in one of several processes.
 
@@ -101,6 +108,12 @@ def accumulate(
             "Leave it out: then the losses that need all rows get them."
         )
     keras_backend = _backend_for(model)
+    if packing is not None:
+        refuse_on_replicas(
+            model, "microbatch_tokens packs the rows of one device.", "Use microbatch_size."
+        )
+    if is_automatic(microbatch_size):
+        refuse_on_replicas(model, 'microbatch_size="auto" plans one device.', _PLAN_OUTSIDE)
     step = keras_backend.step(
         model, microbatch_size, accumulation_steps, packing, check=check, gather=gather
     )
@@ -142,6 +155,7 @@ def plan(model: keras.Model, batch: Any, *, memory_limit: int | str | None = Non
         True
     """
     keras_backend = _backend_for(model)
+    refuse_on_replicas(model, "plan measures one device.", _PLAN_OUTSIDE)
     given = unpacked_batch(model, batch)
     model._symbolic_build(data_batch=given)
     return keras_backend.plan(model, given, memory_limit, _found(model, given, keras_backend))
@@ -191,6 +205,11 @@ def certify(
             "Pass the rows of a micro-batch, such as those that plan found."
         )
     keras_backend = _backend_for(model)
+    refuse_on_replicas(
+        model,
+        "certify compares on one device.",
+        "Build and compile the same model outside of the scope, and certify that one.",
+    )
     given = unpacked_batch(model, batch)
     return certificate(
         model, given, microbatch_size, accumulation_steps, keras_backend, _asked(model)

@@ -13,8 +13,8 @@ def check_model(model: Any) -> None:
 
     Raises:
         TypeError: not a Keras model.
-        ValueError: the model is not compiled, has a `train_step` of its own or several replicas,
-            its optimizer accumulates already, or a layer keeps state per row.
+        ValueError: the model is not compiled, has a `train_step` of its own, its optimizer
+            accumulates already, or a layer keeps state per row.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(
@@ -35,7 +35,6 @@ def check_model(model: Any) -> None:
             f"In that train_step, call {ours} instead of {theirs}."
         )
     refuse_accumulating_optimizer(model.optimizer)
-    refuse_replicas(model)
     stateful = [
         layer.name for layer in model._flatten_layers() if getattr(layer, "stateful", False)
     ]
@@ -78,20 +77,30 @@ def refuse_accumulating_optimizer(optimizer: Any) -> None:
         )
 
 
-def refuse_replicas(model: keras.Model) -> None:
-    """Refuses a model that is trained on several replicas.
+def replica_count(model: keras.Model) -> int:
+    """How many replicas of a `tf.distribute` strategy train a model; 1 without a strategy."""
+    strategy = getattr(model, "distribute_strategy", None)
+    return int(getattr(strategy, "num_replicas_in_sync", 1))
+
+
+def refuse_on_replicas(model: keras.Model, rule: str, fix: str) -> None:
+    """Refuses what is done for one device.
+
+    Args:
+        model: the model.
+        rule: a sentence.
+        fix: a sentence.
 
     Raises:
-        ValueError: a `tf.distribute` strategy of several replicas is in use.
+        ValueError: the model has several replicas.
     """
-    strategy = getattr(model, "distribute_strategy", None)
-    replicas = getattr(strategy, "num_replicas_in_sync", 1)
-    if replicas > 1:
-        raise ValueError(
-            "accumulate works on one device; weights are not summed over replicas yet. "
-            f"Got a model of {type(strategy).__name__} with {replicas} replicas. "
-            "Build, compile and fit the model outside the strategy's scope."
-        )
+    if replica_count(model) > 1:
+        raise ValueError(f"{rule} Got a model in {named_strategy(model)}. {fix}")
+
+
+def named_strategy(model: keras.Model) -> str:
+    """The strategy of a model, with its replicas."""
+    return f"a {type(model.distribute_strategy).__name__} of {replica_count(model)} replicas"
 
 
 def unpacked_batch(model: keras.Model, batch: Any) -> tuple[Any, Any, Any]:

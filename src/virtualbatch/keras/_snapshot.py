@@ -20,7 +20,7 @@ class Snapshot:
         if optimizer and model.optimizer is not None:
             found += model.optimizer.variables
         self._values = [
-            (variable, np.array(keras.ops.convert_to_numpy(variable.value)))
+            (variable, np.array(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))))
             for variable in {id(variable): variable for variable in found}.values()
         ]
 

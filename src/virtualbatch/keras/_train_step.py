@@ -9,7 +9,7 @@ import keras
 
 from virtualbatch.certify.proven import Proven
 from virtualbatch.keras._added_losses import AddedLosses
-from virtualbatch.keras._checks import refuse_accumulating_optimizer, refuse_replicas
+from virtualbatch.keras._checks import refuse_accumulating_optimizer
 from virtualbatch.keras._gather.detection import Evaluate, found_by_shape, found_on_rows
 from virtualbatch.keras._gather.gathering import EVERYTHING, NOTHING, Found, Gathering
 from virtualbatch.keras._gather.said import say_what_is_gathered, say_what_is_not_gathered
@@ -98,7 +98,7 @@ class TrainStep:
         self._found = found_on_rows(self._model, batch, rows, evaluate)
         if assumed is not None and assumed.gathering == self._found.gathering:
             return False
-        self._say_what_was_found(self._found)
+        self.say_what_was_found(self._found)
         return assumed is not None
 
     def found(self, batch: Any) -> Found:
@@ -117,7 +117,7 @@ class TrainStep:
             # A later batch may show more, so this is no more than what this one gets.
             if self._assumed is None:
                 self._assumed = found_by_shape(self._model, batch)
-                self._say_what_was_found(self._assumed)
+                self.say_what_was_found(self._assumed)
             found = self._assumed
         return NOTHING if found is None or self.gather is False else found
 
@@ -143,7 +143,8 @@ class TrainStep:
         self._forget_if_recompiled()
         return self._found is not None or self.gather is True or isinstance(self.gather, Found)
 
-    def _say_what_was_found(self, found: Found) -> None:
+    def say_what_was_found(self, found: Found) -> None:
+        """Says whose predictions are gathered, or should be."""
         if self.gather is False:
             say_what_is_not_gathered(self._model, found)
         else:
@@ -238,10 +239,9 @@ class TrainStep:
         """(x, y, sample_weight) of a batch, for a model that may still be trained by windows.
 
         Raises:
-            ValueError: since `accumulate`, the model was given several replicas or an optimizer
-                that accumulates by itself.
+            ValueError: since `accumulate`, the model was given an optimizer that accumulates by
+                itself.
         """
-        refuse_replicas(self._model)
         refuse_accumulating_optimizer(self._model.optimizer)
         return keras.utils.unpack_x_y_sample_weight(data)
 

@@ -286,12 +286,17 @@ class WindowModel:
             update_metrics(model._compile_metrics, gathering.takes, y, y_pred, sample_weight)
         return {}
 
+    @property
+    def tracked_rows(self) -> Any:
+        """Rows that trackers count for this window."""
+        return self.rows
+
     def track(self, loss: Any, tracked: list[Any]) -> None:
         """Shows the window's loss and per-output losses to their metrics, once."""
         model = self.model
-        model._loss_tracker.update_state(loss, sample_weight=self.rows)
+        model._loss_tracker.update_state(loss, sample_weight=self.tracked_rows)
         if tracked:
-            weight = self.rows if self._tracked_by_rows else None
+            weight = self.tracked_rows if self._tracked_by_rows else None
             for metric, value in zip(model._compile_loss.metrics, tracked, strict=True):
                 metric.update_state(value, sample_weight=weight)
 

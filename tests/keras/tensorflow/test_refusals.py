@@ -1,7 +1,5 @@
 """What is refused of tf.data and tf.distribute, traced or not, with which words."""
 
-from types import SimpleNamespace
-
 import keras
 import numpy as np
 import pytest
@@ -108,12 +106,3 @@ def test_sparse_inputs_are_refused():
     vb.accumulate(model, microbatch_size=8)
     with pytest.raises(TypeError, match="Got a SparseTensor"):
         model.fit(inputs, verbose=0, shuffle=False)
-
-
-def test_two_replicas_are_refused():
-    model = compiled_model()
-    model._distribute_strategy = SimpleNamespace(num_replicas_in_sync=2)
-    before = dict(vars(model))
-    with pytest.raises(ValueError, match=r"with 2 replicas\. Build"):
-        vb.accumulate(model, microbatch_size=16)
-    assert vars(model) == before

@@ -40,6 +40,6 @@ class EagerProgram:
         return Ran(
             gradients,
             logs,
-            [variable.value for variable in model.metrics_variables],
-            [variable.value for variable in model.non_trainable_variables],
+            [keras.ops.convert_to_tensor(variable) for variable in model.metrics_variables],
+            [keras.ops.convert_to_tensor(variable) for variable in model.non_trainable_variables],
         )

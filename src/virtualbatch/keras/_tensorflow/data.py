@@ -9,7 +9,7 @@ def taken(iterator: Any, most: int) -> list[Any]:
     """The next batches of an iterator, fewer where it ends.
 
     Args:
-        iterator: a `tf.data.Iterator`.
+        iterator: a `tf.data.Iterator`, or one of a distributed dataset.
         most: how many at the most.
     """
     batches: list[Any] = []
@@ -24,12 +24,22 @@ def taken(iterator: Any, most: int) -> list[Any]:
 def given_back(batches: list[Any], spec: Any) -> Any:
     """A fresh iterator over batches, of the spec that they were taken with if that can be.
 
+    Args:
+        batches: at least one.
+        spec: `element_spec` of the iterator that they were taken from.
+    """
+    return iter(over_batches(batches, spec))
+
+
+def over_batches(batches: list[Any], spec: Any) -> tf.data.Dataset:
+    """A dataset of batches, of their spec if that can be.
+
     A function is traced for the spec of its iterator, and one batch alone has a spec that knows
     its rows. So a longer one is put behind it that is never read.
 
     Args:
         batches: at least one.
-        spec: `element_spec` of the iterator that they were taken from.
+        spec: see `given_back`.
     """
     first, *others = batches
     dataset = tf.data.Dataset.from_tensors(first)
@@ -38,7 +48,7 @@ def given_back(batches: list[Any], spec: Any) -> Any:
     if dataset.element_spec != spec:
         longer = tf.nest.map_structure(_longer, first, spec)
         dataset = dataset.concatenate(tf.data.Dataset.from_tensors(longer))
-    return iter(dataset.take(len(batches)))
+    return dataset.take(len(batches))
 
 
 def has_open_rows_only(spec: Any) -> bool:

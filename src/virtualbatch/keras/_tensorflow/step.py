@@ -5,7 +5,6 @@ train function around it keeps XLA inside the loop over micro-batches.
 """
 
 import math
-import re
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from virtualbatch.keras._backend import Backend
 from virtualbatch.keras._certify.certificate import build_symbolically
 from virtualbatch.keras._certify.eager_program import EagerProgram
 from virtualbatch.keras._certify.first_window import prove_first_window
+from virtualbatch.keras._checks import replica_count
 from virtualbatch.keras._gather.detection import evaluated_eagerly
 from virtualbatch.keras._gather.gathering import Found, Gathering
 from virtualbatch.keras._guard import Guard
@@ -28,11 +28,16 @@ from virtualbatch.keras._tensorflow.data import given_back, has_open_rows_only, 
 from virtualbatch.keras._tensorflow.gathered_window import GatheredRun
 from virtualbatch.keras._tensorflow.packing import PackedCut
 from virtualbatch.keras._tensorflow.plan import MEMORY, planned
+from virtualbatch.keras._tensorflow.replica_checks import refuse_gathering, refuse_replicas
+from virtualbatch.keras._tensorflow.replica_train_function import make_replica_train_function
+from virtualbatch.keras._tensorflow.replicas import ReplicaRun, known_to_all
+from virtualbatch.keras._tensorflow.train_function import in_our_words, plain_train_function
 from virtualbatch.keras._tensorflow.window import WindowRun, rows_of
-from virtualbatch.keras._train_step import TrainStep, uncompiled
+from virtualbatch.keras._train_step import TrainStep
 from virtualbatch.plan.plan import Plan
-from virtualbatch.tensorflow._batch import Segment, is_array, specs
+from virtualbatch.tensorflow._batch import Segment, after, is_array, specs
 from virtualbatch.tensorflow._certify.eager_random import EagerRandom
+from virtualbatch.tensorflow._replicas import with_a_row
 from virtualbatch.window.cut import sizes_disagree
 from virtualbatch.window.tree import array_leaves, common_rows
 
@@ -48,11 +53,15 @@ class TensorFlowStep(TrainStep):
         """Trains on one batch, as Keras' `train_step` does."""
         model = self._model
         batch = self._unpacked(data)
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            return self._on_a_replica(batch)
         with tf.variable_creator_scope(_created_outside):
             packing = self._packing_in_force()
             cut: Cut | PackedCut
             if packing is None:
-                batch = self._with_agreeing_sizes(batch)
+                batch = self._with_agreeing_sizes(
+                    batch, rows_of(batch), self._model._loss_tracker.count
+                )
                 cut = Cut(batch, *self._cut_by())
             else:
                 cut = PackedCut(model, batch, packing)
@@ -71,6 +80,49 @@ class TensorFlowStep(TrainStep):
             self._say(window.losses_of_one_number)
         return results
 
+    def _on_a_replica(self, batch: Any) -> dict[str, Any]:
+        """Trains on the rows of one of several replicas, perhaps none."""
+        model = self._model
+        refuse_replicas(model)
+        self.refuse_gathering(batch)
+        rows = rows_of(batch)
+        batch = with_a_row(_of_equal_rows(batch), rows)
+        everywhere, seen = known_to_all(rows, model._loss_tracker.count)
+        batch = self._with_agreeing_sizes(batch, tf.reduce_max(everywhere), seen)
+        cut = Cut(batch, *self._cut_by())
+        window = ReplicaRun(
+            model,
+            cut.segments(),
+            rows,
+            tf.reduce_sum(everywhere),
+            self._added,
+            self.listener is not None,
+        )
+        results = window.train()
+        self._say(window.losses_of_one_number)
+        return results
+
+    def refuse_gathering(self, batch: Any) -> None:
+        """Refuses a batch of several replicas whose loss needs all rows."""
+        found = self.found(batch)
+        if found.gathering is not None:
+            if self.gather is True:
+                refuse_gathering(self._model, "gather=True")
+            what = ", ".join(f"the loss {loss.name}, which {loss.why}" for loss in found.coupled)
+            refuse_gathering(self._model, what or "an overridden compute_loss")
+
+    def say_what_was_found(self, found: Found) -> None:
+        # What would be gathered is refused instead.
+        if self.gather is False or replica_count(self._model) == 1:
+            super().say_what_was_found(found)
+
+    def next_to_try(self) -> str:
+        """What to ask for instead, where memory ran out."""
+        size, steps = self._asked()
+        if size is None:
+            return f"accumulation_steps={2 * (steps or 1)} or more"
+        return f"microbatch_size={max(size // 2, 1)} or less"
+
     def _gathering_of(self, batch: Any, rows: Any) -> Gathering | None:
         if tf.executing_eagerly():
             self.look_for_coupled(batch, int(rows), evaluated_eagerly)
@@ -84,18 +136,22 @@ class TensorFlowStep(TrainStep):
         # Rows may not be known here; no micro-batch has more than there are.
         return self._in_force(_MANY, size), None
 
-    def _with_agreeing_sizes(self, batch: Any) -> Any:
+    def _with_agreeing_sizes(self, batch: Any, rows: Any, seen: Any) -> Any:
         """The batch, readable only if both sizes agree for it.
 
         The last batch of an epoch may be short. Which one that is only the data knows, but the
         first of an epoch, where the loss tracker has counted nothing yet, is not.
+
+        Args:
+            batch: the batch.
+            rows: its rows on one device; of several, on that which has most.
+            seen: what the loss tracker has counted.
         """
         size, steps = self._asked()
         if size is None or steps is None:
             return batch
-        rows = rows_of(batch)
         count = (rows + size - 1) // size
-        first = tf.equal(self._model._loss_tracker.count, 0)
+        first = tf.equal(seen, 0)
         agree = tf.logical_or(
             tf.equal(count, steps), tf.logical_and(count < steps, tf.logical_not(first))
         )
@@ -109,6 +165,16 @@ class TensorFlowStep(TrainStep):
             return tf.nest.map_structure(
                 lambda leaf: tf.identity(leaf) if is_array(leaf) else leaf, batch
             )
+
+
+def _of_equal_rows(batch: Any) -> Any:
+    """The batch, readable only if its arrays have equally many rows, which may be none."""
+    counts = tf.stack([tf.shape(x)[0] for x in tf.nest.flatten(batch) if x is not None])
+    check = tf.debugging.Assert(
+        tf.reduce_all(tf.equal(counts, counts[0])),
+        ["All arrays of a batch must have the same number of rows. Got rows", counts],
+    )
+    return after([check], batch)
 
 
 def _is_one(cut: Sequence[Segment]) -> bool:
@@ -127,6 +193,8 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
     A graph writes metrics and seeds while it runs. Until a window of some shape has fitted once,
     everything is copied before it, so that it can run again.
     """
+    if replica_count(model) > 1:
+        return make_replica_train_function(model, BACKEND)
     step = model.train_step
     guard = Guard(model, step, MEMORY)
     # Keras asks for the function once per fit, so that is when the data may still be empty.
@@ -138,27 +206,15 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
         if model.train_function is not None and not force:
             return
         guard.forget()
-        run = compiled()
+        run = plain_train_function(model)
 
         def train_function(iterator: Any) -> Any:
             nonlocal trained, run
-            try:
+            with in_our_words(trained):
                 results = guarded(iterator)
-            except tf.errors.InvalidArgumentError as error:
-                text = _refusal(error)
-                if text is None:
-                    raise
-                raise ValueError(text) from error
-            except (tf.errors.OutOfRangeError, StopIteration) as error:
-                if trained:
-                    raise
-                raise ValueError(
-                    "fit needs at least one batch. Got no data. "
-                    "A generator can be read only once: pass a fresh one."
-                ) from error
             trained = True
             if guard.succeeded():
-                run = compiled()
+                run = plain_train_function(model)
             logs: dict[str, Any] = step.told(results)
             return logs
 
@@ -198,7 +254,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
 
             def make_again() -> None:
                 nonlocal run
-                run = compiled()
+                run = plain_train_function(model)
 
             def look_for_coupled() -> bool:
                 return step.look_for_coupled(given, _rows(largest), evaluated_eagerly)
@@ -222,14 +278,6 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
             )
 
         model.train_function = train_function
-
-    def compiled() -> Any:
-        """Keras' own train function, traced anew; the model keeps ours."""
-        ours = model.train_function
-        with uncompiled(model):
-            type(model).make_train_function(model, force=True)
-        plain, model.train_function = model.train_function, ours
-        return plain
 
     return make
 
@@ -266,14 +314,6 @@ def _size(batch: Any) -> int:
     # A ragged array does not know all its lengths; its rows decide then.
     shapes = [tf.TensorShape(array.shape).as_list() for _, array in array_leaves(batch)]
     return sum(math.prod(length or 1 for length in shape) for shape in shapes)
-
-
-def _refusal(error: tf.errors.InvalidArgumentError) -> str | None:
-    """Text of a check that could only run inside the graph, or None if it was none of ours."""
-    ours = "microbatch_size and|All arrays of|No length may|Predictions that"
-    assertion = re.search(rf"assertion failed: \[((?:{ours}).*)\]", str(error))
-    # What was printed is pieces of text and numbers, each in brackets.
-    return " ".join(re.split(r"\s*\] \[\s*", assertion[1])) if assertion else None
 
 
 def _build_layers(model: keras.Model, x: Any) -> None:
@@ -317,8 +357,7 @@ def _created_outside(next_creator: Callable[..., Any], **arguments: Any) -> Any:
 
 
 BACKEND = Backend(
-    # What else it cannot train, Keras' own strategies, is refused of every backend.
-    refuse=lambda model: None,
+    refuse=refuse_replicas,
     step=TensorFlowStep,
     make_train_function=make_train_function,
     plan=plan,

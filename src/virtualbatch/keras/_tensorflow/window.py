@@ -27,15 +27,15 @@ from virtualbatch.keras._window import WindowModel
 from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.tensorflow._batch import Segment, map_rows, specs
 from virtualbatch.tensorflow._gradients import add, finished, split_sparse, widened
-from virtualbatch.tensorflow._loop import Output, bound, fold, trace
+from virtualbatch.tensorflow._loop import Output, Traced, bound, fold, trace
 from virtualbatch.tensorflow._stats import part_of, squared_norm
 from virtualbatch.window.shares import accumulator_dtype
 
 _TOTALS = tf.TensorSpec([None], tf.float64)
 
 
-class _Micro(NamedTuple):
-    """What one micro-batch gives.
+class Micro(NamedTuple):
+    """What one micro-batch gives, or the sums and rows of a window.
 
     Fields:
         losses: the loss and values of the per-output loss metrics; where statistics are asked for,
@@ -91,6 +91,7 @@ class WindowRun:
         self._window = WindowModel(model, rows, added, gathering)
         # Known once the step is traced, or eagerly run.
         self._called: list[Any] = []
+        self._start: dict[int, tuple[Any, Any]] = {}
         self._counted: Any = None
 
     @property
@@ -101,7 +102,7 @@ class WindowRun:
     def train(self) -> dict[str, Any]:
         """Runs the window and commits it: optimizer, trackers, moving averages."""
         model = self._model
-        start = moving_statistics(self._window.batchnorm)
+        self._start = moving_statistics(self._window.batchnorm)
         if tf.executing_eagerly():
             traced = trace(self._cut, lambda index, batch: self._micro(batch, self._totals))
         else:
@@ -114,6 +115,17 @@ class WindowRun:
             # Only now is it known whether any weight has to be counted.
             totals = self._totals() if self._window.needs_count else tf.zeros([1], tf.float64)
             traced = [bound(entry, totals) for entry in step]
+        losses, dense, moments, latest, sparse = self.sums_of(traced)
+        noise: list[Any] = []
+        if self._with_stats:
+            *losses, mean_square, count = losses
+            noise = [mean_square, count]
+        stats = self._commit(losses, finished(dense, sparse, model.trainable_variables), noise)
+        assign_statistics(self._called, self._start, moments)
+        return self._window.results(latest) | stats
+
+    def sums_of(self, traced: Sequence[Traced]) -> Micro:
+        """What all micro-batches give."""
         sums, sparse = fold(
             traced,
             lambda _, found: Output(
@@ -127,15 +139,13 @@ class WindowRun:
             ),
         )
         losses, dense, moments, latest = sums
-        noise: list[Any] = []
-        if self._with_stats:
-            *losses, mean_square, count = losses
-            noise = [mean_square, count]
-        stats = self._commit(losses, finished(dense, sparse, model.trainable_variables), noise)
-        assign_statistics(self._called, start, moments)
-        return self._window.results(latest) | stats
+        return Micro(losses, dense, moments, latest, list(sparse))
 
-    def _micro(self, batch: Any, totals: Callable[[], Any]) -> _Micro:
+    def _optimizer(self) -> Any:
+        """What takes the gradients of the window."""
+        return self._model.optimizer
+
+    def _micro(self, batch: Any, totals: Callable[[], Any]) -> Micro:
         """Forward and backward of one micro-batch."""
         window = self._window
         rows = Rows(rows_of(batch), window.rows, self._stretch(batch))
@@ -165,7 +175,7 @@ class WindowRun:
         moments = [
             found._replace(weight=tf.cast(found.weight, found.mean.dtype)) for _, found in seen
         ]
-        return _Micro([loss, *tracked, *noise], dense, moments, latest, sparse)
+        return Micro([loss, *tracked, *noise], dense, moments, latest, sparse)
 
     def _wide_gradients(self, tape: Any, loss: Any, rows: Rows) -> list[Any]:
         """Gradients in the dtype of the buffer.
@@ -187,10 +197,15 @@ class WindowRun:
     def _totals(self) -> Any:
         """Weights of the window that only a forward reveals, counted without a trace of it."""
         if self._counted is None:
-            counting = trace(self._cut, lambda index, batch: self._count(batch))
-            sums, _ = fold(counting, lambda _, counted: Output([counted], []), add)
-            self._counted = sums[0]
+            self._counted = self.counts_of(
+                trace(self._cut, lambda index, batch: self._count(batch))
+            )
         return self._counted
+
+    def counts_of(self, traced: Sequence[Traced]) -> Any:
+        """What all micro-batches count."""
+        sums, _ = fold(traced, lambda _, counted: Output([counted], []), add)
+        return sums[0]
 
     def _count(self, batch: Any) -> Any:
         rows = Rows(rows_of(batch), self._window.rows, self._stretch(batch))
@@ -225,7 +240,7 @@ class WindowRun:
             if variables:
                 if noise:
                     stats[STATS] = self._stats(updated(gradients, self._window.overwritten), *noise)
-                model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+                self._optimizer().apply_gradients(zip(gradients, variables, strict=True))
             else:
                 warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return stats

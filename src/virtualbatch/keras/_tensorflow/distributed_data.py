@@ -1,0 +1,67 @@
+"""Batches of several replicas: taken out of their iterator, looked at as one, and given back."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from virtualbatch.keras._tensorflow.data import over_batches
+from virtualbatch.tensorflow._batch import is_array
+from virtualbatch.window.tree import array_leaves, common_rows
+
+
+def divided(batch: Any, strategy: tf.distribute.Strategy) -> Any:
+    """A batch of `train_on_batch` with its rows divided among replicas, as `fit` divides them.
+
+    Keras would give each replica all of them.
+    """
+    rows = common_rows(array_leaves(batch)) or 0
+    most = -(-rows // strategy.num_replicas_in_sync)
+
+    def parts(leaf: Any) -> Any:
+        if not is_array(leaf):
+            return leaf
+        array = tf.convert_to_tensor(leaf)
+        return strategy.experimental_distribute_values_from_function(
+            lambda context: array[
+                most * context.replica_id_in_sync_group : most
+                * (context.replica_id_in_sync_group + 1)
+            ]
+        )
+
+    return tf.nest.map_structure(parts, batch)
+
+
+def local_batches(batch: Any, strategy: tf.distribute.Strategy) -> list[Any]:
+    """The batch of each replica."""
+    leaves = [
+        strategy.experimental_local_results(leaf) if leaf is not None else None
+        for leaf in tf.nest.flatten(batch)
+    ]
+    return [
+        tf.nest.pack_sequence_as(batch, [None if leaf is None else leaf[k] for leaf in leaves])
+        for k in range(strategy.num_replicas_in_sync)
+    ]
+
+
+def together(batches: list[Any]) -> Any:
+    """The rows of some batches as one batch."""
+    return tf.nest.map_structure(
+        lambda *leaves: None if leaves[0] is None else tf.concat(leaves, 0), *batches
+    )
+
+
+def distributed(batches: list[Any], spec: Any, strategy: tf.distribute.Strategy) -> Iterator[Any]:
+    """A fresh iterator over batches of all replicas, of the spec that they were taken with.
+
+    Args:
+        batches: at least one, as the iterator of a distributed dataset gives them.
+        spec: `element_spec` of that iterator.
+        strategy: theirs.
+    """
+    # Replicas take the elements of their dataset in turns.
+    local = [part for batch in batches for part in local_batches(batch, strategy)]
+    first = tf.nest.map_structure(lambda leaf: leaf._component_specs[0], spec)
+    return iter(
+        strategy.distribute_datasets_from_function(lambda context: over_batches(local, first))
+    )

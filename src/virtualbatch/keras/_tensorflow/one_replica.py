@@ -1,0 +1,58 @@
+"""How many replicas Keras is told of while some of its code runs.
+
+Keras divides every mean by the number of replicas, as a batch is a mean over replicas to it. The
+shares of a window sum to 1 over all replicas already, so its losses must run as on one device.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tensorflow as tf
+
+# TensorFlow has no public way to say so for the length of one call.
+from tensorflow.python.distribute import distribute_lib
+
+
+@contextmanager
+def told_of_one_replica() -> Iterator[None]:
+    """Runs losses on one of several replicas so that `get_strategy` tells of one.
+
+    It is said of the graph that is being traced, which belongs to this replica alone. Variables
+    can be read inside, but not be written, which would ask for the strategy itself.
+    """
+    told = _OneReplica(tf.distribute.get_strategy())
+    with _in_mode(distribute_lib._ThreadMode(told, None, tf.distribute.get_replica_context())):
+        yield
+
+
+@contextmanager
+def outside_of_scopes() -> Iterator[None]:
+    """Runs eager code as if it stood in no scope of a strategy, on the first replica's device."""
+    with _in_mode(distribute_lib._get_default_replica_mode()):
+        yield
+
+
+class _OneReplica:
+    """A strategy in all but the number of its replicas.
+
+    Args:
+        strategy: the strategy.
+    """
+
+    num_replicas_in_sync = 1
+
+    def __init__(self, strategy: Any):
+        self._strategy = strategy
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._strategy, name)
+
+
+@contextmanager
+def _in_mode(mode: Any) -> Iterator[None]:
+    distribute_lib._push_per_thread_mode(mode)
+    try:
+        yield
+    finally:
+        distribute_lib._pop_per_thread_mode()

@@ -1,0 +1,55 @@
+"""What cannot be trained by windows on the replicas of a strategy is refused."""
+
+import keras
+import tensorflow as tf
+
+from virtualbatch.keras._checks import named_strategy, replica_count
+from virtualbatch.keras._overwritten import are_overwritten
+
+
+def refuse_replicas(model: keras.Model) -> None:
+    """Refuses what replicas cannot train exactly, or not without waiting for ever.
+
+    Raises:
+        ValueError: the strategy's replicas do not train in step, or nothing is compiled, or a layer
+            waits for other replicas or keeps what is not summed over them.
+    """
+    strategy = model.distribute_strategy
+    if isinstance(strategy, tf.distribute.experimental.ParameterServerStrategy):
+        raise ValueError(
+            f"Replicas must train in step. Got {type(strategy).__name__}. Use MirroredStrategy."
+        )
+    if replica_count(model) == 1:
+        return
+    if model.run_eagerly:
+        raise ValueError(
+            "Several replicas are trained in a graph. "
+            f"Got run_eagerly=True in {named_strategy(model)}. Compile without it."
+        )
+    layers = list(model._flatten_layers())
+    waiting = [layer.name for layer in layers if getattr(layer, "synchronized", False)]
+    if waiting:
+        raise ValueError(
+            "A layer must not wait for other replicas in each micro-batch, of which they may have "
+            f"more or fewer. Got synchronized=True in {', '.join(waiting)}. Leave it out: "
+            "moving averages are those of all rows, with and without it."
+        )
+    if any(are_overwritten(model.trainable_variables)):
+        raise ValueError(
+            "What a layer sets in its backward pass is not summed over replicas. "
+            f"Got float8 layers in {named_strategy(model)}. Train them on one device."
+        )
+
+
+def refuse_gathering(model: keras.Model, what: str) -> None:
+    """Refuses a loss that needs the rows of all replicas at once.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "On several replicas a loss must be a mean over rows. "
+        f"Got {what}, in {named_strategy(model)}. "
+        "Return one value per row; or build and compile the model outside of the strategy's scope; "
+        "or pass gather=False, if it is a mean over rows."
+    )

@@ -1,0 +1,192 @@
+"""One batch of `fit` as the micro-batches of several replicas of a `tf.distribute` strategy.
+
+Each replica knows the rows and weights of all before its first micro-batch, so its sums are parts
+of those of the whole batch. They are summed once, after the loop, and the optimizer gets the sums.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from virtualbatch.keras._added_losses import AddedLosses, Shape
+from virtualbatch.keras._rows import Rows, unstretched
+from virtualbatch.keras._tensorflow.one_replica import told_of_one_replica
+from virtualbatch.keras._tensorflow.window import Micro, WindowRun
+from virtualbatch.keras._terms import shallow_copy
+from virtualbatch.keras._window import WindowModel
+from virtualbatch.tensorflow._batch import Segment
+from virtualbatch.tensorflow._loop import Traced
+from virtualbatch.tensorflow._replicas import summed, summed_gradients, unless_empty
+from virtualbatch.window.shares import Moments
+
+
+def known_to_all(rows: Any, seen: Any) -> tuple[Any, Any]:
+    """What all replicas must know before their first micro-batch, in one reduction.
+
+    Args:
+        rows: of this replica, an int32 scalar.
+        seen: what its loss tracker has counted.
+
+    Returns:
+        (rows of each replica, an int32 vector; what all trackers have counted).
+    """
+    context = tf.distribute.get_replica_context()
+    place = tf.one_hot(
+        context.replica_id_in_sync_group, context.num_replicas_in_sync, dtype=tf.int32
+    )
+    everywhere, counted = summed([place * rows, tf.convert_to_tensor(seen)])
+    return everywhere, counted
+
+
+class ReplicaRun(WindowRun):
+    """The part of a batch that one of several replicas trains on.
+
+    Args:
+        model: a compiled model.
+        cut: this replica's rows, cut; a filler where it has none.
+        here: its rows, an int32 scalar that may be 0.
+        rows: rows of the whole batch, an int32 scalar.
+        added: what is known of the losses that layers add.
+        stats: whether the logs are to hold statistics of the window.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        cut: list[Segment],
+        here: Any,
+        rows: Any,
+        added: AddedLosses,
+        stats: bool,
+    ):
+        super().__init__(model, cut, rows, unstretched, added, stats)
+        self._window = _ReplicaModel(model, rows, added, here)
+        self._here = here
+
+    def _optimizer(self) -> Any:
+        return _without_a_sum(self._model.optimizer)
+
+    def counts_of(self, traced: Sequence[Traced]) -> Any:
+        count = partial(super().counts_of, traced)
+        local = unless_empty(self._here, count, traced[0].outputs)
+        return summed([local])[0]
+
+    def sums_of(self, traced: Sequence[Traced]) -> Micro:
+        run = partial(super().sums_of, traced)
+        found = unless_empty(self._here, run, self._like(traced))
+        centres = [tf.cast(self._start[id(layer)][0], tf.float64) for layer in self._called]
+        powers = [
+            power
+            for moments, centre in zip(found.moments, centres, strict=True)
+            for power in _powers(moments, centre)
+        ]
+        sums = summed([*found.losses, *powers])
+        count = len(found.losses)
+        dense, sparse = self._summed_gradients(found.dense, found.sparse)
+        return Micro(
+            sums[:count],
+            dense,
+            [
+                _moments(sums[count + 3 * k : count + 3 * k + 3], centre)
+                for k, centre in enumerate(centres)
+            ],
+            found.latest,
+            sparse,
+        )
+
+    def _like(self, traced: Sequence[Traced]) -> Any:
+        """What the window gives, as specs; a trace leaves shapes of gradients open."""
+        micro = traced[0].outputs
+        variables = self._model.trainable_variables
+        dense = [
+            None if gradient is None else tf.TensorSpec(variable.shape, gradient.dtype)
+            for gradient, variable in zip(micro.dense, variables, strict=True)
+        ]
+        sparse = [
+            None if rows is None else tf.TensorSpec([None, *rows.shape[1:]], rows.dtype)
+            for rows in micro.sparse
+        ]
+        return micro._replace(dense=dense, sparse=sparse)
+
+    def _summed_gradients(
+        self, dense: Sequence[Any], sparse: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """Sums over all replicas in the dtype of the buffer, in one reduction."""
+        variables = self._model.trainable_variables
+        slices = [
+            None if values is None else tf.IndexedSlices(values, indices, tf.shape(variable))
+            for values, indices, variable in zip(sparse[::2], sparse[1::2], variables, strict=True)
+        ]
+        found = summed_gradients([*dense, *slices])
+        count = len(variables)
+        rows: list[Any] = []
+        for gradient in found[count:]:
+            rows += [None, None] if gradient is None else [gradient.values, gradient.indices]
+        return found[:count], rows
+
+
+class _ReplicaModel(WindowModel):
+    """See `WindowModel`.
+
+    Args:
+        model: see there.
+        rows: see there.
+        added: see there.
+        here: rows of this replica.
+    """
+
+    def __init__(self, model: keras.Model, rows: Any, added: AddedLosses, here: Any):
+        super().__init__(model, rows, added)
+        self._here = here
+
+    @property
+    def tracked_rows(self) -> Any:
+        """See `WindowModel`: trackers are summed over replicas where they are read."""
+        return self._here
+
+    def loss(
+        self,
+        batch: Any,
+        y_pred: Any,
+        rows: Rows,
+        totals: Callable[[], Any],
+        added_shapes: Callable[[int], Sequence[Shape]],
+    ) -> tuple[Any, list[Any]]:
+        """See `WindowModel`."""
+        with told_of_one_replica():
+            return super().loss(batch, y_pred, rows, totals, added_shapes)
+
+
+def _without_a_sum(optimizer: Any) -> Any:
+    """An optimizer of the same variables that takes gradients which are summed over replicas.
+
+    Keras clips what each replica has and sums that. A twin belongs to one replica's trace, while
+    nothing may be set on the optimizer itself: replicas share it, and take turns inside of it.
+    """
+    twin = shallow_copy(optimizer)
+    if hasattr(optimizer, "inner_optimizer"):
+        vars(twin)["inner_optimizer"] = _without_a_sum(optimizer.inner_optimizer)
+    else:
+        vars(twin)["_all_reduce_sum_gradients"] = list
+    return twin
+
+
+def _powers(moments: Moments, centre: Any) -> list[Any]:
+    """Weight, and weighted sums of what differs from a centre and of its square, in float64.
+
+    They add up over replicas. Around a centre that all share, little is cancelled.
+    """
+    weight, mean, variance = (tf.cast(part, tf.float64) for part in moments)
+    off = mean - centre
+    return [weight, weight * off, weight * (variance + off * off)]
+
+
+def _moments(powers: Sequence[Any], centre: Any) -> Moments:
+    """The moments again, 0 where there is no weight."""
+    weight, first, second = powers
+    off = tf.math.divide_no_nan(first, weight)
+    mean = tf.where(weight > 0, centre + off, tf.zeros_like(centre))
+    return Moments(weight, mean, tf.math.divide_no_nan(second, weight) - off * off)
