@@ -243,7 +243,7 @@ def test_nothing_is_left_to_halve():
 def test_windows_that_really_run_out_of_memory():
     script = Path(__file__).with_name("limited.py")
     child = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, script], capture_output=True, text=True, timeout=300, check=False
     )
     assert child.returncode == 0, child.stderr
     results = json.loads(child.stdout)
