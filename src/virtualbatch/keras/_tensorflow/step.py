@@ -25,6 +25,7 @@ from virtualbatch.keras._guard import Guard
 from virtualbatch.keras._snapshot import Snapshot
 from virtualbatch.keras._tensorflow.cut import Cut
 from virtualbatch.keras._tensorflow.data import given_back, has_open_rows_only, taken
+from virtualbatch.keras._tensorflow.distributed_data import build_from_a_first_batch
 from virtualbatch.keras._tensorflow.gathered_window import GatheredRun
 from virtualbatch.keras._tensorflow.packing import PackedCut
 from virtualbatch.keras._tensorflow.plan import MEMORY, planned
@@ -194,6 +195,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
     everything is copied before it, so that it can run again.
     """
     if replica_count(model) > 1:
+        model._maybe_symbolic_build = build_from_a_first_batch(model)
         return make_replica_train_function(model, BACKEND)
     step = model.train_step
     guard = Guard(model, step, MEMORY)
