@@ -41,11 +41,13 @@ NAMES = {
 }
 # What only the trainer of JAX has; the second is set by each of its functions.
 OF_JAX = {"_get_jax_state", "_jax_state"}
-# What only TensorFlow has: of a strategy, of its data and of the optimizer on it.
+# What only TensorFlow has: of a strategy, of its data, and of the optimizer and model on it.
 OF_TENSORFLOW = {
     "_all_reduce_sum_gradients",
     "_component_specs",
+    "_first_batches",
     "_get_default_replica_mode",
+    "_maybe_symbolic_build",
     "_pop_per_thread_mode",
     "_push_per_thread_mode",
 }

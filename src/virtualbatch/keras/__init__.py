@@ -35,8 +35,8 @@ _PLAN_OUTSIDE = (
     "device, and pass the size that it finds."
 )
 
-# The attributes of a model that `accumulate` sets and `restore` removes.
-_ATTRIBUTES = ("train_step", "make_train_function")
+# The attributes of a model that `accumulate` sets, the last on replicas, and `restore` removes.
+_ATTRIBUTES = ("train_step", "make_train_function", "_maybe_symbolic_build")
 
 
 def accumulate(
@@ -225,7 +225,7 @@ def restore(model: keras.Model) -> None:
         model: a Keras model.
     """
     if accumulates(model):
-        for name in _ATTRIBUTES:
+        for name in vars(model).keys() & set(_ATTRIBUTES):
             delattr(model, name)
         model.train_function = None
 

@@ -94,6 +94,27 @@ def test_a_loss_of_all_rows(make, loss, options, text, caplog):
     assert model.optimizer.iterations.numpy() == 0
 
 
+class Counted(OwnLoss):
+    """A loss that writes a metric."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = keras.metrics.Mean()
+
+    def compute_loss(self, *args, **options):
+        found = super().compute_loss(*args, **options)
+        self.seen.update_state(found)
+        return found
+
+
+def test_a_loss_that_writes():
+    model = compiled_model(Counted)
+    vb.accumulate(model, **SIZE, gather=False)
+    with pytest.raises(ValueError, match=r"must not write variables.*in compute_metrics"):
+        model.fit(*BATCH, batch_size=16, verbose=0)
+    assert model.optimizer.iterations.numpy() == 0
+
+
 class Centred(layers.Layer):
     """Couples rows."""
 

@@ -1,13 +1,42 @@
 """Batches of several replicas: taken out of their iterator, looked at as one, and given back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from virtualbatch.keras._tensorflow.data import over_batches
 from virtualbatch.tensorflow._batch import is_array
 from virtualbatch.window.tree import array_leaves, common_rows
+
+
+def build_from_a_first_batch(model: keras.Model) -> Callable[..., None]:
+    """A `_maybe_symbolic_build` that loses no rows of a generator, and takes any first batch.
+
+    Before it trains on replicas, Keras reads a batch through an iterator that reads ahead, which a
+    generator cannot give again; and it builds the model from a mean over replicas, which there is
+    none of where their rows differ in number, or are text.
+
+    Args:
+        model: the model.
+    """
+
+    def build(iterator: Any = None, data_batch: Any = None) -> None:
+        if iterator is not None:
+            data_batch = _first_batch(iterator, model.distribute_strategy)
+        type(model)._maybe_symbolic_build(model, None, data_batch)
+
+    return build
+
+
+def _first_batch(epoch: Any, strategy: tf.distribute.Strategy) -> Any:
+    """The first batch of an epoch, or that of one replica."""
+    looked_at = getattr(epoch.data_adapter, "_first_batches", None)
+    if looked_at:
+        return looked_at[0]
+    _, _, iterator = next(iter(epoch))
+    return local_batches(next(iterator), strategy)[0]
 
 
 def divided(batch: Any, strategy: tf.distribute.Strategy) -> Any:

@@ -20,10 +20,22 @@ def told_of_one_replica() -> Iterator[None]:
 
     It is said of the graph that is being traced, which belongs to this replica alone. Variables
     can be read inside, but not be written, which would ask for the strategy itself.
+
+    Raises:
+        ValueError: the loss writes a variable.
     """
     told = _OneReplica(tf.distribute.get_strategy())
-    with _in_mode(distribute_lib._ThreadMode(told, None, tf.distribute.get_replica_context())):
-        yield
+    try:
+        with _in_mode(distribute_lib._ThreadMode(told, None, tf.distribute.get_replica_context())):
+            yield
+    except RuntimeError as error:
+        if not str(error).startswith("Mixing different tf.distribute.Strategy objects"):
+            raise
+        raise ValueError(
+            "On several replicas a loss must not write variables. "
+            "Got a write, such as that of a metric's update_state, in compute_loss or in a loss. "
+            "Update metrics in compute_metrics."
+        ) from error
 
 
 @contextmanager
