@@ -23,7 +23,6 @@ import virtualbatch.jax as vb
 
 ON_A_MESH = [
     [
-        "laws_by_hand",
         "rows_of_all_devices",
         "reductions_once_and_own_rows",
         "parameters_spread_over_the_axis",
@@ -36,6 +35,7 @@ ON_A_MESH = [
         "outside_of_a_trace",
         "a_first_window_proves_itself",
         "aux_of_all_kinds",
+        "laws_by_hand",
         "embeddings_of_all_devices",
     ],
     ["parameters_spread_in_all_ways", "a_shard_map_over_some_axes"],
@@ -49,7 +49,7 @@ def test_on_a_mesh_in_use(checks):
     run_on_four_devices("four_devices_mesh", checks)
 
 
-@pytest.fixture(params=["Auto", "Explicit"])
+@pytest.fixture(params=tiered(["Auto", "Explicit"], ["Explicit"], "the same programs again"))
 def _one_device(request):
     with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(AxisType[request.param],))):
         yield
