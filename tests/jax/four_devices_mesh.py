@@ -71,14 +71,16 @@ def laws_by_hand():
 def rows_of_all_devices():
     """Even micro-batches and a remainder; wherever the batch is before."""
     due = host(uncut(terms, PARAMS, BATCH))
-    for kind, size, given in (
-        (KINDS[0], 4, lambda: on(P(AXIS))),
-        (KINDS[1], 4, lambda: BATCH),
-        (KINDS[1], 2, lambda: on(P())),
+    axes = ("data", "model")
+    mixed = jax.make_mesh((2, 2), axes, axis_types=KINDS)
+    for used, names, size, given in (
+        (mesh(KINDS[0]), AXIS, 4, lambda: on(P(AXIS))),
+        (mesh(KINDS[1]), AXIS, 4, lambda: BATCH),
+        (mixed, axes, 2, lambda: on(P())),
     ):
-        with jax.set_mesh(mesh(kind)):
+        with jax.set_mesh(used):
             run = vb.value_and_grad(
-                terms, microbatch_size=size, weight=term_weights, axis_name=AXIS
+                terms, microbatch_size=size, weight=term_weights, axis_name=names
             )
             assert_same(host(jax.jit(run)(PARAMS, given())), due)
 

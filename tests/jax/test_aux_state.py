@@ -186,6 +186,15 @@ def test_one_word_says_it_of_all():
         aux_of("jit", fun, 1, aux_merge="keep")
 
 
+def test_constants_beside_one_micro_batch_and_a_remainder():
+    def fun(params, state, x):
+        return loss(params, x), {"flag": True, "number": 7, "typed": jnp.int8(3)}
+
+    found = aux_of("jit", fun, None, microbatch_size=6)
+    due = {"flag": np.asarray(True), "number": np.asarray(7), "typed": np.int8(3)}
+    assert_same(found, due)
+
+
 @pytest.mark.parametrize("words", ["total", {"n": "add"}, ["keep", 3]])
 def test_words_that_mean_nothing(words):
     with pytest.raises(ValueError, match=r"aux_merge must say .*Pass has_aux=True, and 'keep'"):

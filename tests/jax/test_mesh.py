@@ -12,8 +12,8 @@ from tests.jax.problems import (
     in_mode,
     params,
     pieces,
-    term_weights,
-    terms,
+    token_loss,
+    tokens,
     uncut,
 )
 from tests.jax.test_devices import WHY, run_on_four_devices
@@ -23,7 +23,6 @@ import virtualbatch.jax as vb
 
 ON_A_MESH = [
     [
-        "laws_by_hand",
         "rows_of_all_devices",
         "reductions_once_and_own_rows",
         "parameters_spread_over_the_axis",
@@ -36,9 +35,13 @@ ON_A_MESH = [
         "outside_of_a_trace",
         "a_first_window_proves_itself",
         "aux_of_all_kinds",
+    ],
+    [
+        "parameters_spread_in_all_ways",
+        "a_shard_map_over_some_axes",
+        "laws_by_hand",
         "embeddings_of_all_devices",
     ],
-    ["parameters_spread_in_all_ways", "a_shard_map_over_some_axes"],
 ]
 
 
@@ -49,7 +52,7 @@ def test_on_a_mesh_in_use(checks):
     run_on_four_devices("four_devices_mesh", checks)
 
 
-@pytest.fixture(params=["Auto", "Explicit"])
+@pytest.fixture(params=tiered(["Auto", "Explicit"], ["Explicit"], "the same programs again"))
 def _one_device(request):
     with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(AxisType[request.param],))):
         yield
@@ -59,16 +62,16 @@ def _one_device(request):
 @pytest.mark.parametrize("mode", tiered(MODES, ["jit"], "the proof compiles twenty programs"))
 def test_gradients_of_one_device(mode):
     found = batch(10)
-    run = vb.value_and_grad(terms, microbatch_size=4, weight=term_weights, axis_name="data")
-    assert_same(in_mode(mode, run)(params(), found), uncut(terms, params(), found))
+    run = vb.value_and_grad(token_loss, microbatch_size=4, weight=tokens, axis_name="data")
+    assert_same(in_mode(mode, run)(params(), found), uncut(token_loss, params(), found))
 
 
 @pytest.mark.usefixtures("_one_device")
 def test_a_window_of_one_device():
     found = batch(10)
-    run = vb.value_and_grad(terms, weight=term_weights, axis_name="data")
+    run = vb.value_and_grad(token_loss, weight=tokens, axis_name="data")
     window = vb.Window(pieces(found, 0, 3, 10))
-    assert_same(jax.jit(run)(params(), window), uncut(terms, params(), found))
+    assert_same(jax.jit(run)(params(), window), uncut(token_loss, params(), found))
 
 
 def test_keys_of_one_device_are_those_without_a_mesh():

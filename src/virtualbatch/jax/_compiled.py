@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
+from virtualbatch.jax._arrays import is_array
 from virtualbatch.jax._aux import joined, kinds, merged_kinds, routed
 from virtualbatch.jax._batch import Cut, Segment
 from virtualbatch.jax._convolution import with_fast_convolutions
@@ -137,14 +138,22 @@ def _traced(cut: Cut, step: Callable[[Any, Any], _Micro]) -> list[_Traced]:
             lambda i, k, segment=segment: step(i, segment.get(k)), return_shape=True
         )(number, number)
         program = with_fast_convolutions(program)
-        structure = jax.tree.structure(outputs)
 
-        def run(i: Any, k: Any, program: Any = program, structure: Any = structure) -> _Micro:
-            return jax.tree.unflatten(structure, jaxpr_as_fun(program)(_number(i), _number(k)))
+        def run(i: Any, k: Any, program: Any = program, outputs: Any = outputs) -> _Micro:
+            found = jaxpr_as_fun(program)(_number(i), _number(k))
+            return jax.tree.unflatten(jax.tree.structure(outputs), _as_arrays(found, outputs))
 
         result.append(_Traced(segment, offset, run, outputs))
         offset += segment.count
     return result
+
+
+def _as_arrays(found: Sequence[Any], outputs: Any) -> list[Any]:
+    # What a program returns is a number of Python where it is the same for all arguments.
+    return [
+        x if is_array(x) else jnp.asarray(x, like.dtype)
+        for x, like in zip(found, jax.tree.leaves(outputs), strict=True)
+    ]
 
 
 def _after(

@@ -201,17 +201,19 @@ def placed(x: Any, axes: Axes, *, by_rows: bool = False) -> Any:
 
     On a mesh with explicit axes JAX moves nothing by itself.
     """
-    if not _is_explicit(axes.names):
+    explicit = _explicit(axes.names)
+    if not explicit:
         return x
     entries = [_without(entry, axes.names) for entry in jax.typeof(x).sharding.spec]
     if by_rows:
-        entries[0] = axes.names
+        # Over axes that are automatic `shard_map` spreads rows itself.
+        entries[0] = explicit
     return _resharded(x, P(*entries))
 
 
 def placed_like(parameters: Any, gradients: Any) -> Any:
     """Gradients, each spread as its parameter is where types tell that."""
-    if not _is_explicit(jax.sharding.get_abstract_mesh().axis_names):
+    if not _explicit(jax.sharding.get_abstract_mesh().axis_names):
         return gradients
     found = tree_flatten_with_path(parameters)[0]
     specs = {path: jax.typeof(x).sharding.spec for path, x in found if is_array(x)}
@@ -231,7 +233,8 @@ def _without(entry: Any, names: Sequence[Any]) -> Any:
     return kept if len(kept) > 1 else kept[0] if kept else None
 
 
-def _is_explicit(names: Sequence[Any]) -> bool:
+def _explicit(names: Sequence[Any]) -> tuple[Any, ...]:
+    """Those of some axes of the mesh in use that are explicit."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return any(kinds[name] == AxisType.Explicit for name in names)
+    return tuple(name for name in names if kinds[name] == AxisType.Explicit)
