@@ -103,8 +103,7 @@ class GatheredReplicaRun(GatheredRun):
             for x in own
             if x is not None
         ]
-        sums = [*found.losses, *mine]
-        sums = summed(sums) if sums else []
+        sums = summed([*found.losses, *mine])
         given = iter(sums[len(found.losses) :])
         return Backwards(
             sums[: len(found.losses)],
