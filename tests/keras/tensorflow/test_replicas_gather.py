@@ -1,15 +1,158 @@
 """Losses that see all rows, on two replicas: `fit` trains as one device does on the whole batch."""
 
+import keras
+import numpy as np
 import pytest
-from tests.keras.coupled import CASES, HEADS, TAGS_AND_MASKS, TEMPERATURE
-from tests.keras.tensorflow.replicas import on_replicas
-from tests.keras.training import assert_same_run, eagerly, in_tiers, train
+import tensorflow as tf
+from keras import layers
+from tests.keras.coupled import (
+    CASES,
+    CLASSES,
+    HEADS,
+    MASKS,
+    TAGS_AND_MASKS,
+    TEMPERATURE,
+    VALUES,
+    Temperature,
+    X,
+    coupled,
+    mlp,
+)
+from tests.keras.tensorflow.replicas import on_replicas, strategy
+from tests.keras.tensorflow.test_replicas import collectives
+from tests.keras.training import RTOL, assert_same_run, assert_same_values, eagerly, in_tiers, train
+
+import virtualbatch.keras as vb
+from virtualbatch.keras._tensorflow.rows_of_replicas import RowsOfReplicas
 
 SLOW = "each traces a model twice for each of two replicas"
 
-@pytest.mark.parametrize("case", in_tiers([], [TAGS_AND_MASKS, *CASES], SLOW))
+
+class Listening(Temperature):
+    """A loss with a variable of its own, and a BatchNormalization that nothing depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalise = layers.BatchNormalization(momentum=0.5, center=False, scale=False)
+
+    def call(self, x, training=False):
+        self.normalise(x, training=training)
+        return super().call(x)
+
+
+class OwnMetrics(keras.Model):
+    """Metrics of its own, of which one is no mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = mlp(6, "sigmoid")()
+        self.hits = keras.metrics.TruePositives()
+
+    def call(self, x):
+        return self.out(x)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        self.hits.update_state(y, y_pred)
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+
+def once(case):
+    """A batch that both replicas have rows of, and one that leaves the second without any."""
+    fit = case.fit | {"epochs": 1}
+    return case._replace(name=f"{case.name}, two batches", fit=fit, rows=21)
+
+
+COUNTED = coupled(
+    "masked words beside Dice",
+    TAGS_AND_MASKS.model,
+    lambda: TAGS_AND_MASKS.compile()["loss"],
+    TAGS_AND_MASKS.x,
+    TAGS_AND_MASKS.y,
+    fit=TAGS_AND_MASKS.fit,
+    metrics=lambda: [["accuracy"], [keras.metrics.TruePositives()]],
+)
+OWN = coupled("moments and a variable in compute_loss", Listening, lambda: None, X, VALUES)
+DICE = mlp(6, "sigmoid"), keras.losses.Dice, X, MASKS
+FURTHER = [
+    COUNTED,
+    TAGS_AND_MASKS,
+    TEMPERATURE,
+    *CASES,
+    coupled("gather=True", mlp(6), lambda: "mse", X, MASKS, sizes={"gather": True}),
+    coupled("compute_metrics", OwnMetrics, keras.losses.Dice, X, MASKS),
+    coupled("compiled", *DICE, jit_compile=lambda: True),
+    coupled("micro-batches", *DICE, sizes={"microbatch_size": None, "accumulation_steps": 3}),
+    coupled("one micro-batch", *DICE, sizes={"microbatch_size": 50}),
+    coupled("a scaled loss, clipped", *DICE, optimizer=lambda: keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.Adam(1e-2, global_clipnorm=0.01)
+    )),
+]
+
+
+@pytest.mark.parametrize("case", in_tiers([once(OWN), once(COUNTED)], FURTHER, SLOW))
 def test_equals_one_device(case):
+    several = case.model in (HEADS.model, TAGS_AND_MASKS.model)
     # A graph weighs the losses of several outputs by the batch, not by its rows.
-    in_its_mode = case in (HEADS, TAGS_AND_MASKS)
-    expected = train(case if in_its_mode else eagerly(case), accumulated=False)
+    expected = train(case if several else eagerly(case), accumulated=False)
     assert_same_run(on_replicas(case), expected)
+
+
+def gathered(local, rows):
+    """What each of two replicas gets to see.
+
+    Args:
+        local: number of a replica -> its arrays.
+        rows: of each replica.
+    """
+    specs = [tf.TensorSpec([None] * np.ndim(x), np.asarray(x).dtype) for x in local(0)]
+
+    def see(*arrays):
+        return RowsOfReplicas(tf.constant(rows)).of_all(arrays)
+
+    @tf.function(autograph=False)
+    def step(first, second):
+        def replica():
+            number = tf.distribute.get_replica_context().replica_id_in_sync_group
+            return see(*(second if tf.get_static_value(number) else first))
+
+        return strategy().run(replica)
+
+    program = step.get_concrete_function(specs, specs)
+    found = program(*([tf.constant(x) for x in local(k)] for k in (0, 1)))
+    return [[x.values[k].numpy() for x in found] for k in (0, 1)]
+
+
+def test_rows_of_all_replicas_hold_what_each_of_them_had():
+    large = np.array([2**62 + 1, -(2**53) - 1])
+    half = np.array([[np.inf, 6e-8], [np.nan, -1.0]], "float16")
+    wide = np.array([0.1, 1e300])
+    flags, bytes_ = np.array([True, False]), np.array([[255], [3]], "uint8")
+    rows = [large, half, wide, flags, bytes_]
+    # The second has none, and does not know the length of the others' rows.
+    empty = [np.zeros((0,) * x.ndim, x.dtype) for x in rows]
+    for found in gathered(lambda number: empty if number else rows, [2, 0]):
+        for mine, due in zip(found, rows, strict=True):
+            assert mine.dtype == due.dtype
+            np.testing.assert_array_equal(mine, due)
+    halves = [[x[:1] for x in rows], [x[1:] for x in rows]]
+    for found in gathered(lambda number: halves[number], [1, 1]):
+        for mine, due in zip(found, rows, strict=True):
+            np.testing.assert_array_equal(mine, due)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "text"),
+    [
+        ([(2, 3), (1, 4)], "must have the same lengths where a loss sees all rows"),
+        ([(2, 3), (2, 3)], "must have one entry per row"),
+    ],
+    ids=["lengths", "rows"],
+)
+def test_arrays_that_do_not_fit_are_refused_on_all_replicas(shapes, text):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=text):
+        gathered(lambda number: [np.zeros(shapes[number])], [2, 1])
+
+
+def test_only_numbers_are_gathered():
+    with pytest.raises(ValueError, match=r"must hold numbers\. Got string"):
+        gathered(lambda number: [np.array(["a"], dtype=object)], [1, 1])
