@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from tests.keras.problems import TARGETS, X
-from tests.keras.tensorflow.replicas import SIZE, OwnLoss, regression, strategy
+from tests.keras.tensorflow.replicas import SIZE, regression, strategy
 
 import virtualbatch.keras as vb
 
@@ -71,27 +71,6 @@ def test_a_strategy_out_of_step(monkeypatch):
     model._distribute_strategy = OutOfStep(["CPU:0"])
     with pytest.raises(ValueError, match=r"must train in step.*Use MirroredStrategy"):
         vb.accumulate(model, **SIZE)
-
-
-def one_number(y_true, y_pred):
-    return keras.ops.std(y_pred - y_true)
-
-
-COUPLED = {
-    "one number": (regression, one_number, {}, "the loss one_number, which returns one number"),
-    "compute_loss": (OwnLoss, "mse", {}, "an overridden compute_loss"),
-    "asked for": (regression, "mse", {"gather": True}, "gather=True"),
-}
-
-
-@pytest.mark.parametrize(("make", "loss", "options", "text"), COUPLED.values(), ids=COUPLED)
-def test_a_loss_of_all_rows(make, loss, options, text, caplog):
-    model = compiled_model(make, loss)
-    vb.accumulate(model, **SIZE, **options)
-    with pytest.raises(ValueError, match=rf"must be a mean over rows\. Got {text}"):
-        model.fit(*BATCH, batch_size=16, verbose=0)
-    assert "it gets the predictions" not in caplog.text
-    assert model.optimizer.iterations.numpy() == 0
 
 
 class Centred(layers.Layer):

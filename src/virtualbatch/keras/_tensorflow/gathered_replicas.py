@@ -93,9 +93,9 @@ class GatheredReplicaRun(GatheredRun):
         variables = self._model.trainable_variables
         losses, dense, latest, sparse = traced[0].outputs
         dense, sparse = gradient_specs(dense, sparse, variables)
-        like = Backwards(losses, dense, latest, sparse, None)
+        like = Backwards(losses, dense, latest, sparse, [])
         run = partial(super().sums_of_second_pass, traced, own)
-        found = unless_empty(self._rows.here, lambda: run()._replace(own=None), like)
+        found = unless_empty(self._rows.here, lambda: run()._replace(own=[]), like)
         dense, sparse = summed_window_gradients(found.dense, found.sparse, variables)
         # Every replica has computed these; those of one are the same numbers for all.
         mine = [

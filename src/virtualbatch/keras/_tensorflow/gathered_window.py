@@ -262,9 +262,7 @@ class GatheredRun(WindowRun):
             batch, of_predictions = pair
             return self._backward(batch, needed, of_predictions, whole, upstream, totals)
 
-        found = self.sums_of_second_pass(
-            self._traced(cut, second, *totals, *upstream), whole.own
-        )
+        found = self.sums_of_second_pass(self._traced(cut, second, *totals, *upstream), whole.own)
         gradients = finished(found.dense, found.sparse, variables)
         with_own = [
             mine if own is None else _sum(mine, own, variable)

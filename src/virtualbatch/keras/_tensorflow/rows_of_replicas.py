@@ -111,8 +111,6 @@ def _summed_short(arrays: Sequence[Any]) -> list[Any]:
     flat = [tf.reshape(tf.cast(array, tf.float32), [-1]) for array in arrays]
     (total,) = summed_gradients([tf.concat(flat, 0)])
     return [
-        tf.ensure_shape(
-            tf.cast(tf.reshape(piece, tf.shape(array)), array.dtype), array.shape
-        )
+        tf.ensure_shape(tf.cast(tf.reshape(piece, tf.shape(array)), array.dtype), array.shape)
         for piece, array in zip(tf.split(total, [tf.size(x) for x in flat]), arrays, strict=True)
     ]
