@@ -14,13 +14,23 @@ from tests.keras.coupled import (
     VALUES,
     Temperature,
     X,
+    among_others,
     coupled,
     mlp,
 )
 from tests.keras.tensorflow.replicas import on_replicas, strategy
 from tests.keras.tensorflow.test_replicas import collectives
-from tests.keras.training import assert_same_run, eagerly, in_tiers, train
+from tests.keras.training import (
+    RTOL,
+    assert_same_run,
+    assert_same_values,
+    eagerly,
+    in_tiers,
+    train,
+)
+from tests.oracle import assert_close
 
+import virtualbatch.keras as vb
 from virtualbatch.keras._tensorflow.rows_of_replicas import RowsOfReplicas
 
 SLOW = "each traces a model twice for each of two replicas"
@@ -49,7 +59,7 @@ class Rows(keras.metrics.Metric):
         self.seen.assign_add(keras.ops.cast(keras.ops.shape(y_pred)[0], self.dtype))
 
     def result(self):
-        return self.seen.value
+        return keras.ops.copy(self.seen)
 
 
 class OwnMetrics(keras.Model):
@@ -120,9 +130,28 @@ def test_equals_one_device(case):
     assert_same_run(on_replicas(case), expected)
 
 
-@pytest.mark.parametrize(
-    "size", [1, *(pytest.param(k, marks=pytest.mark.thorough(SLOW)) for k in (10, 4))]
-)
+@pytest.mark.thorough(SLOW)
+@pytest.mark.proves_itself
+def test_what_larger_batches_show_is_found_before_they_are_trained(caplog):
+    # One row tells by its shape only: that this loss gives a value per row.
+    given = coupled("", mlp(16), lambda: among_others, X, VALUES)
+    plain = given.model()
+    plain.compile(**given.compile() | {"run_eagerly": True})
+    with strategy().scope():
+        model = given.model()
+        model.compile(**given.compile())
+    model.set_weights(plain.get_weights())
+    vb.accumulate(model, **given.sizes)
+    for rows in (1, 20):
+        logs = [m.train_on_batch(X[:rows], VALUES[:rows], return_dict=True) for m in (model, plain)]
+        assert_same_values(*logs)
+        assert ("it gets the predictions of all rows" in caplog.text) == (rows > 1)
+    for mine, due in zip(model.variables, plain.variables, strict=True):
+        assert_close(mine.numpy(), due.numpy(), RTOL)
+
+
+@pytest.mark.thorough(SLOW)
+@pytest.mark.parametrize("size", [10, 4, 1])
 def test_as_many_reductions_for_any_number_of_microbatches(size):
     devices = strategy()
     with devices.scope():
