@@ -27,10 +27,6 @@ VERBS = {
     "plan": (lambda model: vb.plan(model, BATCH), f"plan measures one device.*{OUTSIDE}"),
     "certify": (lambda model: vb.certify(model, BATCH, **SIZE), f"certify compares.*{OUTSIDE}"),
     "auto": (lambda model: vb.accumulate(model, microbatch_size="auto"), f"auto.*{OUTSIDE}"),
-    "packing": (
-        lambda model: vb.accumulate(model, microbatch_tokens=9, lengths=len),
-        "packs the rows of one device.*Use microbatch_size",
-    ),
 }
 
 

@@ -15,6 +15,7 @@ from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._gather.gathering import Gathering
 from virtualbatch.keras._tensorflow.cut import Cut
 from virtualbatch.keras._tensorflow.gathered_window import Backwards, Forwards, GatheredRun
+from virtualbatch.keras._tensorflow.packing import PackedCut
 from virtualbatch.keras._tensorflow.replicas import (
     ReplicaModel,
     gradient_specs,
@@ -44,7 +45,7 @@ class GatheredReplicaRun(GatheredRun):
         self,
         model: keras.Model,
         batch: Any,
-        cut: Cut,
+        cut: Cut | PackedCut,
         everywhere: Any,
         added: AddedLosses,
         gathering: Gathering,

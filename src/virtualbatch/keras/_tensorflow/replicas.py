@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from virtualbatch.keras._added_losses import AddedLosses, Shape
 from virtualbatch.keras._gather.gathering import Gathering
-from virtualbatch.keras._rows import Rows, unstretched
+from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._tensorflow.one_replica import told_of_one_replica
 from virtualbatch.keras._tensorflow.window import Micro, WindowRun
 from virtualbatch.keras._terms import shallow_copy
@@ -51,6 +51,7 @@ class ReplicaRun(WindowRun):
         cut: this replica's rows, cut; a filler where it has none.
         here: its rows, an int32 scalar that may be 0.
         rows: rows of the whole batch, an int32 scalar.
+        stretch: see `WindowRun`.
         added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
     """
@@ -61,10 +62,11 @@ class ReplicaRun(WindowRun):
         cut: list[Segment],
         here: Any,
         rows: Any,
+        stretch: Callable[[Any], Any],
         added: AddedLosses,
         stats: bool,
     ):
-        super().__init__(model, cut, rows, unstretched, added, stats)
+        super().__init__(model, cut, rows, stretch, added, stats)
         self._window = ReplicaModel(model, rows, added, here)
         self._here = here
 

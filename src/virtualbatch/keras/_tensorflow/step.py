@@ -89,8 +89,13 @@ class TensorFlowStep(TrainStep):
         rows = rows_of(batch)
         batch = with_a_row(_of_equal_rows(batch), rows)
         everywhere, seen = known_to_all(rows, model._loss_tracker.count)
-        batch = self._with_agreeing_sizes(batch, tf.reduce_max(everywhere), seen)
-        cut = Cut(batch, *self._cut_by())
+        packing = self._packing_in_force()
+        cut: Cut | PackedCut
+        if packing is None:
+            batch = self._with_agreeing_sizes(batch, tf.reduce_max(everywhere), seen)
+            cut = Cut(batch, *self._cut_by())
+        else:
+            cut = PackedCut(model, batch, packing, rows)
         window: WindowRun
         if gathering is None:
             window = ReplicaRun(
@@ -98,6 +103,7 @@ class TensorFlowStep(TrainStep):
                 cut.segments(),
                 rows,
                 tf.reduce_sum(everywhere),
+                cut.stretch,
                 self._added,
                 self.listener is not None,
             )
