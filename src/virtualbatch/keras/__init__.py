@@ -108,10 +108,6 @@ def accumulate(
             "Leave it out: then the losses that need all rows get them."
         )
     keras_backend = _backend_for(model)
-    if packing is not None:
-        refuse_on_replicas(
-            model, "microbatch_tokens packs the rows of one device.", "Use microbatch_size."
-        )
     if is_automatic(microbatch_size):
         refuse_on_replicas(model, 'microbatch_size="auto" plans one device.', _PLAN_OUTSIDE)
     step = keras_backend.step(

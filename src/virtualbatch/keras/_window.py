@@ -287,6 +287,11 @@ class WindowModel:
         return {}
 
     @property
+    def reads_inputs(self) -> bool:
+        """Whether a loss or metrics of all rows are given the inputs, too."""
+        return self._own_loss or self.own_metrics
+
+    @property
     def tracked_rows(self) -> Any:
         """Rows that trackers count for this window."""
         return self.rows

@@ -113,6 +113,8 @@ def summed(values: Sequence[Any]) -> list[Any]:
     Returns:
         The sums, in the dtypes and shapes of the values.
     """
+    if not values:
+        return []
     parts = [_as_floats(value) for value in values]
     flat = [tf.reshape(part, [-1]) for part in parts]
     # One vector: of several tensors a strategy may make several reductions.

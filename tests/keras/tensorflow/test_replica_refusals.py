@@ -27,10 +27,6 @@ VERBS = {
     "plan": (lambda model: vb.plan(model, BATCH), f"plan measures one device.*{OUTSIDE}"),
     "certify": (lambda model: vb.certify(model, BATCH, **SIZE), f"certify compares.*{OUTSIDE}"),
     "auto": (lambda model: vb.accumulate(model, microbatch_size="auto"), f"auto.*{OUTSIDE}"),
-    "packing": (
-        lambda model: vb.accumulate(model, microbatch_tokens=9, lengths=len),
-        "packs the rows of one device.*Use microbatch_size",
-    ),
 }
 
 
@@ -71,27 +67,6 @@ def test_a_strategy_out_of_step(monkeypatch):
     model._distribute_strategy = OutOfStep(["CPU:0"])
     with pytest.raises(ValueError, match=r"must train in step.*Use MirroredStrategy"):
         vb.accumulate(model, **SIZE)
-
-
-def one_number(y_true, y_pred):
-    return keras.ops.std(y_pred - y_true)
-
-
-COUPLED = {
-    "one number": (regression, one_number, {}, "the loss one_number, which returns one number"),
-    "compute_loss": (OwnLoss, "mse", {}, "an overridden compute_loss"),
-    "asked for": (regression, "mse", {"gather": True}, "gather=True"),
-}
-
-
-@pytest.mark.parametrize(("make", "loss", "options", "text"), COUPLED.values(), ids=COUPLED)
-def test_a_loss_of_all_rows(make, loss, options, text, caplog):
-    model = compiled_model(make, loss)
-    vb.accumulate(model, **SIZE, **options)
-    with pytest.raises(ValueError, match=rf"must be a mean over rows\. Got {text}"):
-        model.fit(*BATCH, batch_size=16, verbose=0)
-    assert "it gets the predictions" not in caplog.text
-    assert model.optimizer.iterations.numpy() == 0
 
 
 class Counted(OwnLoss):

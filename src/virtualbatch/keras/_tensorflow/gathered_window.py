@@ -35,6 +35,42 @@ from virtualbatch.tensorflow._rowwise.program import hidden_random
 _TOTALS = tf.TensorSpec([None], tf.float64)
 
 
+class Forwards(NamedTuple):
+    """What the first pass gives.
+
+    Fields:
+        moments: BatchNorm moments, in the order of the layers' calls.
+        added: losses that layers have added.
+        counts: a vector of weights that only a forward reveals; else empty.
+        arrays: gathered predictions and their masks, in the order of the batch.
+        batch: (x, y, sample_weight) of the same rows.
+    """
+
+    moments: list[Any]
+    added: list[Any]
+    counts: list[Any]
+    arrays: list[Any]
+    batch: Any
+
+
+class Backwards(NamedTuple):
+    """What the second pass gives.
+
+    Fields:
+        losses: the loss of what does not see all rows and its per-output losses; perhaps empty.
+        dense: dense gradients, or None.
+        latest: see `virtualbatch.keras._tensorflow.window.Micro`.
+        sparse: values and indices of sparse gradients.
+        own: see `_OfAllRows`.
+    """
+
+    losses: list[Any]
+    dense: list[Any]
+    latest: Any
+    sparse: list[Any]
+    own: Sequence[Any]
+
+
 class _OfAllRows(NamedTuple):
     """What the loss of all rows gives.
 
@@ -83,23 +119,50 @@ class GatheredRun(WindowRun):
     def train(self) -> dict[str, Any]:
         """See `WindowRun`."""
         model, window = self._model, self._window
-        start = moving_statistics(window.batchnorm)
+        self._start = moving_statistics(window.batchnorm)
         state = state_variables(model)
         before = _State(state)
-        (moments, added, counts, _), arrays = fold(
-            self._traced(self._all_rows.segments(), self._forward),
-            lambda _, found: Output(found[0], self._lengthened(found[1])),
-            lambda a, b: (merged(a[0], b[0]), add(a[1], b[1]), add(a[2], b[2]), a[3] + b[3]),
-        )
-        whole = self._loss_of_all_rows(self._in_order(arrays), added)
+        first = self.first_pass(self._traced(self._all_rows.segments(), self._forward))
+        whole = self._loss_of_all_rows(first)
         after = _State(state)
         before.restore(whole.predictions)
-        losses, tracked, gradients, latest = self._second_pass(whole, counts)
+        losses, tracked, gradients, latest = self._second_pass(whole, first.counts)
         after.restore(gradients)
         total = whole.losses[0] if not losses else whole.losses[0] + losses[0]
         self._commit([total, *window.tracked(whole.losses[1:], tracked)], gradients, [])
-        assign_statistics(self._called, start, moments)
+        assign_statistics(self._called, self._start, first.moments)
         return window.results(whole.latest or latest)
+
+    def first_pass(self, traced: Sequence[Traced]) -> Forwards:
+        """What the forwards of all micro-batches give."""
+        (moments, added, counts, _), arrays = fold(
+            traced,
+            lambda _, found: Output(found[0], self._lengthened(found[1])),
+            lambda a, b: (merged(a[0], b[0]), add(a[1], b[1]), add(a[2], b[2]), a[3] + b[3]),
+        )
+        return Forwards(moments, added, counts, self._in_order(arrays), self._batch)
+
+    def own_rows(self, array: Any) -> Any:
+        """Of the rows that the loss has seen, those that are cut here."""
+        return tf.convert_to_tensor(array)
+
+    def sums_of_second_pass(self, traced: Sequence[Traced], own: Sequence[Any]) -> Backwards:
+        """What the backwards of all micro-batches give.
+
+        Args:
+            traced: the micro-batches.
+            own: see `_OfAllRows`.
+        """
+        (losses, dense, latest), sparse = fold(
+            traced,
+            lambda _, found: Output(found[:3], found[3]),
+            lambda a, b: (
+                add(a[0], b[0]),
+                merged_gradients(a[1], b[1], self._window.overwritten, tf.maximum),
+                b[2],
+            ),
+        )
+        return Backwards(losses, dense, latest, list(sparse), own)
 
     def _traced(self, cut: list[Segment], step: Callable[..., Any], *extra: Any) -> list[Traced]:
         """A step of a micro-batch and of `extra`, arrays that each of them is given."""
@@ -161,21 +224,21 @@ class GatheredRun(WindowRun):
         )
         return (moments, added, counts, waited_for), arrays
 
-    def _loss_of_all_rows(self, arrays: Sequence[Any], added: list[Any]) -> _OfAllRows:
-        model, window = self._model, self._window
-        y_pred = window.joined(arrays)
+    def _loss_of_all_rows(self, first: Forwards) -> _OfAllRows:
+        model, window, added = self._model, self._window, first.added
+        y_pred = window.joined(first.arrays)
         predictions = window.predictions(y_pred)
         watched = [x for x in (*predictions, *added) if x.dtype.is_floating]
         with tf.GradientTape() as tape:
             tape.watch(watched)
-            loss, tracked = window.loss_of_all_rows(self._batch, y_pred, added)
+            loss, tracked = window.loss_of_all_rows(first.batch, y_pred, added)
             scaled = model.optimizer.scale_loss(loss)
         variables = model.trainable_variables
         found = tape.gradient(scaled, [*watched, *variables])
         gradients = iter(found[: len(watched)])
         by_leaf = [next(gradients) if x.dtype.is_floating else None for x in (*predictions, *added)]
         latest = tree.map_structure(
-            tf.convert_to_tensor, window.update_metrics_of_all_rows(self._batch, y_pred)
+            tf.convert_to_tensor, window.update_metrics_of_all_rows(first.batch, y_pred)
         )
         count = len(predictions)
         own = found[len(watched) :]
@@ -186,10 +249,10 @@ class GatheredRun(WindowRun):
 
         The gradients are those of everything.
         """
-        model, window = self._model, self._window
+        variables = self._model.trainable_variables
         needed = [k for k, gradient in enumerate(whole.predictions) if gradient is not None]
         cut = self._all_rows.segments_with(
-            [tf.convert_to_tensor(whole.predictions[k]) for k in needed],
+            [self.own_rows(whole.predictions[k]) for k in needed],
             [self._trimmed[k] for k in needed],
         )
         upstream = [x for x in whole.added if x is not None]
@@ -199,24 +262,13 @@ class GatheredRun(WindowRun):
             batch, of_predictions = pair
             return self._backward(batch, needed, of_predictions, whole, upstream, totals)
 
-        sums, sparse = fold(
-            self._traced(cut, second, *totals, *upstream),
-            lambda _, found: Output(found[:3], found[3]),
-            lambda a, b: (
-                add(a[0], b[0]),
-                merged_gradients(a[1], b[1], window.overwritten, tf.maximum),
-                b[2],
-            ),
-        )
-        losses, dense, latest = sums
-        gradients = finished(dense, sparse, model.trainable_variables)
+        found = self.sums_of_second_pass(self._traced(cut, second, *totals, *upstream), whole.own)
+        gradients = finished(found.dense, found.sparse, variables)
         with_own = [
             mine if own is None else _sum(mine, own, variable)
-            for mine, own, variable in zip(
-                gradients, whole.own, model.trainable_variables, strict=True
-            )
+            for mine, own, variable in zip(gradients, found.own, variables, strict=True)
         ]
-        return losses[:1], losses[1:], with_own, latest
+        return found.losses[:1], found.losses[1:], with_own, found.latest
 
     def _backward(
         self,

@@ -29,9 +29,10 @@ class PackedCut:
         model: the model.
         batch: (x, y, sample_weight) as Keras' loaders give them.
         packing: how rows are packed.
+        rows: of the batch; 0 where its one row is a filler. None: it has none.
     """
 
-    def __init__(self, model: keras.Model, batch: Any, packing: Packing):
+    def __init__(self, model: keras.Model, batch: Any, packing: Packing, rows: Any = None):
         self._model = model
         batch = tf.nest.map_structure(as_tensor, batch)
         self._found = found = padded_batch(model, batch)
@@ -40,6 +41,10 @@ class PackedCut:
         lengths = tf.cast(
             checked_lengths(packing.lengths(batch[0]), found.leaves[self._first].shape[0]), tf.int32
         )
+        if rows is not None:
+            # A filler has the length that is asked of it, whatever its axis was padded to.
+            lengths = tf.where(rows > 0, lengths, 1)
+            self._padded = tf.where(rows > 0, self._padded, 1)
         with tf.control_dependencies(self._checks(lengths)):
             self._order = tf.argsort(lengths, direction="DESCENDING", stable=True)
         self._source = found.mapped(lambda leaf, trimmed: tf.gather(leaf, self._order))

@@ -39,17 +39,3 @@ def refuse_replicas(model: keras.Model) -> None:
             "What a layer sets in its backward pass is not summed over replicas. "
             f"Got float8 layers in {named_strategy(model)}. Train them on one device."
         )
-
-
-def refuse_gathering(model: keras.Model, what: str) -> None:
-    """Refuses a loss that needs the rows of all replicas at once.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(
-        "On several replicas a loss must be a mean over rows. "
-        f"Got {what}, in {named_strategy(model)}. "
-        "Return one value per row; or build and compile the model outside of the strategy's scope; "
-        "or pass gather=False, if it is a mean over rows."
-    )

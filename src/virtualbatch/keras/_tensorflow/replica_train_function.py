@@ -94,10 +94,11 @@ def make_replica_train_function(model: keras.Model, backend: Backend) -> Callabl
 
         def look_at(local: list[Any]) -> None:
             """Tries the law on the batch of all replicas, on one device."""
+            nonlocal run
             given = keras.utils.unpack_x_y_sample_weight(together(local))
             rows = common_rows(array_leaves(given)) or 0
-            step.look_for_coupled(given, rows, backend.evaluate)
-            step.refuse_gathering(given)
+            if step.look_for_coupled(given, rows, backend.evaluate):
+                run = plain_train_function(model)
             size = step.rows_asked_for(_most_rows(local))
             prove_first_window(model, step, given, rows, size, backend, MEMORY.errors)
 

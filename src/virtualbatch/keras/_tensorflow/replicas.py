@@ -5,6 +5,7 @@ of those of the whole batch. They are summed once, after the loop, and the optim
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,14 +13,15 @@ import keras
 import tensorflow as tf
 
 from virtualbatch.keras._added_losses import AddedLosses, Shape
-from virtualbatch.keras._rows import Rows, unstretched
+from virtualbatch.keras._gather.gathering import Gathering
+from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._tensorflow.one_replica import told_of_one_replica
 from virtualbatch.keras._tensorflow.window import Micro, WindowRun
 from virtualbatch.keras._terms import shallow_copy
 from virtualbatch.keras._window import WindowModel
 from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._loop import Traced
-from virtualbatch.tensorflow._replicas import summed, summed_gradients, unless_empty
+from virtualbatch.tensorflow._replicas import replica, summed, summed_gradients, unless_empty
 from virtualbatch.window.shares import Moments
 
 
@@ -49,6 +51,7 @@ class ReplicaRun(WindowRun):
         cut: this replica's rows, cut; a filler where it has none.
         here: its rows, an int32 scalar that may be 0.
         rows: rows of the whole batch, an int32 scalar.
+        stretch: see `WindowRun`.
         added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
     """
@@ -59,15 +62,16 @@ class ReplicaRun(WindowRun):
         cut: list[Segment],
         here: Any,
         rows: Any,
+        stretch: Callable[[Any], Any],
         added: AddedLosses,
         stats: bool,
     ):
-        super().__init__(model, cut, rows, unstretched, added, stats)
-        self._window = _ReplicaModel(model, rows, added, here)
+        super().__init__(model, cut, rows, stretch, added, stats)
+        self._window = ReplicaModel(model, rows, added, here)
         self._here = here
 
     def _optimizer(self) -> Any:
-        return _without_a_sum(self._model.optimizer)
+        return without_a_sum(self._model.optimizer)
 
     def counts_of(self, traced: Sequence[Traced]) -> Any:
         count = partial(super().counts_of, traced)
@@ -77,58 +81,77 @@ class ReplicaRun(WindowRun):
     def sums_of(self, traced: Sequence[Traced]) -> Micro:
         run = partial(super().sums_of, traced)
         found = unless_empty(self._here, run, self._like(traced))
-        centres = [tf.cast(self._start[id(layer)][0], tf.float64) for layer in self._called]
-        powers = [
-            power
-            for moments, centre in zip(found.moments, centres, strict=True)
-            for power in _powers(moments, centre)
-        ]
-        sums = summed([*found.losses, *powers])
-        count = len(found.losses)
-        dense, sparse = self._summed_gradients(found.dense, found.sparse)
-        return Micro(
-            sums[:count],
-            dense,
-            [
-                _moments(sums[count + 3 * k : count + 3 * k + 3], centre)
-                for k, centre in enumerate(centres)
-            ],
-            found.latest,
-            sparse,
+        losses, moments = summed_with_moments(
+            found.losses, found.moments, [self._start[id(layer)][0] for layer in self._called]
         )
+        dense, sparse = summed_window_gradients(
+            found.dense, found.sparse, self._model.trainable_variables
+        )
+        return Micro(losses, dense, moments, found.latest, sparse)
 
     def _like(self, traced: Sequence[Traced]) -> Any:
-        """What the window gives, as specs; a trace leaves shapes of gradients open."""
+        """What the window gives, as specs."""
         micro = traced[0].outputs
-        variables = self._model.trainable_variables
-        dense = [
-            None if gradient is None else tf.TensorSpec(variable.shape, gradient.dtype)
-            for gradient, variable in zip(micro.dense, variables, strict=True)
-        ]
-        sparse = [
-            None if rows is None else tf.TensorSpec([None, *rows.shape[1:]], rows.dtype)
-            for rows in micro.sparse
-        ]
+        dense, sparse = gradient_specs(micro.dense, micro.sparse, self._model.trainable_variables)
         return micro._replace(dense=dense, sparse=sparse)
 
-    def _summed_gradients(
-        self, dense: Sequence[Any], sparse: Sequence[Any]
-    ) -> tuple[list[Any], list[Any]]:
-        """Sums over all replicas in the dtype of the buffer, in one reduction."""
-        variables = self._model.trainable_variables
-        slices = [
-            None if values is None else tf.IndexedSlices(values, indices, tf.shape(variable))
-            for values, indices, variable in zip(sparse[::2], sparse[1::2], variables, strict=True)
-        ]
-        found = summed_gradients([*dense, *slices])
-        count = len(variables)
-        rows: list[Any] = []
-        for gradient in found[count:]:
-            rows += [None, None] if gradient is None else [gradient.values, gradient.indices]
-        return found[:count], rows
+
+def gradient_specs(
+    dense: Sequence[Any], sparse: Sequence[Any], variables: Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
+    """Specs of a window's dense and sparse gradients; a trace leaves their shapes open."""
+    return [
+        None if gradient is None else tf.TensorSpec(variable.shape, gradient.dtype)
+        for gradient, variable in zip(dense, variables, strict=True)
+    ], [open_rows(rows) for rows in sparse]
 
 
-class _ReplicaModel(WindowModel):
+def open_rows(rows: Any) -> Any:
+    """Spec of any number of such rows, or None."""
+    return None if rows is None else tf.TensorSpec([None, *rows.shape[1:]], rows.dtype)
+
+
+def summed_window_gradients(
+    dense: Sequence[Any], sparse: Sequence[Any], variables: Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
+    """Sums over all replicas in the dtype of the buffer, in one reduction."""
+    slices = [
+        None if values is None else tf.IndexedSlices(values, indices, tf.shape(variable))
+        for values, indices, variable in zip(sparse[::2], sparse[1::2], variables, strict=True)
+    ]
+    found = summed_gradients([*dense, *slices])
+    count = len(variables)
+    rows: list[Any] = []
+    for gradient in found[count:]:
+        rows += [None, None] if gradient is None else [gradient.values, gradient.indices]
+    return found[:count], rows
+
+
+def summed_with_moments(
+    values: Sequence[Any], moments: Sequence[Moments], means: Sequence[Any]
+) -> tuple[list[Any], list[Moments]]:
+    """Values and BatchNorm moments of all replicas, in one reduction.
+
+    Args:
+        values: to be summed.
+        moments: of this replica.
+        means: for each, a mean that all replicas share.
+    """
+    centres = [tf.cast(mean, tf.float64) for mean in means]
+    powers = [
+        power
+        for found, centre in zip(moments, centres, strict=True)
+        for power in _powers(found, centre)
+    ]
+    sums = summed([*values, *powers])
+    count = len(values)
+    return sums[:count], [
+        _moments(sums[count + 3 * k : count + 3 * k + 3], centre)
+        for k, centre in enumerate(centres)
+    ]
+
+
+class ReplicaModel(WindowModel):
     """See `WindowModel`.
 
     Args:
@@ -136,10 +159,18 @@ class _ReplicaModel(WindowModel):
         rows: see there.
         added: see there.
         here: rows of this replica.
+        gathering: see there.
     """
 
-    def __init__(self, model: keras.Model, rows: Any, added: AddedLosses, here: Any):
-        super().__init__(model, rows, added)
+    def __init__(
+        self,
+        model: keras.Model,
+        rows: Any,
+        added: AddedLosses,
+        here: Any,
+        gathering: Gathering | None = None,
+    ):
+        super().__init__(model, rows, added, gathering)
         self._here = here
 
     @property
@@ -159,8 +190,32 @@ class _ReplicaModel(WindowModel):
         with told_of_one_replica():
             return super().loss(batch, y_pred, rows, totals, added_shapes)
 
+    def added(self, rows: Rows, added_shapes: Callable[[int], Sequence[Shape]]) -> list[Any]:
+        """See `WindowModel`."""
+        with told_of_one_replica():
+            return super().added(rows, added_shapes)
 
-def _without_a_sum(optimizer: Any) -> Any:
+    def loss_of_all_rows(
+        self, batch: Any, y_pred: Any, added: Sequence[Any]
+    ) -> tuple[Any, list[Any]]:
+        """See `WindowModel`."""
+        with told_of_one_replica():
+            return super().loss_of_all_rows(batch, y_pred, added)
+
+    def cut_loss(
+        self, batch: Any, y_pred: Any, rows: Rows, totals: Callable[[], Any]
+    ) -> tuple[Any, list[Any]]:
+        """See `WindowModel`."""
+        with told_of_one_replica():
+            return super().cut_loss(batch, y_pred, rows, totals)
+
+    def update_metrics_of_all_rows(self, batch: Any, y_pred: Any) -> dict[str, Any]:
+        """See `WindowModel`: metrics are summed over replicas, so one replica shows them."""
+        with nullcontext() if replica() == 0 else keras.StatelessScope():
+            return super().update_metrics_of_all_rows(batch, y_pred)
+
+
+def without_a_sum(optimizer: Any) -> Any:
     """An optimizer of the same variables that takes gradients which are summed over replicas.
 
     Keras clips what each replica has and sums that. A twin belongs to one replica's trace, while
@@ -168,7 +223,7 @@ def _without_a_sum(optimizer: Any) -> Any:
     """
     twin = shallow_copy(optimizer)
     if hasattr(optimizer, "inner_optimizer"):
-        vars(twin)["inner_optimizer"] = _without_a_sum(optimizer.inner_optimizer)
+        vars(twin)["inner_optimizer"] = without_a_sum(optimizer.inner_optimizer)
     else:
         vars(twin)["_all_reduce_sum_gradients"] = list
     return twin

@@ -26,10 +26,11 @@ from virtualbatch.keras._tensorflow.building import (
 from virtualbatch.keras._tensorflow.cut import Cut
 from virtualbatch.keras._tensorflow.device_train_function import make_device_train_function
 from virtualbatch.keras._tensorflow.distributed_data import build_from_a_first_batch
+from virtualbatch.keras._tensorflow.gathered_replicas import GatheredReplicaRun
 from virtualbatch.keras._tensorflow.gathered_window import GatheredRun
 from virtualbatch.keras._tensorflow.packing import PackedCut
 from virtualbatch.keras._tensorflow.plan import planned
-from virtualbatch.keras._tensorflow.replica_checks import refuse_gathering, refuse_replicas
+from virtualbatch.keras._tensorflow.replica_checks import refuse_replicas
 from virtualbatch.keras._tensorflow.replica_train_function import make_replica_train_function
 from virtualbatch.keras._tensorflow.replicas import ReplicaRun, known_to_all
 from virtualbatch.keras._tensorflow.window import WindowRun, rows_of
@@ -83,37 +84,33 @@ class TensorFlowStep(TrainStep):
         """Trains on the rows of one of several replicas, perhaps none."""
         model = self._model
         refuse_replicas(model)
-        self.refuse_gathering(batch)
+        gathering = self.gathering(batch)
         rows = rows_of(batch)
         batch = with_a_row(_of_equal_rows(batch), rows)
         everywhere, seen = known_to_all(rows, model._loss_tracker.count)
-        batch = self._with_agreeing_sizes(batch, tf.reduce_max(everywhere), seen)
-        cut = Cut(batch, *self._cut_by())
-        window = ReplicaRun(
-            model,
-            cut.segments(),
-            rows,
-            tf.reduce_sum(everywhere),
-            self._added,
-            self.listener is not None,
-        )
+        packing = self._packing_in_force()
+        cut: Cut | PackedCut
+        if packing is None:
+            batch = self._with_agreeing_sizes(batch, tf.reduce_max(everywhere), seen)
+            cut = Cut(batch, *self._cut_by())
+        else:
+            cut = PackedCut(model, batch, packing, rows)
+        window: WindowRun
+        if gathering is None:
+            window = ReplicaRun(
+                model,
+                cut.segments(),
+                rows,
+                tf.reduce_sum(everywhere),
+                cut.stretch,
+                self._added,
+                self.listener is not None,
+            )
+        else:
+            window = GatheredReplicaRun(model, batch, cut, everywhere, self._added, gathering)
         results = window.train()
         self._say(window.losses_of_one_number)
         return results
-
-    def refuse_gathering(self, batch: Any) -> None:
-        """Refuses a batch of several replicas whose loss needs all rows."""
-        found = self.found(batch)
-        if found.gathering is not None:
-            if self.gather is True:
-                refuse_gathering(self._model, "gather=True")
-            what = ", ".join(f"the loss {loss.name}, which {loss.why}" for loss in found.coupled)
-            refuse_gathering(self._model, what or "an overridden compute_loss")
-
-    def say_what_was_found(self, found: Found) -> None:
-        # What would be gathered is refused instead.
-        if self.gather is False or replica_count(self._model) == 1:
-            super().say_what_was_found(found)
 
     def next_to_try(self) -> str:
         """What to ask for instead, where memory ran out."""
