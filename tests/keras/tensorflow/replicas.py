@@ -147,6 +147,8 @@ CASES = [
         TOKEN_LABELS,
         {"sample_weight": TOKEN_WEIGHTS},
     ),
+]
+FURTHER = [
     case(
         "an overridden compute_loss",
         OwnLoss,
@@ -155,8 +157,6 @@ CASES = [
         NUMBERS,
         sizes=SIZE | {"gather": False},
     ),
-]
-FURTHER = [
     case(
         "added losses, several batches per call",
         lambda: regression(Adds()),

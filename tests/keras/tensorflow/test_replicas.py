@@ -47,6 +47,7 @@ def test_equals_one_device(case):
     assert_same_run(found, expected)
 
 
+@pytest.mark.thorough(SLOW)
 def test_two_outputs_equal_one_device():
     # In a graph on both sides: where rows are open, Keras weighs batches of such losses alike.
     assert_same_run(on_replicas(TWO_OUTPUTS), train(TWO_OUTPUTS, accumulated=False))
@@ -116,6 +117,7 @@ def test_train_on_batch_divides_the_rows():
         assert_close(mine.numpy(), due.numpy(), RTOL)
 
 
+@pytest.mark.thorough(SLOW)
 def test_restored_evaluated_and_saved(tmp_path):
     given = case("one", regression, squares(), X, TARGETS)
     with strategy().scope():

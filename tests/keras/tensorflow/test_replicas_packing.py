@@ -7,7 +7,7 @@ from tests.keras.packing import IDS, LABELS, PACKED, WEIGHTS, length_of, tagger
 from tests.keras.problems import compiled, crossentropy
 from tests.keras.tensorflow.replicas import case, on_replicas, strategy
 from tests.keras.test_gather import neighbours, rows_of_words
-from tests.keras.training import assert_same_run, eagerly, in_tiers, train
+from tests.keras.training import assert_same_run, eagerly, train
 
 import virtualbatch.keras as vb
 
@@ -46,7 +46,8 @@ COUPLED = case(
 )
 
 
-@pytest.mark.parametrize("case", in_tiers([WEIGHED], [UNMASKED, COUPLED], SLOW))
+@pytest.mark.thorough(SLOW)
+@pytest.mark.parametrize("case", [WEIGHED, UNMASKED, COUPLED], ids=lambda case: case.name)
 def test_equals_one_device(case):
     # In a graph, Keras weighs batches of several losses alike where rows are open.
     expected = train(case if case is COUPLED else eagerly(case), accumulated=False)
