@@ -11,7 +11,7 @@ from tests.tensorflow.modes import arrays
 from tests.tensorflow.problems import problem
 
 import virtualbatch.tensorflow as vb
-from virtualbatch.tensorflow._batch import as_tensor
+from virtualbatch.tensorflow._arrays import as_tensor
 
 DEVICES = ["CPU:0", "CPU:1"]
 # Rows of each replica.

@@ -17,7 +17,7 @@ from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_as_it_is, run_until_it_fits
-from virtualbatch.tensorflow._batch import Segment, segments, smaller_segments
+from virtualbatch.tensorflow._batch import segments, smaller_segments
 from virtualbatch.tensorflow._certify.certificate import certificate
 from virtualbatch.tensorflow._certify.first_window import prove_first_window
 from virtualbatch.tensorflow._certify.loop import certify_loop
@@ -35,6 +35,7 @@ from virtualbatch.tensorflow._replicas import (
 )
 from virtualbatch.tensorflow._rowwise.function import Rowwise
 from virtualbatch.tensorflow._rowwise.rowwise import rowwise
+from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.stream import windows

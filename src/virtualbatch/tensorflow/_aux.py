@@ -5,8 +5,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._loop import Traced
+from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.window.aux import (
     MEAN,
     ROWS,

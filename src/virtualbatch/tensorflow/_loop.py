@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from virtualbatch.tensorflow._batch import Segment, specs
+from virtualbatch.tensorflow._arrays import specs
 from virtualbatch.tensorflow._replicas import replica, replicas, unless_empty
+from virtualbatch.tensorflow._segment import Segment
 
 _INDEX = tf.TensorSpec([], tf.int32)
 

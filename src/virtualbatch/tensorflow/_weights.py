@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._gradients import add
 from virtualbatch.tensorflow._loop import Output, fold, trace
 from virtualbatch.tensorflow._replicas import replicas, summed
+from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import GivenWeight, WeightFunction
 from virtualbatch.window.weights import host_shares

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from virtualbatch.tensorflow._aux import WindowAux
-from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._gradients import (
     add,
     finished,
@@ -20,6 +19,7 @@ from virtualbatch.tensorflow._gradients import (
 from virtualbatch.tensorflow._loop import Output, fold, trace
 from virtualbatch.tensorflow._numerics import explained_numerics
 from virtualbatch.tensorflow._replicas import replicas, summed, summed_gradients
+from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.tensorflow._stats import counted, part_of, stats_of
 from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.window.shares import Shares, check_counted

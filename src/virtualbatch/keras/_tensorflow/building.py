@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from virtualbatch.keras._certify.certificate import build_symbolically
-from virtualbatch.tensorflow._batch import specs
+from virtualbatch.tensorflow._arrays import specs
 
 
 def build(model: keras.Model, batch: Any) -> None:

@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from virtualbatch.keras._gather.gathering import Gathering
 from virtualbatch.keras._rows import unstretched
-from virtualbatch.tensorflow._batch import Segment, segments
+from virtualbatch.tensorflow._batch import segments
+from virtualbatch.tensorflow._segment import Segment
 
 
 class Cut:

@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from virtualbatch.keras._tensorflow.data import over_batches
-from virtualbatch.tensorflow._batch import is_array
+from virtualbatch.tensorflow._arrays import is_array
 from virtualbatch.window.tree import array_leaves, common_rows
 
 

@@ -26,11 +26,11 @@ from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._tensorflow.cut import Cut
 from virtualbatch.keras._tensorflow.packing import PackedCut
 from virtualbatch.keras._tensorflow.window import WindowRun, is_half, rows_of
-from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._certify.eager_random import EagerRandom
 from virtualbatch.tensorflow._gradients import add, finished, split_sparse, widened
 from virtualbatch.tensorflow._loop import Output, Traced, bound, fold, trace
 from virtualbatch.tensorflow._rowwise.program import hidden_random
+from virtualbatch.tensorflow._segment import Segment
 
 _TOTALS = tf.TensorSpec([None], tf.float64)
 

@@ -19,7 +19,8 @@ from virtualbatch.keras._packing import (
     trimmed_outputs,
 )
 from virtualbatch.keras._rows import unstretched
-from virtualbatch.tensorflow._batch import Segment, as_tensor
+from virtualbatch.tensorflow._arrays import as_tensor
+from virtualbatch.tensorflow._segment import Segment
 
 
 class PackedCut:

@@ -19,9 +19,9 @@ from virtualbatch.keras._tensorflow.one_replica import told_of_one_replica
 from virtualbatch.keras._tensorflow.window import Micro, WindowRun
 from virtualbatch.keras._terms import shallow_copy
 from virtualbatch.keras._window import WindowModel
-from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._loop import Traced
 from virtualbatch.tensorflow._replicas import replica, summed, summed_gradients, unless_empty
+from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.window.shares import Moments
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from virtualbatch.keras._gather.loss import not_of_rows
-from virtualbatch.tensorflow._batch import after
+from virtualbatch.tensorflow._arrays import after
 from virtualbatch.tensorflow._replicas import replica, replicas, summed, summed_gradients
 
 # What float32 holds exactly, and a sum with zeros keeps.

@@ -36,9 +36,10 @@ from virtualbatch.keras._tensorflow.replicas import ReplicaRun, known_to_all
 from virtualbatch.keras._tensorflow.window import WindowRun, rows_of
 from virtualbatch.keras._train_step import TrainStep
 from virtualbatch.plan.plan import Plan
-from virtualbatch.tensorflow._batch import Segment, after, is_array
+from virtualbatch.tensorflow._arrays import after, is_array
 from virtualbatch.tensorflow._certify.eager_random import EagerRandom
 from virtualbatch.tensorflow._replicas import with_a_row
+from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.window.cut import sizes_disagree
 
 _MANY = sys.maxsize

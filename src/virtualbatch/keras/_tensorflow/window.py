@@ -25,9 +25,10 @@ from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._train_step import STATS
 from virtualbatch.keras._window import WindowModel
 from virtualbatch.noise.estimate import WindowStats
-from virtualbatch.tensorflow._batch import Segment, map_rows, specs
+from virtualbatch.tensorflow._arrays import map_rows, specs
 from virtualbatch.tensorflow._gradients import add, finished, split_sparse, widened
 from virtualbatch.tensorflow._loop import Output, Traced, bound, fold, trace
+from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.tensorflow._stats import part_of, squared_norm
 from virtualbatch.window.shares import accumulator_dtype
 

@@ -9,7 +9,8 @@ import tensorflow as tf
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import certified
 from virtualbatch.certify.step import check_microbatches, refuse_window
-from virtualbatch.tensorflow._batch import as_tensors, segments
+from virtualbatch.tensorflow._arrays import as_tensors
+from virtualbatch.tensorflow._batch import segments
 from virtualbatch.tensorflow._certify.step import TensorFlowTrainingStep
 from virtualbatch.tensorflow._window import Program
 

@@ -14,7 +14,8 @@ from virtualbatch.certify.proven import NO_ROWS, Proven
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
 from virtualbatch.plan.out_of_memory import in_words
-from virtualbatch.tensorflow._batch import Segment, as_tensors, chosen, named_arrays, segments
+from virtualbatch.tensorflow._arrays import as_tensors, named_arrays
+from virtualbatch.tensorflow._batch import chosen, segments
 from virtualbatch.tensorflow._certify.certificate import (
     certificate,
     other_variables,
@@ -24,6 +25,7 @@ from virtualbatch.tensorflow._certify.eager_random import EagerRandom
 from virtualbatch.tensorflow._certify.step import epsilon
 from virtualbatch.tensorflow._gradients import added, scalar_terms, scaled_gradients, watch_tensors
 from virtualbatch.tensorflow._plan.memory import ERRORS
+from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.tensorflow._stats import summed
 from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.tensorflow._window import Program

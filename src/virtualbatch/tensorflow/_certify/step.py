@@ -9,7 +9,8 @@ import tensorflow as tf
 
 from virtualbatch.certify.activations import Activation, Recording
 from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weights_of
-from virtualbatch.tensorflow._batch import as_tensors, chosen, named_arrays, segments
+from virtualbatch.tensorflow._arrays import as_tensors, named_arrays
+from virtualbatch.tensorflow._batch import chosen, segments
 from virtualbatch.tensorflow._certify.activations import RowwiseRandom, watched
 from virtualbatch.tensorflow._gradients import watch_tensors
 from virtualbatch.tensorflow._window import Program

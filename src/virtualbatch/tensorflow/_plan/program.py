@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from virtualbatch.plan.auto import Auto, CurrentSize
 from virtualbatch.plan.plan import Plan
-from virtualbatch.tensorflow._batch import as_tensors, named_arrays, segments
+from virtualbatch.tensorflow._arrays import as_tensors, named_arrays
+from virtualbatch.tensorflow._batch import segments
 from virtualbatch.tensorflow._plan.plan import held_bytes, planned
 from virtualbatch.tensorflow._plan.sizes import kept_sizes, signature, stand_in
 from virtualbatch.tensorflow._window import Program

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from virtualbatch.plan.auto import Auto, Leaf, Signature
-from virtualbatch.tensorflow._batch import is_array, named_arrays
+from virtualbatch.tensorflow._arrays import is_array, named_arrays
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.fingerprint import fingerprint
 from virtualbatch.window.tree import common_rows

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 from virtualbatch.plan.auto import CurrentSize
 from virtualbatch.plan.retry import Memory, run_until_it_fits
-from virtualbatch.tensorflow._batch import Segment, smaller_segments
+from virtualbatch.tensorflow._batch import smaller_segments
 from virtualbatch.tensorflow._plan.memory import ERRORS, largest_variables, left_bytes
 from virtualbatch.tensorflow._rowwise.program import Reached
 from virtualbatch.tensorflow._rowwise.state import State
+from virtualbatch.tensorflow._segment import Segment
 
 _MEMORY = Memory(ERRORS, left_bytes)
 

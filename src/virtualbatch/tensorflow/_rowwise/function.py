@@ -6,7 +6,8 @@ from typing import Any
 import tensorflow as tf
 
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
-from virtualbatch.tensorflow._batch import Segment, as_tensors, segments, smaller_segments
+from virtualbatch.tensorflow._arrays import as_tensors
+from virtualbatch.tensorflow._batch import segments, smaller_segments
 from virtualbatch.tensorflow._replicas import refuse_planning_replicas, replicas
 from virtualbatch.tensorflow._rowwise.attempts import Attempts
 from virtualbatch.tensorflow._rowwise.inputs import read_variables
@@ -15,6 +16,7 @@ from virtualbatch.tensorflow._rowwise.passes import Passes, Shared
 from virtualbatch.tensorflow._rowwise.program import reached
 from virtualbatch.tensorflow._rowwise.recording import is_recording
 from virtualbatch.tensorflow._rowwise.surrogate import Surrogates
+from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.window import Window, check_cut
 

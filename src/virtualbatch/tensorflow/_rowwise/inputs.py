@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.tensorflow._batch import is_array
+from virtualbatch.tensorflow._arrays import is_array
 from virtualbatch.tensorflow._rowwise.outputs import takes_gradient
 from virtualbatch.tensorflow._rowwise.recording import is_recorded, is_recording
 from virtualbatch.window.window import Window

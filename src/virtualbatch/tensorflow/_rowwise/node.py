@@ -5,13 +5,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.tensorflow._batch import Segment
 from virtualbatch.tensorflow._rowwise.attempts import Attempts
 from virtualbatch.tensorflow._rowwise.inputs import Inputs, rows_of
 from virtualbatch.tensorflow._rowwise.passes import Passes, Shared
 from virtualbatch.tensorflow._rowwise.program import Reached
 from virtualbatch.tensorflow._rowwise.recording import has_tangent
 from virtualbatch.tensorflow._rowwise.state import State
+from virtualbatch.tensorflow._segment import Segment
 
 
 def differentiable(

@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.tensorflow._batch import after, count_rows, named_arrays
+from virtualbatch.tensorflow._arrays import after, count_rows, named_arrays
 from virtualbatch.window.entries import check_entries, check_same_structure
 from virtualbatch.window.tree import Builder, builder, rows_if_shared
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.tensorflow._batch import Segment, with_columns
+from virtualbatch.tensorflow._batch import with_columns
 from virtualbatch.tensorflow._gradients import add, finished, split_sparse, widened
 from virtualbatch.tensorflow._loop import Output, Traced, bound, fold, trace
 from virtualbatch.tensorflow._rowwise.inputs import tensors_of
 from virtualbatch.tensorflow._rowwise.outputs import Outputs
 from virtualbatch.tensorflow._rowwise.recording import nothing_recorded
+from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.window.tree import builder
 
 

@@ -12,13 +12,15 @@ from typing import Any
 import tensorflow as tf
 
 from virtualbatch.plan.auto import Auto, CurrentSize
-from virtualbatch.tensorflow._batch import Segment, as_tensors, named_arrays, segments, specs
+from virtualbatch.tensorflow._arrays import as_tensors, named_arrays, specs
+from virtualbatch.tensorflow._batch import segments
 from virtualbatch.tensorflow._certify.first_window import prove_first_window
 from virtualbatch.tensorflow._plan.program import planned_size
 from virtualbatch.tensorflow._rowwise.outputs import Outputs, check_outputs, takes_gradient
 from virtualbatch.tensorflow._rowwise.passes import Shared
 from virtualbatch.tensorflow._rowwise.program import Reached, reached, traced_alone
 from virtualbatch.tensorflow._rowwise.state import State
+from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.fingerprint import plain_values

@@ -1,0 +1,206 @@
+"""The leaves of a batch: arrays, which hold rows, and lists with one entry per row."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from virtualbatch.window.row_list import RowList, is_list
+from virtualbatch.window.tree import array_leaves, parts_of, rank
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf of a batch has rows, rather than belonging to all of them."""
+    return hasattr(leaf, "shape")
+
+
+def map_rows(fn: Callable[[Any], Any], batch: Any) -> Any:
+    """Applies fn to every array of a nested structure; other leaves stay."""
+    return tf.nest.map_structure(lambda leaf: fn(leaf) if is_array(leaf) else leaf, batch)
+
+
+def as_tensor(leaf: Any) -> Any:
+    """An array as a tensor; ragged and sparse tensors and leaves without rows stay."""
+    if not is_array(leaf) or isinstance(leaf, tf.RaggedTensor | tf.SparseTensor):
+        return leaf
+    return tf.convert_to_tensor(leaf)
+
+
+def as_tensors(batch: Any) -> Any:
+    """The batch with its arrays as tensors; lists stay."""
+    found = tf.nest.map_structure(as_tensor, marking(batch))
+    return map_lists(lambda x: x.items, found)
+
+
+def after(operations: list[Any], structure: Any) -> Any:
+    """The same arrays, which cannot be read before the operations have run."""
+    with tf.control_dependencies([found for found in operations if found is not None]):
+        return map_rows(tf.identity, structure)
+
+
+def specs(microbatch: Any, rows: int | None = None) -> Any:
+    """Specs of the arrays of a micro-batch, with another number of rows if one is given."""
+
+    def spec(leaf: Any) -> Any:
+        found = tf.type_spec_from_value(leaf)
+        if rows is None:
+            return found
+        shape = tf.TensorShape([rows]).concatenate(found.shape[1:])
+        if isinstance(found, tf.RaggedTensorSpec):
+            return tf.RaggedTensorSpec(
+                shape, found.dtype, found.ragged_rank, found.row_splits_dtype
+            )
+        return type(found)(shape, found.dtype)
+
+    return map_rows(spec, microbatch)
+
+
+def named_arrays(batch: Any, path: str = "batch", or_else: str = "") -> list[tuple[str, Any]]:
+    """Every array of a batch, with the expression that reaches it.
+
+    Args:
+        batch: nested structure.
+        path: what errors call it.
+        or_else: what errors say at their end.
+    """
+    marked = marking(batch)
+    named, seen = array_leaves(marked, path), arrays_of(marked)
+    if len(named) == len(seen):
+        return named
+    known = set(map(id, seen))
+    for place, leaf in named:
+        if id(leaf) not in known:
+            raise TypeError(
+                "Arrays of a batch must be where tf.nest finds them. "
+                f"Got {place} inside of something else. "
+                "Pass a dict, or give its class TensorFlow's nest protocol (__tf_flatten__)."
+                f"{or_else}"
+            )
+    # TensorFlow also looks into attrs classes and into those with its nest protocol.
+    flat = tf.nest.flatten(marked)
+    return [(f"tf.nest.flatten({path})[{i}]", x) for i, x in enumerate(flat) if is_array(x)]
+
+
+def arrays_of(batch: Any) -> list[Any]:
+    """The arrays of a batch, in the order of `tf.nest.flatten`."""
+    return [leaf for leaf in tf.nest.flatten(batch) if is_array(leaf)]
+
+
+def is_open(batch: Any) -> bool:
+    """Whether a trace does not know the rows of some array."""
+    return any(rank(array) is None or array.shape[0] is None for array in arrays_of(batch))
+
+
+def row_counts(batch: Any) -> Any:
+    """Rows of every array of a batch, as an int32 vector in a graph."""
+
+    def count(array: Any) -> Any:
+        if isinstance(array, tf.RaggedTensor):
+            return array.nrows(tf.int32)
+        if isinstance(array, tf.SparseTensor):
+            return tf.cast(array.dense_shape[0], tf.int32)
+        return tf.shape(array)[0]
+
+    return tf.stack([count(array) for array in arrays_of(batch)])
+
+
+def most_entries(microbatch: Any) -> Any:
+    """The most entries that an array has at run time; None if one is known to have some."""
+    arrays = [array for array in arrays_of(microbatch) if rank(array) != 0]
+    if not arrays or any(rank(array) and array.shape[0] is not None for array in arrays):
+        return None
+    return tf.reduce_max(row_counts(arrays))
+
+
+def count_rows(microbatch: Any) -> Any:
+    """The rows of a micro-batch at run time, as an int32 scalar."""
+    return row_counts(microbatch)[0]
+
+
+def equal_rows(counts: Any, least: int = 1) -> Any:
+    """Refuses, at run time, the rows that a trace leaves open; those it knows were compared."""
+    return tf.debugging.Assert(
+        tf.logical_and(tf.reduce_all(tf.equal(counts, counts[0])), counts[0] > least - 1),
+        [
+            f"All arrays of a batch must have the same number of rows{', at least one' * least}. "
+            "Got rows",
+            counts,
+            "in the order of tf.nest.flatten(batch). Pass arrays that share their leading axis.",
+        ],
+    )
+
+
+def open_if_empty(batch: Any) -> Any:
+    """The batch, whose arrays without rows have rows that a trace does not know.
+
+    So that nothing is traced for no rows, where a shape may not even be possible.
+    """
+
+    def opened(tensor: Any) -> Any:
+        return tf.compat.v1.placeholder_with_default(tensor, [None, *tensor.shape[1:]])
+
+    def leaf_or_open(leaf: Any) -> Any:
+        if rank(leaf) in (None, 0) or leaf.shape[0] != 0:
+            return leaf
+        if isinstance(leaf, tf.RaggedTensor):
+            splits = map(opened, leaf.nested_row_splits)
+            values = opened(leaf.flat_values)
+            return tf.RaggedTensor.from_nested_row_splits(values, list(splits), validate=False)
+        return leaf if isinstance(leaf, tf.SparseTensor) else opened(tf.convert_to_tensor(leaf))
+
+    return map_rows(leaf_or_open, batch)
+
+
+def refuse_sparse(batch: Any) -> None:
+    """Refuses sparse tensors, which cannot be cut by rows.
+
+    Raises:
+        TypeError: there is one.
+    """
+    if any(isinstance(leaf, tf.SparseTensor) for leaf in arrays_of(batch)):
+        raise TypeError(
+            "Arrays of a batch must be dense or ragged. Got a SparseTensor. "
+            "Pass tf.sparse.to_dense(...), or a Window whose micro-batches you cut yourself."
+        )
+
+
+def marked_if_any(batch: Any) -> Any:
+    """The batch with every list without an array as one `RowList`; None if there are none."""
+    found = marking(batch)
+    return None if found is batch else found
+
+
+def marking(part: Any) -> Any:
+    """The batch with every list without an array as one `RowList`; itself if there are none."""
+    if is_list(part):
+        return RowList(part)
+    # tf.nest does not look into all that has parts.
+    parts = parts_of(part) if isinstance(part, list | tuple | Mapping) else None
+    if parts is None:
+        return part
+    items, join = parts
+    found = [marking(item) for _, item in items]
+    alike = all(new is item for new, (_, item) in zip(found, items, strict=True))
+    return part if alike else join(found)
+
+
+def row_lists(marked: Any) -> list[Any]:
+    """The lists that are marked."""
+    return [leaf.items for leaf in tf.nest.flatten(marked) if isinstance(leaf, RowList)]
+
+
+def with_row_lists(marked: Any, rows: int) -> Any:
+    """Only those lists marked that have one entry per row."""
+    return map_lists(lambda x: x if len(x.items) == rows else x.items, marked)
+
+
+def map_lists(fn: Callable[[RowList], Any], batch: Any) -> Any:
+    """Applies fn to every marked list; other leaves stay."""
+    return tf.nest.map_structure(lambda x: fn(x) if isinstance(x, RowList) else x, batch)
+
+
+def eager_rows(rows: int | None) -> int:
+    """The rows of an eager batch, which are always known."""
+    if rows is None:
+        raise ValueError("internal: an eager batch has no number of rows.")
+    return rows
