@@ -12,7 +12,7 @@ import jax
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.jax._arguments import BatchArguments
-from virtualbatch.jax._batch import Cut, cut_batch, cut_smaller, rows_of
+from virtualbatch.jax._batch import cut_batch, cut_smaller
 from virtualbatch.jax._certify.certificate import certificate, check_cut
 from virtualbatch.jax._certify.first_window import prove_first_window
 from virtualbatch.jax._certify.loop import certify_loop
@@ -22,8 +22,10 @@ from virtualbatch.jax._mesh import axes_to_enter
 from virtualbatch.jax._plan.automatic import Sizes
 from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
 from virtualbatch.jax._plan.plan import planned
+from virtualbatch.jax._rows import rows_of
 from virtualbatch.jax._rowwise.certificate import certify_rows
 from virtualbatch.jax._rowwise.rowwise import RowwiseFunction, rowwise
+from virtualbatch.jax._segment import Cut
 from virtualbatch.jax._spread import Spread
 from virtualbatch.jax._unnamed_axis import tell_once
 from virtualbatch.jax._weights import window_shares

@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.jax._aux_trace import AuxTrace, leaves_of
-from virtualbatch.jax._batch import Cut
 from virtualbatch.jax._objective import Call, wide_dtype
+from virtualbatch.jax._segment import Cut
 from virtualbatch.window.aux import KEEP, MAX, MEAN, ROWS, SUM, kind_of_dtype, kinds_without_rows
 from virtualbatch.window.aux import kinds as kinds_of
 

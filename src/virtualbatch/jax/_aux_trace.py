@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from virtualbatch.jax._arrays import is_array, map_arrays
-from virtualbatch.jax._batch import Cut, specs
 from virtualbatch.jax._dependence import BATCH, STATE, Source, given, sources
 from virtualbatch.jax._objective import Call
+from virtualbatch.jax._segment import Cut, specs
 from virtualbatch.window.aux import AuxLeaf, AuxShapes
 
 _kept = AuxShapes()

@@ -14,11 +14,11 @@ from jax.extend.core import jaxpr_as_fun
 
 from virtualbatch.jax._arrays import is_array
 from virtualbatch.jax._aux import joined, kinds, merged_kinds, routed
-from virtualbatch.jax._batch import Cut, Segment
 from virtualbatch.jax._convolution import with_fast_convolutions
 from virtualbatch.jax._float8 import largest, put_together, seen, split
 from virtualbatch.jax._merge import filled, merged, nothing, over_devices
 from virtualbatch.jax._objective import Call, wide_dtype
+from virtualbatch.jax._segment import Cut, Segment
 from virtualbatch.jax._stats import part_of, stats_of
 from virtualbatch.jax._weights import groups, scaled
 from virtualbatch.window.aux import MAX, SUM

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from virtualbatch.jax._aux import joined, kinds, merged_kinds, routed
-from virtualbatch.jax._batch import Cut
 from virtualbatch.jax._float8 import largest, put_together, seen, split
 from virtualbatch.jax._merge import merged
 from virtualbatch.jax._objective import Call, wide_dtype
+from virtualbatch.jax._segment import Cut
 from virtualbatch.jax._stats import part_of, stats_of
 from virtualbatch.jax._weights import part
 from virtualbatch.window.shares import Shares

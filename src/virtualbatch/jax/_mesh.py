@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import tree_flatten_with_path
 
 from virtualbatch.jax._arrays import is_array
-from virtualbatch.jax._batch import refuse_row_lists, rows_of
 from virtualbatch.jax._keys import folded
+from virtualbatch.jax._rows import refuse_row_lists, rows_of
 from virtualbatch.window.window import Window, check_window
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from virtualbatch.jax._arrays import is_array, map_arrays
-from virtualbatch.jax._batch import Cut, cut_batch, cut_into, on_one_device, rows_of
+from virtualbatch.jax._batch import cut_batch, cut_into
 from virtualbatch.jax._mesh import (
     Axes,
     by_microbatch,
@@ -18,6 +18,8 @@ from virtualbatch.jax._mesh import (
     placed,
     placed_like,
 )
+from virtualbatch.jax._rows import on_one_device, rows_of
+from virtualbatch.jax._segment import Cut
 from virtualbatch.jax._window import Program
 from virtualbatch.window.aux import KEEP, ROWS
 from virtualbatch.window.window import Window

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from virtualbatch.jax._batch import Cut
+from virtualbatch.jax._segment import Cut
 from virtualbatch.window.shares import Shares, row_weights, shares
 from virtualbatch.window.terms import GivenWeight, WeightFunction
 from virtualbatch.window.weights import host_shares

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from virtualbatch.jax._arguments import refuse_uncut_rows
-from virtualbatch.jax._batch import Cut, cut_batch
+from virtualbatch.jax._batch import cut_batch
 from virtualbatch.jax._compiled import run_compiled
 from virtualbatch.jax._eager import run_eager
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._replicas import varying
+from virtualbatch.jax._segment import Cut
 from virtualbatch.jax._weights import traced_shares, window_shares
 from virtualbatch.window.shares import Shares, check_counted
 from virtualbatch.window.terms import GivenWeight

@@ -15,10 +15,12 @@ from virtualbatch.certify.proven import NO_ROWS, Proven
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
 from virtualbatch.jax._arrays import is_array, on_host
-from virtualbatch.jax._batch import Cut, chosen, cut_batch, rows_of
+from virtualbatch.jax._batch import chosen, cut_batch
 from virtualbatch.jax._certify.certificate import certificate
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._plan.memory import ERRORS
+from virtualbatch.jax._rows import rows_of
+from virtualbatch.jax._segment import Cut
 from virtualbatch.jax._weights import part, window_shares
 from virtualbatch.jax._window import Program, positions
 from virtualbatch.plan.out_of_memory import in_words

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from virtualbatch.jax._arrays import is_array
-from virtualbatch.jax._batch import rows_of
 from virtualbatch.jax._plan.memory import ERRORS, left_bytes
+from virtualbatch.jax._rows import rows_of
 from virtualbatch.plan import planner
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.planner import bytes_allowed

@@ -10,7 +10,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.jax._arrays import is_array
-from virtualbatch.jax._batch import rows_of
+from virtualbatch.jax._rows import rows_of
 from virtualbatch.plan.auto import Auto, Leaf, Signature
 from virtualbatch.window.fingerprint import owner_of
 

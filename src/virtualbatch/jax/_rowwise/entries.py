@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.jax._arrays import is_array
-from virtualbatch.jax._batch import rows_of
 from virtualbatch.jax._flax import explanation, framework_errors
 from virtualbatch.jax._keys import folded
 from virtualbatch.jax._objective import wide_dtype
+from virtualbatch.jax._rows import rows_of
 from virtualbatch.window.entries import check_entries, check_same_structure
 
 

@@ -14,11 +14,11 @@ from jax import lax
 
 from virtualbatch.jax._arrays import is_array, map_arrays
 from virtualbatch.jax._aux import in_order
-from virtualbatch.jax._batch import Cut, Segment, specs
 from virtualbatch.jax._convolution import is_slow_backwards
 from virtualbatch.jax._rowwise.entries import check_alike
 from virtualbatch.jax._rowwise.rule import looped
 from virtualbatch.jax._rowwise.traces import Traced, Traces
+from virtualbatch.jax._segment import Cut, Segment, specs
 
 
 def run_compiled(traces: Traces, cut: Cut) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from virtualbatch.jax._arguments import BatchArguments
-from virtualbatch.jax._batch import Cut, cut_batch, cut_smaller, rows_of
+from virtualbatch.jax._batch import cut_batch, cut_smaller
 from virtualbatch.jax._certify.first_window import prove_first_window
 from virtualbatch.jax._certify.spread_window import prove_spread_window
 from virtualbatch.jax._checks import check_arguments, check_options
@@ -24,10 +24,12 @@ from virtualbatch.jax._mesh import (
 from virtualbatch.jax._plan.automatic import Sizes
 from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
 from virtualbatch.jax._replicas import varying
+from virtualbatch.jax._rows import rows_of
 from virtualbatch.jax._rowwise.entries import RowFunction, named
 from virtualbatch.jax._rowwise.loop import judge, run_compiled, run_eager
 from virtualbatch.jax._rowwise.surrogate import Surrogate
 from virtualbatch.jax._rowwise.traces import Traces
+from virtualbatch.jax._segment import Cut
 from virtualbatch.jax._spread import Spread
 from virtualbatch.jax._weights import window_shares
 from virtualbatch.jax._window import Program, is_staged, is_traced

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from virtualbatch.jax._arrays import is_array
-from virtualbatch.jax._batch import rows_of
 from virtualbatch.jax._objective import wide_dtype
+from virtualbatch.jax._rows import rows_of
 from virtualbatch.jax._rowwise.entries import named
 from virtualbatch.jax._window import Program
 from virtualbatch.window.entries import check_entries

@@ -15,7 +15,7 @@ import jax
 import keras
 from jax import lax
 
-from virtualbatch.jax._batch import Cut, Segment
+from virtualbatch.jax._segment import Cut, Segment
 
 
 @dataclass(frozen=True)

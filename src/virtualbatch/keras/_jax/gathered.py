@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from virtualbatch.jax._batch import Cut
 from virtualbatch.jax._objective import wide_dtype
+from virtualbatch.jax._segment import Cut
 from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._batchnorm import merged, recorded_moments
 from virtualbatch.keras._gather.gathering import Gathering

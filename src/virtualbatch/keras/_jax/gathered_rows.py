@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from virtualbatch.jax._batch import Cut
+from virtualbatch.jax._segment import Cut
 from virtualbatch.keras._jax.devices import CutByDevice
 from virtualbatch.keras._jax.packing import branches
 

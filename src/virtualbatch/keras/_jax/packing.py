@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import keras
 from jax import lax
 
-from virtualbatch.jax._batch import Cut, Segment
+from virtualbatch.jax._segment import Cut, Segment
 from virtualbatch.keras._jax.devices import spread
 from virtualbatch.keras._packing import (
     FEW_LENGTHS,

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
-from virtualbatch.jax._batch import Cut, Segment
 from virtualbatch.jax._convolution import with_fast_convolutions
+from virtualbatch.jax._segment import Cut, Segment
 from virtualbatch.keras._jax.packing import branches, chosen
 
 

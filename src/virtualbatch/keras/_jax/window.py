@@ -15,8 +15,8 @@ import keras
 from jax import lax
 from keras.src import backend
 
-from virtualbatch.jax._batch import Cut
 from virtualbatch.jax._objective import wide_dtype
+from virtualbatch.jax._segment import Cut
 from virtualbatch.jax._stats import part_of, squared_norm
 from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._batchnorm import (

@@ -1,0 +1,109 @@
+"""The rows that the arrays of a batch share, and its lists with one entry per row."""
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from virtualbatch.jax._arrays import is_array, on_host
+from virtualbatch.window.row_list import RowList, is_list
+from virtualbatch.window.tree import array_leaves, common_rows, rows_if_shared
+
+# Classes of what belongs to every row.
+_PLAIN = (numbers.Number, str, bytes, type(None))
+
+
+def rows_of(batch: Any, path: str, or_else: str = "") -> int:
+    """Rows that all arrays of a batch share.
+
+    Args:
+        batch: pytree.
+        path: what errors call it.
+        or_else: what errors say at their end.
+
+    Raises:
+        ValueError: rows differ or are missing.
+        TypeError: arrays are hidden in what is no pytree.
+    """
+    leaves, _ = tree_flatten_with_path(batch, is_leaf=is_row_list)
+    for place, leaf in leaves:
+        hidden = _hidden(leaf, path + keystr(place))
+        if hidden:
+            raise TypeError(
+                "Arrays of a batch must be where JAX finds them. "
+                f"Got {hidden[0][0]} inside of {type(leaf).__name__}, which is no pytree. "
+                f"Pass a dict, or register the class: jax.tree_util.register_dataclass.{or_else}"
+            )
+    arrays = [(path + keystr(place), leaf) for place, leaf in leaves if is_array(leaf)]
+    rows = common_rows(arrays, or_else)
+    if rows is None:
+        raise ValueError("internal: an array has no number of rows.")
+    return rows
+
+
+def rows_if_told(microbatch: Any) -> int | None:
+    """Rows of a micro-batch of a Window; None where its arrays share none, or may be hidden."""
+    leaves = jax.tree.leaves(microbatch, is_leaf=is_row_list)
+    if not all(is_array(x) or isinstance(x, _PLAIN) or is_row_list(x) for x in leaves):
+        return None
+    return rows_if_shared(("", leaf) for leaf in leaves if is_array(leaf))
+
+
+def _hidden(leaf: Any, path: str) -> list[tuple[str, Any]]:
+    return [] if hasattr(leaf, "shape") else array_leaves(leaf, path)
+
+
+def is_row_list(node: Any) -> bool:
+    """Whether a node of a pytree is one leaf: see `is_list`. Registered classes may hold arrays."""
+    return is_list(node) and not any(hasattr(x, "shape") for x in jax.tree.leaves(node))
+
+
+def refuse_row_lists(batch: Any, rows: int, where: str, instead: str) -> None:
+    """Refuses lists with one entry per row, which no compiled program can cut.
+
+    Args:
+        batch: pytree.
+        rows: its rows.
+        where: where the program is.
+        instead: what to do if no array can stand for the list.
+
+    Raises:
+        TypeError: there is one.
+    """
+    if with_row_lists(batch, rows) is not batch:
+        raise TypeError(
+            "A list as long as the batch is cut with it, which a compiled program cannot do. "
+            f"Got one beside {rows} rows, {where}. Pass an array for it, or {instead}. "
+            "See docs/rows.md."
+        )
+
+
+def with_row_lists(batch: Any, rows: int) -> Any:
+    """The batch with its lists marked that have one entry per row; itself if there are none."""
+    found = [x for x in jax.tree.leaves(batch, is_leaf=is_row_list) if isinstance(x, list | tuple)]
+    if not any(len(leaf) == rows for leaf in found):
+        return batch
+    return jax.tree.map(
+        lambda x: RowList(x) if isinstance(x, list | tuple) and len(x) == rows else x,
+        batch,
+        is_leaf=is_row_list,
+    )
+
+
+def map_lists(fn: Callable[[RowList], Any], batch: Any) -> Any:
+    """Applies fn to every marked list; other leaves stay."""
+    return jax.tree.map(lambda leaf: fn(leaf) if isinstance(leaf, RowList) else leaf, batch)
+
+
+def on_one_device(x: Any) -> Any:
+    """The array, brought to the host if it is spread over devices."""
+    # On an explicit mesh some of its rows would have no place.
+    if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
+        return x
+    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return np.asarray(x)
+    return jax.random.wrap_key_data(on_host(x), impl=jax.random.key_impl(x))
