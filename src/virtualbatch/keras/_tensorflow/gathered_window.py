@@ -25,11 +25,10 @@ from virtualbatch.keras._overwritten import merged_gradients
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._tensorflow.cut import Cut
 from virtualbatch.keras._tensorflow.packing import PackedCut
+from virtualbatch.keras._tensorflow.second_pass import State, refuse_hidden_randomness
 from virtualbatch.keras._tensorflow.window import WindowRun, is_half, rows_of
-from virtualbatch.tensorflow._certify.eager_random import EagerRandom
 from virtualbatch.tensorflow._gradients import add, finished, split_sparse, widened
 from virtualbatch.tensorflow._loop import Output, Traced, bound, fold, trace
-from virtualbatch.tensorflow._rowwise.program import hidden_random
 from virtualbatch.tensorflow._segment import Segment
 
 _TOTALS = tf.TensorSpec([None], tf.float64)
@@ -121,10 +120,10 @@ class GatheredRun(WindowRun):
         model, window = self._model, self._window
         self._start = moving_statistics(window.batchnorm)
         state = state_variables(model)
-        before = _State(state)
+        before = State(state)
         first = self.first_pass(self._traced(self._all_rows.segments(), self._forward))
         whole = self._loss_of_all_rows(first)
-        after = _State(state)
+        after = State(state)
         before.restore(whole.predictions)
         losses, tracked, gradients, latest = self._second_pass(whole, first.counts)
         after.restore(gradients)
@@ -175,7 +174,7 @@ class GatheredRun(WindowRun):
             [tf.TensorSpec([None] * len(x.shape), x.dtype) for x in extra],
         )
         for entry in traced:
-            _refuse_hidden_randomness(entry)
+            refuse_hidden_randomness(entry)
         return [bound(entry, *extra) for entry in traced] if extra else traced
 
     def _lengthened(self, arrays: Sequence[Any]) -> list[Any]:
@@ -331,40 +330,3 @@ def _sum(a: Any, b: Any, variable: Any) -> Any:
     """Two gradients of one variable, of which the first may be None and each may be sparse."""
     b = tf.convert_to_tensor(b)
     return b if a is None else tf.convert_to_tensor(a) + tf.cast(b, variable.dtype)
-
-
-class _State:
-    """What variables hold now, and where random numbers stand that TensorFlow draws eagerly.
-
-    Args:
-        variables: of the model.
-    """
-
-    def __init__(self, variables: Sequence[Any]):
-        self._variables = variables
-        self._values = [tf.identity(variable.value) for variable in variables]
-        self._random = EagerRandom() if tf.executing_eagerly() else None
-
-    def restore(self, after: Sequence[Any]) -> None:
-        """Puts it back, once other tensors have been computed."""
-        with tf.control_dependencies([x for x in after if tf.is_tensor(x)]):
-            for variable, value in zip(self._variables, self._values, strict=True):
-                variable.assign(value)
-        if self._random is not None:
-            self._random.restore()
-
-
-def _refuse_hidden_randomness(traced: Traced) -> None:
-    """Refuses random numbers that a second pass could not draw again.
-
-    Raises:
-        ValueError: an operation draws from a state that TensorFlow keeps for itself.
-    """
-    function: Any = traced.first
-    found = hidden_random(function.graph)
-    if found:
-        raise ValueError(
-            "Layers must draw random numbers that can be drawn again, because a loss sees all "
-            f"rows. Got the operations {', '.join(found)}, whose state TensorFlow keeps for "
-            "itself. Use Keras layers, keras.random with a SeedGenerator or tf.random.stateless_*."
-        )
