@@ -340,6 +340,10 @@ class Said(logging.Handler):
         self.texts.append(record.getMessage())
 
 
+def outputs_loss(params, batch):
+    return loss(params, batch)
+
+
 def said_once():
     said = Said()
     logging.getLogger("virtualbatch").addHandler(said)
@@ -365,8 +369,14 @@ def said_once():
 
     seen = []
     automatic, explicit = map(mesh, KINDS)
+    # One of a kind does not silence the other, of the same loss.
+    several = vb.value_and_grad(outputs_loss, microbatch_size=4)
+    for used in (automatic, explicit):
+        with jax.set_mesh(used):
+            jax.jit(several).trace(PARAMS, on(BY_ROWS))
+    assert [text[:10] for text in said.texts] == ["jit cannot", "The rows o"]
     assert told(automatic, {}) == [
-        "If the rows of this batch are spread over the mesh in use, every devic"
+        "jit cannot see whether the rows of this batch are spread over automati"
     ]
     assert told(explicit, {}) == [
         "The rows of this batch are spread over 4 devices, whose gradients are "

@@ -45,6 +45,7 @@ OF_JAX = {"_get_jax_state", "_jax_state"}
 OF_TENSORFLOW = {
     "_all_reduce_sum_gradients",
     "_component_specs",
+    "_distribute_strategy",
     "_first_batches",
     "_get_default_replica_mode",
     "_maybe_symbolic_build",

@@ -1,8 +1,10 @@
 """What a window of several replicas may hold: aux, embeddings, lists, windows, random numbers."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras.src.losses import loss as keras_losses
 from tests.oracle import assert_all_close, assert_close
 from tests.tensorflow.modes import uncut
 from tests.tensorflow.replicated import (
@@ -20,6 +22,7 @@ from tests.tensorflow.replicated import (
 )
 
 import virtualbatch.tensorflow as vb
+from virtualbatch.tensorflow import _keras_losses
 
 RANDOM = np.random.default_rng(5)
 X = RANDOM.normal(size=(24, 3))
@@ -236,3 +239,24 @@ def test_embeddings_of_all_replicas(counts):
     assert_close(sum(local(losses)), loss)
     assert_all_close(together(gradients), due)
     assert collectives(step.get_concrete_function(given(parts(X, counts))).graph).keys() == {"top"}
+
+
+def test_a_loss_of_keras_is_a_mean_over_its_rows():
+    # Keras divides it by the number of replicas, whose parts are then means of means.
+    kernel = variable(np.ones((3, 1)))
+    loss_object = keras.losses.MeanSquaredError(dtype="float64")
+
+    def loss_fn(batch):
+        return loss_object(batch[:, :1], batch @ kernel)
+
+    divides = keras_losses.scale_loss_for_distribution
+    step = run(window_of(loss_fn, [kernel], microbatch_size=4), open_rows(X))
+    loss, gradients = step(given(parts(X, CUTS["5 and 19"])))
+    alone = tf.Variable(np.ones((3, 1)))
+    with tf.GradientTape() as tape:
+        due = tf.reduce_mean((X[:, :1] - X @ alone) ** 2)
+    assert_close(local(loss)[0], due.numpy())
+    assert_all_close(together(gradients), [tape.gradient(due, alone).numpy()])
+    assert keras_losses.scale_loss_for_distribution is divides
+    assert vars(keras_losses)[_keras_losses._DIVIDES] is divides
+    assert keras_losses.__name__ == _keras_losses._MODULE

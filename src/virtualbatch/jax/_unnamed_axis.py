@@ -8,7 +8,7 @@ place in the compilation cache and its export, so there the mesh in use alone sp
 import logging
 import math
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import jax
 from jax.sharding import AxisType
@@ -18,8 +18,8 @@ from virtualbatch.window.fingerprint import owner_of
 
 _log = logging.getLogger("virtualbatch")
 
-# For as long as a loss can be made anew: that it was said of it.
-_TOLD: WeakSet[Any] = WeakSet()
+# For as long as a loss can be made anew: what was said of it.
+_TOLD: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 def tell_once(fun: Any, batch: Any) -> None:
@@ -30,10 +30,10 @@ def tell_once(fun: Any, batch: Any) -> None:
         batch: what is cut inside a program, in several micro-batches.
     """
     owner = owner_of(fun)
-    text = None if owner in _TOLD else _explicit(batch) or _automatic()
-    if text is not None:
-        _TOLD.add(owner)
-        _log.warning("%s See docs/jax.md.", text)
+    text = _explicit(batch) or _automatic()
+    if text is not None and text not in _TOLD.setdefault(owner, set()):
+        _TOLD[owner].add(text)
+        _log.warning("%s See docs/devices.md.", text)
 
 
 def _explicit(batch: Any) -> str | None:
@@ -43,10 +43,10 @@ def _explicit(batch: Any) -> str | None:
         names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
         devices = math.prod(sharding.mesh.shape[name] for name in names)
         if devices > 1:
+            axis = names[0] if len(names) == 1 else names
             return (
                 f"The rows of this batch are spread over {devices} devices, whose gradients are "
-                "summed in every micro-batch. Once per window they are with "
-                f"axis_name={(names[0] if len(names) == 1 else names)!r}."
+                f"summed in every micro-batch. Pass axis_name={axis!r} to sum them once per window."
             )
     return None
 
@@ -59,7 +59,7 @@ def _automatic() -> str | None:
     if not names or mesh.manual_axes:
         return None
     return (
-        "If the rows of this batch are spread over the mesh in use, every device computes all of "
-        f"them, because types do not tell it on axes that are automatic ({', '.join(names)}). "
-        f'Each computes its own with axis_name, such as axis_name="{names[0]}".'
+        "jit cannot see whether the rows of this batch are spread over automatic axes of the mesh "
+        f"in use ({', '.join(names)}). If they are, every device computes all rows: the result is "
+        f'right, but no faster. Pass axis_name="{names[0]}", or whichever axis has the rows.'
     )

@@ -1,6 +1,7 @@
 """One window: each micro-batch's share of loss and gradients, and their sums as results."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -16,6 +17,7 @@ from virtualbatch.tensorflow._gradients import (
     split_sparse,
     watch_tensors,
 )
+from virtualbatch.tensorflow._keras_losses import undivided
 from virtualbatch.tensorflow._loop import Output, fold, trace
 from virtualbatch.tensorflow._numerics import explained_numerics
 from virtualbatch.tensorflow._replicas import replicas, summed, summed_gradients
@@ -102,7 +104,8 @@ class Program(NamedTuple):
             with explained_numerics(shares, index):
                 with tf.GradientTape(persistent=several) as tape:
                     watch_tensors(tape, flat_variables)
-                    loss, aux = loss_and_aux(loss_fn(microbatch), has_aux)
+                    with nullcontext() if is_one else undivided():
+                        loss, aux = loss_and_aux(loss_fn(microbatch), has_aux)
                     named = loss_terms(loss)
                     terms = scalar_terms(named.values())
                 dtypes.append(loss_dtype(terms))

@@ -51,6 +51,21 @@ def test_nothing_is_compiled():
     assert model.optimizer.iterations.numpy() == 0
 
 
+def test_a_model_of_no_strategy():
+    text = r"built and compiled in the scope.*Got a model of no strategy in the scope of a Mirrored"
+    model = regression()
+    model.compile("sgd", "mse")
+    vb.accumulate(model, **SIZE)
+    with strategy().scope():
+        with pytest.raises(ValueError, match=text):
+            model.fit(*BATCH, batch_size=16, verbose=0)
+        with pytest.raises(ValueError, match=text):
+            vb.accumulate(model, **SIZE)
+    assert model.optimizer.iterations.numpy() == 0
+    model.fit(*BATCH, batch_size=16, verbose=0)
+    assert model.optimizer.iterations.numpy() == 1
+
+
 def test_a_layer_that_waits_for_other_replicas():
     model = compiled_model(lambda: regression(layers.BatchNormalization(synchronized=True)))
     with pytest.raises(ValueError, match="must not wait for other replicas"):

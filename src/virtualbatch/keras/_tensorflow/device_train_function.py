@@ -45,6 +45,8 @@ def make_device_train_function(model: keras.Model, backend: Backend) -> Callable
     def make(force: bool = False) -> None:
         nonlocal trained
         trained = False
+        # A scope may have been entered since.
+        backend.refuse(model)
         if model.train_function is not None and not force:
             return
         guard.forget()

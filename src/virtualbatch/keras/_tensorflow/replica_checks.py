@@ -21,6 +21,12 @@ def refuse_replicas(model: keras.Model) -> None:
         )
     if replica_count(model) == 1:
         return
+    if model._distribute_strategy is None:
+        raise ValueError(
+            "A model must be built and compiled in the scope of the strategy that trains it. "
+            f"Got a model of no strategy in the scope of {named_strategy(model)}. "
+            "Build and compile it inside of strategy.scope(), or call fit outside of it."
+        )
     if model.run_eagerly:
         raise ValueError(
             "Several replicas are trained in a graph. "
