@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+from tests.conftest import ROOT
 
 
 class Ended(NamedTuple):
@@ -79,6 +79,37 @@ def together(
             late = k not in seconds
             found.append(Ended(None if late else child.returncode, text, seconds.get(k, limit)))
     return found
+
+
+def checked_on_four_devices(module: str, checks: Sequence[str], **variables: str) -> None:
+    """Runs checks of a program of JAX that needs four devices, which XLA makes when it starts.
+
+    Args:
+        module: prints "ok" and the name of each check.
+        checks: their names.
+        variables: of the environment, besides those of this process.
+
+    Raises:
+        AssertionError: a check failed, or did not run.
+    """
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        # Before what was given: the package under test may be another one than the installed.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    child = subprocess.run(
+        [sys.executable, "-m", module, *checks],
+        cwd=ROOT,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    if child.returncode != 0:
+        raise AssertionError(f"{child.stdout[-1000:]}\n{child.stderr[-4000:]}")
+    assert child.stdout.split() == [word for name in checks for word in ("ok", name)]
 
 
 def _until_they_end(

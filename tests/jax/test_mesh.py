@@ -16,7 +16,8 @@ from tests.jax.problems import (
     tokens,
     uncut,
 )
-from tests.jax.test_devices import WHY, run_on_four_devices
+from tests.jax.test_devices import WHY
+from tests.processes import checked_on_four_devices
 from tests.tiers import tiered
 
 import virtualbatch.jax as vb
@@ -49,7 +50,7 @@ ON_A_MESH = [
     "checks", tiered(ON_A_MESH, ON_A_MESH[:1], WHY), ids=lambda checks: checks[0]
 )
 def test_on_a_mesh_in_use(checks):
-    run_on_four_devices("four_devices_mesh", checks)
+    checked_on_four_devices("tests.jax.four_devices_mesh", checks)
 
 
 @pytest.fixture(params=tiered(["Auto", "Explicit"], ["Explicit"], "the same programs again"))

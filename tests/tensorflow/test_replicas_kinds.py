@@ -241,22 +241,47 @@ def test_embeddings_of_all_replicas(counts):
     assert collectives(step.get_concrete_function(given(parts(X, counts))).graph).keys() == {"top"}
 
 
-def test_a_loss_of_keras_is_a_mean_over_its_rows():
-    # Keras divides it by the number of replicas, whose parts are then means of means.
+@pytest.fixture
+def of_keras():
+    """A loss of Keras, its gradient's variable, and what one device finds of 24 rows."""
     kernel = variable(np.ones((3, 1)))
     loss_object = keras.losses.MeanSquaredError(dtype="float64")
+    alone = tf.Variable(np.ones((3, 1)))
+    with tf.GradientTape() as tape:
+        due = tf.reduce_mean((X[:, :1] - X @ alone) ** 2)
 
     def loss_fn(batch):
         return loss_object(batch[:, :1], batch @ kernel)
 
-    divides = keras_losses.scale_loss_for_distribution
+    return loss_fn, kernel, (due.numpy(), tape.gradient(due, alone).numpy())
+
+
+def assert_mean_over_rows(loss_fn, kernel, due):
     step = run(window_of(loss_fn, [kernel], microbatch_size=4), open_rows(X))
     loss, gradients = step(given(parts(X, CUTS["5 and 19"])))
-    alone = tf.Variable(np.ones((3, 1)))
-    with tf.GradientTape() as tape:
-        due = tf.reduce_mean((X[:, :1] - X @ alone) ** 2)
-    assert_close(local(loss)[0], due.numpy())
-    assert_all_close(together(gradients), [tape.gradient(due, alone).numpy()])
+    assert_all_close([local(loss)[0], *together(gradients)], due)
+
+
+def test_a_loss_of_keras_is_a_mean_over_its_rows(of_keras):
+    # Keras divides it by the number of replicas, whose parts are then means of means.
+    divides = keras_losses.scale_loss_for_distribution
+    assert_mean_over_rows(*of_keras)
     assert keras_losses.scale_loss_for_distribution is divides
     assert vars(keras_losses)[_keras_losses._DIVIDES] is divides
     assert keras_losses.__name__ == _keras_losses._MODULE
+
+
+def test_a_function_keeps_no_loss_of_keras(of_keras):
+    # Traced elsewhere it is divided, and stays so there.
+    loss_fn, kernel, due = of_keras
+    function = tf.function(loss_fn)
+    elsewhere = run(function, open_rows(X))
+    batch = given(parts(X, CUTS["12 and 12"]))
+    before = local(elsewhere(batch))
+    assert_mean_over_rows(function, kernel, due)
+    assert_close(local(elsewhere(batch)), before)
+    assert_close(sum(before), due[0])
+    with pytest.raises(
+        ValueError, match=r"stand in no tf\.function of its own.*Got one in loss_fn"
+    ):
+        assert_mean_over_rows(lambda x: tf.function(loss_fn)(x), kernel, due)

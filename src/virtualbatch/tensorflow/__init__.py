@@ -26,8 +26,8 @@ from virtualbatch.tensorflow._plan.memory import ERRORS, largest_variables, left
 from virtualbatch.tensorflow._plan.program import plan_of, planned_size
 from virtualbatch.tensorflow._plan.sizes import kept_sizes
 from virtualbatch.tensorflow._replicas import (
-    refuse_certifying_replicas,
     refuse_eager_replicas,
+    refuse_on_replicas,
     refuse_planning_replicas,
     refuse_replicas_out_of_step,
     refuse_values_of_replicas,
@@ -350,7 +350,7 @@ def certify(
     if rowwise_fn and microbatch_size is None and accumulation_steps is None:
         microbatch_size, accumulation_steps = rowwise_fn.sizes
     check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
-    refuse_certifying_replicas()
+    refuse_on_replicas("certify compares on one device.", "Call it outside of strategy.run.")
     refuse_values_of_replicas(batch, variables)
     program = Program(loss_fn, variables, weight, has_aux, stats=False)
     if rowwise_fn:

@@ -61,32 +61,27 @@ def refuse_values_of_replicas(batch: Any, variables: Any) -> None:
         )
 
 
+def refuse_on_replicas(rule: str, fix: str) -> None:
+    """Refuses what is done for one device, while other replicas wait for this one.
+
+    Args:
+        rule: a sentence.
+        fix: a sentence.
+
+    Raises:
+        ValueError: this is one of several replicas.
+    """
+    count = replicas()
+    if count > 1:
+        raise ValueError(f"{rule} Got a strategy of {count} replicas. {fix}")
+
+
 def refuse_planning_replicas() -> None:
-    """Refuses to plan a replica while the others wait for it.
-
-    Raises:
-        ValueError: this is one of several replicas.
-    """
-    count = replicas()
-    if count > 1:
-        raise ValueError(
-            f'microbatch_size="auto" plans one device. Got a strategy of {count} replicas. '
-            "Call plan outside of it, and pass what it finds."
-        )
-
-
-def refuse_certifying_replicas() -> None:
-    """Refuses to certify in a replica, whose loss is not that of its own rows.
-
-    Raises:
-        ValueError: this is one of several replicas.
-    """
-    count = replicas()
-    if count > 1:
-        raise ValueError(
-            f"certify compares on one device. Got a strategy of {count} replicas. "
-            "Call it outside of strategy.run."
-        )
+    """Refuses to plan a replica; see `refuse_on_replicas`."""
+    refuse_on_replicas(
+        'microbatch_size="auto" plans one device.',
+        "Call plan outside of it, and pass what it finds.",
+    )
 
 
 def refuse_replicas_out_of_step() -> None:

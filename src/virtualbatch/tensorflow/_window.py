@@ -17,7 +17,7 @@ from virtualbatch.tensorflow._gradients import (
     split_sparse,
     watch_tensors,
 )
-from virtualbatch.tensorflow._keras_losses import undivided
+from virtualbatch.tensorflow._keras_losses import traced_anew, undivided
 from virtualbatch.tensorflow._loop import Output, fold, trace
 from virtualbatch.tensorflow._numerics import explained_numerics
 from virtualbatch.tensorflow._replicas import replicas, summed, summed_gradients
@@ -73,8 +73,9 @@ class Program(NamedTuple):
         autograph = tf.__internal__.autograph
         status = autograph.control_status_ctx()
         weight = self.weight
+        loss_fn = self.loss_fn if replicas() == 1 else traced_anew(self.loss_fn)
         return self._replace(
-            loss_fn=autograph.tf_convert(self.loss_fn, status),
+            loss_fn=autograph.tf_convert(loss_fn, status),
             weight=autograph.tf_convert(weight, status) if callable(weight) else weight,
         )
 

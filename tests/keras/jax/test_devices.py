@@ -1,14 +1,9 @@
 """Models whose rows `keras.distribution` spreads over devices, in programs of their own."""
 
-import os
-import subprocess
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.conftest import ROOT
-from tests.processes import free_ports, together
+from tests.processes import checked_on_four_devices, free_ports, together
 from tests.tiers import tiered
 
 from virtualbatch.keras._jax.devices import cut_by_device
@@ -64,25 +59,7 @@ def test_gathered_rows_come_in_the_order_of_the_batch():
     ids=lambda checks: checks[0],
 )
 def test_on_four_devices(checks):
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-        "KERAS_BACKEND": "jax",
-        # Before what was given: the package under test may be another one than the installed.
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.keras.jax.four_devices", *checks],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    if child.returncode != 0:
-        raise AssertionError(f"{child.stdout[-1000:]}\n{child.stderr[-4000:]}")
-    assert child.stdout.split() == [word for name in checks for word in ("ok", name)]
+    checked_on_four_devices("tests.keras.jax.four_devices", checks, KERAS_BACKEND="jax")
 
 
 @pytest.mark.thorough("starts two processes")
