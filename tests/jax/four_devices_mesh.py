@@ -294,6 +294,10 @@ def refusals():
             ValueError, match=r"Got axis_name='rows' outside of shard_map and a mesh"
         ):
             vb.value_and_grad(loss, microbatch_size=2, axis_name="rows")(PARAMS, BATCH)
+        with pytest.raises(
+            TypeError, match=r"a tuple of names\. Got axis_name=\['data'\]\. Pass a t"
+        ):
+            vb.value_and_grad(loss, microbatch_size=2, axis_name=["data"])(PARAMS, BATCH)
         with pytest.raises(ValueError, match=r"beside a batch of 24 rows"):
             run(PARAMS, BATCH, np.ones(ROWS))
         negative = vb.value_and_grad(

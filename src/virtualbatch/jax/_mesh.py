@@ -45,9 +45,15 @@ def axes_to_enter(axis_name: Any) -> Axes | None:
 
     Raises:
         ValueError: no mesh in use has them.
+        TypeError: they stand in a list.
     """
     if axis_name is None:
         return None
+    if isinstance(axis_name, list):
+        raise TypeError(
+            f"axis_name is a name, or a tuple of names. Got axis_name={axis_name!r}. "
+            "Pass a tuple of them."
+        )
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     bound = [name for name in names if _is_bound(name)]
     if len(bound) == len(names):
