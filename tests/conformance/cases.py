@@ -58,8 +58,8 @@ DOES_NOT_APPLY = {
     ),
     ("values of weights are refused", "tensorflow", "compiled"): "traced values are not read",
     ("values of weights are refused", "jax", "compiled"): "traced values are not read",
-    (ANY_WEIGHT, "torch", None): READ,
-    (ANY_WEIGHT, "torch_loss", None): READ,
+    (ANY_WEIGHT, "torch", "compiled"): READ,
+    (ANY_WEIGHT, "torch_loss", "compiled"): READ,
     ("a loss of another library is refused", "jax", "eager"): CONSTANT,
     ("a loss of another library is refused", "jax", "compiled"): CONSTANT,
 }
@@ -130,7 +130,7 @@ def _all() -> list[Case]:
         ("", laws.any_weight_in_a_compiled_window_counts_as_uncut),
         ("statistics", statistics.statistics_of_any_weight_in_a_compiled_window),
     ):
-        found.append(Case(ANY_WEIGHT, name, law, None, {}))
+        found.append(Case(ANY_WEIGHT, name, law, "compiled", {}))
     for name, cuts in laws.CUTS_OF_ONE_BATCH.items():
         further = "" if name == "some" else "further cuts of the same batch"
         found += _in_modes(

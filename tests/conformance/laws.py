@@ -176,10 +176,10 @@ def a_window_without_weight_is_zero(engine: Any, compiled: Any) -> None:
     assert_result(run(arrays(engine, batch)), 0.0, zeros)
 
 
-def any_weight_in_a_compiled_window_counts_as_uncut(engine: Any) -> None:
+def any_weight_in_a_compiled_window_counts_as_uncut(engine: Any, compiled: Any) -> None:
     # Compiled, no value can be refused. The tokens of the second micro-batch are always all masked.
     params, loss_fn, weight = network(engine, "terms")
-    run = engine.program(loss_fn, params, compiled=True, microbatch_size=2, **weight)
+    run = engine.program(loss_fn, params, compiled=compiled, microbatch_size=2, **weight)
 
     def batch_of(*tokens: float) -> Any:
         batch = problems.data(6)

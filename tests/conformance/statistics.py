@@ -46,9 +46,11 @@ def statistics_are_those_of_the_gradients(engine: Any, compiled: Any, name: str,
         assert_close(found, value)
 
 
-def statistics_of_any_weight_in_a_compiled_window(engine: Any) -> None:
+def statistics_of_any_weight_in_a_compiled_window(engine: Any, compiled: Any) -> None:
     params, loss_fn, weight = network(engine, "sample weights")
-    run = engine.program(loss_fn, params, compiled=True, microbatch_size=2, stats=True, **weight)
+    run = engine.program(
+        loss_fn, params, compiled=compiled, microbatch_size=2, stats=True, **weight
+    )
     values, batch = problems.parameters(), problems.data(6)
     batch["sample_weight"] = np.array([2.0, 1.0, -1.5, -0.25, 0.5, 3.0])
     norms = [
