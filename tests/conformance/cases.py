@@ -46,6 +46,8 @@ class Case(NamedTuple):
 
 
 CONSTANT = "JAX differentiates constants, to zeros"
+ANY_WEIGHT = "any weight in a compiled window counts as uncut"
+READ = "weights are read, and values that are no weight are refused"
 # (feature, engine, mode) -> why a case is not run there. The only list of its kind.
 DOES_NOT_APPLY = {
     ("nothing is read after the weights", "tensorflow", "eager"): (
@@ -56,6 +58,8 @@ DOES_NOT_APPLY = {
     ),
     ("values of weights are refused", "tensorflow", "compiled"): "traced values are not read",
     ("values of weights are refused", "jax", "compiled"): "traced values are not read",
+    (ANY_WEIGHT, "torch", "compiled"): READ,
+    (ANY_WEIGHT, "torch_loss", "compiled"): READ,
     ("a loss of another library is refused", "jax", "eager"): CONSTANT,
     ("a loss of another library is refused", "jax", "compiled"): CONSTANT,
 }
@@ -122,6 +126,11 @@ def _all() -> list[Case]:
         laws.a_call_leaves_no_trace_of_itself,
     ):
         found += _in_modes(law)
+    for name, law in (
+        ("", laws.any_weight_in_a_compiled_window_counts_as_uncut),
+        ("statistics", statistics.statistics_of_any_weight_in_a_compiled_window),
+    ):
+        found.append(Case(ANY_WEIGHT, name, law, "compiled", {}))
     for name, cuts in laws.CUTS_OF_ONE_BATCH.items():
         further = "" if name == "some" else "further cuts of the same batch"
         found += _in_modes(

@@ -176,6 +176,33 @@ def a_window_without_weight_is_zero(engine: Any, compiled: Any) -> None:
     assert_result(run(arrays(engine, batch)), 0.0, zeros)
 
 
+def any_weight_in_a_compiled_window_counts_as_uncut(engine: Any, compiled: Any) -> None:
+    # Compiled, no value can be refused. The tokens of the second micro-batch are always all masked.
+    params, loss_fn, weight = network(engine, "terms")
+    run = engine.program(loss_fn, params, compiled=compiled, microbatch_size=2, **weight)
+
+    def batch_of(*tokens: float) -> Any:
+        batch = problems.data(6)
+        batch["mask"] = np.where([True, False, True], np.repeat(tokens, 2)[:, None], 0.0)
+        batch["sample_weight"] = np.array([2.0, 1.0, -1.5, -0.25, 0.5, 3.0])
+        return batch
+
+    negative = batch_of(1.0, 0.0, -0.25)
+    due = problems.reference("terms", problems.parameters(), negative)
+    assert_result(run(arrays(engine, negative)), *due)
+    # The weights of the last are no 0, but their total is.
+    for first, last in ((np.nan, 1.0), (1.0, np.inf), (-np.inf, 1.0), (1.0, -1.0)):
+        batch = arrays(engine, batch_of(first, 0.0, last))
+        result, uncut = run(batch), engine.plain(loss_fn, params, batch)
+        assert not np.isfinite(result.loss)
+        for found, whole in zip(
+            leaves([result.loss, result.gradients]),
+            leaves([uncut.loss, uncut.gradients]),
+            strict=True,
+        ):
+            assert (np.isfinite(found) == np.isfinite(whole)).all(), f"{found} for {whole}"
+
+
 def a_term_without_weight_counts_once(engine: Any, compiled: Any) -> None:
     ops = engine.ops
     params = engine.parameters({"w": np.array([1.0, -2.0]), "v": np.array([3.0, 1.0])})
@@ -259,6 +286,8 @@ def aux_is_that_of_the_whole_batch(engine: Any, compiled: Any) -> None:
                 "rows": outputs,
                 "mean": ops.mean(outputs),
                 "counts": ops.sum(ops.cast(batch > 4, "int32")),
+                # Each fits into int8, and their sum does not.
+                "narrow": ops.cast(ops.sum(ops.cast(batch > 99, "int32")) + 100, "int8"),
                 # As many classes as a micro-batch has rows: averaged, not concatenated.
                 "classes": ops.concat([ops.sum(outputs * 0)[None] + k for k in range(size)]),
             }
@@ -272,6 +301,7 @@ def aux_is_that_of_the_whole_batch(engine: Any, compiled: Any) -> None:
         assert_close(aux["mean"], x.sum(1).mean())
         assert_close(aux["classes"], np.arange(size))
         assert aux["counts"] == (x > 4).sum()
+        assert aux["narrow"] == 100 * -(-rows // size)
         assert (by_column == (x > 9).sum(0)).all()
         assert np.issubdtype(by_column.dtype, np.integer)
 

@@ -45,6 +45,9 @@ NO_SIZE = {"microbatch_size": None}
 CUT = {**NO_SIZE, "accumulation_steps": None}
 WEIGHT = r"A weight must be a finite number, 0 or more\. Got weight={} for micro-batch 0\. Return "
 FORM = r"A weight must be one number per micro-batch and term\. Got {} for term '{}'\. Reduce it "
+REAL = (
+    r"A weight must be a real number\. Got {} for term 'loss'\. Return what the loss was divided by"
+)
 FUNCTION = r"{} must be a function of one batch\. Got {}=3\. Pass {}=lambda batch: \.\.\.$"
 # JAX's function takes parameters too.
 LOSS_FUNCTION = r"{loss} must be a function( of one batch)?\. Got {loss}=3\. Pass "
@@ -125,6 +128,14 @@ REFUSALS = {
         r"Make them with the same collate function\. Or pass weight=.* See docs/rows\.md\.$",
         CUT,
         Window([{"x": X}, {"y": X}]),
+    ),
+    "a complex weight": Refusal(
+        TypeError,
+        REAL.format("complex64"),
+        weight=lambda ops, batch: ops.cast(ops.sum(batch), "complex64"),
+    ),
+    "a complex weight of Python": Refusal(
+        TypeError, REAL.format("complex"), weight=lambda ops, batch: {"loss": 1j}
     ),
     "a negative weight": Refusal(
         ValueError, WEIGHT.format(r"-1\.0"), weight=lambda ops, batch: -1.0, reads=True

@@ -46,6 +46,24 @@ def statistics_are_those_of_the_gradients(engine: Any, compiled: Any, name: str,
         assert_close(found, value)
 
 
+def statistics_of_any_weight_in_a_compiled_window(engine: Any, compiled: Any) -> None:
+    params, loss_fn, weight = network(engine, "sample weights")
+    run = engine.program(
+        loss_fn, params, compiled=compiled, microbatch_size=2, stats=True, **weight
+    )
+    values, batch = problems.parameters(), problems.data(6)
+    batch["sample_weight"] = np.array([2.0, 1.0, -1.5, -0.25, 0.5, 3.0])
+    norms = [
+        _squared(problems.reference("sample weights", values, batch, slice(k, k + 2))[1])
+        for k in (0, 2, 4)
+    ]
+    shares = batch["sample_weight"].reshape(3, 2).sum(1) / batch["sample_weight"].sum()
+    square = _squared(problems.reference("sample weights", values, batch)[1])
+    found = run(arrays(engine, batch)).stats
+    for value, due in zip(found, [6, 3, (norms / shares).sum(), square], strict=True):
+        assert_close(value, due)
+
+
 def statistics_of_half_precision_are_wide(engine: Any, compiled: Any) -> None:
     params = engine.parameters({"w": np.ones(())}, "bfloat16")
     run = engine.program(

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from virtualbatch.window.aux import AuxLeaf, AuxShapes, kinds, kinds_without_rows
+from virtualbatch.window.aux import AuxLeaf, AuxShapes, kinds, kinds_without_rows, summed_dtype
 
 NOTHING = AuxLeaf((), "NoneType")
 
@@ -31,6 +31,17 @@ def judged(column, rows, other=99, at_other=None):
 )
 def test_kinds(leaf, kind):
     assert judged([leaf, leaf], [4, 2]) == kind
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [
+        *((dtype, "int32") for dtype in ("int4", "int8", "uint8", "int16", "uint16", "int32")),
+        *((dtype, dtype) for dtype in ("uint32", "int64", "int", "float16")),
+    ],
+)
+def test_integers_are_summed_in_32_bits_at_least(dtype, wide):
+    assert summed_dtype(dtype) == wide
 
 
 def test_entries_per_row_are_told_by_two_numbers_of_rows():

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 from virtualbatch.window.terms import (
@@ -131,6 +132,13 @@ def test_other_names_are_refused(weight, text):
 )
 def test_a_weight_that_is_not_one_number_is_refused(weight, got):
     with pytest.raises(ValueError, match=rf"one number per micro-batch and term\. Got {got}\."):
+        weight_terms(weight)
+
+
+@pytest.mark.parametrize("weight", [1j, np.complex64(1), np.array("3"), np.array(None)])
+def test_a_weight_that_is_no_real_number_is_refused(weight):
+    got = weight.dtype.name if hasattr(weight, "dtype") else "complex"
+    with pytest.raises(TypeError, match=rf"must be a real number\. Got {got} for term 'loss'\."):
         weight_terms(weight)
 
 

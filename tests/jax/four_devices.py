@@ -76,6 +76,11 @@ def a_device_without_tokens():
     found = BATCH | {"mask": BATCH["mask"] & (np.arange(ROWS) >= 6)[:, None]}
     run = vb.value_and_grad(token_loss, microbatch_size=4, weight=tokens, axis_name=AXIS)
     assert_same(sharded(run)(PARAMS, found), uncut(token_loss, PARAMS, found))
+    # Or with fewer than none, which the total of all devices counts too.
+    fewer = found | {"mask": np.where((np.arange(ROWS) < 6)[:, None], -0.25, found["mask"])}
+    assert_same(sharded(run)(PARAMS, fewer), uncut(token_loss, PARAMS, fewer))
+    fewer["mask"][0] = np.nan
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(sharded(run)(PARAMS, fewer)))
     window = vb.Window(pieces(found, 0, 8, 16, 24))
     run = vb.value_and_grad(token_loss, weight=tokens, axis_name=AXIS)
     assert_same(sharded(run)(PARAMS, window), uncut(token_loss, PARAMS, found))

@@ -105,6 +105,18 @@ def test_counts_above_what_the_dtype_of_the_loss_holds():
     assert_same(ours(np.zeros(4), found)[1], counts / counts.sum())
 
 
+def test_finite_weights_with_a_total_that_is_none_are_not_taken_for_empty():
+    # Each share would be 0, and loss and gradient 0 too.
+    def fun(weights, batch):
+        return (batch["rows"] @ weights * batch["count"]).sum() / batch["count"].sum()
+
+    found = {"rows": np.eye(2, dtype=np.float32), "count": np.full(2, 2e38, np.float32)}
+    with jax.enable_x64(False):
+        ours = vb.value_and_grad(fun, microbatch_size=1, weight=lambda batch: batch["count"].sum())
+        value, gradient = jax.jit(ours)(np.ones(2, np.float32), found)
+    assert np.isnan([value, *gradient]).all()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_law_for_terms_in_a_dict_without_weights(mode):
     def fun(params, batch):

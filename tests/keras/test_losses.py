@@ -9,6 +9,8 @@ from tests.keras.backends import supported
 from tests.keras.problems import compiled, crossentropy
 from tests.keras.training import MICRO, ROWS, Case, assert_equals_keras, in_tiers, train
 
+import virtualbatch.keras as vb
+
 REDUCTIONS = ["sum_over_batch_size", "sum", "mean_with_sample_weight", None]
 
 NARROW = ("weights narrower than the mask",)
@@ -180,3 +182,29 @@ def test_a_loss_of_one_number_is_named_once(loss, caplog):
     said = [record.getMessage() for record in caplog.records if record.name == "virtualbatch"]
     assert len(said) == 1
     assert "returns one number: it is taken for one mean over rows" in said[0]
+
+
+def test_weights_that_are_no_positive_numbers_count_as_keras_counts_them():
+    # In a compiled step nobody reads them. Where their total is 0, Keras' loss is 0.
+    models = [problems.classifier() for _ in range(2)]
+    for model, eager in zip(models, (False, True), strict=True):
+        model.compile(
+            keras.optimizers.SGD(0.1),
+            crossentropy(reduction="mean_with_sample_weight"),
+            run_eagerly=eager,
+        )
+    vb.accumulate(models[0], microbatch_size=4)
+    ours, plain = models
+    start = plain.get_weights()
+    rows = [leaf[:12] for leaf in ROWS_DATA]
+    for first, last in ((1.0, -0.25), (1.0, -1.0), (np.nan, 1.0), (1.0, np.inf)):
+        weights = np.repeat([first, 0.0, last], 4)
+        losses = []
+        for model in models:
+            model.set_weights(start)
+            losses.append(float(model.train_on_batch(*rows, sample_weight=weights)))
+        assert np.isnan(losses[1]) == (not np.isfinite(first + last))
+        for found, due in zip(
+            [losses[0], *ours.get_weights()], [losses[1], *plain.get_weights()], strict=True
+        ):
+            np.testing.assert_allclose(found, due, rtol=1e-9, atol=1e-12)

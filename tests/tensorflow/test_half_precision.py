@@ -140,6 +140,25 @@ def test_terms_of_different_weights(dtype, mode):
     assert_close([float(loss), float(gradient)], [3.0, 3.0], EPSILON[dtype])
 
 
+def test_a_negative_share_that_is_the_largest_does_not_overflow():
+    # The share of `a` in the second micro-batch is 7e6 times that of `b`, and negative.
+    variable = tf.Variable(tf.ones([], tf.float16))
+    weights = tf.constant([[-(2.0**17), 1], [1, 1e-12]], tf.float64)
+
+    @tf.function
+    def train(weights):
+        return vb.value_and_gradients(
+            lambda weights: {"a": variable * 1, "b": variable * 2},
+            weights,
+            [variable],
+            microbatch_size=1,
+            weight=lambda w: {"a": w[0, 0], "b": w[0, 1]},
+        )
+
+    loss, (gradient,) = train(weights)
+    assert_close([float(loss), float(gradient)], [3.0, 3.0], EPSILON["float16"])
+
+
 @pytest.mark.parametrize("mode", ["eager", "static"])
 def test_each_gradient_has_the_dtype_of_its_variable(mode):
     dtypes = ["bfloat16", "float16", "float32", "float64"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tests.oracle import assert_all_close, assert_close
-from tests.replicas import BY_HAND
+from tests.replicas import BY_HAND, Case
 from tests.tensorflow.modes import uncut
 from tests.tensorflow.replicated import (
     CUTS,
@@ -55,7 +55,9 @@ def assert_by_hand(cases, size):
 
 
 def test_one_parameter_by_hand():
-    assert_by_hand(BY_HAND.values(), 3)
+    # In a graph a negative weight is not read, and counts as in the uncut batch.
+    negative = Case([[1, 2], [3, 4]], [[1, 1], [-0.25, -0.25]], 3, 0, 5 / 6, 5 / 6)
+    assert_by_hand([*BY_HAND.values(), negative], 3)
 
 
 @pytest.mark.thorough("a graph for each of the sizes of the same laws")

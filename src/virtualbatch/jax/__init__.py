@@ -78,7 +78,8 @@ def value_and_grad(
         argnums: which arguments to differentiate with respect to; not the batch.
         has_aux: whether fun returns something beside the loss. Leaves of aux with one entry per
             row come back concatenated in row order, other floating leaves averaged by rows,
-            integers summed; integers, booleans and keys that no row changes come back as they are.
+            integers summed, in at least 32 bits; integers, booleans and keys that no row changes
+            come back as they are.
         batch_argnum: position of the batch: a pytree whose arrays share their leading axis, the
             rows; or a `Window`, and then no size is given. Where several arguments hold rows, all
             of their positions; all are Windows or none, and weight takes as many arguments.

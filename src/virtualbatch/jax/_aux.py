@@ -12,7 +12,16 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from virtualbatch.jax._aux_trace import AuxTrace, leaves_of
 from virtualbatch.jax._objective import Call, wide_dtype
 from virtualbatch.jax._segment import Cut
-from virtualbatch.window.aux import KEEP, MAX, MEAN, ROWS, SUM, kind_of_dtype, kinds_without_rows
+from virtualbatch.window.aux import (
+    KEEP,
+    MAX,
+    MEAN,
+    ROWS,
+    SUM,
+    kind_of_dtype,
+    kinds_without_rows,
+    summed_dtype,
+)
 from virtualbatch.window.aux import kinds as kinds_of
 
 WORDS = (KEEP, SUM, MEAN, MAX, ROWS)
@@ -129,9 +138,14 @@ def routed(kinds: Sequence[str], shares: Any, index: Any, aux: Any) -> tuple[lis
             wide = jnp.asarray(leaf).astype(wide_dtype(leaf))
             merged.append(wide * share.astype(wide.dtype))
         else:
-            is_wide = kind == SUM and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-            merged.append(jnp.asarray(leaf, wide_dtype(leaf) if is_wide else None))
+            merged.append(jnp.asarray(leaf, _wide(leaf) if kind == SUM else None))
     return merged, rows
+
+
+def _wide(leaf: Any) -> Any:
+    """The dtype in which a leaf is summed over the window."""
+    dtype = jnp.result_type(leaf)
+    return wide_dtype(leaf) if jnp.issubdtype(dtype, jnp.inexact) else summed_dtype(str(dtype))
 
 
 def merged_kinds(kinds: Sequence[str]) -> list[str]:
@@ -161,7 +175,8 @@ def joined(
         elif kind == KEEP:
             result.append(next(given))
         else:
-            result.append(next(given).astype(jnp.result_type(leaf)))
+            dtype = jnp.result_type(leaf)
+            result.append(next(given).astype(summed_dtype(str(dtype)) if kind == SUM else dtype))
     return jax.tree.unflatten(structure, result)
 
 

@@ -22,7 +22,8 @@ def part_of(gradients: Any, share: Any) -> Any:
     """
     total = squared_norm(gradients)
     share = jnp.asarray(share, total.dtype)
-    return jnp.where(share > 0, total / jnp.where(share > 0, share, 1), 0)
+    # Without a share the gradients are 0 too. A share that is negative or NaN is divided by.
+    return total / jnp.where(share == 0, 1, share)
 
 
 def stats_of(gradients: Any, shares: Shares, mean_square: Any, axis_name: Any) -> WindowStats:
@@ -34,7 +35,7 @@ def stats_of(gradients: Any, shares: Shares, mean_square: Any, axis_name: Any) -
         mean_square: sum of `part_of` over its micro-batches, and over the devices.
         axis_name: mesh axes over which the batch is spread, or None.
     """
-    counted = jnp.sum(jnp.asarray(shares.of_rows_or_term()) > 0)
+    counted = jnp.sum(jnp.asarray(shares.of_rows_or_term()) != 0)
     if axis_name is not None:
         counted = lax.psum(counted, axis_name)
     return WindowStats(shares.window, counted, mean_square, squared_norm(gradients))

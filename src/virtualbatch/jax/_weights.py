@@ -39,8 +39,8 @@ def traced_shares(cut: Cut, weight: GivenWeight, axis_name: Any) -> Shares:
         axis_name: mesh axes over which the batch is spread, whose weights count too; or None.
 
     Returns:
-        The shares. Those of weights are formed in float32 or wider, and are all 0 where the
-        window's total is 0.
+        The shares. Those of weights are formed in float32 or wider. The share of a weight that is
+        0 is 0; any other is what division by the total gives, NaN included.
 
     Raises:
         ValueError: a weight is not a scalar, or names differ between micro-batches.
@@ -68,7 +68,7 @@ def traced_shares(cut: Cut, weight: GivenWeight, axis_name: Any) -> Shares:
         weights = jnp.concatenate(column)
         total = jnp.sum(weights)
         total = total if axis_name is None else lax.psum(total, axis_name)
-        vectors.append(jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), 0))
+        vectors.append(_divided(weights, total))
     terms = checked.by_name(vectors, rows, ones)
     if window is None and len(terms) == len(vectors) == 1:
         window = total
@@ -109,7 +109,7 @@ def scaled(value: Any, shares: Shares, names: list[Any] | None, index: Any) -> A
     def times(x: Any) -> Any:
         product = x * share.astype(x.dtype)
         # 0 times NaN is NaN.
-        return jnp.where(share > 0, product, 0) if may_be_empty else product
+        return jnp.where(share == 0, 0, product) if may_be_empty else product
 
     return jax.tree.map(times, value)
 
@@ -129,6 +129,13 @@ def part(shares: Shares, index: int) -> tuple[list[Any] | None, dict[Any, float]
     # Only the ratio goes through the backward pass, where half precision would round a share.
     largest = max(parts.values())
     return list(parts), {n: x / largest for n, x in parts.items() if x != largest}, largest
+
+
+def _divided(weights: Any, total: Any) -> Any:
+    # By an infinite total finite weights would all have the share 0, and be dropped in silence.
+    total = jnp.where(jnp.isinf(total), total - total, total)
+    # 0 over a total of 0 is NaN, which `jax_debug_nans` would raise.
+    return weights / jnp.where(weights == 0, 1, total)
 
 
 def _wide(value: Any) -> Any:

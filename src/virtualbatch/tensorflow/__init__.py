@@ -147,7 +147,7 @@ def value_and_gradients(
             on the rows and "sum" one that is a sum; or "sum" for a loss that is a sum.
         has_aux: whether `loss_fn` returns something beside the loss. Leaves of aux with one entry
             per row come back concatenated in row order, other floating leaves averaged by rows,
-            integers summed.
+            integers summed, in at least 32 bits.
         stats: whether the `WindowStats` of the window are returned too, from which
             `virtualbatch.NoiseScale` estimates the noise of its gradients.
         check: whether eagerly the first window of a loss proves itself: a few rows of it run in

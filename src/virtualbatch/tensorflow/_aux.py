@@ -15,6 +15,7 @@ from virtualbatch.window.aux import (
     AuxShapes,
     kinds,
     kinds_without_rows,
+    summed_dtype,
 )
 from virtualbatch.window.shares import Shares, accumulator_dtype
 
@@ -81,8 +82,10 @@ class WindowAux:
             sums = [_total(column) for column in zip(*(s for s, _ in routed), strict=True)]
             rows = [_joined(column) for column in zip(*(r for _, r in routed), strict=True)]
         leaves = [
-            row if total is None else _cast_like(total, leaf)
-            for total, row, leaf in zip(sums, rows, tf.nest.flatten(self._structure), strict=True)
+            row if total is None else _cast_like(total, leaf, kind)
+            for total, row, leaf, kind in zip(
+                sums, rows, tf.nest.flatten(self._structure), self._kinds, strict=True
+            )
         ]
         return tf.nest.pack_sequence_as(self._structure, leaves)
 
@@ -130,7 +133,8 @@ def _routed(kinds: Sequence[str], share: Any, aux: Any) -> tuple[list[Any], list
             wide = tf.cast(value, accumulator_dtype(value.dtype.name))
             sums.append(wide * tf.cast(share, wide.dtype))
         else:
-            sums.append(value if kind == SUM else None)
+            is_sum = kind == SUM
+            sums.append(tf.cast(value, summed_dtype(value.dtype.name)) if is_sum else None)
         rows.append(value if kind == ROWS else None)
     return sums, rows
 
@@ -184,8 +188,8 @@ def _joined(column: Sequence[Any]) -> Any:
     return None if column[0] is None else tf.concat(list(column), 0)
 
 
-def _cast_like(total: Any, leaf: Any) -> Any:
-    return tf.cast(total, leaf.dtype) if hasattr(leaf, "dtype") else total
+def _cast_like(total: Any, leaf: Any, kind: str) -> Any:
+    return tf.cast(total, leaf.dtype) if kind == MEAN and hasattr(leaf, "dtype") else total
 
 
 def _axes(leaf: Any) -> tuple[int | None, ...]:

@@ -43,7 +43,7 @@ def scaled_gradients(
         return _backward(tape, terms, shares, variables)
     if len(terms) == 1:
         return _selected(shares[0], _backward(tape, terms, shares, variables))
-    whole = tf.reduce_all(tf.stack(list(shares)) > 0)
+    whole = tf.reduce_all(tf.not_equal(tf.stack(list(shares)), 0))
     if tf.executing_eagerly():
         return (_together if whole else _apart)(tape, terms, shares, variables)
     pattern: list[Any] = []
@@ -68,7 +68,7 @@ def selected_loss(terms: Sequence[Any], shares: Sequence[Any], may_be_empty: boo
     total = tf.zeros([], dtype)
     for term, share in zip(terms, shares, strict=True):
         part = tf.cast(term, dtype) * tf.cast(share, dtype)
-        total += tf.where(share > 0, part, tf.zeros_like(part)) if may_be_empty else part
+        total += tf.where(tf.equal(share, 0), tf.zeros_like(part), part) if may_be_empty else part
     return total
 
 
@@ -180,7 +180,7 @@ def _backward(
         return tape.gradient(list(terms), list(variables), output_gradients=upstream)
     # Only the ratio of the shares goes through the backward pass, where a share would be rounded
     # to few bits and could underflow.
-    largest = tf.reduce_max(tf.stack([tf.cast(share, tf.float64) for share in shares]))
+    largest = tf.reduce_max(tf.abs(tf.stack([tf.cast(share, tf.float64) for share in shares])))
     upstream = [
         tf.cast(tf.math.divide_no_nan(tf.cast(share, tf.float64), largest), term.dtype)
         for term, share in zip(terms, shares, strict=True)
@@ -198,9 +198,9 @@ def _mapped(fn: Any, gradient: Any) -> Any:
 
 
 def _selected(share: Any, gradients: Sequence[Any]) -> list[Any]:
+    empty = tf.equal(share, 0)
     return [
-        _mapped(lambda x: tf.where(share > 0, x, tf.zeros_like(x)), gradient)
-        for gradient in gradients
+        _mapped(lambda x: tf.where(empty, tf.zeros_like(x), x), gradient) for gradient in gradients
     ]
 
 

@@ -29,7 +29,8 @@ def window_shares(segments: Sequence[Segment], weight: GivenWeight) -> Shares:
         weight: see `host_shares`.
 
     Returns:
-        The shares; in a graph float64 tensors, and their values are not checked.
+        The shares; in a graph float64 tensors, and their values are not checked. The share of a
+        weight that is 0 is 0; any other is what division by the total gives, NaN included.
 
     Raises:
         ValueError: see `host_shares`.
@@ -45,9 +46,7 @@ def window_shares(segments: Sequence[Segment], weight: GivenWeight) -> Shares:
     totals = [tf.reduce_sum(column) for column in columns]
     if replicas() > 1:
         totals = summed(totals)
-    of_rows, *of_terms = [
-        tf.math.divide_no_nan(column, total) for column, total in zip(columns, totals, strict=True)
-    ]
+    of_rows, *of_terms = map(_divided, columns, totals)
     window = totals[0] if segments[0].rows(0) is not None else None
     ones = tf.ones_like(of_rows)
     if checked is None:
@@ -56,6 +55,11 @@ def window_shares(segments: Sequence[Segment], weight: GivenWeight) -> Shares:
     if window is None and len(terms) == len(of_terms) == 1:
         window = totals[1]
     return Shares(of_rows, terms, checked.certain, window, of_rows)
+
+
+def _divided(column: Any, total: Any) -> Any:
+    # A weight of 0 has the share 0 whatever the total is.
+    return column / tf.where(tf.equal(column, 0), tf.ones_like(column), total)
 
 
 def _weighed(segments: Sequence[Segment], weight: WeightFunction) -> list[Any]:

@@ -17,6 +17,7 @@ from virtualbatch.window.aux import (
     AuxShapes,
     kinds,
     kinds_without_rows,
+    summed_dtype,
 )
 from virtualbatch.window.shares import Shares, accumulator_dtype
 
@@ -44,7 +45,7 @@ def merged_aux(
 
     Returns:
         The structure that the loss function gave. Averages are formed in float32 or wider and
-        rounded once.
+        rounded once. Sums of integers of fewer than 32 bits are int32.
 
     Raises:
         TypeError: a leaf can be neither concatenated, summed nor averaged, or the loss cannot be
@@ -93,13 +94,21 @@ def _merged(column: Sequence[Any], kind: str, shares: Sequence[float]) -> Any:
         return None
     if kind == ROWS:
         return torch.cat(list(column))
+    dtype = _leaf(first).dtype
     if kind != MEAN:
-        return sum(column[1:], first)
+        wide = summed_dtype(dtype)
+        counts = [_widened(leaf, wide) for leaf in column] if wide != dtype else list(column)
+        return sum(counts[1:], counts[0])
     if not _is_tensor(first):
         return sum(leaf * share for leaf, share in zip(column, shares, strict=True))
-    wide = getattr(torch, accumulator_dtype(str(first.dtype).removeprefix("torch.")))
+    wide = getattr(torch, accumulator_dtype(dtype))
     parts = [leaf.to(wide) * share for leaf, share in zip(column, shares, strict=True)]
     return sum(parts[1:], parts[0]).to(first.dtype)
+
+
+def _widened(leaf: Any, dtype: str) -> Any:
+    # A number of NumPy may stand among tensors.
+    return leaf.to(getattr(torch, dtype)) if _is_tensor(leaf) else leaf.astype(dtype)
 
 
 def _fake_leaves(loss_fn: Callable[[Any], Any], microbatch: Microbatch, rows: int) -> list[Any]:

@@ -143,7 +143,7 @@ def backward(
             the micro-batch where the batch is, before it is copied.
         has_aux: whether `loss_fn` returns something beside the loss. Leaves of aux with one entry
             per row come back concatenated in row order, other floating leaves averaged by rows,
-            integers summed, all detached.
+            integers summed, in at least 32 bits, all detached.
         backward_fn: scalar loss -> None, where gradients are to be computed by something else
             than `loss.backward()`, such as `lambda loss: scaler.scale(loss).backward()`.
         stats: whether the `WindowStats` of the window are returned too, from which

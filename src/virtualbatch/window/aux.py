@@ -155,6 +155,22 @@ def kind_of_dtype(dtype: str) -> str:
     )
 
 
+def summed_dtype(dtype: str) -> str:
+    """The dtype of a sum of integers over a window.
+
+    Each micro-batch's count may fit its dtype where the count of the window does not: two of 100
+    are -56 in int8.
+
+    Args:
+        dtype: name of the dtype of the leaf.
+
+    Returns:
+        `"int32"` for an integer of fewer bits; else the same.
+    """
+    bits = dtype.removeprefix("u").removeprefix("int")
+    return "int32" if bits.isdigit() and int(bits) < 32 else dtype
+
+
 def _changed() -> ValueError:
     return ValueError(
         "aux must have the same structure for every micro-batch. "

@@ -4,6 +4,7 @@ A loss is one mean, or a dict of means whose sum is the loss; each term is divid
 its own. Everything that engines refuse about either is refused here, with the same texts.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
@@ -13,6 +14,9 @@ from virtualbatch.window.tree import rank
 SINGLE = "loss"
 # In the place of a weight: the term is a sum, and micro-batches add up.
 SUM: Literal["sum"] = "sum"
+
+# Dtypes of real numbers, by what their names hold: float64, bfloat16, uint8, bool.
+_REAL = re.compile("bool|int|float")
 
 # What an engine is given: micro-batch -> weight, or a dict of them; "sum"; None for rows.
 GivenWeight = Callable[[Any], Any] | Literal["sum"] | None
@@ -82,6 +86,7 @@ def weight_terms(weight: Any) -> dict[Any, Any]:
         one that is a sum.
 
     Raises:
+        TypeError: a weight is not a real number, such as a complex one.
         ValueError: a weight is not one number.
     """
     if not isinstance(weight, Mapping):
@@ -107,6 +112,14 @@ def _check_number(name: Any, value: Any) -> None:
     if isinstance(value, str) and value == SUM:
         return
     is_array = hasattr(value, "shape")
+    dtype = getattr(value, "dtype", type(value).__name__)
+    dtype = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+    if dtype == "complex" or (hasattr(value, "dtype") and not _REAL.search(dtype)):
+        raise TypeError(
+            "A weight must be a real number. "
+            f"Got {dtype} for term {name!r}. "
+            "Return what the loss was divided by, of an integer or floating dtype."
+        )
     if is_array and rank(value) in (0, None):
         return
     if not is_array and hasattr(value, "__float__") and not isinstance(value, str | bytes):

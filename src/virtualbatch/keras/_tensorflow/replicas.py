@@ -243,5 +243,5 @@ def _moments(powers: Sequence[Any], centre: Any) -> Moments:
     """The moments again, 0 where there is no weight."""
     weight, first, second = powers
     off = tf.math.divide_no_nan(first, weight)
-    mean = tf.where(weight > 0, centre + off, tf.zeros_like(centre))
+    mean = tf.where(tf.equal(weight, 0), tf.zeros_like(centre), centre + off)
     return Moments(weight, mean, tf.math.divide_no_nan(second, weight) - off * off)
