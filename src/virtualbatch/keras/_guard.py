@@ -12,9 +12,10 @@ from typing import Any
 import keras
 
 from virtualbatch.keras._train_step import TrainStep
-from virtualbatch.plan.auto import Auto, CurrentSize, Leaf, Signature, is_automatic
+from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_until_it_fits
+from virtualbatch.plan.signature import Leaf, Signature
 from virtualbatch.window.fingerprint import fingerprint
 from virtualbatch.window.tree import array_leaves
 

@@ -11,7 +11,8 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.jax._arrays import is_array
 from virtualbatch.jax._rows import rows_of
-from virtualbatch.plan.auto import Auto, Leaf, Signature
+from virtualbatch.plan.auto import Auto
+from virtualbatch.plan.signature import Leaf, Signature
 from virtualbatch.window.fingerprint import owner_of
 
 # For as long as a loss can be made anew: the sizes of its calls.

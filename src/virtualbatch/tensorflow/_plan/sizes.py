@@ -6,7 +6,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.plan.auto import Auto, Leaf, Signature
+from virtualbatch.plan.auto import Auto
+from virtualbatch.plan.signature import Leaf, Signature
 from virtualbatch.tensorflow._arrays import is_array, named_arrays
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.fingerprint import fingerprint

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from virtualbatch.plan.auto import Auto, Leaf, Signature
+from virtualbatch.plan.auto import Auto
+from virtualbatch.plan.signature import Leaf, Signature
 from virtualbatch.torch._microbatch import Microbatch, known_rows
 from virtualbatch.torch._window import Program
 from virtualbatch.window.fingerprint import fingerprint
