@@ -38,13 +38,17 @@ app = typer.Typer(
     help="Keep your batch; name the size that fits. Exact gradient accumulation.",
 )
 
+# What is written need not be readable.
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
+    Path | None,
+    typer.Option("--json", metavar="FILE", readable=False, help="Also write the result as JSON."),
 ]
 
 HtmlFile = Annotated[
     Path | None,
-    typer.Option("--html", metavar="FILE", help="Also write a page with plots, to look at."),
+    typer.Option(
+        "--html", metavar="FILE", readable=False, help="Also write a page with plots, to look at."
+    ),
 ]
 
 TargetName = Annotated[
@@ -155,6 +159,7 @@ def bench(
         Path | None,
         typer.Option(
             metavar="FILE",
+            readable=False,
             help="Also measure along the size of the cut, and write a page of Markdown with plots "
             "beside it.",
         ),

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 from virtualbatch.atomic_write import check_writable, write_whole
@@ -29,22 +30,22 @@ def refuse_unwritable(
         ValueError: one cannot be written, or is another one as well.
         ModuleNotFoundError: what makes a page is not installed.
     """
-    given = {"--json": json, "--html": html, "--page": page}
-    named = {option: file for option, file in given.items() if file is not None}
-    for option, file in named.items():
+    given = (("--json", json), ("--html", html), ("--page", page))
+    named = [(option, file) for option, file in given if file is not None]
+    program = Path((target or "").rpartition(":")[0])
+    for option, file in named:
         _refuse(option, file)
-        place = Path((target or "").rpartition(":")[0])
-        if place.suffix == ".py" and _is_same(file, place):
+        if program.suffix == ".py" and _is_same(file, program):
             raise ValueError(
                 f"{option} must name a file of its own. Got {option} {file}, the file of TARGET. "
                 f"Pass for example {option} {_EXAMPLES[option]}"
             )
-        for other, its_file in named.items():
-            if other > option and _is_same(file, its_file):
-                raise ValueError(
-                    f"{option} and {other} must name two files. Got {file} and {its_file}. "
-                    f"Pass for example {option} {_EXAMPLES[option]} {other} {_EXAMPLES[other]}"
-                )
+    for (option, file), (other, its_file) in combinations(named, 2):
+        if _is_same(file, its_file):
+            raise ValueError(
+                f"{option} and {other} must name two files. Got {file} and {its_file}. "
+                f"Pass for example {option} {_EXAMPLES[option]} {other} {_EXAMPLES[other]}"
+            )
     if html is not None:
         require_tools()
     if page is not None and importlib.util.find_spec("matplotlib") is None:
@@ -89,17 +90,17 @@ def unwritten(option: str, file: Path, error: OSError) -> ValueError:
 
 
 def _refuse(option: str, file: Path) -> None:
-    if file.is_dir():
-        raise ValueError(
-            f"{option} must name a file. Got the folder {file}. "
-            f"Pass {option} {file / _EXAMPLES[option]}"
-        )
-    if not file.parent.is_dir():
-        raise ValueError(
-            f"{option} must name a file in an existing folder. Got {option} {file}. "
-            f"Run: mkdir -p {file.parent}"
-        )
     try:
+        if file.is_dir():
+            raise ValueError(
+                f"{option} must name a file. Got the folder {file}. "
+                f"Pass {option} {file / _EXAMPLES[option]}"
+            )
+        if not file.parent.is_dir():
+            raise ValueError(
+                f"{option} must name a file in an existing folder. Got {option} {file}. "
+                f"Run: mkdir -p {file.parent}"
+            )
         check_writable(file)
     except OSError as error:
         raise unwritten(option, file, error) from error

@@ -12,7 +12,7 @@ from virtualbatch.certify.users_line import OURS, Line, folder, is_in, users_lin
 from virtualbatch.demo.parent import ChildFailure
 
 # Classes that carry a message of ours where a line of ours raises them.
-_SAID = (ValueError, TypeError, MemoryError, ModuleNotFoundError, ChildFailure)
+_SAID = (ValueError, TypeError, MemoryError, ModuleNotFoundError)
 _INTERRUPTED = 130
 
 
@@ -39,12 +39,14 @@ def say(text: object) -> None:
         print(text, flush=True)
     except (OSError, UnicodeError):
         # Python would try again at its end, and exit with a code of its own.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = None  # type: ignore[assignment]
         raise
 
 
 def is_said(error: BaseException) -> bool:
     """Whether a line of this package raised it, with a message for the user."""
+    if isinstance(error, ChildFailure):
+        return True
     lines = _lines(error)
     return isinstance(error, _SAID) and bool(lines) and is_in(lines[0].file, [OURS])
 
