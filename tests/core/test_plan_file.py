@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 from tests.core.plans import Planner, plan, signature
 
-from virtualbatch.plan import file_lock
+from virtualbatch.plan import auto, file_lock
 from virtualbatch.plan.auto import Auto
+from virtualbatch.plan.host_memory import host_memory
 from virtualbatch.plan.plan_file import PlanFile
 from virtualbatch.plan.plan_format import as_text, entries_in
 
-TEXT = as_text([(signature()._replace(limit="None"), plan())])
+FOR_ALL_THAT_IS_LEFT = f"None of {host_memory().usable_bytes} bytes"
+TEXT = as_text([(signature()._replace(limit=FOR_ALL_THAT_IS_LEFT), plan())])
 REFUSED = (
     r"^file must hold plans that Auto has written\. Got '.*plans\.json', in which .+\. "
     r"Remove it, or pass another name\.$"
@@ -171,6 +173,15 @@ def test_plans_of_earlier_versions_are_made_anew(tmp_path):
     file.write_text(json.dumps([entry]))
     assert Auto(file=file).planned(signature(), Planner(4)).rows == 4
     assert len(json.loads(file.read_text())["plans"]) == 1
+
+
+@pytest.mark.parametrize(("limit", "again"), [(None, True), ("80%", True), ("2GiB", False)])
+def test_what_is_left_of_another_machine_is_planned_anew(tmp_path, monkeypatch, limit, again):
+    file = tmp_path / "plans.json"
+    Auto(file=file, memory_limit=limit).planned(signature(), Planner(16))
+    monkeypatch.setattr(auto, "_host_bytes", lambda: 2**30)
+    found = Auto(file=file, memory_limit=limit).planned(signature(), Planner(4))
+    assert found.rows == (4 if again else 16)
 
 
 def sizes_in(file):

@@ -39,7 +39,7 @@ def say(text: object) -> None:
         print(text, flush=True)
     except (OSError, UnicodeError):
         # Python would try again at its end, and exit with a code of its own.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         raise
 
 

@@ -4,6 +4,7 @@ Which size is in force stands in the train step; a guard changes it between two 
 same batch, with everything that an attempt writes put back.
 """
 
+import sys
 import traceback
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -138,7 +139,11 @@ class Guard:
             variables = ", ".join(
                 f"{variable.dtype}{list(variable.shape)}" for variable in self._model.variables
             )
-            self._program = f"keras on {keras.backend.backend()}, variables {variables}"
+            backend = keras.backend.backend()
+            version = sys.modules[backend].__version__
+            self._program = (
+                f"keras {keras.__version__} on {backend} {version}, variables {variables}"
+            )
         return Signature(
             self._program,
             _computed(self._model),

@@ -7,8 +7,10 @@ same window again. A plan is made once for each signature of a batch and can be 
 import logging
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+from virtualbatch.plan.host_memory import host_memory
 from virtualbatch.plan.plan import Plan, limit_as_text, readable_bytes
 from virtualbatch.plan.plan_file import PlanFile
 from virtualbatch.plan.signature import Signature
@@ -130,7 +132,11 @@ class Auto:
             signature: of the batch.
             plan: makes a plan for it.
         """
-        signature = signature._replace(limit=limit_as_text(self.memory_limit))
+        limit = limit_as_text(self.memory_limit)
+        if not limit.isdecimal():
+            # A share of what is left, or all of it, is something else on a smaller machine.
+            limit = f"{limit} of {_host_bytes()} bytes"
+        signature = signature._replace(limit=limit)
         # Copied, because another thread may plan meanwhile.
         for known, size in list(self._planned.items()):
             if known.covers(signature):
@@ -156,6 +162,12 @@ class Auto:
         size = CurrentSize(plan.microbatch_size, self._grow_after)
         self._planned[signature] = size
         return size
+
+
+@cache
+def _host_bytes() -> int:
+    """Memory of the machine or the container, whatever is left of it now."""
+    return host_memory().usable_bytes
 
 
 def is_automatic(microbatch_size: Any) -> bool:

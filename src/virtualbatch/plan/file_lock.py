@@ -38,7 +38,9 @@ def locked(file: Path) -> Iterator[None]:
         yield
     finally:
         # While it is held: who waits for this one finds that it is no longer the one by that name.
-        lock.unlink(missing_ok=True)
+        # One that stays does no harm.
+        with suppress(OSError):
+            lock.unlink()
         _give_back(handle)
 
 

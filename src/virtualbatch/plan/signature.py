@@ -21,7 +21,7 @@ class Signature(NamedTuple):
     """What a plan depends on.
 
     Fields:
-        program: engine, device and parameters, in words.
+        program: engine with its version, device and parameters, in words.
         loss: what is computed, as a fingerprint.
         rows: of the batch.
         leaves: arrays of the batch, in order.

@@ -48,7 +48,7 @@ def signature(loss: str, args: Sequence[Any], kwargs: Any, batch_argnum: int) ->
     leaves, _ = tree_flatten_with_path(batch)
     parameters = _parameters(args, kwargs, batch_argnum)
     return Signature(
-        f"jax on {_device()}, arguments {parameters}",
+        f"jax {jax.__version__} on {_device()}, arguments {parameters}",
         loss,
         rows_of(batch, "batch"),
         tuple(

@@ -56,7 +56,7 @@ def signature(program: Program, batch: Any) -> Signature:
         for found in tf.nest.flatten(program.variables)
     )
     return Signature(
-        f"tensorflow on {_device()}, variables {kinds}",
+        f"tensorflow {tf.__version__} on {_device()}, variables {kinds}",
         fingerprint(program.loss_fn, program.weight, program.has_aux),
         rows,
         tuple(
