@@ -421,3 +421,20 @@ def test_a_link_to_nothing_yet_is_followed(tmp_path):
     Auto(file=link).planned(signature(), Planner(16))
     assert link.is_symlink()
     assert sizes_in(Path(tmp_path / "real.json")) == [16]
+
+
+def test_owner_and_group_stay_where_the_user_may_give_them(tmp_path, monkeypatch):
+    asked = []
+
+    def refused(file, owner, group):
+        asked.append((owner, group))
+        raise PermissionError
+
+    file = tmp_path / "plans.json"
+    file.write_text(TEXT)
+    file.chmod(0o640)
+    before = file.stat()
+    monkeypatch.setattr(os, "chown", refused)
+    PlanFile(file).add(signature(loss="loss 2"), plan(8))
+    assert asked == [(-1, before.st_gid), (before.st_uid, -1)]
+    assert file.stat().st_mode & 0o777 == 0o640
