@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from virtualbatch.atomic_write import write_whole
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.demo.result import DemoResult
 from virtualbatch.noise.advice import Advice
@@ -35,12 +36,22 @@ def write_html(file: str | Path, *results: Result) -> None:
         ModuleNotFoundError: jinja2 or matplotlib is not installed.
         TypeError: a result is something else.
         ValueError: there is no result.
+        OSError: the file cannot be written; what stood there is as it was.
 
     Example:
         >>> from virtualbatch import Plan, PlanRow
         >>> row = PlanRow(32, 2**20, measured=True, seconds_per_batch=0.5)
         >>> plan = Plan(32, 4, memory_limit=2**21, reason="32 fits.", rows=(row,))
         >>> write_html("plan.html", plan)  # doctest: +SKIP
+    """
+    write_whole(file, html_of(*results))
+
+
+def html_of(*results: Result) -> str:
+    """The page that `write_html` writes.
+
+    Args:
+        *results: as `write_html` takes them.
     """
     require_tools()
     if not results:
@@ -49,7 +60,7 @@ def write_html(file: str | Path, *results: Result) -> None:
         )
     from virtualbatch.report._page import page
 
-    Path(file).write_text(page(results), encoding="utf-8")
+    return page(results)
 
 
 def require_tools() -> None:

@@ -126,7 +126,7 @@ def _fake_leaves(loss_fn: Callable[[Any], Any], microbatch: Microbatch, rows: in
         try:
             return pytree.tree_leaves(loss_fn(fake)[1])
         except Exception as error:
-            if ERRORS.is_possible(error):
+            if ERRORS.is_possible(error) or ERRORS.is_by_hand(error):
                 raise
             raise TypeError(
                 "With has_aux=True a loss function must run on shapes alone, with any number of "
