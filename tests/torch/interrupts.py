@@ -52,7 +52,9 @@ class Tracer:
     """
 
     def __init__(self, at: int, opcodes: bool = False):
-        self.at, self.count, self.where = at, 0, ""
+        self.at, self.count = at, 0
+        # What each place is.
+        self.places: list[str] = []
         self._opcodes = opcodes
 
     def run(self, call: Callable[[], Any]) -> bool:
@@ -68,7 +70,8 @@ class Tracer:
         return False
 
     def _enter(self, frame: Any, event: str, arg: Any) -> Any:
-        if not _is_ours(frame):
+        # What is raised where a generator is thrown away goes nowhere.
+        if not _is_ours(frame) or frame.f_code.co_name == "<genexpr>":
             return None
         frame.f_trace_opcodes = self._opcodes
         return self._place
@@ -76,8 +79,8 @@ class Tracer:
     def _place(self, frame: Any, event: str, arg: Any) -> Any:
         if event in ("line", "return", "opcode"):
             self.count += 1
+            self.places.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {event}")
             if self.count == self.at:
-                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {event}"
                 raise KeyboardInterrupt
         return self._place
 
@@ -238,11 +241,12 @@ class Attack:
     def _before(self, state: State) -> dict[str, Any]:
         return _comparable(state.now())
 
-    def places(self, opcodes: bool = False) -> int:
-        """How many places a call has."""
+    def places(self, opcodes: bool = False) -> list[str]:
+        """The places of a call, in order."""
         tracer = Tracer(0, opcodes)
         tracer.run(self._make().call)
-        return tracer.count
+        _reset()
+        return tracer.places
 
     def between(self, interrupt: Tracer | Alarm) -> list[str] | None:
         """What an interrupt has left that is neither as before nor done; None if nothing came."""

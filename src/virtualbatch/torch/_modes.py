@@ -31,7 +31,7 @@ class Modes:
             torch._C._pop_torch_dispatch_stack()
         if not self._dispatch:
             _tell_no_dispatch()
-        torch._C._set_grad_enabled(self._records)
+        torch.set_grad_enabled(self._records)
         if self._autocast is not None:
             self._autocast.restore()
 

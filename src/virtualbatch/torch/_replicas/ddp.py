@@ -94,7 +94,8 @@ class Replicated(Replicas):
                 # a forward pass, also without synchronisation.
                 for name in ("require_backward_grad_sync", "require_forward_param_sync"):
                     stack.enter_context(Undo(partial(setattr, module, name, getattr(module, name))))
-                    setattr(module, name, False)
+                module.require_backward_grad_sync = False
+                module.require_forward_param_sync = False
             stack.enter_context(hooks_set_aside(self._found.owner, self._found.parameters))
             yield
 
