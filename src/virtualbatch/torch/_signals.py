@@ -31,12 +31,12 @@ def held_back() -> Iterator[None]:
         came.append(number)
 
     def put_back() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for held, handler in handlers.items():
+            signal.signal(held, handler)
 
     with Undo(put_back):
-        for number in handlers:
-            signal.signal(number, note)
+        for held in handlers:
+            signal.signal(held, note)
         yield
-    for number in came:
-        signal.raise_signal(number)
+    for waited in came:
+        signal.raise_signal(waited)

@@ -28,11 +28,12 @@ def heard_dtypes(found: set[torch.dtype]) -> Iterator[None]:
         if isinstance(output, torch.Tensor) and output.is_floating_point():
             found.add(output.dtype)
 
-    filters = list(warnings.filters)
+    filters: Any = warnings.filters
+    before = list(filters)
 
     def leave() -> None:
         unhook(hear, _global_forward_hooks)
-        warnings.filters[:] = filters
+        filters[:] = before
 
     with Undo(leave):
         # A compiled module tells its users of hooks on all modules, which are gone again soon.
