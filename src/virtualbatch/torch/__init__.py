@@ -27,6 +27,7 @@ from virtualbatch.torch._replicas.stream import windows
 from virtualbatch.torch._rowwise.proof import with_numbers
 from virtualbatch.torch._rowwise.rowwise import Rowwise, rowwise
 from virtualbatch.torch._rowwise.surrogate import Surrogate, refuse_options
+from virtualbatch.torch._undo import undone_if_cut
 from virtualbatch.torch._window import Program
 from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.window import Window
@@ -75,6 +76,7 @@ def captured(loss_fn: Callable[[Any], Any]) -> Captured:
     return Captured(loss_fn)
 
 
+@undone_if_cut
 def plan(
     loss_fn: Callable[[Any], Any],
     batch: Any,
@@ -134,6 +136,7 @@ def plan(
         return planned(program, read(batch), memory_limit)
 
 
+@undone_if_cut
 def certify(
     loss_fn: Callable[[Any], Any],
     batch: Any,

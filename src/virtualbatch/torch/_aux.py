@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._plan.memory import ERRORS
+from virtualbatch.torch._signals import held_back
 from virtualbatch.window.aux import (
     MEAN,
     NOTHING,
@@ -116,6 +117,7 @@ def _fake_leaves(loss_fn: Callable[[Any], Any], microbatch: Microbatch, rows: in
     torch.clear_autocast_cache()
     # Tensors without data: nothing is computed, and parameters, buffers and generators stay.
     with (
+        held_back(),
         torch.compiler.set_stance("force_eager"),
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),

@@ -13,6 +13,7 @@ from virtualbatch.torch._call import Call, Trained
 from virtualbatch.torch._checks import check_recording
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._replicas.found import replicas_of
+from virtualbatch.torch._undo import undone_if_cut
 from virtualbatch.torch._window import Program, keep
 from virtualbatch.window.terms import GivenWeight
 
@@ -103,6 +104,7 @@ def backward(
     accumulator_dtype: str | None = None,
 ) -> Any: ...
 @as_written
+@undone_if_cut
 def backward(
     loss_fn: Callable[[Any], Any],
     batch: Any,
