@@ -40,7 +40,7 @@ def test_a_deep_copy_accumulates():
     with keras.saving.custom_object_scope({"Rows": Rows}):
         (twin,) = copy.deepcopy([found])
     assert twin.train_step is not found.train_step
-    assert twin.train_step.microbatch_size == 16 and not twin.train_step.check
+    assert (twin.train_step.microbatch_size, twin.train_step.check) == (16, False)
     for each in (twin, found):
         each.train_on_batch(X[:32], LABELS[:32])
     assert 16 in twin.layers[0].seen
@@ -88,7 +88,9 @@ def test_a_copy_that_is_not_compiled_says_so(caplog):
 
 
 @pytest.mark.parametrize(
-    "duplicate", [lambda found: pickle.loads(pickle.dumps(found)), copy.copy], ids=["pickle", "copy"]
+    "duplicate",
+    [lambda found: pickle.loads(pickle.dumps(found)), copy.copy],
+    ids=["pickle", "copy"],
 )
 def test_a_pickle_is_plain_and_says_so_once(duplicate, caplog):
     found = vb.accumulate(model(), microbatch_size=16)

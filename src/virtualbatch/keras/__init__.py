@@ -59,9 +59,10 @@ def accumulate(
     call changes the size; `restore` takes it back. `copy.deepcopy` keeps it. A saved, pickled or
     cloned model does not know of it: call it again on what is loaded.
 
-    If memory runs out in the first window of some shape, that window runs again with half the rows.
-    Until then its weights are copied; on JAX a later window overwrites them, so if memory runs out
-    in one of those, weights and optimizer state may be gone. The error says so. Save checkpoints.
+    If memory runs out, the window runs again with half the rows: on PyTorch any window, elsewhere
+    the first one of each shape of batch, before which all weights are copied. On JAX a later one
+    overwrites them: if memory runs out there, weights and optimizer state may be gone, as the error
+    says. Save checkpoints.
 
     Args:
         model: a compiled model.

@@ -70,4 +70,5 @@ class Reduction:
                 "trains on whole batches. Call accumulate on it again.",
                 self._model.name,
             )
-        return type(self._model).__reduce__(self._model)
+        of_keras: Any = type(self._model)
+        return of_keras.__reduce__(self._model)

@@ -99,7 +99,9 @@ def test_an_error_that_comes_late_is_said_by_the_next_window(rows):
     found.train_on_batch(*BATCH)
     (_, *trainable), *others = state_of(found)
     state = ([failed(), *trainable], *others)
-    with pytest.raises(MemoryError, match=r"Got a later one for which .*iB more were asked for, so"):
+    with pytest.raises(
+        MemoryError, match=r"Got a later one for which .*iB more were asked for, so"
+    ):
         found.train_function(state, iter([(X[:rows], problems.LABELS[:rows])]))
 
 
