@@ -42,9 +42,10 @@ def measured(way: str, counts: int, windows: int) -> dict[str, float]:
             layers.Dense(10),
         ]
     )
-    model.compile(
-        "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"]
+    loss = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction="mean_with_sample_weight"
     )
+    model.compile("adam", loss, metrics=["accuracy"])
     if way != "plain":
         vb.accumulate(model, microbatch_size=MICROBATCH_SIZE)
     rng = np.random.default_rng(0)
