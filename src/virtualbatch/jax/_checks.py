@@ -9,7 +9,7 @@ import jax
 from virtualbatch.jax._aux import WORDS
 from virtualbatch.jax._keys import check_keys
 from virtualbatch.plan.auto import check_sizes_or_auto
-from virtualbatch.window.terms import SUM
+from virtualbatch.window.terms import is_sum
 
 # Functions that may not be left out.
 _ASKED_FOR = ("fun", "fn")
@@ -34,7 +34,7 @@ def check_options(
         ValueError: a size is not a positive integer, or an argument is named twice.
     """
     for name, function in functions.items():
-        may_be_other = function is None or (name == "weight" and function == SUM)
+        may_be_other = function is None or (name == "weight" and is_sum(function))
         if not callable(function) and not (name not in _ASKED_FOR and may_be_other):
             of_what = " of one batch" if name == "weight" else ""
             fix = f"{name}=lambda batch: ..." if name == "weight" else "a function."
@@ -77,7 +77,9 @@ def check_words(aux_merge: Any, has_aux: bool) -> None:
     Raises:
         ValueError: a leaf is no such word, or there is no aux.
     """
-    unknown = [word for word in jax.tree.leaves(aux_merge) if word not in WORDS]
+    unknown = [word
+        for word in jax.tree.leaves(aux_merge)
+        if not isinstance(word, str) or word not in WORDS]
     if unknown or (aux_merge is not None and not has_aux):
         raise ValueError(
             "aux_merge must say of aux how it is put together, in words. "

@@ -5,7 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from virtualbatch.plan.auto import check_cut_or_auto
-from virtualbatch.window.terms import SUM
+from virtualbatch.window.terms import is_sum
 
 
 def check_call(
@@ -24,7 +24,7 @@ def check_call(
         TypeError: a function is none, or variables holds something else.
     """
     for name, function in (("loss_fn", loss_fn), ("weight", weight)):
-        may_be_other = function is None or function == SUM
+        may_be_other = function is None or is_sum(function)
         if not callable(function) and not (name == "weight" and may_be_other):
             raise TypeError(
                 f"{name} must be a function of one batch. Got {name}={function!r}. "

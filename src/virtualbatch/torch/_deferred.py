@@ -16,6 +16,7 @@ from virtualbatch.torch._modules import Inventory, inventory
 from virtualbatch.torch._replicas.found import replicas_of
 from virtualbatch.torch._replicas.replicas import Replicas
 from virtualbatch.torch._window import Program, Ran
+from virtualbatch.window.options import check_flags
 from virtualbatch.window.terms import GivenWeight
 
 
@@ -169,6 +170,7 @@ def loss(
         >>> print(f"{found:.3f}", model.weight.grad.numpy().round(3))
         1.333 [[0.667 0.667]]
     """
+    check_flags(has_aux=has_aux, stats=stats, check=check)
     found = inventory(module, hands_over=True, may_be_frozen=not torch.is_grad_enabled())
     seed = rounding_seed(accumulator_dtype, found)
     program = Program(loss_fn, weight, has_aux, None, found, stats, rounding_seed=seed)

@@ -103,8 +103,13 @@ def of_part(weight: GivenWeight, part: Callable[[Any], Any]) -> GivenWeight:
     return (lambda whole: weight(part(whole))) if callable(weight) else weight
 
 
+def is_sum(weight: Any) -> bool:
+    """Whether a weight is the word for a sum; arrays are compared with no word."""
+    return isinstance(weight, str) and weight == SUM
+
+
 def _check_number(name: Any, value: Any) -> None:
-    if isinstance(value, str) and value == SUM:
+    if is_sum(value):
         return
     is_array = hasattr(value, "shape")
     if is_array and rank(value) in (0, None):
