@@ -5,8 +5,12 @@ import secrets
 import sys
 from collections.abc import Sequence
 
-from tests.fuzz.cases import run_case
+from tests.fuzz.cases import Found, run_case
 from tests.fuzz.runner import ENGINES, each_alone, findings, load, run, seeds, table
+
+
+def tell(found: Found) -> None:
+    print(found, flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,15 +28,14 @@ def main(arguments: Sequence[str]) -> int:
         print(*found, sep="\n")
         return int(bool(findings(found)))
     if given.each:
-        found = run(engine, each_alone(engine))
-        print(*findings(found), table(given.engine, found), sep="\n")
-        return int(bool(findings(found)))
-    seed = secrets.randbelow(10**6) if given.seed is None else given.seed
-    print(f"seed {seed}", flush=True)
-    found = run(engine, seeds(seed, given.cases), given.seconds)
-    wrong = findings(found)
-    print(*wrong, table(given.engine, found), sep="\n")
-    return int(bool(wrong))
+        cases = each_alone(engine)
+    else:
+        seed = secrets.randbelow(10**6) if given.seed is None else given.seed
+        print(f"seed {seed}", flush=True)
+        cases = seeds(seed, given.cases)
+    found = run(engine, cases, given.seconds, tell)
+    print(table(given.engine, found))
+    return int(bool(findings(found)))
 
 
 if __name__ == "__main__":

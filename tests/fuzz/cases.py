@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tests.fuzz import outcomes
 from tests.fuzz.call import Call, Engine, Fault, Result
@@ -109,12 +109,23 @@ def _uncut(engine: Engine, call: Call) -> Result | BaseException:
         return error
 
 
+def _of_weight(call: Call) -> BaseException | None:
+    """What the user's weight raises of the whole batch, if anything."""
+    weight = call.options.get("weight")
+    try:
+        if callable(weight):
+            weight(call.batch)
+    except ANY_ERROR as error:
+        return error
+    return None
+
+
 def _outcome(engine: Engine, call: Call, uncut: Result | BaseException) -> Outcome:
     before = engine.state(call)
     try:
         result = engine.run(call)
     except ANY_ERROR as error:
-        raised = uncut if isinstance(uncut, BaseException) else None
+        raised = uncut if isinstance(uncut, BaseException) else _of_weight(call)
         outcome = outcomes.of_error(error, raised)
         told = outcomes.changed(before, engine.state(call))
         if told and call.keeps_state and outcome.kind != outcomes.OBSCURE:

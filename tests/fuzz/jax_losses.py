@@ -21,7 +21,6 @@ def _window(call: Call, before: Any, params: Any, batch: Any) -> Any:
     return run(params, batch)[0]
 
 
-
 def _branches(call: Call, before: Any, params: Any, batch: Any) -> Any:
     result = _scalar(before(params, batch))
     return result if result > 0 else -result

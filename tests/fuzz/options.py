@@ -5,6 +5,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from tests.fuzz.batches import Pair, nothing
 from tests.fuzz.call import Call, Fault
 
 from virtualbatch import Auto
@@ -46,8 +47,8 @@ WORDS: dict[str, Any] = {
     "a list": [1, 2],
     "a dict": {"a": 1},
     "an object": object(),
-    "a function": len,
-    "a class": int,
+    "a function": nothing,
+    "a class": Pair,
     "True": True,
     "an array": np.ones(2),
 }
@@ -88,11 +89,15 @@ def option(part: str, values: Mapping[str, Any]) -> list[Fault]:
 
 
 def _no_size(call: Call, random: Random) -> None:
+    if call.loss is None and "gather" not in call.allowed:
+        return
     call.options.pop("microbatch_size", None)
     call.options.pop("accumulation_steps", None)
 
 
 def _both(call: Call, random: Random) -> None:
+    if "microbatch_size" not in call.allowed:
+        return
     call.options |= {"microbatch_size": random.choice([2, 3, 4]), "accumulation_steps": 2}
 
 

@@ -31,7 +31,7 @@ USERS_FILES = {str(HERE / name) for name in ("losses.py", "batches.py", "functio
 RUNNERS = {str(HERE / "cases.py")}
 
 _THREE_PARTS = re.compile(r"^.+?[.:] .*\bGot .+?[.:] .+", re.DOTALL)
-_TAKES = re.compile(r"^_two_arguments\.<locals>.*required positional argument")
+_TAKES = re.compile(r"^(_two_arguments\.<locals>|Pair\.).*required positional argument")
 # What Python and frameworks raise of themselves is seldom a refusal.
 _REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 
@@ -65,9 +65,9 @@ def of_error(error: BaseException, uncut: BaseException | None) -> Outcome:
     place = frames[last] if of_library else frames[-1]
     where = f"{place.filename.removeprefix(LIBRARY + '/')}:{place.lineno}"
     # Raised by the user's own function, or by Python for what it takes.
-    if isinstance(error, UsersError) or last < len(frames) - 1 == (of_user or [-1])[-1]:
-        return Outcome(USERS, where, text)
-    if isinstance(error, TypeError) and _TAKES.match(str(error)):
+    by_user = frames[-1].filename in USERS_FILES and (frames[-1].line or "").startswith("raise")
+    takes = isinstance(error, TypeError) and _TAKES.match(str(error))
+    if isinstance(error, UsersError) or by_user or takes:
         return Outcome(USERS, where, text)
     if isinstance(error, OSError) and error.errno and error.filename:
         # The system's own words, about a file that is named.
@@ -121,14 +121,17 @@ def different(result: Result, uncut: Result, aux: bool) -> str:
     pairs = [("loss", result.loss, uncut.loss)]
     count = max(len(result.gradients), len(uncut.gradients))
     for k in range(count):
-        both = [found.gradients[k] if k < len(found.gradients) else "missing" for found in
-                (result, uncut)]
+        both = [
+            found.gradients[k] if k < len(found.gradients) else "missing"
+            for found in (result, uncut)
+        ]
         pairs.append((f"gradient {k}", *both))
     if aux:
         if len(result.aux) != len(uncut.aux):
             return f"{len(result.aux)} leaves of aux for {len(uncut.aux)}"
-        pairs += [(f"aux {k}", *both) for k, both in enumerate(zip(result.aux, uncut.aux,
-                                                                   strict=True))]
+        pairs += [
+            (f"aux {k}", *both) for k, both in enumerate(zip(result.aux, uncut.aux, strict=True))
+        ]
     width = _width([loss for _, *both in pairs[:1] for loss in both])
     for name, found, due in pairs:
         if not _alike(found, due, width):

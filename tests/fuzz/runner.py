@@ -1,13 +1,13 @@
 """Runs cases of an engine, and tells what it found.
 
-    python -m tests.fuzz --engine torch --seconds 60 --seed 0
+python -m tests.fuzz --engine torch --seconds 60 --seed 0
 """
 
 import importlib
+import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-
+from collections.abc import Callable, Iterable, Iterator
 from random import Random
 
 from tests.fuzz import outcomes
@@ -21,11 +21,18 @@ ENGINES = {
     "jax": "tests.fuzz.engines.jax:Jax",
     "tensorflow": "tests.fuzz.engines.tensorflow:TensorFlow",
     "keras": "tests.fuzz.engines.keras:Keras",
+    "keras-tensorflow": "tests.fuzz.engines.keras:Keras",
+    "keras-jax": "tests.fuzz.engines.keras:Keras",
+    "keras-torch": "tests.fuzz.engines.keras:Keras",
 }
 
 
 def load(name: str) -> Engine:
     """The engine of a name; its framework is imported here."""
+    backend = name.partition("-")[2]
+    if backend:
+        # Read when Keras is imported.
+        os.environ["KERAS_BACKEND"] = backend
     module, _, kind = ENGINES[name].partition(":")
     engine: Engine = getattr(importlib.import_module(module), kind)()
     return engine
@@ -48,14 +55,31 @@ def each_alone(engine: Engine) -> Iterator[str]:
                 yield f"{verb}|{fault.name}"
 
 
-def run(engine: Engine, cases: Iterable[str], seconds: float | None = None) -> list[Found]:
-    """Runs cases until they or the seconds end."""
+def run(
+    engine: Engine,
+    cases: Iterable[str],
+    seconds: float | None = None,
+    tell: Callable[[Found], None] = lambda found: None,
+) -> list[Found]:
+    """Runs cases until they or the seconds end.
+
+    Args:
+        engine: whose verbs are called.
+        cases: their seeds.
+        seconds: None for all of them.
+        tell: is told of each finding that is new.
+    """
+    known: set[str] = set()
     end = None if seconds is None else time.monotonic() + seconds
     found = []
     for case in cases:
         if end is not None and time.monotonic() > end:
             break
         found.append(run_case(engine, case))
+        for new in findings(found):
+            if new.seed not in known:
+                known.add(new.seed)
+                tell(new)
     return found
 
 

@@ -103,5 +103,13 @@ LOSSES: dict[str, Any] = {
     "on no device": lambda call, before, batch: _scalar(before(batch)).to("meta"),
 }
 # What these leave behind is the user's own doing, on the whole batch too.
-LEAVES_TRACES = ("turns recording off", "clears gradients", "freezes", "steps", "calls backward",
-                 "calls backward of its own pass", "a window in the window", "a loss in the window")
+LEAVES_TRACES = (
+    "turns recording off",
+    "clears gradients",
+    "freezes",
+    "steps",
+    "calls backward",
+    "calls backward of its own pass",
+    "a window in the window",
+    "a loss in the window",
+)

@@ -69,6 +69,8 @@ def certify_loop(
         (False, 'weight')
     """
     check_sizes(microbatch_size, None)
+    # Narrow NumPy integers would overflow.
+    microbatch_size = int(microbatch_size)
     for name, function in (("loop", loop), ("save", save), ("load", load)):
         if not callable(function):
             raise TypeError(

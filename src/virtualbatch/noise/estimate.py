@@ -187,7 +187,8 @@ class NoiseScale:
         found = self.estimate(confidence)
         if rows is not None and not is_real(rows):
             raise ValueError(
-                f"rows must be a positive number. Got rows={rows!r}. Leave it out for the last batch."
+                f"rows must be a positive number. Got rows={rows!r}. "
+                "Leave it out for those of the last window."
             )
         present = self._rows if rows is None else rows
         if plan is not None:
@@ -223,6 +224,11 @@ class NoiseScale:
     def _count(self, rows: float, microbatches: float, mean_square: float, square: float) -> None:
         if microbatches < 2 or not (math.isfinite(mean_square) and math.isfinite(square)):
             return
+        if rows <= 0:
+            raise ValueError(
+                "A window must have rows, and micro-batches. "
+                f"Got WindowStats of {rows:g} rows. Pass what an engine returns with stats=True."
+            )
         # E sum s_i |g_i|^2 = |G|^2 + k tr(S) / R, and E |g|^2 = |G|^2 + tr(S) / R, for any shares
         # in proportion to what the means were divided by.
         noise = rows * (mean_square - square) / (microbatches - 1)

@@ -218,7 +218,9 @@ def _hand_over(scale: torch.Tensor | None, ran: Ran) -> Any:
     reached = [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
     del pairs
     finished = Finished([p for p, _ in reached], [g for _, g in reached], scale)
-    return ran.result(finished.behind(value), stats)
+    # A loss function may have turned it off for good, and its loss would still have a graph.
+    with torch.enable_grad():
+        return ran.result(finished.behind(value), stats)
 
 
 def _evaluate(ran: Ran) -> Any:

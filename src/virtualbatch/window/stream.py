@@ -88,4 +88,4 @@ def windows(stream: Iterable[Any], accumulation_steps: int) -> Windows:
             "windows groups an iterable of micro-batches. "
             f"Got {stream!r} of type {type(stream).__name__}. Pass a loader, a dataset or a list."
         )
-    return Windows(stream, accumulation_steps)
+    return Windows(stream, int(accumulation_steps))

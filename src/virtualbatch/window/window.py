@@ -34,7 +34,7 @@ def is_iterable(found: Any) -> bool:
     """Whether it can be iterated, as far as can be told without doing so."""
     # Not iter(found): a loader would start its workers.
     is_told = hasattr(found, "__iter__") or hasattr(found, "__getitem__")
-    return is_told and not isinstance(found, type)
+    return is_told and not isinstance(found, type) and getattr(found, "shape", None) != ()
 
 
 class Window(Sequence[Any]):

@@ -1,5 +1,7 @@
 """The verbs of the JAX engine, and what only it can be given wrongly."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from random import Random
 from typing import Any
@@ -25,7 +27,16 @@ ALLOWED = {
     "rowwise": SIZES | {"batch_argnum", "key_argnum", "axis_name", "check"},
 }
 
-jax.config.update("jax_traceback_filtering", "off")
+
+@contextmanager
+def whole_tracebacks() -> Iterator[None]:
+    """Errors with all of their frames, which tell who raised them."""
+    before = jax.config.jax_traceback_filtering
+    jax.config.update("jax_traceback_filtering", "off")
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_filtering", before)
 
 
 class Ops:
@@ -86,6 +97,7 @@ class Jax:
             compiled=verb == "compiled",
         )
 
+    @whole_tracebacks()
     def uncut(self, call: Call) -> Result:
         def scalar(*args: Any) -> Any:
             result, aux = call.loss(*args), None
@@ -101,6 +113,7 @@ class Jax:
         (loss, aux), gradients = run(call.trained, call.batch)
         return _result(loss, gradients, aux)
 
+    @whole_tracebacks()
     def run(self, call: Call) -> Result | None:
         given = dict(call.options)
         match call.verb:

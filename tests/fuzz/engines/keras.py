@@ -1,6 +1,8 @@
 """The verbs of the Keras engine, on the backend of this process."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from random import Random
 from typing import Any
 
@@ -35,6 +37,18 @@ class Ops:
         return value.astype(dtype)
 
 
+@contextmanager
+def whole_tracebacks() -> Iterator[None]:
+    """Errors with all of their frames, which tell who raised them."""
+    before = keras.config.is_traceback_filtering_enabled()
+    keras.config.disable_traceback_filtering()
+    try:
+        yield
+    finally:
+        if before:
+            keras.config.enable_traceback_filtering()
+
+
 class Keras:
     """The engine."""
 
@@ -43,7 +57,6 @@ class Keras:
              "restore")  # fmt: skip
 
     def __init__(self) -> None:
-        keras.config.disable_traceback_filtering()
         self.backend = os.environ.get("KERAS_BACKEND", "")
         self.faults = [*batches.FAULTS, *options.FAULTS, *own_faults()]
 
@@ -64,9 +77,7 @@ class Keras:
         loss = given.get("loss_function", "mse")
         if isinstance(loss, str) and loss in keras_losses.LOSSES:
             loss = keras_losses.LOSSES[loss]()
-        call.weights.compile(
-            optimizer=keras.optimizers.SGD(0.1), loss=loss, run_eagerly=call.eager
-        )
+        call.weights.compile(optimizer=keras.optimizers.SGD(0.1), loss=loss, run_eagerly=call.eager)
 
     def uncut(self, call: Call) -> Result:
         self._compiled(call)
@@ -83,6 +94,7 @@ class Keras:
             loss = history.history["loss"][-1]
         return Result(np.float32(loss), [np.array(w) for w in call.weights.get_weights()], [])
 
+    @whole_tracebacks()
     def run(self, call: Call) -> Result | None:
         self._compiled(call)
         given = {k: v for k, v in call.options.items() if k not in FIT}
@@ -126,9 +138,19 @@ def own_faults() -> list[Fault]:
         "texts": np.array(["a"] * ROWS), "a scalar": np.float64(1), "no rows": np.ones((0,)),
     }  # fmt: skip
     lengths = {
-        **options.WORDS, "ones": lambda x: keras.ops.ones((ROWS,), "int32"), "too few":
-        lambda x: [1, 2], "floats": lambda x: keras.ops.ones((ROWS,)), "raises": keras_losses.raising,
-    }  # fmt: skip
+        **options.WORDS,
+        "ones": lambda x: keras.ops.ones((ROWS,), "int32"),
+        "too few": lambda x: [1, 2],
+        "floats": lambda x: keras.ops.ones((ROWS,)),
+        "raises": keras_losses.raising,
+    }
+    losses = {
+        **options.WORDS,
+        **{name: name for name in keras_losses.LOSSES},
+        "mae": "mae",
+        "a loss": keras.losses.Huber(),
+        "a sum of rows": keras.losses.MeanSquaredError(reduction="sum"),
+    }
     return [
         model("None", lambda c: None),
         model("a number", lambda c: 3),
@@ -142,7 +164,5 @@ def own_faults() -> list[Fault]:
         *options.option("gather", options.WORDS),
         *options.option("microbatch_tokens", options.SIZES),
         *options.option("batch_size", {"4": 4, "1": 1, "100": 100, "5": 5}),
-        *options.option("loss_function", {**options.WORDS, **{name: name for name in keras_losses.LOSSES}, "mae": "mae",
-                                          "a loss": keras.losses.Huber(), "a sum":
-                                          keras.losses.MeanSquaredError(reduction="sum")}),
-    ]  # fmt: skip
+        *options.option("loss_function", losses),
+    ]

@@ -145,7 +145,7 @@ LENGTHS: dict[str, Any] = {
     "NaN inside": [1.0, float("nan"), 1, 1, 1, 1],
     "a generator": (k for k in [1] * ROWS),
     "objects": [object() for _ in range(ROWS)],
-    "a dict by row": {k: 1 for k in range(ROWS)},
+    "a dict by row": dict.fromkeys(range(ROWS), 1),
     "a set": {1, 2, 3, 4, 5, 6},
     "dicts": [{}] * ROWS,
 }
@@ -218,5 +218,3 @@ def own_faults() -> list[Fault]:
         *option("load", functions),
         *option("loop", functions),
     ]  # fmt: skip
-
-

@@ -95,8 +95,10 @@ class TensorFlow:
 
     def run(self, call: Call) -> Result | None:
         # TensorFlow would write the user's functions anew, in files of its own.
-        loss = tf.autograph.experimental.do_not_convert(call.loss) if callable(call.loss) else (
-            call.loss
+        loss = (
+            tf.autograph.experimental.do_not_convert(call.loss)
+            if callable(call.loss)
+            else (call.loss)
         )
         given = dict(call.options)
         match call.verb:

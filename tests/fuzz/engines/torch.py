@@ -86,9 +86,7 @@ class Torch:
                 loss = in_terms(loss)
             elif random.random() < 0.25:
                 loss, given["has_aux"] = with_aux(loss, ops), True
-        return Call(
-            verb, ops, {"x": x, "y": y}, loss, net, given, ALLOWED[verb], weights=net
-        )
+        return Call(verb, ops, {"x": x, "y": y}, loss, net, given, ALLOWED[verb], weights=net)
 
     def uncut(self, call: Call) -> Result:
         result, aux = call.loss(call.batch), None
@@ -121,9 +119,7 @@ class Torch:
         return self._result(call, parts[0], aux)
 
     def _rowwise(self, call: Call) -> None:
-        run = vb.rowwise(
-            partial(entries, call.ops, call.loss), module=call.trained, **call.options
-        )
+        run = vb.rowwise(partial(entries, call.ops, call.loss), module=call.trained, **call.options)
         found = run(call.batch)
         if isinstance(found, torch.Tensor):
             found.sum().backward()
@@ -195,11 +191,17 @@ def own_faults() -> list[Fault]:
         batch("expanded", lambda c, x, y: {"x": x[:1].expand(6, 3), "y": y}),
         batch("turned", lambda c, x, y: {"x": x.T.contiguous().T, "y": y}),
         batch("views", lambda c, x, y: [x, x[:, 0], x.view(-1)[:6]]),
-        batch("quantized", lambda c, x, y: [torch.quantize_per_tensor(
-            x.float(), 0.1, 0, torch.qint8), y]),
+        batch(
+            "quantized",
+            lambda c, x, y: [torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8), y],
+        ),
         batch("inference tensors", lambda c, x, y: _inference(x, y)),
-        batch("packed", lambda c, x, y: torch.nn.utils.rnn.pack_padded_sequence(
-            x[..., None], torch.tensor([3, 3, 2, 2, 1, 1]), batch_first=True)),
+        batch(
+            "packed",
+            lambda c, x, y: torch.nn.utils.rnn.pack_padded_sequence(
+                x[..., None], torch.tensor([3, 3, 2, 2, 1, 1]), batch_first=True
+            ),
+        ),
         batch("a module", lambda c, x, y: {"x": x, "m": c.weights}),
         batch("a size", lambda c, x, y: {"x": x, "s": x.size()}),
         batch("a loader", lambda c, x, y: torch.utils.data.DataLoader([1, 2])),
@@ -224,11 +226,21 @@ def own_faults() -> list[Fault]:
         module("an optimizer", lambda c: torch.optim.SGD(c.weights.parameters(), lr=1.0)),
         *options.option("group", options.WORDS),
         *options.option("reduce", options.WORDS),
-        *options.option("accumulator_dtype", {**options.WORDS, "int": torch.int32,
-                                              "complex": torch.complex64, "name": "float16",
-                                              "half": torch.float16, "wide": torch.float64}),
-        *options.option("backward_fn", {**options.WORDS, "nothing": lambda loss: None,
-                                        "right": lambda loss: loss.backward()}),
+        *options.option(
+            "accumulator_dtype",
+            {
+                **options.WORDS,
+                "int": torch.int32,
+                "complex": torch.complex64,
+                "name": "float16",
+                "half": torch.float16,
+                "wide": torch.float64,
+            },
+        ),
+        *options.option(
+            "backward_fn",
+            {**options.WORDS, "nothing": lambda loss: None, "right": lambda loss: loss.backward()},
+        ),
         *options.option("scaler", options.WORDS),
     ]
 
@@ -236,4 +248,3 @@ def own_faults() -> list[Fault]:
 def _inference(x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
     with torch.inference_mode():
         return {"x": x * 1, "y": y * 1}
-
