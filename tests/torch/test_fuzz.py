@@ -1,6 +1,10 @@
 """Bad input at random: each call is right, or refused in words with nothing changed."""
 
+import re
+
 import pytest
+from tests.fuzz import outcomes
+from tests.fuzz.cases import run_case
 from tests.fuzz.runner import findings, load, run, seeds
 
 # Wrong losses and weights are found by first windows that prove themselves.
@@ -17,3 +21,31 @@ def test_bad_input_is_refused_in_words_or_right():
 def test_bad_input_of_many_seeds_is_refused_in_words_or_right(seed):
     found = run(load("torch"), seeds(seed, 200))
     assert not findings(found), "\n".join(map(str, findings(found)))
+
+
+NAMED = {
+    "backward|batch: a graph": r"carry no graph.* Got batch\['x'\] with grad_fn=MulBackward0, comp",
+    "loss|batch: a graph": r"carry no graph.* Got batch\['x'\] with grad_fn=MulBackward0, computed",
+    "certify|batch: a graph": r"carry no graph.* Got batch\['x'\] with grad_fn=MulBackward0, comp",
+    "backward|loss: calls backward": r"leave \.grad alone.*zero_grad\(\) or backward\(\) inside",
+    "loss|loss: calls backward": r"leave \.grad alone.*Got zero_grad\(\) or backward\(\) inside",
+    "backward|loss: a window in the window": r"Got zero_grad\(\) or backward\(\) inside loss_fn",
+    "backward|backward_fn: nothing": r"backward_fn must compute the gradients .*no backward pass",
+    "backward|batch: a tuple of a class": r"made of its parts alone.* Got Odd, which refuses",
+    "backward|stats: text": r"stats must be True or False\. Got stats='no such word'\.",
+    "backward|check: an array": r"check must be True or False\. Got check=array",
+    "backward|accumulator_dtype: an array": r"accumulator_dtype must be .*, by name\. Got array",
+    "backward|weight that is an array": r"weight must be a function of one batch\. Got weight=arr",
+    "backward|weight: beyond float64": r"finite number, 0 or more\. Got one of type int that no",
+    "backward|aux: more later": r"aux must have the same structure for every micro-batch\.",
+    "backward|aux: shapes that change": r"one shape in every micro-batch\. Got shapes",
+    "loss|module: nothing": r"at least one trainable parameter\. Got no module without any",
+    "certify|an automatic size": r"certify compares one cut\. Got microbatch_size=",
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_what_once_failed_obscurely_says_what_is_wrong(case):
+    found = run_case(load("torch"), case)
+    assert found.outcome.kind == outcomes.CLEAR, found
+    assert re.search(NAMED[case], found.outcome.text), found

@@ -86,6 +86,6 @@ def windows(stream: Iterable[Any], accumulation_steps: int) -> Windows:
     if not is_iterable(stream):
         raise TypeError(
             "windows groups an iterable of micro-batches. "
-            f"Got {stream!r} of type {type(stream).__name__}. Pass a loader, a dataset or a list."
+            f"Got {type(stream).__name__}. Pass a loader, a dataset or a list."
         )
     return Windows(stream, int(accumulation_steps))
