@@ -88,6 +88,19 @@ def option(part: str, values: Mapping[str, Any]) -> list[Fault]:
     return [fault(name) for name in values]
 
 
+def coarse(part: str, values: Mapping[str, Any]) -> list[Fault]:
+    """The same for an option whose values may round more than the uncut batch does."""
+
+    def unjudged(fault: Fault) -> Fault:
+        def change(call: Call, random: Random) -> None:
+            fault.change(call, random)
+            call.is_judged = False
+
+        return fault._replace(change=change)
+
+    return list(map(unjudged, option(part, values)))
+
+
 def _no_size(call: Call, random: Random) -> None:
     if call.loss is None and "gather" not in call.allowed:
         return

@@ -370,6 +370,7 @@ def certify(
     named = {"argnums": argnums, "batch_argnum": batch_argnum, "key_argnum": key_argnum}
     check_flags(has_aux=has_aux)
     check_options(options, named, microbatch_size, accumulation_steps)
+    check_accumulator_dtype(accumulator_dtype)
     if isinstance(fun, RowwiseFunction):
         rest = (argnums, has_aux, batch_argnum, weight, accumulator_dtype, key_argnum, grad_fn)
         return certify_rows(fun, microbatch_size, accumulation_steps, rest)

@@ -30,7 +30,8 @@ def check_call(
                 f"{name} must be a function of one batch. Got {name}={function!r}. "
                 f"Pass {name}=lambda batch: ..."
             )
-    flat = tf.nest.flatten(variables)
+    _flat("batch", batch)
+    flat = _flat("variables", variables)
     if not flat:
         raise ValueError(
             "variables must hold at least one variable. "
@@ -51,3 +52,16 @@ def check_call(
                 "Train the model with fit and virtualbatch.keras.accumulate."
             )
     check_cut_or_auto(batch, microbatch_size, accumulation_steps)
+
+
+def _flat(name: str, structure: Any) -> list[Any]:
+    """The leaves of an argument, as TensorFlow finds them."""
+    try:
+        return list(tf.nest.flatten(structure))
+    # TensorFlow sorts keys, and follows nested structures to any depth.
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(
+            f"{name} must be a structure whose leaves tf.nest can find. "
+            f"Got {name} of type {type(structure).__name__}: {error}. "
+            "Pass dicts with keys that can be sorted, nested no deeper than need be."
+        ) from error

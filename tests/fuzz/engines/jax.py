@@ -99,6 +99,9 @@ class Jax:
 
     @whole_tracebacks()
     def uncut(self, call: Call) -> Result:
+        if call.verb == "rowwise":
+            entries(call.ops, call.loss, call.trained, call.batch)
+
         def scalar(*args: Any) -> Any:
             result, aux = call.loss(*args), None
             if call.options.get("has_aux"):
@@ -214,7 +217,7 @@ def own_faults() -> list[Fault]:
         *options.option(
             "grad_fn", {**options.WORDS, "right": jax.value_and_grad, "grad": jax.grad}
         ),
-        *options.option(
+        *options.coarse(
             "accumulator_dtype",
             {**options.WORDS, "int32": "int32", "half": "bfloat16", "complex": "complex64"},
         ),

@@ -85,6 +85,8 @@ class TensorFlow:
         )
 
     def uncut(self, call: Call) -> Result:
+        if call.verb == "rowwise":
+            entries(call.ops, call.loss, call.batch)
         with tf.GradientTape() as tape:
             result, aux = call.loss(call.batch), None
             if call.options.get("has_aux"):

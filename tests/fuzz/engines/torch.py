@@ -89,6 +89,8 @@ class Torch:
         return Call(verb, ops, {"x": x, "y": y}, loss, net, given, ALLOWED[verb], weights=net)
 
     def uncut(self, call: Call) -> Result:
+        if call.verb == "rowwise":
+            entries(call.ops, call.loss, call.batch)
         result, aux = call.loss(call.batch), None
         if call.options.get("has_aux"):
             result, aux = result
