@@ -1,6 +1,7 @@
 """Bad input at random: how an outcome is classified, and the verbs that know no framework."""
 
 import dataclasses
+import re
 from random import Random
 
 import numpy as np
@@ -163,3 +164,36 @@ def test_verbs_without_a_framework_refuse_bad_input_in_words():
 def test_verbs_without_a_framework_refuse_bad_input_of_many_seeds(seed):
     found = run(load("neutral"), seeds(seed, 1000))
     assert not findings(found), "\n".join(map(str, findings(found)))
+
+
+NAMED = {
+    "pack|batch: a list that holds itself": r"nested structure must end\. Got batch of type list",
+    "pack|batch: nested 5000 deep": r"nested structure must end\. Got batch of type list, which",
+    "pack|lengths: ragged": r"must be an array, or a list of numbers or text\. Got \[\[1\], \[1, ",
+    "whole_groups|groups: objects": r"told apart by equal values\. Got groups of object\. Pass",
+    "Window|batch: an int": r"A Window is made of micro-batches\. Got 3\. Pass a list of them",
+    "windows|batch: a class": r"groups an iterable of micro-batches\. Got type\. Pass a loader",
+    "NoiseScale|stats: too few": r"update takes the WindowStats of a window\. Got \(1, 2\)\. Pass",
+    "NoiseScale|stats: texts": r"WindowStats must hold four numbers\. Got rows='a'\. Pass what an",
+    "NoiseScale|stats: no rows": r"A window must have rows.* Got WindowStats of 0 rows\. Pass",
+    "NoiseScale|confidence: text": r"confidence must be between 0 and 1\. Got confidence='no such",
+    "NoiseScale|plan: text": r"plan must be what a plan function returned\. Got plan='no such",
+    "write_html|file: bytes": r"file must be a path\. Got file=b'name'\. Pass for example",
+    "Auto|file: a number": r"file must be a path, or None\. Got file=3\.5\. Pass for example",
+    "certify_loop|loop: a list": r"loop must be a function\. Got loop=\[1, 2\]\. See the example",
+    "certify_loop|batches: 3": r"batches must be an iterable of whole batches\. Got 3\. Pass",
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_what_once_failed_obscurely_says_what_is_wrong(case):
+    found = run_case(load("neutral"), case)
+    assert found.outcome.kind == outcomes.CLEAR, found
+    assert re.search(NAMED[case], found.outcome.text), found
+
+
+@pytest.mark.parametrize(
+    "case", ["pack|round_to: a NumPy byte", "windows|accumulation_steps: huge"]
+)
+def test_numbers_that_python_could_not_hold_are_right(case):
+    assert run_case(load("neutral"), case).outcome.kind == outcomes.RIGHT
