@@ -31,7 +31,9 @@ USERS_FILES = {str(HERE / name) for name in ("losses.py", "batches.py", "functio
 RUNNERS = {str(HERE / "cases.py")}
 
 _THREE_PARTS = re.compile(r"^.+?[.:] .*\bGot .+?[.:] .+", re.DOTALL)
-_TAKES = re.compile(r"^(_two_arguments\.<locals>|Pair\.).*required positional argument")
+_TAKES = re.compile(
+    r"^(_two_arguments\.<locals>|Pair\.|nothing\().*(required positional|unexpected keyword)"
+)
 # What Python and frameworks raise of themselves is seldom a refusal.
 _REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 

@@ -36,12 +36,14 @@ def _another_pass(call: Call, before: Any, batch: Any) -> Any:
 
 def _nested_window(call: Call, before: Any, batch: Any) -> Any:
     result = before(batch)
-    vb.backward(before, batch, module=call.weights, microbatch_size=1)
+    vb.backward(lambda given: _scalar(before(given)), batch, module=call.weights, microbatch_size=1)
     return result
 
 
 def _nested_loss(call: Call, before: Any, batch: Any) -> Any:
-    return vb.loss(before, batch, module=call.weights, microbatch_size=1)
+    return vb.loss(
+        lambda given: _scalar(before(given)), batch, module=call.weights, microbatch_size=1
+    )
 
 
 def _unrecorded(call: Call, before: Any, batch: Any) -> Any:
