@@ -62,7 +62,8 @@ def check_options(
             )
     cut = [operator.index(position) for position in rows]
     taken = [operator.index(position) for position in listed]
-    if len({*cut} - {*taken, key_argnum}) < len(cut) or key_argnum in taken:
+    is_twice = len({*taken}) < len(taken)
+    if is_twice or len({*cut} - {*taken, key_argnum}) < len(cut) or key_argnum in taken:
         given = [f"{name}={position}" for name, position in positions.items()]
         raise ValueError(
             f"{_listed([*positions])} must be different arguments. Got {_listed(given)}. "

@@ -15,6 +15,7 @@ from virtualbatch.keras._certify.certificate import certificate
 from virtualbatch.keras._certify.loop import certify_loop
 from virtualbatch.keras._checks import (
     accumulates,
+    check_kind,
     check_model,
     refuse_on_replicas,
     say_what_is_not_exact,
@@ -220,6 +221,7 @@ def restore(model: keras.Model) -> None:
     Args:
         model: a Keras model.
     """
+    check_kind(model)
     if accumulates(model):
         for name in vars(model).keys() & set(_ATTRIBUTES):
             delattr(model, name)
