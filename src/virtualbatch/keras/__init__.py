@@ -27,6 +27,7 @@ from virtualbatch.keras._noise import NoiseScale
 from virtualbatch.keras._packing import asked_packing
 from virtualbatch.plan.auto import Auto, check_sizes_or_auto, is_automatic
 from virtualbatch.plan.plan import Plan
+from virtualbatch.window.options import check_flags
 from virtualbatch.window.tree import array_leaves, common_rows
 
 __all__ = ["NoiseScale", "accumulate", "certify", "certify_loop", "plan", "restore"]
@@ -94,6 +95,7 @@ def accumulate(
         >>> int(model.optimizer.iterations)
         2
     """
+    check_flags(check=check)
     packing = asked_packing(microbatch_tokens, lengths)
     if packing is None:
         check_sizes_or_auto(microbatch_size, accumulation_steps)
