@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from virtualbatch.plan.auto import check_cut_or_auto
@@ -39,7 +40,8 @@ def check_call(
             "Call model.build(input_shape), or the model on one batch, and read them then."
         )
     for variable in flat:
-        if not hasattr(variable, "dtype") or not hasattr(variable, "shape"):
+        is_array = hasattr(variable, "dtype") and hasattr(variable, "shape")
+        if not is_array or isinstance(variable, type | np.ndarray) or variable.dtype == tf.string:
             raise TypeError(
                 "variables must be a nested structure of variables. "
                 f"Got one of type {type(variable).__name__}. "
@@ -57,7 +59,8 @@ def check_call(
 def _flat(name: str, structure: Any) -> list[Any]:
     """The leaves of an argument, as TensorFlow finds them."""
     try:
-        return list(tf.nest.flatten(structure))
+        # And built again, as each micro-batch is.
+        return list(tf.nest.flatten(tf.nest.map_structure(lambda leaf: leaf, structure)))
     # TensorFlow sorts keys, and follows nested structures to any depth.
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(
