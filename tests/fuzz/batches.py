@@ -152,7 +152,7 @@ WHOLE: dict[str, Any] = {
     "the same array twice": lambda x, y, ops, r: [x, x],
     "a list of rows": lambda x, y, ops, r: [x[k] for k in range(ROWS)],
     "many leaves": lambda x, y, ops, r: [x] * 50,
-    "reversed": lambda x, y, ops, r: {"x": x[np.arange(ROWS)[::-1].copy()], "y": y},
+    "reversed": lambda x, y, ops, r: {"x": ops.array(np.asarray(x)[::-1].copy()), "y": y},
     "an object array": lambda x, y, ops, r: np.array([{}, "a", None, 1, 2, 3], dtype=object),
     "an array of text": lambda x, y, ops, r: np.array(list("abcdef")),
     "an array of dates": lambda x, y, ops, r: np.arange(ROWS).astype("datetime64[D]"),
