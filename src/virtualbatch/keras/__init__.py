@@ -16,6 +16,7 @@ from virtualbatch.keras._certify.certificate import certificate
 from virtualbatch.keras._certify.loop import certify_loop
 from virtualbatch.keras._checks import (
     accumulates,
+    check_kind,
     check_model,
     refuse_on_replicas,
     say_what_is_not_exact,
@@ -28,6 +29,7 @@ from virtualbatch.keras._noise import NoiseScale
 from virtualbatch.keras._packing import asked_packing
 from virtualbatch.plan.auto import Auto, check_sizes_or_auto, is_automatic
 from virtualbatch.plan.plan import Plan
+from virtualbatch.window.options import check_flags
 from virtualbatch.window.tree import array_leaves, common_rows
 
 __all__ = ["NoiseScale", "accumulate", "certify", "certify_loop", "plan", "restore"]
@@ -106,6 +108,7 @@ def accumulate(
         >>> int(model.optimizer.iterations)
         2
     """
+    check_flags(check=check)
     packing = asked_packing(microbatch_tokens, lengths)
     if packing is None:
         check_sizes_or_auto(microbatch_size, accumulation_steps)
@@ -247,6 +250,7 @@ def restore(model: Model) -> Model:
     Returns:
         The model.
     """
+    check_kind(model)
     if accumulates(model):
         for name in vars(model).keys() & set(_ATTRIBUTES):
             delattr(model, name)

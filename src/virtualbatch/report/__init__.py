@@ -5,6 +5,7 @@ it; both come with the extra `report` and are imported when a page is written, n
 """
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def html_of(*results: Result) -> str:
         *results: as `write_html` takes them.
     """
     require_tools()
+    if not isinstance(file, str | os.PathLike):
+        raise TypeError(f"file must be a path. Got file={file!r}. Pass for example 'plan.html'.")
     if not results:
         raise ValueError(
             "write_html needs a result. Got none. Pass for example what plan or certify returned."

@@ -58,9 +58,9 @@ def merged_aux(
     flat = [pytree.tree_flatten(aux) for aux in found]
     leaves = [list(map(_leaf, leaves)) for leaves, _ in flat]
     structures = [structure for _, structure in flat]
-    columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
 
     def merged(found_kinds: Sequence[str], shares: Sequence[float]) -> Any:
+        columns = zip(*(leaves for leaves, _ in flat), strict=True)
         pairs = zip(columns, found_kinds, strict=True)
         return pytree.tree_unflatten([_merged(c, kind, shares) for c, kind in pairs], structures[0])
 

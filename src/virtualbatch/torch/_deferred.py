@@ -18,6 +18,7 @@ from virtualbatch.torch._replicas.found import replicas_of
 from virtualbatch.torch._replicas.replicas import Replicas
 from virtualbatch.torch._undo import undone_if_cut
 from virtualbatch.torch._window import Program, Ran
+from virtualbatch.window.options import check_flags
 from virtualbatch.window.terms import GivenWeight
 
 
@@ -172,6 +173,7 @@ def loss(
         >>> print(f"{found:.3f}", model.weight.grad.numpy().round(3))
         1.333 [[0.667 0.667]]
     """
+    check_flags(has_aux=has_aux, stats=stats, check=check)
     found = inventory(module, hands_over=True, may_be_frozen=not torch.is_grad_enabled())
     seed = rounding_seed(accumulator_dtype, found)
     program = Program(loss_fn, weight, has_aux, None, found, stats, rounding_seed=seed)
@@ -221,7 +223,9 @@ def _hand_over(scale: torch.Tensor | None, ran: Ran) -> Any:
     reached = [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
     del pairs
     finished = Finished([p for p, _ in reached], [g for _, g in reached], scale)
-    result = ran.result(finished.behind(value), stats)
+    # A loss function may have turned it off for good, and its loss would still have a graph.
+    with torch.enable_grad():
+        result = ran.result(finished.behind(value), stats)
     commit.run(ran.undo)
     return result
 

@@ -95,6 +95,6 @@ def check_cut(batch: Any, microbatch_size: int | None, accumulation_steps: int |
     Raises:
         ValueError: there is one row, or one micro-batch, or the batch is a Window.
     """
-    refuse_window(batch)
+    refuse_window(batch, microbatch_size)
     cut = read(batch).cut(microbatch_size, accumulation_steps)
     check_microbatches([known_rows(piece) for piece in cut])

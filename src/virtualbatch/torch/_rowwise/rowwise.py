@@ -27,6 +27,7 @@ from virtualbatch.torch._rowwise.second_pass import SecondPass
 from virtualbatch.torch._rowwise.surrogate import Surrogate
 from virtualbatch.torch._undo import Undo, all_or_nothing, undone_if_cut
 from virtualbatch.torch._window import Program
+from virtualbatch.window.options import check_flags
 from virtualbatch.window.terms import SUM
 from virtualbatch.window.window import Window
 
@@ -207,6 +208,7 @@ def rowwise(
         >>> model.weight.grad.shape
         torch.Size([2, 2])
     """
+    check_flags(check=check)
     if not callable(fn):
         raise TypeError(
             f"fn must be a function of a batch. Got fn={fn!r}. Pass a module or a function."
