@@ -12,7 +12,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import virtualbatch.lightning as vb
 
@@ -35,8 +35,9 @@ class Net(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
     def train_dataloader(self):  # anew for each epoch, whose number alone says how it is shuffled
-        shuffled = torch.Generator().manual_seed(self.current_epoch)
-        return DataLoader(rows, batch_size=100, shuffle=True, generator=shuffled)
+        shuffled = torch.randperm(500, generator=torch.Generator().manual_seed(self.current_epoch))
+        # A loader that begins draws a number: from a generator of its own, not from dropout's.
+        return DataLoader(Subset(rows, shuffled.tolist()), 100, generator=torch.Generator())
 
     def on_save_checkpoint(self, checkpoint):
         checkpoint["random"] = torch.get_rng_state()  # on a GPU torch.cuda.get_rng_state_all too

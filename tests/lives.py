@@ -2,12 +2,14 @@
 
     python -m tests.lives examples/resume_jax.py FOLDER SEED KILLS
 
-Each life is a process, forked from one that has imported what the example imports. It ends at some
-line of the library, or soon after some line of the example: inside a window, between two of them,
-or while a checkpoint is written. The first life, in a folder of its own, is not killed.
+Each life is a process, forked from one that has imported what the example imports. It ends soon
+after some line of the example, at some call of its loss, or at some file that is written or moved:
+inside a window, between two of them, or inside a checkpoint. The first life, in a folder of its
+own, is not killed.
 """
 
 import ast
+import functools
 import importlib
 import json
 import os
@@ -23,14 +25,11 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import CodeType
 from typing import Any, NamedTuple
 
-import virtualbatch
-
 ROOT = Path(__file__).parents[1]
-LIBRARY = str(Path(virtualbatch.__file__).parent)
-_COUNTED = "lines: "
+_COUNTED = "counted: "
+_MOVES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 
 class Life(NamedTuple):
@@ -60,13 +59,13 @@ class Point(NamedTuple):
     """Where a life ends.
 
     Fields:
-        where: "example" or "library".
-        line: the how-manieth of its lines, counted as they run.
+        where: "line" of the example, "loss" or "file".
+        number: the how-manieth of them.
         delay: seconds that pass from there.
     """
 
     where: str
-    line: int
+    number: int
     delay: float
 
 
@@ -78,20 +77,21 @@ def lives(example: Path, folder: Path, seed: int, kills: int, wheres: Sequence[s
         folder: where it runs.
         seed: of the points at which it is killed.
         kills: how often, unless it comes to its end before.
-        wheres: in what it is killed, in turn: "example" or "library".
+        wheres: at what it is killed, in turn; see `Point`.
     """
-    whole, lines = _life(example, folder / "whole", None)
+    whole, counted = _life(example, folder / "whole", None, wheres)
     found = [whole]
     draw = random.Random(seed)
     for kill in range(kills):
         where = wheres[kill % len(wheres)]
         # Early enough for several of them.
-        line = draw.randint(1, max(1, lines.get(where, 0) // 2))
-        delay = draw.choice([0.0, draw.uniform(0.0, 0.004)]) if where == "example" else 0.0
-        found.append(_life(example, folder / "killed", Point(where, line, delay))[0])
+        number = draw.randint(1, max(1, counted.get(where, 0) // 2))
+        delay = draw.choice([0.0, draw.uniform(0.0, 0.004)]) if where == "line" else 0.0
+        point = Point(where, number, delay)
+        found.append(_life(example, folder / "killed", point, wheres)[0])
         if found[-1].status != -signal.SIGKILL:
             return found
-    found.append(_life(example, folder / "killed", None)[0])
+    found.append(_life(example, folder / "killed", None, wheres)[0])
     return found
 
 
@@ -133,7 +133,9 @@ def assert_resumed(found: Sequence[Life]) -> None:
     assert last.begins_after > 0, f"nothing was resumed\n{shown}"
 
 
-def _life(example: Path, folder: Path, point: Point | None) -> tuple[Life, dict[str, int]]:
+def _life(
+    example: Path, folder: Path, point: Point | None, wheres: Sequence[str]
+) -> tuple[Life, dict[str, int]]:
     """Forks a process that runs the example, and waits for it."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile("w+") as output:
@@ -142,14 +144,16 @@ def _life(example: Path, folder: Path, point: Point | None) -> tuple[Life, dict[
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
-            _run(example, folder, point, output.fileno())
+            _run(example, folder, point, wheres, output.fileno())
         _, status = os.waitpid(child, 0)
         output.seek(0)
-        text, _, lines = output.read().partition(_COUNTED)
-    return Life(os.waitstatus_to_exitcode(status), text), json.loads(lines or "{}")
+        text, _, counted = output.read().partition(_COUNTED)
+    return Life(os.waitstatus_to_exitcode(status), text), json.loads(counted or "{}")
 
 
-def _run(example: Path, folder: Path, point: Point | None, output: int) -> None:
+def _run(
+    example: Path, folder: Path, point: Point | None, wheres: Sequence[str], output: int
+) -> None:
     """Runs the example in this process, and ends the process."""
     status = 1
     try:
@@ -159,8 +163,7 @@ def _run(example: Path, folder: Path, point: Point | None, output: int) -> None:
         os.chdir(folder)
         warnings.resetwarnings()
         warnings.simplefilter("ignore")
-        counted, call = _tracer(example, point)
-        sys.settrace(call)
+        counted = _count(example, point, wheres)
         runpy.run_path(str(example), run_name="__main__")
         sys.settrace(None)
         print(f"{_COUNTED}{json.dumps(counted)}", flush=True)
@@ -174,33 +177,43 @@ def _run(example: Path, folder: Path, point: Point | None, output: int) -> None:
         os._exit(status)
 
 
-def _tracer(example: Path, point: Point | None) -> tuple[dict[str, int], Callable[..., Any]]:
-    """What `sys.settrace` takes to count lines and to kill this process at a point."""
-    counted = {"example": 0, "library": 0}
-    of_code: dict[CodeType, Callable[..., Any] | None] = {}
+def _count(example: Path, point: Point | None, wheres: Sequence[str]) -> dict[str, int]:
+    """Counts what happens in this process from here on, and kills it at a point."""
+    counted = dict.fromkeys(wheres, 0)
 
-    def lines_of(where: str) -> Callable[..., Any]:
+    def happens(where: str) -> None:
+        counted[where] += 1
+        if point is not None and (where, counted[where]) == point[:2]:
+            _kill_after(point.delay)
+
+    if "line" in wheres:
+
         def line(frame: Any, event: str, _: Any) -> Callable[..., Any]:
             if event == "line":
-                counted[where] += 1
-                if point is not None and (where, counted[where]) == point[:2]:
-                    _kill_after(point.delay)
+                happens("line")
             return line
 
-        return line
+        file = str(example)
+        sys.settrace(lambda frame, *_: line if frame.f_code.co_filename == file else None)
+    if "loss" in wheres:
+        functional = importlib.import_module("torch.nn.functional")
+        cross_entropy = functional.cross_entropy
 
-    traced = {where: lines_of(where) for where in counted}
+        @functools.wraps(cross_entropy)
+        def heard(*args: Any, **more: Any) -> Any:
+            happens("loss")
+            return cross_entropy(*args, **more)
 
-    def call(frame: Any, *_: Any) -> Callable[..., Any] | None:
-        code = frame.f_code
-        if code not in of_code:
-            file = code.co_filename
-            where = "example" if file == str(example) else "library"
-            is_ours = where == "example" or file.startswith(LIBRARY)
-            of_code[code] = traced[where] if is_ours else None
-        return of_code[code]
+        functional.cross_entropy = heard
+    if "file" in wheres:
 
-    return counted, call
+        def audit(event: str, args: Any) -> None:
+            # Of `open` the flags, which are of no use in words.
+            if event in _MOVES or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)):
+                happens("file")
+
+        sys.addaudithook(audit)
+    return counted
 
 
 def _kill_after(seconds: float) -> None:
@@ -228,4 +241,4 @@ def _import_like(example: Path) -> None:
 if __name__ == "__main__":
     program, where_it_runs = (Path(argument).resolve() for argument in sys.argv[1:3])
     _import_like(program)
-    print(json.dumps(lives(program, where_it_runs, *map(int, sys.argv[3:]), ["example"])))
+    print(json.dumps(lives(program, where_it_runs, *map(int, sys.argv[3:]), ["line"])))

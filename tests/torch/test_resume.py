@@ -12,4 +12,4 @@ pytestmark = [pytest.mark.proves_itself, pytest.mark.usefixtures("one_thread")]
 
 
 def test_killed_and_resumed(tmp_path):
-    assert_resumed(lives(EXAMPLE, tmp_path, 0, 5, ["library", "example"]))
+    assert_resumed(lives(EXAMPLE, tmp_path, 0, 5, ["loss", "line", "file"]))

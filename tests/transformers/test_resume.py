@@ -12,4 +12,4 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "resume_trainer.py"
 @pytest.mark.proves_itself
 @pytest.mark.thorough("seven short trainings")
 def test_killed_and_resumed(tmp_path):
-    assert_resumed(lives(EXAMPLE, tmp_path, 0, 5, ["library"]))
+    assert_resumed(lives(EXAMPLE, tmp_path, 0, 5, ["loss", "file"]))
