@@ -1,0 +1,16 @@
+"""The example of JAX, killed and started again, comes to the same weights."""
+
+from pathlib import Path
+
+import pytest
+from tests.lives import assert_resumed, lives_of_a_process
+from tests.tiers import tiered
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "resume_jax.py"
+
+
+@pytest.mark.parametrize(
+    ("seed", "kills"), tiered([(0, 1), (1, 3), (2, 3)], [(0, 1)], "more places to be killed at")
+)
+def test_killed_and_resumed(seed, kills, tmp_path):
+    assert_resumed(lives_of_a_process(EXAMPLE, tmp_path, seed, kills, "file"))
