@@ -15,8 +15,7 @@ import optax
 
 import virtualbatch.jax as vb
 
-UPDATES, BATCH, EVERY = 36, 128, 4  # a checkpoint after every fourth update
-FILE = Path("resume_jax.npz")
+UPDATES, BATCH, EVERY, FILE = 36, 128, 4, Path("resume_jax.npz")
 x = np.random.default_rng(0).normal(size=(1500, 20)).astype("float32")
 y = (x[:, :3] + x[:, 3:6] ** 2).argmax(1)
 optimizer = optax.adamw(optax.cosine_decay_schedule(0.01, UPDATES))
@@ -24,8 +23,7 @@ optimizer = optax.adamw(optax.cosine_decay_schedule(0.01, UPDATES))
 
 def loss_fn(params, batch, key):
     hidden = jax.nn.relu(batch["x"] @ params["first"])
-    kept = jax.random.bernoulli(key, 0.8, hidden.shape)
-    found = jnp.where(kept, hidden / 0.8, 0) @ params["last"]
+    found = hidden * jax.random.bernoulli(key, 0.8, hidden.shape) / 0.8 @ params["last"]
     return optax.softmax_cross_entropy_with_integer_labels(found, batch["y"]).mean()
 
 
@@ -33,10 +31,10 @@ def loss_fn(params, batch, key):
 def update(state, batch):
     key = jax.random.fold_in(jax.random.key(1), state["updates"])
     run = vb.value_and_grad(loss_fn, microbatch_size=32, key_argnum=2)
-    _, gradients = run(state["params"], batch, key)
+    gradients = run(state["params"], batch, key)[1]
     changes, rest = optimizer.update(gradients, state["optimizer"], state["params"])
-    params = optax.apply_updates(state["params"], changes)
-    return {"params": params, "optimizer": rest, "updates": state["updates"] + 1}
+    params, updates = optax.apply_updates(state["params"], changes), state["updates"] + 1
+    return {"params": params, "optimizer": rest, "updates": updates}
 
 
 def batch_of(updates):
@@ -54,7 +52,7 @@ if FILE.exists():
 print(f"begins after {state['updates']} updates", flush=True)
 while (updates := int(state["updates"])) < UPDATES:
     state = update(state, batch_of(updates))
-    if (updates + 1) % EVERY == 0:
+    if (updates + 1) % EVERY == 0:  # a checkpoint after every fourth update
         np.savez("aside.npz", *jax.tree.leaves(state))
         os.replace("aside.npz", FILE)  # in one move: a checkpoint is never half written
 weights = b"".join(np.asarray(leaf).tobytes() for leaf in state["params"].values())
