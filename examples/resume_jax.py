@@ -9,14 +9,14 @@ import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import virtualbatch.jax as vb
 
 UPDATES, BATCH, EVERY, FILE = 36, 128, 4, Path("resume_jax.npz")
-x = np.random.default_rng(0).normal(size=(1500, 20)).astype("float32")
+draw = np.random.default_rng(0)
+x = draw.normal(size=(1500, 20)).astype("float32")
 y = (x[:, :3] + x[:, 3:6] ** 2).argmax(1)
 optimizer = optax.adamw(optax.cosine_decay_schedule(0.01, UPDATES))
 
@@ -43,18 +43,18 @@ def batch_of(updates):
     return {"x": x[rows], "y": y[rows]}
 
 
-first, last = (jax.random.normal(jax.random.key(n), (20, 32)) / 5 for n in range(2))
-params = {"first": first, "last": last[:3].T}
-state = {"params": params, "optimizer": optimizer.init(params), "updates": jnp.int32(0)}
+shapes = {"first": (20, 32), "last": (32, 3)}
+params = {name: draw.normal(0, 0.2, shape).astype("float32") for name, shape in shapes.items()}
+state = {"params": params, "optimizer": optimizer.init(params), "updates": np.int32(0)}
 if FILE.exists():
     with np.load(FILE) as saved:
-        state = jax.tree.unflatten(jax.tree.structure(state), map(jnp.asarray, saved.values()))
+        state = jax.tree.unflatten(jax.tree.structure(state), saved.values())
 print(f"begins after {state['updates']} updates", flush=True)
 while (updates := int(state["updates"])) < UPDATES:
     state = update(state, batch_of(updates))
     if (updates + 1) % EVERY == 0:  # a checkpoint after every fourth update
         np.savez("aside.npz", *jax.tree.leaves(state))
         os.replace("aside.npz", FILE)  # in one move: a checkpoint is never half written
-weights = b"".join(np.asarray(leaf).tobytes() for leaf in state["params"].values())
-print(f"{updates} updates, weights {hashlib.sha256(weights).hexdigest()[:16]}")
+weights = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in state["params"].values()))
+print(f"{updates} updates, weights {weights.hexdigest()[:16]}")
 FILE.unlink()
