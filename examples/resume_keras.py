@@ -46,9 +46,14 @@ if FILE.exists():
             variable.assign(value)
 updates = int(model.optimizer.iterations)
 print(f"begins after {updates} updates", flush=True)
+# The first `fit` of a process draws random numbers of its own, before the first epoch begins.
+seeded = keras.callbacks.LambdaCallback(
+    on_epoch_begin=lambda epoch, logs: keras.utils.set_random_seed(epoch)
+)
 for epoch in range(updates // -(-len(x) // BATCH), EPOCHS):
-    keras.utils.set_random_seed(epoch)  # how an epoch is shuffled depends on its number alone
-    model.fit(x, y, batch_size=BATCH, initial_epoch=epoch, epochs=epoch + 1, verbose=0)
+    order = np.random.default_rng(epoch).permutation(len(x))  # by its number alone
+    epochs = {"initial_epoch": epoch, "epochs": epoch + 1, "shuffle": False}
+    model.fit(x[order], y[order], batch_size=BATCH, callbacks=[seeded], verbose=0, **epochs)
     save()
 weights = hashlib.sha256(b"".join(value.tobytes() for value in model.get_weights()))
 print(f"{int(model.optimizer.iterations)} updates, weights {weights.hexdigest()[:16]}")
