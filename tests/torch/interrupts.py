@@ -203,7 +203,7 @@ def _reset() -> None:
     torch.set_autocast_enabled("cpu", False)
     torch.set_autocast_cache_enabled(True)
     while torch._C._len_torch_dispatch_stack():
-        torch._C._pop_torch_dispatch_stack()
+        torch._C._pop_torch_dispatch_stack(None)
     while _nesting():
         torch.autocast_decrement_nesting()
     for key, hooks in vars(of_all_modules).items():

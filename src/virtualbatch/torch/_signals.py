@@ -34,9 +34,19 @@ def held_back() -> Iterator[None]:
         for held, handler in handlers.items():
             signal.signal(held, handler)
 
-    with Undo(put_back):
-        for held in handlers:
-            signal.signal(held, note)
-        yield
-    for waited in came:
-        signal.raise_signal(waited)
+    try:
+        with Undo(put_back):
+            for held in handlers:
+                signal.signal(held, note)
+            yield
+    finally:
+        _deliver(came)
+
+
+def _deliver(came: list[int]) -> None:
+    """Lets handlers have the signals that came; what the last of them raises is raised."""
+    while came:
+        try:
+            signal.raise_signal(came.pop(0))
+        finally:
+            _deliver(came)
