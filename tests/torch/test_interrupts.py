@@ -59,18 +59,21 @@ def test_an_interrupt_at_lines_that_attach_commit_and_put_back():
 
 
 @pytest.mark.thorough("thousands of windows for each kind")
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", WINDOWS)
 def test_an_interrupt_at_every_line(kind):
     assert attacked(kind, every) == {}
 
 
 @pytest.mark.thorough("thousands of windows for each kind")
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["no grad before", "bfloat16", "stats", "loss"])
 def test_an_interrupt_at_some_opcodes(kind):
     assert attacked(kind, some(2000), opcodes=True) == {}
 
 
 @pytest.mark.thorough("each call tries, plans or certifies")
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", LONG)
 def test_an_interrupt_at_some_lines_of_what_takes_longer(kind):
     assert attacked(kind, some(200)) == {}
@@ -242,13 +245,16 @@ def test_what_a_loss_does_on_shapes_stays_in_no_buffer():
     assert type(module[2][0].last) is torch.Tensor
 
 
-def test_the_next_window_is_as_if_there_had_been_no_interrupt():
+@pytest.mark.parametrize("kind", ["float32", "bfloat16 sums"])
+def test_the_next_window_is_as_if_there_had_been_no_interrupt(kind):
+    """Its random numbers too, by which sums of bfloat16 are rounded."""
     found = []
+    WINDOWS[kind]().call()
     for interrupted in (False, True):
-        subject = WINDOWS["float32"]()
+        subject = WINDOWS[kind]()
         state = State(subject)
         if interrupted:
-            assert Tracer(1500).run(subject.call)
+            assert Tracer(900).run(subject.call)
         subject.call()
         found.append(state.now())
     assert found[0] == found[1]

@@ -1,7 +1,8 @@
-"""Signals that wait while PyTorch runs what no exception may cut: its fake tensors.
+"""Signals that wait while PyTorch runs what no exception may cut: its modes of dispatch.
 
-They are switched on by generators inside the dispatcher. One that is cut by the handler of a signal
-is closed later, and leaves its thread without autograd for good.
+Fake tensors are switched on by generators inside the dispatcher. One that is cut by the handler of
+a signal is closed later, and leaves its thread without autograd for good. And where the dispatcher
+calls Python while it drops something, an exception ends the process.
 """
 
 import signal
