@@ -54,7 +54,7 @@ def rounding_seed(accumulator_dtype: str | None, found: Inventory) -> int | None
             "Got DTensors, such as those of fully_shard, whose sums are sharded as they are. "
             "Leave it out."
         )
-    return (_WINDOWS.get(found.owner, 0) + 1) * _STEP % 2**32  # type: ignore[no-any-return]
+    return (_WINDOWS.get(found.owner, 0) + 1) * _STEP % 2**32
 
 
 class RoundedWindow:
