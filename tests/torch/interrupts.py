@@ -14,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules import module as of_all_modules
 
 import virtualbatch
+from virtualbatch.torch._signals import held_back
 
 # Contexts of others that the package enters: a signal may come inside them too.
 _CONTEXTS = (
@@ -48,7 +49,8 @@ class Subject(NamedTuple):
 class Tracer:
     """Raises KeyboardInterrupt at one place, counted from 1; at 0 it only counts.
 
-    Places are lines, and where a function returns; with `opcodes` each opcode too.
+    Places are lines, and where a function returns; with `opcodes` each opcode too. Where signals
+    are held back there are none.
     """
 
     def __init__(self, at: int, opcodes: bool = False):
@@ -77,9 +79,10 @@ class Tracer:
         return self._place
 
     def _place(self, frame: Any, event: str, arg: Any) -> Any:
-        if event in ("line", "return", "opcode"):
+        if event in ("line", "return", "opcode") and not _are_held_back():
             self.count += 1
-            self.places.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {event}")
+            file = frame.f_code.co_filename.rpartition("/")[2]
+            self.places.append(f"{file}:{frame.f_lineno} {event}")
             if self.count == self.at:
                 raise KeyboardInterrupt
         return self._place
@@ -90,6 +93,11 @@ def _is_ours(frame: Any) -> bool:
     while frame.f_code.co_filename in _CONTEXTS and frame.f_back is not None:
         frame = frame.f_back
     return bool(frame.f_code.co_filename.startswith(_OURS))
+
+
+def _are_held_back() -> bool:
+    handler: Any = signal.getsignal(signal.SIGINT)
+    return getattr(handler, "__module__", None) == held_back.__module__
 
 
 class Alarm:
@@ -203,7 +211,7 @@ def _reset() -> None:
     torch.set_autocast_enabled("cpu", False)
     torch.set_autocast_cache_enabled(True)
     while torch._C._len_torch_dispatch_stack():
-        torch._C._pop_torch_dispatch_stack()
+        torch._C._pop_torch_dispatch_stack(None)
     while _nesting():
         torch.autocast_decrement_nesting()
     for key, hooks in vars(of_all_modules).items():

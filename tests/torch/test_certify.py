@@ -190,15 +190,15 @@ def lost_of_one(index):
 
 
 def stale(patch):
-    original, kept = WindowGradients.commit, {}
+    original, kept = WindowGradients.prepare, {}
 
-    def commit(self):
-        original(self)
+    def prepare(self, commit):
+        original(self, commit)
         for parameter in self.parameters:
             parameter.grad = parameter.grad + kept.get(id(parameter), 0)
             kept[id(parameter)] = parameter.grad.clone()
 
-    patch.setattr(WindowGradients, "commit", commit)
+    patch.setattr(WindowGradients, "prepare", prepare)
 
 
 def wrong_term(patch):

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import virtualbatch.torch as vb
+from virtualbatch.torch._commit import Commit
 from virtualbatch.torch._gradients import WindowGradients
 
 ROWS = 24
@@ -82,7 +83,8 @@ def update(monkeypatch, size, case, fail=None):
         patched.setattr(
             torch.autograd, "backward", points.during("backward", torch.autograd.backward)
         )
-        patched.setattr(WindowGradients, "commit", points.during("commit", WindowGradients.commit))
+        for has, name in ((WindowGradients, "prepare"), (Commit, "run")):
+            patched.setattr(has, name, points.during("commit", getattr(has, name)))
         loss, aux = vb.backward(
             points.during("forward", loss_fn),
             batch,

@@ -23,6 +23,7 @@ NAMES = {
     "storage": {"_cdata"},
     "bindings": {
         "_autograd",
+        "_current_graph_task_id",
         "_len_torch_dispatch_stack",
         "_only_lift_cpu_tensors",
         "_pop_torch_dispatch_stack",

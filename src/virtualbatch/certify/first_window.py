@@ -11,8 +11,9 @@ from typing import Any
 
 from virtualbatch.certify.certificate import Certificate, Finding
 from virtualbatch.certify.diagnosis import SEES_OTHER_ROWS
+from virtualbatch.certify.of_signal import raise_if_of_signal
 from virtualbatch.certify.proven import Proven, untried
-from virtualbatch.certify.trial import Distance, Trial, UntriedError, parts
+from virtualbatch.certify.trial import Distance, Trial, parts, reason_of
 from virtualbatch.certify.users_line import is_ours
 
 _log = logging.getLogger("virtualbatch")
@@ -62,14 +63,14 @@ def prove(
     try:
         chosen = [*parts(trial), *more]
     except Exception as error:  # arrays of the user's, of which some rows may have no place
-        return why(error)
+        return reason_of(error, why)
     for a, b in chosen:
         try:
             distance = trial.distance(a, b)
         except Exception as error:  # the user's code, on rows that it may not be made for
             if is_ours(error) and not again:
                 raise
-            reason = str(error) if isinstance(error, UntriedError) else why(error)
+            reason = reason_of(error, why)
             continue
         if distance is None:
             return _by_certificates(trial, chosen, why)
@@ -81,7 +82,7 @@ def prove(
         try:
             certificate = trial.certificate(*_cut_like(a, b))
         except Exception as error:  # the same
-            reason = str(error) if isinstance(error, UntriedError) else why(error)
+            reason = reason_of(error, why)
             continue
         if not certificate.exact:
             return _refused(trial, _explained(trial, _largest(chosen), certificate), (a, b))
@@ -125,7 +126,7 @@ def adds_up(trial: Trial, chosen: Sequence[_Pair], why: Callable[[Exception], st
         try:
             distance = trial.distance(a, b)
         except Exception as error:  # the user's code, on rows that it may not be made for
-            reason = str(error) if isinstance(error, UntriedError) else why(error)
+            reason = reason_of(error, why)
             continue
         if distance is None:
             return "it draws random numbers"
@@ -167,7 +168,7 @@ def _by_certificates(
         try:
             certificate = trial.certificate(*_cut_like(a, b))
         except Exception as error:  # the user's code, on rows that it may not be made for
-            reason = str(error) if isinstance(error, UntriedError) else why(error)
+            reason = reason_of(error, why)
             continue
         if not certificate.exact:
             return _refused(trial, _explained(trial, _largest(chosen), certificate), (a, b))
@@ -189,7 +190,8 @@ def _explained(trial: Trial, largest: _Pair, of_pair: Certificate) -> Finding:
     rows = [row for part in largest for row in part]
     try:
         of_all = trial.certificate(rows, math.ceil(len(rows) / 3))
-    except Exception:  # the same code, on another number of rows
+    except Exception as error:  # the same code, on another number of rows
+        raise_if_of_signal(error)
         return of_pair.findings[0]
     return (of_pair if of_all.exact else of_all).findings[0]
 
@@ -251,7 +253,10 @@ def _group(trial: Trial, failing: _Pair) -> int | None:
                 trial.distance(*parts)
                 for parts in ((first, others[:group]), (first, others), _whole(failing, group))
             ]
-        except Exception:  # the user's code, on numbers of rows that it may not be made for
+        except (
+            Exception
+        ) as error:  # the user's code, on numbers of rows that it may not be made for
+            raise_if_of_signal(error)
             continue
         if all(distance is not None and distance.off <= ROUNDING for distance in found):
             return group

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.first_window import ROUNDING, sees_other_rows
-from virtualbatch.certify.trial import Trial, UntriedError, parts
+from virtualbatch.certify.trial import Trial, parts, reason_of
 from virtualbatch.certify.users_line import is_ours
 
 # Findings that say so. Others are no fault of the function.
@@ -47,7 +47,7 @@ def prove_rows(trial: Trial, why: Callable[[Exception], str], again: bool = Fals
     try:
         chosen = parts(trial)
     except Exception as error:  # arrays of the user's, of which some rows may have no place
-        return why(error)
+        return reason_of(error, why)
     for a, b in chosen:
         try:
             distance = trial.distance(a, b)
@@ -59,7 +59,7 @@ def prove_rows(trial: Trial, why: Callable[[Exception], str], again: bool = Fals
         except Exception as error:  # the user's code, on rows that it may not be made for
             if is_ours(error) and not again:
                 raise
-            reason = str(error) if isinstance(error, UntriedError) else why(error)
+            reason = reason_of(error, why)
             continue
         reason = None
         found = next((x for x in certificate.findings if x.kind in _COUPLED), None)

@@ -2,12 +2,13 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.of_signal import raise_if_of_signal
 from virtualbatch.certify.proven import Seen
 from virtualbatch.certify.weights import candidates
 
@@ -67,6 +68,17 @@ class Distance(NamedTuple):
 
 class UntriedError(Exception):
     """Says why a loss cannot be tried."""
+
+
+def reason_of(error: Exception, why: Callable[[Exception], str]) -> str:
+    """Why a loss could not be tried, in words.
+
+    Args:
+        error: what was raised instead; if the handler of a signal did it, it is raised again.
+        why: puts an error into words.
+    """
+    raise_if_of_signal(error)
+    return str(error) if isinstance(error, UntriedError) else why(error)
 
 
 class Trial(ABC):

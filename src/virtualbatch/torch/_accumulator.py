@@ -19,8 +19,8 @@ _STEP = 0x9E3779B9
 def rounding_seed(accumulator_dtype: str | None, found: Inventory) -> int | None:
     """The seed of the random numbers by which the sums of the next window are rounded.
 
-    It counts the windows of a module: the same program draws the same numbers, on all ranks, and
-    each window draws others, or the errors of several windows would point the same way.
+    It is that of the next window of a module: the same program draws the same numbers, on all
+    ranks, and each window draws others, or the errors of several would point the same way.
 
     Args:
         accumulator_dtype: as the caller gave it.
@@ -54,5 +54,24 @@ def rounding_seed(accumulator_dtype: str | None, found: Inventory) -> int | None
             "Got DTensors, such as those of fully_shard, whose sums are sharded as they are. "
             "Leave it out."
         )
-    window = _WINDOWS[found.owner] = _WINDOWS.get(found.owner, 0) + 1
-    return int(window) * _STEP % 2**32
+    return (_WINDOWS.get(found.owner, 0) + 1) * _STEP % 2**32
+
+
+class RoundedWindow:
+    """A window whose sums are rounded, among those of its module.
+
+    Args:
+        owner: see `Inventory`.
+    """
+
+    def __init__(self, owner: Any):
+        self._owner = owner
+        self._before = _WINDOWS.get(owner, 0)
+
+    def count(self) -> None:
+        """Counts it: the next window draws other numbers."""
+        _WINDOWS[self._owner] = self._before + 1
+
+    def restore(self) -> None:
+        """Counts it no longer."""
+        _WINDOWS[self._owner] = self._before

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from virtualbatch.torch._plan.memory import ERRORS
 from virtualbatch.torch._state import versions_of
 from virtualbatch.torch._undo import Undo
 from virtualbatch.window.shares import accumulator_dtype
@@ -103,10 +104,23 @@ class Commit:
 
         Args:
             undo: puts the window back; there is nothing to undo when this returns.
+
+        Raises:
+            RuntimeError: memory ran out when something was written that cannot be put back.
         """
         put_back = undo.action
         undo.instead(lambda: self._finish() if self._has_begun() else put_back())
-        self._finish()
+        try:
+            self._finish()
+        except ERRORS.kinds as error:
+            # Whoever runs a window again where memory runs out would add its gradients twice.
+            if self._has_begun() and ERRORS.is_possible(error):
+                raise RuntimeError(
+                    "Memory must not run out while gradients are added to .grad. Got that, when "
+                    "some were added; the others were tried again. Call zero_grad(), and take "
+                    "the batch again with a smaller microbatch_size."
+                ) from error
+            raise
         undo.instead(None)
 
     def _has_begun(self) -> bool:

@@ -1,7 +1,8 @@
-"""Signals that wait while PyTorch runs what no exception may cut: its fake tensors.
+"""Signals that wait while PyTorch runs what no exception may cut: its modes of dispatch.
 
-They are switched on by generators inside the dispatcher. One that is cut by the handler of a signal
-is closed later, and leaves its thread without autograd for good.
+Fake tensors are switched on by generators inside the dispatcher. One that is cut by the handler of
+a signal is closed later, and leaves its thread without autograd for good. And where the dispatcher
+calls Python while it drops something, an exception ends the process.
 """
 
 import signal
@@ -34,9 +35,19 @@ def held_back() -> Iterator[None]:
         for held, handler in handlers.items():
             signal.signal(held, handler)
 
-    with Undo(put_back):
-        for held in handlers:
-            signal.signal(held, note)
-        yield
-    for waited in came:
-        signal.raise_signal(waited)
+    try:
+        with Undo(put_back):
+            for held in handlers:
+                signal.signal(held, note)
+            yield
+    finally:
+        _deliver(came)
+
+
+def _deliver(came: list[int]) -> None:
+    """Lets handlers have the signals that came; what the last of them raises is raised."""
+    while came:
+        try:
+            signal.raise_signal(came.pop(0))
+        finally:
+            _deliver(came)

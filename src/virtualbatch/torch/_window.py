@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from virtualbatch.noise.estimate import WindowStats
+from virtualbatch.torch._accumulator import RoundedWindow
 from virtualbatch.torch._aux import detached, merged_aux
 from virtualbatch.torch._batchnorm import MergedStatistics, is_tracked
 from virtualbatch.torch._capture import Captured
@@ -108,9 +109,12 @@ class Program(NamedTuple):
                 None if self.rounding_seed is None else StochasticRounding(self.rounding_seed),
             )
         run = _Run(self.loss_fn, self.has_aux, statistics, gradients, norms, self.in_step)
-        undo = Undo(partial(_put_back, gradients, buffers))
+        rounded = None if self.rounding_seed is None else RoundedWindow(self.found.owner)
+        undo = Undo(partial(_put_back, gradients, buffers, rounded))
         ran = Ran(run, WindowLoss(), [], shares, undo)
         with undo:
+            if rounded is not None:
+                rounded.count()
             with ExitStack() as attached:
                 if statistics:
                     attached.enter_context(statistics.attached())
@@ -192,11 +196,11 @@ class Ran(NamedTuple):
         return norms.stats(self.gradients.sums(), self.shares.window, self.shares.counted)
 
 
-def _put_back(gradients: WindowGradients | None, buffers: Buffers) -> None:
+def _put_back(*parts: WindowGradients | Buffers | RoundedWindow | None) -> None:
     """Leaves everything as it was before a window."""
-    if gradients is not None:
-        gradients.restore()
-    buffers.restore()
+    for part in parts:
+        if part is not None:
+            part.restore()
 
 
 # What becomes of a window that has run. Whatever it raises, the window leaves no trace.

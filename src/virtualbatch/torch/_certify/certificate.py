@@ -9,6 +9,7 @@ import torch
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import broken, certified
+from virtualbatch.certify.of_signal import raise_if_of_signal
 from virtualbatch.certify.step import check_microbatches, refuse_window
 from virtualbatch.torch._batch import read
 from virtualbatch.torch._certify.step import LayerState, TorchTrainingStep, wide_batch, widened
@@ -34,6 +35,7 @@ def _certificate(
             with widened(program.found.roots):
                 return _observed(program, wide_batch(batch), microbatch_size, accumulation_steps)
         except (RuntimeError, TypeError) as error:
+            raise_if_of_signal(error)
             note = f"It does not run in float64 ({' '.join(str(error).split())[:120]})."
         return _observed(program, batch, microbatch_size, accumulation_steps, note)
 

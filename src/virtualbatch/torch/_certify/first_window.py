@@ -1,7 +1,7 @@
 """The first window of a loss proves itself: PyTorch's part of `certify.first_window`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.first_window import NO_GRADIENT, conclude, prove
+from virtualbatch.certify.of_signal import raise_if_of_signal
 from virtualbatch.certify.proven import IN_STEP, NO_ROWS, Proven
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
@@ -223,8 +224,11 @@ class TorchTrial(Trial):
 
     def look(self) -> None:
         """Runs the loss on one row, only to see whether it changes its rows in place."""
-        with torch.no_grad(), suppress(Exception):  # the window itself will tell what is wrong
-            self._terms(self.some([0]))
+        try:
+            with torch.no_grad():
+                self._terms(self.some([0]))
+        except Exception as error:  # the window itself will tell what is wrong
+            raise_if_of_signal(error)
 
     def leaves(self, rows: Sequence[int]) -> Mapping[str, np.ndarray]:
         """See `Trial`."""

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from virtualbatch.torch._modes import Modes
+from virtualbatch.torch._signals import held_back
 from virtualbatch.torch._undo import Undo
 
 
@@ -20,7 +21,8 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     Args:
         run: called once.
     """
-    with _Counted() as counted:
+    # PyTorch ends the process where an exception leaves some of what it dispatches.
+    with held_back(), _Counted() as counted:
         run()
     return counted.peak
 

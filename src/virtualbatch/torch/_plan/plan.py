@@ -109,26 +109,34 @@ def _peak(
     """
     cut, shares = _first(_STEADY, cut, shares)
     if can_fake(program.found.roots):
-        try:
-            found = all_or_nothing(partial(_peak_on_fakes, program, cut, shares))
-            if found > room or count is None:
-                return found
-        except Exception as error:
-            # Values may be needed, or an operation may not know its shapes. Whatever is wrong with
-            # the loss function itself is raised again by the window that is run instead.
-            _log.debug("No plan on fake tensors: %s", error)
+        # Not inside of what catches errors: those of the handlers of signals come at its end.
+        with held_back():
+            found = _peak_on_fakes(program, cut, shares)
+        if found is not None and (found > room or count is None):
+            return found
     counted = peak_bytes if count is None else count.peak_bytes
     # Cloned before they count: the rows of the window that is planned are not copied.
     clones = [microbatch.with_tensors(torch.Tensor.clone) for microbatch in cut]
     return counted(lambda: program.run(clones, shares, take_back))
 
 
-def _peak_on_fakes(program: Program, cut: list[Microbatch], shares: Shares) -> int:
+def _peak_on_fakes(program: Program, cut: list[Microbatch], shares: Shares) -> int | None:
+    """The same, of tensors that hold nothing; None where that cannot be run."""
     roots = program.found.roots
-    with held_back(), faked(roots) as fake:
-        on_fakes = program._replace(found=inventory(roots, hands_over=True))
-        pieces = [microbatch.with_tensors(fake) for microbatch in cut]
-        return peak_bytes(lambda: on_fakes.run(pieces, shares, take_back))
+
+    def run() -> int:
+        with faked(roots) as fake:
+            on_fakes = program._replace(found=inventory(roots, hands_over=True))
+            pieces = [microbatch.with_tensors(fake) for microbatch in cut]
+            return peak_bytes(lambda: on_fakes.run(pieces, shares, take_back))
+
+    try:
+        return all_or_nothing(run)
+    except Exception as error:
+        # Values may be needed, or an operation may not know its shapes. Whatever is wrong with
+        # the loss function itself is raised again by the window that is run instead.
+        _log.debug("No plan on fake tensors: %s", error)
+        return None
 
 
 def _timing(program: Program, cut: list[Microbatch], shares: Shares) -> Timing:

@@ -60,7 +60,7 @@ def run_in_step(
             cut = [*prove(batch, own, shares), *fillers]
             ran: Ran = program._replace(in_step=step).run(cut, shares, hold)
         except ERRORS.kinds as error:
-            if ERRORS.is_possible(error):
+            if ERRORS.is_possible(error) or ERRORS.is_by_hand(error):
                 error.add_note(
                     "If memory ran out: ranks that gather parameters run in step, so this one "
                     "cannot cut its micro-batches smaller by itself. Pass a smaller "

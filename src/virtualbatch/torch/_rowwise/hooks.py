@@ -53,19 +53,26 @@ def spare_hooks(trained: Sequence[torch.Tensor], gradients: Sequence[torch.Tenso
 
 
 class _Spared:
-    """A hook of others, called if there is a gradient."""
+    """A hook of others, called if there is a gradient.
+
+    In another backward pass it is called as ever: the one that it was spared in has failed, and
+    PyTorch has told nobody of its end.
+    """
 
     def __init__(self, call: Callable[[Hook, Any], Any], hook: Hook):
         self._call = call
+        self._pass = torch._C._current_graph_task_id()
         self.hook = hook
 
     def __call__(self, argument: Any) -> Any:
+        if torch._C._current_graph_task_id() != self._pass:
+            return self.hook(argument)
         return self._call(self.hook, argument)
 
 
 def _spare(hooks: dict[int, Hook], call: Callable[[Hook, Any], Any]) -> None:
-    others = {k: hook for k, hook in hooks.items() if not isinstance(hook, _Spared)}
-    hooks.update({k: _Spared(call, hook) for k, hook in others.items()})
+    plain = {k: x.hook if isinstance(x, _Spared) else x for k, x in hooks.items()}
+    hooks.update({k: _Spared(call, hook) for k, hook in plain.items()})
 
 
 def _put_back(tables: Sequence[dict[int, Hook]]) -> None:
