@@ -35,8 +35,9 @@ _PLAN_OUTSIDE = (
     "device, and pass the size that it finds."
 )
 
-# The attributes of a model that `accumulate` sets, the last on replicas, and `restore` removes.
-_ATTRIBUTES = ("train_step", "make_train_function", "_maybe_symbolic_build")
+# The attributes of a model that `accumulate` sets, and `restore` removes: the third on replicas of
+# TensorFlow, the last on JAX.
+_ATTRIBUTES = ("train_step", "make_train_function", "_maybe_symbolic_build", "jax_state_sync")
 
 
 def accumulate(

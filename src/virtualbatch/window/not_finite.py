@@ -2,13 +2,16 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from virtualbatch.window.terms import SINGLE
 from virtualbatch.window.window import Window
 
 _log = logging.getLogger("virtualbatch")
+
+Entry = TypeVar("Entry")
 
 _FIX = "See docs/not_finite.md."
 
@@ -35,12 +38,18 @@ class LossWatch:
             self._said = False
         return not math.isfinite(loss) and not self._said
 
-    def hear(self, losses: Sequence[Mapping[Any, float]], rows: Sequence[int | None]) -> None:
+    def hear(
+        self,
+        losses: Sequence[Mapping[Any, float]],
+        rows: Sequence[int | None],
+        what: str | None = None,
+    ) -> None:
         """Hears of the micro-batches of a window whose loss is not finite.
 
         Args:
             losses: for each micro-batch, in order, the terms of its loss that count, by name.
             rows: of each micro-batch, in the order of the batch; None where they are not known.
+            what: what else the numbers are of, None for the loss.
         """
         bad = [
             (index, name, value)
@@ -53,20 +62,22 @@ class LossWatch:
             return
         self._said = True
         index, name, value = bad[0]
-        loss = "The loss" if name == SINGLE else f"Term {name!r} of the loss"
+        subject = what or ("The loss" if name == SINGLE else f"Term {name!r} of the loss")
         count = len(losses)
         found = len({index for index, _, _ in bad})
         if found == count > 1:
             _log.warning(
-                "%s is not finite in each of %d micro-batches of window %d, %s in the first: "
-                "parameters, weights or all rows may not be finite already. %s",
-                *(loss, count, self._windows, value, _FIX),
+                "%s is not finite in each of %d micro-batches of window %d: parameters, weights "
+                "or all rows may not be finite already. %s",
+                *(subject, count, self._windows, _FIX),
             )
             return
         _log.warning(
-            "%s is %s in micro-batch %d of %d of window %d%s%s, so its update cannot be trusted. "
-            "Look at its rows, and leave the update out. %s",
-            *(loss, value, index + 1, count, self._windows, _place(rows, index)),
+            "%s is %s in %swindow %d%s%s, so its update cannot be trusted. Look at its rows, and "
+            "leave the update out. %s",
+            *(subject, "not finite" if what else value),
+            "" if count == 1 else f"micro-batch {index + 1} of {count} of ",
+            *(self._windows, _place(rows, index)),
             *("" if found == 1 else f", the first of {found} such", _FIX),
         )
 
@@ -87,3 +98,28 @@ def _place(rows: Sequence[int | None], index: int) -> str:
         return ""
     start = sum(n for n in before if n is not None)
     return f" (rows {start} to {start + here - 1} of its batch)"
+
+
+class LateLosses(Generic[Entry]):
+    """Losses of windows that a device may not have computed yet; nobody waits for them.
+
+    Args:
+        is_there: (entry, whether it is that of the latest window) -> whether to hear of it now.
+        hear: hears of an entry, of windows in their order.
+    """
+
+    def __init__(self, is_there: Callable[[Entry, bool], bool], hear: Callable[[Entry], None]):
+        self._is_there = is_there
+        self._hear = hear
+        self._waiting: deque[Entry] = deque()
+
+    def take(self, entry: Entry) -> None:
+        """Takes the losses of a window, and hears of those that are there."""
+        self._waiting.append(entry)
+        while self._waiting and self._is_there(self._waiting[0], len(self._waiting) == 1):
+            self._hear(self._waiting.popleft())
+
+    def hear_all(self) -> None:
+        """Hears of all windows, and waits where it must."""
+        while self._waiting:
+            self._hear(self._waiting.popleft())

@@ -1,0 +1,69 @@
+"""The losses of micro-batches of `fit` that are not finite.
+
+A compiled window tells of them in the logs of its step, which are read once a later window runs.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from virtualbatch.window.not_finite import LateLosses, LossWatch
+from virtualbatch.window.terms import SINGLE
+
+# Where the logs of a step hold, for each micro-batch, its part of the loss and its rows; or the loss of all
+# rows, and for each micro-batch NaN, or 0 where all that it predicts is finite, and its rows.
+LOSSES = "virtualbatch_losses"
+# In the place of rows that are not the next ones of their batch; and where nothing is known of a
+# loss, because it cannot be told from losses before it.
+NO_PLACE, NOTHING_KNOWN = -1, -2
+
+
+class LossesOfFit:
+    """Hears of the losses of a model's windows.
+
+    Args:
+        is_there: see `LateLosses`.
+    """
+
+    def __init__(self, is_there: Callable[[Any, bool], bool]):
+        self._watch = LossWatch()
+        self._late: LateLosses[Any] = LateLosses(is_there, self._hear)
+
+    def told(self, logs: dict[str, Any]) -> dict[str, Any]:
+        """Logs of a step as Keras knows them; the rest is heard of, now or later.
+
+        Args:
+            logs: of a step; perhaps with the losses of one window, or a list of them.
+        """
+        found = logs.pop(LOSSES, [])
+        for entry in found if isinstance(found, list) else [found]:
+            self._late.take(entry)
+        return logs
+
+    def hear_all(self) -> None:
+        """Hears of what was told, and waits where it must."""
+        self._late.hear_all()
+
+    def _hear(self, entry: Any) -> None:
+        whole, found = entry if isinstance(entry, tuple) else (None, entry)
+        numbers, rows = np.asarray(found).T.tolist()
+        if NOTHING_KNOWN in rows:
+            return
+        # Each is a part of the whole, or tells of predictions whose loss sees all rows.
+        if not self._watch.listens(sum(numbers) if whole is None else float(whole)):
+            return
+        places = [None if n == NO_PLACE else int(n) for n in rows]
+        if whole is None:
+            self._watch.hear([{SINGLE: x} for x in numbers], places)
+        elif all(map(math.isfinite, numbers)):
+            self._watch.hear([{SINGLE: float(whole)}], [None])
+        else:
+            self._watch.hear([{SINGLE: x} for x in numbers], places, "What the model predicts")
+
+
+def without_losses(logs: dict[str, Any]) -> dict[str, Any]:
+    """Logs of a step that nobody hears of."""
+    logs.pop(LOSSES, None)
+    return logs
