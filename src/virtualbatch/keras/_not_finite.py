@@ -15,9 +15,13 @@ from virtualbatch.window.terms import SINGLE
 # Where the logs of a step hold, for each micro-batch, its part of the loss and its rows; or the loss of all
 # rows, and for each micro-batch NaN, or 0 where all that it predicts is finite, and its rows.
 LOSSES = "virtualbatch_losses"
+# Of replicas, for each of them: its loss, how many micro-batches it has, and the number of the first
+# whose loss is not finite, from 1 on, or 0.
 # In the place of rows that are not the next ones of their batch; and where nothing is known of a
 # loss, because it cannot be told from losses before it.
 NO_PLACE, NOTHING_KNOWN = -1, -2
+# Columns of what replicas tell.
+_OF_REPLICAS = 3
 
 
 class LossesOfFit:
@@ -48,7 +52,25 @@ class LossesOfFit:
 
     def _hear(self, entry: Any) -> None:
         whole, found = entry if isinstance(entry, tuple) else (None, entry)
-        numbers, rows = np.asarray(found).T.tolist()
+        columns = np.asarray(found).T.tolist()
+        if len(columns) == _OF_REPLICAS:
+            self._hear_of_replicas(*columns)
+        else:
+            self._hear_of_microbatches(whole, *columns)
+
+    def _hear_of_replicas(
+        self, losses: list[float], counts: list[float], first: list[float]
+    ) -> None:
+        if self._watch.listens(sum(losses)) and any(first):
+            number = next(k for k, index in enumerate(first) if index)
+            of_microbatches = [{SINGLE: 0.0} for _ in range(int(counts[number]))]
+            of_microbatches[int(first[number]) - 1][SINGLE] = losses[number]
+            places = [None] * len(of_microbatches)
+            self._watch.hear(of_microbatches, places, f"On replica {number} the loss")
+
+    def _hear_of_microbatches(
+        self, whole: Any, numbers: list[float], rows: list[float]
+    ) -> None:
         if NOTHING_KNOWN in rows:
             return
         # Each is a part of the whole, or tells of predictions whose loss sees all rows.
