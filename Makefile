@@ -19,7 +19,7 @@ ALONE_EXTRAS_tensorflow := tensorflow,demo,test,lint
 ALONE_EXTRAS_torch := torch,test,lint
 ALONE_EXTRAS_jax := jax,examples,test,lint
 
-.PHONY: help setup demo test test-all mutants test-gpu test-alone test-floors lint bench examples report-shots doctor clean
+.PHONY: help setup demo test test-all mutants fuzz test-gpu test-alone test-floors lint bench examples report-shots doctor clean
 
 help:
 	@echo "make setup      create .venv and install the package with its tools"
@@ -27,6 +27,7 @@ help:
 	@echo "make test       the quick tests of every part, and what each cost; make test-torch those of one"
 	@echo "make test-all   all tests, and some with the lowest releases; make test-all-torch those of one part"
 	@echo "make mutants    small wrong changes of the package, each of which the quick tests must catch"
+	@echo "make fuzz       bad input at random for 60 s each; SECONDS=, ENGINE=, SEED="
 	@echo "make test-alone ENGINE=jax    one engine without the other frameworks: types, every verb"
 	@echo "make test-floors   the lowest releases that pyproject.toml allows; installs them"
 	@echo "make lint       ruff, mypy, import contracts"
@@ -59,6 +60,16 @@ test: setup
 test-all: setup
 	$(BIN)/python tests/run.py --thorough
 	$(MAKE) --no-print-directory test-floors
+
+# Bad input at random, each engine for so many seconds: what is obscure or wrong fails, with a seed
+# that reproduces it. ENGINE names one of them; SEED repeats a run.
+SECONDS ?= 60
+FUZZED := neutral torch jax tensorflow keras-tensorflow keras-jax keras-torch
+FUZZED := $(if $(filter command environment,$(firstword $(origin ENGINE))),$(ENGINE),$(FUZZED))
+
+fuzz: setup
+	status=0; for engine in $(FUZZED); do $(BIN)/python -m tests.fuzz --engine $$engine \
+		--seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) || status=1; done; exit $$status
 
 mutants: setup
 	$(BIN)/python -m tests.mutants.run

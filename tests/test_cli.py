@@ -125,7 +125,7 @@ def test_a_file_that_cannot_be_written_is_refused_first(
     assert f"{option} must name a file. Got the folder" in outcome.stderr
 
 
-def test_a_failed_run_is_an_error_with_exit_code_1(
+def test_a_failed_run_is_an_error_with_exit_code_2(
     runner: CliRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: object) -> None:
@@ -133,7 +133,7 @@ def test_a_failed_run_is_an_error_with_exit_code_1(
 
     monkeypatch.setattr(cli, "run_demo", fail)
     outcome = runner.invoke(cli.app, ["demo"])
-    assert outcome.exit_code == 1
+    assert outcome.exit_code == 2
     assert outcome.stderr == "Error: The run ended without a result. Got exit code 9.\n"
 
 

@@ -21,7 +21,10 @@ DOCS = sorted((ROOT / "docs").glob("**/*.md"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # What they train runs in the quick tier all the same: tests/torch/test_ddp_example.py.
 SLOW_EXAMPLES = {"torch_ddp.py"}
-QUICK = [README, "docstrings", *(file for file in EXAMPLES if file.name not in SLOW_EXAMPLES)]
+# They run where they are killed and started again: in test_resume.py of their frameworks.
+RESUMED = sorted((ROOT / "examples").glob("resume_*.py"))
+HERE = [file for file in EXAMPLES if file not in RESUMED]
+QUICK = [README, "docstrings", *(file for file in HERE if file.name not in SLOW_EXAMPLES)]
 MAX_EXAMPLE_LINES = 60
 
 BLOCK = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
@@ -150,7 +153,7 @@ def assert_runs(
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "source",
-    tiered([README, "docstrings", *EXAMPLES, *DOCS], QUICK, "pages of docs, and launchers"),
+    tiered([README, "docstrings", *HERE, *DOCS], QUICK, "pages of docs, and launchers"),
     ids=lambda source: getattr(source, "name", source),
 )
 def test_program(source: Path | str, assert_runs: Callable[[Path | str], None]) -> None:
@@ -174,6 +177,11 @@ def test_there_are_examples() -> None:
     assert {"keras_fit.py", "tensorflow_loop.py", "pandas_frame.py"} <= {
         example.name for example in EXAMPLES
     }
+
+
+def test_examples_that_resume_are_killed_elsewhere() -> None:
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("*/test_resume.py"))
+    assert [file.name for file in RESUMED if f'"{file.name}"' not in tests] == []
 
 
 def test_blocks_that_do_not_run_are_python() -> None:

@@ -82,8 +82,11 @@ REFUSED = {
     "no_module": ("no.such:f", "that can be imported. Got ModuleNotFoundError: No module named "),
     "no_name": (f"{PROGRAMS}:absent", "TARGET must name a function. Got no function 'absent' in"),
     "no_callable": (f"{PROGRAMS}:not_a_function", "Got no function 'not_a_function' in"),
-    "raises": (f"{PROGRAMS}:that_raises", "Got RuntimeError: no data here from "),
-    "exits": (f"{PROGRAMS}:that_exits", "Got SystemExit: no data here from "),
+    "raises": (
+        f"{PROGRAMS}:that_raises",
+        "RuntimeError: no data here at programs.py:79, from ",
+    ),
+    "exits": (f"{PROGRAMS}:that_exits", "Got SystemExit: no data here at programs.py:83, from "),
     "nothing": (f"{PROGRAMS}:of_nothing", "{batch, loss_fn, module}. Got NoneType from "),
     "other_names": (f"{PROGRAMS}:of_other_names", "plan: {args, fun} or {batch, model} or "),
     "another_size": (f"{PROGRAMS}:of_another_size", "Got 16 rows and --batch-size 8. Make the"),

@@ -1,35 +1,15 @@
 """Sizes in force: planned once, remembered, made smaller, grown again."""
 
-import json
 import logging
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.core.plans import Planner, signature
 
-from virtualbatch.plan.auto import Auto, CurrentSize, Leaf, Signature, check_sizes_or_auto
-from virtualbatch.plan.plan import Plan, PlanRow
-
-
-def signature(
-    rows=64, length=10, program="torch on cpu", place="batch['x']", dtype="float32", loss="loss 1"
-):
-    leaves = (Leaf(place, (length, 4), dtype), Leaf("batch['y']", (), "i8"))
-    return Signature(program, loss, rows, leaves)
-
-
-def plan(size=16):
-    row = PlanRow(size, 1000, True, 0.5)
-    return Plan(size, -(-64 // size), 2**20, "It fits.", (row, PlanRow(2 * size, 9, False, None)))
-
-
-class Planner:
-    def __init__(self, *sizes):
-        self.sizes = list(sizes)
-
-    def __call__(self):
-        return plan(self.sizes.pop(0))
+from virtualbatch.plan.auto import Auto, CurrentSize, check_sizes_or_auto
+from virtualbatch.plan.signature import Leaf
 
 
 def test_a_signature_is_planned_once():
@@ -63,22 +43,6 @@ def test_a_plan_covers_what_is_no_larger(other, planned_again):
     assert auto.planned(other, Planner(4)).rows == (4 if planned_again else 16)
 
 
-def test_plans_are_kept_in_a_file(tmp_path, caplog):
-    file = tmp_path / "plans.json"
-    Auto(file=file).planned(signature(), Planner(16))
-    Auto(file=file).planned(signature(rows=128), Planner(8))
-    with caplog.at_level(logging.INFO, "virtualbatch"):
-        again = Auto(file=str(file))
-        assert again.planned(signature(), Planner()).rows == 16
-        assert again.planned(signature(rows=100), Planner()).rows == 8
-    assert [entry["plan"]["microbatch_size"] for entry in json.loads(file.read_text())] == [16, 8]
-    assert [found.name for found in tmp_path.iterdir()] == ["plans.json"]
-    assert (
-        "microbatch_size=16 for batches of up to 64 rows, memory limit 1.0 MiB (from "
-        in (caplog.messages[0])
-    )
-
-
 @pytest.mark.parametrize(
     ("before", "after", "again"),
     [("2GiB", "1GiB", True), ("2GiB", 2**31, False), (None, "1GiB", True), ("1GiB", "2GiB", True),
@@ -91,24 +55,6 @@ def test_a_plan_of_a_file_is_for_its_memory_limit(tmp_path, before, after, again
     assert found.rows == (4 if again else 16)
     # Both are kept.
     assert Auto(file=file, memory_limit=before).planned(signature(), Planner()).rows == 16
-
-
-def test_plans_of_earlier_versions_are_made_anew(tmp_path):
-    file = tmp_path / "plans.json"
-    Auto(file=file).planned(signature(), Planner(16))
-    (entry,) = json.loads(file.read_text())
-    del entry["signature"]["loss"], entry["signature"]["limit"]
-    file.write_text(json.dumps([entry]))
-    assert Auto(file=file).planned(signature(), Planner(4)).rows == 4
-
-
-@pytest.mark.parametrize("content", ["", "{", "[1]", '[{"signature": {}}]', '{"a": 1}'])
-def test_a_file_of_something_else_is_refused(tmp_path, content):
-    file = tmp_path / "plans.json"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=r"must hold plans that Auto has written\. Got '.*json'"):
-        Auto(file=file)
-    assert file.read_text() == content
 
 
 @pytest.mark.parametrize("grow_after", [0, -1, 1.5, True, "10"])

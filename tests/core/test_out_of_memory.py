@@ -5,7 +5,14 @@ from typing import ClassVar
 
 import pytest
 
-from virtualbatch.plan.out_of_memory import bytes_asked, free_frames, no_smaller_size
+from virtualbatch.plan.out_of_memory import (
+    MemoryErrors,
+    any_of,
+    bytes_asked,
+    free_frames,
+    in_words,
+    no_smaller_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +52,12 @@ def test_what_is_not_known_is_not_said():
     text = str(no_smaller_size(MemoryError(), None, []))
     assert "Got one row, and memory ran out. Nothing" in text
     assert "The largest parameters are none." in text
+
+
+def test_an_error_in_words_keeps_the_text_of_who_raised_it_by_hand():
+    errors = MemoryErrors((), (MemoryError,), any_of("no memory"), any_of("no handle"))
+    assert in_words(MemoryError(), errors) == "memory ran out"
+    assert in_words(MemoryError("my pool is empty"), errors) == "MemoryError: my pool is empty"
 
 
 class Held:

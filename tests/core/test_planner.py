@@ -69,9 +69,7 @@ def test_nothing_is_built_for_a_trial(clock):
     assert not budget.is_over(Question("trial", 8))
 
 
-ERRORS = MemoryErrors(
-    (MemoryError,), (RuntimeError, MemoryError), any_of("no memory"), any_of("no handle")
-)
+ERRORS = MemoryErrors((), (RuntimeError, MemoryError), any_of("no memory"), any_of("no handle"))
 # Sizes are measured once each, and nothing waits.
 QUICK = TimeBudget(rounds=1)
 
@@ -79,27 +77,28 @@ QUICK = TimeBudget(rounds=1)
 class Window:
     """A window that needs 10 bytes a row and takes a moment; it raises where it is told to."""
 
-    def __init__(self, size, fails=lambda size: None, grows=False):
+    def __init__(self, size, fails=lambda size: None, grows=False, error=RuntimeError):
         self.size, self.fails, self.grows, self.runs = size, fails, grows, 0
+        self.error = error
         self.timing = Timing(self.run)
 
     def run(self):
         if (text := self.fails(self.size)) is not None:
-            raise RuntimeError(text)
+            raise self.error(text)
         self.runs += 1
         return 1.0 + 1.0 / self.size
 
     def peak_bytes(self):
         if (text := self.fails(self.size)) is not None:
-            raise RuntimeError(text)
+            raise self.error(text)
         return 10 * self.size + (self.runs if self.grows else 0)
 
 
-def planned_for(limit=10_000, fails=lambda size: None, grows=False, **options):
+def planned_for(limit=10_000, fails=lambda size: None, grows=False, error=RuntimeError, **options):
     made = []
 
     def window(size):
-        made.append(Window(size, fails, grows))
+        made.append(Window(size, fails, grows, error))
         return made[-1]
 
     options = {"remainder": True, "budget": QUICK} | options
@@ -155,6 +154,20 @@ def test_an_ambiguous_error_of_every_size_comes_out_as_it_was():
 def test_a_certain_error_of_one_row_is_that_nothing_fits():
     with pytest.raises(ValueError, match="one row ran out of memory"):
         planned_for(fails=lambda size: "no handle" if size > 1 else "no memory")
+
+
+def test_a_memory_error_raised_by_hand_is_met_twice_at_most():
+    sizes = []
+
+    def fails(size):
+        sizes.append(size)
+        return f"my pool is empty with {size} rows"
+
+    with pytest.raises(MemoryError) as raised:
+        planned_for(fails=fails, error=MemoryError)
+    assert str(raised.value) == f"my pool is empty with {sizes[0]} rows"
+    assert raised.value.__context__ is raised.value.__cause__ is None
+    assert len(sizes) == 2
 
 
 def test_another_error_is_raised_at_once():

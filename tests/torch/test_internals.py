@@ -11,10 +11,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 # Private names in src, by what has them. Whoever uses another one names it here.
 NAMES = {
-    "module": {"_buffers", "_forward_hooks", "_modules", "_parameters"},
+    "module": {
+        "_buffers",
+        "_forward_hooks",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_modules",
+        "_parameters",
+    },
     "parameter": {"_backward_hooks", "_post_accumulate_grad_hooks", "_version"},
     "storage": {"_cdata"},
-    "bindings": {"_autograd"},
+    "bindings": {
+        "_autograd",
+        "_len_torch_dispatch_stack",
+        "_only_lift_cpu_tensors",
+        "_pop_torch_dispatch_stack",
+        "_set_only_lift_cpu_tensors",
+    },
+    "dispatch": {
+        "_is_in_any_mode_without_ignore_compile_internals",
+        "_is_in_non_infra_torch_dispatch_mode",
+        "_is_in_torch_dispatch_mode",
+    },
     "modes": {"_unsafe_preserve_version_counter"},
     "of autograd": {"_top_saved_tensors_default_hooks"},
     "torch": {"_foreach_add_", "_foreach_copy_", "_foreach_zero_"},
@@ -71,6 +89,7 @@ def test_torch_has_every_private_name():
         "storage": module.weight.untyped_storage(),
         "bindings": torch._C,
         "modes": torch.autograd.grad_mode,
+        "dispatch": torch.utils._python_dispatch,
         "of autograd": torch._C._autograd,
         "torch": torch,
         "operation": torch.ops.aten.add.Tensor,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from virtualbatch.atomic_write import write_whole
 from virtualbatch.bench.contender import FLOOR, OURS, PEER, VIRTUALBATCH, WHOLE, WHOLE_BATCH
 from virtualbatch.bench.result import BenchResult, Comparison
 from virtualbatch.bench.sweeps import SWEEPS, peer_along
@@ -47,7 +49,9 @@ def write_plots(folder: Path, result: BenchResult) -> list[Path]:
                 panels = list(draw(result, name))
                 if panels:
                     file = folder / f"bench-{kind}-{name.replace('_', '-')}.png"
-                    _drawn(panels).savefig(file, dpi=110)
+                    image = BytesIO()
+                    _drawn(panels).savefig(image, dpi=110)
+                    write_whole(file, image.getvalue())
                     written.append(file)
     return written
 

@@ -14,8 +14,10 @@ import numpy as np
 from virtualbatch.certify.certificate import Certificate, derived_tolerance
 from virtualbatch.certify.loop_causes import Probe, Runs, causes
 from virtualbatch.window.cut import check_sizes
+from virtualbatch.window.gather import is_known
 from virtualbatch.window.row_list import RowList
 from virtualbatch.window.tree import array_leaves, builder, common_rows, parts_of, with_row_lists
+from virtualbatch.window.window import is_iterable
 
 
 def certify_loop(
@@ -67,6 +69,19 @@ def certify_loop(
         (False, 'weight')
     """
     check_sizes(microbatch_size, None)
+    # Narrow NumPy integers would overflow.
+    microbatch_size = int(microbatch_size)
+    for name, function in (("loop", loop), ("save", save), ("load", load)):
+        if not callable(function):
+            raise TypeError(
+                f"{name} must be a function. Got {name}={function!r}. "
+                "See the example in the docstring of certify_loop."
+            )
+    if not is_iterable(batches):
+        raise TypeError(
+            "batches must be an iterable of whole batches. "
+            f"Got {batches!r}. Pass a list of two, or a loader."
+        )
     first, second = _two(batches, microbatch_size)
     start = copy.deepcopy(save())
     if not _leaves(start):
@@ -179,7 +194,14 @@ def _check(before: Mapping[str, np.ndarray], a: Mapping[str, Any], b: Mapping[st
 
 
 def _rows(batch: Any) -> int:
-    rows = common_rows(array_leaves(batch))
+    arrays = array_leaves(batch)
+    for path, leaf in arrays:
+        if not is_known(leaf) or str(leaf.dtype) == "object":
+            raise TypeError(
+                "Arrays of a batch must be dense arrays of NumPy, PyTorch, TensorFlow or JAX. "
+                f"Got {path} of type {type(leaf).__name__}. Convert it to an array of numbers."
+            )
+    rows = common_rows(arrays)
     if rows is None:
         raise ValueError("internal: a batch has no number of rows.")
     return rows
@@ -203,7 +225,9 @@ def _reversed(batch: Any) -> Any:
         if isinstance(leaf, RowList):
             return leaf.chosen(reversed(range(rows)))
         # PyTorch has no negative steps, and NumPy's are no copy.
-        return leaf.flip(0) if hasattr(leaf, "flip") else leaf[::-1] + 0
+        if hasattr(leaf, "flip"):
+            return leaf.flip(0)
+        return leaf[::-1].copy() if isinstance(leaf, np.ndarray) else leaf[::-1]
 
     return _mapped(turned, batch)
 

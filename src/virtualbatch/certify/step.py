@@ -1,5 +1,6 @@
 """What an engine observes of a training step so that the step can be certified."""
 
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -11,12 +12,17 @@ from virtualbatch.window.terms import SUM, GivenWeight, weight_terms
 from virtualbatch.window.window import Window
 
 
-def refuse_window(batch: Any) -> None:
-    """Refuses a batch that is cut already.
+def refuse_window(batch: Any, microbatch_size: Any = None) -> None:
+    """Refuses a batch that is cut already, and a size that is still to be planned.
 
     Raises:
-        ValueError: it is a Window.
+        ValueError: the batch is a Window, or the size no number.
     """
+    if microbatch_size is not None and not isinstance(microbatch_size, numbers.Integral):
+        raise ValueError(
+            f"certify compares one cut. Got microbatch_size={microbatch_size!r}. "
+            "Pass the rows of a micro-batch, such as those that plan found."
+        )
     if isinstance(batch, Window):
         raise ValueError(
             "certify cuts the batch itself. Got a Window. "

@@ -4,15 +4,12 @@ No framework is imported here: the demo and the benchmarks run in child processe
 checks are made in the user's own program.
 """
 
-import importlib.util
 import logging
 import os
-import sys
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -21,16 +18,18 @@ from rich.status import Status
 from virtualbatch import __version__
 from virtualbatch.bench.contender import ALL_PEERS
 from virtualbatch.bench.parent import run_bench
+from virtualbatch.bench.result import BenchResult
 from virtualbatch.bench.settings import Settings as BenchSettings
 from virtualbatch.bench.table import tables
 from virtualbatch.cli.doctor import diagnose
+from virtualbatch.cli.outputs import refuse_unwritable, unwritten, write
+from virtualbatch.cli.refusals import one_line, say
 from virtualbatch.cli.target import load
-from virtualbatch.demo.parent import ChildFailure, run_demo
+from virtualbatch.demo.parent import run_demo
 from virtualbatch.demo.result import Settings
 from virtualbatch.plan.search import Search
-from virtualbatch.report import Result, require_tools, write_html
+from virtualbatch.report import html_of
 
-# A bug must show Python's own traceback, and a mistake one plain line instead of a panel.
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -39,13 +38,17 @@ app = typer.Typer(
     help="Keep your batch; name the size that fits. Exact gradient accumulation.",
 )
 
+# What is written need not be readable.
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
+    Path | None,
+    typer.Option("--json", metavar="FILE", readable=False, help="Also write the result as JSON."),
 ]
 
 HtmlFile = Annotated[
     Path | None,
-    typer.Option("--html", metavar="FILE", help="Also write a page with plots, to look at."),
+    typer.Option(
+        "--html", metavar="FILE", readable=False, help="Also write a page with plots, to look at."
+    ),
 ]
 
 TargetName = Annotated[
@@ -79,17 +82,12 @@ def demo(
     html: HtmlFile = None,
 ) -> None:
     """Train on real digits: small batches, the whole batch, the same batch accumulated."""
-    _check_writable(json, html)
-    try:
+    with one_line():
+        refuse_unwritable(json, html)
         settings = Settings(epochs=epochs, batch_size=batch_size, microbatch_size=microbatch_size)
         result = run_demo(settings, Console())
-    except ValueError as mistake:
-        _exit(mistake, code=2)
-    except ChildFailure as failure:
-        _exit(failure, code=1)
-    if json is not None:
-        json.write_text(result.to_json())
-    _report(result, html)
+        write("--json", json, result.to_json)
+        _report(html, lambda: html_of(result))
     if not result.weights_agree:
         raise typer.Exit(1)
 
@@ -106,26 +104,21 @@ def plan(
     html: HtmlFile = None,
 ) -> None:
     """Find the micro-batch that fits and is fast, before anything is trained."""
-    if batch_size < 2:
-        _exit(
-            "--batch-size must be 2 or more, because one row cannot be cut. "
-            f"Got --batch-size {batch_size}. Pass the rows of one update.",
-            code=2,
-        )
-    _check_writable(json, html)
-    # With this allocator TensorFlow counts its bytes on a CPU too. It is chosen at the import.
-    os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
-    try:
-        found = load(target, batch_size)
+    with one_line():
+        if batch_size < 2:
+            raise ValueError(
+                "--batch-size must be 2 or more, because one row cannot be cut. "
+                f"Got --batch-size {batch_size}. Pass the rows of one update."
+            )
+        refuse_unwritable(json, html, target=target)
+        # With this allocator TensorFlow counts its bytes on a CPU too. It is chosen at the import.
+        os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
+        program = load(target, batch_size)
         with _progress():
-            result = found.plan(memory_limit)
-    except (ValueError, TypeError, MemoryError) as mistake:
-        _exit(mistake, code=2)
-    print(result)
-    print(f"\nWrite: {found.engine.line.format(result.microbatch_size)}")
-    if json is not None:
-        json.write_text(result.to_json())
-    _report(result, html)
+            result = program.plan(memory_limit)
+        say(f"{result}\n\nWrite: {program.engine.line.format(result.microbatch_size)}")
+        write("--json", json, result.to_json)
+        _report(html, lambda: html_of(result))
 
 
 @app.command()
@@ -140,20 +133,13 @@ def check(
 
     The exit code is 0 if it is exact, 1 if it is not, 2 if it could not be run.
     """
-    _check_writable(json, html)
-    try:
-        found = load(target, batch_size).certify(microbatch_size)
-    except (ValueError, TypeError, MemoryError) as mistake:
-        _exit(mistake, code=2)
-    except Exception:
-        # Python's own exit code for an error is 1, which here would say that it is not exact.
-        traceback.print_exc()
-        raise typer.Exit(2) from None
-    print(found)
-    if json is not None:
-        json.write_text(found.to_json())
-    _report(found, html)
-    if not found.exact:
+    with one_line():
+        refuse_unwritable(json, html, target=target)
+        result = load(target, batch_size).certify(microbatch_size)
+        say(result)
+        write("--json", json, result.to_json)
+        _report(html, lambda: html_of(result))
+    if not result.exact:
         raise typer.Exit(1)
 
 
@@ -173,6 +159,7 @@ def bench(
         Path | None,
         typer.Option(
             metavar="FILE",
+            readable=False,
             help="Also measure along the size of the cut, and write a page of Markdown with plots "
             "beside it.",
         ),
@@ -184,24 +171,29 @@ def bench(
     The exit code is 1 if our own update was not that of the uncut batch, or a case ended without
     a result.
     """
-    _check_writable(json, page=page)
-    try:
+    with one_line():
+        refuse_unwritable(json, page=page)
         settings = BenchSettings(engine or (), model or (), peers, quick, sweeps=page is not None)
         with Console(stderr=True).status("measuring") as status:
             result = run_bench(settings, status.update)
-    except ValueError as mistake:
-        _exit(mistake, code=2)
-    Console().print(tables(result))
-    if json is not None:
-        json.write_text(result.to_json())
-    if page is not None:
-        from virtualbatch.bench.page import page_of
-        from virtualbatch.bench.plots import write_plots
-
-        page.write_text(page_of(result, write_plots(page.parent, result)))
-        print(f"Page: {page}")
+        Console().print(tables(result))
+        write("--json", json, result.to_json)
+        if page is not None:
+            _write_page(page, result)
     if result.failures or not result.ours_is_right:
         raise typer.Exit(1)
+
+
+def _write_page(page: Path, result: BenchResult) -> None:
+    from virtualbatch.bench.page import page_of
+    from virtualbatch.bench.plots import write_plots
+
+    try:
+        plots = write_plots(page.parent, result)
+    except OSError as error:
+        raise unwritten("--page", page, error) from error
+    write("--page", page, lambda: page_of(result, plots))
+    say(f"Page: {page}")
 
 
 class _Shown(logging.Handler):
@@ -233,47 +225,13 @@ def _progress() -> Iterator[None]:
 @app.command()
 def doctor(json: JsonFile = None) -> None:
     """Show what is installed, the devices, the memory limits, and what to run next."""
-    _check_writable(json)
-    diagnosis = diagnose()
-    print(diagnosis)
-    if json is not None:
-        json.write_text(diagnosis.to_json())
+    with one_line():
+        refuse_unwritable(json)
+        diagnosis = diagnose()
+        say(diagnosis)
+        write("--json", json, diagnosis.to_json)
 
 
-def _check_writable(json: Path | None, html: Path | None = None, page: Path | None = None) -> None:
-    """Refuses a file that could not be written, before minutes are spent on its content."""
-    for option, file, example in (
-        ("--json", json, "result.json"),
-        ("--html", html, "report.html"),
-        ("--page", page, "benchmarks.md"),
-    ):
-        if file is None:
-            continue
-        if not file.parent.is_dir():
-            _exit(
-                f"{option} must name a file in an existing folder. Got {option} {file}. "
-                f"Run: mkdir -p {file.parent}",
-                code=2,
-            )
-        if file.is_dir():
-            _exit(
-                f"{option} must name a file. Got the folder {file}. Pass {file}/{example}", code=2
-            )
-    if html is not None:
-        try:
-            require_tools()
-        except ModuleNotFoundError as mistake:
-            _exit(mistake, code=2)
-    if page is not None and importlib.util.find_spec("matplotlib") is None:
-        _exit('Plots need matplotlib. Got none. Run: pip install "virtualbatch[report]"', code=2)
-
-
-def _report(result: Result, html: Path | None) -> None:
-    if html is not None:
-        write_html(html, result)
-        print(f"Report: {html}")
-
-
-def _exit(message: object, code: int) -> NoReturn:
-    print(f"Error: {message}", file=sys.stderr)
-    raise typer.Exit(code)
+def _report(html: Path | None, page: Callable[[], str]) -> None:
+    if write("--html", html, page):
+        say(f"Report: {html}")

@@ -6,6 +6,8 @@ Which engine that is follows from the names.
 
 import importlib
 import importlib.util
+import inspect
+import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from virtualbatch.certify.certificate import Certificate
+from virtualbatch.cli.refusals import in_words, is_said
 from virtualbatch.plan.plan import Plan
 from virtualbatch.window.tree import array_leaves, common_rows
 
@@ -94,18 +97,43 @@ class Target(NamedTuple):
 
     def _called(self, name: str, **more: Any) -> Any:
         function = getattr(importlib.import_module(self.engine.module), name)
-        arguments = dict(self.arguments) | more
-        if "args" in arguments:
-            args = arguments.pop("args")
-            return function(**arguments)(*args)
-        return function(**arguments)
+        arguments = dict(self.arguments)
+        args = arguments.pop("args", None)
+        verb = f"{self.engine.module}.{name}"
+        taken = set(inspect.signature(function).parameters) - set(more)
+        if strange := [argument for argument in arguments if argument not in taken]:
+            raise ValueError(
+                f"TARGET must return arguments of {verb}, without {' or '.join(more)}. "
+                f"Got {strange[0]!r} among them. Leave it out."
+            )
+        try:
+            found = function(**arguments, **more)
+            return found if args is None else found(*args)
+        except (Exception, SystemExit) as error:
+            if is_said(error):
+                raise
+            raise ValueError(
+                f"TARGET must return a program that runs. Got {in_words(error)}. "
+                f"Call {verb} with it in Python to see the whole traceback."
+            ) from error
 
     def batch(self) -> Any:
-        """The batch among the arguments."""
-        if "args" in self.arguments:
-            args, position = self.arguments["args"], self.arguments.get("batch_argnum", 1)
+        """The batch among the arguments.
+
+        Raises:
+            ValueError: `args` holds none.
+        """
+        if "args" not in self.arguments:
+            return self.arguments["batch"]
+        args, position = self.arguments["args"], self.arguments.get("batch_argnum", 1)
+        try:
             return [args[k] for k in position] if isinstance(position, Sequence) else args[position]
-        return self.arguments["batch"]
+        except (IndexError, KeyError, TypeError) as error:
+            raise ValueError(
+                "args must be a tuple that holds the batch at batch_argnum. "
+                f"Got args={reprlib.repr(args)} and batch_argnum={position!r}. "
+                "Return for example args=(params, batch)."
+            ) from error
 
 
 def load(target: str, batch_size: int) -> Target:
@@ -123,7 +151,7 @@ def load(target: str, batch_size: int) -> Target:
         found = function(batch_size)
     except (Exception, SystemExit) as error:
         raise ValueError(
-            f"TARGET must return a program. Got {_in_words(error)} from "
+            f"TARGET must return a program. Got {in_words(error)}, from "
             f"{target}({batch_size}). Try it in Python first."
         ) from error
     names = " or ".join(
@@ -166,7 +194,7 @@ def _function(target: str) -> Callable[[int], Any]:
         module = _from_file(Path(place)) if place.endswith(".py") else _from_path(place)
     except (Exception, SystemExit) as error:
         raise ValueError(
-            f"TARGET must name a module that can be imported. Got {_in_words(error)} from "
+            f"TARGET must name a module that can be imported. Got {in_words(error)}, from "
             f"{place!r}. Run: python {place if place.endswith('.py') else f'-m {place}'}"
         ) from error
     function = getattr(module, name, None)
@@ -194,8 +222,3 @@ def _from_path(name: str) -> ModuleType:
     # Python puts the folder of a script first, and that of this command is not the user's.
     sys.path.insert(0, str(Path.cwd()))
     return importlib.import_module(name)
-
-
-def _in_words(error: BaseException) -> str:
-    """An error on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

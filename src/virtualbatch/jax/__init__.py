@@ -17,7 +17,12 @@ from virtualbatch.jax._certify.certificate import certificate, check_cut
 from virtualbatch.jax._certify.first_window import prove_first_window
 from virtualbatch.jax._certify.loop import certify_loop
 from virtualbatch.jax._certify.spread_window import prove_spread_window
-from virtualbatch.jax._checks import check_arguments, check_options, check_words
+from virtualbatch.jax._checks import (
+    check_accumulator_dtype,
+    check_arguments,
+    check_options,
+    check_words,
+)
 from virtualbatch.jax._mesh import axes_to_enter
 from virtualbatch.jax._plan.automatic import Sizes
 from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
@@ -36,6 +41,7 @@ from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_as_it_is, run_until_it_fits
 from virtualbatch.window.fingerprint import fingerprint
 from virtualbatch.window.not_finite import rows_in_order
+from virtualbatch.window.options import check_flags
 from virtualbatch.window.stream import windows
 from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.window import Window, refuse_sorted_rows
@@ -136,6 +142,7 @@ def value_and_grad(
         >>> print(f"{value:.3f} {gradient[0]:.3f} {gradient[1]:.3f}")
         1.333 0.667 0.667
     """
+    check_flags(has_aux=has_aux, stats=stats, check=check)
     check_options(
         {"fun": fun, "weight": weight, "grad_fn": grad_fn},
         {"argnums": argnums, "batch_argnum": batch_argnum, "key_argnum": key_argnum},
@@ -143,6 +150,7 @@ def value_and_grad(
         accumulation_steps,
     )
     check_words(aux_merge, has_aux)
+    check_accumulator_dtype(accumulator_dtype)
     rows = BatchArguments(batch_argnum)
     program = Program(
         rows.function(fun),
@@ -282,6 +290,7 @@ def plan(
         >>> found.microbatch_size * found.accumulation_steps >= 512
         True
     """
+    check_flags(has_aux=has_aux)
     check_options(
         {"fun": fun, "weight": weight, "grad_fn": grad_fn},
         {"argnums": argnums, "batch_argnum": batch_argnum, "key_argnum": key_argnum},
@@ -289,6 +298,7 @@ def plan(
         None,
     )
     check_words(aux_merge, has_aux)
+    check_accumulator_dtype(accumulator_dtype)
     rows = BatchArguments(batch_argnum)
     program = Program(
         rows.function(fun),
@@ -366,7 +376,9 @@ def certify(
     """
     options = {"fun": fun, "weight": weight, "grad_fn": grad_fn}
     named = {"argnums": argnums, "batch_argnum": batch_argnum, "key_argnum": key_argnum}
+    check_flags(has_aux=has_aux)
     check_options(options, named, microbatch_size, accumulation_steps)
+    check_accumulator_dtype(accumulator_dtype)
     if isinstance(fun, RowwiseFunction):
         rest = (argnums, has_aux, batch_argnum, weight, accumulator_dtype, key_argnum, grad_fn)
         return certify_rows(fun, microbatch_size, accumulation_steps, rest)

@@ -1,15 +1,17 @@
 """What is refused before anything of a window is computed."""
 
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from virtualbatch.jax._aux import WORDS
 from virtualbatch.jax._keys import check_keys
 from virtualbatch.plan.auto import check_sizes_or_auto
-from virtualbatch.window.terms import SUM
+from virtualbatch.window.terms import is_sum
 
 # Functions that may not be left out.
 _ASKED_FOR = ("fun", "fn")
@@ -34,7 +36,7 @@ def check_options(
         ValueError: a size is not a positive integer, or an argument is named twice.
     """
     for name, function in functions.items():
-        may_be_other = function is None or (name == "weight" and function == SUM)
+        may_be_other = function is None or (name == "weight" and is_sum(function))
         if not callable(function) and not (name not in _ASKED_FOR and may_be_other):
             of_what = " of one batch" if name == "weight" else ""
             fix = f"{name}=lambda batch: ..." if name == "weight" else "a function."
@@ -52,14 +54,16 @@ def check_options(
         *(("batch_argnum", k) for k in rows or [None]),
         ("key_argnum", 0 if key_argnum is None else key_argnum),
     ]:
-        if isinstance(position, bool) or not hasattr(position, "__index__") or position < 0:
+        is_whole = isinstance(position, numbers.Integral) and not isinstance(position, bool)
+        if not is_whole or position < 0:
             raise TypeError(
                 f"{name} must hold positions of arguments, 0 or more. "
                 f"Got {name}={positions[name]!r}. Count the arguments of fun from 0."
             )
     cut = [operator.index(position) for position in rows]
     taken = [operator.index(position) for position in listed]
-    if len({*cut} - {*taken, key_argnum}) < len(cut) or key_argnum in taken:
+    is_twice = len({*taken}) < len(taken)
+    if is_twice or len({*cut} - {*taken, key_argnum}) < len(cut) or key_argnum in taken:
         given = [f"{name}={position}" for name, position in positions.items()]
         raise ValueError(
             f"{_listed([*positions])} must be different arguments. Got {_listed(given)}. "
@@ -77,13 +81,54 @@ def check_words(aux_merge: Any, has_aux: bool) -> None:
     Raises:
         ValueError: a leaf is no such word, or there is no aux.
     """
-    unknown = [word for word in jax.tree.leaves(aux_merge) if word not in WORDS]
+    unknown = [
+        word
+        for word in jax.tree.leaves(aux_merge)
+        if not isinstance(word, str) or word not in WORDS
+    ]
     if unknown or (aux_merge is not None and not has_aux):
         raise ValueError(
             "aux_merge must say of aux how it is put together, in words. "
             f"Got aux_merge={aux_merge!r} and has_aux={has_aux}. "
             f"Pass has_aux=True, and {', '.join(map(repr, WORDS))} or None."
         )
+
+
+def check_accumulator_dtype(accumulator_dtype: Any) -> None:
+    """Refuses what no buffer of gradients can be made of.
+
+    Raises:
+        TypeError: it is no floating dtype.
+    """
+    if accumulator_dtype is None:
+        return
+    try:
+        is_wide = jnp.issubdtype(jnp.dtype(accumulator_dtype), jnp.inexact)
+    except (TypeError, ValueError):
+        is_wide = False
+    if not is_wide:
+        raise TypeError(
+            "accumulator_dtype must be a floating dtype. "
+            f"Got accumulator_dtype={accumulator_dtype!r}. Leave it out for float32 or wider."
+        )
+
+
+def check_pytrees(args: Sequence[Any]) -> None:
+    """Refuses arguments whose leaves JAX cannot find.
+
+    Raises:
+        TypeError: there is one.
+    """
+    for position, arg in enumerate(args):
+        try:
+            jax.tree.leaves(arg)
+        # JAX sorts keys, calls the user's classes, and follows nested ones to any depth.
+        except (ValueError, TypeError, RecursionError, SystemError) as error:
+            raise TypeError(
+                "Arguments must be pytrees, whose leaves JAX can find. "
+                f"Got argument {position} of type {type(arg).__name__}: {error}. "
+                "Pass dicts with keys that can be sorted, nested no deeper than need be."
+            ) from error
 
 
 def check_arguments(
@@ -94,6 +139,7 @@ def check_arguments(
     Raises:
         TypeError: the batch or the keys are no positional arguments, or the keys no keys.
     """
+    check_pytrees(args)
     rows = batch_argnum if isinstance(batch_argnum, Sequence) else [batch_argnum]
     for name, position in [*(("batch_argnum", k) for k in rows), ("key_argnum", key_argnum)]:
         if position is not None and position >= len(args):

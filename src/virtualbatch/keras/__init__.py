@@ -5,7 +5,8 @@ micro-batches; everything around it (data, callbacks, optimizer, saving) stays K
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import keras
 
@@ -15,17 +16,20 @@ from virtualbatch.keras._certify.certificate import certificate
 from virtualbatch.keras._certify.loop import certify_loop
 from virtualbatch.keras._checks import (
     accumulates,
+    check_kind,
     check_model,
     refuse_on_replicas,
     say_what_is_not_exact,
     unpacked_batch,
 )
+from virtualbatch.keras._copies import HOOKS, DeepCopy, Reduction
 from virtualbatch.keras._gather.detection import found_as_asked
 from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._noise import NoiseScale
 from virtualbatch.keras._packing import asked_packing
 from virtualbatch.plan.auto import Auto, check_sizes_or_auto, is_automatic
 from virtualbatch.plan.plan import Plan
+from virtualbatch.window.options import check_flags
 from virtualbatch.window.tree import array_leaves, common_rows
 
 __all__ = ["NoiseScale", "accumulate", "certify", "certify_loop", "plan", "restore"]
@@ -36,12 +40,20 @@ _PLAN_OUTSIDE = (
 )
 
 # The attributes of a model that `accumulate` sets, and `restore` removes: the third on replicas of
-# TensorFlow, the last on JAX.
-_ATTRIBUTES = ("train_step", "make_train_function", "_maybe_symbolic_build", "jax_state_sync")
+# TensorFlow, the fourth on JAX.
+_ATTRIBUTES = (
+    "train_step",
+    "make_train_function",
+    "_maybe_symbolic_build",
+    "jax_state_sync",
+    *HOOKS,
+)
+
+Model = TypeVar("Model", bound=keras.Model)
 
 
 def accumulate(
-    model: keras.Model,
+    model: Model,
     *,
     microbatch_size: int | str | Auto | None = None,
     accumulation_steps: int | None = None,
@@ -49,11 +61,17 @@ def accumulate(
     lengths: Callable[[Any], Any] | None = None,
     check: bool = True,
     gather: bool | None = None,
-) -> None:
+) -> Model:
     """Makes every batch of `fit` and `train_on_batch` one update, computed in micro-batches.
 
     Call it once, after `compile`, also after an earlier `fit`. A later `compile` keeps it; another
-    call changes the size; `restore` takes it back. A saved model does not know of it.
+    call changes the size; `restore` takes it back. `copy.deepcopy` keeps it. A saved, pickled or
+    cloned model does not know of it: call it again on what is loaded.
+
+    If memory runs out, the window runs again with half the rows: on PyTorch any window, elsewhere
+    the first one of each shape of batch, before which all weights are copied. On JAX a later one
+    overwrites them: if memory runs out there, weights and optimizer state may be gone, as the error
+    says. Save checkpoints.
 
     Args:
         model: a compiled model.
@@ -76,6 +94,9 @@ def accumulate(
             first batch and said: losses that return one number or compare rows, and an overridden
             `compute_loss`. True: all. False: none; a number is then taken for a mean over rows.
 
+    Returns:
+        The model.
+
     Raises:
         TypeError: `model` is not a Keras model, `lengths` is not a function, or `gather` is not
             None, True or False.
@@ -88,12 +109,13 @@ def accumulate(
     Example:
         >>> model = keras.Sequential([keras.layers.Dense(1)])
         >>> model.compile(optimizer="sgd", loss="mse")
-        >>> accumulate(model, microbatch_size=32)
+        >>> model = accumulate(model, microbatch_size=32)
         >>> x = keras.ops.ones((100, 3))
         >>> history = model.fit(x, x[:, :1], batch_size=50, verbose=0)
         >>> int(model.optimizer.iterations)
         2
     """
+    check_flags(check=check)
     packing = asked_packing(microbatch_tokens, lengths)
     if packing is None:
         check_sizes_or_auto(microbatch_size, accumulation_steps)
@@ -118,7 +140,18 @@ def accumulate(
     say_what_is_not_exact(model)
     model.train_step = step
     model.make_train_function = keras_backend.make_train_function(model)
+    again = partial(
+        accumulate,
+        microbatch_size=microbatch_size,
+        accumulation_steps=accumulation_steps,
+        microbatch_tokens=microbatch_tokens,
+        lengths=lengths,
+        check=check,
+        gather=gather,
+    )
+    model.__deepcopy__, model.__reduce__ = DeepCopy(model, again), Reduction(model)
     model.train_function = None
+    return model
 
 
 def plan(model: keras.Model, batch: Any, *, memory_limit: int | str | None = None) -> Plan:
@@ -213,18 +246,23 @@ def certify(
     )
 
 
-def restore(model: keras.Model) -> None:
+def restore(model: Model) -> Model:
     """Takes back what `accumulate` did, so that the model is plain Keras again.
 
     Does nothing to a model that does not accumulate. Weights, optimizer and compilation stay.
 
     Args:
         model: a Keras model.
+
+    Returns:
+        The model.
     """
+    check_kind(model)
     if accumulates(model):
         for name in vars(model).keys() & set(_ATTRIBUTES):
             delattr(model, name)
         model.train_function = None
+    return model
 
 
 def _found(model: keras.Model, batch: Any, keras_backend: Backend) -> Found:

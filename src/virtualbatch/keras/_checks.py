@@ -5,7 +5,22 @@ from typing import Any
 
 import keras
 
+from virtualbatch.window.tree import builder, common_rows
+
 _log = logging.getLogger("virtualbatch")
+
+
+def check_kind(model: Any) -> None:
+    """Refuses what is no model.
+
+    Raises:
+        TypeError: not a Keras model.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"accumulate takes a Keras model. Got {type(model).__name__}. "
+            f"For a loop of your own use {_own_loop()[0]}."
+        )
 
 
 def check_model(model: Any) -> None:
@@ -16,11 +31,7 @@ def check_model(model: Any) -> None:
         ValueError: the model is not compiled, has a `train_step` of its own, its optimizer
             accumulates already, or a layer keeps state per row.
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            f"accumulate takes a Keras model. Got {type(model).__name__}. "
-            f"For a loop of your own use {_own_loop()[0]}."
-        )
+    check_kind(model)
     if not model.compiled:
         raise ValueError(
             "A model must be compiled before it can accumulate. "
@@ -111,7 +122,9 @@ def unpacked_batch(model: keras.Model, batch: Any) -> tuple[Any, Any, Any]:
         batch: x, (x, y) or (x, y, sample_weight).
 
     Raises:
-        ValueError: it is a list, which is all of x, for a model whose loss needs targets.
+        ValueError: it is a list, which is all of x, for a model whose loss needs targets; or rows
+            differ or are missing.
+        TypeError: it holds something else than arrays.
     """
     if isinstance(batch, list) and model.loss is not None:
         raise ValueError(
@@ -122,6 +135,17 @@ def unpacked_batch(model: keras.Model, batch: Any) -> tuple[Any, Any, Any]:
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
         batch if isinstance(batch, tuple) else (batch,)
     )
+    leaves: list[tuple[str, Any]] = []
+    for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
+        builder(part, name, leaves, lists=False)
+    arrays = [(path, leaf) for path, leaf in leaves if leaf is not None]
+    for path, leaf in arrays:
+        if not hasattr(leaf, "shape"):
+            raise TypeError(
+                "A batch must be made of arrays. "
+                f"Got {path} of type {type(leaf).__name__}. Pass arrays as fit yields them."
+            )
+    common_rows(arrays)
     return x, y, sample_weight
 
 

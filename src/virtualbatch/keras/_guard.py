@@ -4,6 +4,7 @@ Which size is in force stands in the train step; a guard changes it between two 
 same batch, with everything that an attempt writes put back.
 """
 
+import sys
 import traceback
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -12,9 +13,10 @@ from typing import Any
 import keras
 
 from virtualbatch.keras._train_step import TrainStep
-from virtualbatch.plan.auto import Auto, CurrentSize, Leaf, Signature, is_automatic
+from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_until_it_fits
+from virtualbatch.plan.signature import Leaf, Signature
 from virtualbatch.window.fingerprint import fingerprint
 from virtualbatch.window.tree import array_leaves
 
@@ -137,7 +139,11 @@ class Guard:
             variables = ", ".join(
                 f"{variable.dtype}{list(variable.shape)}" for variable in self._model.variables
             )
-            self._program = f"keras on {keras.backend.backend()}, variables {variables}"
+            backend = keras.backend.backend()
+            version = sys.modules[backend].__version__
+            self._program = (
+                f"keras {keras.__version__} on {backend} {version}, variables {variables}"
+            )
         return Signature(
             self._program,
             _computed(self._model),

@@ -26,7 +26,7 @@ class NoiseScale(keras.callbacks.Callback, noise.NoiseScale):
         >>> import virtualbatch.keras
         >>> model = keras.Sequential([keras.layers.Dense(1)])
         >>> model.compile(optimizer="sgd", loss="mse")
-        >>> virtualbatch.keras.accumulate(model, microbatch_size=8)
+        >>> model = virtualbatch.keras.accumulate(model, microbatch_size=8)
         >>> x = keras.random.normal((64, 3), seed=1)
         >>> found = NoiseScale()
         >>> logs = model.fit(x, x[:, :1], batch_size=32, epochs=2, verbose=0, callbacks=[found])

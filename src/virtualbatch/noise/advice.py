@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from virtualbatch.result import Result
+from virtualbatch.window.options import is_real
 
 # Times that differ by less are alike.
 _ALIKE = 1.1
@@ -148,7 +149,7 @@ def advice(
         "seconds_per_update": seconds_per_update,
     }
     for name, value in given.items():
-        if not (math.isfinite(value) and value > 0):
+        if not (is_real(value) and math.isfinite(value) and value > 0):
             raise ValueError(
                 f"{name} must be a positive number. Got {name}={value!r}. "
                 "Measure it over many updates at two batch sizes."

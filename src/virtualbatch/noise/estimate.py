@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from virtualbatch.noise.advice import Advice, advice
 from virtualbatch.noise.times import TimedPlan, times_of
 from virtualbatch.result import Result
+from virtualbatch.window.options import is_real
 
 # Fewer windows have no spread that an interval could be drawn from.
 _FEWEST = 3
@@ -92,7 +93,7 @@ class NoiseScale:
     """
 
     def __init__(self, decay: float = 0.99):
-        if not 0 < decay <= 1:
+        if not (is_real(decay) and 0 < decay <= 1):
             raise ValueError(
                 f"decay must be above 0 and at most 1. Got decay={decay!r}. "
                 "Pass 0.99 to look back about 100 windows."
@@ -116,6 +117,11 @@ class NoiseScale:
         Args:
             stats: the `WindowStats` of an engine.
         """
+        if not (isinstance(stats, tuple) and len(stats) == len(WindowStats._fields)):
+            raise TypeError(
+                "update takes the WindowStats of a window. "
+                f"Got {stats!r}. Pass the last of what an engine returns with stats=True."
+            )
         self._waiting.append(stats)
         if len(self._waiting) >= _MOST_WAITING:
             self._read()
@@ -137,7 +143,7 @@ class NoiseScale:
         Raises:
             ValueError: no window was counted, or confidence is not between 0 and 1.
         """
-        if not 0 < confidence < 1:
+        if not (is_real(confidence) and 0 < confidence < 1):
             raise ValueError(
                 f"confidence must be between 0 and 1. Got confidence={confidence!r}. Pass 0.95."
             )
@@ -179,6 +185,11 @@ class NoiseScale:
                 positive, the plan is of another batch, or there is no estimate.
         """
         found = self.estimate(confidence)
+        if rows is not None and not is_real(rows):
+            raise ValueError(
+                f"rows must be a positive number. Got rows={rows!r}. "
+                "Leave it out for those of the last window."
+            )
         present = self._rows if rows is None else rows
         if plan is not None:
             times = times_of(plan, float(present or 0))
@@ -208,11 +219,16 @@ class NoiseScale:
     def _read(self) -> None:
         waiting, self._waiting = self._waiting, []
         for stats in waiting:
-            self._count(*(float(value) for value in stats))
+            self._count(*map(_number, WindowStats._fields, stats))
 
     def _count(self, rows: float, microbatches: float, mean_square: float, square: float) -> None:
         if microbatches < 2 or not (math.isfinite(mean_square) and math.isfinite(square)):
             return
+        if rows <= 0:
+            raise ValueError(
+                "A window must have rows, and micro-batches. "
+                f"Got WindowStats of {rows:g} rows. Pass what an engine returns with stats=True."
+            )
         # E sum s_i |g_i|^2 = |G|^2 + k tr(S) / R, and E |g|^2 = |G|^2 + tr(S) / R, for any shares
         # in proportion to what the means were divided by.
         noise = rows * (mean_square - square) / (microbatches - 1)
@@ -250,6 +266,17 @@ class NoiseScale:
             return max(ends[0], 0.0), max(ends[1], 0.0)
         # The signal may be zero, so the ratio has no upper end.
         return (ends[1] if ends[0] <= 0 < ends[1] and noise > 0 else 0.0), math.inf
+
+
+def _number(name: str, value: Any) -> float:
+    """An entry of the statistics, from wherever it waited."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            "WindowStats must hold four numbers. "
+            f"Got {name}={value!r}. Pass what an engine returns with stats=True."
+        ) from error
 
 
 def _rows(number: float) -> str:

@@ -45,8 +45,14 @@ def times_of(plan: TimedPlan, rows: float) -> Times:
         rows: of the batch.
 
     Raises:
+        TypeError: it is no plan.
         ValueError: it is the plan of another batch, or it timed fewer than two sizes.
     """
+    if not all(hasattr(plan, name) for name in ("microbatch_size", "accumulation_steps", "rows")):
+        raise TypeError(
+            "plan must be what a plan function returned. "
+            f"Got plan={plan!r}. Or pass seconds_per_row and seconds_per_update."
+        )
     size = plan.microbatch_size
     if -(-int(rows) // size) != plan.accumulation_steps:
         raise ValueError(

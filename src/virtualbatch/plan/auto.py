@@ -4,68 +4,20 @@ Before a window an engine asks for the size; when memory runs out it asks to shr
 same window again. A plan is made once for each signature of a batch and can be kept in a file.
 """
 
-import json
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
-from virtualbatch.plan.plan import Plan, PlanRow, limit_as_text, readable_bytes
+from virtualbatch.plan.host_memory import host_memory
+from virtualbatch.plan.plan import Plan, limit_as_text, readable_bytes
+from virtualbatch.plan.plan_file import PlanFile
+from virtualbatch.plan.signature import Signature
 from virtualbatch.window.cut import check_sizes
 from virtualbatch.window.window import Window, check_cut
 
 _log = logging.getLogger("virtualbatch")
-
-
-class Leaf(NamedTuple):
-    """One array of a batch, without its rows.
-
-    Fields:
-        place: expression that reaches it, such as "batch['x']".
-        shape: of one row.
-        dtype: its name.
-    """
-
-    place: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-class Signature(NamedTuple):
-    """What a plan depends on.
-
-    Fields:
-        program: engine, device and parameters, in words.
-        loss: what is computed, as a fingerprint.
-        rows: of the batch.
-        leaves: arrays of the batch, in order.
-        limit: of memory, as a text; `Auto` fills it in.
-    """
-
-    program: str
-    loss: str
-    rows: int
-    leaves: tuple[Leaf, ...]
-    limit: str = ""
-
-    def covers(self, other: "Signature") -> bool:
-        """Whether what fits here fits there: the same, with no longer rows or more of them.
-
-        So text that is padded to many lengths is planned again only when it grows longer.
-        """
-        return (
-            (self.program, self.loss, self.limit) == (other.program, other.loss, other.limit)
-            and self.rows >= other.rows
-            and len(self.leaves) == len(other.leaves)
-            and all(
-                mine.place == its.place
-                and mine.dtype == its.dtype
-                and len(mine.shape) == len(its.shape)
-                and all(m >= n for m, n in zip(mine.shape, its.shape, strict=True))
-                for mine, its in zip(self.leaves, other.leaves, strict=True)
-            )
-        )
 
 
 class CurrentSize:
@@ -124,11 +76,15 @@ class Auto:
         memory_limit: bytes, a text such as "2GiB" or "80%", or None for what the device or the
             container really has left.
         file: JSON file in which plans are kept from one process to the next; None: in memory only.
+            Several threads and processes may share it. Where it cannot be written, one line of the
+            log says so, and plans are kept in memory.
         grow_after: after so many windows in a row that fitted, a size that was made smaller because
             memory ran out is doubled again, up to the one that was planned. None: never.
 
     Raises:
-        ValueError: the file holds no plans, or `grow_after` is not a positive integer.
+        ValueError: the file holds something else than plans, cannot be read or is in no folder
+            that exists; or `grow_after` is not a positive integer.
+        TypeError: `file` is no name of a file.
 
     Example:
         >>> size = Auto(memory_limit="2GiB", grow_after=1000)
@@ -148,10 +104,14 @@ class Auto:
                 "grow_after must be a positive number of windows, or None. "
                 f"Got grow_after={grow_after!r}. Pass for example grow_after=1000."
             )
+        if file is not None and not isinstance(file, str | os.PathLike):
+            raise TypeError(
+                f"file must be a path, or None. Got file={file!r}. Pass for example 'plans.json'."
+            )
         self.memory_limit = memory_limit
-        self._file = None if file is None else Path(file)
+        self._file = None if file is None else PlanFile(file)
         self._grow_after = grow_after
-        self._plans = _read(self._file) if self._file is not None and self._file.exists() else []
+        self._plans = [] if self._file is None else self._file.plans
         self._planned: dict[Signature, CurrentSize] = {}
         self._asked: dict[int, CurrentSize] = {}
 
@@ -176,8 +136,13 @@ class Auto:
             signature: of the batch.
             plan: makes a plan for it.
         """
-        signature = signature._replace(limit=limit_as_text(self.memory_limit))
-        for known, size in self._planned.items():
+        limit = limit_as_text(self.memory_limit)
+        if not limit.isdecimal():
+            # A share of what is left, or all of it, is something else on a smaller machine.
+            limit = f"{limit} of {_host_bytes()} bytes"
+        signature = signature._replace(limit=limit)
+        # Copied, because another thread may plan meanwhile.
+        for known, size in list(self._planned.items()):
             if known.covers(signature):
                 return size
         for known, found in self._plans:
@@ -186,7 +151,7 @@ class Auto:
         found = plan()
         self._plans.append((signature, found))
         if self._file is not None:
-            _write(self._file, self._plans)
+            self._file.add(signature, found)
         return self._adopt(signature, found, "planned")
 
     def _adopt(self, signature: Signature, plan: Plan, source: str) -> CurrentSize:
@@ -201,6 +166,12 @@ class Auto:
         size = CurrentSize(plan.microbatch_size, self._grow_after)
         self._planned[signature] = size
         return size
+
+
+@cache
+def _host_bytes() -> int:
+    """Memory of the machine or the container, whatever is left of it now."""
+    return host_memory().usable_bytes
 
 
 def is_automatic(microbatch_size: Any) -> bool:
@@ -246,38 +217,3 @@ def check_cut_or_auto(batch: Any, microbatch_size: Any, accumulation_steps: Any)
         check_cut(batch, microbatch_size, accumulation_steps)
     else:
         check_sizes_or_auto(microbatch_size, accumulation_steps)
-
-
-def _read(file: Path) -> list[tuple[Signature, Plan]]:
-    try:
-        return [
-            (_signature(entry["signature"]), _plan(entry["plan"]))
-            for entry in json.loads(file.read_text())
-            # Earlier versions did not say for which loss and limit: those plans are made anew.
-            if set(entry["signature"]) != {"program", "rows", "leaves"}
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"file must hold plans that Auto has written. Got {str(file)!r}, which does not. "
-            "Remove it, or pass another name."
-        ) from error
-
-
-def _signature(found: dict[str, Any]) -> Signature:
-    leaves = (Leaf(place, tuple(shape), dtype) for place, shape, dtype in found["leaves"])
-    return Signature(found["program"], found["loss"], found["rows"], tuple(leaves), found["limit"])
-
-
-def _plan(found: dict[str, Any]) -> Plan:
-    return Plan(**found | {"rows": tuple(PlanRow(**row) for row in found["rows"])})
-
-
-def _write(file: Path, plans: list[tuple[Signature, Plan]]) -> None:
-    content = [
-        {"signature": signature._asdict(), "plan": json.loads(plan.to_json())}
-        for signature, plan in plans
-    ]
-    # In one move, so that a reader or a crash never meets half a file.
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=1))
-    os.replace(beside, file)

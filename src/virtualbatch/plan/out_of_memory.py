@@ -24,12 +24,19 @@ _BYTES |= {f"{sign}int{8 * size}": size for sign in ("", "u") for size in (1, 2,
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
+# Python itself says nothing; C++ and NumPy say this.
+_OF_PYTHON = ("std::bad_alloc", "Unable to allocate")
+
+
 class MemoryErrors(NamedTuple):
     """The errors by which one framework says that memory ran out, or that it may have.
 
+    Python's `MemoryError` is read by its text: an allocator says nothing or what allocators say,
+    while whoever raises one by hand says what he means by it.
+
     Fields:
         classes: errors that always say so.
-        kinds: errors whose text is read; `classes` are among them.
+        kinds: errors whose text is read; `classes` and `MemoryError` are among them.
         certain: texts that only a failed allocation has.
         ambiguous: texts that a failed allocation has, and other faults have too.
     """
@@ -43,13 +50,24 @@ class MemoryErrors(NamedTuple):
         """Whether an error says that an allocation failed; by its class, else by its text."""
         if isinstance(error, self.classes):
             return True
-        return isinstance(error, self.kinds) and bool(self.certain.search(str(error)))
+        text = str(error)
+        if isinstance(error, MemoryError) and _is_of_python(text):
+            return True
+        return isinstance(error, self.kinds) and bool(self.certain.search(text))
+
+    def is_by_hand(self, error: BaseException) -> bool:
+        """Whether it is a `MemoryError` with a text that no allocator writes."""
+        return isinstance(error, MemoryError) and not self.is_certain(error)
 
     def is_possible(self, error: BaseException) -> bool:
-        """Whether an error says that an allocation failed, or may have failed."""
+        """Whether an error says that an allocation failed, or may have failed, not by hand."""
         if self.is_certain(error):
             return True
         return isinstance(error, self.kinds) and bool(self.ambiguous.search(str(error)))
+
+
+def _is_of_python(text: str) -> bool:
+    return not text or any(known in text for known in _OF_PYTHON) or bytes_asked(text) is not None
 
 
 def any_of(*texts: str) -> re.Pattern[str]:

@@ -1,6 +1,7 @@
 """A plan: the micro-batch that fits and is fast, with what is known of other sizes."""
 
 import html
+import math
 import re
 from dataclasses import dataclass
 
@@ -134,7 +135,8 @@ def limit_as_text(limit: int | str | None) -> str:
 
 def _parsed(text: str, usable: int | None) -> int | None:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]+)\s*", text)
-    if match is None:
+    # Digits without end would be infinitely many bytes.
+    if match is None or math.isinf(float(match[1])):
         return None
     number, unit = float(match[1]), match[2].lower()
     if unit == "%" and usable is not None:

@@ -105,7 +105,7 @@ def planned(
                     peaks[size] = held + windows[size].peak_bytes()
                     search.tell(Question("memory", size), peaks[size])
         except errors.kinds as error:
-            if not errors.is_possible(error):
+            if not (errors.is_possible(error) or errors.is_by_hand(error)):
                 raise
             doubt.take(error, size)
             search.tell(question, None)
@@ -122,10 +122,13 @@ class _Doubt:
     def __init__(self, errors: MemoryErrors):
         self._errors = errors
         self._first: BaseException | None = None
+        self._by_hand: list[BaseException] = []
         self._certain = self._at_one_row = False
 
     def take(self, error: BaseException, size: int) -> None:
         """Takes an error of the window of a size."""
+        if self._errors.is_by_hand(error):
+            self._by_hand.append(error)
         self._certain = self._certain or self._errors.is_certain(error)
         self._at_one_row = size == 1
         self._first = self._first or error
@@ -136,7 +139,10 @@ class _Doubt:
         Raises:
             ValueError: not even one row fits. In its place the first error is raised unchanged, if
                 none was certain and the same came with one row.
+            MemoryError: two were raised by hand; the first of them is raised unchanged.
         """
+        if len(self._by_hand) > 1:
+            raise self._by_hand[0]
         try:
             return search.ask()
         except ValueError:

@@ -59,7 +59,8 @@ def run_until_it_fits(
     """Runs a window, again with smaller micro-batches as long as memory runs out.
 
     Some errors only may mean that. They are tried with smaller micro-batches too; if they still
-    come with one row, memory was not the reason, and the first of them is raised unchanged.
+    come with one row, memory was not the reason, and the first of them is raised unchanged. A
+    `MemoryError` that was raised by hand is tried once more; if another comes, it is raised so.
 
     Args:
         run: runs the window once, cut like this, and waits for it.
@@ -74,10 +75,12 @@ def run_until_it_fits(
         unit: what sizes count; "tokens" where rows are packed.
 
     Raises:
-        MemoryError: not even a micro-batch of one row fits.
+        MemoryError: not even a micro-batch of one row fits; or the user's own, unchanged.
     """
-    before = size.rows
+    # What to go on with where memory is not the reason.
+    known = size.rows
     first: BaseException | None = None
+    by_hand: BaseException | None = None
     ran_out = False
     # Rows of a cut that is still to be made: that may run out of memory as well.
     wanted: int | None = None
@@ -87,20 +90,28 @@ def run_until_it_fits(
                 cut, wanted = smaller(wanted), None
             return run(cut)
         except memory.errors.kinds as error:
-            if not memory.errors.is_possible(error) or is_too_late(error):
+            may_be = memory.errors.is_possible(error) or memory.errors.is_by_hand(error)
+            if not may_be or is_too_late(error):
                 raise
             failed = error
         put_back()
         # Its frames hold the tensors of the window.
         free_frames(failed)
         first = first or failed
-        if memory.errors.is_certain(failed):
-            ran_out = True
-        else:
+        is_by_hand = memory.errors.is_by_hand(failed)
+        if is_by_hand and by_hand is not None:
+            size.rows = known
+            raise by_hand
+        by_hand = by_hand or (failed if is_by_hand else None)
+        is_certain = memory.errors.is_certain(failed)
+        ran_out = ran_out or is_certain
+        if not is_certain:
             _log.warning("This error may mean that memory ran out: %s", failed)
         if not size.shrink(rows(cut) if wanted is None else wanted, unit):
-            if ran_out:
+            if ran_out and not is_by_hand:
                 raise no_smaller_size(failed, memory.left_bytes(), largest()) from failed
-            size.rows = before
-            raise first
+            size.rows = known
+            raise failed if is_by_hand else first
         wanted = size.rows
+        if is_certain:
+            known = wanted

@@ -5,9 +5,11 @@ it; both come with the extra `report` and are imported when a page is written, n
 """
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from virtualbatch.atomic_write import write_whole
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.demo.result import DemoResult
 from virtualbatch.noise.advice import Advice
@@ -35,6 +37,7 @@ def write_html(file: str | Path, *results: Result) -> None:
         ModuleNotFoundError: jinja2 or matplotlib is not installed.
         TypeError: a result is something else.
         ValueError: there is no result.
+        OSError: the file cannot be written; what stood there is as it was.
 
     Example:
         >>> from virtualbatch import Plan, PlanRow
@@ -42,14 +45,25 @@ def write_html(file: str | Path, *results: Result) -> None:
         >>> plan = Plan(32, 4, memory_limit=2**21, reason="32 fits.", rows=(row,))
         >>> write_html("plan.html", plan)  # doctest: +SKIP
     """
+    write_whole(file, html_of(*results))
+
+
+def html_of(*results: Result) -> str:
+    """The page that `write_html` writes.
+
+    Args:
+        *results: as `write_html` takes them.
+    """
     require_tools()
+    if not isinstance(file, str | os.PathLike):
+        raise TypeError(f"file must be a path. Got file={file!r}. Pass for example 'plan.html'.")
     if not results:
         raise ValueError(
             "write_html needs a result. Got none. Pass for example what plan or certify returned."
         )
     from virtualbatch.report._page import page
 
-    Path(file).write_text(page(results), encoding="utf-8")
+    return page(results)
 
 
 def require_tools() -> None:

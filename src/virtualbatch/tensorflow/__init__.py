@@ -39,6 +39,7 @@ from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.not_finite import rows_in_order
+from virtualbatch.window.options import check_flags
 from virtualbatch.window.stream import windows
 from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.window import Window, refuse_sorted_rows
@@ -186,6 +187,7 @@ def value_and_gradients(
         >>> print(f"{loss:.3f}", gradients[0].numpy().round(3))
         2.000 [0.667 0.667]
     """
+    check_flags(has_aux=has_aux, stats=stats, check=check)
     check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
     refuse_values_of_replicas(batch, variables)
     refuse_sorted_rows(batch, stats)
@@ -296,6 +298,7 @@ def plan(
         >>> found.microbatch_size <= 128
         True
     """
+    check_flags(has_aux=has_aux)
     check_call(loss_fn, batch, variables, "auto", None, weight)
     refuse_planning_replicas()
     refuse_values_of_replicas(batch, variables)
@@ -357,6 +360,7 @@ def certify(
     rowwise_fn = loss_fn if isinstance(loss_fn, Rowwise) else None
     if rowwise_fn and microbatch_size is None and accumulation_steps is None:
         microbatch_size, accumulation_steps = rowwise_fn.sizes
+    check_flags(has_aux=has_aux)
     check_call(loss_fn, batch, variables, microbatch_size, accumulation_steps, weight)
     refuse_on_replicas("certify compares on one device.", "Call it outside of strategy.run.")
     refuse_values_of_replicas(batch, variables)

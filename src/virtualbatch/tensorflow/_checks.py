@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from virtualbatch.plan.auto import check_cut_or_auto
-from virtualbatch.window.terms import SUM
+from virtualbatch.window.terms import is_sum
 
 
 def check_call(
@@ -24,13 +25,14 @@ def check_call(
         TypeError: a function is none, or variables holds something else.
     """
     for name, function in (("loss_fn", loss_fn), ("weight", weight)):
-        may_be_other = function is None or function == SUM
+        may_be_other = function is None or is_sum(function)
         if not callable(function) and not (name == "weight" and may_be_other):
             raise TypeError(
                 f"{name} must be a function of one batch. Got {name}={function!r}. "
                 f"Pass {name}=lambda batch: ..."
             )
-    flat = tf.nest.flatten(variables)
+    _flat("batch", batch)
+    flat = _flat("variables", variables)
     if not flat:
         raise ValueError(
             "variables must hold at least one variable. "
@@ -38,7 +40,8 @@ def check_call(
             "Call model.build(input_shape), or the model on one batch, and read them then."
         )
     for variable in flat:
-        if not hasattr(variable, "dtype") or not hasattr(variable, "shape"):
+        is_array = hasattr(variable, "dtype") and hasattr(variable, "shape")
+        if not is_array or isinstance(variable, type | np.ndarray) or variable.dtype == tf.string:
             raise TypeError(
                 "variables must be a nested structure of variables. "
                 f"Got one of type {type(variable).__name__}. "
@@ -51,3 +54,17 @@ def check_call(
                 "Train the model with fit and virtualbatch.keras.accumulate."
             )
     check_cut_or_auto(batch, microbatch_size, accumulation_steps)
+
+
+def _flat(name: str, structure: Any) -> list[Any]:
+    """The leaves of an argument, as TensorFlow finds them."""
+    try:
+        # And built again, as each micro-batch is.
+        return list(tf.nest.flatten(tf.nest.map_structure(lambda leaf: leaf, structure)))
+    # TensorFlow sorts keys, and follows nested structures to any depth.
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(
+            f"{name} must be a structure whose leaves tf.nest can find. "
+            f"Got {name} of type {type(structure).__name__}: {error}. "
+            "Pass dicts with keys that can be sorted, nested no deeper than need be."
+        ) from error

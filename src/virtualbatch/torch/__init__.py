@@ -27,7 +27,9 @@ from virtualbatch.torch._replicas.stream import windows
 from virtualbatch.torch._rowwise.proof import with_numbers
 from virtualbatch.torch._rowwise.rowwise import Rowwise, rowwise
 from virtualbatch.torch._rowwise.surrogate import Surrogate, refuse_options
+from virtualbatch.torch._undo import undone_if_cut
 from virtualbatch.torch._window import Program
+from virtualbatch.window.options import check_flags
 from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.window import Window
 
@@ -75,6 +77,7 @@ def captured(loss_fn: Callable[[Any], Any]) -> Captured:
     return Captured(loss_fn)
 
 
+@undone_if_cut
 def plan(
     loss_fn: Callable[[Any], Any],
     batch: Any,
@@ -121,6 +124,7 @@ def plan(
         >>> found.microbatch_size < 512
         True
     """
+    check_flags(has_aux=has_aux)
     functions = {"loss_fn": loss_fn, "weight": weight, "backward_fn": backward_fn}
     check_call(functions, batch, "auto", None)
     check_recording()
@@ -134,6 +138,7 @@ def plan(
         return planned(program, read(batch), memory_limit)
 
 
+@undone_if_cut
 def certify(
     loss_fn: Callable[[Any], Any],
     batch: Any,
@@ -177,6 +182,7 @@ def certify(
         >>> certify(loss_fn, batch, module=model, microbatch_size=3).findings[0].fix
         "Pass weight=lambda batch: batch['mask'].sum()."
     """
+    check_flags(has_aux=has_aux)
     if isinstance(loss_fn, Rowwise):
         refuse_options(weight, has_aux)
         if microbatch_size is None and accumulation_steps is None:

@@ -32,7 +32,8 @@ def rounding_seed(accumulator_dtype: str | None, found: Inventory) -> int | None
     Raises:
         ValueError: the dtype is another, or there is nothing that it could be for.
     """
-    if accumulator_dtype not in (None, "float32", "bfloat16"):
+    is_name = accumulator_dtype is None or isinstance(accumulator_dtype, str)
+    if not is_name or accumulator_dtype not in (None, "float32", "bfloat16"):
         raise ValueError(
             'accumulator_dtype must be "float32" or "bfloat16", by name. '
             f"Got {accumulator_dtype!r}. Leave it out for float32."

@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._plan.memory import ERRORS
+from virtualbatch.torch._signals import held_back
 from virtualbatch.window.aux import (
     MEAN,
     NOTHING,
@@ -57,9 +58,9 @@ def merged_aux(
     flat = [pytree.tree_flatten(aux) for aux in found]
     leaves = [list(map(_leaf, leaves)) for leaves, _ in flat]
     structures = [structure for _, structure in flat]
-    columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
 
     def merged(found_kinds: Sequence[str], shares: Sequence[float]) -> Any:
+        columns = zip(*(leaves for leaves, _ in flat), strict=True)
         pairs = zip(columns, found_kinds, strict=True)
         return pytree.tree_unflatten([_merged(c, kind, shares) for c, kind in pairs], structures[0])
 
@@ -116,6 +117,7 @@ def _fake_leaves(loss_fn: Callable[[Any], Any], microbatch: Microbatch, rows: in
     torch.clear_autocast_cache()
     # Tensors without data: nothing is computed, and parameters, buffers and generators stay.
     with (
+        held_back(),
         torch.compiler.set_stance("force_eager"),
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),
@@ -126,7 +128,7 @@ def _fake_leaves(loss_fn: Callable[[Any], Any], microbatch: Microbatch, rows: in
         try:
             return pytree.tree_leaves(loss_fn(fake)[1])
         except Exception as error:
-            if ERRORS.is_possible(error):
+            if ERRORS.is_possible(error) or ERRORS.is_by_hand(error):
                 raise
             raise TypeError(
                 "With has_aux=True a loss function must run on shapes alone, with any number of "

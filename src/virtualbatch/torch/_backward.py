@@ -13,7 +13,9 @@ from virtualbatch.torch._call import Call, Trained
 from virtualbatch.torch._checks import check_recording
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._replicas.found import replicas_of
+from virtualbatch.torch._undo import undone_if_cut
 from virtualbatch.torch._window import Program, keep
+from virtualbatch.window.options import check_flags
 from virtualbatch.window.terms import GivenWeight
 
 
@@ -103,6 +105,7 @@ def backward(
     accumulator_dtype: str | None = None,
 ) -> Any: ...
 @as_written
+@undone_if_cut
 def backward(
     loss_fn: Callable[[Any], Any],
     batch: Any,
@@ -188,6 +191,7 @@ def backward(
         >>> print(f"{loss:.3f}", model.weight.grad.numpy().round(3))
         1.333 [[0.667 0.667]]
     """
+    check_flags(has_aux=has_aux, stats=stats, check=check)
     check_recording()
     found = inventory(module)
     replicas = replicas_of(found, group, reduce)

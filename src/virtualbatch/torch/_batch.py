@@ -59,6 +59,28 @@ class ReadBatch(NamedTuple):
         """The batch whose micro-batches give clones of their tensors away."""
         return self._replace(given=[microbatch.protected() for microbatch in self.given])
 
+    def refuse_graphs(self, count: int) -> None:
+        """Refuses rows that carry one graph into several micro-batches.
+
+        The first backward pass would use it up. A micro-batch of a Window may bring its own.
+
+        Args:
+            count: micro-batches of the window.
+
+        Raises:
+            ValueError: a tensor was computed with gradients recorded.
+        """
+        if self.is_window or count < 2 or not torch.is_grad_enabled():
+            return
+        for place, tensor in self.whole.tensors():
+            if tensor.grad_fn is not None:
+                raise ValueError(
+                    "Rows must carry no graph, which the first micro-batch would use up. "
+                    f"Got {place} with grad_fn={type(tensor.grad_fn).__name__}, computed before "
+                    "the call. Compute it inside loss_fn, from rows that are given, or detach() "
+                    "it if what it was computed from is not trained."
+                )
+
     def cut(
         self,
         microbatch_size: int | None,

@@ -6,13 +6,17 @@ running statistics, though, take one update per window, with the moments of all 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from virtualbatch.torch._state import Buffers, versions_of
+from virtualbatch.torch._commit import Commit
+from virtualbatch.torch._state import Buffers
+from virtualbatch.torch._undo import Undo
+from virtualbatch.torch._unhook import unhook
 
 
 class _Seen(NamedTuple):
@@ -71,10 +75,18 @@ class MergedStatistics:
         Raises:
             RuntimeError: another window listens to one of them, in this thread or in another.
         """
-        handles: list[Any] = []
+        hear = self.hear
         momenta: list[tuple[Any, float | None]] = []
-        try:
-            handles += [layer.register_forward_hook(self.hear) for layer in self._layers]
+
+        def leave() -> None:
+            for layer, momentum in momenta:
+                layer.momentum = momentum
+            for layer in self._layers:
+                unhook(hear, layer._forward_hooks)
+
+        with Undo(leave):
+            for layer in self._layers:
+                layer.register_forward_hook(hear)
             # Hooks come first and leave last. So whoever meets none finds a layer's own momentum,
             # and of two windows that begin at once none believes to be alone.
             self._refuse_second_window()
@@ -82,11 +94,6 @@ class MergedStatistics:
                 momenta.append((layer, layer.momentum))
                 layer.momentum = 1.0
             yield
-        finally:
-            for layer, momentum in momenta:
-                layer.momentum = momentum
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def in_parts(self) -> Iterator["MergedStatistics"]:
@@ -100,17 +107,19 @@ class MergedStatistics:
         """
         if self._listening and self._thread != get_ident():
             raise _second_window(self._layers[0])
-        self._parts = parts = MergedStatistics(self._layers, self._before)
-        try:
+        parts = MergedStatistics(self._layers, self._before)
+        with Undo(partial(self._hear_in, None)):
+            self._hear_in(parts)
             yield parts
-        finally:
-            self._parts = None
         if not self._listening:
             return
         for layer, calls in zip(self._layers, parts.merged(), strict=True):
             for seen in calls:
                 moments = torch.stack((seen.mean, seen.variance))
                 self._calls[id(layer)].append(_Seen(seen.values, moments))
+
+    def _hear_in(self, parts: "MergedStatistics | None") -> None:
+        self._parts = parts
 
     def _refuse_second_window(self) -> None:
         for layer in self._layers:
@@ -160,27 +169,41 @@ class MergedStatistics:
                 for layer in self._layers
             ]
 
-    def commit(self, merged: Sequence[Sequence["Moments"]] | None = None) -> None:
-        """Gives each layer one momentum update per call of a forward pass, in call order.
+    def prepare(self, commit: Commit, merged: Sequence[Sequence["Moments"]] | None = None) -> None:
+        """Prepares one momentum update of each layer per call of a forward pass, in call order.
 
         Call it after `attached`, when the layers have their own momentum again.
 
         Args:
+            commit: of the window.
             merged: see there; those of all replicas, where there are several.
         """
         if not self._layers:
             return
+        counted: list[torch.Tensor] = []
         with torch.no_grad():
             for layer, calls in zip(self._layers, merged or self.merged(), strict=True):
                 buffers = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
                 state = [b if b is None else self._before.copy_of(b) for b in buffers]
                 for moments in calls:
                     state = _updated(state, (moments.mean, moments.variance), layer.momentum)
-                # PyTorch's own updates leave the versions of statistics as they are.
-                with versions_of([layer.running_mean, layer.running_var]):
-                    for buffer, value in zip(buffers, state, strict=True):
-                        if buffer is not None:
-                            buffer.copy_(value)
+                counted += buffers[:2]
+                for buffer, value in zip(buffers, state, strict=True):
+                    if buffer is not None:
+                        commit.statistics(buffer, value)
+        # PyTorch's own updates leave the versions of statistics as they are.
+        commit.keep_versions(counted)
+
+    def commit(self, merged: Sequence[Sequence["Moments"]] | None = None) -> None:
+        """Makes these updates, of a window of which nothing else is written.
+
+        Args:
+            merged: see `prepare`.
+        """
+        commit = Commit()
+        self.prepare(commit, merged)
+        with Undo(self._before.restore) as undo:
+            commit.run(undo)
 
     def hear(self, layer: Any, args: Any, output: torch.Tensor) -> None:
         """Notes what a layer saw in one call, where it left it.

@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 
 from virtualbatch.torch._commit import added, widened
 from virtualbatch.torch._rounding import StochasticRounding
+from virtualbatch.torch._undo import Undo
+from virtualbatch.torch._unhook import unhook
 
 # Gradients of so few numbers stay in `.grad` while the next micro-batch runs forward. Their sums
 # are in buffers, so this only shows whether the loss function changes them.
@@ -52,7 +55,8 @@ class GradientBuffers:
                 for k, parameter in enumerate(self._parameters):
                     if parameter.dtype == torch.bfloat16 and k not in self._shown:
                         take = partial(self._take_dense, k, factor)
-                        hooks.callback(parameter.register_post_accumulate_grad_hook(take).remove)
+                        hooks.enter_context(Undo(partial(_leave, take, parameter)))
+                        parameter.register_post_accumulate_grad_hook(take)
             yield
         for k, parameter in enumerate(self._parameters):
             if parameter.grad is not None:
@@ -84,3 +88,7 @@ class GradientBuffers:
             return self._rounding.first(gradient, factor)
         # In place after a copy: a float32 gradient may still belong to the graph.
         return widened(gradient) * factor
+
+
+def _leave(take: Any, parameter: torch.nn.Parameter) -> None:
+    unhook(take, parameter._post_accumulate_grad_hooks)

@@ -87,7 +87,9 @@ class Call(NamedTuple):
         self, batch: ReadBatch, cut: Sequence[Microbatch], shares: Shares
     ) -> Sequence[Microbatch]:
         """The micro-batches to run, of a loss whose first window has proved itself."""
-        if not self.check or not cut or torch.is_inference_mode_enabled():
+        batch.refuse_graphs(len(cut))
+        is_trained = bool(self.program.found.parameters)
+        if not (self.check and cut and is_trained) or torch.is_inference_mode_enabled():
             return cut
         with torch.enable_grad():
             return prove_first_window(self.program, batch, cut, shares)
@@ -96,7 +98,8 @@ class Call(NamedTuple):
         self, batch: ReadBatch, cut: Sequence[Microbatch], shares: Shares
     ) -> Sequence[Microbatch]:
         """The same where no rank can try the law alone, which is said once."""
-        del batch, shares
+        del shares
+        batch.refuse_graphs(len(cut))
         if self.check:
             tell_untried(self.program)
         return cut

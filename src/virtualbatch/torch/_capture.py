@@ -11,17 +11,19 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from virtualbatch.torch._batch import SHARED
-from virtualbatch.torch._commit import committed
+from virtualbatch.torch._commit import Commit
 from virtualbatch.torch._gradients import HALF
 from virtualbatch.torch._leaves import foreign_leaves
 from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._modules import Inventory
+from virtualbatch.torch._undo import Undo
 from virtualbatch.window.row_list import RowList, stranger
 from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import SINGLE, check_same_terms, check_total
@@ -150,16 +152,23 @@ class _Totals:
 
     def commit(self, parameters: Sequence[torch.nn.Parameter], reached: set[int]) -> None:
         """Adds the gradients of the parameters that were reached to `.grad`."""
+        commit = Commit()
         fresh = [k for k in reached if parameters[k].grad is None]
-        # What allocates comes first: if memory runs out, nothing that `.grad` held has changed.
         copies = [torch.empty_like(self.gradients[k]) for k in fresh]
         with torch.no_grad():
-            for k in reached.difference(fresh):
-                parameters[k].grad = committed(parameters[k], parameters[k].grad, self.gradients[k])
             if fresh:
                 torch._foreach_copy_(copies, [self.gradients[k] for k in fresh])
-        for k, copied in zip(fresh, copies, strict=True):
-            parameters[k].grad = copied
+            for k in reached.difference(fresh):
+                commit.gradient(parameters[k], parameters[k].grad, self.gradients[k])
+            for k, copied in zip(fresh, copies, strict=True):
+                commit.gradient(parameters[k], None, copied)
+        with Undo(partial(_empty, [parameters[k] for k in fresh])) as undo:
+            commit.run(undo)
+
+
+def _empty(parameters: Sequence[torch.nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
 
 
 class _Graph:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from virtualbatch.plan.auto import check_cut_or_auto
-from virtualbatch.window.terms import SUM
+from virtualbatch.window.terms import is_sum
 
 
 def check_call(
@@ -25,7 +25,7 @@ def check_call(
         ValueError: a size is not a positive integer, is missing, or comes with a Window.
     """
     for name, function in functions.items():
-        may_be_other = function is None or (name == "weight" and function == SUM)
+        may_be_other = function is None or (name == "weight" and is_sum(function))
         if not callable(function) and not (name != "loss_fn" and may_be_other):
             of_what = "loss" if name == "backward_fn" else "batch"
             raise TypeError(

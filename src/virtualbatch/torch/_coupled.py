@@ -6,8 +6,10 @@ With fewer rows such a loss is another one, and no error would show it.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 from virtualbatch.torch._plan.memory import ERRORS
+from virtualbatch.torch._undo import Undo
 
 # Rows of the micro-batches of rowwise functions in the window that runs; None outside of one.
 _SIZES: ContextVar[list[int] | None] = ContextVar("rowwise sizes of a window", default=None)
@@ -32,7 +34,6 @@ def refused_if_coupled() -> Iterator[Callable[[BaseException], bool]]:
         What refuses to cut the window smaller if there were any: error -> False, or the error.
     """
     sizes: list[int] = []
-    token = _SIZES.set(sizes)
 
     def refuse(error: BaseException) -> bool:
         if not sizes:
@@ -52,7 +53,6 @@ def refused_if_coupled() -> Iterator[Callable[[BaseException], bool]]:
         error.add_note(f"If memory ran out: this window cannot be cut smaller. {advice}")
         return True
 
-    try:
+    with Undo(partial(_SIZES.set, _SIZES.get())):
+        _SIZES.set(sizes)
         yield refuse
-    finally:
-        _SIZES.reset(token)

@@ -11,11 +11,14 @@ from virtualbatch.plan.auto import Auto
 from virtualbatch.torch._accumulator import rounding_seed
 from virtualbatch.torch._as_written import as_written
 from virtualbatch.torch._call import Call, Trained
+from virtualbatch.torch._commit import Commit
 from virtualbatch.torch._handover import Finished, hooks_set_aside
 from virtualbatch.torch._modules import Inventory, inventory
 from virtualbatch.torch._replicas.found import replicas_of
 from virtualbatch.torch._replicas.replicas import Replicas
+from virtualbatch.torch._undo import undone_if_cut
 from virtualbatch.torch._window import Program, Ran
+from virtualbatch.window.options import check_flags
 from virtualbatch.window.terms import GivenWeight
 
 
@@ -105,6 +108,7 @@ def loss(
     accumulator_dtype: str | None = None,
 ) -> Any: ...
 @as_written
+@undone_if_cut
 def loss(
     loss_fn: Callable[[Any], Any],
     batch: Any,
@@ -169,6 +173,7 @@ def loss(
         >>> print(f"{found:.3f}", model.weight.grad.numpy().round(3))
         1.333 [[0.667 0.667]]
     """
+    check_flags(has_aux=has_aux, stats=stats, check=check)
     found = inventory(module, hands_over=True, may_be_frozen=not torch.is_grad_enabled())
     seed = rounding_seed(accumulator_dtype, found)
     program = Program(loss_fn, weight, has_aux, None, found, stats, rounding_seed=seed)
@@ -176,6 +181,7 @@ def loss(
     return window_loss(call, scaler, group, reduce)
 
 
+@undone_if_cut
 def window_loss(
     call: Call, scaler: Any = None, group: Any = None, reduce: str | None = None
 ) -> Any:
@@ -211,18 +217,26 @@ def window_loss(
 def _hand_over(scale: torch.Tensor | None, ran: Ran) -> Any:
     """Puts the gradients of a window behind its loss."""
     value, stats = ran.loss.mean(), ran.stats()
-    ran.run.statistics.commit()
+    commit = Commit()
+    ran.run.statistics.prepare(commit)
     pairs = list(zip(ran.gradients.parameters, ran.gradients.taken(), strict=True))
     reached = [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
     del pairs
     finished = Finished([p for p, _ in reached], [g for _, g in reached], scale)
-    return ran.result(finished.behind(value), stats)
+    # A loss function may have turned it off for good, and its loss would still have a graph.
+    with torch.enable_grad():
+        result = ran.result(finished.behind(value), stats)
+    commit.run(ran.undo)
+    return result
 
 
 def _evaluate(ran: Ran) -> Any:
     """The mean loss of a batch; BatchNorm layers in training mode get their update."""
-    ran.run.statistics.commit()
-    return ran.result(ran.loss.mean())
+    commit = Commit()
+    ran.run.statistics.prepare(commit)
+    result = ran.result(ran.loss.mean())
+    commit.run(ran.undo)
+    return result
 
 
 def _check(stats: bool, replicas: Replicas | None, reduce: str | None, recording: bool) -> None:

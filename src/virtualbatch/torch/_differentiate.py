@@ -27,6 +27,9 @@ def through(
     Args:
         backward_fn: scalar loss -> None.
         norms: hears what that pass starts from; None if nobody asks.
+
+    Raises:
+        ValueError: in the backward pass: there was none.
     """
 
     def differentiate(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
@@ -38,7 +41,15 @@ def through(
         loss = sum(others, first)
         if norms is not None:
             norms.hear_scale(loss)
+        heard: list[torch.Tensor] = []
+        loss.register_hook(heard.append)
         backward_fn(loss)
+        if not heard:
+            raise ValueError(
+                "backward_fn must compute the gradients of the loss that it is given. "
+                f"Got {backward_fn!r}, which ran no backward pass of it. "
+                "Call backward in it, such as lambda loss: scaler.scale(loss).backward()."
+            )
 
     return differentiate
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from virtualbatch.torch._buffers import GradientBuffers
-from virtualbatch.torch._commit import committed
+from virtualbatch.torch._commit import Commit
 from virtualbatch.torch._differentiate import (
     Differentiate,
     from_factors,
@@ -197,8 +197,12 @@ class WindowGradients:
         found = [parameter.grad if total is None else total for parameter, total in pairs]
         return [gradient for gradient in found if gradient is not None]
 
-    def commit(self) -> None:
-        """Adds the window's gradients to what `.grad` held before it.
+    @torch.no_grad()
+    def prepare(self, commit: Commit) -> None:
+        """Prepares that the window's gradients are added to what `.grad` held before it.
+
+        Args:
+            commit: of the window.
 
         Raises:
             ValueError: somebody trains a tensor that no module holds, which only shows now.
@@ -206,13 +210,9 @@ class WindowGradients:
         self._close_leaves()
         if self._in_place:
             return
-        entries = list(zip(self.parameters, self._before, self._buffers.sums, strict=True))
-        # What allocates comes first: if memory runs out, nothing that `.grad` held has changed.
-        entries.sort(key=lambda entry: entry[1] is not None)
-        with torch.no_grad():
-            for parameter, before, total in entries:
-                found = parameter.grad if total is None else total
-                parameter.grad = committed(parameter, before, found)
+        entries = zip(self.parameters, self._before, self._buffers.sums, strict=True)
+        for parameter, before, total in entries:
+            commit.gradient(parameter, before, parameter.grad if total is None else total)
 
     def taken(self) -> list[torch.Tensor | None]:
         """Takes the window's gradients away; `.grad` is as before it.
@@ -284,6 +284,7 @@ class WindowGradients:
         elif is_half or not self._commits:
             # Their gradients would lack their share, or outlive a window that is taken back.
             self._foreign = ForeignLeaves(terms, self.parameters, self._is_given)
+            self._foreign.put_aside()
         if is_half:
             self._in_place = False
             self._own_memory = OwnMemory(())

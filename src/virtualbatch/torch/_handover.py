@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from virtualbatch.torch._commit import narrowed
 from virtualbatch.torch._rounding import multiply_rounded_once
 from virtualbatch.torch._stepping import node_hooks
+from virtualbatch.torch._undo import Undo
 
 
 class Finished:
@@ -70,7 +72,7 @@ class Finished:
             gradient = gradients.pop()
             if not is_one:
                 gradient = _times(gradient, factor.to(gradient.device))
-            found.append(_narrowed(gradient, parameter.dtype))
+            found.append(narrowed(gradient, parameter.dtype))
         return found
 
 
@@ -101,13 +103,6 @@ def _times(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return gradient.mul_(factor)
 
 
-def _narrowed(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if gradient.dtype == dtype:
-        return gradient
-    # Many entries of one sparse row would be added in few bits by whoever reads them.
-    return (gradient.coalesce() if gradient.is_sparse else gradient).to(dtype)
-
-
 @contextmanager
 def hooks_set_aside(owner: Any, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
     """No hook on a parameter is called inside the context, and all are there again after it.
@@ -135,10 +130,12 @@ def emptied(found: Sequence[dict[Any, Any]]) -> Iterator[None]:
         found: the dictionaries themselves. PyTorch holds them, and would not see others.
     """
     kept = [dict(hooks) for hooks in found]
-    for hooks in found:
-        hooks.clear()
-    try:
-        yield
-    finally:
+
+    def fill() -> None:
         for hooks, before in zip(found, kept, strict=True):
             hooks.update(before)
+
+    with Undo(fill):
+        for hooks in found:
+            hooks.clear()
+        yield

@@ -114,7 +114,12 @@ class ForeignLeaves:
                 self._given.append((leaf, leaf.grad))
             else:
                 self._made.append((TensorWeakRef(leaf), leaf.grad))
-            leaf.grad = None
+
+    def put_aside(self) -> None:
+        """Takes their `.grad`s away until `restore`."""
+        for leaf in [*(reference() for reference, _ in self._made), *(x for x, _ in self._given)]:
+            if leaf is not None:
+                leaf.grad = None
 
     def check(self) -> None:
         """Refuses leaves that outlived their micro-batch; to be called when it is gone.

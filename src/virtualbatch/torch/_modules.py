@@ -82,7 +82,7 @@ def inventory(module: Any, *, hands_over: bool = False, may_be_frozen: bool = Fa
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 layers.append(child)
-    if not parameters and not may_be_frozen:
+    if not roots or (not parameters and not may_be_frozen):
         names = ", ".join(type(root).__name__ for root in roots.values()) or "no module"
         raise ValueError(
             "module must have at least one trainable parameter. "

@@ -1,12 +1,35 @@
 """Buffers of modules, copied before a window so that a failed one leaves them as they were."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 # Running statistics are small. Whatever is larger, such as packed weights of a quantised layer,
 # would cost more memory than a micro-batch saves.
 LARGEST_COPIED = 64 * 2**20
+
+
+class Places:
+    """Which tensors are the buffers of modules now.
+
+    Args:
+        layers: modules, each once; only their own buffers count, not those of submodules.
+    """
+
+    def __init__(self, layers: Sequence[torch.nn.Module]):
+        self._places = [
+            (layer, name, buffer) for layer in layers for name, buffer in layer._buffers.items()
+        ]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The buffers."""
+        return (buffer for _, _, buffer in self._places if buffer is not None)
+
+    def restore(self) -> None:
+        """Puts back the same objects."""
+        for layer, name, buffer in self._places:
+            if layer._buffers.get(name) is not buffer:
+                layer._buffers[name] = buffer
 
 
 class Buffers:
@@ -17,12 +40,10 @@ class Buffers:
     """
 
     def __init__(self, layers: Sequence[torch.nn.Module]):
-        self._places = [
-            (layer, name, buffer) for layer in layers for name, buffer in layer._buffers.items()
-        ]
+        self._places = Places(layers)
         self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for _, _, buffer in self._places:
-            if buffer is None or id(buffer) in self._copies:
+        for buffer in self._places.tensors():
+            if id(buffer) in self._copies:
                 continue
             if buffer.numel() * buffer.element_size() <= LARGEST_COPIED:
                 self._copies[id(buffer)] = (buffer, buffer.detach().clone())
@@ -34,9 +55,7 @@ class Buffers:
 
     def restore(self) -> None:
         """Puts back every buffer: the same objects with the same values."""
-        for layer, name, buffer in self._places:
-            if layer._buffers.get(name) is not buffer:
-                layer._buffers[name] = buffer
+        self._places.restore()
         # All of them: the count of in-place changes does not see what BatchNorm's kernels write.
         with torch.no_grad(), self._versions:
             for buffer, copied in self._copies.values():

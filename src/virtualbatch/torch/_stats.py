@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from virtualbatch.noise.estimate import WindowStats
+from virtualbatch.torch._undo import Undo
+from virtualbatch.torch._unhook import unhook
 
 _HALF = (torch.float16, torch.bfloat16)
 # Norms that are added up at once: each call costs more than the numbers that it adds.
@@ -32,12 +34,16 @@ class GradientNorms:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """While gradients of the parameters are seen."""
-        handles = [parameter.register_hook(self._see) for parameter in self._parameters]
-        try:
+        see = self._see
+
+        def leave() -> None:
+            for parameter in self._parameters:
+                unhook(see, parameter._backward_hooks)
+
+        with Undo(leave):
+            for parameter in self._parameters:
+                parameter.register_hook(see)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def hear_scale(self, loss: torch.Tensor) -> None:
         """Sees what a backward pass starts from, if that is not 1: the scale of a `GradScaler`."""

@@ -1,11 +1,15 @@
 """Hooks that step an optimizer in the backward pass, which has many of them in one window."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import WeakIdKeyDictionary
+
+from virtualbatch.torch._undo import Undo
+from virtualbatch.torch._unhook import unhook
 
 _VERSION = torch.Tensor._version.__get__
 
@@ -42,10 +46,18 @@ def _hooks(parameter: torch.Tensor) -> dict[int, Any]:
     """Those of the node that adds to its `.grad`."""
     # A node lives as long as somebody holds it, and whoever hooked it does. It does not list its
     # hooks; the handle of one more has all of them.
-    handle = get_gradient_edge(parameter).node.register_hook(_nothing)
-    hooks: dict[int, Any] = handle.hooks_dict_ref()
-    handle.remove()
+    node = get_gradient_edge(parameter).node
+    with Undo(partial(_forget, node)):
+        return _hooks_with_one_more(node)
+
+
+def _hooks_with_one_more(node: Any) -> dict[int, Any]:
+    hooks: dict[int, Any] = node.register_hook(_nothing).hooks_dict_ref()
     return hooks
+
+
+def _forget(node: Any) -> None:
+    unhook(_nothing, _hooks_with_one_more(node))
 
 
 def refuse_node_hooks(owner: Any, parameters: Sequence[torch.Tensor]) -> None:

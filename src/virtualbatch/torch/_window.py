@@ -11,13 +11,15 @@ from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.torch._aux import detached, merged_aux
 from virtualbatch.torch._batchnorm import MergedStatistics, is_tracked
 from virtualbatch.torch._capture import Captured
+from virtualbatch.torch._commit import Commit
 from virtualbatch.torch._gradients import WindowGradients
 from virtualbatch.torch._loss import WindowLoss, checked_terms
 from virtualbatch.torch._microbatch import Microbatch, on_device
 from virtualbatch.torch._modules import Inventory
 from virtualbatch.torch._rounding import StochasticRounding
-from virtualbatch.torch._state import Buffers
+from virtualbatch.torch._state import Buffers, Places
 from virtualbatch.torch._stats import GradientNorms
+from virtualbatch.torch._undo import Undo, all_or_nothing
 from virtualbatch.torch._weights import window_weights
 from virtualbatch.window.shares import Shares, check_counted
 from virtualbatch.window.terms import GivenWeight, loss_and_aux
@@ -78,6 +80,9 @@ class Program(NamedTuple):
         Returns:
             What `conclude` returns.
         """
+        return all_or_nothing(partial(self._run, cut, shares, conclude))
+
+    def _run(self, cut: Sequence[Microbatch], shares: Shares, conclude: "Conclusion") -> Any:
         if self.stats:
             check_counted(shares)
         if self.begin is not None:
@@ -103,8 +108,9 @@ class Program(NamedTuple):
                 None if self.rounding_seed is None else StochasticRounding(self.rounding_seed),
             )
         run = _Run(self.loss_fn, self.has_aux, statistics, gradients, norms, self.in_step)
-        ran = Ran(run, WindowLoss(), [], shares, buffers)
-        try:
+        undo = Undo(partial(_put_back, gradients, buffers))
+        ran = Ran(run, WindowLoss(), [], shares, undo)
+        with undo:
             with ExitStack() as attached:
                 if statistics:
                     attached.enter_context(statistics.attached())
@@ -113,12 +119,11 @@ class Program(NamedTuple):
                 run.window(cut, ran, conclude is keep, self.holds_last)
                 if self.has_aux:
                     own = cut[: len(shares.rows)]
-                    aux = merged_aux(self.loss_fn, own, ran.aux, shares) if own else None
+                    # It may run the loss function on shapes, which must not stay in a buffer.
+                    with Undo(Places(self.found.with_buffers).restore):
+                        aux = merged_aux(self.loss_fn, own, ran.aux, shares) if own else None
                     ran.aux[:] = [aux]
             return conclude(ran)
-        except BaseException:
-            ran.put_back()
-            raise
 
     def _replayed(
         self, loss_fn: Captured, cut: Sequence[Microbatch], shares: Shares, keeps: bool
@@ -149,14 +154,14 @@ class Ran(NamedTuple):
         loss: the parts of its loss.
         aux: the aux of the window, as the only item; empty where there is none.
         shares: of its micro-batches.
-        buffers: of the modules, before it.
+        undo: puts back `.grad`s and buffers.
     """
 
     run: "_Run"
     loss: WindowLoss
     aux: list[Any]
     shares: Shares
-    buffers: Buffers
+    undo: Undo
 
     @property
     def gradients(self) -> WindowGradients:
@@ -186,11 +191,12 @@ class Ran(NamedTuple):
             return None
         return norms.stats(self.gradients.sums(), self.shares.window, self.shares.counted)
 
-    def put_back(self) -> None:
-        """Leaves everything as it was before the window."""
-        if self.run.gradients is not None:
-            self.run.gradients.restore()
-        self.buffers.restore()
+
+def _put_back(gradients: WindowGradients | None, buffers: Buffers) -> None:
+    """Leaves everything as it was before a window."""
+    if gradients is not None:
+        gradients.restore()
+    buffers.restore()
 
 
 # What becomes of a window that has run. Whatever it raises, the window leaves no trace.
@@ -200,16 +206,36 @@ Conclusion: TypeAlias = Callable[[Ran], Any]
 def keep(ran: Ran) -> Any:
     """Adds the gradients to `.grad`, and gives BatchNorm its update; the result of the call."""
     result = ran.result(ran.loss.mean(), ran.stats())
-    ran.run.statistics.commit()
-    ran.gradients.commit()
+    commit = Commit()
+    ran.run.statistics.prepare(commit)
+    ran.gradients.prepare(commit)
+    commit.run(ran.undo)
     return result
 
 
 def take_back(ran: Ran) -> Any:
     """Leaves everything as it was; the result of the call."""
     result = ran.result(ran.loss.mean(), ran.stats())
-    ran.put_back()
+    ran.undo.do()
     return result
+
+
+def held_by(undo: Undo) -> Conclusion:
+    """Leaves a window to whoever has more to do before anything is kept.
+
+    Args:
+        undo: of whoever waits; it puts the window back from now on.
+
+    Returns:
+        What gives the window itself.
+    """
+
+    def hold(ran: Ran) -> Ran:
+        undo.instead(ran.undo.action)
+        ran.undo.instead(None)
+        return ran
+
+    return hold
 
 
 class _Run(NamedTuple):

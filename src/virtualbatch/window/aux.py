@@ -89,12 +89,28 @@ def kinds(
                 f"Got shape {shape} with the rows on axis {min(axes)}. "
                 "Return it with that axis first. See docs/rows.md."
             )
+    _check_shapes(columns, per_row, asked)
     return [
         kind or (ROWS if one_per_row else _kind(number, column, kind_of))
         for number, (kind, one_per_row, column) in enumerate(
             zip(asked, per_row, columns, strict=True)
         )
     ]
+
+
+def _check_shapes(
+    columns: Sequence[Sequence[AuxLeaf]], per_row: Sequence[bool], asked: Sequence[str | None]
+) -> None:
+    """Refuses leaves that micro-batches give in shapes which do not fit together."""
+    for column, judged, kind in zip(columns, per_row, asked, strict=True):
+        one_per_row = judged or kind == ROWS
+        shapes = {leaf.inner if one_per_row else (*leaf.length, *leaf.inner) for leaf in column}
+        if len(shapes) > 1 and kind != KEEP:
+            raise ValueError(
+                "A leaf of aux must have one entry per row, or one shape in every micro-batch. "
+                f"Got shapes {sorted(map(str, shapes))}. "
+                "Return what can be concatenated, summed or averaged."
+            )
 
 
 def _inner_axes_of_rows(column: Sequence[AuxLeaf], rows: Sequence[int | None]) -> set[int]:

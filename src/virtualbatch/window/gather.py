@@ -53,7 +53,7 @@ def on_host(array: Any) -> np.ndarray:
     """The values of an array, or of a list of numbers, in NumPy.
 
     Raises:
-        ValueError: a trace stands for it, which has no values.
+        ValueError: a trace stands for it, which has no values, or it is no array.
     """
     framework = _framework(array)
     if framework == "torch":
@@ -66,7 +66,13 @@ def on_host(array: Any) -> np.ndarray:
             "Rows are packed by the values of their lengths. Got lengths inside a trace, which "
             "has no values. Call pack outside of tf.function and jax.jit, and compile the loss."
         )
-    return np.asarray(array)
+    try:
+        return np.asarray(array)
+    except ValueError as error:
+        raise ValueError(
+            "What is given by row must be an array, or a list of numbers or text. "
+            f"Got {array!r}, which is none: {error}. Pass one entry per row."
+        ) from error
 
 
 def _framework(array: Any) -> str | None:

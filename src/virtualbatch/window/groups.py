@@ -65,9 +65,13 @@ def _numbers(groups: Any, rows: int) -> np.ndarray:
             "Every row belongs to one group. "
             f"Got groups of shape {found.shape} for {rows} rows. Pass one entry per row."
         )
-    if found.dtype.kind == "f":
+    if found.dtype.kind == "O" and all(isinstance(name, str) for name in found):
+        # As tables keep text.
+        return found.astype(str)
+    if found.dtype.kind not in "iubUS":
         raise ValueError(
-            "Groups are told apart by equal values. Got groups of floating numbers. "
+            "Groups are told apart by equal values. "
+            f"Got groups of {'floating numbers' if found.dtype.kind == 'f' else found.dtype}. "
             "Pass integers or text."
         )
     return found

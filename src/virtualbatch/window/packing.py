@@ -87,6 +87,9 @@ def pack(
         [[[1, 2, 3, 4]], [[5, 6], [8, 9], [7, 0]]]
     """
     check_tokens(microbatch_tokens, round_to)
+    # Narrow NumPy integers would overflow.
+    microbatch_tokens = int(microbatch_tokens)
+    round_to = None if round_to is None else int(round_to)
     found: list[tuple[str, Any]] = []
     build = builder(batch, "batch", found)
     arrays = [(path, leaf) for path, leaf in found if _is_array(path, leaf)]

@@ -1,11 +1,12 @@
 """A stream of micro-batches, grouped into windows."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 from virtualbatch.window.cut import check_sizes
-from virtualbatch.window.window import Window
+from virtualbatch.window.window import Window, is_iterable
 
 
 class Windows(Iterable[Window]):
@@ -50,7 +51,7 @@ def grouped(stream: Iterable[Any], accumulation_steps: int) -> Iterator[Window]:
         accumulation_steps: micro-batches per window, checked.
     """
     microbatches = iter(stream)
-    while group := tuple(islice(microbatches, accumulation_steps)):
+    while group := tuple(islice(microbatches, min(accumulation_steps, sys.maxsize))):
         yield Window(group)
         # A stream that has ended may begin anew when it is asked again.
         if len(group) < accumulation_steps:
@@ -82,10 +83,9 @@ def windows(stream: Iterable[Any], accumulation_steps: int) -> Windows:
         (3, [['a', 'b'], ['c', 'd'], ['e']])
     """
     check_sizes(None, accumulation_steps)
-    # Not iter(stream): a loader would start its workers.
-    if not (hasattr(stream, "__iter__") or hasattr(stream, "__getitem__")):
+    if not is_iterable(stream):
         raise TypeError(
             "windows groups an iterable of micro-batches. "
             f"Got {type(stream).__name__}. Pass a loader, a dataset or a list."
         )
-    return Windows(stream, accumulation_steps)
+    return Windows(stream, int(accumulation_steps))

@@ -108,8 +108,13 @@ def of_part(weight: GivenWeight, part: Callable[[Any], Any]) -> GivenWeight:
     return (lambda whole: weight(part(whole))) if callable(weight) else weight
 
 
+def is_sum(weight: Any) -> bool:
+    """Whether a weight is the word for a sum; arrays are compared with no word."""
+    return isinstance(weight, str) and weight == SUM
+
+
 def _check_number(name: Any, value: Any) -> None:
-    if isinstance(value, str) and value == SUM:
+    if is_sum(value):
         return
     is_array = hasattr(value, "shape")
     dtype = getattr(value, "dtype", type(value).__name__)
@@ -123,6 +128,7 @@ def _check_number(name: Any, value: Any) -> None:
     if is_array and rank(value) in (0, None):
         return
     if not is_array and hasattr(value, "__float__") and not isinstance(value, str | bytes):
+        _check_fits(value)
         return
     got = f"shape {tuple(value.shape)}" if is_array else repr(value)
     raise ValueError(
@@ -130,6 +136,17 @@ def _check_number(name: Any, value: Any) -> None:
         f"Got {got} for term {name!r}. "
         "Reduce it to what the loss was divided by, for example by a sum over the mask."
     )
+
+
+def _check_fits(value: Any) -> None:
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(
+            "A weight must be a finite number, 0 or more. "
+            f"Got one of type {type(value).__name__} that no float can hold. "
+            "Return what the loss was divided by."
+        ) from None
 
 
 def check_total(names: Collection[Any]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -29,7 +30,26 @@ def builder(
         one_leaf: classes that are leaves although they are sequences or mappings.
         lists: whether a list without an array is one leaf, as `is_list` says. It is built as a
             list of its own, also of a `RowList` in its place.
+
+    Raises:
+        ValueError: the structure is nested too deeply, or holds itself.
     """
+    try:
+        return _builder(structure, path, leaves, one_leaf, lists)
+    except RecursionError as error:
+        raise ValueError(
+            f"A nested structure must end. Got {path} of type {type(structure).__name__}, which "
+            "holds itself or is nested deeper than Python can follow. Pass its arrays in a dict."
+        ) from error
+
+
+def _builder(
+    structure: Any,
+    path: str,
+    leaves: list[tuple[str, Any]],
+    one_leaf: tuple[type, ...],
+    lists: bool,
+) -> Builder:
     if lists and is_list(structure):
         leaves.append((path, structure))
         index = len(leaves) - 1
@@ -39,7 +59,7 @@ def builder(
         leaves.append((path, structure))
         return itemgetter(len(leaves) - 1)
     items, join = parts
-    builds = [builder(item, f"{path}{place}", leaves, one_leaf, lists) for place, item in items]
+    builds = [_builder(item, f"{path}{place}", leaves, one_leaf, lists) for place, item in items]
     return lambda found: join([build(found) for build in builds])
 
 
@@ -88,7 +108,7 @@ def parts_of(structure: Any) -> tuple[list[tuple[str, Any]], Callable[[list[Any]
         names = kind._fields
         return [(f".{n}", getattr(structure, n)) for n in names], lambda parts: kind(*parts)
     if isinstance(structure, list | tuple):
-        return [(f"[{k}]", item) for k, item in enumerate(structure)], kind
+        return [(f"[{k}]", item) for k, item in enumerate(structure)], partial(_sequence, kind)
     if isinstance(structure, Mapping):
         keys = list(structure)
 
@@ -117,6 +137,17 @@ def parts_of(structure: Any) -> tuple[list[tuple[str, Any]], Callable[[list[Any]
 
         return [(f".{name}", getattr(structure, name)) for name in names], instance
     return None
+
+
+def _sequence(kind: Any, parts: list[Any]) -> Any:
+    """A list or a tuple of a class, made of its parts."""
+    try:
+        return kind(parts)
+    except TypeError as error:
+        raise TypeError(
+            "A list or tuple of a class must be made of its parts alone, as list and tuple are. "
+            f"Got {kind.__name__}, which refuses them: {error}. Pass a list, a tuple or a dict."
+        ) from error
 
 
 def rank(array: Any) -> int | None:

@@ -30,6 +30,13 @@ def check_alike(places: Sequence[Sequence[str]]) -> None:
             )
 
 
+def is_iterable(found: Any) -> bool:
+    """Whether it can be iterated, as far as can be told without doing so."""
+    # Not iter(found): a loader would start its workers.
+    is_told = hasattr(found, "__iter__") or hasattr(found, "__getitem__")
+    return is_told and not isinstance(found, type) and getattr(found, "shape", None) != ()
+
+
 class Window(Sequence[Any]):
     """The micro-batches of one update, already cut.
 
@@ -41,6 +48,9 @@ class Window(Sequence[Any]):
         sorted_rows: whether rows were sorted by something, as `pack` sorts them by length, so
             that a micro-batch is no random sample of them.
 
+    Raises:
+        TypeError: the micro-batches cannot be iterated.
+
     Example:
         >>> window = Window(["first", "second"])
         >>> len(window), window[0]
@@ -50,6 +60,11 @@ class Window(Sequence[Any]):
     __slots__ = ("_microbatches", "_sorted_rows")
 
     def __init__(self, microbatches: Iterable[Any], *, sorted_rows: bool = False):
+        if not is_iterable(microbatches):
+            raise TypeError(
+                "A Window is made of micro-batches. "
+                f"Got {microbatches!r}. Pass a list of them: Window([first, second])."
+            )
         self._microbatches = tuple(microbatches)
         self._sorted_rows = sorted_rows
 

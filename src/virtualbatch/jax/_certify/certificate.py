@@ -60,7 +60,7 @@ def check_cut(batch: Any, microbatch_size: int | None, accumulation_steps: int |
     Raises:
         ValueError: there is one row, or one micro-batch, or the batch is a Window or traced.
     """
-    refuse_window(batch)
+    refuse_window(batch, microbatch_size)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(batch)):
         raise ValueError(
             "certify reads values. Got a call inside jit or another trace. Call it outside."

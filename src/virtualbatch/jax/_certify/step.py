@@ -1,5 +1,6 @@
 """A function as `certify` observes it on JAX: uncut and cut, with random bits kept by row."""
 
+import numbers
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -192,9 +193,24 @@ def _as_program(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Traced
         given = iter(arrays)
         filled = [next(given) if is_array(leaf) else leaf for leaf in leaves]
         args, kwargs = jax.tree.unflatten(structure, filled)
-        return fun(*args, **kwargs)
+        result = fun(*args, **kwargs)
+        for leaf in jax.tree.leaves(result):
+            _check_value(leaf)
+        return result
 
     return traced(run, arrays), arrays
+
+
+def _check_value(leaf: Any) -> None:
+    """Refuses what no program can return."""
+    dtype = getattr(leaf, "dtype", None)
+    is_number = isinstance(leaf, numbers.Number) or dtype is not None
+    if not is_number or getattr(dtype, "kind", "") in ("O", "U", "S", "M", "m"):
+        raise TypeError(
+            "certify compiles fun, so that it must return arrays and numbers, in its aux too. "
+            f"Got {type(leaf).__name__}{'' if dtype is None else f' of dtype {dtype}'}. "
+            "Leave it out of what fun returns."
+        )
 
 
 def _names(tree: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from virtualbatch.plan.host_memory import host_memory
 from virtualbatch.plan.out_of_memory import MemoryErrors, any_of
 
 ERRORS = MemoryErrors(
-    classes=(MemoryError,),
+    classes=(),
     # A ValueError where JAX makes an array, else an error of its own.
     kinds=(MemoryError, ValueError, jax.errors.JaxRuntimeError),
     # XLA has this code for quotas and messages that are too long as well.

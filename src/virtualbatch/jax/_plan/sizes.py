@@ -11,7 +11,8 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from virtualbatch.jax._arrays import is_array
 from virtualbatch.jax._remembered import remembered
 from virtualbatch.jax._rows import rows_of
-from virtualbatch.plan.auto import Auto, Leaf, Signature
+from virtualbatch.plan.auto import Auto
+from virtualbatch.plan.signature import Leaf, Signature
 
 
 def kept_sizes(
@@ -43,7 +44,7 @@ def signature(loss: str, args: Sequence[Any], kwargs: Any, batch_argnum: int) ->
     leaves, _ = tree_flatten_with_path(batch)
     parameters = _parameters(args, kwargs, batch_argnum)
     return Signature(
-        f"jax on {_device()}, arguments {parameters}",
+        f"jax {jax.__version__} on {_device()}, arguments {parameters}",
         loss,
         rows_of(batch, "batch"),
         tuple(

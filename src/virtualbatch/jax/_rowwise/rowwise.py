@@ -37,6 +37,7 @@ from virtualbatch.plan.auto import Auto, CurrentSize, check_cut_or_auto, is_auto
 from virtualbatch.plan.retry import Memory, run_until_it_fits
 from virtualbatch.window.entries import check_entries
 from virtualbatch.window.fingerprint import fingerprint
+from virtualbatch.window.options import check_flags
 from virtualbatch.window.window import Window
 
 
@@ -106,6 +107,7 @@ def rowwise(
         >>> print(f"{gradient[0]:.4f} {gradient[1]:.4f}")
         0.1062 -0.0381
     """
+    check_flags(check=check)
     check_options(
         {"fn": fn},
         {"batch_argnum": batch_argnum, "key_argnum": key_argnum},

@@ -28,7 +28,7 @@ from virtualbatch.keras._jax.devices import (
 )
 from virtualbatch.keras._jax.evaluate import evaluated
 from virtualbatch.keras._jax.gathered import GatheredRun
-from virtualbatch.keras._jax.held import holding, put_back
+from virtualbatch.keras._jax.held import holding, is_gone, put_back, refuse_lost, weights_are_gone
 from virtualbatch.keras._jax.packing import packed_cut
 from virtualbatch.keras._jax.plan import MEMORY, copied, planned
 from virtualbatch.keras._jax.program import JaxProgram
@@ -134,7 +134,8 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
 
     `fit` takes the values out of the model's variables while it trains, and after an error in the
     first batch would not put them back. And a program overwrites the state that it is given: until
-    a window of some shape has fitted once, it is given a copy, so that it can run again.
+    a window of some shape has fitted once, it is given a copy, so that it can run again. A later
+    one that runs out of memory is run again too, if the program has not taken the state by then.
     """
     step = model.train_step
     guard = Guard(model, step, MEMORY)
@@ -153,10 +154,11 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 (x.shape, x.dtype) if hasattr(x, "shape") else None
                 for x in jax.tree.leaves(batches)
             )
+            has_fitted = guard.fitted(shapes)
+            refuse_lost(State(*state), wait=not has_fitted)
             try:
-                if guard.fitted(shapes):
-                    result = updated(state, batches)
-                else:
+                result = later(state, batches) if has_fitted else None
+                if result is None:
                     result = first_of_its_shape(state, batches)
                     guard.remember(shapes)
             except BaseException:
@@ -174,6 +176,19 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 logs, state = run(state, iter([batch]))
                 losses += [logs.pop(LOSSES)] if LOSSES in logs else []
             return logs | {LOSSES: losses}, state
+
+        def later(state: Any, batches: list[Any]) -> Any:
+            """Runs a window of a shape that has fitted; None if it can be run as a first one."""
+            try:
+                return updated(state, batches)
+            except MEMORY.errors.kinds as error:
+                if not MEMORY.errors.is_possible(error):
+                    raise
+                if is_gone(State(*state)):
+                    raise weights_are_gone(error, State(*state)) from error
+                if processes_of_rows() > 1:
+                    raise
+            return None
 
         def first_of_its_shape(state: Any, batches: list[Any]) -> Any:
             largest = max(batches, key=lambda batch: (_rows(batch), _size(batch)))

@@ -60,7 +60,7 @@ def _handle(variable: Any) -> int:
 
 
 def _check_cut(batch: Any, microbatch_size: int | None, accumulation_steps: int | None) -> None:
-    refuse_window(batch)
+    refuse_window(batch, microbatch_size)
     if not tf.executing_eagerly():
         raise ValueError("certify reads values. Got a call inside tf.function. Call it outside.")
     cut = segments(batch, microbatch_size, accumulation_steps)

@@ -11,7 +11,7 @@ from virtualbatch.plan.host_memory import host_memory
 from virtualbatch.plan.out_of_memory import MemoryErrors, any_of
 
 ERRORS = MemoryErrors(
-    classes=(MemoryError,),
+    classes=(),
     # On a GPU some allocations come as errors of the device; oneDNN's as an operation aborted.
     kinds=(
         MemoryError,

@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.plan.auto import Leaf, Signature
+from virtualbatch.plan.signature import Leaf, Signature
 from virtualbatch.tensorflow._arrays import is_array, named_arrays
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.fingerprint import fingerprint
@@ -40,7 +40,7 @@ def signature(program: Program, batch: Any) -> Signature:
         for found in tf.nest.flatten(program.variables)
     )
     return Signature(
-        f"tensorflow on {_device()}, variables {kinds}",
+        f"tensorflow {tf.__version__} on {_device()}, variables {kinds}",
         fingerprint(program.loss_fn, program.weight, program.has_aux),
         rows,
         tuple(

@@ -5,6 +5,7 @@ from typing import Any
 
 from virtualbatch.plan.auto import Auto, check_sizes_or_auto
 from virtualbatch.tensorflow._rowwise.function import Rowwise
+from virtualbatch.window.options import check_flags
 
 
 def rowwise(
@@ -64,6 +65,7 @@ def rowwise(
         [[-0.194]
          [ 0.016]]
     """
+    check_flags(check=check)
     if not callable(fn):
         raise TypeError(
             f"fn must be a function of a batch. Got fn={fn!r}. Pass fn=lambda batch: ..."

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from virtualbatch.certify.activations import Activation, Recording
 from virtualbatch.certify.users_line import OURS, folder, frames, line_of, users_line
+from virtualbatch.torch._undo import Undo
+from virtualbatch.torch._unhook import unhook
 
 _LIBRARIES = (folder(torch.__file__), OURS)
 
@@ -53,19 +55,16 @@ class Recorder(TorchDispatchMode):
         def leave(layer: torch.nn.Module, args: Any, output: Any) -> None:
             self._stack.pop()
 
-        handles = [
-            handle
-            for layer in layers
-            for handle in (
-                layer.register_forward_pre_hook(enter),
-                layer.register_forward_hook(leave, always_call=True),
-            )
-        ]
-        try:
+        def stop() -> None:
+            for layer in layers:
+                unhook(enter, layer._forward_pre_hooks)
+                unhook(leave, layer._forward_hooks, layer._forward_hooks_always_called)
+
+        with Undo(stop):
+            for layer in layers:
+                layer.register_forward_pre_hook(enter)
+                layer.register_forward_hook(leave, always_call=True)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _where(self) -> str:
         line = users_line(map(line_of, frames()), _LIBRARIES)

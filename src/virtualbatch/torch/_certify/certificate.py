@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from virtualbatch.torch._certify.step import LayerState, TorchTrainingStep, wide
 from virtualbatch.torch._faults import StatefulLossError
 from virtualbatch.torch._microbatch import known_rows
 from virtualbatch.torch._random import RandomState
+from virtualbatch.torch._undo import Undo, all_or_nothing
 from virtualbatch.torch._window import Program
 
 
@@ -22,6 +23,12 @@ def certificate(
     program: Program, batch: Any, microbatch_size: int | None, accumulation_steps: int | None
 ) -> Certificate:
     """The certificate of a program; see `virtualbatch.torch.certify`."""
+    return all_or_nothing(lambda: _certificate(program, batch, microbatch_size, accumulation_steps))
+
+
+def _certificate(
+    program: Program, batch: Any, microbatch_size: int | None, accumulation_steps: int | None
+) -> Certificate:
     with _untouched(program, batch):
         try:
             with widened(program.found.roots):
@@ -35,15 +42,14 @@ def _observed(
     program: Program, batch: Any, size: int | None, steps: int | None, note: str = ""
 ) -> Certificate:
     state = LayerState(program.found.roots)
-    try:
-        subject = TorchTrainingStep(program, batch, size, steps, state)
-        if note:
-            subject.notes = [*subject.notes, note]
-        return certified(subject)
-    except StatefulLossError as error:
-        return broken(subject, error.finding)
-    finally:
-        state.restore()
+    with Undo(state.restore):
+        try:
+            subject = TorchTrainingStep(program, batch, size, steps, state)
+            if note:
+                subject.notes = [*subject.notes, note]
+            return certified(subject)
+        except StatefulLossError as error:
+            return broken(subject, error.finding)
 
 
 @contextmanager
@@ -52,24 +58,34 @@ def _untouched(program: Program, batch: Any) -> Iterator[None]:
     tensors = [p for root in program.found.roots for p in root.parameters()]
     tensors += [x for _, x in read(batch).whole.tensors() if x.is_leaf and x.requires_grad]
     gradients = [(tensor, tensor.grad) for tensor in tensors]
-    for tensor, _ in gradients:
-        tensor.grad = None
     random = RandomState(program.found.accelerator)
-    try:
-        with uncompiled():
-            yield
-    finally:
+
+    def put_back() -> None:
         random.restore()
         for tensor, gradient in gradients:
             tensor.grad = gradient
+
+    with Undo(put_back), uncompiled():
+        for tensor, _ in gradients:
+            tensor.grad = None
+        yield
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Compiled modules run as they are written for the length of a context."""
     # Whatever is compiled has loaded this, which takes seconds.
-    is_loaded = "torch._dynamo" in sys.modules
-    with torch.compiler.set_stance("force_eager") if is_loaded else nullcontext():
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    stances: list[Any] = []
+
+    def leave() -> None:
+        for stance in stances:
+            stance.__exit__(None, None, None)
+
+    with Undo(leave):
+        stances.append(torch.compiler.set_stance("force_eager"))
         yield
 
 
@@ -79,6 +95,6 @@ def check_cut(batch: Any, microbatch_size: int | None, accumulation_steps: int |
     Raises:
         ValueError: there is one row, or one micro-batch, or the batch is a Window.
     """
-    refuse_window(batch)
+    refuse_window(batch, microbatch_size)
     cut = read(batch).cut(microbatch_size, accumulation_steps)
     check_microbatches([known_rows(piece) for piece in cut])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from virtualbatch.torch._microbatch import Microbatch, known_rows, on_device
 from virtualbatch.torch._plan.memory import ERRORS
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._state import LARGEST_COPIED
+from virtualbatch.torch._undo import Undo, all_or_nothing
 from virtualbatch.torch._window import Program
 from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import loss_and_aux
@@ -174,17 +176,18 @@ def untouched(program: Program) -> Iterator[LayerState]:
     layers, drawn = LayerState(program.found.roots), RandomState(program.found.accelerator)
     parameters = _copied([p for root in program.found.roots for p in root.parameters()])
     host = HostRandom()
-    try:
-        with uncompiled():
-            yield layers
-    finally:
+
+    @torch.no_grad()
+    def put_back() -> None:
         layers.restore()
         drawn.restore()
         host.restore()
-        with torch.no_grad():
-            for parameter, version, value in parameters:
-                if parameter._version != version:
-                    parameter.copy_(value)
+        for parameter, version, value in parameters:
+            if parameter._version != version:
+                parameter.copy_(value)
+
+    with Undo(put_back), uncompiled():
+        yield layers
 
 
 def _copied(parameters: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, int, torch.Tensor]]:
@@ -229,6 +232,9 @@ class TorchTrial(Trial):
 
     def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance | None:
         """See `Trial`. The three gradients meet in one buffer, so that none is kept."""
+        return all_or_nothing(partial(self._distance, a, b))
+
+    def _distance(self, a: Sequence[int], b: Sequence[int]) -> Distance | None:
         program = self.program
         parts = [self.some(rows) for rows in (a, [*a, *b], b)]
         shares = program.shares([parts[0], parts[2]])
@@ -236,7 +242,7 @@ class TorchTrial(Trial):
         gradients = WindowGradients(program.found.parameters, program.backward_fn)
         losses: list[Mapping[Any, torch.Tensor]] = []
         sizes = []
-        try:
+        with Undo(gradients.restore):
             gradients.start()
             for k, part in enumerate(parts):
                 losses.append(self._terms(part))
@@ -246,8 +252,6 @@ class TorchTrial(Trial):
                 factors = [-1.0] * len(losses[k]) if k == 1 else shares.of(losses[k], k // 2)
                 gradients.add(losses[k].values(), factors)
                 sizes.append(_largest(gradients.sums()))
-        finally:
-            gradients.restore()
         if of_host.has_moved():
             raise UntriedError("it draws random numbers by Python or NumPy")
         if drawn.has_moved():

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import _global_forward_hooks, register_module_forward_hook
+
+from virtualbatch.torch._undo import Undo
+from virtualbatch.torch._unhook import unhook
 
 
 @contextmanager
@@ -25,11 +28,15 @@ def heard_dtypes(found: set[torch.dtype]) -> Iterator[None]:
         if isinstance(output, torch.Tensor) and output.is_floating_point():
             found.add(output.dtype)
 
-    handle = register_module_forward_hook(hear)
-    try:
-        with warnings.catch_warnings():
-            # A compiled module tells its users of hooks on all modules, which are gone again soon.
-            warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
-            yield
-    finally:
-        handle.remove()
+    filters: Any = warnings.filters
+    before = list(filters)
+
+    def leave() -> None:
+        unhook(hear, _global_forward_hooks)
+        filters[:] = before
+
+    with Undo(leave):
+        # A compiled module tells its users of hooks on all modules, which are gone again soon.
+        warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
+        register_module_forward_hook(hear)
+        yield

@@ -19,6 +19,7 @@ from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._microbatch import known_rows, on_device
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._state import versions_of
+from virtualbatch.torch._undo import Undo
 from virtualbatch.torch._window import Program, keep
 from virtualbatch.window.terms import loss_and_aux, of_part, weight_terms
 
@@ -218,16 +219,18 @@ def widened(roots: Sequence[torch.nn.Module]) -> Iterator[None]:
     }
     before = {key: tensor.data for key, tensor in tensors.items()}
     default = torch.get_default_dtype()
-    try:
+
+    def narrow() -> None:
+        torch.set_default_dtype(default)
+        for key, tensor in tensors.items():
+            tensor.data = before[key]
+
+    with Undo(narrow):
         for tensor in tensors.values():
             tensor.data = tensor.data.double()
         # What a loss function makes itself, such as zeros to start from, is to be as wide.
         torch.set_default_dtype(torch.float64)
         yield
-    finally:
-        torch.set_default_dtype(default)
-        for key, tensor in tensors.items():
-            tensor.data = before[key]
 
 
 def wide_batch(batch: Any) -> Any:

@@ -6,7 +6,7 @@ from virtualbatch.plan.host_memory import host_memory
 from virtualbatch.plan.out_of_memory import MemoryErrors, any_of
 
 ERRORS = MemoryErrors(
-    classes=(MemoryError, torch.OutOfMemoryError),
+    classes=(torch.OutOfMemoryError,),
     # A RuntimeError has no class of its own for these.
     kinds=(MemoryError, RuntimeError),
     # Each text is that of one allocator.

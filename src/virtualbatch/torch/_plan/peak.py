@@ -10,6 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from virtualbatch.torch._modes import Modes
+from virtualbatch.torch._undo import Undo
+
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """The most bytes that tensors made by a function held at once, on any device.
@@ -119,18 +122,25 @@ def faked(modules: list[torch.nn.Module]) -> Iterator[Callable[[Any], Any]]:
             fakes[id(tensor)] = found
         return fakes[id(tensor)]
 
-    try:
-        for layer in layers:
-            for tensors in (layer._parameters, layer._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        tensors[name] = fake(tensor)
-        with mode:
-            yield fake
-    finally:
+    lifts = torch._C._only_lift_cpu_tensors()
+
+    def put_back() -> None:
+        modes.restore()
+        torch._C._set_only_lift_cpu_tensors(lifts)
         for layer, attributes, parameters, buffers in before:
             layer.__dict__.clear()
             layer.__dict__.update(attributes)
             layer._parameters.update(parameters)
             layer._buffers.clear()
             layer._buffers.update(buffers)
+
+    modes = Modes()
+    with Undo(put_back):
+        for layer in layers:
+            for tensors in (layer._parameters, layer._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        tensors[name] = fake(tensor)
+        # Its own way out is no way out where an interrupt cuts it.
+        mode.__enter__()
+        yield fake

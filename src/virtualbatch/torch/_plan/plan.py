@@ -22,6 +22,8 @@ from virtualbatch.torch._plan.memory import ERRORS, left_bytes
 from virtualbatch.torch._plan.peak import DeviceCount, can_fake, faked, peak_bytes
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._replicas.found import refuse_in_step
+from virtualbatch.torch._signals import held_back
+from virtualbatch.torch._undo import Undo, all_or_nothing
 from virtualbatch.torch._window import Program, take_back
 from virtualbatch.window.shares import Shares
 
@@ -51,8 +53,7 @@ def planned(program: Program, batch: ReadBatch, memory_limit: int | str | None) 
     memory = Memory(ERRORS, partial(left_bytes, device))
     limit = bytes_allowed(memory_limit, held, memory)
     count = DeviceCount(device) if device is not None and device.type == "cuda" else None
-    random = RandomState(device)
-    try:
+    with Undo(RandomState(device).restore):
         return planner.planned(
             lambda size: _Window(program, batch.cut(size, None), limit - held, count),
             known_rows(batch.whole),
@@ -62,8 +63,6 @@ def planned(program: Program, batch: ReadBatch, memory_limit: int | str | None) 
             remainder=True,
             tells_peaks=host_memory().left_bytes >= ROOM_FOR_TOOLS,
         )
-    finally:
-        random.restore()
 
 
 class _Window:
@@ -109,13 +108,9 @@ def _peak(
         count: of the device, where it counts.
     """
     cut, shares = _first(_STEADY, cut, shares)
-    roots = program.found.roots
-    if can_fake(roots):
+    if can_fake(program.found.roots):
         try:
-            with faked(roots) as fake:
-                on_fakes = program._replace(found=inventory(roots, hands_over=True))
-                pieces = [microbatch.with_tensors(fake) for microbatch in cut]
-                found = peak_bytes(lambda: on_fakes.run(pieces, shares, take_back))
+            found = all_or_nothing(partial(_peak_on_fakes, program, cut, shares))
             if found > room or count is None:
                 return found
         except Exception as error:
@@ -126,6 +121,14 @@ def _peak(
     # Cloned before they count: the rows of the window that is planned are not copied.
     clones = [microbatch.with_tensors(torch.Tensor.clone) for microbatch in cut]
     return counted(lambda: program.run(clones, shares, take_back))
+
+
+def _peak_on_fakes(program: Program, cut: list[Microbatch], shares: Shares) -> int:
+    roots = program.found.roots
+    with held_back(), faked(roots) as fake:
+        on_fakes = program._replace(found=inventory(roots, hands_over=True))
+        pieces = [microbatch.with_tensors(fake) for microbatch in cut]
+        return peak_bytes(lambda: on_fakes.run(pieces, shares, take_back))
 
 
 def _timing(program: Program, cut: list[Microbatch], shares: Shares) -> Timing:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from virtualbatch.plan.auto import Auto, Leaf, Signature
+from virtualbatch.plan.auto import Auto
+from virtualbatch.plan.signature import Leaf, Signature
 from virtualbatch.torch._microbatch import Microbatch, known_rows
 from virtualbatch.torch._window import Program
 from virtualbatch.window.fingerprint import fingerprint
@@ -35,7 +36,7 @@ def signature(program: Program, batch: Microbatch) -> Signature:
     device = found.accelerator or torch.device("cpu")
     sums = "" if program.rounding_seed is None else ", sums of bfloat16"
     return Signature(
-        f"torch on {_words(device)}, parameters {parameters}{sums}",
+        f"torch {torch.__version__} on {_words(device)}, parameters {parameters}{sums}",
         fingerprint(program.loss_fn, program.weight, program.backward_fn, program.has_aux),
         known_rows(batch),
         tuple(Leaf(place, tuple(x.shape[1:]), _name(x.dtype)) for place, x in batch.tensors()),

@@ -6,6 +6,7 @@ gradients wait behind the loss; a backward pass through it is the only one that 
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from virtualbatch.torch._handover import Finished, hooks_set_aside
 from virtualbatch.torch._modules import Inventory
 from virtualbatch.torch._replicas.checks import check_ddp, check_group, check_reduce
 from virtualbatch.torch._replicas.replicas import Replicas
+from virtualbatch.torch._undo import Undo
 from virtualbatch.torch._window import Program, Ran
 
 # DDP module -> what its reducer was made for.
@@ -79,7 +81,7 @@ class Replicated(Replicas):
         with ExitStack() as stack:
             stack.enter_context(self.quiet())
             for module in self._modules:
-                stack.callback(setattr, module, "reducer", module.reducer)
+                stack.enter_context(Undo(partial(setattr, module, "reducer", module.reducer)))
                 module.reducer = _KeepsBuckets(module.reducer)
             yield
 
@@ -88,11 +90,11 @@ class Replicated(Replicas):
         """See `Replicas`."""
         with ExitStack() as stack:
             for module in self._modules:
-                stack.enter_context(module.no_sync())
-                # Buffers are broadcast in a forward pass, also without synchronisation.
-                stack.callback(
-                    setattr, module, "require_forward_param_sync", module.require_forward_param_sync
-                )
+                # What `no_sync` does, but for an interrupt inside of it. Buffers are broadcast in
+                # a forward pass, also without synchronisation.
+                for name in ("require_backward_grad_sync", "require_forward_param_sync"):
+                    stack.enter_context(Undo(partial(setattr, module, name, getattr(module, name))))
+                module.require_backward_grad_sync = False
                 module.require_forward_param_sync = False
             stack.enter_context(hooks_set_aside(self._found.owner, self._found.parameters))
             yield

@@ -22,6 +22,7 @@ from virtualbatch.torch._modules import Inventory
 from virtualbatch.torch._replicas.checks import check_reduce, refuse_talking_layers
 from virtualbatch.torch._replicas.mesh import reducing_group
 from virtualbatch.torch._replicas.replicas import Replicas
+from virtualbatch.torch._undo import Undo
 from virtualbatch.torch._window import Program, Ran
 
 
@@ -75,7 +76,7 @@ class Sharded(Replicas):
         """See `Replicas`."""
         self._has_begun = False
         with ExitStack() as stack:
-            stack.callback(self._put_to_rest)
+            stack.enter_context(Undo(self._put_to_rest))
             stack.enter_context(hooks_set_aside(self._found.owner, self._found.parameters))
             try:
                 yield

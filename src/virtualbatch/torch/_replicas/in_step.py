@@ -16,7 +16,7 @@ from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._plan.memory import ERRORS
 from virtualbatch.torch._replicas.agreement import Agreement
 from virtualbatch.torch._replicas.replicas import Prove, Replicas
-from virtualbatch.torch._window import Program, Ran
+from virtualbatch.torch._window import Conclusion, Program, Ran
 
 
 def run_in_step(
@@ -26,6 +26,7 @@ def run_in_step(
     batch: ReadBatch,
     fit: Fit,
     prove: Prove,
+    hold: Conclusion,
 ) -> Ran:
     """Runs as many micro-batches as the rank that wants most.
 
@@ -36,6 +37,7 @@ def run_in_step(
         batch: of this rank.
         fit: how it would be cut alone.
         prove: see `Prove`.
+        hold: what becomes of the window.
 
     Raises:
         RuntimeError: another rank has failed before the first micro-batch.
@@ -56,7 +58,7 @@ def run_in_step(
     with replicas.quiet():
         try:
             cut = [*prove(batch, own, shares), *fillers]
-            ran: Ran = program._replace(in_step=step).run(cut, shares, lambda found: found)
+            ran: Ran = program._replace(in_step=step).run(cut, shares, hold)
         except ERRORS.kinds as error:
             if ERRORS.is_possible(error):
                 error.add_note(

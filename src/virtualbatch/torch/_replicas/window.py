@@ -15,7 +15,8 @@ from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._replicas.agreement import Agreement
 from virtualbatch.torch._replicas.in_step import run_in_step
 from virtualbatch.torch._replicas.replicas import Outcome, Prove, Replicas
-from virtualbatch.torch._window import Program, Ran
+from virtualbatch.torch._undo import Undo
+from virtualbatch.torch._window import Conclusion, Program, Ran, held_by
 
 
 def run_window(
@@ -52,20 +53,11 @@ def run_window(
             replicas.check(program)
             batch = read()
             fitting = fit(batch)
-        ran = run(replicas, agreement, program, batch, fitting, prove)
-        try:
+        with Undo() as undo:
+            ran = run(replicas, agreement, program, batch, fitting, prove, held_by(undo))
             outcome = agreement.after(ran)
-        except BaseException:
-            ran.put_back()
-            raise
+            undo.instead(None)
     return ran, outcome
-
-
-def _checked(ran: Ran) -> Ran:
-    """A window in which all has succeeded that can fail on one rank only."""
-    if ran.run.gradients is not None:
-        ran.run.gradients.check_leaves()
-    return ran
 
 
 def _run_apart(
@@ -75,15 +67,23 @@ def _run_apart(
     batch: ReadBatch,
     fit: Fit,
     prove: Prove,
+    hold: Conclusion,
 ) -> Ran:
     """Runs as many micro-batches as this rank has, again with smaller ones if memory runs out."""
     with replicas.quiet():
         weights = program.weights(fit.cut)
     totals = agreement.before(weights)
 
+    def checked(ran: Ran) -> Ran:
+        # All has succeeded that can fail on one rank only.
+        if ran.run.gradients is not None:
+            ran.run.gradients.check_leaves()
+        held: Ran = hold(ran)
+        return held
+
     def run(cut: Sequence[Microbatch]) -> Ran:
         shares = program.weights(cut).shares(totals)
-        ran: Ran = program.run(prove(batch, cut, shares), shares, _checked)
+        ran: Ran = program.run(prove(batch, cut, shares), shares, checked)
         return ran
 
     with replicas.quiet(), refused_if_coupled() as refuse:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from virtualbatch.torch._handover import emptied
+from virtualbatch.torch._undo import Undo, all_or_nothing
 
 Hook: TypeAlias = Callable[[Any], Any]
 
@@ -32,13 +33,23 @@ def spare_hooks(trained: Sequence[torch.Tensor], gradients: Sequence[torch.Tenso
         trained: inputs of a node that runs.
         gradients: theirs; None for none.
     """
+    spared: list[tuple[dict[int, Hook], Callable[[Hook, Any], Any]]] = []
     for x, gradient in zip(trained, gradients, strict=True):
         if gradient is not None:
             continue
         if hooks := x._backward_hooks:
-            _spare(hooks, _if_given)
+            spared.append((hooks, _if_given))
         if hooks := x._post_accumulate_grad_hooks if x.is_leaf else None:
-            _spare(hooks, partial(_if_accumulated, _grad_of(x)))
+            spared.append((hooks, partial(_if_accumulated, _grad_of(x))))
+    if not spared:
+        return
+    put_back = partial(_put_back, [hooks for hooks, _ in spared])
+    # PyTorch calls this only where its backward pass ends without an error.
+    torch.autograd.Variable._execution_engine.queue_callback(partial(_surely, put_back))
+    with Undo(put_back) as undo:
+        for hooks, call in spared:
+            _spare(hooks, call)
+        undo.instead(None)
 
 
 class _Spared:
@@ -55,11 +66,19 @@ class _Spared:
 def _spare(hooks: dict[int, Hook], call: Callable[[Hook, Any], Any]) -> None:
     others = {k: hook for k, hook in hooks.items() if not isinstance(hook, _Spared)}
     hooks.update({k: _Spared(call, hook) for k, hook in others.items()})
-    torch.autograd.Variable._execution_engine.queue_callback(partial(_put_back, hooks))
 
 
-def _put_back(hooks: dict[int, Hook]) -> None:
-    hooks.update({k: hook.hook for k, hook in hooks.items() if isinstance(hook, _Spared)})
+def _put_back(tables: Sequence[dict[int, Hook]]) -> None:
+    for hooks in tables:
+        hooks.update({k: hook.hook for k, hook in hooks.items() if isinstance(hook, _Spared)})
+
+
+def _surely(put_back: Callable[[], None]) -> None:
+    def run() -> None:
+        with Undo(put_back):
+            pass
+
+    all_or_nothing(run)
 
 
 def _if_given(hook: Hook, gradient: torch.Tensor | None) -> Any:

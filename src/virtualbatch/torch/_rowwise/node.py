@@ -5,6 +5,7 @@ hooks, reductions over ranks, happens once, and with the gradients of the whole 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from virtualbatch.torch._rowwise.inputs import Inputs
 from virtualbatch.torch._rowwise.outputs import Outputs
 from virtualbatch.torch._rowwise.second_pass import SecondPass
+from virtualbatch.torch._undo import all_or_nothing
 
 
 def behind(outputs: Outputs, inputs: Inputs, second: SecondPass) -> Sequence[torch.Tensor | None]:
@@ -53,7 +55,7 @@ class _Rowwise(torch.autograd.Function):
         # Whoever keeps them elsewhere has copied them here.
         del saved
         with torch.no_grad():
-            found = ctx.second.gradients(gradients)
+            found = all_or_nothing(partial(ctx.second.gradients, gradients))
         if torch.is_grad_enabled():
             found = _differentiated_once(found)
         return (None, None, None, None, *found)

@@ -13,6 +13,7 @@ from virtualbatch.torch._batchnorm import is_tracked
 from virtualbatch.torch._modules import Inventory
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._state import Buffers
+from virtualbatch.torch._undo import Undo
 
 _VERSION = torch.Tensor._version.__get__
 
@@ -69,45 +70,46 @@ class Replay:
         """Runs from the same state, and leaves no trace of it."""
         random, host = _Generators(self._devices), HostRandom()
         buffers = Buffers(self._layers if self._changes_buffers else ())
-        self.before.restore()
-        self._random.restore()
-        self._host.restore()
-        try:
-            with self._switched():
-                yield
-        finally:
+
+        def put_back() -> None:
             buffers.restore()
             random.restore()
             host.restore()
 
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """A forward pass with the casts of the first one."""
-        with ExitStack() as stack:
-            for kind, enabled, dtype in self._autocast:
-                stack.enter_context(
-                    torch.autocast(
-                        kind, enabled=enabled, dtype=dtype, cache_enabled=self._keeps_casts
-                    )
-                )
-            yield
+        with Undo(put_back):
+            self.before.restore()
+            self._random.restore()
+            self._host.restore()
+            with self._switched():
+                yield
+
+    def autocast(self) -> ExitStack:
+        """A forward pass with the casts of the first one, which begins now."""
+        stack = ExitStack()
+        for kind, enabled, dtype in self._autocast:
+            stack.enter_context(
+                torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=self._keeps_casts)
+            )
+        return stack
 
     @contextmanager
     def _switched(self) -> Iterator[None]:
         """Modes of layers, and what is trained, as they were; a graph would have kept them."""
         others = [(x, x.training) for x, training in self._modes if x.training != training]
         frozen = [x for x in self._trained if not x.requires_grad]
-        try:
+
+        def switch_back() -> None:
+            for layer, training in others:
+                layer.training = training
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+
+        with Undo(switch_back):
             for layer, training in others:
                 layer.training = not training
             for parameter in frozen:
                 parameter.requires_grad_(True)
             yield
-        finally:
-            for layer, training in others:
-                layer.training = training
-            for parameter in frozen:
-                parameter.requires_grad_(False)
 
     def _buffer_versions(self) -> list[tuple[int, int]]:
         buffers = [b for layer in self._layers for b in layer._buffers.values() if b is not None]

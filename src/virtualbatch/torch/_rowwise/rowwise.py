@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from virtualbatch.torch._rowwise.proof import prove_first_call
 from virtualbatch.torch._rowwise.replay import Replay
 from virtualbatch.torch._rowwise.second_pass import SecondPass
 from virtualbatch.torch._rowwise.surrogate import Surrogate
+from virtualbatch.torch._undo import Undo, all_or_nothing, undone_if_cut
 from virtualbatch.torch._window import Program
+from virtualbatch.window.options import check_flags
 from virtualbatch.window.terms import SUM
 from virtualbatch.window.window import Window
 
@@ -64,6 +67,7 @@ class Rowwise:
         return self._called(batch, shared)
 
     @as_written
+    @undone_if_cut
     def _called(self, batch: Any, shared: tuple[Any, ...]) -> Any:
         check_cut_or_auto(batch, self._microbatch_size, self._accumulation_steps)
         if not torch.is_grad_enabled() and not isinstance(batch, Window):
@@ -78,6 +82,9 @@ class Rowwise:
         tell(most_rows(fit.cut))
 
         def run(cut: Sequence[Microbatch]) -> Any:
+            return all_or_nothing(partial(run_cut, cut))
+
+        def run_cut(cut: Sequence[Microbatch]) -> Any:
             if len(cut) == 1:
                 return inputs.whole()
             if self._check:
@@ -106,11 +113,9 @@ class Rowwise:
 def _in_two_passes(inputs: Inputs, cut: Sequence[Microbatch], fit: Fit) -> Any:
     """The outputs of all rows, from a first pass; the second one is behind them."""
     replay = Replay(inputs.found, inputs.devices)
-    try:
+    with Undo(lambda: replay.before.restore()) as undo:
         outputs = first_pass(inputs, cut, replay)
-    except BaseException:
-        replay.before.restore()
-        raise
+        undo.instead(None)
     leaves: Sequence[torch.Tensor | None] = outputs.leaves
     if any(outputs.takes):
         refuse = refuses_another_cut(replay, cut)
@@ -203,6 +208,7 @@ def rowwise(
         >>> model.weight.grad.shape
         torch.Size([2, 2])
     """
+    check_flags(check=check)
     if not callable(fn):
         raise TypeError(
             f"fn must be a function of a batch. Got fn={fn!r}. Pass a module or a function."

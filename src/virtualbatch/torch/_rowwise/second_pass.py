@@ -1,6 +1,7 @@
 """The second pass: the gradients of what was trained, from those of the outputs."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -9,6 +10,7 @@ from virtualbatch.torch._rowwise.hooks import own_hooks_only, spare_hooks
 from virtualbatch.torch._rowwise.inputs import Inputs
 from virtualbatch.torch._rowwise.replay import Replay
 from virtualbatch.torch._rowwise.sums import GradientSums
+from virtualbatch.torch._undo import all_or_nothing
 
 # Gradients that arrive at outputs, or leave for what is trained; None for none.
 Gradients = Sequence[torch.Tensor | None]
@@ -44,7 +46,9 @@ class SecondPass:
         if any(gradient is not None for gradient in of_outputs):
             # What somebody does to the gradient of a parameter is done to that of the whole batch.
             with self._replay.again(), own_hooks_only(self._inputs.found.parameters):
-                found = self._fitted(lambda cut: self._run(cut, of_outputs))
+                found = self._fitted(
+                    lambda cut: all_or_nothing(partial(self._run, cut, of_outputs))
+                )
         spare_hooks(trained, found)
         return found
 

@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 
-from virtualbatch.torch._commit import added, committed, widened
+from virtualbatch.torch._commit import added, narrowed, widened
+from virtualbatch.torch._undo import Undo
+from virtualbatch.torch._unhook import unhook
 
 # A hook costs as much as adding this many numbers. Smaller gradients are added after the pass.
 _LARGE = 2**14
@@ -84,7 +87,10 @@ class GradientSums:
         totals, self._totals = self._totals, [None] * len(self._totals)
         totals.reverse()
         # The list must not hold what `.grad` is to take over.
-        return [committed(x, None, totals.pop()) for x in self._tensors]
+        return [
+            None if (total := totals.pop()) is None else narrowed(total, x.dtype)
+            for x in self._tensors
+        ]
 
     @torch.no_grad()
     def _add(self, k: int, gradient: torch.Tensor) -> None:
@@ -102,9 +108,15 @@ class GradientSums:
     def _as_they_come(self) -> Iterator[None]:
         with ExitStack() as hooks:
             for k in self._nothing:
-                hooks.callback(self._tensors[k].register_hook(partial(self._take, k)).remove)
+                take = partial(self._take, k)
+                hooks.enter_context(Undo(partial(_leave, take, self._tensors[k])))
+                self._tensors[k].register_hook(take)
             yield
 
     def _take(self, k: int, gradient: torch.Tensor) -> torch.Tensor:
         self._add(k, gradient)
         return gradient if gradient.is_sparse else self._nothing[k]
+
+
+def _leave(take: Any, tensor: torch.Tensor) -> None:
+    unhook(take, tensor._backward_hooks)

@@ -1,0 +1,74 @@
+"""What becomes of accumulation when a model is copied.
+
+Keras copies a model by saving and loading it, and what it saves does not know of virtualbatch. A
+deep copy accumulates all the same, because it never leaves the process. What is pickled may be read
+where virtualbatch is not installed, so it stays plain, and a log line says so.
+"""
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+_log = logging.getLogger("virtualbatch")
+
+# Python asks an instance for them before its class.
+HOOKS = ("__deepcopy__", "__reduce__")
+
+
+class DeepCopy:
+    """The `__deepcopy__` of a model that accumulates: its copy accumulates too.
+
+    Args:
+        model: the model.
+        accumulate: asks of a model what was asked of this one.
+    """
+
+    def __init__(self, model: keras.Model, accumulate: Callable[[keras.Model], Any]):
+        self._model = model
+        self._accumulate = accumulate
+
+    def __call__(self, memo: dict[int, Any]) -> Any:
+        """A copy as it would be without this hook, which then accumulates."""
+        attributes = vars(self._model)
+        ours = {name: attributes.pop(name) for name in HOOKS if name in attributes}
+        try:
+            twin = copy.deepcopy(self._model, memo)
+        finally:
+            attributes.update(ours)
+        # Keras says so of copies that it left for a `compile` of their own class, too.
+        if twin.compiled and hasattr(twin, "optimizer"):
+            self._accumulate(twin)
+        else:
+            _log.warning(
+                "The copy of the model %r is not compiled, so it does not accumulate. "
+                "Compile it and call accumulate.",
+                self._model.name,
+            )
+        return twin
+
+
+class Reduction:
+    """The `__reduce__` of a model that accumulates: Keras' own, and one log line.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: keras.Model):
+        self._model = model
+        self._said = False
+
+    def __call__(self) -> Any:
+        """What pickle writes."""
+        if not self._said:
+            self._said = True
+            _log.warning(
+                "A pickle of the model %r does not know of virtualbatch: what is read from it "
+                "trains on whole batches. Call accumulate on it again.",
+                self._model.name,
+            )
+        of_keras: Any = type(self._model)
+        return of_keras.__reduce__(self._model)

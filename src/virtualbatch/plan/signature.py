@@ -1,0 +1,53 @@
+"""What a plan depends on."""
+
+from typing import NamedTuple
+
+
+class Leaf(NamedTuple):
+    """One array of a batch, without its rows.
+
+    Fields:
+        place: expression that reaches it, such as "batch['x']".
+        shape: of one row.
+        dtype: its name.
+    """
+
+    place: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Signature(NamedTuple):
+    """What a plan depends on.
+
+    Fields:
+        program: engine with its version, device and parameters, in words.
+        loss: what is computed, as a fingerprint.
+        rows: of the batch.
+        leaves: arrays of the batch, in order.
+        limit: of memory, as a text; `Auto` fills it in.
+    """
+
+    program: str
+    loss: str
+    rows: int
+    leaves: tuple[Leaf, ...]
+    limit: str = ""
+
+    def covers(self, other: "Signature") -> bool:
+        """Whether what fits here fits there: the same, with no longer rows or more of them.
+
+        So text that is padded to many lengths is planned again only when it grows longer.
+        """
+        return (
+            (self.program, self.loss, self.limit) == (other.program, other.loss, other.limit)
+            and self.rows >= other.rows
+            and len(self.leaves) == len(other.leaves)
+            and all(
+                mine.place == its.place
+                and mine.dtype == its.dtype
+                and len(mine.shape) == len(its.shape)
+                and all(m >= n for m, n in zip(mine.shape, its.shape, strict=True))
+                for mine, its in zip(self.leaves, other.leaves, strict=True)
+            )
+        )

@@ -1,0 +1,198 @@
+"""The verbs of the TensorFlow engine, and what only it can be given wrongly."""
+
+from functools import partial
+from random import Random
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tests.fuzz import batches, functions, options, tensorflow_losses
+from tests.fuzz.call import Call, Fault, Result
+from tests.fuzz.losses import entries, in_terms, right_loss, with_aux
+
+import virtualbatch.tensorflow as vb
+
+COMMON = frozenset({"microbatch_size", "accumulation_steps", "weight", "has_aux"})
+ALLOWED = {
+    "value_and_gradients": COMMON | {"stats", "check"},
+    "compiled": COMMON | {"stats"},
+    "certify": COMMON,
+    "plan": frozenset({"weight", "has_aux", "memory_limit"}),
+    "rowwise": frozenset({"microbatch_size", "accumulation_steps", "check"}),
+}
+
+
+class Ops:
+    """What the user's functions compute with."""
+
+    def array(self, values: Any) -> tf.Tensor:
+        return tf.constant(values)
+
+    def mean_of(self, leaf: Any, trained: list[tf.Variable]) -> tf.Tensor:
+        w, x = trained[0], self.rows(leaf)
+        return tf.reduce_mean((x * w[0] - w[1]) ** 2 + x * w[2])
+
+    def constant(self, trained: list[tf.Variable]) -> tf.Tensor:
+        return tf.reduce_sum(trained[0] ** 2)
+
+    def cast(self, value: tf.Tensor, dtype: str) -> tf.Tensor:
+        return tf.cast(value, dtype)
+
+    def rows(self, leaf: Any) -> tf.Tensor:
+        if isinstance(leaf, tf.RaggedTensor):
+            return tf.cast(tf.reduce_mean(leaf, 1), tf.float64)
+        if isinstance(leaf, tf.SparseTensor):
+            leaf = tf.sparse.to_dense(leaf)
+        x = tf.cast(tf.convert_to_tensor(leaf), tf.float64)
+        return tf.reduce_mean(tf.reshape(x, [tf.shape(x)[0], -1]), 1)
+
+    def largest(self, leaf: Any) -> tf.Tensor:
+        return tf.cast(tf.reduce_max(leaf), tf.float64)
+
+
+class TensorFlow:
+    """The engine."""
+
+    name = "tensorflow"
+    verbs = (*["value_and_gradients"] * 4, "compiled", "certify", "rowwise", "plan")
+
+    def __init__(self) -> None:
+        self.faults = [*batches.FAULTS, *functions.FAULTS, *options.FAULTS, *own_faults()]
+
+    def call(self, verb: str, random: Random) -> Call:
+        ops = Ops()
+        weights = [tf.Variable([0.5, -1.0, 2.0], dtype=tf.float64)]
+        x, y = batches.arrays(ops)
+        given: dict[str, Any] = {}
+        if verb != "plan":
+            given["microbatch_size"] = random.choice([2, 3, 4, 6])
+        loss: Any = partial(right_loss, ops, weights)
+        if verb != "rowwise":
+            if random.random() < 0.25:
+                loss = in_terms(loss)
+            elif random.random() < 0.25:
+                loss, given["has_aux"] = with_aux(loss, ops), True
+        return Call(
+            verb,
+            ops,
+            {"x": x, "y": y},
+            loss,
+            weights,
+            given,
+            ALLOWED[verb],
+            weights=weights,
+            compiled=verb == "compiled",
+        )
+
+    def uncut(self, call: Call) -> Result:
+        if call.verb == "rowwise":
+            entries(call.ops, call.loss, call.batch)
+        with tf.GradientTape() as tape:
+            result, aux = call.loss(call.batch), None
+            if call.options.get("has_aux"):
+                result, aux = result
+            if isinstance(result, dict):
+                result = sum(result.values())
+        return _result(result, tape.gradient(result, call.weights), aux)
+
+    def run(self, call: Call) -> Result | None:
+        # TensorFlow would write the user's functions anew, in files of its own.
+        loss = (
+            tf.autograph.experimental.do_not_convert(call.loss)
+            if callable(call.loss)
+            else (call.loss)
+        )
+        given = dict(call.options)
+        match call.verb:
+            case "plan":
+                vb.plan(loss, call.batch, call.trained, **given)
+                return None
+            case "certify":
+                vb.certify(loss, call.batch, call.trained, **given)
+                return None
+            case "rowwise":
+                run = vb.rowwise(partial(entries, call.ops, call.loss), **given)
+                run(call.batch)
+                return None
+        run = partial(vb.value_and_gradients, loss, call.batch, call.trained, **given)
+        found = tf.function(run, autograph=False)() if call.compiled else run()
+        loss, gradients = found[:2]
+        aux = None
+        if call.options.get("has_aux"):
+            loss, aux = loss
+        return _result(loss, tf.nest.flatten(gradients), aux)
+
+    def state(self, call: Call) -> dict[str, Any]:
+        return {str(k): _numpy(variable) for k, variable in enumerate(call.weights)}
+
+
+def _result(loss: Any, gradients: Any, aux: Any) -> Result:
+    leaves = [] if aux is None else tf.nest.flatten(aux)
+    return Result(_numpy(loss), list(map(_numpy, gradients)), list(map(_numpy, leaves)))
+
+
+def _numpy(value: Any) -> Any:
+    if isinstance(value, tf.IndexedSlices):
+        value = tf.convert_to_tensor(value)
+    return np.array(value) if hasattr(value, "numpy") else value
+
+
+def own_faults() -> list[Fault]:
+    """What only TensorFlow knows."""
+
+    def batch(name: str, make: Any) -> Fault:
+        def change(call: Call, random: Random) -> None:
+            call.batch = make(call, *batches.arrays(call.ops))
+
+        return Fault(f"batch: {name}", "batch", change)
+
+    def trained(name: str, make: Any) -> Fault:
+        def change(call: Call, random: Random) -> None:
+            call.trained = make(call.weights)
+            call.is_judged = call.is_judged and name in ("in a tuple", "in a dict")
+
+        return Fault(f"variables: {name}", "trained", change)
+
+    def loss(name: str) -> Fault:
+        def change(call: Call, random: Random) -> None:
+            call.loss = partial(tensorflow_losses.LOSSES[name], call, call.loss)
+            call.keeps_state = name != "assigns a variable"
+            call.is_judged = call.is_judged and call.keeps_state
+
+        return Fault(f"loss: {name}", "loss", change)
+
+    ragged = tf.ragged.constant([[1.0] * (k + 1) for k in range(6)])
+    return [
+        batch("ragged", lambda c, x, y: {"x": ragged, "y": y}),
+        batch("ragged of other rows", lambda c, x, y: {"x": ragged[:3], "y": y}),
+        batch("sparse", lambda c, x, y: {"x": tf.sparse.from_dense(x), "y": y}),
+        batch("a variable", lambda c, x, y: {"x": tf.Variable(x), "y": y}),
+        batch("a graph", lambda c, x, y: {"x": x * c.weights[0], "y": y}),
+        batch("a dataset", lambda c, x, y: tf.data.Dataset.from_tensor_slices(x)),
+        batch("an iterator", lambda c, x, y: iter(tf.data.Dataset.from_tensor_slices(x))),
+        batch("a spec", lambda c, x, y: tf.TensorSpec([6, 3])),
+        batch("text tensors", lambda c, x, y: tf.constant(["a"] * 6)),
+        batch("a TensorArray", lambda c, x, y: {"x": x, "t": tf.TensorArray(tf.float64, 6)}),
+        batch("slices", lambda c, x, y: tf.IndexedSlices(x, tf.range(6), [6, 3])),
+        batch("a shape", lambda c, x, y: {"x": x, "s": x.shape}),
+        batch("a quantised dtype", lambda c, x, y: tf.cast(x, tf.qint8)),
+        trained("None", lambda w: None),
+        trained("nothing", lambda w: []),
+        trained("a number", lambda w: 3),
+        trained("text", lambda w: "weights"),
+        trained("with None", lambda w: [*w, None]),
+        trained("one alone", lambda w: w[0]),
+        trained("in a tuple", tuple),
+        trained("in a dict", lambda w: {"w": w[0]}),
+        trained("twice", lambda w: [w[0], w[0]]),
+        trained("another", lambda w: [tf.Variable(1.0)]),
+        trained("integers", lambda w: [tf.Variable(1)]),
+        trained("a tensor", lambda w: [tf.ones(2)]),
+        trained("an array", lambda w: [np.ones(2)]),
+        trained("texts", lambda w: [tf.Variable("a")]),
+        trained("not trained", lambda w: [*w, tf.Variable(1.0, trainable=False)]),
+        trained("a generator", lambda w: iter(w)),
+        trained("a class", lambda w: tf.Variable),
+        trained("mixed keys", lambda w: {"w": w[0], 1: w[0]}),
+        *map(loss, tensorflow_losses.LOSSES),
+    ]

@@ -1,0 +1,254 @@
+"""An interrupt at any place leaves a window undone or done: the attack, and what answers it."""
+
+import random
+import signal
+
+import pytest
+import torch
+from tests.tiers import tiered
+from tests.torch.interrupted import LONG, WINDOWS, nested, rows, with_aux
+from tests.torch.interrupts import Alarm, Attack, State, Subject, Tracer
+from torch import nn
+
+import virtualbatch.torch as vb
+from virtualbatch.torch._signals import held_back
+from virtualbatch.torch._undo import Undo, all_or_nothing
+
+SIGNALS = 5000
+# Where a line more or less decides.
+_FILES = ("_commit.py", "_batchnorm.py", "_undo.py", "_unhook.py", "_modes.py")
+
+
+def attacked(kind, chosen, opcodes=False):
+    """The places that leave something between before and done, with what that is."""
+    attack = Attack({**WINDOWS, **LONG}[kind])
+    found = {}
+    for at in chosen(attack.places(opcodes)):
+        tracer = Tracer(at, opcodes)
+        between = attack.between(tracer)
+        if between:
+            found[at, tracer.places[-1]] = between
+    return found
+
+
+def some(count):
+    return lambda places: sorted(
+        random.Random(0).sample(range(1, len(places) + 1), min(count, len(places)))
+    )
+
+
+def every(places):
+    return range(1, len(places) + 1)
+
+
+# Running on shapes imports the compiler.
+QUICK = [kind for kind in WINDOWS if kind != "has_aux"]
+
+
+@pytest.mark.parametrize("kind", tiered(WINDOWS, QUICK, "imports the compiler"))
+def test_an_interrupt_at_some_lines(kind):
+    assert attacked(kind, some(4)) == {}
+
+
+def test_an_interrupt_at_lines_that_attach_commit_and_put_back():
+    def chosen(places):
+        close = [k for k, place in enumerate(places, 1) if place.startswith(_FILES)]
+        return sorted(random.Random(0).sample(close, 30))
+
+    assert attacked("float32", chosen) == {}
+
+
+@pytest.mark.thorough("thousands of windows for each kind")
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_an_interrupt_at_every_line(kind):
+    assert attacked(kind, every) == {}
+
+
+@pytest.mark.thorough("thousands of windows for each kind")
+@pytest.mark.parametrize("kind", ["no grad before", "bfloat16", "stats", "loss"])
+def test_an_interrupt_at_some_opcodes(kind):
+    assert attacked(kind, some(2000), opcodes=True) == {}
+
+
+@pytest.mark.thorough("each call tries, plans or certifies")
+@pytest.mark.parametrize("kind", LONG)
+def test_an_interrupt_at_some_lines_of_what_takes_longer(kind):
+    assert attacked(kind, some(200)) == {}
+
+
+def signalled(kind, count, seconds):
+    attack = Attack(WINDOWS[kind])
+    numbers = random.Random(0)
+    found = [attack.between(Alarm(numbers.uniform(1e-5, seconds))) for _ in range(count)]
+    assert any(between is not None for between in found)
+    return [between for between in found if between]
+
+
+def test_some_signals():
+    assert signalled("float32", 30, 0.004) == []
+
+
+@pytest.mark.thorough("thousands of windows")
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_signals_while_a_window_runs(kind):
+    assert signalled(kind, SIGNALS // len(WINDOWS) + 1, 0.01) == []
+
+
+def test_the_attack_finds_what_is_put_back_too_late():
+    def make():
+        module = nn.BatchNorm1d(3)
+
+        def call():
+            momentum = module.momentum
+            module.momentum = 1.0
+            vb.loss(
+                lambda x: module(x).mean(), rows(), module=module, microbatch_size=4, check=False
+            )
+            module.momentum = momentum
+
+        return Subject([module], [], call)
+
+    attack = Attack(make)
+    assert "0. momentum" in attack.between(Tracer(20))
+
+
+def test_interrupts_one_after_another_do_not_stop_what_is_put_back():
+    done = []
+
+    def put_back():
+        done.append(len(done))
+        if len(done) < 3:
+            raise KeyboardInterrupt
+
+    def run():
+        with Undo(put_back):
+            raise ValueError
+
+    with pytest.raises(KeyboardInterrupt):
+        all_or_nothing(run)
+    assert done == [0, 1, 2]
+
+
+def test_one_thing_that_cannot_be_put_back_does_not_stop_the_others():
+    done = []
+
+    def run():
+        with Undo(lambda: done.append("first")), Undo(lambda: 1 / 0):
+            raise ValueError
+
+    with pytest.raises(ZeroDivisionError):
+        all_or_nothing(run)
+    assert done == ["first"]
+
+
+def test_what_was_changed_last_is_put_back_first():
+    """Also where its own way out was cut, and the ways out around it were not."""
+    order = []
+    cuts = iter([KeyboardInterrupt])
+
+    def last():
+        for error in cuts:
+            raise error
+        order.append("last")
+
+    def run():
+        with Undo(lambda: order.append("first")), Undo(last):
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        all_or_nothing(run)
+    assert order == ["last", "first"]
+
+
+def test_what_was_put_back_is_not_put_back_again_when_a_generator_is_closed():
+    done = []
+
+    def changed():
+        with Undo(lambda: done.append(1)):
+            yield
+
+    waiting = changed()
+
+    def run():
+        next(waiting)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        all_or_nothing(run)
+    waiting.close()
+    assert done == [1]
+
+
+def test_what_code_in_between_swallows_is_put_back_at_the_end():
+    done = []
+
+    def run():
+        try:
+            Undo(lambda: done.append(1)).__enter__()
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            return "went on"
+
+    assert all_or_nothing(run) == "went on"
+    assert done == [1]
+
+
+def test_signals_wait_while_they_are_held_back():
+    came = []
+
+    def handler(number, frame):
+        came.append(number)
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, handler)
+
+    def wait():
+        with held_back():
+            signal.raise_signal(signal.SIGALRM)
+            assert came == []
+
+    try:
+        with pytest.raises(TimeoutError):
+            wait()
+        assert came == [signal.SIGALRM]
+        assert signal.getsignal(signal.SIGALRM) is handler
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_gradients_that_are_one_tensor_are_both_added():
+    """As PyTorch's own accumulation adds them, whatever tells that an addition was made."""
+    weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    both = torch.zeros(2)
+    for weight in weights:
+        weight.grad = both
+    x = torch.ones(4, 2)
+    vb.backward(
+        lambda x: (x * (weights[0] + 2 * weights[1])).sum(1).mean(),
+        x,
+        module=weights,
+        microbatch_size=2,
+        check=False,
+    )
+    assert both.tolist() == [3.0, 3.0]
+
+
+@pytest.mark.thorough("imports the compiler")
+def test_what_a_loss_does_on_shapes_stays_in_no_buffer():
+    module = nested()
+    vb.backward(
+        with_aux(module), rows(), module=module, microbatch_size=4, has_aux=True, check=False
+    )
+    assert type(module[2][0].last) is torch.Tensor
+
+
+def test_the_next_window_is_as_if_there_had_been_no_interrupt():
+    found = []
+    for interrupted in (False, True):
+        subject = WINDOWS["float32"]()
+        state = State(subject)
+        if interrupted:
+            assert Tracer(1500).run(subject.call)
+        subject.call()
+        found.append(state.now())
+    assert found[0] == found[1]
