@@ -12,11 +12,13 @@ import numpy as np
 from virtualbatch.window.not_finite import LateLosses, LossWatch
 from virtualbatch.window.terms import SINGLE
 
-# Where the logs of a step hold, for each micro-batch, its part of the loss and its rows; or the loss of all
-# rows, and for each micro-batch NaN, or 0 where all that it predicts is finite, and its rows.
+# Where the logs of a step tell of losses: in a table with a line for each micro-batch, its part of
+# the loss and its rows. Where a loss sees all rows: that loss, and a table of NaN, or 0 where all
+# that a micro-batch predicts is finite, and its rows. On replicas: a table with a line for each, of
+# its loss, how many micro-batches it has, and the number of the first that is not finite, or 0.
 LOSSES = "virtualbatch_losses"
-# Of replicas, for each of them: its loss, how many micro-batches it has, and the number of the first
-# whose loss is not finite, from 1 on, or 0.
+# What is told of micro-batches whose loss sees all rows.
+PREDICTIONS = "What the model predicts"
 # In the place of rows that are not the next ones of their batch; and where nothing is known of a
 # loss, because it cannot be told from losses before it.
 NO_PLACE, NOTHING_KNOWN = -1, -2
@@ -68,9 +70,7 @@ class LossesOfFit:
             places = [None] * len(of_microbatches)
             self._watch.hear(of_microbatches, places, f"On replica {number} the loss")
 
-    def _hear_of_microbatches(
-        self, whole: Any, numbers: list[float], rows: list[float]
-    ) -> None:
+    def _hear_of_microbatches(self, whole: Any, numbers: list[float], rows: list[float]) -> None:
         if NOTHING_KNOWN in rows:
             return
         # Each is a part of the whole, or tells of predictions whose loss sees all rows.
@@ -82,7 +82,7 @@ class LossesOfFit:
         elif all(map(math.isfinite, numbers)):
             self._watch.hear([{SINGLE: float(whole)}], [None])
         else:
-            self._watch.hear([{SINGLE: x} for x in numbers], places, "What the model predicts")
+            self._watch.hear([{SINGLE: x} for x in numbers], places, PREDICTIONS)
 
 
 def without_losses(logs: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from virtualbatch.keras._checks import refuse_accumulating_optimizer
 from virtualbatch.keras._gather.detection import Evaluate, found_by_shape, found_on_rows
 from virtualbatch.keras._gather.gathering import EVERYTHING, NOTHING, Found, Gathering
 from virtualbatch.keras._gather.said import say_what_is_gathered, say_what_is_not_gathered
-from virtualbatch.keras._not_finite import LossesOfFit
 from virtualbatch.keras._packing import Packing
 from virtualbatch.plan.auto import is_automatic
 from virtualbatch.window.cut import rows_per_microbatch
@@ -77,7 +76,7 @@ class TrainStep:
         self._assumed: Found | None = None
         self._added = AddedLosses()
         self._said_how_it_is_cut = False
-        self.losses = LossesOfFit(self._has_losses)
+        self.losses = self._losses()
 
     def proven(self) -> Proven:
         """What was tried of the model as it is compiled."""
@@ -203,8 +202,8 @@ class TrainStep:
                 *(whole, whole * steps, size, steps),
             )
 
-    def _has_losses(self, losses: Any, is_latest: bool) -> bool:
-        """Whether what the logs of a window tell can be read without stopping its device."""
+    def _losses(self) -> Any:
+        """What hears of the losses of windows, and waits for no device."""
         raise NotImplementedError
 
     def _devices(self) -> int:

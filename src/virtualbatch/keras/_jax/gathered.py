@@ -235,9 +235,7 @@ def _floats(predictions: Arrays) -> list[Any]:
 
 def _nan_or_0(predictions: Arrays) -> Any:
     """NaN for each micro-batch of a segment whose predictions are not all finite, else 0."""
-    finite = [
-        jnp.isfinite(found).reshape(len(found), -1).all(1) for found in _floats(predictions)
-    ]
+    finite = [jnp.isfinite(found).reshape(len(found), -1).all(1) for found in _floats(predictions)]
     return jnp.where(jnp.all(jnp.stack(finite), 0), jnp.float32(0), jnp.float32(jnp.nan))
 
 

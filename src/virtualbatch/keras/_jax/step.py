@@ -34,7 +34,12 @@ from virtualbatch.keras._jax.plan import MEMORY, copied, planned
 from virtualbatch.keras._jax.program import JaxProgram
 from virtualbatch.keras._jax.stateless import State
 from virtualbatch.keras._jax.window import WindowRun
-from virtualbatch.keras._not_finite import LOSSES, NOTHING_KNOWN, without_losses
+from virtualbatch.keras._not_finite import (
+    LOSSES,
+    NOTHING_KNOWN,
+    LossesOfFit,
+    without_losses,
+)
 from virtualbatch.keras._packing import Packing
 from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._train_step import TrainStep
@@ -103,9 +108,10 @@ class JaxStep(TrainStep):
         known = jnp.where(jnp.isfinite(start), rows, NOTHING_KNOWN).astype(end.dtype)
         return jnp.stack([end - start, known])[None]
 
-    def _has_losses(self, losses: Any, is_latest: bool) -> bool:
-        del is_latest
-        return all(found.is_ready() for found in jax.tree.leaves(losses))
+    def _losses(self) -> LossesOfFit:
+        return LossesOfFit(
+            lambda losses, is_latest: all(found.is_ready() for found in jax.tree.leaves(losses))
+        )
 
     def _devices(self) -> int:
         return devices_of_rows()

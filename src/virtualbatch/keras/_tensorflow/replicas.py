@@ -83,7 +83,9 @@ class ReplicaRun(WindowRun):
         found = unless_empty(self._here, run, self._like(traced))
         told = told_of_this_replica(found.told)
         sums, moments = summed_with_moments(
-            [*found.losses, told], found.moments, [self._start[id(layer)][0] for layer in self._called]
+            [*found.losses, told],
+            found.moments,
+            [self._start[id(layer)][0] for layer in self._called],
         )
         dense, sparse = summed_window_gradients(
             found.dense, found.sparse, self._model.trainable_variables

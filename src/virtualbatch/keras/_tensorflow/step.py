@@ -17,7 +17,7 @@ from virtualbatch.keras._certify.eager_program import EagerProgram
 from virtualbatch.keras._checks import replica_count
 from virtualbatch.keras._gather.detection import evaluated_eagerly
 from virtualbatch.keras._gather.gathering import Found, Gathering
-from virtualbatch.keras._not_finite import without_losses
+from virtualbatch.keras._not_finite import LossesOfFit, without_losses
 from virtualbatch.keras._tensorflow.building import (
     build,
     build_layers,
@@ -121,9 +121,13 @@ class TensorFlowStep(TrainStep):
         self._say(window.losses_of_one_number)
         return results
 
-    def _has_losses(self, losses: Any, is_latest: bool) -> bool:
+    def _losses(self) -> LossesOfFit:
         # To read of another device stops it, unless a later window keeps it busy.
-        return not is_latest or all("CPU" in x.device for x in tf.nest.flatten(losses))
+        return LossesOfFit(
+            lambda losses, is_latest: (
+                not is_latest or all("CPU" in x.device for x in tf.nest.flatten(losses))
+            )
+        )
 
     def next_to_try(self) -> str:
         """What to ask for instead, where memory ran out."""

@@ -136,7 +136,8 @@ class WindowRun:
         sums, (*sparse, told) = fold(
             traced,
             lambda _, found: Output(
-                (found.losses, found.dense, found.moments, found.latest), [*found.sparse, found.told]
+                (found.losses, found.dense, found.moments, found.latest),
+                [*found.sparse, found.told],
             ),
             lambda a, b: (
                 add(a[0], b[0]),
