@@ -70,6 +70,13 @@ def test_what_else_is_not_finite_is_called_by_its_name(caplog):
     assert caplog.messages[0].startswith("What it predicts is not finite in micro-batch 2 of 2 of")
 
 
+def test_where_all_else_is_finite_the_window_is_named(caplog):
+    watch = LossWatch()
+    assert watch.listens(INF)
+    watch.hear([{"loss": 0.0}, {"loss": 0.0}], [4, 4], "What it predicts")
+    assert caplog.messages[0].startswith("The loss is inf in window 1, so its update")
+
+
 def test_nothing_is_said_of_finite_losses_whose_sum_is_not(caplog):
     watch = LossWatch()
     assert watch.listens(INF)

@@ -3,7 +3,6 @@
 A compiled window tells of them in the logs of its step, which are read once a later window runs.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -77,12 +76,8 @@ class LossesOfFit:
         if not self._watch.listens(sum(numbers) if whole is None else float(whole)):
             return
         places = [None if n == NO_PLACE else int(n) for n in rows]
-        if whole is None:
-            self._watch.hear([{SINGLE: x} for x in numbers], places)
-        elif all(map(math.isfinite, numbers)):
-            self._watch.hear([{SINGLE: float(whole)}], [None])
-        else:
-            self._watch.hear([{SINGLE: x} for x in numbers], places, PREDICTIONS)
+        parts = [{SINGLE: x} for x in numbers]
+        self._watch.hear(parts, places, None if whole is None else PREDICTIONS)
 
 
 def without_losses(logs: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class LossWatch:
 
     def __init__(self) -> None:
         self._windows = 0
+        self._loss = 0.0
         self._said = False
 
     def listens(self, loss: float) -> bool:
@@ -33,7 +34,7 @@ class LossWatch:
         Args:
             loss: of the whole window.
         """
-        self._windows += 1
+        self._windows, self._loss = self._windows + 1, loss
         if math.isfinite(loss):
             self._said = False
         return not math.isfinite(loss) and not self._said
@@ -49,7 +50,8 @@ class LossWatch:
         Args:
             losses: for each micro-batch, in order, the terms of its loss that count, by name.
             rows: of each micro-batch, in the order of the batch; None where they are not known.
-            what: what else the numbers are of, None for the loss.
+            what: what else the numbers are of, None for the loss. If they are all finite, only
+                the window is named.
         """
         bad = [
             (index, name, value)
@@ -57,9 +59,11 @@ class LossWatch:
             for name, value in terms.items()
             if not math.isfinite(value)
         ]
-        # Finite losses can have a sum that is not.
         if not bad:
-            return
+            # Finite losses can have a sum that is not.
+            if what is None:
+                return
+            what, losses, rows, bad = None, [{}], [None], [(0, SINGLE, self._loss)]
         self._said = True
         index, name, value = bad[0]
         subject = what or ("The loss" if name == SINGLE else f"Term {name!r} of the loss")
