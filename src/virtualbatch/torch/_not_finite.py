@@ -61,7 +61,8 @@ class ModuleLosses:
         if type(total) is not torch.Tensor or total.is_meta:
             return
         if total.device.type == "cpu":
-            self._hear(found, total.item(), None)
+            # Memory of the host is looked at. What refuses `item` means reading of a device.
+            self._hear(found, float(total.numpy()), None)
         elif not (total.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._late.take(_sent(found))
 
