@@ -97,4 +97,4 @@ def test_what_is_certified_is_no_update(caplog):
 def test_a_planned_size_names_it_too(caplog):
     fit([15], options={"microbatch_size": "auto"})
     (message,) = said(caplog)
-    assert "of window 2" in message
+    assert "window 2" in message

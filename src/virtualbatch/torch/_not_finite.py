@@ -60,7 +60,7 @@ class ModuleLosses:
         # Shapes without values, or a part of what other ranks have too.
         if type(total) is not torch.Tensor or total.is_meta:
             return
-        if total.device.type == "cpu":
+        if _is_on_host(total):
             # Memory of the host is looked at. What refuses `item` means reading of a device.
             self._hear(found, float(total.numpy()), None)
         elif not (total.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -99,6 +99,10 @@ def _sent(found: Heard) -> _Sent:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(total.device))
     return _Sent(there, event, found)
+
+
+def _is_on_host(total: torch.Tensor) -> bool:
+    return total.device.type == "cpu"
 
 
 def _is_there(sent: _Sent, is_latest: bool) -> bool:
