@@ -45,6 +45,8 @@ def write_html(file: str | Path, *results: Result) -> None:
         >>> plan = Plan(32, 4, memory_limit=2**21, reason="32 fits.", rows=(row,))
         >>> write_html("plan.html", plan)  # doctest: +SKIP
     """
+    if not isinstance(file, str | os.PathLike):
+        raise TypeError(f"file must be a path. Got file={file!r}. Pass for example 'plan.html'.")
     write_whole(file, html_of(*results))
 
 
@@ -55,8 +57,6 @@ def html_of(*results: Result) -> str:
         *results: as `write_html` takes them.
     """
     require_tools()
-    if not isinstance(file, str | os.PathLike):
-        raise TypeError(f"file must be a path. Got file={file!r}. Pass for example 'plan.html'.")
     if not results:
         raise ValueError(
             "write_html needs a result. Got none. Pass for example what plan or certify returned."

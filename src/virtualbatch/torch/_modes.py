@@ -28,7 +28,7 @@ class Modes:
     def restore(self) -> None:
         """Switches back."""
         while torch._C._len_torch_dispatch_stack() > self._dispatch:
-            torch._C._pop_torch_dispatch_stack()
+            torch._C._pop_torch_dispatch_stack(None)
         if not self._dispatch:
             _tell_no_dispatch()
         torch.set_grad_enabled(self._records)
