@@ -128,10 +128,10 @@ class GatheredRun(WindowRun):
         latest = whole.latest | second.latest
         return Window(sums, (non_trainable, second.state[1]), latest, first.kept)
 
-    def _told(self, kept: list[Any], loss: Any) -> Any:
+    def told(self, kept: list[Any], loss: Any) -> Any:
         """See `WindowRun`: predictions are what micro-batches have of their own."""
         found = [_nan_or_0(_predictions(arrays)) for arrays in kept]
-        return loss, super()._told(found, loss)
+        return loss, super().told(found, loss)
 
     def _gather(self, batch: Any, rows: int, before: Any, given: None, own: None) -> Step:
         """The first forward pass of one micro-batch."""

@@ -119,7 +119,7 @@ class WindowRun:
             logs = window.results(found.latest)
         if self._with_stats:
             logs[STATS] = self._stats(gradients, *sums.mean_square)
-        logs[LOSSES] = self._told(found.kept, sums.losses[0])
+        logs[LOSSES] = self.told(found.kept, sums.losses[0])
         non_trainable, metrics = self._functions.changed(scope)
         return logs, State(trainable, non_trainable, optimizer, metrics)
 
@@ -144,7 +144,7 @@ class WindowRun:
             given = given.astype(totals.dtype)
         return traced.run(self._nothing(traced.sums), given, self._merged)
 
-    def _told(self, kept: list[Any], loss: Any) -> Any:
+    def told(self, kept: list[Any], loss: Any) -> Any:
         """What the logs tell of losses.
 
         Args:
