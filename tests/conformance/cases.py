@@ -131,6 +131,11 @@ def _all() -> list[Case]:
         ("statistics", statistics.statistics_of_any_weight_in_a_compiled_window),
     ):
         found.append(Case(ANY_WEIGHT, name, law, "compiled", {}))
+    for law in (
+        laws.the_micro_batch_whose_loss_is_not_finite_is_named,
+        laws.an_empty_micro_batch_is_not_named,
+    ):
+        found.append(Case(_named(law), "", law, None, {}))
     for name, cuts in laws.CUTS_OF_ONE_BATCH.items():
         further = "" if name == "some" else "further cuts of the same batch"
         found += _in_modes(

@@ -3,6 +3,9 @@
 `program(loss_fn, params, ...)` of an engine gives a function of a batch or a Window.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -377,3 +380,65 @@ def a_call_leaves_no_trace_of_itself(engine: Any, compiled: Any) -> None:
     assert np.isnan(run(spoilt).gradients["w"]).all()
     for _ in range(2):
         assert_close(run(fine).gradients["w"], [1.0])
+
+
+@contextmanager
+def _said() -> Iterator[list[str]]:
+    """What is said of losses that are not finite."""
+    messages: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "not_finite.md" in record.getMessage():
+                messages.append(record.getMessage())
+
+    logger, listener = logging.getLogger("virtualbatch"), Listener()
+    logger.addHandler(listener)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(listener)
+
+
+def the_micro_batch_whose_loss_is_not_finite_is_named(engine: Any) -> None:
+    """Outside of a trace: once, and again after a window whose loss was finite."""
+    params = engine.parameters({"w": np.ones(1)})
+
+    def loss_fn(params: Any, batch: Any) -> Any:
+        product = batch * params["w"]
+        return {"first": engine.ops.mean(product), "second": engine.ops.mean(product * product)}
+
+    run = engine.program(loss_fn, params, microbatch_size=4)
+    fine = np.arange(1.0, 11.0)[:, None]
+    bad = fine.copy()
+    # Cut into 4, 3 and 3 rows.
+    bad[5], bad[7] = -np.inf, np.nan
+    for rows, due in ((fine, 0), (bad, 1), (bad, 0), (fine, 0), (bad, 1)):
+        with _said() as messages:
+            run(engine.array(rows))
+        assert len(messages) == due
+        for message in messages:
+            assert message.startswith("Term 'first' of the loss is -inf in micro-batch 2 of 3 of")
+            assert "(rows 4 to 6 of its batch), the first of 2 such, so its update" in message
+
+
+def an_empty_micro_batch_is_not_named(engine: Any) -> None:
+    """Its loss is 0 over 0, and counts for nothing."""
+    params = engine.parameters({"w": np.ones(1)})
+    ops = engine.ops
+    run = engine.program(
+        lambda params, batch: (
+            ops.sum(batch["x"] * params["w"] * batch["mask"]) / ops.sum(batch["mask"])
+        ),
+        params,
+        microbatch_size=2,
+        weight=lambda batch: ops.sum(batch["mask"]),
+    )
+    mask = np.array([1.0, 1.0, 0.0, 0.0])
+    bad = np.array([1.0, np.inf, 3.0, 4.0])
+    for rows, due in ((np.arange(4.0), []), (bad, ["micro-batch 1 of 2"])):
+        with _said() as messages:
+            run(arrays(engine, {"x": rows, "mask": mask}))
+        assert [text in message for text, message in zip(due, messages, strict=True)] == [
+            True
+        ] * len(due)

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from virtualbatch.jax._plan.sizes import _KEPT
+from virtualbatch.jax._remembered import _REMEMBERED
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +15,8 @@ def _float64():
 @pytest.fixture(autouse=True)
 def _no_sizes_of_other_tests():
     """A size that shrank is kept for a loss that is made anew, also by the next test."""
-    _KEPT.clear()
+    for found in list(_REMEMBERED.values()):
+        found.sizes.clear()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import virtualbatch.jax as vb
 from virtualbatch import Auto
-from virtualbatch.jax._plan import sizes as _sizes
+from virtualbatch.jax import _remembered
 from virtualbatch.plan.search import Search
 
 pytestmark = pytest.mark.usefixtures("untimed_plans", "optimized")
@@ -135,7 +135,7 @@ def test_a_size_that_shrank_is_kept_for_a_loss_that_is_made_anew():
     params, batch = problem()
     update(params[:, :8], {"x": batch["x"], "y": batch["y"][:, :8]})
     assert tries[0] == 64
-    assert len(_sizes._KEPT) == 1
+    assert sum(bool(found.sizes) for found in _remembered._REMEMBERED.values()) == 1
 
 
 def test_several_devices_are_refused():

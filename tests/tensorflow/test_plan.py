@@ -214,14 +214,14 @@ def test_a_plan_of_a_file_is_not_used_under_another_limit(plans, tmp_path):
 
 
 def test_sizes_are_forgotten_with_the_variables():
-    from virtualbatch.tensorflow._plan import sizes as _sizes
+    from virtualbatch.tensorflow._remembered import _REMEMBERED
 
     loss_fn, x, variables = small()
     vb.value_and_gradients(loss_fn, x, variables, microbatch_size=8)
     key = id(variables[0])
-    assert key in _sizes._KEPT
+    assert key in _REMEMBERED
     del loss_fn, variables
-    assert key not in _sizes._KEPT
+    assert key not in _REMEMBERED
 
 
 def test_open_shapes_are_refused_in_a_graph():

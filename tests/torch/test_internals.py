@@ -19,6 +19,7 @@ NAMES = {
         "_modules",
         "_parameters",
     },
+    "loss": {"_is_view"},
     "parameter": {"_backward_hooks", "_post_accumulate_grad_hooks", "_version"},
     "storage": {"_cdata"},
     "bindings": {

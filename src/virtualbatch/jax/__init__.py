@@ -27,6 +27,7 @@ from virtualbatch.jax._mesh import axes_to_enter
 from virtualbatch.jax._plan.automatic import Sizes
 from virtualbatch.jax._plan.memory import ERRORS, largest_arrays, left_bytes
 from virtualbatch.jax._plan.plan import planned
+from virtualbatch.jax._remembered import remembered
 from virtualbatch.jax._rows import rows_of
 from virtualbatch.jax._rowwise.certificate import certify_rows
 from virtualbatch.jax._rowwise.rowwise import RowwiseFunction, rowwise
@@ -39,6 +40,7 @@ from virtualbatch.plan.auto import Auto, CurrentSize, check_cut_or_auto, is_auto
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_as_it_is, run_until_it_fits
 from virtualbatch.window.fingerprint import fingerprint
+from virtualbatch.window.not_finite import rows_in_order
 from virtualbatch.window.options import check_flags
 from virtualbatch.window.stream import windows
 from virtualbatch.window.terms import GivenWeight
@@ -208,8 +210,13 @@ def value_and_grad(
             shares = window_shares(cut, program.weight)
             if check:
                 prove_first_window(program, args, kwargs, cut, shares, rows.weight_takes)
+            losses: list[dict[Any, Any]] = []
             # Errors arrive late in JAX; waiting once per window costs what its caller waits.
-            return jax.block_until_ready(program.run(args, kwargs, cut, traced, shares))
+            result = jax.block_until_ready(program.run(args, kwargs, cut, traced, shares, losses))
+            known = remembered(program.fun).losses
+            if known.listens(float(result[0][0] if has_aux else result[0])):
+                known.hear(jax.tree.map(float, losses), rows_in_order(batch, cut.rows_in_order))
+            return result
 
         if not has_rows:
             return run_as_it_is(lambda: run(cut), memory)

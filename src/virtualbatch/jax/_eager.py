@@ -20,7 +20,12 @@ from virtualbatch.window.shares import Shares
 
 
 def run_eager(
-    call: Call, cut: Cut, shares: Shares, accumulator_dtype: Any, stats: bool
+    call: Call,
+    cut: Cut,
+    shares: Shares,
+    accumulator_dtype: Any,
+    stats: bool,
+    losses: list[dict[Any, Any]] | None = None,
 ) -> tuple[Any, Any, Any, Any]:
     """The loss, aux, gradients and statistics of a window, outside a trace.
 
@@ -30,6 +35,7 @@ def run_eager(
         shares: its shares.
         accumulator_dtype: dtype of the buffer; None for promote(parameter dtype, float32).
         stats: whether statistics are asked for.
+        losses: takes the terms of each micro-batch that count, by name.
 
     Returns:
         (loss, aux, gradients, stats); aux is None without has_aux, stats if not asked for.
@@ -43,14 +49,16 @@ def run_eager(
     for index, microbatch in enumerate(cut.microbatches()):
         args = call.arguments(microbatch, None if alone else index)
         counting = part(shares, index)
+        count: dict[Any, Any] = {}
         if counting is not None:
             names, factors, factor = counting
             terms, aux, gradients = call.gradients(args, names, factors)
             auxes.append(aux)
             dtypes = _dtypes(terms, gradients)
+            count = {name: terms[name] for name in names or terms}
             loss = [
                 terms[name].astype(wide_dtype(terms[name])) * factors.get(name, 1.0)
-                for name in names or terms
+                for name in count
             ]
             added, new = split(gradients)
             new_values.append(seen(new))
@@ -61,6 +69,8 @@ def run_eager(
                 norms.append(_norm(added, factor, share, accumulator_dtype))
         elif call.has_aux:
             auxes.append(call.terms(args)[1])
+        if losses is not None:
+            losses.append(count)
     if total is None:
         terms, gradients, new = _without_weight(call, call.arguments(cut.segments[0].get(0)))
         dtypes, new_values = _dtypes(terms, gradients), [new]

@@ -53,6 +53,11 @@ class Cut:
         """Rows of each micro-batch, None where they cannot be told."""
         return [segment.rows for segment in self.segments for _ in range(segment.count)]
 
+    @property
+    def rows_in_order(self) -> list[Any]:
+        """The same where each has the next rows of the batch; else Nones."""
+        return [None] * self.count if self.interleaved else self.rows
+
     def microbatches(self) -> Iterator[Any]:
         """The micro-batches, one after another, each made when it is asked for."""
         for segment in self.segments:

@@ -84,6 +84,7 @@ class Program(NamedTuple):
         cut: Cut,
         traced: bool,
         shares: Shares | None = None,
+        losses: list[dict[Any, Any]] | None = None,
     ) -> Any:
         """Runs a window, without recovery.
 
@@ -93,6 +94,7 @@ class Program(NamedTuple):
             cut: the batch, cut.
             traced: whether this runs inside a trace.
             shares: its shares, where they are known already.
+            losses: takes, outside of a trace, the terms of each micro-batch that count, by name.
 
         Returns:
             (loss or (loss, aux), gradients), and with `stats` the `WindowStats`.
@@ -104,7 +106,8 @@ class Program(NamedTuple):
         if self.stats:
             check_counted(shares)
         call = self.call(args, kwargs, shares.terms)
-        return self.result(*run_eager(call, cut, shares, self.accumulator_dtype, self.stats))
+        found = run_eager(call, cut, shares, self.accumulator_dtype, self.stats, losses)
+        return self.result(*found)
 
     def compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any], cut: Cut) -> tuple[Any, Any]:
         """Runs a window inside a trace.

@@ -39,8 +39,15 @@ _PLAN_OUTSIDE = (
     "device, and pass the size that it finds."
 )
 
-# The attributes of a model that `accumulate` sets, the third on replicas, and `restore` removes.
-_ATTRIBUTES = ("train_step", "make_train_function", "_maybe_symbolic_build", *HOOKS)
+# The attributes of a model that `accumulate` sets, and `restore` removes: the third on replicas of
+# TensorFlow, the fourth on JAX.
+_ATTRIBUTES = (
+    "train_step",
+    "make_train_function",
+    "_maybe_symbolic_build",
+    "jax_state_sync",
+    *HOOKS,
+)
 
 Model = TypeVar("Model", bound=keras.Model)
 

@@ -13,6 +13,7 @@ from virtualbatch.keras._checks import refuse_accumulating_optimizer
 from virtualbatch.keras._gather.detection import Evaluate, found_by_shape, found_on_rows
 from virtualbatch.keras._gather.gathering import EVERYTHING, NOTHING, Found, Gathering
 from virtualbatch.keras._gather.said import say_what_is_gathered, say_what_is_not_gathered
+from virtualbatch.keras._not_finite import without_losses
 from virtualbatch.keras._packing import Packing
 from virtualbatch.plan.auto import is_automatic
 from virtualbatch.window.cut import rows_per_microbatch
@@ -44,6 +45,7 @@ class TrainStep:
             proven, or somebody observes them.
         most: rows of a micro-batch, or tokens of a packed one, where they were planned, or made
             fewer than asked for; else None.
+        losses: hears of the losses of windows; None where nobody does.
         listener: is told the `WindowStats` of windows; None, and they are not computed. A train
             function that was made before knows only of the one that was there.
     """
@@ -75,6 +77,7 @@ class TrainStep:
         self._assumed: Found | None = None
         self._added = AddedLosses()
         self._said_how_it_is_cut = False
+        self.losses: Any = self._losses()
 
     def proven(self) -> Proven:
         """What was tried of the model as it is compiled."""
@@ -168,7 +171,7 @@ class TrainStep:
         stats = logs.pop(STATS, None)
         if stats is not None and self.listener is not None:
             self.listener(stats)
-        return logs
+        return without_losses(logs) if self.losses is None else self.losses.told(logs)
 
     def say_how_it_is_cut(self, rows: int) -> None:
         """Says so of the first batch, where its cut looks like another meaning of `batch_size`.
@@ -199,6 +202,10 @@ class TrainStep:
                 *(whole, -(-rows // size), size, _on_each(devices)),
                 *(whole, whole * steps, size, steps),
             )
+
+    def _losses(self) -> Any:
+        """What hears of the losses of windows, and waits for no device."""
+        raise NotImplementedError
 
     def _devices(self) -> int:
         """Over how many devices the rows of a batch are spread."""

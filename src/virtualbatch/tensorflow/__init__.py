@@ -24,7 +24,7 @@ from virtualbatch.tensorflow._certify.loop import certify_loop
 from virtualbatch.tensorflow._checks import check_call
 from virtualbatch.tensorflow._plan.memory import ERRORS, largest_variables, left_bytes
 from virtualbatch.tensorflow._plan.program import plan_of, planned_size
-from virtualbatch.tensorflow._plan.sizes import kept_sizes
+from virtualbatch.tensorflow._remembered import remembered
 from virtualbatch.tensorflow._replicas import (
     refuse_eager_replicas,
     refuse_on_replicas,
@@ -38,6 +38,7 @@ from virtualbatch.tensorflow._rowwise.rowwise import rowwise
 from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.tensorflow._weights import window_shares
 from virtualbatch.tensorflow._window import Program
+from virtualbatch.window.not_finite import rows_in_order
 from virtualbatch.window.options import check_flags
 from virtualbatch.window.stream import windows
 from virtualbatch.window.terms import GivenWeight
@@ -221,17 +222,24 @@ def _in_micro_batches(
     if not tf.executing_eagerly():
         return program.run(cut)
     memory = Memory(ERRORS, left_bytes)
+    known = remembered(program.variables)
 
     def run(cut: Sequence[Segment]) -> Any:
         shares = window_shares(cut, program.weight)
         if check:
             prove_first_window(program, batch, cut, shares)
-        return program.run(cut, shares)
+        losses: list[dict[Any, Any]] = []
+        result = program.run(cut, shares, losses)
+        loss = result[0][0] if program.has_aux else result[0]
+        if known.losses.listens(float(loss)):
+            rows = [segment.rows(0) for segment in cut]
+            known.losses.hear(tf.nest.map_structure(float, losses), rows_in_order(batch, rows))
+        return result
 
     if cut[0].rows(0) is None:
         return run_as_it_is(lambda: run(cut), memory)
     asked = microbatch_size or max(segment.rows(0) for segment in cut)
-    size = size or kept_sizes(program.variables).asked(asked)
+    size = size or known.sizes.asked(asked)
     if size.rows < asked:
         cut = smaller_segments(batch, size.rows)
 

@@ -79,12 +79,18 @@ class Program(NamedTuple):
             weight=autograph.tf_convert(weight, status) if callable(weight) else weight,
         )
 
-    def run(self, cut: Sequence[Segment], shares: Shares | None = None) -> tuple[Any, ...]:
+    def run(
+        self,
+        cut: Sequence[Segment],
+        shares: Shares | None = None,
+        losses: list[dict[Any, Any]] | None = None,
+    ) -> tuple[Any, ...]:
         """Runs a window, without recovery.
 
         Args:
             cut: its segments.
             shares: theirs, where they are known already.
+            losses: takes, eagerly, the terms of each micro-batch that count, by name.
 
         Returns:
             (loss or (loss, aux), gradients), and with `stats` the `WindowStats`. Where several
@@ -116,6 +122,9 @@ class Program(NamedTuple):
                 if not is_one:
                     _set_shapes(gradients, flat_variables)
             norm = part_of(gradients, shares.of_rows_or_term()[index]) if stats else None
+            if losses is not None:
+                there = zip(named, terms, parts, strict=True)
+                losses.append({n: x for n, x, part in there if part or not may_be_empty})
             loss = selected_loss(terms, parts, may_be_empty)
             return _Micro(loss, norm, *split_sparse(gradients), aux)
 

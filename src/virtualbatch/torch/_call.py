@@ -10,10 +10,15 @@ from virtualbatch.torch._certify.first_window import prove_first_window, tell_un
 from virtualbatch.torch._checks import check_call, refuse_foreign_accumulation
 from virtualbatch.torch._coupled import refused_if_coupled
 from virtualbatch.torch._fit import Fit
+from virtualbatch.torch._loss import WindowLoss
 from virtualbatch.torch._microbatch import Microbatch
+from virtualbatch.torch._not_finite import Heard
+from virtualbatch.torch._remembered import remembered
 from virtualbatch.torch._replicas.replicas import Outcome, Replicas
 from virtualbatch.torch._window import Conclusion, Program, Ran
+from virtualbatch.window.not_finite import rows_in_order
 from virtualbatch.window.shares import Shares
+from virtualbatch.window.terms import SINGLE
 from virtualbatch.window.window import refuse_sorted_rows
 
 Trained: TypeAlias = torch.nn.Module | torch.Tensor
@@ -45,12 +50,21 @@ class Call(NamedTuple):
         batch = self.read()
         program = self.program
 
+        loss = WindowLoss()
+
         def run(cut: Sequence[Microbatch]) -> Any:
-            shares = program.shares(cut)
-            return program.run(self.proved(batch, cut, shares), shares, conclude)
+            nonlocal loss
+            shares, loss = program.shares(cut), WindowLoss()
+            return program.run(self.proved(batch, cut, shares), shares, conclude, loss)
 
         with refused_if_coupled() as refuse:
-            return self.fit(batch).run(run, refuse=refuse)
+            result = self.fit(batch).run(run, refuse=refuse)
+        if loss.total is None:
+            # Of captured graphs, which tell of no micro-batch.
+            self._hear(Heard(result, [(0, SINGLE, result)], [None]))
+        else:
+            self._hear(Heard(loss.total, loss.parts, rows_in_order(self.batch, loss.rows)))
+        return result
 
     def together(self, replicas: Replicas) -> tuple[Ran, Outcome]:
         """Runs the rows of this rank in the window of all; see `_replicas.window.run_window`."""
@@ -60,7 +74,17 @@ class Call(NamedTuple):
         program = self.program._replace(averaged_over=replicas.size, holds_last=replicas.overlaps)
         call = self._replace(program=program)
         prove = call.proved if replicas.can_run_alone else call.untried
-        return run_window(replicas, program, call.read_if_any, call.fit, prove)
+        ran, outcome = run_window(replicas, program, call.read_if_any, call.fit, prove)
+        # Each rank tells of its own rows; it may have none.
+        if ran.loss.total is not None:
+            rows = rows_in_order(self.batch, ran.loss.rows)
+            self._hear(Heard(ran.loss.total, ran.loss.parts, rows))
+        return ran, outcome
+
+    def _hear(self, losses: Heard) -> None:
+        """Hears of the losses of a window; those of an evaluation are nobody's update."""
+        if torch.is_grad_enabled():
+            remembered(self.program.found.owner).losses.take(losses)
 
     def read_if_any(self) -> ReadBatch:
         """The batch of a rank, which may have no rows."""

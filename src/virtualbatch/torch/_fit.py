@@ -10,8 +10,9 @@ from virtualbatch.torch._batch import ReadBatch
 from virtualbatch.torch._microbatch import Microbatch, most_rows
 from virtualbatch.torch._plan.memory import ERRORS, largest_parameters, left_bytes
 from virtualbatch.torch._plan.plan import planned
-from virtualbatch.torch._plan.sizes import kept_sizes, signature
+from virtualbatch.torch._plan.sizes import signature
 from virtualbatch.torch._random import RandomState
+from virtualbatch.torch._remembered import remembered
 from virtualbatch.torch._rows import RowsBefore
 from virtualbatch.torch._window import Program
 
@@ -54,7 +55,7 @@ class Fit:
         else:
             self.cut = batch.cut(given, accumulation_steps)
             asked = given or most_rows(self.cut)
-            self._size = kept_sizes(program.found.owner).asked(asked)
+            self._size = remembered(program.found.owner).sizes.asked(asked)
             if self._size.rows < asked:
                 self.cut = self._smaller(self._size.rows)
 
@@ -97,7 +98,7 @@ class Fit:
 
 
 def _planned_size(program: Program, batch: ReadBatch, automatic: Any) -> CurrentSize:
-    sizes = automatic if isinstance(automatic, Auto) else kept_sizes(program.found.owner)
+    sizes = automatic if isinstance(automatic, Auto) else remembered(program.found.owner).sizes
     return sizes.planned(
         signature(program, batch.whole), lambda: planned(program, batch, sizes.memory_limit)
     )

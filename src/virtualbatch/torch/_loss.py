@@ -1,6 +1,6 @@
 """The loss of a window: what a loss function may return, and the mean over all micro-batches."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,30 +46,38 @@ class WindowLoss:
     Attributes:
         dtype: common one of the terms; None before the first.
         total: their sum, a detached scalar; None where nothing has a share.
+        parts: (number of the micro-batch, name of the term, its loss); those that have a share.
+        rows: of each micro-batch; None where they are not known.
     """
 
     def __init__(self) -> None:
         self.dtype: torch.dtype | None = None
         self._wide = torch.float32
         self.total: torch.Tensor | None = None
+        self.parts: list[tuple[int, Any, torch.Tensor]] = []
+        self.rows: Sequence[int | None] = []
 
-    def add(self, terms: Iterable[torch.Tensor], shares: Iterable[float]) -> None:
+    def add(self, index: int, terms: Mapping[Any, torch.Tensor], shares: Iterable[float]) -> None:
         """Adds one micro-batch.
 
         Args:
+            index: its number.
             terms: scalar losses.
             shares: one number per term. A term of share 0 is left out, because it may be NaN, and
                 0 times NaN is NaN.
         """
-        for term, share in zip(terms, shares, strict=True):
+        for (name, term), share in zip(terms.items(), shares, strict=True):
             if term.dtype is not self.dtype:
                 self._promote(term.dtype)
             if not share:
                 continue
+            loss = term.detach()
+            # A view would hold the memory of what it is a view of.
+            self.parts.append((index, name, loss.clone() if term._is_view() else loss))
             if self.total is None:
-                self.total = term.detach().to(self._wide) * share
+                self.total = loss.to(self._wide) * share
             else:
-                self.total.add_(term.detach(), alpha=share)
+                self.total.add_(loss, alpha=share)
 
     def zero(self) -> None:
         """Makes what was added so far zero, NaN included."""

@@ -67,7 +67,13 @@ class Program(NamedTuple):
         """The shares of a window's micro-batches, where this is the only replica."""
         return self.weights(cut).shares()
 
-    def run(self, cut: Sequence[Microbatch], shares: Shares, conclude: "Conclusion") -> Any:
+    def run(
+        self,
+        cut: Sequence[Microbatch],
+        shares: Shares,
+        conclude: "Conclusion",
+        loss: WindowLoss | None = None,
+    ) -> Any:
         """Runs a window.
 
         If anything raises, every `.grad`, buffer, momentum and hook is as before the call.
@@ -77,13 +83,22 @@ class Program(NamedTuple):
                 ranks do, and count nothing.
             shares: their shares.
             conclude: what becomes of it, such as `keep`.
+            loss: what takes its losses, and has none yet.
 
         Returns:
             What `conclude` returns.
         """
-        return all_or_nothing(partial(self._run, cut, shares, conclude))
+        return all_or_nothing(
+            partial(self._run, cut, shares, conclude, WindowLoss() if loss is None else loss)
+        )
 
-    def _run(self, cut: Sequence[Microbatch], shares: Shares, conclude: "Conclusion") -> Any:
+    def _run(
+        self,
+        cut: Sequence[Microbatch],
+        shares: Shares,
+        conclude: "Conclusion",
+        loss: WindowLoss,
+    ) -> Any:
         if self.stats:
             check_counted(shares)
         if self.begin is not None:
@@ -111,7 +126,7 @@ class Program(NamedTuple):
         run = _Run(self.loss_fn, self.has_aux, statistics, gradients, norms, self.in_step)
         rounded = None if self.rounding_seed is None else RoundedWindow(self.found.owner)
         undo = Undo(partial(_put_back, gradients, buffers, rounded))
-        ran = Ran(run, WindowLoss(), [], shares, undo)
+        ran = Ran(run, loss, [], shares, undo)
         with undo:
             if rounded is not None:
                 rounded.count()
@@ -262,6 +277,7 @@ class _Run(NamedTuple):
         gradients, shares = self.gradients, ran.shares
         forward = self.statistics.heard(self.loss_fn) if self.statistics else self.loss_fn
         count = len(shares.rows)
+        ran.loss.rows = [microbatch.rows for microbatch in cut[:count]]
         empty = [shares.is_empty(index) for index in range(count)]
         # A window without any weight has the loss 0 and, where one micro-batch reaches a
         # parameter, the gradient 0.
@@ -298,7 +314,7 @@ class _Run(NamedTuple):
                     gradients.add(terms.values(), parts)
                     if self.norms is not None and not nothing:
                         self.norms.close(shares.of_rows_or_term()[index], gradients.factor)
-                ran.loss.add(terms.values(), parts)
+                ran.loss.add(index, terms, parts)
             # Two graphs at once would hold two sets of activations.
             del result, terms
         if self.in_step is not None:

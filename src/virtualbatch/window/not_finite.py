@@ -2,60 +2,128 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from virtualbatch.window.terms import SINGLE
+from virtualbatch.window.window import Window
 
 _log = logging.getLogger("virtualbatch")
+
+Entry = TypeVar("Entry")
+
+_FIX = "See docs/not_finite.md."
 
 
 class LossWatch:
     """Logs which micro-batch of a window has a loss that is not finite.
 
-    It does so once, and again only after a window whose losses were finite: weights that are NaN
+    It does so once, and again only after a window whose loss was finite: parameters that are NaN
     make every later loss NaN too.
     """
 
     def __init__(self) -> None:
+        self._windows = 0
+        self._loss = 0.0
         self._said = False
 
-    @property
-    def said(self) -> bool:
-        """Whether the latest window was told of, so that the next need not be looked at closely."""
-        return self._said
-
-    def finite(self) -> None:
-        """Hears of a window whose loss is finite."""
-        self._said = False
-
-    def hear(self, losses: Sequence[float], rows: Sequence[int | None]) -> None:
-        """Hears of the losses of a window's micro-batches.
+    def listens(self, loss: float) -> bool:
+        """Hears of the loss of a window; whether it must hear of those of its micro-batches.
 
         Args:
-            losses: one for each micro-batch that counts, in order; NaN or infinite ones are named.
-                What counts for nothing is given as 0.
-            rows: of each micro-batch; None where they are not known.
+            loss: of the whole window.
         """
-        found = [k for k, loss in enumerate(losses) if not math.isfinite(loss)]
-        if not found:
-            self.finite()
-            return
-        if self._said:
-            return
+        self._windows, self._loss = self._windows + 1, loss
+        if math.isfinite(loss):
+            self._said = False
+        return not math.isfinite(loss) and not self._said
+
+    def hear(
+        self,
+        losses: Sequence[Mapping[Any, float]],
+        rows: Sequence[int | None],
+        what: str | None = None,
+    ) -> None:
+        """Hears of the micro-batches of a window whose loss is not finite.
+
+        Args:
+            losses: for each micro-batch, in order, the terms of its loss that count, by name.
+            rows: of each micro-batch, in the order of the batch; None where they are not known.
+            what: what else the numbers are of, None for the loss. If they are all finite, only
+                the window is named.
+        """
+        bad = [
+            (index, name, value)
+            for index, terms in enumerate(losses)
+            for name, value in terms.items()
+            if not math.isfinite(value)
+        ]
+        if not bad:
+            # Finite losses can have a sum that is not.
+            if what is None:
+                return
+            what, losses, rows, bad = None, [{}], [None], [(0, SINGLE, self._loss)]
         self._said = True
-        first = found[0]
+        index, name, value = bad[0]
+        subject = what or ("The loss" if name == SINGLE else f"Term {name!r} of the loss")
+        count = len(losses)
+        found = len({index for index, _, _ in bad})
+        if found == count > 1:
+            _log.warning(
+                "%s is not finite in each of %d micro-batches of window %d: parameters, weights "
+                "or all rows may not be finite already. %s",
+                *(subject, count, self._windows, _FIX),
+            )
+            return
         _log.warning(
-            "The loss of micro-batch %d of %d is %s%s%s, so loss and gradients of this update are "
-            "not finite. Look at these rows, and do not apply the update. See docs/not_finite.md.",
-            first + 1,
-            len(losses),
-            losses[first],
-            _place(rows, first),
-            "" if len(found) == 1 else f", the first of {len(found)}",
+            "%s is %s in %swindow %d%s%s, so its update cannot be trusted. Look at its rows, and "
+            "leave the update out. %s",
+            *(subject, "not finite" if what else value),
+            "" if count == 1 else f"micro-batch {index + 1} of {count} of ",
+            *(self._windows, _place(rows, index)),
+            *("" if found == 1 else f", the first of {found} such", _FIX),
         )
 
 
+def rows_in_order(batch: Any, rows: Sequence[int | None]) -> Sequence[int | None]:
+    """Rows of each micro-batch, as `LossWatch` takes them; Nones where the rows were sorted.
+
+    Args:
+        batch: as the user gave it.
+        rows: of each micro-batch.
+    """
+    return [None] * len(rows) if isinstance(batch, Window) and batch.sorted_rows else rows
+
+
 def _place(rows: Sequence[int | None], index: int) -> str:
-    known = [n for n in rows[: index + 1] if n is not None]
-    if len(known) <= index:
+    before, here = rows[:index], rows[index]
+    if None in before or here is None:
         return ""
-    start = sum(known[:-1])
-    return f" (rows {start} to {start + known[-1] - 1} of the batch)"
+    start = sum(n for n in before if n is not None)
+    return f" (rows {start} to {start + here - 1} of its batch)"
+
+
+class LateLosses(Generic[Entry]):
+    """Losses of windows that a device may not have computed yet; nobody waits for them.
+
+    Args:
+        is_there: (entry, whether it is that of the latest window) -> whether to hear of it now.
+        hear: hears of an entry, of windows in their order.
+    """
+
+    def __init__(self, is_there: Callable[[Entry, bool], bool], hear: Callable[[Entry], None]):
+        self._is_there = is_there
+        self._hear = hear
+        self._waiting: deque[Entry] = deque()
+
+    def take(self, entry: Entry) -> None:
+        """Takes the losses of a window, and hears of those that are there."""
+        self._waiting.append(entry)
+        while self._waiting and self._is_there(self._waiting[0], len(self._waiting) == 1):
+            self._hear(self._waiting.popleft())
+
+    def hear_all(self) -> None:
+        """Hears of all windows, and waits where it must."""
+        while self._waiting:
+            self._hear(self._waiting.popleft())

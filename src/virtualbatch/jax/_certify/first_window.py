@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.first_window import conclude, prove
-from virtualbatch.certify.proven import NO_ROWS, Proven
+from virtualbatch.certify.proven import NO_ROWS
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
 from virtualbatch.jax._arrays import is_array, on_host
@@ -19,17 +18,14 @@ from virtualbatch.jax._batch import chosen, cut_batch
 from virtualbatch.jax._certify.certificate import certificate
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._plan.memory import ERRORS
+from virtualbatch.jax._remembered import remembered
 from virtualbatch.jax._rows import rows_of
 from virtualbatch.jax._segment import Cut
 from virtualbatch.jax._weights import part, window_shares
 from virtualbatch.jax._window import Program, positions
 from virtualbatch.plan.out_of_memory import in_words
-from virtualbatch.window.fingerprint import owner_of
 from virtualbatch.window.shares import Shares
 from virtualbatch.window.window import Window
-
-# For as long as a loss can be made anew: that it was tried.
-_PROVEN: WeakKeyDictionary[Any, Proven] = WeakKeyDictionary()
 
 
 def prove_first_window(
@@ -57,7 +53,7 @@ def prove_first_window(
     """
     if cut.count == 1:
         return
-    known = _PROVEN.setdefault(owner_of(program.fun), Proven())
+    known = remembered(program.fun).proven
     sizes = [n for n in cut.rows if n is not None]
     if len(sizes) < cut.count:
         cannot_try(program, NO_ROWS)
@@ -89,7 +85,7 @@ def cannot_try(program: Program, reason: str) -> None:
         program: what is run.
         reason: why.
     """
-    known = _PROVEN.setdefault(owner_of(program.fun), Proven())
+    known = remembered(program.fun).proven
     known.tell_once(program.fun, program.weight, reason)
 
 

@@ -3,20 +3,16 @@
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from virtualbatch.jax._arrays import is_array
+from virtualbatch.jax._remembered import remembered
 from virtualbatch.jax._rows import rows_of
 from virtualbatch.plan.auto import Auto
 from virtualbatch.plan.signature import Leaf, Signature
-from virtualbatch.window.fingerprint import owner_of
-
-# For as long as a loss can be made anew: the sizes of its calls.
-_KEPT: WeakKeyDictionary[Any, dict[str, Auto]] = WeakKeyDictionary()
 
 
 def kept_sizes(
@@ -32,7 +28,7 @@ def kept_sizes(
         batch_argnum: position of the batch.
     """
     key = f"{loss}, arguments {_parameters(args, kwargs, batch_argnum)}"
-    return _KEPT.setdefault(owner_of(fun), {}).setdefault(key, Auto())
+    return remembered(fun).sizes.setdefault(key, Auto())
 
 
 def signature(loss: str, args: Sequence[Any], kwargs: Any, batch_argnum: int) -> Signature:

@@ -159,7 +159,7 @@ class KerasTrial(Trial):
         # An even cut, too, keeps these parts, or those of which both are made.
         size = len(more) if len(more) - len(few) <= 1 else len(few)
         step = self._backend.step(self._model, size, None, None, check=False, gather=self._found)
-        step.silent = True
+        step.silent, step.losses = True, None
         with self._running([*more, *few]) as (run, _):
             host = HostRandom()
             whole, cut = run(self._program(None)), run(self._program(step))

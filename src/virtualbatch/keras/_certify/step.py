@@ -84,7 +84,7 @@ class KerasStep(TrainingStep):
         step = self._backend.step(
             self._model, self._size, None, None, check=False, gather=self._found
         )
-        step.silent = True
+        step.silent, step.losses = True, None
         return self._ran(("accumulated", term), step, np.arange(self.rows), term, 1)
 
     def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:

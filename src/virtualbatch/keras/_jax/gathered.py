@@ -107,7 +107,7 @@ class GatheredRun(WindowRun):
         non_trainable, metrics = whole.state
         sums = Sums(whole.losses, whole.gradients, first.sums.moments, [])
         if self._is_seen_whole and not state.trainable:
-            return Window(sums, whole.state, whole.latest, [])
+            return Window(sums, whole.state, whole.latest, first.kept)
         second = run_pass(
             self._cut,
             self._add_again,
@@ -125,7 +125,13 @@ class GatheredRun(WindowRun):
                 whole.gradients, second.sums.gradients, self._window.overwritten, jnp.maximum
             ),
         )
-        return Window(sums, (non_trainable, second.state[1]), whole.latest | second.latest, [])
+        latest = whole.latest | second.latest
+        return Window(sums, (non_trainable, second.state[1]), latest, first.kept)
+
+    def told(self, kept: list[Any], loss: Any) -> Any:
+        """See `WindowRun`: predictions are what micro-batches have of their own."""
+        found = [_nan_or_0(_predictions(arrays)) for arrays in kept]
+        return loss, super().told(found, loss)
 
     def _gather(self, batch: Any, rows: int, before: Any, given: None, own: None) -> Step:
         """The first forward pass of one micro-batch."""
@@ -225,6 +231,12 @@ def _is_float(array: Any) -> bool:
 def _floats(predictions: Arrays) -> list[Any]:
     """The predictions that have a gradient."""
     return [array for array in predictions if _is_float(array)]
+
+
+def _nan_or_0(predictions: Arrays) -> Any:
+    """NaN for each micro-batch of a segment whose predictions are not all finite, else 0."""
+    finite = [jnp.isfinite(found).reshape(len(found), -1).all(1) for found in _floats(predictions)]
+    return jnp.where(jnp.all(jnp.stack(finite), 0), jnp.float32(0), jnp.float32(jnp.nan))
 
 
 def _with_floats(arrays: Arrays, floats: Sequence[Any]) -> list[Any]:

@@ -27,6 +27,15 @@ from virtualbatch.keras._packing import (
 from virtualbatch.window.packing import rounded
 
 
+class PackedCut(Cut):
+    """A batch cut by tokens."""
+
+    @property
+    def rows_in_order(self) -> list[Any]:
+        """See `Cut`: rows are sorted by their length."""
+        return [None] * self.count
+
+
 @dataclass(frozen=True)
 class PackedSegment(Segment):
     """Micro-batches of as many rows, trimmed to one of few lengths.
@@ -87,7 +96,7 @@ def packed_cut(
         length = found.like(microbatch).leaves[place].shape[1]
         return found.length / length if found.targets else 1.0
 
-    return Cut(segments), stretch, order
+    return PackedCut(segments), stretch, order
 
 
 def branches(segment: Segment) -> tuple[Callable[[Any], Any], ...]:

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import keras
 
 from virtualbatch.jax._batch import cut_batch
@@ -33,6 +34,12 @@ from virtualbatch.keras._jax.plan import MEMORY, copied, planned
 from virtualbatch.keras._jax.program import JaxProgram
 from virtualbatch.keras._jax.stateless import State
 from virtualbatch.keras._jax.window import WindowRun
+from virtualbatch.keras._not_finite import (
+    LOSSES,
+    NOTHING_KNOWN,
+    LossesOfFit,
+    without_losses,
+)
 from virtualbatch.keras._packing import Packing
 from virtualbatch.keras._rows import unstretched
 from virtualbatch.keras._train_step import TrainStep
@@ -59,6 +66,11 @@ class JaxStep(TrainStep):
 
     def __call__(self, state: Any, data: Any) -> tuple[dict[str, Any], Any]:
         """Trains on one batch, as Keras' `train_step` does."""
+        logs, after = self.with_losses(state, data)
+        return without_losses(logs), after
+
+    def with_losses(self, state: Any, data: Any) -> tuple[dict[str, Any], Any]:
+        """The same, whose logs tell of the losses of micro-batches."""
         model = self._model
         batch = self._unpacked(data)
         rows = common_rows(array_leaves(batch))
@@ -76,7 +88,8 @@ class JaxStep(TrainStep):
                 cut = cut_by_device(batch, rows, size, devices)
             stretch, order = unstretched, None
             if cut.count == 1:
-                return type(model).train_step(model, state, data)
+                logs, after = type(model).train_step(model, state, data)
+                return logs | {LOSSES: self._told(state, after, rows)}, after
         gathering, before = self.gathering(batch), State(*state)
         if gathering is None or cut.count == 1:
             stats = self.listener is not None
@@ -86,6 +99,19 @@ class JaxStep(TrainStep):
         logs, after = run.train(compiled)
         self._say(run.losses_of_one_number)
         return logs, tuple(after)
+
+    def _told(self, before: Any, after: Any, rows: int) -> Any:
+        """What the logs tell of the loss of Keras' own step, which only its tracker knows."""
+        paths = [variable.path for variable in self._model.metrics_variables]
+        place = paths.index(self._model._loss_tracker.total.path)
+        start, end = State(*before).metrics[place], State(*after).metrics[place]
+        known = jnp.where(jnp.isfinite(start), rows, NOTHING_KNOWN).astype(end.dtype)
+        return jnp.stack([end - start, known])[None]
+
+    def _losses(self) -> LossesOfFit:
+        return LossesOfFit(
+            lambda losses, is_latest: all(found.is_ready() for found in jax.tree.leaves(losses))
+        )
 
     def _devices(self) -> int:
         return devices_of_rows()
@@ -149,10 +175,18 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                 run = compiled_again(after)
             return step.told(logs), after
 
+        def updated(state: Any, batches: list[Any]) -> Any:
+            """The logs of the last of some batches, with the losses of all, and the state."""
+            losses: list[Any] = []
+            for batch in batches:
+                logs, state = run(state, iter([batch]))
+                losses += [logs.pop(LOSSES)] if LOSSES in logs else []
+            return logs | {LOSSES: losses}, state
+
         def later(state: Any, batches: list[Any]) -> Any:
             """Runs a window of a shape that has fitted; None if it can be run as a first one."""
             try:
-                return run(state, iter(batches))
+                return updated(state, batches)
             except MEMORY.errors.kinds as error:
                 if not MEMORY.errors.is_possible(error):
                     raise
@@ -175,7 +209,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
             def attempt() -> Any:
                 try:
                     # Errors arrive late in JAX.
-                    return jax.block_until_ready(run(copied(state), iter(batches)))
+                    return jax.block_until_ready(updated(copied(state), batches))
                 except MEMORY.errors.kinds as error:
                     if processes == 1 or not MEMORY.errors.is_possible(error):
                         raise
@@ -215,11 +249,16 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
 
         model.train_function = train_function
 
+    def jax_state_sync() -> None:
+        # The last that Keras calls in each epoch: then values are read.
+        type(model).jax_state_sync(model)
+        step.losses.hear_all()
+
     def compiled() -> Any:
         """Keras' own train function, traced anew; the model keeps ours."""
         ours = model.train_function
         # JAX remembers what it traced by the function, whatever size is in force.
-        model.train_step = partial(JaxStep.__call__, step)
+        model.train_step = partial(JaxStep.with_losses, step)
         try:
             type(model).make_train_function(model, force=True)
         finally:
@@ -232,6 +271,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
         with holding(model, State(*state)):
             return compiled()
 
+    model.jax_state_sync = jax_state_sync
     return make
 
 

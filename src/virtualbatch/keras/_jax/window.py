@@ -29,6 +29,7 @@ from virtualbatch.keras._gather.gathering import Gathering
 from virtualbatch.keras._jax.packing import PackedSegment, branches, chosen
 from virtualbatch.keras._jax.passes import Step, TracedPass, Window, eager_pass
 from virtualbatch.keras._jax.stateless import State, StatelessModel, losses_of
+from virtualbatch.keras._not_finite import LOSSES, NO_PLACE
 from virtualbatch.keras._overwritten import merged_gradients, updated
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._train_step import STATS
@@ -118,6 +119,7 @@ class WindowRun:
             logs = window.results(found.latest)
         if self._with_stats:
             logs[STATS] = self._stats(gradients, *sums.mean_square)
+        logs[LOSSES] = self.told(found.kept, sums.losses[0])
         non_trainable, metrics = self._functions.changed(scope)
         return logs, State(trainable, non_trainable, optimizer, metrics)
 
@@ -141,6 +143,18 @@ class WindowRun:
             given = given.astype(counted.dtype).at[: len(counted)].set(counted)
             given = given.astype(totals.dtype)
         return traced.run(self._nothing(traced.sums), given, self._merged)
+
+    def told(self, kept: list[Any], loss: Any) -> Any:
+        """What the logs tell of losses.
+
+        Args:
+            kept: parts of the loss; those of each segment stacked.
+            loss: of the window.
+        """
+        del loss
+        rows = [NO_PLACE if n is None else n for n in self._cut.rows_in_order]
+        parts = jnp.concatenate(kept)
+        return jnp.stack([parts, jnp.asarray(rows, parts.dtype)], 1)
 
     @property
     def _before(self) -> tuple[list[Any], list[Any]]:
@@ -181,7 +195,8 @@ class WindowRun:
         parts = []
         if self._with_stats:
             parts = [part_of(updated(gradients, window.overwritten), here.share("float32"))]
-        return Step(Sums(losses, gradients, moments, parts), after, latest, None)
+        kept = losses[0].astype(wide_dtype(losses[0]))
+        return Step(Sums(losses, gradients, moments, parts), after, latest, kept)
 
     def _shown(self, y_pred: Any) -> Any:
         """Predictions as metrics see them: of packed rows with the mask, which Keras loses on JAX.

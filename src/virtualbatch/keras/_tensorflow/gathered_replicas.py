@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._gather.gathering import Gathering
+from virtualbatch.keras._not_finite import NO_PLACE
 from virtualbatch.keras._tensorflow.cut import Cut
 from virtualbatch.keras._tensorflow.gathered_window import Backwards, Forwards, GatheredRun
 from virtualbatch.keras._tensorflow.packing import PackedCut
@@ -64,9 +65,9 @@ class GatheredReplicaRun(GatheredRun):
 
     def first_pass(self, traced: Sequence[Traced]) -> Forwards:
         """See `GatheredRun`; what it gives is that of all replicas."""
-        (moments, added, counts, _), arrays = traced[0].outputs
+        (moments, added, counts, _), arrays, told = traced[0].outputs
         batch = self._read_by_losses()
-        like = Forwards(moments, added, counts, list(map(open_rows, arrays)), None)
+        like = Forwards(moments, added, counts, list(map(open_rows, arrays)), None, told)
         run = partial(super().first_pass, traced)
         found = unless_empty(self._rows.here, lambda: run()._replace(batch=None), like)
         sums, moments = summed_with_moments(
@@ -83,6 +84,8 @@ class GatheredReplicaRun(GatheredRun):
             sums[len(added) :],
             of_all[:count],
             tf.nest.pack_sequence_as(batch, of_all[count:]),
+            # Of this replica only; the loss of all rows is known to all.
+            tf.constant([[0.0, NO_PLACE]]),
         )
 
     def own_rows(self, array: Any) -> Any:

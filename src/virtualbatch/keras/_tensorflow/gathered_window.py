@@ -4,6 +4,7 @@ Each trace of a micro-batch is one function and each pass one loop over them, as
 Between the passes stands Keras' own loss on all rows, with a tape that watches predictions.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from virtualbatch.keras._batchnorm import (
 from virtualbatch.keras._gather.gathering import Gathering
 from virtualbatch.keras._gather.loss import not_of_rows
 from virtualbatch.keras._gather.state import state_variables
+from virtualbatch.keras._not_finite import LOSSES
 from virtualbatch.keras._overwritten import merged_gradients
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._tensorflow.cut import Cut
@@ -43,6 +45,7 @@ class Forwards(NamedTuple):
         counts: a vector of weights that only a forward reveals; else empty.
         arrays: gathered predictions and their masks, in the order of the batch.
         batch: (x, y, sample_weight) of the same rows.
+        told: for each micro-batch what logs tell of its predictions; see `LOSSES`.
     """
 
     moments: list[Any]
@@ -50,6 +53,7 @@ class Forwards(NamedTuple):
     counts: list[Any]
     arrays: list[Any]
     batch: Any
+    told: Any
 
 
 class Backwards(NamedTuple):
@@ -109,7 +113,8 @@ class GatheredRun(WindowRun):
         added: AddedLosses,
         gathering: Gathering,
     ):
-        super().__init__(model, [], rows, cut.stretch, added, False, gathering)
+        in_order = isinstance(cut, Cut)
+        super().__init__(model, [], rows, cut.stretch, added, False, in_order, gathering)
         self._batch = batch
         self._gathered_by = gathering
         self._all_rows = cut
@@ -130,16 +135,16 @@ class GatheredRun(WindowRun):
         total = whole.losses[0] if not losses else whole.losses[0] + losses[0]
         self._commit([total, *window.tracked(whole.losses[1:], tracked)], gradients, [])
         assign_statistics(self._called, self._start, first.moments)
-        return window.results(whole.latest or latest)
+        return window.results(whole.latest or latest) | {LOSSES: (total, first.told)}
 
     def first_pass(self, traced: Sequence[Traced]) -> Forwards:
         """What the forwards of all micro-batches give."""
-        (moments, added, counts, _), arrays = fold(
+        (moments, added, counts, _), (*arrays, told) = fold(
             traced,
-            lambda _, found: Output(found[0], self._lengthened(found[1])),
+            lambda _, found: Output(found[0], [*self._lengthened(found[1]), found[2]]),
             lambda a, b: (merged(a[0], b[0]), add(a[1], b[1]), add(a[2], b[2]), a[3] + b[3]),
         )
-        return Forwards(moments, added, counts, self._in_order(arrays), self._batch)
+        return Forwards(moments, added, counts, self._in_order(arrays), self._batch, told)
 
     def own_rows(self, array: Any) -> Any:
         """Of the rows that the loss has seen, those that are cut here."""
@@ -221,7 +226,8 @@ class GatheredRun(WindowRun):
         waited_for = tf.add_n(
             [tf.reduce_sum(tf.cast(x, tf.float32)) for x in arrays if x is not None]
         )
-        return (moments, added, counts, waited_for), arrays
+        told = self._told(_nan_or_0(window.predictions(y_pred)), rows)
+        return (moments, added, counts, waited_for), arrays, told
 
     def _loss_of_all_rows(self, first: Forwards) -> _OfAllRows:
         model, window, added = self._model, self._window, first.added
@@ -324,6 +330,12 @@ class GatheredRun(WindowRun):
         given = [tf.cast(x, y.dtype) for x, y in zip(upstream, targets, strict=True)]
         gradients = tape.gradient(list(targets), variables, output_gradients=given)
         return [widened(gradient, later) for gradient in gradients]
+
+
+def _nan_or_0(predictions: Sequence[Any]) -> Any:
+    """NaN where predictions of a micro-batch are not all finite, else 0."""
+    finite = [tf.reduce_all(tf.math.is_finite(x)) for x in predictions if x.dtype.is_floating]
+    return tf.where(tf.reduce_all(tf.stack(finite)), 0.0, math.nan)
 
 
 def _sum(a: Any, b: Any, variable: Any) -> Any:

@@ -66,7 +66,7 @@ class ReplicaRun(WindowRun):
         added: AddedLosses,
         stats: bool,
     ):
-        super().__init__(model, cut, rows, stretch, added, stats)
+        super().__init__(model, cut, rows, stretch, added, stats, in_order=False)
         self._window = ReplicaModel(model, rows, added, here)
         self._here = here
 
@@ -81,19 +81,42 @@ class ReplicaRun(WindowRun):
     def sums_of(self, traced: Sequence[Traced]) -> Micro:
         run = partial(super().sums_of, traced)
         found = unless_empty(self._here, run, self._like(traced))
-        losses, moments = summed_with_moments(
-            found.losses, found.moments, [self._start[id(layer)][0] for layer in self._called]
+        told = told_of_this_replica(found.told)
+        sums, moments = summed_with_moments(
+            [*found.losses, told],
+            found.moments,
+            [self._start[id(layer)][0] for layer in self._called],
         )
         dense, sparse = summed_window_gradients(
             found.dense, found.sparse, self._model.trainable_variables
         )
-        return Micro(losses, dense, moments, found.latest, sparse)
+        return Micro(sums[:-1], dense, moments, found.latest, sparse, sums[-1])
 
     def _like(self, traced: Sequence[Traced]) -> Any:
         """What the window gives, as specs."""
         micro = traced[0].outputs
         dense, sparse = gradient_specs(micro.dense, micro.sparse, self._model.trainable_variables)
         return micro._replace(dense=dense, sparse=sparse)
+
+
+def told_of_this_replica(told: Any) -> Any:
+    """What logs tell of the losses of a replica, in its row of a table of all of them.
+
+    Args:
+        told: of each of its micro-batches.
+
+    Returns:
+        A matrix that adds up over replicas: the loss of each, how many micro-batches it has, and
+        the number of the first whose loss is not finite, from 1 on; 0 where there is none.
+    """
+    context = tf.distribute.get_replica_context()
+    losses = told[:, 0]
+    bad = tf.logical_not(tf.math.is_finite(losses))
+    first = tf.where(tf.reduce_any(bad), tf.argmax(bad, output_type=tf.int32) + 1, 0)
+    row = [tf.reduce_sum(losses), *(tf.cast(n, told.dtype) for n in (tf.size(losses), first))]
+    numbers = tf.range(context.num_replicas_in_sync)[:, None]
+    mine = tf.equal(numbers, context.replica_id_in_sync_group)
+    return tf.where(mine, tf.stack(row)[None], tf.zeros([], told.dtype))
 
 
 def gradient_specs(

@@ -17,6 +17,7 @@ from virtualbatch.keras._certify.eager_program import EagerProgram
 from virtualbatch.keras._checks import replica_count
 from virtualbatch.keras._gather.detection import evaluated_eagerly
 from virtualbatch.keras._gather.gathering import Found, Gathering
+from virtualbatch.keras._not_finite import LossesOfFit, without_losses
 from virtualbatch.keras._tensorflow.building import (
     build,
     build_layers,
@@ -52,6 +53,10 @@ class TensorFlowStep(TrainStep):
 
     def __call__(self, data: Any) -> dict[str, Any]:
         """Trains on one batch, as Keras' `train_step` does."""
+        return without_losses(self.with_losses(data))
+
+    def with_losses(self, data: Any) -> dict[str, Any]:
+        """The same, whose logs tell of the losses of micro-batches."""
         model = self._model
         batch = self._unpacked(data)
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
@@ -74,7 +79,10 @@ class TensorFlowStep(TrainStep):
             rows, stats = rows_of(batch), self.listener is not None
             gathering = None if _is_one(microbatches) else self._gathering_of(batch, rows)
             if gathering is None:
-                window = WindowRun(model, microbatches, rows, cut.stretch, self._added, stats)
+                in_order = packing is None
+                window = WindowRun(
+                    model, microbatches, rows, cut.stretch, self._added, stats, in_order
+                )
             else:
                 window = GatheredRun(model, batch, cut, rows, self._added, gathering)
             results = window.train()
@@ -112,6 +120,14 @@ class TensorFlowStep(TrainStep):
         results = window.train()
         self._say(window.losses_of_one_number)
         return results
+
+    def _losses(self) -> LossesOfFit:
+        # To read of another device stops it, unless a later window keeps it busy.
+        return LossesOfFit(
+            lambda losses, is_latest: (
+                not is_latest or all("CPU" in x.device for x in tf.nest.flatten(losses))
+            )
+        )
 
     def next_to_try(self) -> str:
         """What to ask for instead, where memory ran out."""

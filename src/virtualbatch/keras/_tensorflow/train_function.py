@@ -12,10 +12,17 @@ from virtualbatch.keras._train_step import uncompiled
 
 
 def plain_train_function(model: keras.Model) -> Any:
-    """Keras' own train function, traced anew; the model keeps ours."""
-    ours = model.train_function
-    with uncompiled(model):
-        type(model).make_train_function(model, force=True)
+    """Keras' own train function, traced anew; the model keeps ours.
+
+    Its logs tell of the losses of micro-batches.
+    """
+    ours, step = model.train_function, model.train_step
+    model.train_step = step.with_losses
+    try:
+        with uncompiled(model):
+            type(model).make_train_function(model, force=True)
+    finally:
+        model.train_step = step
     plain, model.train_function = model.train_function, ours
     return plain
 

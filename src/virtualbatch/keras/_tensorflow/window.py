@@ -20,6 +20,7 @@ from virtualbatch.keras._batchnorm import (
     recorded_moments,
 )
 from virtualbatch.keras._gather.gathering import Gathering
+from virtualbatch.keras._not_finite import LOSSES, NO_PLACE
 from virtualbatch.keras._overwritten import merged_gradients, updated
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._train_step import STATS
@@ -45,6 +46,7 @@ class Micro(NamedTuple):
         moments: BatchNorm moments, in the order of the layers' calls.
         latest: results of an overridden `compute_metrics`; else empty.
         sparse: values and indices of sparse gradients.
+        told: what logs tell of the loss, a row for each micro-batch; see `LOSSES`.
     """
 
     losses: list[Any]
@@ -52,6 +54,7 @@ class Micro(NamedTuple):
     moments: list[Any]
     latest: Any
     sparse: list[Any]
+    told: Any
 
 
 def rows_of(batch: Any) -> Any:
@@ -72,6 +75,7 @@ class WindowRun:
         stretch: micro-batch -> see `Rows`.
         added: what is known of the losses that layers add.
         stats: whether the logs are to hold statistics of the window.
+        in_order: whether micro-batches have the rows of the batch in their order.
         gathering: whose predictions are gathered, if any.
     """
 
@@ -83,12 +87,14 @@ class WindowRun:
         stretch: Callable[[Any], Any],
         added: AddedLosses,
         stats: bool,
+        in_order: bool,
         gathering: Gathering | None = None,
     ):
         self._model = model
         self._with_stats = stats
         self._cut = cut
         self._stretch = stretch
+        self._in_batch_order = in_order
         self._window = WindowModel(model, rows, added, gathering)
         # Known once the step is traced, or eagerly run.
         self._called: list[Any] = []
@@ -116,21 +122,22 @@ class WindowRun:
             # Only now is it known whether any weight has to be counted.
             totals = self._totals() if self._window.needs_count else tf.zeros([1], tf.float64)
             traced = [bound(entry, totals) for entry in step]
-        losses, dense, moments, latest, sparse = self.sums_of(traced)
+        losses, dense, moments, latest, sparse, told = self.sums_of(traced)
         noise: list[Any] = []
         if self._with_stats:
             *losses, mean_square, count = losses
             noise = [mean_square, count]
         stats = self._commit(losses, finished(dense, sparse, model.trainable_variables), noise)
         assign_statistics(self._called, self._start, moments)
-        return self._window.results(latest) | stats
+        return self._window.results(latest) | stats | {LOSSES: told}
 
     def sums_of(self, traced: Sequence[Traced]) -> Micro:
         """What all micro-batches give."""
-        sums, sparse = fold(
+        sums, (*sparse, told) = fold(
             traced,
             lambda _, found: Output(
-                (found.losses, found.dense, found.moments, found.latest), found.sparse
+                (found.losses, found.dense, found.moments, found.latest),
+                [*found.sparse, found.told],
             ),
             lambda a, b: (
                 add(a[0], b[0]),
@@ -140,7 +147,7 @@ class WindowRun:
             ),
         )
         losses, dense, moments, latest = sums
-        return Micro(losses, dense, moments, latest, list(sparse))
+        return Micro(losses, dense, moments, latest, sparse, told)
 
     def _optimizer(self) -> Any:
         """What takes the gradients of the window."""
@@ -176,7 +183,14 @@ class WindowRun:
         moments = [
             found._replace(weight=tf.cast(found.weight, found.mean.dtype)) for _, found in seen
         ]
-        return Micro([loss, *tracked, *noise], dense, moments, latest, sparse)
+        told = self._told(loss, rows)
+        return Micro([loss, *tracked, *noise], dense, moments, latest, sparse, told)
+
+    def _told(self, loss: Any, rows: Rows) -> Any:
+        """What logs tell of the loss of a micro-batch."""
+        dtype = accumulator_dtype(loss.dtype.name)
+        place = rows.here if self._in_batch_order else NO_PLACE
+        return tf.stack([tf.cast(loss, dtype), tf.cast(place, dtype)])[None]
 
     def _wide_gradients(self, tape: Any, loss: Any, rows: Rows) -> list[Any]:
         """Gradients in the dtype of the buffer.

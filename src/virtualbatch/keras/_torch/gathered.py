@@ -4,6 +4,7 @@ The first pass keeps the predictions of all rows. The loss is computed once on t
 goes through the same micro-batches with the gradients of their predictions.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from keras import tree
 from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._batchnorm import recorded_moments
 from virtualbatch.keras._gather.gathering import Gathering
+from virtualbatch.keras._not_finite import PREDICTIONS
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._torch.gathered_rows import GatheredRows
 from virtualbatch.keras._torch.gradients import Gradients
@@ -37,6 +39,8 @@ class GatheredRun(WindowRun):
         added: see `WindowRun`.
         gathering: whose predictions are gathered.
     """
+
+    told_of = PREDICTIONS
 
     def __init__(
         self,
@@ -93,6 +97,7 @@ class GatheredRun(WindowRun):
                 leaf is not None and leaf.requires_grad for leaf in window.predictions(y_pred)
             ]
             self._rows = GatheredRows(window.rows, self._trimmed_axes(len(arrays)))
+        self._parts.append(_nan_or_0(window.predictions(y_pred)))
         self._rows.write(microbatch.place, [detached(found) for found in arrays])
         self._added_by_layers = added_up(self._added_by_layers, added)
         self._merge(seen)
@@ -178,6 +183,13 @@ class GatheredRun(WindowRun):
         with self._without_a_trace(), keras.StatelessScope():
             y_pred = self._window.forward(row)
             return self._window.arrays(self._batch, y_pred, Rows(1, self._window.rows))
+
+
+def _nan_or_0(predictions: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """NaN where predictions of a micro-batch are not all finite, else 0."""
+    found = [x.detach() for x in predictions if x is not None]
+    finite = torch.stack([x.isfinite().all() for x in found]).all()
+    return torch.where(finite, 0.0, math.nan)
 
 
 def _gradient(tensor: torch.Tensor | None) -> torch.Tensor | None:

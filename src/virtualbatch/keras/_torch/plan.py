@@ -7,6 +7,7 @@ import keras
 
 from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._gather.gathering import Found, Gathering
+from virtualbatch.keras._not_finite import without_losses
 from virtualbatch.keras._snapshot import Snapshot
 from virtualbatch.keras._torch.batch import window_of
 from virtualbatch.keras._torch.device import place
@@ -93,7 +94,7 @@ class _Update:
                 *(model, self._batch, self._rows, self._cut, self._added, False),
                 self._gathering,
             )
-            logs = window.train()
+            logs = without_losses(window.train())
         # The device has finished once a value of the logs is here.
         keras.tree.map_structure(float, logs)
 

@@ -16,9 +16,11 @@ from virtualbatch.keras._certify.first_window import prove_first_window
 from virtualbatch.keras._gather.detection import Evaluate, evaluated_eagerly
 from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._guard import Guard
+from virtualbatch.keras._not_finite import LOSSES
 from virtualbatch.keras._packing import Packing
 from virtualbatch.keras._torch.batch import packed_window_of, window_of
 from virtualbatch.keras._torch.device import place
+from virtualbatch.keras._torch.not_finite import LossesOfFit, OfOne
 from virtualbatch.keras._torch.plan import MEMORY, planned
 from virtualbatch.keras._torch.state import Beginning, State, torch_modules
 from virtualbatch.keras._train_step import TrainStep, uncompiled
@@ -85,13 +87,17 @@ class TorchStep(TrainStep):
             else:
                 cut = even_cut(rows, self._size(rows))
                 if len(cut) == 1:
+                    loss = OfOne(model)
                     whole: dict[str, Any] = type(model).train_step(model, data)
-                    return whole
+                    return self.told(whole | {LOSSES: loss.heard(rows)})
                 stats, gathering = self.listener is not None, self.gathering(batch)
                 run = window_of(model, batch, rows, cut, self._added, stats, gathering)
             results = run.train()
         self._say(run.losses_of_one_number)
         return self.told(results)
+
+    def _losses(self) -> LossesOfFit:
+        return LossesOfFit()
 
     def _size(self, rows: int) -> int:
         """Rows of one micro-batch, for a batch of so many.

@@ -22,10 +22,12 @@ from virtualbatch.keras._batchnorm import (
     recorded_moments,
 )
 from virtualbatch.keras._gather.gathering import Gathering
+from virtualbatch.keras._not_finite import LOSSES
 from virtualbatch.keras._overwritten import updated
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._torch.gathered_rows import Place
 from virtualbatch.keras._torch.gradients import Gradients
+from virtualbatch.keras._torch.not_finite import heard
 from virtualbatch.keras._torch.state import torch_modules
 from virtualbatch.keras._train_step import STATS
 from virtualbatch.keras._window import WindowModel
@@ -50,9 +52,17 @@ class Microbatch(NamedTuple):
     get: Callable[[], Any]
     stretch: float = 1.0
 
+    @property
+    def rows_in_order(self) -> int | None:
+        """Its rows where they are the next ones of the batch; else None."""
+        return self.rows if isinstance(self.place.rows, slice) else None
+
 
 class WindowRun:
     """One batch of `fit` as micro-batches.
+
+    Attributes:
+        told_of: what the logs tell of each micro-batch beside its loss.
 
     Args:
         model: a model that is built and compiled.
@@ -62,6 +72,8 @@ class WindowRun:
         stats: whether the logs are to hold statistics of the window.
         gathering: whose predictions are gathered, if any.
     """
+
+    told_of: str | None = None
 
     def __init__(
         self,
@@ -79,6 +91,8 @@ class WindowRun:
         self._modules = torch_modules(model)
         # Sums over the micro-batches so far; none holds a graph.
         self._losses: list[torch.Tensor] = []
+        # What is told of each micro-batch.
+        self._parts: list[torch.Tensor] = []
         self._moments: list[Any] = []
         self._called: list[Any] = []
         self._latest: dict[str, Any] = {}
@@ -118,6 +132,8 @@ class WindowRun:
         assign_statistics(self._called, start, self._moments)
         loss, *tracked = self._losses
         window.track(loss, tracked)
+        rows = [found.rows_in_order for found in self._cut]
+        logs[LOSSES] = heard(loss, self._parts, rows, self.told_of)
         return window.results(self._latest) | logs
 
     def _run(self, gradients: Gradients, statistics: MergedStatistics) -> None:
@@ -145,6 +161,7 @@ class WindowRun:
 
         self._latest = tree.map_structure(detached, latest)
         self._losses = added_up(self._losses, [loss, *tracked])
+        self._parts.append(loss.detach())
         self._merge(seen)
 
     def _merge(self, seen: Sequence[tuple[Any, Any]]) -> None:

@@ -1,6 +1,5 @@
 """The first window of a loss proves itself: TensorFlow's part of `certify.first_window`."""
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,7 @@ import tensorflow as tf
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.first_window import conclude, prove
-from virtualbatch.certify.proven import NO_ROWS, Proven
+from virtualbatch.certify.proven import NO_ROWS
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
 from virtualbatch.plan.out_of_memory import in_words
@@ -25,6 +24,7 @@ from virtualbatch.tensorflow._certify.eager_random import EagerRandom
 from virtualbatch.tensorflow._certify.step import epsilon
 from virtualbatch.tensorflow._gradients import added, scalar_terms, scaled_gradients, watch_tensors
 from virtualbatch.tensorflow._plan.memory import ERRORS
+from virtualbatch.tensorflow._remembered import remembered
 from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.tensorflow._stats import summed
 from virtualbatch.tensorflow._weights import window_shares
@@ -33,10 +33,6 @@ from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import loss_and_aux, loss_terms
 from virtualbatch.window.tree import common_rows
 from virtualbatch.window.window import Window
-
-# By the identity of a first variable, which cannot be hashed, for as long as it lives: the losses
-# that were tried with it.
-_PROVEN: dict[int, Proven] = {}
 
 
 def prove_first_window(
@@ -61,7 +57,7 @@ def prove_first_window(
     """
     if len(cut) == 1:
         return
-    known = _proven(program.variables)
+    known = remembered(program.variables).proven
     if cut[0].rows(0) is None:
         known.tell_once(program.loss_fn, program.weight, NO_ROWS)
         return
@@ -84,16 +80,6 @@ def prove_first_window(
     with _random_numbers_kept():
         reason = prove(trial, lambda error: in_words(error, ERRORS))
     conclude(known, program.loss_fn, program.weight, structure, trial, reason)
-
-
-def _proven(variables: Any) -> Proven:
-    owner = next(iter(tf.nest.flatten(variables)), None)
-    if owner is None:
-        return Proven()
-    if id(owner) not in _PROVEN:
-        _PROVEN[id(owner)] = Proven()
-        weakref.finalize(owner, _PROVEN.pop, id(owner), None)
-    return _PROVEN[id(owner)]
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from virtualbatch.plan.plan import Plan
 from virtualbatch.tensorflow._arrays import as_tensors, named_arrays
 from virtualbatch.tensorflow._batch import segments
 from virtualbatch.tensorflow._plan.plan import held_bytes, planned
-from virtualbatch.tensorflow._plan.sizes import kept_sizes, signature, stand_in
+from virtualbatch.tensorflow._plan.sizes import signature, stand_in
+from virtualbatch.tensorflow._remembered import remembered
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.tree import common_rows
 
@@ -43,7 +44,7 @@ def planned_size(program: Program, batch: Any, automatic: Any) -> CurrentSize:
         batch: a batch, not a Window.
         automatic: "auto" or an `Auto`.
     """
-    sizes = automatic if isinstance(automatic, Auto) else kept_sizes(program.variables)
+    sizes = automatic if isinstance(automatic, Auto) else remembered(program.variables).sizes
     found = signature(program, batch)
     graph = not tf.executing_eagerly()
 

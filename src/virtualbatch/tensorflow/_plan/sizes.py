@@ -1,31 +1,15 @@
 """Which size a window is cut by: kept for the variables, or planned for the shapes of a batch."""
 
-import weakref
 from functools import cache
 from typing import Any
 
 import tensorflow as tf
 
-from virtualbatch.plan.auto import Auto
 from virtualbatch.plan.signature import Leaf, Signature
 from virtualbatch.tensorflow._arrays import is_array, named_arrays
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.fingerprint import fingerprint
 from virtualbatch.window.tree import common_rows
-
-# By the identity of a first variable, which cannot be hashed, for as long as it lives.
-_KEPT: dict[int, Auto] = {}
-
-
-def kept_sizes(variables: Any) -> Auto:
-    """The sizes of some variables for which the user keeps none."""
-    owner = next(iter(tf.nest.flatten(variables)), None)
-    if owner is None:
-        return Auto()
-    if id(owner) not in _KEPT:
-        _KEPT[id(owner)] = Auto()
-        weakref.finalize(owner, _KEPT.pop, id(owner), None)
-    return _KEPT[id(owner)]
 
 
 def signature(program: Program, batch: Any) -> Signature:

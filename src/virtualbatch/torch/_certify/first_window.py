@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.first_window import NO_GRADIENT, conclude, prove
 from virtualbatch.certify.of_signal import raise_if_of_signal
-from virtualbatch.certify.proven import IN_STEP, NO_ROWS, Proven
+from virtualbatch.certify.proven import IN_STEP, NO_ROWS
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
 from virtualbatch.plan.out_of_memory import in_words
@@ -26,6 +25,7 @@ from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._microbatch import Microbatch, known_rows, on_device
 from virtualbatch.torch._plan.memory import ERRORS
 from virtualbatch.torch._random import RandomState
+from virtualbatch.torch._remembered import remembered
 from virtualbatch.torch._state import LARGEST_COPIED
 from virtualbatch.torch._undo import Undo, all_or_nothing
 from virtualbatch.torch._window import Program
@@ -34,9 +34,6 @@ from virtualbatch.window.terms import loss_and_aux
 
 # Of small micro-batches; a few of them are tried.
 _ENOUGH_ROWS = 32
-
-# For as long as what is trained lives: the losses that were tried with it.
-_PROVEN: Any = WeakIdKeyDictionary()
 
 # Layers that draw numbers or couple rows in training mode, on purpose.
 _RANDOM_OR_COUPLED = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._NormBase)
@@ -60,7 +57,7 @@ def prove_first_window(
         ValueError: micro-batches of this loss do not add up to their batch, or it reaches a
             parameter that no module holds.
     """
-    known = proven(program.found.owner)
+    known = remembered(program.found.owner).proven
     if not batch.can_be_cut:
         known.tell_once(program.loss_fn, program.weight, NO_ROWS)
         return cut
@@ -121,19 +118,7 @@ def _shapes(microbatch: Microbatch) -> tuple[Any, ...]:
 
 def tell_untried(program: Program) -> None:
     """Logs, once for a loss, that it cannot be tried with modules that gather parameters."""
-    proven(program.found.owner).tell_once(program.loss_fn, program.weight, IN_STEP)
-
-
-def proven(owner: Any) -> Proven:
-    """What was tried with a module.
-
-    Args:
-        owner: see `Inventory`.
-    """
-    known: Proven | None = _PROVEN.get(owner)
-    if known is None:
-        known = _PROVEN[owner] = Proven()
-    return known
+    remembered(program.found.owner).proven.tell_once(program.loss_fn, program.weight, IN_STEP)
 
 
 def tried(

@@ -1,27 +1,13 @@
 """Which size a window is cut by, and what it depends on where it is planned."""
 
 from functools import cache
-from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
-from virtualbatch.plan.auto import Auto
 from virtualbatch.plan.signature import Leaf, Signature
 from virtualbatch.torch._microbatch import Microbatch, known_rows
 from virtualbatch.torch._window import Program
 from virtualbatch.window.fingerprint import fingerprint
-
-# For as long as what is trained lives: its plans, and sizes that were made smaller.
-_KEPT: Any = WeakIdKeyDictionary()
-
-
-def kept_sizes(owner: torch.nn.Module | torch.Tensor) -> Auto:
-    """The sizes of what is trained for which the user keeps none."""
-    found: Auto | None = _KEPT.get(owner)
-    if found is None:
-        found = _KEPT[owner] = Auto()
-    return found
 
 
 def signature(program: Program, batch: Microbatch) -> Signature:

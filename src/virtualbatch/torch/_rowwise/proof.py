@@ -18,7 +18,6 @@ from virtualbatch.torch._batchnorm import is_tracked
 from virtualbatch.torch._certify.certificate import certificate
 from virtualbatch.torch._certify.first_window import (
     TorchTrial,
-    proven,
     source_of,
     tried,
     untouched,
@@ -27,6 +26,7 @@ from virtualbatch.torch._certify.heard_dtypes import heard_dtypes
 from virtualbatch.torch._distributed import number_of_processes
 from virtualbatch.torch._microbatch import Microbatch, known_rows, on_device
 from virtualbatch.torch._random import RandomState
+from virtualbatch.torch._remembered import remembered
 from virtualbatch.torch._rowwise.inputs import Inputs
 from virtualbatch.torch._rowwise.outputs import check_outputs
 from virtualbatch.torch._rowwise.surrogate import Surrogate
@@ -53,7 +53,7 @@ def prove_first_call(inputs: Inputs, surrogate: Callable[[], Surrogate], sizes: 
     source = source_of(batch.given)
     kinds = [(x.dtype, x.dim()) if isinstance(x, torch.Tensor) else None for x in source.leaves]
     structure = ("rowwise", source.places, tuple(kinds))
-    known = proven(inputs.found.owner)
+    known = remembered(inputs.found.owner).proven
     if known.seen(inputs.fn, SUM, structure) is not None:
         return
     trial = _RowsTrial(surrogate(), batch, source, sizes)

@@ -1,0 +1,40 @@
+"""What is remembered of a loss, for as long as it can be made anew."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from virtualbatch.certify.proven import Proven
+from virtualbatch.plan.auto import Auto
+from virtualbatch.window.fingerprint import owner_of
+from virtualbatch.window.not_finite import LossWatch
+
+
+class Remembered(NamedTuple):
+    """What is remembered of a loss.
+
+    Fields:
+        proven: what was tried of it.
+        sizes: those of its calls, by what they are called with.
+        losses: hears of what it gave.
+    """
+
+    proven: Proven
+    sizes: dict[str, Auto]
+    losses: LossWatch
+
+
+_REMEMBERED: WeakKeyDictionary[Any, Remembered] = WeakKeyDictionary()
+
+
+def remembered(fun: Callable[..., Any]) -> Remembered:
+    """What is remembered of a loss.
+
+    Args:
+        fun: the loss, which may have been made for this call alone.
+    """
+    owner = owner_of(fun)
+    found = _REMEMBERED.get(owner)
+    if found is None:
+        found = _REMEMBERED[owner] = Remembered(Proven(), {}, LossWatch())
+    return found

@@ -1,0 +1,61 @@
+"""The losses of micro-batches of `fit` that are not finite, on PyTorch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import torch
+
+from virtualbatch.keras._not_finite import LOSSES
+from virtualbatch.torch._not_finite import Heard, ModuleLosses
+from virtualbatch.window.terms import SINGLE
+
+
+class LossesOfFit(ModuleLosses):
+    """Hears of the losses of a model's windows."""
+
+    def told(self, logs: dict[str, Any]) -> dict[str, Any]:
+        """Logs of a step as Keras knows them; the rest is heard of."""
+        found = logs.pop(LOSSES, None)
+        if found is not None:
+            self.take(found)
+        return logs
+
+
+def heard(
+    total: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    rows: Sequence[int | None],
+    what: str | None = None,
+) -> Heard:
+    """What the logs of a window tell of losses; see `Heard`.
+
+    Args:
+        total: of the window.
+        parts: one scalar for each micro-batch.
+        rows: of each.
+        what: what else the parts are of.
+    """
+    found = [(index, SINGLE, part) for index, part in enumerate(parts)]
+    return Heard(total.detach(), found, rows, what)
+
+
+class OfOne:
+    """The loss of Keras' own step, which only its tracker knows.
+
+    Args:
+        model: the model, before the step.
+    """
+
+    def __init__(self, model: keras.Model):
+        self._tracker = model._loss_tracker
+        self._before = self._tracker.total.value.detach().clone()
+
+    def heard(self, rows: int) -> Heard:
+        """What there is to be told after the step.
+
+        Args:
+            rows: of the batch.
+        """
+        loss = self._tracker.total.value.detach() - self._before
+        return Heard(loss, [(0, SINGLE, loss)], [rows], before=self._before)

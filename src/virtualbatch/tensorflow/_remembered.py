@@ -1,0 +1,39 @@
+"""What is remembered of some variables, for as long as they live."""
+
+import weakref
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from virtualbatch.certify.proven import Proven
+from virtualbatch.plan.auto import Auto
+from virtualbatch.window.not_finite import LossWatch
+
+
+class Remembered(NamedTuple):
+    """What is remembered of some variables.
+
+    Fields:
+        proven: the losses that were tried with them.
+        sizes: those of calls with them.
+        losses: hears of the losses that they gave.
+    """
+
+    proven: Proven
+    sizes: Auto
+    losses: LossWatch
+
+
+# By the identity of a first variable, which cannot be hashed.
+_REMEMBERED: dict[int, Remembered] = {}
+
+
+def remembered(variables: Any) -> Remembered:
+    """What is remembered of some variables; nothing of none."""
+    owner = next(iter(tf.nest.flatten(variables)), None)
+    if owner is None:
+        return Remembered(Proven(), Auto(), LossWatch())
+    if id(owner) not in _REMEMBERED:
+        _REMEMBERED[id(owner)] = Remembered(Proven(), Auto(), LossWatch())
+        weakref.finalize(owner, _REMEMBERED.pop, id(owner), None)
+    return _REMEMBERED[id(owner)]

@@ -1,0 +1,39 @@
+"""What is remembered of what is trained, for as long as it lives."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from virtualbatch.certify.proven import Proven
+from virtualbatch.plan.auto import Auto
+from virtualbatch.torch._not_finite import ModuleLosses
+
+
+class Remembered(NamedTuple):
+    """What is remembered of a module.
+
+    Fields:
+        proven: the losses that were tried with it.
+        sizes: its plans, and sizes that were made smaller.
+        losses: hears of the losses of its windows.
+    """
+
+    proven: Proven
+    sizes: Auto
+    losses: ModuleLosses
+
+
+_REMEMBERED: Any = WeakIdKeyDictionary()
+
+
+def remembered(owner: torch.nn.Module | torch.Tensor) -> Remembered:
+    """What is remembered of a module.
+
+    Args:
+        owner: see `Inventory`.
+    """
+    found: Remembered | None = _REMEMBERED.get(owner)
+    if found is None:
+        found = _REMEMBERED[owner] = Remembered(Proven(), Auto(), ModuleLosses())
+    return found
