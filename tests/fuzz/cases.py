@@ -131,6 +131,10 @@ def _outcome(engine: Engine, call: Call, uncut: Result | BaseException) -> Outco
         if told and call.keeps_state and outcome.kind != outcomes.OBSCURE:
             return Outcome(outcomes.CHANGED, outcome.where, f"{told}, after {outcome.text}")
         return outcome
+    if result is None and call.keeps_state:
+        told = outcomes.changed(before, engine.state(call))
+        if told:
+            return Outcome(outcomes.CHANGED, "returned", told)
     return outcomes.of_result(call, result, uncut)
 
 

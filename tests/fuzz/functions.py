@@ -175,10 +175,6 @@ AUXES: dict[str, Any] = {
 }
 
 
-def _unless_traced(judged: bool, call: Call) -> None:
-    call.is_judged = call.is_judged and judged
-
-
 def _loss(name: str) -> Fault:
     def change(call: Call, random: Random) -> None:
         before, count = call.loss, itertools.count()
@@ -198,7 +194,7 @@ def _loss(name: str) -> Fault:
         call.loss = loss
         # What counts its calls is no function of its batch.
         is_counted = any(word in name for word in ("first", "later", "late", "change", "empties"))
-        _unless_traced(not is_counted, call)
+        call.is_judged = call.is_judged and not is_counted
         call.aux_is_judged = call.aux_is_judged and name not in ("a sum", "the largest")
 
     return Fault(f"loss: {name}", "loss", change)
@@ -223,8 +219,10 @@ def _aux(name: str) -> Fault:
 def _weight(name: str) -> Fault:
     def change(call: Call, random: Random) -> None:
         count = itertools.count()
-        # Without any weight there is no loss, whatever the uncut batch gives.
-        call.is_judged = call.is_judged and name != "zero"
+        call.is_empty = name == "zero"
+        # A float32 holds it as infinity: in a graph the loss is NaN, and nobody is deceived.
+        is_lost = name == "beyond float32" and call.compiled
+        call.is_judged = call.is_judged and not is_lost
         call.options["weight"] = lambda batch: WEIGHTS[name](batch, call.ops, next(count))
 
     return Fault(f"weight: {name}", "weight", change)

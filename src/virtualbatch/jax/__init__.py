@@ -21,6 +21,7 @@ from virtualbatch.jax._checks import (
     check_accumulator_dtype,
     check_arguments,
     check_options,
+    check_values,
     check_words,
 )
 from virtualbatch.jax._mesh import axes_to_enter
@@ -169,12 +170,14 @@ def value_and_grad(
 
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        check_arguments(args, batch_argnum, key_argnum)
+        check_arguments(args, batch_argnum, key_argnum, argnums)
         args = rows.gathered(args)
         batch = args[rows.position]
         check_cut_or_auto(batch, microbatch_size, accumulation_steps)
         refuse_sorted_rows(batch, stats)
         traced = is_traced(args, kwargs)
+        if not traced:
+            check_values(args)
         given: Any = microbatch_size
         size: CurrentSize | None = None
         if is_automatic(given):
@@ -308,7 +311,7 @@ def plan(
 
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Plan:
-        check_arguments(args, batch_argnum, key_argnum)
+        check_arguments(args, batch_argnum, key_argnum, argnums)
         args = rows.gathered(args)
         batch = args[rows.position]
         check_cut_or_auto(batch, "auto", None)
@@ -391,11 +394,12 @@ def certify(
 
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Certificate:
-        check_arguments(args, batch_argnum, key_argnum)
+        check_arguments(args, batch_argnum, key_argnum, argnums)
         args = rows.gathered(args)
         batch = args[rows.position]
         check_cut_or_auto(batch, microbatch_size, accumulation_steps)
         check_cut(batch, microbatch_size, accumulation_steps)
+        check_values(args)
         program.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
         return certificate(
             program, args, kwargs, microbatch_size, accumulation_steps, rows.weight_takes

@@ -58,6 +58,7 @@ class Call(NamedTuple):
         refuse_scaled_gradients(result)
         loss, aux = loss_and_aux(result, self.has_aux)
         found = loss_terms(loss)
+        check_names(found)
         if self.weighted is None:
             check_total(found)
         else:
@@ -111,6 +112,21 @@ class Call(NamedTuple):
         check_differentiated(result)
         (_, (terms, aux)), gradients = result
         return terms, aux, gradients
+
+
+def check_names(terms: Mapping[Any, Any]) -> None:
+    """Refuses names of terms that JAX cannot keep in a dict.
+
+    Raises:
+        TypeError: they cannot be sorted.
+    """
+    try:
+        sorted(terms)
+    except TypeError as error:
+        raise TypeError(
+            "Names of terms must be of a kind that can be sorted, as in every dict of JAX. "
+            f"Got {[*terms]}. Return a dict whose names are all text."
+        ) from error
 
 
 def wide_dtype(x: Any, named: Any = None) -> Any:
