@@ -11,6 +11,10 @@ import numpy as np
 ROWS, COLUMNS = 6, 3
 
 
+# What a call may raise; whoever stops a run is not among them.
+ANY_ERROR = (Exception,)
+
+
 class UsersError(Exception):
     """What a user's own function raises. It must arrive as it was raised."""
 
@@ -112,11 +116,14 @@ class Result(NamedTuple):
         loss: the loss; None where there is nothing to compare.
         gradients: of what is trained, None where there is none.
         aux: leaves of aux.
+        traced: what the framework raises where it makes a program of the user's function; None if
+            nothing is, or nothing is known of it.
     """
 
     loss: Any
     gradients: list[Any]
     aux: list[Any]
+    traced: Exception | None = None
 
 
 class Engine(Protocol):

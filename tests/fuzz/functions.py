@@ -20,6 +20,11 @@ def _first(batch: Any) -> Any:
     return next(iter(found(batch)))
 
 
+def _count(leaf: Any) -> int:
+    # A trace knows its shape, and not its length.
+    return leaf.shape[0] if hasattr(leaf, "shape") else len(leaf)
+
+
 def _mutated(batch: Any) -> Any:
     if isinstance(batch, dict):
         batch["new"] = 1
@@ -73,7 +78,7 @@ LOSSES: dict[str, Any] = {
     "a constant": lambda loss, batch, ops, k: ops.array(np.float64(2)),
     "NaN": lambda loss, batch, ops, k: loss * float("nan"),
     "NaN at first": lambda loss, batch, ops, k: loss * (float("nan") if k == 0 else 1.0),
-    "a sum": lambda loss, batch, ops, k: loss * len(_first(batch)),
+    "a sum": lambda loss, batch, ops, k: loss * _count(_first(batch)),
     "the largest": lambda loss, batch, ops, k: loss * ops.largest(_first(batch)),
     "raises": lambda loss, batch, ops, k: _raises(UsersError("mine")),
     "raises late": lambda loss, batch, ops, k: _raises(UsersError("late")) if k else loss,

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, ValuesView
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ def found(structure: Any) -> Iterator[Any]:
         # JAX sorts names, and what is a first array must be one in every framework.
         for _, part in sorted(structure.items(), key=lambda item: str(item[0])):
             yield from found(part)
-    elif isinstance(structure, list | tuple):
+    elif isinstance(structure, list | tuple | ValuesView):
         if structure and all(isinstance(x, numbers.Real) for x in structure):
             yield structure
         else:

@@ -62,7 +62,12 @@ def of_error(error: BaseException, uncut: BaseException | None) -> Outcome:
     frames = traceback.extract_tb(error.__traceback__)
     text = f"{type(error).__name__}: {str(error)[:300]}"
     of_library = [k for k, frame in enumerate(frames) if frame.filename.startswith(LIBRARY)]
-    of_user = [k for k, frame in enumerate(frames) if frame.filename in USERS_FILES]
+    # A model of Keras is the user's function, too.
+    of_user = [
+        k
+        for k, frame in enumerate(frames)
+        if frame.filename in USERS_FILES or "/keras/src/" in frame.filename
+    ]
     last = of_library[-1] if of_library else -1
     place = frames[last] if of_library else frames[-1]
     where = f"{place.filename.removeprefix(LIBRARY + '/')}:{place.lineno}"
@@ -78,7 +83,9 @@ def of_error(error: BaseException, uncut: BaseException | None) -> Outcome:
     if is_raised_here and is_clear(error):
         return Outcome(CLEAR, where, text)
     in_users_line = bool(of_user) and of_user[-1] > last
-    if _same(error, uncut) and (in_users_line or _words(error) == _words(uncut)):
+    # In its own line the user's function may fail in other ways where it is traced.
+    as_uncut = in_users_line or (_same(error, uncut) and _words(error) == _words(uncut))
+    if uncut is not None and as_uncut:
         return Outcome(FRAMEWORK, where, text)
     if not of_library and not of_user:
         # The framework refused before it came to the library.
@@ -105,8 +112,12 @@ def _same(error: BaseException, uncut: BaseException | None) -> bool:
 
 
 def _words(error: BaseException | None) -> str:
-    """What an error says, whatever numbers are in it."""
-    return re.sub(r"\d+", "0", str(error))
+    """What an error says, whatever numbers and names of local functions are in it."""
+    text = str(error)
+    if text.startswith("in user code:"):
+        # TensorFlow writes a stack before it.
+        text = text.strip().rpartition("\n")[2].strip().partition(": ")[2]
+    return re.sub(r"\S*<locals>\.[\w<>]+|\d+", "", text)
 
 
 def of_result(call: Call, result: Result | None, uncut: Result | BaseException) -> Outcome:
@@ -143,8 +154,7 @@ def different(result: Result, uncut: Result, aux: bool, missing: Any = "missing"
     count = max(len(result.gradients), len(uncut.gradients))
     for k in range(count):
         both = [
-            found.gradients[k] if k < len(found.gradients) else missing
-            for found in (result, uncut)
+            found.gradients[k] if k < len(found.gradients) else missing for found in (result, uncut)
         ]
         pairs.append((f"gradient {k}", *both))
     if aux:

@@ -20,6 +20,7 @@ from virtualbatch.jax._certify.spread_window import prove_spread_window
 from virtualbatch.jax._checks import (
     check_accumulator_dtype,
     check_arguments,
+    check_dtypes,
     check_options,
     check_values,
     check_words,
@@ -315,6 +316,7 @@ def plan(
         args = rows.gathered(args)
         batch = args[rows.position]
         check_cut_or_auto(batch, "auto", None)
+        check_dtypes(args)
         program.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
         return planned(program.window, batch, args, kwargs, memory_limit)
 

@@ -230,7 +230,7 @@ def own_faults() -> list[Fault]:
         *options.option("argnums", positions),
         *options.option("batch_argnum", positions),
         *options.option("key_argnum", positions),
-        *options.option("aux_merge", merges),
+        *options.option("aux_merge", merges, aux_is_judged=False),
         *options.option("axis_name", options.WORDS),
         *options.option(
             "grad_fn", {**options.WORDS, "right": jax.value_and_grad, "grad": jax.grad}

@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from tests.fuzz import batches, functions, options, tensorflow_losses
-from tests.fuzz.call import Call, Fault, Result
+from tests.fuzz.call import ANY_ERROR, Call, Fault, Result
 from tests.fuzz.losses import in_terms, joined, right_entries, right_loss, with_aux
 
 import virtualbatch.tensorflow as vb
 from virtualbatch import Window
 
 COMMON = frozenset({"microbatch_size", "accumulation_steps", "weight", "has_aux"})
+# Verbs that need a trace of the loss.
+TRACING = ("compiled", "plan", "certify")
 ALLOWED = {
     "value_and_gradients": COMMON | {"stats", "check"},
     "compiled": COMMON | {"stats"},
@@ -93,23 +95,23 @@ class TensorFlow:
             return _result(np.zeros(()), [], None)
         batch = joined(call.ops, call.batch) if isinstance(call.batch, Window) else call.batch
         if call.verb == "rowwise":
-            return _of_rows(call, call.loss, batch)
+            found = _of_rows(call, call.loss, batch)
+            return found._replace(traced=_traced(call, batch))
         with tf.GradientTape() as tape:
             result, aux = call.loss(batch), None
             if call.options.get("has_aux"):
                 result, aux = result
             if isinstance(result, dict):
                 result = sum(result.values())
-        return _result(result, tape.gradient(result, call.weights), aux)
+        found = _result(result, tape.gradient(result, call.weights), aux)
+        return found._replace(traced=_traced(call, batch) if call.verb in TRACING else None)
 
     def run(self, call: Call) -> Result | None:
-        # TensorFlow would write the user's functions anew, in files of its own.
-        loss = (
-            tf.autograph.experimental.do_not_convert(call.loss)
-            if callable(call.loss)
-            else (call.loss)
-        )
         given = dict(call.options)
+        # TensorFlow would write the user's functions anew, in files of its own.
+        loss = _unconverted(call.loss)
+        if "weight" in given:
+            given["weight"] = _unconverted(given["weight"])
         match call.verb:
             case "plan":
                 vb.plan(loss, call.batch, call.trained, **given)
@@ -130,6 +132,28 @@ class TensorFlow:
 
     def state(self, call: Call) -> dict[str, Any]:
         return {str(k): _numpy(variable) for k, variable in enumerate(call.weights)}
+
+
+def _unconverted(function: Any) -> Any:
+    """A function that TensorFlow traces as it is written."""
+    if not callable(function):
+        return function
+    return tf.autograph.experimental.do_not_convert(function)
+
+
+def _traced(call: Call, batch: Any) -> Exception | None:
+    """What TensorFlow says of a loss or weight that cannot be traced."""
+    for function in (call.loss, call.options.get("weight")):
+
+        def run(given: Any, function: Any = function) -> None:
+            function(given)
+
+        try:
+            if callable(function):
+                tf.function(run, autograph=False)(batch)
+        except ANY_ERROR as error:
+            return error
+    return None
 
 
 def _of_rows(call: Call, fn: Any, batch: Any) -> Result:

@@ -165,6 +165,7 @@ def _numpy(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach().resolve_conj()
+    value = value.to_dense() if value.layout is torch.sparse_coo else value
     return value.to(torch.float32).numpy() if value.dtype is torch.bfloat16 else np.array(value)
 
 

@@ -8,6 +8,7 @@ import tensorflow as tf
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.tensorflow._arrays import as_tensors
 from virtualbatch.tensorflow._batch import segments, smaller_segments
+from virtualbatch.tensorflow._checks import flat_leaves
 from virtualbatch.tensorflow._replicas import refuse_planning_replicas, replicas
 from virtualbatch.tensorflow._rowwise.attempts import Attempts
 from virtualbatch.tensorflow._rowwise.inputs import read_variables
@@ -77,6 +78,7 @@ class Rowwise:
         return differentiable(passes, shared, batch, cut, found, None)
 
     def _eagerly(self, batch: Any, shared: Shared) -> Any:
+        flat_leaves("batch", batch)
         if not is_recording() and not isinstance(batch, Window):
             return self._fn(batch, *shared.arguments(shared.tensors))
         planned = self._planned(batch, shared)
