@@ -69,8 +69,8 @@ def flat_leaves(name: str, structure: Any) -> list[Any]:
     try:
         # And built again, as each micro-batch is.
         return list(tf.nest.flatten(tf.nest.map_structure(lambda leaf: leaf, structure)))
-    # TensorFlow sorts keys, and follows nested structures to any depth.
-    except (TypeError, ValueError, RecursionError) as error:
+    # TensorFlow sorts keys, calls the user's mappings, and follows nested ones to any depth.
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be a structure whose leaves tf.nest can find. "
             f"Got {name} of type {type(structure).__name__}: {error}. "

@@ -119,7 +119,8 @@ class Jax:
 
         differentiated = jax.value_and_grad(scalar, has_aux=True)
         # Compiled the batch is an argument too, and what is no array is refused by JAX.
-        run = jax.jit(differentiated) if call.compiled else differentiated
+        is_traced = call.compiled or call.verb == "plan"
+        run = jax.jit(differentiated) if is_traced else differentiated
         (loss, aux), gradients = run(call.trained, batch)
         return _result(loss, gradients, aux)
 

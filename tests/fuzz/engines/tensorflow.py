@@ -53,7 +53,7 @@ class Ops:
         return tf.cast(tf.reduce_max(leaf), tf.float64)
 
     def joined(self, leaves: Any) -> tf.Tensor:
-        return tf.concat(leaves, 0)
+        return tf.concat([tf.cast(leaf, leaves[0].dtype) for leaf in leaves], 0)
 
 
 class TensorFlow:

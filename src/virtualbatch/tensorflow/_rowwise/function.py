@@ -47,6 +47,7 @@ class Rowwise:
 
     def __call__(self, batch: Any, *shared: Any) -> Any:
         """The outputs for all rows of a batch, or of a Window."""
+        flat_leaves("batch", batch)
         if isinstance(batch, Window):
             check_cut(batch, *self.sizes)
             batch = Window(map(read_variables, batch), sorted_rows=batch.sorted_rows)
@@ -78,7 +79,6 @@ class Rowwise:
         return differentiable(passes, shared, batch, cut, found, None)
 
     def _eagerly(self, batch: Any, shared: Shared) -> Any:
-        flat_leaves("batch", batch)
         if not is_recording() and not isinstance(batch, Window):
             return self._fn(batch, *shared.arguments(shared.tensors))
         planned = self._planned(batch, shared)
