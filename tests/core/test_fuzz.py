@@ -24,6 +24,10 @@ def changed(call):
     raise ValueError(RULE)
 
 
+def written(call):
+    call.weights += 1
+
+
 def wrong(**parts):
     return lambda call: RIGHT._replace(**parts)
 
@@ -60,10 +64,16 @@ OUTCOMES = {
     "three parts": (lambda call: raised(ValueError(RULE)), None, outcomes.CLEAR),
     "the user's own": (lambda call: raised(UsersError("mine")), None, outcomes.USERS),
     "as uncut": (
-        lambda call: raised(KeyError("x")),
-        lambda call: raised(KeyError("y")),
+        lambda call: raised(KeyError("x 1")),
+        lambda call: raised(KeyError("x 2")),
         outcomes.FRAMEWORK,
     ),
+    "of the kind that uncut is, and says another thing": (
+        lambda call: raised(KeyError("x")),
+        lambda call: raised(KeyError("y")),
+        outcomes.OBSCURE,
+    ),
+    "nothing to compare, and something was written": (written, None, outcomes.CHANGED),
     "another error than uncut": (
         lambda call: raised(KeyError("x")),
         lambda call: raised(ValueError("y")),
@@ -89,6 +99,11 @@ OUTCOMES = {
     "accepted, and refused uncut": (
         lambda call: RIGHT,
         lambda call: raised(ValueError("no")),
+        outcomes.WRONG,
+    ),
+    "rows, where the weight says none": (
+        lambda call: setattr(call, "is_empty", True) or RIGHT,
+        lambda call: RIGHT._replace(loss=np.float64(0), gradients=[], aux=[]),
         outcomes.WRONG,
     ),
     "clear, and something was written": (changed, None, outcomes.CHANGED),

@@ -235,8 +235,6 @@ def _whole(name: str) -> Fault:
         if isinstance(call.batch, Window) and call.loss is not None and random.random() < 0.8:
             call.options.pop("microbatch_size", None)
             call.options.pop("accumulation_steps", None)
-        if isinstance(call.batch, Window):
-            call.is_judged = False
 
     return Fault(f"batch: {name}", "batch", change)
 

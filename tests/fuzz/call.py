@@ -11,8 +11,16 @@ import numpy as np
 ROWS, COLUMNS = 6, 3
 
 
+# What a call may raise; whoever stops a run is not among them.
+ANY_ERROR = (Exception,)
+
+
 class UsersError(Exception):
     """What a user's own function raises. It must arrive as it was raised."""
+
+
+class NoOracle(Exception):
+    """There is no uncut batch that tells what is right."""
 
 
 class Ops(Protocol):
@@ -36,6 +44,9 @@ class Ops(Protocol):
     def largest(self, leaf: Any) -> Any:
         """The largest entry."""
 
+    def joined(self, leaves: Any) -> Any:
+        """One array of the rows of several."""
+
 
 @dataclass
 class Call:
@@ -51,6 +62,7 @@ class Call:
         allowed: names of the options that the verb has.
         aux_is_judged: whether the aux of the uncut batch is that of the window.
         is_judged: whether what the uncut batch gives is the right answer.
+        is_empty: whether the weight says that there are no rows: no loss, and no gradient.
         weights: what the loss really uses, where `trained` is no longer that.
         compiled: whether the call is inside `jit` or `tf.function`, where nothing is tried.
         keeps_state: whether the user's own functions leave the state alone.
@@ -67,6 +79,7 @@ class Call:
     allowed: frozenset[str]
     aux_is_judged: bool = True
     is_judged: bool = True
+    is_empty: bool = False
     weights: Any = None
     compiled: bool = False
     keeps_state: bool = True
@@ -103,11 +116,14 @@ class Result(NamedTuple):
         loss: the loss; None where there is nothing to compare.
         gradients: of what is trained, None where there is none.
         aux: leaves of aux.
+        traced: what the framework raises where it makes a program of the user's function; None if
+            nothing is, or nothing is known of it.
     """
 
     loss: Any
     gradients: list[Any]
     aux: list[Any]
+    traced: Exception | None = None
 
 
 class Engine(Protocol):

@@ -7,14 +7,11 @@ from random import Random
 from typing import NamedTuple
 
 from tests.fuzz import outcomes
-from tests.fuzz.call import Call, Engine, Fault, Result
+from tests.fuzz.call import ANY_ERROR, Call, Engine, Fault, Result
 from tests.fuzz.outcomes import Outcome
 
 from virtualbatch.plan import planner
 from virtualbatch.plan.timing import TimeBudget
-
-# What a call may raise; whoever stops a run is not among them.
-ANY_ERROR = (Exception,)
 
 
 class Found(NamedTuple):
@@ -125,12 +122,16 @@ def _outcome(engine: Engine, call: Call, uncut: Result | BaseException) -> Outco
     try:
         result = engine.run(call)
     except ANY_ERROR as error:
-        raised = uncut if isinstance(uncut, BaseException) else _of_weight(call)
+        raised = uncut if isinstance(uncut, BaseException) else uncut.traced or _of_weight(call)
         outcome = outcomes.of_error(error, raised)
         told = outcomes.changed(before, engine.state(call))
         if told and call.keeps_state and outcome.kind != outcomes.OBSCURE:
             return Outcome(outcomes.CHANGED, outcome.where, f"{told}, after {outcome.text}")
         return outcome
+    if result is None and call.keeps_state:
+        told = outcomes.changed(before, engine.state(call))
+        if told:
+            return Outcome(outcomes.CHANGED, "returned", told)
     return outcomes.of_result(call, result, uncut)
 
 

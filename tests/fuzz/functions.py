@@ -20,6 +20,11 @@ def _first(batch: Any) -> Any:
     return next(iter(found(batch)))
 
 
+def _count(leaf: Any) -> int:
+    # A trace knows its shape, and not its length.
+    return leaf.shape[0] if hasattr(leaf, "shape") else len(leaf)
+
+
 def _mutated(batch: Any) -> Any:
     if isinstance(batch, dict):
         batch["new"] = 1
@@ -73,7 +78,7 @@ LOSSES: dict[str, Any] = {
     "a constant": lambda loss, batch, ops, k: ops.array(np.float64(2)),
     "NaN": lambda loss, batch, ops, k: loss * float("nan"),
     "NaN at first": lambda loss, batch, ops, k: loss * (float("nan") if k == 0 else 1.0),
-    "a sum": lambda loss, batch, ops, k: loss * len(_first(batch)),
+    "a sum": lambda loss, batch, ops, k: loss * _count(_first(batch)),
     "the largest": lambda loss, batch, ops, k: loss * ops.largest(_first(batch)),
     "raises": lambda loss, batch, ops, k: _raises(UsersError("mine")),
     "raises late": lambda loss, batch, ops, k: _raises(UsersError("late")) if k else loss,
@@ -175,10 +180,6 @@ AUXES: dict[str, Any] = {
 }
 
 
-def _unless_traced(judged: bool, call: Call) -> None:
-    call.is_judged = call.is_judged and judged
-
-
 def _loss(name: str) -> Fault:
     def change(call: Call, random: Random) -> None:
         before, count = call.loss, itertools.count()
@@ -198,7 +199,7 @@ def _loss(name: str) -> Fault:
         call.loss = loss
         # What counts its calls is no function of its batch.
         is_counted = any(word in name for word in ("first", "later", "late", "change", "empties"))
-        _unless_traced(not is_counted, call)
+        call.is_judged = call.is_judged and not is_counted
         call.aux_is_judged = call.aux_is_judged and name not in ("a sum", "the largest")
 
     return Fault(f"loss: {name}", "loss", change)
@@ -223,8 +224,10 @@ def _aux(name: str) -> Fault:
 def _weight(name: str) -> Fault:
     def change(call: Call, random: Random) -> None:
         count = itertools.count()
-        # Without any weight there is no loss, whatever the uncut batch gives.
-        call.is_judged = call.is_judged and name != "zero"
+        call.is_empty = name == "zero"
+        # A float32 holds it as infinity: in a graph the loss is NaN, and nobody is deceived.
+        is_lost = name == "beyond float32" and call.compiled
+        call.is_judged = call.is_judged and not is_lost
         call.options["weight"] = lambda batch: WEIGHTS[name](batch, call.ops, next(count))
 
     return Fault(f"weight: {name}", "weight", change)

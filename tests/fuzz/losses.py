@@ -1,11 +1,13 @@
 """The user's own functions of a call that is right. Frames of this file are the user's."""
 
 import dataclasses
+import itertools
 import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, ValuesView
 from typing import Any
 
 import numpy as np
+from tests.fuzz.call import NoOracle
 
 
 def found(structure: Any) -> Iterator[Any]:
@@ -13,9 +15,10 @@ def found(structure: Any) -> Iterator[Any]:
     if hasattr(structure, "shape"):
         yield structure
     elif isinstance(structure, Mapping):
-        for part in structure.values():
+        # JAX sorts names, and what is a first array must be one in every framework.
+        for _, part in sorted(structure.items(), key=lambda item: str(item[0])):
             yield from found(part)
-    elif isinstance(structure, list | tuple):
+    elif isinstance(structure, list | tuple | ValuesView):
         if structure and all(isinstance(x, numbers.Real) for x in structure):
             yield structure
         else:
@@ -57,12 +60,26 @@ def with_aux(loss: Callable[..., Any], ops: Any) -> Callable[..., Any]:
     return beside
 
 
-def entries(ops: Any, loss: Callable[..., Any], *args: Any) -> Any:
-    """One entry per row of the first array that there is, unless the loss is none."""
-    result = loss(*args)
-    if getattr(result, "shape", None) != () or isinstance(result, tuple):
-        return result
-    return [ops.rows(leaf) * result for leaf in found(args[-1])][:1]
+def right_entries(ops: Any, trained: Any, batch: Any) -> Any:
+    """One entry for each row of the first array that there is."""
+    return ops.rows(next(found(batch))) * ops.constant(trained)
+
+
+def joined(ops: Any, window: Any) -> Any:
+    """The batch that a `Window` was cut from.
+
+    Raises:
+        NoOracle: its micro-batches are parts of no batch, such as rows of other lengths.
+    """
+    first = next(iter(window), None)
+    if isinstance(first, Mapping) and all(isinstance(part, Mapping) for part in window):
+        return {key: joined(ops, [part.get(key) for part in window]) for key in first}
+    if isinstance(first, list) and all(isinstance(part, list) for part in window):
+        return [joined(ops, parts) for parts in itertools.zip_longest(*window)]
+    shapes = {tuple(getattr(leaf, "shape", ()))[1:] for leaf in window}
+    if len(shapes) != 1 or not all(getattr(leaf, "shape", ()) for leaf in window):
+        raise NoOracle
+    return ops.joined(list(window))
 
 
 def plain_loop(weights: np.ndarray) -> tuple[Any, Any, Any]:

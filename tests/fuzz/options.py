@@ -76,12 +76,19 @@ LIMITS: dict[str, Any] = {
 }
 
 
-def option(part: str, values: Mapping[str, Any]) -> list[Fault]:
-    """One fault for each value that an option may be given."""
+def option(part: str, values: Mapping[str, Any], aux_is_judged: bool = True) -> list[Fault]:
+    """One fault for each value that an option may be given.
+
+    Args:
+        part: the option.
+        values: by name.
+        aux_is_judged: whether the aux of the uncut batch is still that of the window.
+    """
 
     def fault(name: str) -> Fault:
         def change(call: Call, random: Random) -> None:
             call.options[part] = values[name]
+            call.aux_is_judged = call.aux_is_judged and aux_is_judged
 
         return Fault(f"{part}: {name}", part, change)
 

@@ -106,7 +106,6 @@ LOSSES: dict[str, Any] = {
 }
 # What these leave behind is the user's own doing, on the whole batch too.
 LEAVES_TRACES = (
-    "turns recording off",
     "clears gradients",
     "freezes",
     "steps",

@@ -1,6 +1,10 @@
 """Bad input at random: each call is right, or refused in words with nothing changed."""
 
+import re
+
 import pytest
+from tests.fuzz import outcomes
+from tests.fuzz.cases import run_case
 from tests.fuzz.runner import findings, load, run, seeds
 
 # Wrong losses and weights are found by first windows that prove themselves.
@@ -17,3 +21,24 @@ def test_bad_input_is_refused_in_words_or_right():
 def test_bad_input_of_many_seeds_is_refused_in_words_or_right(seed):
     found = run(load("jax"), seeds(seed, 200))
     assert not findings(found), "\n".join(map(str, findings(found)))
+
+
+NAMED = {
+    "value_and_grad|argnums: 5": r"argnums must be .*a positional argument\. Got argnums=5 and 2",
+    "plan|argnums: huge": r"argnums must be the position of a positional argument\. Got argnums=10",
+    "value_and_grad|batch: a shape struct": r"must have values\. Got a jax\.ShapeDtypeStruct as",
+    "rowwise|batch: a shape struct": r"Arrays must have values\. Got a jax\.ShapeDtypeStruct as",
+    "certify|batch: a shape struct": r"Arrays must have values\. Got a jax\.ShapeDtypeStruct as",
+    "value_and_grad|axis_name: 3": r"names an axis of the mesh in use\. Got axis_name=3 outside of",
+    "value_and_grad|loss: terms by mixed names": r"a kind that can be sorted.* Got \['a', 2\]\. Re",
+    "plan|aux: a set": r"arrays and numbers, which a compiled program can.* leaf of type set\. Ret",
+    "value_and_grad|grad_fn: grad": r"must return \(\(value, aux\), gradients\).*Got a dict in the",
+    "rowwise|in the batch: an object array": r"dtypes that JAX knows\. Got an array of object\. Le",
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_what_once_failed_obscurely_says_what_is_wrong(case):
+    found = run_case(load("jax"), case)
+    assert found.outcome.kind == outcomes.CLEAR, found
+    assert re.search(NAMED[case], found.outcome.text), found

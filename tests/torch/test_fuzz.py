@@ -41,6 +41,11 @@ NAMED = {
     "loss|aux: more later": r"aux must have the same structure for every micro-batch\.",
     "loss|aux: shapes that change": r"one shape in every micro-batch\. Got shapes",
     "loss|module: nothing": r"at least one trainable parameter\. Got no module without any",
+    "backward|loss: turns recording off": r"leave the recording of gradients .*set_grad_enabled\(F",
+    "rowwise|loss: turns recording off": r"leave the recording of gradients .*set_grad_enabled\(",
+    "certify|loss: turns recording off": r"leave the recording of gradients .*set_grad_enabled\(",
+    "rowwise|loss: more terms later": r"same structure for every micro-batch\. Got output\['0'\]",
+    "certify|microbatch_size: 1|loss: on no device": r"certify compares values.*device meta, which",
     "certify|an automatic size": r"certify compares one cut\. Got microbatch_size=",
 }
 

@@ -20,7 +20,9 @@ from virtualbatch.jax._certify.spread_window import prove_spread_window
 from virtualbatch.jax._checks import (
     check_accumulator_dtype,
     check_arguments,
+    check_dtypes,
     check_options,
+    check_values,
     check_words,
 )
 from virtualbatch.jax._mesh import axes_to_enter
@@ -171,12 +173,14 @@ def value_and_grad(
 
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        check_arguments(args, batch_argnum, key_argnum)
+        check_arguments(args, batch_argnum, key_argnum, argnums)
         args = rows.gathered(args)
         batch = args[rows.position]
         check_cut_or_auto(batch, microbatch_size, accumulation_steps)
         refuse_sorted_rows(batch, stats)
         traced = is_traced(args, kwargs)
+        if not traced:
+            check_values(args)
         given: Any = microbatch_size
         size: CurrentSize | None = None
         if is_automatic(given):
@@ -315,10 +319,11 @@ def plan(
 
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Plan:
-        check_arguments(args, batch_argnum, key_argnum)
+        check_arguments(args, batch_argnum, key_argnum, argnums)
         args = rows.gathered(args)
         batch = args[rows.position]
         check_cut_or_auto(batch, "auto", None)
+        check_dtypes(args)
         program.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
         return planned(program.window, batch, args, kwargs, memory_limit)
 
@@ -398,11 +403,12 @@ def certify(
 
     @wraps(fun)
     def wrapper(*args: Any, **kwargs: Any) -> Certificate:
-        check_arguments(args, batch_argnum, key_argnum)
+        check_arguments(args, batch_argnum, key_argnum, argnums)
         args = rows.gathered(args)
         batch = args[rows.position]
         check_cut_or_auto(batch, microbatch_size, accumulation_steps)
         check_cut(batch, microbatch_size, accumulation_steps)
+        check_values(args)
         program.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
         return certificate(
             program, args, kwargs, microbatch_size, accumulation_steps, rows.weight_takes

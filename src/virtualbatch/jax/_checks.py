@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from virtualbatch.jax._aux import WORDS
 from virtualbatch.jax._keys import check_keys
@@ -131,17 +132,61 @@ def check_pytrees(args: Sequence[Any]) -> None:
             ) from error
 
 
+def check_values(args: Any) -> None:
+    """Refuses arrays that are only described.
+
+    Raises:
+        TypeError: there is one.
+    """
+    if jax.ShapeDtypeStruct not in map(type, jax.tree.leaves(args)):
+        return
+    for position, arg in enumerate(args):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arg):
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                raise TypeError(
+                    "Arrays must have values. "
+                    f"Got a jax.ShapeDtypeStruct as args[{position}]{jax.tree_util.keystr(path)}. "
+                    "Pass an array; only plan takes descriptions."
+                )
+
+
+def check_dtypes(args: Any) -> None:
+    """Refuses arrays of NumPy that JAX has no type for, where they are traced.
+
+    Raises:
+        TypeError: there is one.
+    """
+    for leaf in jax.tree.leaves(args):
+        if not isinstance(leaf, np.ndarray):
+            continue
+        try:
+            jax.typeof(leaf)
+        except TypeError as error:
+            raise TypeError(
+                "Arrays of rows must have dtypes that JAX knows. "
+                f"Got an array of {leaf.dtype}. Leave it out, or turn it into numbers."
+            ) from error
+
+
 def check_arguments(
-    args: Sequence[Any], batch_argnum: int | Sequence[int], key_argnum: int | None
+    args: Sequence[Any],
+    batch_argnum: int | Sequence[int],
+    key_argnum: int | None,
+    argnums: int | Sequence[int] = (),
 ) -> None:
     """Refuses a call whose arguments are not those that the options name.
 
     Raises:
-        TypeError: the batch or the keys are no positional arguments, or the keys no keys.
+        TypeError: what they name is no positional argument, or the keys no keys.
     """
     check_pytrees(args)
     rows = batch_argnum if isinstance(batch_argnum, Sequence) else [batch_argnum]
-    for name, position in [*(("batch_argnum", k) for k in rows), ("key_argnum", key_argnum)]:
+    differentiated = argnums if isinstance(argnums, Sequence) else [argnums]
+    for name, position in [
+        *(("batch_argnum", k) for k in rows),
+        *(("argnums", k) for k in differentiated),
+        ("key_argnum", key_argnum),
+    ]:
         if position is not None and position >= len(args):
             raise TypeError(
                 f"{name} must be the position of a positional argument. "

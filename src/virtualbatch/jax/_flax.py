@@ -54,15 +54,26 @@ def check_differentiated(result: Any) -> None:
     """Refuses what a grad_fn returned that is not what `jax.value_and_grad` returns.
 
     Raises:
-        TypeError: it is no pair.
+        TypeError: it is no pair, or its first is none.
     """
-    if not isinstance(result, tuple) or len(result) != 2:
+    if _is_pair(result) and _is_pair(result[0]):
+        return
+    if _is_pair(result):
         raise TypeError(
             "What grad_fn makes must return ((value, aux), gradients), as jax.value_and_grad does. "
-            f"Got a {type(result).__name__}"
-            f"{f' of {len(result)}' if isinstance(result, tuple) else ''}. "
-            f"Return these two alone; for DynamicScale of Flax {_UNPACKED}"
+            f"Got a {type(result[0]).__name__} in the place of (value, aux), as jax.grad returns. "
+            "Pass a function that returns the value too, such as jax.value_and_grad."
         )
+    raise TypeError(
+        "What grad_fn makes must return ((value, aux), gradients), as jax.value_and_grad does. "
+        f"Got a {type(result).__name__}"
+        f"{f' of {len(result)}' if isinstance(result, tuple) else ''}. "
+        f"Return these two alone; for DynamicScale of Flax {_UNPACKED}"
+    )
+
+
+def _is_pair(found: Any) -> bool:
+    return isinstance(found, tuple) and len(found) == 2
 
 
 _UNPACKED = (

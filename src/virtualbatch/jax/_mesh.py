@@ -75,7 +75,8 @@ def axes_to_enter(axis_name: Any) -> Axes | None:
 def _is_bound(name: Any) -> bool:
     try:
         lax.axis_size(name)
-    except NameError:
+    # A number that names no axis is taken for a position.
+    except (NameError, ValueError):
         return False
     return True
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from virtualbatch.jax._arrays import of_arrays
 from virtualbatch.jax._flax import (
@@ -17,6 +18,10 @@ from virtualbatch.jax._flax import (
 from virtualbatch.jax._keys import folded
 from virtualbatch.window.shares import accumulator_dtype
 from virtualbatch.window.terms import check_same_terms, check_total, loss_and_aux, loss_terms
+
+# What a program can return beside its own arrays.
+_NUMBERS = np.ndarray | np.generic | int | float | complex
+_OBJECTS = np.dtype(object)
 
 
 class Call(NamedTuple):
@@ -57,7 +62,10 @@ class Call(NamedTuple):
         result = self.fun(*args, **self.kwargs)
         refuse_scaled_gradients(result)
         loss, aux = loss_and_aux(result, self.has_aux)
+        if self.has_aux:
+            check_aux(aux)
         found = loss_terms(loss)
+        check_names(found)
         if self.weighted is None:
             check_total(found)
         else:
@@ -111,6 +119,40 @@ class Call(NamedTuple):
         check_differentiated(result)
         (_, (terms, aux)), gradients = result
         return terms, aux, gradients
+
+
+def check_aux(aux: Any) -> None:
+    """Refuses leaves that no program can return, where one is made.
+
+    Raises:
+        TypeError: there is one.
+    """
+    others = [
+        x
+        for x in jax.tree.leaves(aux)
+        if not isinstance(x, jax.Array | _NUMBERS) or getattr(x, "dtype", None) is _OBJECTS
+    ]
+    # Outside of a program aux may hold whatever is kept.
+    if others and isinstance(jnp.zeros(()), jax.core.Tracer):
+        raise TypeError(
+            "aux must be made of arrays and numbers, which a compiled program can return. "
+            f"Got a leaf of type {type(others[0]).__name__}. Return it from a function of its own."
+        )
+
+
+def check_names(terms: Mapping[Any, Any]) -> None:
+    """Refuses names of terms that JAX cannot keep in a dict.
+
+    Raises:
+        TypeError: they cannot be sorted.
+    """
+    try:
+        sorted(terms)
+    except TypeError as error:
+        raise TypeError(
+            "Names of terms must be of a kind that can be sorted, as in every dict of JAX. "
+            f"Got {[*terms]}. Return a dict whose names are all text."
+        ) from error
 
 
 def wide_dtype(x: Any, named: Any = None) -> Any:

@@ -20,10 +20,20 @@ def map_rows(fn: Callable[[Any], Any], batch: Any) -> Any:
 
 
 def as_tensor(leaf: Any) -> Any:
-    """An array as a tensor; ragged and sparse tensors and leaves without rows stay."""
+    """An array as a tensor; ragged and sparse tensors and leaves without rows stay.
+
+    Raises:
+        TypeError: it has a shape, and TensorFlow cannot make a tensor of it.
+    """
     if not is_array(leaf) or isinstance(leaf, tf.RaggedTensor | tf.SparseTensor):
         return leaf
-    return tf.convert_to_tensor(leaf)
+    try:
+        return tf.convert_to_tensor(leaf)
+    except (ValueError, TypeError) as error:
+        raise TypeError(
+            "Arrays of a batch must be what TensorFlow makes tensors of. "
+            f"Got {type(leaf).__name__}: {error} Pass a tensor, or leave it out."
+        ) from error
 
 
 def as_tensors(batch: Any) -> Any:

@@ -148,7 +148,17 @@ def _tensors(aux: Any) -> list[Any]:
                 "A leaf of aux must be a dense tensor, a number or None. "
                 f"Got {type(leaf).__name__}. Return its dense parts, such as to_tensor()."
             )
-    return [None if leaf is None else tf.convert_to_tensor(leaf) for leaf in leaves]
+    return [None if leaf is None else _tensor(leaf) for leaf in leaves]
+
+
+def _tensor(leaf: Any) -> Any:
+    try:
+        return tf.convert_to_tensor(leaf)
+    except (ValueError, TypeError) as error:
+        raise TypeError(
+            "A leaf of aux must be a dense tensor, a number or None. "
+            f"Got {type(leaf).__name__}. Return it from a function of its own, or leave it out."
+        ) from error
 
 
 def _leaves(aux: Any) -> list[AuxLeaf]:

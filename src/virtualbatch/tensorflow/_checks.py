@@ -31,8 +31,8 @@ def check_call(
                 f"{name} must be a function of one batch. Got {name}={function!r}. "
                 f"Pass {name}=lambda batch: ..."
             )
-    _flat("batch", batch)
-    flat = _flat("variables", variables)
+    flat_leaves("batch", batch)
+    flat = flat_leaves("variables", variables)
     if not flat:
         raise ValueError(
             "variables must hold at least one variable. "
@@ -56,13 +56,21 @@ def check_call(
     check_cut_or_auto(batch, microbatch_size, accumulation_steps)
 
 
-def _flat(name: str, structure: Any) -> list[Any]:
-    """The leaves of an argument, as TensorFlow finds them."""
+def flat_leaves(name: str, structure: Any) -> list[Any]:
+    """The leaves of an argument, as TensorFlow finds them.
+
+    Args:
+        name: of the argument.
+        structure: what it is given.
+
+    Raises:
+        TypeError: TensorFlow cannot find them.
+    """
     try:
         # And built again, as each micro-batch is.
         return list(tf.nest.flatten(tf.nest.map_structure(lambda leaf: leaf, structure)))
-    # TensorFlow sorts keys, and follows nested structures to any depth.
-    except (TypeError, ValueError, RecursionError) as error:
+    # TensorFlow sorts keys, calls the user's mappings, and follows nested ones to any depth.
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be a structure whose leaves tf.nest can find. "
             f"Got {name} of type {type(structure).__name__}: {error}. "

@@ -100,6 +100,22 @@ def loss_dtype(terms: Sequence[Any]) -> tf.DType:
     return _widest(terms)
 
 
+def check_same_dtype(dtypes: Sequence[tf.DType]) -> None:
+    """Refuses losses of several dtypes in one window.
+
+    Args:
+        dtypes: of the losses of the micro-batches up to now.
+
+    Raises:
+        TypeError: they differ.
+    """
+    if dtypes[-1] != dtypes[0]:
+        raise TypeError(
+            "A loss must have the same dtype for every micro-batch. "
+            f"Got {dtypes[0].name}, and later {dtypes[-1].name}. Cast it to one of them."
+        )
+
+
 def split_sparse(gradients: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """Separates what is added (dense) from what is concatenated (values and indices).
 

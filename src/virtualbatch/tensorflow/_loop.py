@@ -155,7 +155,8 @@ def _reseeded(step: Callable[..., Any], place: int) -> Callable[..., Any]:
         graph = tf.compat.v1.get_default_graph()
         if graph.seed is not None:
             graph.seed += place
-        return step(*args)
+        # TensorFlow refuses steps that change its own dicts and lists; these they may change.
+        return step(*tf.nest.map_structure(lambda leaf: leaf, args))
 
     return seeded
 

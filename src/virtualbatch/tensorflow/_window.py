@@ -9,6 +9,7 @@ import tensorflow as tf
 from virtualbatch.tensorflow._aux import WindowAux
 from virtualbatch.tensorflow._gradients import (
     add,
+    check_same_dtype,
     finished,
     loss_dtype,
     scalar_terms,
@@ -116,6 +117,7 @@ class Program(NamedTuple):
                     named = loss_terms(loss)
                     terms = scalar_terms(named.values())
                 dtypes.append(loss_dtype(terms))
+                check_same_dtype(dtypes)
                 parts = shares.of(list(named), index)
                 may_be_empty = shares.terms is not None
                 gradients = scaled_gradients(tape, terms, parts, flat_variables, may_be_empty)

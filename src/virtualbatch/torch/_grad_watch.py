@@ -1,4 +1,7 @@
-"""Whether a loss function leaves `.grad` alone, where the sums of earlier micro-batches are."""
+"""Whether a loss function leaves `.grad` and the recording of gradients alone.
+
+Sums of earlier micro-batches are in `.grad`, and later ones must be recorded.
+"""
 
 from collections.abc import Sequence
 from operator import is_
@@ -48,3 +51,22 @@ class GradWatch:
             "zero_grad() or backward() inside loss_fn, which changed them",
             "Take inner gradients by torch.autograd.grad(...), and call zero_grad() outside.",
         )
+
+
+def check_recording(before: bool) -> None:
+    """Refuses a function that switched the recording of gradients.
+
+    Args:
+        before: whether they were recorded when it was called.
+
+    Raises:
+        StatefulLossError: it is another way now.
+    """
+    if torch.is_grad_enabled() is before:
+        return
+    now = not before
+    raise StatefulLossError(
+        "A loss function must leave the recording of gradients as it is, for later micro-batches.",
+        f"torch.set_grad_enabled({now}) inside loss_fn, which stays switched",
+        f"Write with torch.set_grad_enabled({now}): around what needs it.",
+    )

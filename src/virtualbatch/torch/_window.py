@@ -13,6 +13,7 @@ from virtualbatch.torch._aux import detached, merged_aux
 from virtualbatch.torch._batchnorm import MergedStatistics, is_tracked
 from virtualbatch.torch._capture import Captured
 from virtualbatch.torch._commit import Commit
+from virtualbatch.torch._grad_watch import check_recording
 from virtualbatch.torch._gradients import WindowGradients
 from virtualbatch.torch._loss import WindowLoss, checked_terms
 from virtualbatch.torch._microbatch import Microbatch, on_device
@@ -296,6 +297,7 @@ class _Run(NamedTuple):
             if self.in_step is not None:
                 self.in_step(index, len(cut))
             result = (self.loss_fn if is_filler else forward)(microbatch.get())
+            check_recording(gradients is not None)
             if gradients is not None and is_only:
                 gradients.start_after_forward()
             if self.has_aux:

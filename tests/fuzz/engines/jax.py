@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from tests.fuzz import batches, functions, jax_losses, options
 from tests.fuzz.call import Call, Fault, Result
-from tests.fuzz.losses import entries, in_terms, right_loss, with_aux
+from tests.fuzz.losses import in_terms, joined, right_entries, right_loss, with_aux
 
 import virtualbatch.jax as vb
+from virtualbatch import Window
 
 SIZES = frozenset({"microbatch_size", "accumulation_steps"})
 COMMON = SIZES | {
@@ -62,6 +63,9 @@ class Ops:
     def largest(self, leaf: Any) -> Any:
         return jnp.max(jnp.asarray(leaf))
 
+    def joined(self, leaves: Any) -> Any:
+        return jnp.concatenate(leaves)
+
 
 class Jax:
     """The engine."""
@@ -79,7 +83,7 @@ class Jax:
         given: dict[str, Any] = {}
         if verb != "plan":
             given["microbatch_size"] = random.choice([2, 3, 4, 6])
-        loss: Any = partial(right_loss, ops)
+        loss: Any = partial(right_entries if verb == "rowwise" else right_loss, ops)
         if verb != "rowwise":
             if random.random() < 0.25:
                 loss = in_terms(loss)
@@ -99,8 +103,11 @@ class Jax:
 
     @whole_tracebacks()
     def uncut(self, call: Call) -> Result:
+        if call.is_empty:
+            return _result(np.zeros(()), [], None)
+        batch = joined(call.ops, call.batch) if isinstance(call.batch, Window) else call.batch
         if call.verb == "rowwise":
-            entries(call.ops, call.loss, call.trained, call.batch)
+            return _of_rows(call.loss, call.trained, batch)
 
         def scalar(*args: Any) -> Any:
             result, aux = call.loss(*args), None
@@ -112,8 +119,9 @@ class Jax:
 
         differentiated = jax.value_and_grad(scalar, has_aux=True)
         # Compiled the batch is an argument too, and what is no array is refused by JAX.
-        run = jax.jit(differentiated) if call.compiled else differentiated
-        (loss, aux), gradients = run(call.trained, call.batch)
+        is_traced = call.compiled or call.verb == "plan"
+        run = jax.jit(differentiated) if is_traced else differentiated
+        (loss, aux), gradients = run(call.trained, batch)
         return _result(loss, gradients, aux)
 
     @whole_tracebacks()
@@ -124,12 +132,11 @@ class Jax:
                 vb.plan(call.loss, **given)(call.trained, call.batch)
                 return None
             case "certify":
-                vb.certify(call.loss, **given)(call.trained, call.batch)
-                return None
+                if not vb.certify(call.loss, **given)(call.trained, call.batch).exact:
+                    return None
+                given["check"] = False
             case "rowwise":
-                run = vb.rowwise(partial(entries, call.ops, call.loss), **given)
-                run(call.trained, call.batch)
-                return None
+                return _of_rows(vb.rowwise(call.loss, **given), call.trained, call.batch)
         run = vb.value_and_grad(call.loss, **given)
         run = jax.jit(run) if call.compiled else run
         loss, gradients = run(call.trained, call.batch)[:2]
@@ -140,6 +147,18 @@ class Jax:
 
     def state(self, call: Call) -> dict[str, Any]:
         return {"w": np.asarray(call.weights["w"])}
+
+
+def _of_rows(fn: Any, params: Any, batch: Any) -> Result:
+    """What rows give, and the gradients of their sum."""
+
+    def total(given: Any) -> Any:
+        found = fn(given, batch)
+        numbers = [x for x in jax.tree.leaves(found) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        return sum(map(jnp.sum, numbers), jnp.zeros(())), found
+
+    (value, found), gradients = jax.value_and_grad(total, has_aux=True)(params)
+    return _result(value, gradients, found)
 
 
 def _result(loss: Any, gradients: Any, aux: Any) -> Result:
@@ -212,7 +231,7 @@ def own_faults() -> list[Fault]:
         *options.option("argnums", positions),
         *options.option("batch_argnum", positions),
         *options.option("key_argnum", positions),
-        *options.option("aux_merge", merges),
+        *options.option("aux_merge", merges, aux_is_judged=False),
         *options.option("axis_name", options.WORDS),
         *options.option(
             "grad_fn", {**options.WORDS, "right": jax.value_and_grad, "grad": jax.grad}

@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from tests.fuzz import batches, functions, options, tensorflow_losses
-from tests.fuzz.call import Call, Fault, Result
-from tests.fuzz.losses import entries, in_terms, right_loss, with_aux
+from tests.fuzz.call import ANY_ERROR, Call, Fault, Result
+from tests.fuzz.losses import in_terms, joined, right_entries, right_loss, with_aux
 
 import virtualbatch.tensorflow as vb
+from virtualbatch import Window
 
 COMMON = frozenset({"microbatch_size", "accumulation_steps", "weight", "has_aux"})
+# Verbs that need a trace of the loss.
+TRACING = ("compiled", "plan", "certify")
 ALLOWED = {
     "value_and_gradients": COMMON | {"stats", "check"},
     "compiled": COMMON | {"stats"},
@@ -49,6 +52,9 @@ class Ops:
     def largest(self, leaf: Any) -> tf.Tensor:
         return tf.cast(tf.reduce_max(leaf), tf.float64)
 
+    def joined(self, leaves: Any) -> tf.Tensor:
+        return tf.concat([tf.cast(leaf, leaves[0].dtype) for leaf in leaves], 0)
+
 
 class TensorFlow:
     """The engine."""
@@ -66,7 +72,7 @@ class TensorFlow:
         given: dict[str, Any] = {}
         if verb != "plan":
             given["microbatch_size"] = random.choice([2, 3, 4, 6])
-        loss: Any = partial(right_loss, ops, weights)
+        loss: Any = partial(right_entries if verb == "rowwise" else right_loss, ops, weights)
         if verb != "rowwise":
             if random.random() < 0.25:
                 loss = in_terms(loss)
@@ -85,35 +91,37 @@ class TensorFlow:
         )
 
     def uncut(self, call: Call) -> Result:
+        if call.is_empty:
+            return _result(np.zeros(()), [], None)
+        batch = joined(call.ops, call.batch) if isinstance(call.batch, Window) else call.batch
         if call.verb == "rowwise":
-            entries(call.ops, call.loss, call.batch)
+            found = _of_rows(call, call.loss, batch)
+            return found._replace(traced=_traced(call, batch))
         with tf.GradientTape() as tape:
-            result, aux = call.loss(call.batch), None
+            result, aux = call.loss(batch), None
             if call.options.get("has_aux"):
                 result, aux = result
             if isinstance(result, dict):
                 result = sum(result.values())
-        return _result(result, tape.gradient(result, call.weights), aux)
+        found = _result(result, tape.gradient(result, call.weights), aux)
+        return found._replace(traced=_traced(call, batch) if call.verb in TRACING else None)
 
     def run(self, call: Call) -> Result | None:
-        # TensorFlow would write the user's functions anew, in files of its own.
-        loss = (
-            tf.autograph.experimental.do_not_convert(call.loss)
-            if callable(call.loss)
-            else (call.loss)
-        )
         given = dict(call.options)
+        # TensorFlow would write the user's functions anew, in files of its own.
+        loss = _unconverted(call.loss)
+        if "weight" in given:
+            given["weight"] = _unconverted(given["weight"])
         match call.verb:
             case "plan":
                 vb.plan(loss, call.batch, call.trained, **given)
                 return None
             case "certify":
-                vb.certify(loss, call.batch, call.trained, **given)
-                return None
+                if not vb.certify(loss, call.batch, call.trained, **given).exact:
+                    return None
+                given["check"] = False
             case "rowwise":
-                run = vb.rowwise(partial(entries, call.ops, call.loss), **given)
-                run(call.batch)
-                return None
+                return _of_rows(call, vb.rowwise(call.loss, **given), call.batch)
         run = partial(vb.value_and_gradients, loss, call.batch, call.trained, **given)
         found = tf.function(run, autograph=False)() if call.compiled else run()
         loss, gradients = found[:2]
@@ -124,6 +132,37 @@ class TensorFlow:
 
     def state(self, call: Call) -> dict[str, Any]:
         return {str(k): _numpy(variable) for k, variable in enumerate(call.weights)}
+
+
+def _unconverted(function: Any) -> Any:
+    """A function that TensorFlow traces as it is written."""
+    if not callable(function):
+        return function
+    return tf.autograph.experimental.do_not_convert(function)
+
+
+def _traced(call: Call, batch: Any) -> Exception | None:
+    """What TensorFlow says of a loss or weight that cannot be traced."""
+    for function in (call.loss, call.options.get("weight")):
+
+        def run(given: Any, function: Any = function) -> None:
+            function(given)
+
+        try:
+            if callable(function):
+                tf.function(run, autograph=False)(batch)
+        except ANY_ERROR as error:
+            return error
+    return None
+
+
+def _of_rows(call: Call, fn: Any, batch: Any) -> Result:
+    """What rows give, and the gradients of their sum."""
+    with tf.GradientTape() as tape:
+        found = fn(batch)
+        leaves = [leaf for leaf in tf.nest.flatten(found) if leaf.dtype.is_floating]
+        total = sum((tf.cast(tf.reduce_sum(leaf), tf.float64) for leaf in leaves), 0.0)
+    return _result(total, tape.gradient(total, call.weights) if leaves else [], found)
 
 
 def _result(loss: Any, gradients: Any, aux: Any) -> Result:

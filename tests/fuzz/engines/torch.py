@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from tests.fuzz import batches, functions, options, torch_losses
 from tests.fuzz.call import Call, Fault, Result
-from tests.fuzz.losses import entries, in_terms, right_loss, with_aux
+from tests.fuzz.losses import in_terms, joined, right_entries, right_loss, with_aux
 
 import virtualbatch.torch as vb
+from virtualbatch import Window
 
 COMMON = frozenset({"microbatch_size", "accumulation_steps", "weight", "has_aux"})
 WINDOW = COMMON | {"stats", "check", "group", "reduce", "accumulator_dtype"}
@@ -55,6 +56,9 @@ class Ops:
     def largest(self, leaf: Any) -> torch.Tensor:
         return torch.as_tensor(leaf).max()
 
+    def joined(self, leaves: Any) -> torch.Tensor:
+        return torch.cat(leaves)
+
 
 class Torch:
     """The engine."""
@@ -80,7 +84,7 @@ class Torch:
         given: dict[str, Any] = {}
         if verb != "plan":
             given["microbatch_size"] = random.choice([2, 3, 4, 6])
-        loss: Any = partial(right_loss, ops, net)
+        loss: Any = partial(right_entries if verb == "rowwise" else right_loss, ops, net)
         if verb != "rowwise":
             if random.random() < 0.25:
                 loss = in_terms(loss)
@@ -89,9 +93,14 @@ class Torch:
         return Call(verb, ops, {"x": x, "y": y}, loss, net, given, ALLOWED[verb], weights=net)
 
     def uncut(self, call: Call) -> Result:
+        if call.is_empty:
+            return self._result(call, torch.zeros(()), None)
+        batch = call.batch
+        if isinstance(batch, Window):
+            batch = joined(call.ops, batch)
+        result, aux = call.loss(batch), None
         if call.verb == "rowwise":
-            entries(call.ops, call.loss, call.batch)
-        result, aux = call.loss(call.batch), None
+            return self._of_rows(call, result)
         if call.options.get("has_aux"):
             result, aux = result
         if isinstance(result, dict):
@@ -100,31 +109,38 @@ class Torch:
         return self._result(call, result, aux)
 
     def run(self, call: Call) -> Result | None:
-        given = dict(call.options)
+        given = {"module": call.trained} | call.options
         match call.verb:
             case "plan":
-                vb.plan(call.loss, call.batch, module=call.trained, **given)
+                vb.plan(call.loss, call.batch, **given)
                 return None
             case "certify":
-                vb.certify(call.loss, call.batch, module=call.trained, **given)
-                return None
+                if not vb.certify(call.loss, call.batch, **given).exact:
+                    return None
+                found = vb.backward(call.loss, call.batch, check=False, **given)
             case "rowwise":
-                return self._rowwise(call)
+                return self._of_rows(call, vb.rowwise(call.loss, **given)(call.batch))
             case "loss":
-                found = vb.loss(call.loss, call.batch, module=call.trained, **given)
+                found = vb.loss(call.loss, call.batch, **given)
                 loss = found[0] if isinstance(found, tuple) else found
                 loss.backward()
             case _:
-                found = vb.backward(call.loss, call.batch, module=call.trained, **given)
+                found = vb.backward(call.loss, call.batch, **given)
         parts = found if isinstance(found, tuple) else (found,)
         aux = parts[1] if call.options.get("has_aux") else None
         return self._result(call, parts[0], aux)
 
-    def _rowwise(self, call: Call) -> None:
-        run = vb.rowwise(partial(entries, call.ops, call.loss), module=call.trained, **call.options)
-        found = run(call.batch)
-        if isinstance(found, torch.Tensor):
-            found.sum().backward()
+    def _of_rows(self, call: Call, found: Any) -> Result:
+        """What rows give, and the gradients of their sum."""
+        leaves = [
+            leaf
+            for leaf in torch.utils._pytree.tree_leaves(found)
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+        ]
+        total = sum(leaf.sum() for leaf in leaves)
+        if leaves:
+            total.backward()
+        return self._result(call, total, found)
 
     def _result(self, call: Call, loss: torch.Tensor, aux: Any) -> Result:
         leaves = torch.utils._pytree.tree_leaves(aux)
@@ -149,6 +165,7 @@ def _numpy(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach().resolve_conj()
+    value = value.to_dense() if value.layout is torch.sparse_coo else value
     return value.to(torch.float32).numpy() if value.dtype is torch.bfloat16 else np.array(value)
 
 

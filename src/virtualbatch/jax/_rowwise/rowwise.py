@@ -11,7 +11,12 @@ from virtualbatch.jax._arguments import BatchArguments
 from virtualbatch.jax._batch import cut_batch, cut_smaller
 from virtualbatch.jax._certify.first_window import prove_first_window
 from virtualbatch.jax._certify.spread_window import prove_spread_window
-from virtualbatch.jax._checks import check_arguments, check_options
+from virtualbatch.jax._checks import (
+    check_arguments,
+    check_dtypes,
+    check_options,
+    check_values,
+)
 from virtualbatch.jax._float8 import refuse_new_values
 from virtualbatch.jax._mesh import (
     Axes,
@@ -164,6 +169,9 @@ class RowwiseFunction:
         batch = args[self._rows.position]
         check_cut_or_auto(batch, self.microbatch_size, self.accumulation_steps)
         staged = is_staged()
+        if not staged:
+            check_values(args)
+            check_dtypes(args)
         given: Any = self.microbatch_size
         size: CurrentSize | None = None
         if is_automatic(given):

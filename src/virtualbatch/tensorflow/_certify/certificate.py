@@ -35,9 +35,14 @@ def certificate(
 
 def other_variables(program: Program, batch: Any) -> list[Any]:
     """The variables that a loss reaches and that are not differentiated."""
+
     # A graph knows all variables that a function reaches.
-    tensors = as_tensors(batch)
-    graph = tf.function(program.loss_fn).get_concrete_function(tensors).graph
+    def run(tensors: Any) -> None:
+        # What it returns may be nothing that a graph can return, which is refused later. It may
+        # change dicts and lists, which TensorFlow refuses of its own.
+        program.loss_fn(tf.nest.map_structure(lambda leaf: leaf, tensors))
+
+    graph = tf.function(run).get_concrete_function(as_tensors(batch)).graph
     differentiated = {_handle(variable) for variable in tf.nest.flatten(program.variables)}
     return [v for v in graph.variables if _handle(v) not in differentiated]
 

@@ -12,7 +12,7 @@ from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weig
 from virtualbatch.tensorflow._arrays import as_tensors, named_arrays
 from virtualbatch.tensorflow._batch import chosen, segments
 from virtualbatch.tensorflow._certify.activations import RowwiseRandom, watched
-from virtualbatch.tensorflow._gradients import watch_tensors
+from virtualbatch.tensorflow._gradients import scalar_terms, watch_tensors
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.terms import (
     loss_and_aux,
@@ -136,7 +136,8 @@ class TensorFlowTrainingStep(TrainingStep):
         index = np.ascontiguousarray(rows)
         batch = chosen(self._batch, index)
         self._random.choose(index)
-        return loss_terms(loss_and_aux(self._loss_fn(batch), self._has_aux)[0])
+        terms = loss_terms(loss_and_aux(self._loss_fn(batch), self._has_aux)[0])
+        return dict(zip(terms, scalar_terms(terms.values()), strict=True))
 
     def _observed(self, terms: dict[Any, float], gradients: Sequence[Any]) -> Observed:
         found = {

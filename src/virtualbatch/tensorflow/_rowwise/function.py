@@ -8,6 +8,7 @@ import tensorflow as tf
 from virtualbatch.plan.auto import Auto, CurrentSize, is_automatic
 from virtualbatch.tensorflow._arrays import as_tensors
 from virtualbatch.tensorflow._batch import segments, smaller_segments
+from virtualbatch.tensorflow._checks import flat_leaves
 from virtualbatch.tensorflow._replicas import refuse_planning_replicas, replicas
 from virtualbatch.tensorflow._rowwise.attempts import Attempts
 from virtualbatch.tensorflow._rowwise.inputs import read_variables
@@ -46,6 +47,7 @@ class Rowwise:
 
     def __call__(self, batch: Any, *shared: Any) -> Any:
         """The outputs for all rows of a batch, or of a Window."""
+        flat_leaves("batch", batch)
         if isinstance(batch, Window):
             check_cut(batch, *self.sizes)
             batch = Window(map(read_variables, batch), sorted_rows=batch.sorted_rows)

@@ -13,13 +13,16 @@ from virtualbatch.window.tree import Builder, builder, rows_if_shared
 class Outputs:
     """The structure that every micro-batch's outputs must have, learnt from the first.
 
+    Args:
+        places: the structure, where it is known before; see `places_of`.
+
     Attributes:
         takes_gradient: for each tensor of the outputs whether it can have a gradient.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, places: Sequence[str] | None = None) -> None:
         self._build: Builder | None = None
-        self._places: list[str] = []
+        self._places: list[str] | None = None if places is None else list(places)
         self.takes_gradient: list[bool] = []
 
     def tensors(self, found: Any, microbatch: Any) -> list[Any]:
@@ -32,9 +35,11 @@ class Outputs:
         leaves: list[tuple[str, Any]] = []
         build = builder(found, "output", leaves, lists=False)
         is_open = check_outputs(leaves, rows_if_shared(named_arrays(microbatch)))
-        places = [f"{place} is None" if leaf is None else place for place, leaf in leaves]
+        places = places_of(leaves)
         if self._build is None:
-            self._build, self._places = build, places
+            self._build = build
+        if self._places is None:
+            self._places = places
         check_same_structure(self._places, places)
         tensors = [tf.convert_to_tensor(leaf) for _, leaf in leaves if leaf is not None]
         self.takes_gradient = [takes_gradient(x.dtype) for x in tensors]
@@ -44,12 +49,17 @@ class Outputs:
 
     def structure(self, tensors: Sequence[Any]) -> Any:
         """The outputs again, of tensors in the order of `tensors`."""
-        if self._build is None:
+        if self._build is None or self._places is None:
             raise RuntimeError("internal: no micro-batch has run.")
         given = iter(tensors)
         return self._build(
             [None if place.endswith(" is None") else next(given) for place in self._places]
         )
+
+
+def places_of(leaves: Sequence[tuple[str, Any]]) -> list[str]:
+    """The structure of outputs in words, which tell one from another."""
+    return [f"{place} is None" if leaf is None else place for place, leaf in leaves]
 
 
 def check_outputs(leaves: Sequence[tuple[str, Any]], rows: int | None) -> bool:

@@ -16,7 +16,12 @@ from virtualbatch.tensorflow._arrays import as_tensors, named_arrays, specs
 from virtualbatch.tensorflow._batch import segments
 from virtualbatch.tensorflow._certify.first_window import prove_first_window
 from virtualbatch.tensorflow._plan.program import planned_size
-from virtualbatch.tensorflow._rowwise.outputs import Outputs, check_outputs, takes_gradient
+from virtualbatch.tensorflow._rowwise.outputs import (
+    Outputs,
+    check_outputs,
+    places_of,
+    takes_gradient,
+)
 from virtualbatch.tensorflow._rowwise.passes import Shared
 from virtualbatch.tensorflow._rowwise.program import Reached, reached, traced_alone
 from virtualbatch.tensorflow._rowwise.state import State
@@ -65,6 +70,7 @@ class Learnt:
     def __init__(self, reached: Reached, outputs: Sequence[tuple[str, Any]], given: _Given):
         self.reached = reached
         self.given = given
+        self._places = places_of(outputs)
         self._outputs = [
             (place, tf.as_dtype(leaf.dtype))
             for place, leaf in outputs
@@ -108,11 +114,11 @@ class Learnt:
         """The loss, to be run on what `_numbered` gives."""
         dtypes = [_wide(dtype) for _, dtype in self._outputs]
         widest = max(dtypes, key=lambda dtype: dtype.size)
-        given = self.given
+        given, places = self.given, self._places
 
         def loss_fn(pair: Any) -> Any:
             batch, numbers = pair
-            outputs = Outputs()
+            outputs = Outputs(places)
             tensors = outputs.tensors(given(batch), batch)
             chosen = [x for x, flag in zip(tensors, outputs.takes_gradient, strict=True) if flag]
             total = tf.zeros([], widest)

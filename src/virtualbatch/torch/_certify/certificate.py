@@ -45,10 +45,10 @@ def _observed(
 ) -> Certificate:
     state = LayerState(program.found.roots)
     with Undo(state.restore):
+        subject = TorchTrainingStep(program, batch, size, steps, state)
+        if note:
+            subject.notes = [*subject.notes, note]
         try:
-            subject = TorchTrainingStep(program, batch, size, steps, state)
-            if note:
-                subject.notes = [*subject.notes, note]
             return certified(subject)
         except StatefulLossError as error:
             return broken(subject, error.finding)

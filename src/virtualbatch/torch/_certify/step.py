@@ -1,6 +1,6 @@
 """A PyTorch training step as `certify` observes it: uncut, cut, in float64 where that works."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any
@@ -14,6 +14,7 @@ from virtualbatch.torch._batch import read
 from virtualbatch.torch._certify.activations import recorded
 from virtualbatch.torch._certify.randomness import RowwiseRandom
 from virtualbatch.torch._faults import refuse_shared_graph
+from virtualbatch.torch._grad_watch import check_recording
 from virtualbatch.torch._leaves import refuse_unheld_parameter
 from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._microbatch import known_rows, on_device
@@ -74,6 +75,7 @@ class TorchTrainingStep(TrainingStep):
                 "rows."
             )
         terms = checked_terms(loss).values()
+        _refuse_described(terms)
         refuse_unheld_parameter(terms, program.found.parameters)
         dtype = next(iter(terms)).dtype
         self.epsilon = torch.finfo(torch.float32 if dtype in _HALF else dtype).eps
@@ -144,8 +146,10 @@ class TorchTrainingStep(TrainingStep):
         piece = self._whole.some(np.ascontiguousarray(rows).tolist())
         batch, _ = (piece if device is None else on_device(piece, device)).get()
         self._random.choose(rows)
-        loss, _ = loss_and_aux(self._program.loss_fn(batch), self._program.has_aux)
-        return loss
+        records = torch.is_grad_enabled()
+        result = self._program.loss_fn(batch)
+        check_recording(records)
+        return loss_and_aux(result, self._program.has_aux)[0]
 
     def _fresh(self) -> None:
         self._state.restore()
@@ -246,6 +250,14 @@ def _parameter_names(program: Program) -> dict[str, torch.nn.Parameter]:
         for name, parameter in root.named_parameters():
             names.setdefault(id(parameter), prefix + name)
     return {names[id(parameter)]: parameter for parameter in program.found.parameters}
+
+
+def _refuse_described(losses: Iterable[torch.Tensor]) -> None:
+    if any(loss.is_meta for loss in losses):
+        raise ValueError(
+            "certify compares values. Got a loss on the device meta, which has none. "
+            "Compute it on a device that computes."
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from virtualbatch.torch._batch import ONE_LEAF, ReadBatch
+from virtualbatch.torch._grad_watch import check_recording
 from virtualbatch.torch._microbatch import Microbatch, known_rows, on_device
 from virtualbatch.torch._modules import Inventory
 from virtualbatch.window.tree import Builder, builder
@@ -112,7 +113,9 @@ class Inputs:
         if self.found.accelerator is not None:
             own = on_device(own, self.found.accelerator)
         shared = [x.detach().requires_grad_() if _is_trained(x) else x for x in self._shared]
+        records = torch.is_grad_enabled()
         result = self.fn(own.get(), *self._build_shared(shared))
+        check_recording(records)
         outputs: list[tuple[str, Any]] = []
         build = builder(result, "output", outputs, ONE_LEAF, lists=False)
         return Called(outputs, build, [x for x in shared if _is_trained(x)], rows)

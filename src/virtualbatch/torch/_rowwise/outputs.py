@@ -43,7 +43,7 @@ class Outputs:
             TypeError: a leaf is no tensor.
         """
         check_outputs(outputs, rows)
-        kinds = [_kind(place, leaf) for place, leaf in outputs]
+        kinds = kinds_of(outputs)
         if self._build is None:
             self._kinds = kinds
             self.leaves = [_room(leaf, self._rows) for _, leaf in outputs]
@@ -92,6 +92,11 @@ def check_outputs(outputs: Sequence[tuple[str, Any]], rows: int) -> None:
                 f"Got {place} of type {type(leaf).__name__}. "
                 "Return it from a function of its own, or compute it outside."
             )
+
+
+def kinds_of(outputs: Sequence[tuple[str, Any]]) -> list[str]:
+    """The structure of outputs in words, which tell one from another."""
+    return [_kind(place, leaf) for place, leaf in outputs]
 
 
 def _kind(place: str, leaf: torch.Tensor | None) -> str:

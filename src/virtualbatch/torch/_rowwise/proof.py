@@ -28,9 +28,10 @@ from virtualbatch.torch._microbatch import Microbatch, known_rows, on_device
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._remembered import remembered
 from virtualbatch.torch._rowwise.inputs import Inputs
-from virtualbatch.torch._rowwise.outputs import check_outputs
+from virtualbatch.torch._rowwise.outputs import check_outputs, kinds_of
 from virtualbatch.torch._rowwise.surrogate import Surrogate
 from virtualbatch.torch._window import Program
+from virtualbatch.window.entries import check_same_structure
 from virtualbatch.window.terms import SUM
 
 
@@ -117,6 +118,8 @@ class _RowsTrial(TorchTrial):
             return None
         floating = [x for _, x in whole if x is not None and x.is_floating_point()]
         epsilon = self.epsilon(floating)
+        for part in (first, second):
+            check_same_structure(kinds_of(whole), kinds_of(part))
         off = 0.0
         for (place, x), (_, y), (_, z) in zip(whole, first, second, strict=True):
             if x is None:
