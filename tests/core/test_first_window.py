@@ -49,6 +49,16 @@ class Scripted(Trial):
         return found
 
 
+@pytest.mark.parametrize("pair", [(4, 5), (5, 4), (2, 9)])
+def test_unequal_parts_stay_unequal_where_rows_are_few(pair):
+    # Of equal parts a weight that is 1 for all of them shows nothing.
+    trial = Scripted({}, rows=6)
+    trial.pairs = (pair,)
+    ((a, b),) = parts(trial)
+    assert (len(a) < len(b)) == (pair[0] < pair[1])
+    assert not {*a} & {*b}
+
+
 def proved(trial):
     return prove(trial, lambda error: f"an error: {error}")
 

@@ -141,8 +141,7 @@ def parts(trial: Trial) -> list[tuple[list[int], list[int]]]:
     most = min(_POOL, max(_FEWEST, _NUMBERS // max(1, trial.width)))
     pool = _spread(trial.rows, min(trial.rows, most))
     counts = [found.per_row for found in candidates(trial.leaves(pool), len(pool))]
-    half = some // 2
-    sizes = dict.fromkeys((min(a, half), min(b, some - half)) for a, b in trial.pairs)
+    sizes = dict.fromkeys(_fitting(a, b, some) for a, b in trial.pairs)
     shown = np.zeros(len(counts))
     found = []
     # The largest first, which has the most ways; the others show what it does not.
@@ -159,6 +158,15 @@ def parts(trial: Trial) -> list[tuple[list[int], list[int]]]:
         full = [trial.full[k] for k in _spread(len(trial.full), min(len(trial.full), _FULL))]
         found += [([trial.empty.start], full[k : k + 2]) for k in range(0, len(full), 2)]
     return found
+
+
+def _fitting(a: int, b: int, some: int) -> tuple[int, int]:
+    """Sizes of two parts that some rows have room for; unequal ones stay unequal."""
+    first, second = min(a, some // 2), min(b, some - some // 2)
+    if a == b or first != second or first == 1:
+        return first, second
+    # Of equal parts a weight that is the same for all shows nothing.
+    return (first - 1, second) if a < b else (first, second - 1)
 
 
 def rows_of_part(sizes: Sequence[int], number: int) -> range:

@@ -52,7 +52,8 @@ def is_own_of_rows(loss: Any) -> bool:
 
     They do, but for those above, wherever they reduce the last axis and that is not the rows.
     """
-    axes = {vars(loss).get("axis", -1), vars(loss).get("_fn_kwargs", {}).get("axis", -1)}
+    given = getattr(loss, "_fn_kwargs", {})
+    axes = {getattr(loss, "axis", -1), given.get("axis", -1)}
     return _is_own(getattr(loss, "fn", loss)) and not couples_rows(loss) and axes == {-1}
 
 
