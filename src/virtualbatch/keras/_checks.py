@@ -1,11 +1,13 @@
 """What cannot be trained by windows is refused, and what they do not make exact is named."""
 
 import logging
+from dataclasses import is_dataclass
 from typing import Any
 
 import keras
 
 from virtualbatch.window.tree import builder, common_rows
+from virtualbatch.window.window import Window
 
 _log = logging.getLogger("virtualbatch")
 
@@ -122,8 +124,8 @@ def unpacked_batch(model: keras.Model, batch: Any) -> tuple[Any, Any, Any]:
         batch: x, (x, y) or (x, y, sample_weight).
 
     Raises:
-        ValueError: it is a list, which is all of x, for a model whose loss needs targets; or rows
-            differ or are missing.
+        ValueError: it is a list, which is all of x, for a model whose loss needs targets; or a
+            Window; or rows differ or are missing.
         TypeError: it holds something else than arrays.
     """
     if isinstance(batch, list) and model.loss is not None:
@@ -140,10 +142,22 @@ def unpacked_batch(model: keras.Model, batch: Any) -> tuple[Any, Any, Any]:
         builder(part, name, leaves, lists=False)
     arrays = [(path, leaf) for path, leaf in leaves if leaf is not None]
     for path, leaf in arrays:
+        if isinstance(leaf, Window):
+            raise ValueError(
+                "A batch is cut by what takes it. Got a Window. "
+                "Pass the batch that the window was cut from."
+            )
         if not hasattr(leaf, "shape"):
             raise TypeError(
                 "A batch must be made of arrays. "
                 f"Got {path} of type {type(leaf).__name__}. Pass arrays as fit yields them."
+            )
+    for part in keras.tree.flatten((x, y, sample_weight)):
+        # Keras does not look into every structure that could be cut.
+        if is_dataclass(part):
+            raise TypeError(
+                "Keras finds arrays in dicts, lists and tuples. "
+                f"Got a {type(part).__name__} in the batch. Pass a dict instead."
             )
     common_rows(arrays)
     return x, y, sample_weight

@@ -9,7 +9,7 @@ import numpy as np
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.certify.diagnosis import certified
-from virtualbatch.certify.step import check_microbatches, refuse_window
+from virtualbatch.certify.step import check_microbatches
 from virtualbatch.keras._backend import Backend
 from virtualbatch.keras._certify.full_precision import in_full_precision
 from virtualbatch.keras._certify.no_randomness import without_randomness
@@ -99,10 +99,8 @@ def arrays(batch: Any) -> Any:
     """The batch as arrays of NumPy, numbers as `fit` would cast them.
 
     Raises:
-        ValueError: it is a Window, or an array whose rows differ in length.
+        ValueError: there is an array whose rows differ in length.
     """
-    for part in (batch, *batch):
-        refuse_window(part)
 
     def array(leaf: Any) -> Any:
         if not hasattr(leaf, "shape"):

@@ -22,6 +22,7 @@ from virtualbatch.keras._tensorflow.building import build_layers, build_optimize
 from virtualbatch.keras._tensorflow.data import given_back, has_open_rows_only, taken
 from virtualbatch.keras._tensorflow.plan import MEMORY
 from virtualbatch.keras._tensorflow.train_function import in_our_words, plain_train_function
+from virtualbatch.tensorflow._checks import flat_leaves
 from virtualbatch.window.tree import array_leaves, common_rows
 
 
@@ -77,7 +78,7 @@ def make_device_train_function(model: keras.Model, backend: Backend) -> Callable
                     batches = taken(iterator, model.steps_per_execution)
                 else:
                     batches = list(islice(iterator, model.steps_per_execution))
-                shapes = tuple(getattr(x, "shape", None) for x in tf.nest.flatten(batches))
+                shapes = tuple(getattr(x, "shape", None) for x in _leaves(batches))
             if not batches:
                 return run(iterator)
             feed = partial(given_back, batches, spec) if from_dataset else partial(iter, batches)
@@ -132,3 +133,11 @@ def _size(batch: Any) -> int:
     # A ragged array does not know all its lengths; its rows decide then.
     shapes = [tf.TensorShape(array.shape).as_list() for _, array in array_leaves(batch)]
     return sum(math.prod(length or 1 for length in shape) for shape in shapes)
+
+
+def _leaves(batches: Any) -> list[Any]:
+    try:
+        return list(tf.nest.flatten(batches))
+    except (TypeError, ValueError):
+        # Slower, but refuses in words.
+        return flat_leaves("batch", batches)

@@ -32,6 +32,7 @@ from virtualbatch.tensorflow._loop import Output, Traced, bound, fold, trace
 from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.tensorflow._stats import part_of, squared_norm
 from virtualbatch.window.shares import accumulator_dtype
+from virtualbatch.window.tree import rank
 
 _TOTALS = tf.TensorSpec([None], tf.float64)
 
@@ -58,8 +59,17 @@ class Micro(NamedTuple):
 
 
 def rows_of(batch: Any) -> Any:
-    """Rows of a batch as an int32 scalar, read from its first array as Keras does."""
-    leaf = next(leaf for leaf in tree.flatten(batch) if leaf is not None)
+    """Rows of a batch as an int32 scalar, read from its first array as Keras does.
+
+    Raises:
+        ValueError: that is no array, or a scalar.
+    """
+    leaf = next((leaf for leaf in tree.flatten(batch) if leaf is not None), None)
+    if not hasattr(leaf, "shape") or rank(leaf) == 0:
+        raise ValueError(
+            "Every array of a batch must have rows on its first axis. "
+            f"Got {type(leaf).__name__}. Pass arrays or tensors, as fit yields them."
+        )
     if isinstance(leaf, tf.RaggedTensor):
         return leaf.nrows(tf.int32)
     return tf.shape(leaf)[0]
