@@ -104,10 +104,6 @@ class Auto:
                 "grow_after must be a positive number of windows, or None. "
                 f"Got grow_after={grow_after!r}. Pass for example grow_after=1000."
             )
-        if file is not None and not isinstance(file, str | os.PathLike):
-            raise TypeError(
-                f"file must be a path, or None. Got file={file!r}. Pass for example 'plans.json'."
-            )
         self.memory_limit = memory_limit
         self._file = None if file is None else PlanFile(file)
         self._grow_after = grow_after
