@@ -194,7 +194,7 @@ NAMED = {
     "NoiseScale|confidence: text": r"confidence must be between 0 and 1\. Got confidence='no such",
     "NoiseScale|plan: text": r"plan must be what a plan function returned\. Got plan='no such",
     "write_html|file: bytes": r"file must be a path\. Got file=b'name'\. Pass for example",
-    "Auto|file: a number": r"file must be the name of a file, or None\. Got float\. Pass for example",
+    "Auto|file: a number": r"file must be the name of a file, or None\. Got float\. Pass",
     "certify_loop|loop: a list": r"loop must be a function\. Got loop=\[1, 2\]\. See the example",
     "certify_loop|batches: 3": r"batches must be an iterable of whole batches\. Got 3\. Pass",
 }
