@@ -59,6 +59,9 @@ def of_error(error: BaseException, uncut: BaseException | None) -> Outcome:
         error: what the call raised.
         uncut: what the framework alone raised for the same input; None if it raised nothing.
     """
+    if type(error).__name__ == "StagingError" and error.__context__ is not None:
+        # AutoGraph's, for kinds that it cannot make anew: behind it is what the user's line raised.
+        error = error.__context__
     frames = traceback.extract_tb(error.__traceback__)
     text = f"{type(error).__name__}: {str(error)[:300]}"
     of_library = [k for k, frame in enumerate(frames) if frame.filename.startswith(LIBRARY)]

@@ -24,6 +24,7 @@ from tests.keras.certified_models import (
 
 import virtualbatch.keras as vb
 from virtualbatch import Window
+from virtualbatch.keras._certify.certificate import check_numbers_or_strings
 from virtualbatch.keras._rows import Rows
 
 
@@ -326,6 +327,15 @@ def test_sizes(sizes):
 def test_refused_batches(batch, sizes, text):
     with pytest.raises(ValueError, match=text):
         vb.certify(made(PLAIN), batch, **sizes)
+
+
+def test_objects_that_are_no_strings_are_refused():
+    with pytest.raises(TypeError, match="Got ndarray with objects of type NoneType"):
+        vb.certify(made(PLAIN), (np.array([None] * len(X)), TARGETS), microbatch_size=8)
+
+
+def test_strings_are_not_refused():
+    check_numbers_or_strings((np.array(["a", b"b"], object), None, X))
 
 
 def test_refused_models():

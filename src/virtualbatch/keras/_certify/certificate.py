@@ -47,8 +47,10 @@ def certificate(
 
     Raises:
         ValueError: there is one row, or one micro-batch, or the batch is no batch of arrays.
+        TypeError: an array holds something else than numbers and strings.
     """
     batch = arrays(batch)
+    check_numbers_or_strings(batch)
     rows = common_rows(array_leaves(batch))
     if rows is None:
         raise ValueError("internal: a batch of arrays has no number of rows.")
@@ -116,3 +118,25 @@ def arrays(batch: Any) -> Any:
         return values.astype(keras.config.floatx()) if values.dtype.kind == "f" else values
 
     return keras.tree.map_structure(array, batch)
+
+
+def check_numbers_or_strings(batch: Any) -> None:
+    """Refuses arrays of other objects, which no backend takes.
+
+    Args:
+        batch: what `arrays` gives.
+
+    Raises:
+        TypeError: an array holds something else.
+    """
+    for leaf in keras.tree.flatten(batch):
+        objects = np.asarray(leaf) if hasattr(leaf, "shape") else np.zeros(0)
+        if objects.dtype.kind != "O":
+            continue
+        strange = [type(x).__name__ for x in objects.flat if not isinstance(x, str | bytes)]
+        if strange:
+            raise TypeError(
+                "A batch must be made of arrays of numbers or strings. "
+                f"Got {type(leaf).__name__} with objects of type {strange[0]}. "
+                "Pass arrays as fit yields them."
+            )
