@@ -59,8 +59,8 @@ def of_error(error: BaseException, uncut: BaseException | None) -> Outcome:
         error: what the call raised.
         uncut: what the framework alone raised for the same input; None if it raised nothing.
     """
-    if type(error).__name__ == "StagingError" and error.__context__ is not None:
-        # AutoGraph's, for kinds that it cannot make anew: behind it is what the user's line raised.
+    if str(error).startswith("in user code:") and error.__context__ is not None:
+        # AutoGraph makes errors anew. Behind its own is what the user's line raised.
         error = error.__context__
     frames = traceback.extract_tb(error.__traceback__)
     text = f"{type(error).__name__}: {str(error)[:300]}"
@@ -88,7 +88,9 @@ def of_error(error: BaseException, uncut: BaseException | None) -> Outcome:
     in_users_line = bool(of_user) and of_user[-1] > last
     # In its own line the user's function may fail in other ways where it is traced.
     as_uncut = in_users_line or (_same(error, uncut) and _words(error) == _words(uncut))
-    if uncut is not None and as_uncut:
+    # `tf.function` says it of what it does not take, such as a deque, and names that.
+    untraced = str(error).startswith("Could not generate a generic TraceType for")
+    if untraced or (uncut is not None and as_uncut):
         return Outcome(FRAMEWORK, where, text)
     if not of_library and not of_user:
         # The framework refused before it came to the library.
@@ -120,6 +122,8 @@ def _words(error: BaseException | None) -> str:
     if text.startswith("in user code:"):
         # TensorFlow writes a stack before it.
         text = text.strip().rpartition("\n")[2].strip().partition(": ")[2]
+    # Where an operation stands in a graph is no part of it, either.
+    text = re.sub(r"\s*(\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*)\s*", "", text)
     return re.sub(r"\S*<locals>\.[\w<>]+|\d+", "", text)
 
 

@@ -149,6 +149,19 @@ def test_an_impossible_limit_is_refused():
         vb.plan(*small(), memory_limit="10B")
 
 
+def test_ragged_rows_are_planned():
+    loss_fn, x, variables = small(rows=4)
+    ragged = tf.RaggedTensor.from_tensor(x)
+    found = vb.plan(lambda batch: loss_fn(batch.to_tensor(shape=[None, 6])), ragged, variables)
+    assert 1 <= found.microbatch_size <= 4
+
+
+def test_an_aux_that_no_graph_returns_is_refused():
+    loss_fn, x, variables = small(rows=4)
+    with pytest.raises(TypeError, match=r"number or None\. Got generator"):
+        vb.plan(lambda batch: (loss_fn(batch), (k for k in ())), x, variables, has_aux=True)
+
+
 def test_a_graph_and_a_window_are_refused():
     loss_fn, x, variables = small()
     with pytest.raises(ValueError, match=r"Got a call inside tf\.function\. Call it before"):

@@ -254,3 +254,12 @@ def test_a_size_can_be_planned(outer):
     fn.runs = 0
     call(batch())
     assert fn.runs <= (2 * ROWS if outer == "eager" else 0)
+
+
+def test_a_function_may_take_its_micro_batch_apart():
+    variable = tf.Variable([[1.0], [2.0]])
+
+    encode = vb.rowwise(lambda batch: batch.pop("x") @ variable, microbatch_size=2)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(encode({"x": tf.ones([4, 2])}) ** 2)
+    np.testing.assert_allclose(tape.gradient(loss, variable), [[24.0], [24.0]])

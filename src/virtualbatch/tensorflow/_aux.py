@@ -151,6 +151,17 @@ def _tensors(aux: Any) -> list[Any]:
     return [None if leaf is None else _tensor(leaf) for leaf in leaves]
 
 
+def check_traceable(aux: Any) -> None:
+    """Refuses in a graph what a traced function cannot return.
+
+    Raises:
+        TypeError: a leaf of aux is no tensor, and none can be made of it.
+    """
+    for leaf in tf.nest.flatten(aux):
+        if leaf is not None and not hasattr(leaf, "dtype"):
+            _tensor(leaf)
+
+
 def _tensor(leaf: Any) -> Any:
     try:
         return tf.convert_to_tensor(leaf)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from virtualbatch.tensorflow._aux import WindowAux
+from virtualbatch.tensorflow._aux import WindowAux, check_traceable
 from virtualbatch.tensorflow._gradients import (
     add,
     check_same_dtype,
@@ -114,6 +114,8 @@ class Program(NamedTuple):
                     watch_tensors(tape, flat_variables)
                     with nullcontext() if is_one else undivided():
                         loss, aux = loss_and_aux(loss_fn(microbatch), has_aux)
+                    if has_aux and not tf.executing_eagerly():
+                        check_traceable(aux)
                     named = loss_terms(loss)
                     terms = scalar_terms(named.values())
                 dtypes.append(loss_dtype(terms))

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from virtualbatch.keras._snapshot import Snapshot
+from virtualbatch.keras._tensorflow.xla import compared
 from virtualbatch.plan import planner
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.planner import bytes_allowed
@@ -46,7 +47,7 @@ def planned(
     # What TensorFlow loads once, and what its allocator keeps of an update, is no update's need.
     _Update(step(1), batch, snapshot)()
     peak = PeakMemory()
-    return planner.planned(
+    plan = planner.planned(
         lambda size: Watched(_Update(step(size), batch, snapshot), peak),
         rows,
         held,
@@ -54,6 +55,7 @@ def planned(
         ERRORS,
         remainder=False,
     )
+    return compared(model, plan, lambda: _Update(step(plan.microbatch_size), batch, snapshot))
 
 
 class _Update:

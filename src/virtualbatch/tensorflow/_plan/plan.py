@@ -92,7 +92,8 @@ def _measuring(first: Callable[[], float]) -> PeakMemory | None:
 
 def held_bytes(variables: Any, batch: Any) -> int:
     """Bytes of variables and of the arrays of a batch."""
-    found = [x for x in tf.nest.flatten((variables, batch)) if hasattr(x, "dtype")]
+    parts = tf.nest.flatten((variables, batch), expand_composites=True)
+    found = [x for x in parts if hasattr(x, "dtype")]
     shapes = [(tf.TensorShape(x.shape), tf.as_dtype(x.dtype)) for x in found]
     return sum(shape.num_elements() * dtype.size for shape, dtype in shapes)
 

@@ -92,13 +92,17 @@ class Passes:
             return self._last[1]
 
         def step(index: Any, microbatch: Any, *given: Any) -> list[Any]:
-            found = self._fn(microbatch, *self._shared.arguments(given))
-            return self.outputs.tensors(found, microbatch)
+            return self.outputs.tensors(self._run(microbatch, given), microbatch)
 
         with nothing_recorded():
             traced = trace(cut, step, extra=self._shared.specs)
         self._last = cut, traced
         return traced
+
+    def _run(self, microbatch: Any, given: Sequence[Any]) -> Any:
+        """The outputs for one micro-batch, of whose structure the function may take things out."""
+        own = tf.nest.map_structure(lambda leaf: leaf, microbatch)
+        return self._fn(own, *self._shared.arguments(given))
 
     def second(
         self,
@@ -129,8 +133,7 @@ class Passes:
             rows = [tensors_of(microbatch)[k] for k in arrays]
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch([*variables, *inputs, *rows])
-                found = self._fn(microbatch, *self._shared.arguments(given))
-                outputs = self.outputs.tensors(found, microbatch)
+                outputs = self.outputs.tensors(self._run(microbatch, given), microbatch)
                 chosen = [x for x, y in zip(outputs, self.outputs.takes_gradient, strict=True) if y]
             gradients = tape.gradient(chosen, [*variables, *inputs, *rows], upstream)
             of_rows = [

@@ -62,13 +62,14 @@ def traced_alone(
     autograph = tf.__internal__.autograph
     found = []
 
+    # TensorFlow does not take every structure, and none that the function takes apart.
     @tf.function
-    def traced(microbatch: Any, tensors: Any) -> None:
+    def traced(leaves: Any, tensors: Any) -> None:
         converted = autograph.tf_convert(fn, autograph.control_status_ctx())
-        found.append(converted(microbatch, tensors))
+        found.append(converted(tf.nest.pack_sequence_as(microbatch, leaves), tensors))
 
     try:
-        graph = traced.get_concrete_function(microbatch, list(tensors)).graph
+        graph = traced.get_concrete_function(tf.nest.flatten(microbatch), list(tensors)).graph
     except Exception as error:
         error.add_note(
             "rowwise traces fn with tf.function once, to learn which variables it reads and writes."

@@ -1,0 +1,92 @@
+"""Whether XLA makes updates of a planned size faster, for a model that Keras trains the other way.
+
+XLA gains on transformers and loses on convolutions on the same CPU, so no default is right. Keras
+does not keep whether `jit_compile` was "auto" or asked for, so the plan says what is faster, and
+changes nothing.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import fmean
+
+import keras
+import tensorflow as tf
+
+from virtualbatch.keras._checks import replica_count
+from virtualbatch.plan.plan import NEARLY_AS_FAST, Plan
+from virtualbatch.plan.timing import EARLY, Timing
+
+
+def compared(model: keras.Model, plan: Plan, update: Callable[[], Callable[[], float]]) -> Plan:
+    """A plan that says whether its size is faster with XLA, or without it.
+
+    Args:
+        model: a compiled model.
+        plan: its plan.
+        update: makes the update of the planned size, to be traced at its first run;
+            () -> seconds that it took.
+
+    Returns:
+        The plan, with a sentence more where both could be timed.
+    """
+    # An update that took all the time there was would be compiled for as long again.
+    timed = len([row for row in plan.rows if row.seconds_per_batch is not None]) > 1
+    if model.run_eagerly or replica_count(model) > 1 or not timed:
+        return plan
+    modes = (model.jit_compile, not model.jit_compile)
+    timings = {mode: Timing(update()) for mode in modes}
+    for mode in modes:
+        with compiled(model, mode) as is_possible:
+            if not is_possible or not _loads(timings[mode]):
+                return plan
+    # In turns: what else the machine does slows both alike.
+    rounds = [{mode: timings[mode].seconds() for mode in modes} for _ in range(EARLY)]
+    now, other = (fmean(found[mode] for found in rounds) for mode in modes)
+    return replace(plan, reason=f"{plan.reason} {_sentence(model.jit_compile, now / other)}")
+
+
+def _sentence(is_compiled: bool, gain: float) -> str:
+    """What the times say.
+
+    Args:
+        is_compiled: whether the model is compiled by XLA.
+        gain: how many times as fast the other way is.
+    """
+    other = "Without XLA" if is_compiled else "With XLA"
+    if gain > NEARLY_AS_FAST:
+        fix = f"compile(..., jit_compile={not is_compiled})"
+        return f"{other} an update is {gain:.2f} times as fast: {fix}."
+    return f"{other} an update takes {1 / gain:.2f} times as long."
+
+
+@contextmanager
+def compiled(model: keras.Model, mode: bool) -> Iterator[bool]:
+    """While something is traced, XLA compiles its micro-batches, or does not.
+
+    Args:
+        model: the model.
+        mode: whether it does.
+
+    Yields:
+        Whether that is possible for the model.
+    """
+    before = model.jit_compile
+    try:
+        with warnings.catch_warnings():
+            # Keras warns of layers that XLA does not take, and leaves the mode off.
+            warnings.simplefilter("ignore")
+            model.jit_compile = mode
+        yield model.jit_compile is mode
+    finally:
+        model.jit_compile = before
+
+
+def _loads(timing: Timing) -> bool:
+    """Traces, compiles and runs an update once; False where XLA cannot compile it."""
+    try:
+        timing.run()
+    except tf.errors.OpError:
+        return False
+    return True
