@@ -5,7 +5,7 @@ the user's.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -45,16 +45,16 @@ def axes_to_enter(axis_name: Any) -> Axes | None:
 
     Raises:
         ValueError: no mesh in use has them.
-        TypeError: they stand in a list.
+        TypeError: they stand in a list, or are no names.
     """
     if axis_name is None:
         return None
-    if isinstance(axis_name, list):
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not all(isinstance(name, Hashable) for name in names):
         raise TypeError(
             f"axis_name is a name, or a tuple of names. Got axis_name={axis_name!r}. "
             "Pass a tuple of them."
         )
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     bound = [name for name in names if _is_bound(name)]
     if len(bound) == len(names):
         return None

@@ -112,6 +112,8 @@ class Call(NamedTuple):
         try:
             result = self.differentiate(objective, has_aux=True)(*args, **self.kwargs)
         except framework_errors() as error:
+            if "is not a valid JAX type" in str(error):
+                _refuse_other_leaves(args, error)
             explained = explanation(error)
             if explained is None:
                 raise
@@ -119,6 +121,25 @@ class Call(NamedTuple):
         check_differentiated(result)
         (_, (terms, aux)), gradients = result
         return terms, aux, gradients
+
+
+def _refuse_other_leaves(args: Any, error: Exception) -> None:
+    """Names what is no array and no number, where JAX only says that there is something.
+
+    Args:
+        args: what was differentiated.
+        error: what JAX raised; cause of the new one.
+
+    Raises:
+        TypeError: there is one.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, _NUMBERS)):
+            raise TypeError(
+                "Arguments must hold arrays and numbers only. "
+                f"Got a {type(leaf).__name__} at args{jax.tree_util.keystr(path)}. "
+                "Close over it instead."
+            ) from error
 
 
 def check_aux(aux: Any) -> None:
