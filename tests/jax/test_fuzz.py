@@ -33,8 +33,17 @@ NAMED = {
     "value_and_grad|loss: terms by mixed names": r"a kind that can be sorted.* Got \['a', 2\]\. Re",
     "plan|aux: a set": r"arrays and numbers, which a compiled program can.* leaf of type set\. Ret",
     "value_and_grad|grad_fn: grad": r"must return \(\(value, aux\), gradients\).*Got a dict in the",
+    "value_and_grad|axis_name: a dict": r"a tuple of names\. Got axis_name=\{'a': 1\}\. Pass",
+    "plan|params: with a function": r"hold arrays and.* Got a builtin.* at args\[0\]\['act'\]\. Cl",
+    "certify|batch: an array of text": r"dtypes that JAX knows\. Got an array of <U1\. Leave it",
+    "certify|loss: branches on values": r"cannot read values\. Got TracerBoolConversionError: Atte",
     "rowwise|in the batch: an object array": r"dtypes that JAX knows\. Got an array of object\. Le",
 }
+
+
+def test_argnums_may_be_a_list():
+    found = run_case(load("jax"), "value_and_grad|argnums: a list")
+    assert found.outcome.kind == outcomes.RIGHT, found
 
 
 @pytest.mark.parametrize("case", NAMED)

@@ -183,17 +183,6 @@ def test_an_axis_that_there_is_not():
             Call(axis_name="rows").run(mode)
 
 
-def test_an_axis_that_is_no_name():
-    Call(axis_name={"a": 1}).refused(
-        "eager", TypeError, r"a tuple of names\. Got axis_name=\{'a': 1\}\. Pass a tuple"
-    )
-
-
-def test_a_plan_names_an_argument_that_is_no_array():
-    with pytest.raises(TypeError, match=r"Got a builtin_function_or_method at args\[0\]\['act'\]"):
-        vb.plan(lambda p, x: jnp.mean(x * p["w"]))({"w": 1.0, "act": len}, jnp.ones((4, 2)))
-
-
 FORMS = {
     "vector": (lambda b: jnp.ones(2), r"Got shape \(2,\) for term 'loss'\. Reduce it"),
     "NumPy vector": (lambda b: np.ones(3), r"Got shape \(3,\) for term 'loss'\."),

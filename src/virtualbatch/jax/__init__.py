@@ -411,6 +411,7 @@ def certify(
         check_cut_or_auto(batch, microbatch_size, accumulation_steps)
         check_cut(batch, microbatch_size, accumulation_steps)
         check_values(args)
+        check_dtypes(args)
         program.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
         return certificate(
             program, args, kwargs, microbatch_size, accumulation_steps, rows.weight_takes

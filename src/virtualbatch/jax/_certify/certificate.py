@@ -20,6 +20,12 @@ _SAME_DRAWS = (
     "the same ones, and so do all updates if the key is part of the loss. See docs/state.md."
 )
 
+_READS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
 
 def certificate(
     program: Program,
@@ -29,7 +35,11 @@ def certificate(
     accumulation_steps: int | None,
     weight_takes: str,
 ) -> Certificate:
-    """The certificate of a call; see `virtualbatch.jax.certify` and `JaxTrainingStep`."""
+    """The certificate of a call; see `virtualbatch.jax.certify` and `JaxTrainingStep`.
+
+    Raises:
+        TypeError: the function reads values of what it is given.
+    """
     folds_keys = program.key_argnum is not None
     # Rows keep their random numbers: keys of its own would make each micro-batch differ.
     program = program._replace(key_argnum=None)
@@ -51,7 +61,14 @@ def certificate(
     except TypeError as error:
         # JAX refuses dtypes that a function mixes, such as the carry of a loop.
         note = f"It does not run in float64 ({' '.join(str(error).split())[:120]})."
-    return observed(call, note)
+    try:
+        return observed(call, note)
+    except _READS_VALUES as error:
+        raise TypeError(
+            "certify compiles fun, as jit does, so that it cannot read values. "
+            f"Got {type(error).__name__}: {str(error).splitlines()[0]} "
+            "Use jnp.where or jax.lax.cond for what depends on values."
+        ) from error
 
 
 def check_cut(batch: Any, microbatch_size: int | None, accumulation_steps: int | None) -> None:

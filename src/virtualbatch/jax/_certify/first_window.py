@@ -61,7 +61,7 @@ def prove_first_window(
     lacking = shares.empty_and_full()
     leaves, tree = jax.tree.flatten((args, kwargs))
     kinds = tuple((x.dtype.name, x.ndim) if is_array(x) else None for x in leaves)
-    structure = (program.has_aux, program.argnums, tree, kinds, lacking is None)
+    structure = (program.has_aux, repr(program.argnums), tree, kinds, lacking is None)
     seen = known.seen(program.fun, program.weight, structure)
     if seen is not None:
         seen.check_sizes(sizes)
