@@ -158,7 +158,7 @@ def check_traceable(aux: Any) -> None:
         TypeError: a leaf of aux is no tensor, and none can be made of it.
     """
     for leaf in tf.nest.flatten(aux):
-        if leaf is not None and not hasattr(leaf, "dtype"):
+        if leaf is not None and not tf.is_tensor(leaf):
             _tensor(leaf)
 
 
