@@ -1,4 +1,4 @@
-"""The floors that `virtualbatch bench` times beside ours: they do all of the work that they claim."""
+"""The floors that `virtualbatch bench` times beside ours: they do all that they claim."""
 
 import keras
 import numpy as np
