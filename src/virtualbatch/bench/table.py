@@ -70,7 +70,7 @@ def _comparison(found: Comparison) -> Table:
     scaled = f" x {case.scale}" if case.scale > 1 else ""
     table = headed(
         f"{_of(case)}{scaled}: {case.accumulation_steps} micro-batches of {case.microbatch_size}",
-        "Medians of an update, quartiles behind. Right: as the uncut batch updates.",
+        "Medians of an update; x ours with quartiles. Right: as the uncut batch.",
     )
     # Only names wrap, and between words.
     table.add_column("way")
