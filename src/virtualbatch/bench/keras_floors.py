@@ -17,8 +17,8 @@ def floors(case: Case) -> Mapping[str, tuple[Callable[[keras.Model], None], bool
 
     Each is a `train_step` that runs forward and backward of the micro-batches, one after another,
     and makes one update. Loss and accuracy are those of the whole batch, where no row is masked.
-    Weights, masks, a remainder and checks are left out. In the model of pairs each micro-batch has
-    a loss of its own.
+    Left out are weights, what masks leave of the whole batch, a remainder and checks. In the model
+    of pairs each micro-batch has a loss of its own.
 
     Returns:
         Name -> (what prepares a compiled model, its `jit_compile`).
