@@ -38,9 +38,10 @@ def report(case: Case, rows: list[Row]) -> None:
     print(f"{'':70} {'median':>8} {'quartiles':>15} {'x ours':>7} {'update off by':>14}")
     for row in rows:
         low, median, high = row.milliseconds
+        error = row.verdict if row.error is None else f"{row.error:.1e}"
         print(
             f"{row.name:70} {median:8.2f} {f'{low:.2f}-{high:.2f}':>15} {row.times_ours[1]:7.2f} "
-            f"{row.error:14.1e}"
+            f"{error:>14}"
         )
     for peer, engine in PEERS.items():
         found = (row for row in rows if row.name.startswith(peer))

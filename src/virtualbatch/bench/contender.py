@@ -9,7 +9,7 @@ import numpy as np
 
 OURS, PEER, FLOOR, WHOLE = "ours", "peer", "floor", "whole"
 VIRTUALBATCH, WHOLE_BATCH = "virtualbatch", "whole batch at once"
-ALL_PEERS, NO_PEERS = "all", "none"
+ALL_PEERS, NO_PEERS, LIST_PEERS = "all", "none", "list"
 
 
 @dataclass(frozen=True)

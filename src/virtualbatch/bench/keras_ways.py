@@ -10,7 +10,16 @@ import numpy as np
 
 import virtualbatch.keras as vb
 from virtualbatch.bench.case import Case
-from virtualbatch.bench.contender import OURS, PEER, VIRTUALBATCH, WHOLE, WHOLE_BATCH, Contender
+from virtualbatch.bench.contender import (
+    FLOOR,
+    OURS,
+    PEER,
+    VIRTUALBATCH,
+    WHOLE,
+    WHOLE_BATCH,
+    Contender,
+)
+from virtualbatch.bench.keras_floors import floors
 from virtualbatch.bench.keras_models import adam, contrastive, cross_entropy, model_of
 
 _BUILT_IN = "gradient_accumulation_steps"
@@ -23,6 +32,10 @@ def entries(case: Case) -> list[Contender]:
     ours = partial(vb.accumulate, microbatch_size=case.microbatch_size)
     found = [
         contender(VIRTUALBATCH, OURS, case, ours),
+        *(
+            contender(name, FLOOR, case, prepare, jit=jit)
+            for name, (prepare, jit) in floors(case).items()
+        ),
         contender(WHOLE_BATCH, WHOLE, case),
     ]
     if tensorflow:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from virtualbatch.bench.case import ENGINES, MODELS
-from virtualbatch.bench.contender import ALL_PEERS, NO_PEERS
+from virtualbatch.bench.contender import ALL_PEERS, LIST_PEERS, NO_PEERS
+from virtualbatch.bench.peers import pip_install
 
 # One that is bound by overhead and one with a loss that peers get wrong.
 _QUICK_MODELS = ("MLP", "tokens")
@@ -18,7 +19,7 @@ class Settings:
     Args:
         engines: of `ENGINES`; none for all that are installed.
         models: of `MODELS`; none for all, or with `quick` for the two that are fast.
-        peers: `ALL_PEERS` or `NO_PEERS`.
+        peers: `ALL_PEERS` or `NO_PEERS`; with `LIST_PEERS` nothing is measured.
         quick: fewer rounds.
         sweeps: whether time and memory along the size of the cut are measured too.
 
@@ -36,7 +37,7 @@ class Settings:
         for option, given, known in (
             ("--engine", self.engines, ENGINES),
             ("--model", self.models, MODELS),
-            ("--peers", [self.peers], (ALL_PEERS, NO_PEERS)),
+            ("--peers", [self.peers], (ALL_PEERS, NO_PEERS, LIST_PEERS)),
         ):
             for name in given:
                 if name not in known:
@@ -45,10 +46,10 @@ class Settings:
                         f"Pass {option} {known[0]}."
                     )
         for engine in self.engines:
-            if missing := _missing(engine):
+            if absent := missing(engine):
                 raise ValueError(
                     f"--engine {engine} needs {', '.join(_needed(engine))}. "
-                    f"Got no {', '.join(missing)}. Run: pip install {' '.join(missing)}"
+                    f"Got no {', '.join(absent)}. Run: {pip_install(*absent)}"
                 )
         if not self.chosen_engines:
             raise ValueError(
@@ -59,12 +60,12 @@ class Settings:
     @property
     def chosen_engines(self) -> list[str]:
         """Those to measure."""
-        return list(self.engines) or [engine for engine in ENGINES if not _missing(engine)]
+        return list(self.engines) or [engine for engine in ENGINES if not missing(engine)]
 
     @property
     def absent_engines(self) -> list[str]:
         """Those that are left out because something is not installed."""
-        return [engine for engine in ENGINES if not self.engines and _missing(engine)]
+        return [engine for engine in ENGINES if not self.engines and missing(engine)]
 
     @property
     def chosen_models(self) -> Sequence[str]:
@@ -93,5 +94,6 @@ def _needed(engine: str) -> list[str]:
     return [engine.removeprefix("keras-"), *more]
 
 
-def _missing(engine: str) -> list[str]:
+def missing(engine: str) -> list[str]:
+    """The packages of an engine that are not installed."""
     return [package for package in _needed(engine) if importlib.util.find_spec(package) is None]

@@ -1,7 +1,9 @@
-"""A benchmark's result as tables for the terminal."""
+"""A benchmark's result as tables for the terminal, each of which fits 80 columns."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -9,7 +11,16 @@ from rich.text import Text
 from virtualbatch.bench.asked import asked
 from virtualbatch.bench.case import Case
 from virtualbatch.bench.contender import FLOOR, OURS, PEER, WHOLE
-from virtualbatch.bench.result import NOT_INSTALLED, WRONG, BenchResult, Comparison, Quartiles, Row
+from virtualbatch.bench.peers import pip_install
+from virtualbatch.bench.result import (
+    NOT_INSTALLED,
+    WRONG,
+    BenchResult,
+    Comparison,
+    Peak,
+    Quartiles,
+    Row,
+)
 
 _MIB = 2**20
 _STYLES = {WRONG: "bold red", NOT_INSTALLED: "dim"}
@@ -17,9 +28,12 @@ _STYLES = {WRONG: "bold red", NOT_INSTALLED: "dim"}
 
 def tables(result: BenchResult) -> Group:
     """All that was measured."""
-    parts: list[RenderableType] = [_comparison(found) for found in result.comparisons]
-    parts += [_sweep(name, found) for name, found in result.sweeps.items()]
-    parts += [_memory(name, result) for name, found in result.peaks.items() if found]
+    found = [_comparison(comparison) for comparison in result.comparisons]
+    for name, points in result.sweeps.items():
+        found += [_sweep(name, list(line)) for _, line in groupby(points, lambda p: _of(p.case))]
+    for name, peaks in result.peaks.items():
+        found += [_memory(name, list(line)) for _, line in groupby(peaks, lambda p: _of(p.case))]
+    parts: list[RenderableType] = [part for table in found for part in (table, "")]
     parts += [f"{engine}: not installed, not measured" for engine in result.absent_engines]
     # What a process printed may look like markup.
     parts += [Text(failure) for failure in result.failures]
@@ -27,64 +41,92 @@ def tables(result: BenchResult) -> Group:
     return Group(*parts, f"{result.machine}; {', '.join(versions)}")
 
 
-def _comparison(found: Comparison) -> Table:
-    table = Table(
-        title=f"{_named(found.case)}: {found.case.accumulation_steps} micro-batches of "
-        f"{found.case.microbatch_size}",
-        caption="Medians of an update, quartiles in brackets. Right: as the uncut batch updates.",
-        caption_justify="left",
+def headed(title: str, caption: str | None = None) -> Table:
+    """A table without columns yet, which spends no width on frames.
+
+    Args:
+        title: above it.
+        caption: below it.
+    """
+    return Table(
+        title=title,
+        caption=caption,
         title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("way", min_width=20)
-    for heading in ("ms", "x our time", "asked", "result"):
+
+
+def _add_figures(table: Table, headings: Sequence[str]) -> None:
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
+
+
+def _comparison(found: Comparison) -> Table:
+    case = found.case
+    scaled = f" x {case.scale}" if case.scale > 1 else ""
+    table = headed(
+        f"{_of(case)}{scaled}: {case.accumulation_steps} micro-batches of {case.microbatch_size}",
+        "Medians of an update; x ours with quartiles. Right: as the uncut batch.",
+    )
+    # Only names wrap, and between words.
+    table.add_column("way")
+    _add_figures(table, ("ms", "x ours", "asked", "result"))
     for row in found.rows:
         table.add_row(
-            row.name if row.package is None else f"{row.name} (pip install {row.package})",
+            row.name
+            if row.package is None
+            else f"{row.name} ({NOT_INSTALLED}: {pip_install(row.package)})",
             "-" if row.milliseconds is None else f"{row.milliseconds[1]:.2f}",
             _spread(row.times_ours),
-            _verdict(found.case, row),
+            _asked(case, row),
             _correctness(row),
             style=_STYLES.get(row.verdict),
         )
     return table
 
 
-def _named(case: Case) -> str:
-    return f"{case.engine}, {case.model}" + (f" x {case.scale}" if case.scale > 1 else "")
+def _of(case: Case) -> str:
+    return f"{case.engine}, {case.model}"
 
 
 def _spread(found: Quartiles | None) -> str:
     if found is None:
         return "-"
-    low, median, high = found
-    return f"{median:.2f} ({low:.2f}-{high:.2f})"
+    low, median, high = map(_short, found)
+    return f"{median} {low}-{high}"
 
 
-def _verdict(case: Case, row: Row) -> str:
+def _short(times: float) -> str:
+    """A ratio in five characters at most, for whatever is below 100,000."""
+    return f"{times:.{2 if times < 10 else 1 if times < 100 else 0}f}"
+
+
+def _asked(case: Case, row: Row) -> str:
     least = asked(case.engine, case.model, row.name, row.role)
     if least is None or row.times_ours is None:
         return ""
-    return f">= {least:.2f}" + ("" if row.times_ours[1] >= least else " MISSED")
+    return f"{least:.2f}" + ("" if row.times_ours[1] >= least else " MISSED")
 
 
 def _correctness(row: Row) -> str:
     if row.verdict == NOT_INSTALLED:
-        return NOT_INSTALLED
+        return "-"
     return row.verdict + (f" {row.error:.0e}" if row.error is not None else "")
 
 
-def _sweep(name: str, found: Sequence[Comparison]) -> Table:
-    table = Table(title=f"ms of an update, by {name}", title_justify="left")
-    for heading in ("engine, model", name, "rows", "ours", "us a row", "floor", "whole", "peer"):
-        table.add_column(heading, justify="left" if heading.startswith("engine") else "right")
-    for comparison in found:
+def _sweep(name: str, line: Sequence[Comparison]) -> Table:
+    table = headed(f"{_of(line[0].case)}: ms of an update, by {name}")
+    _add_figures(table, (name, "rows", "ours", "us a row", "floor", "whole", "peer"))
+    for comparison in line:
         case = comparison.case
         ours, floor, whole, peer = (
             comparison.milliseconds(role) for role in (OURS, FLOOR, WHOLE, PEER)
         )
         table.add_row(
-            f"{case.engine}, {case.model}",
             str(getattr(case, name)),
             str(case.rows),
             _number(ours),
@@ -100,22 +142,18 @@ def _number(found: float | None) -> str:
     return "-" if found is None else f"{found:.2f}"
 
 
-def _memory(name: str, result: BenchResult) -> Table:
-    table = Table(
-        title=f"peak MiB of an update, by {name}",
-        caption="Above what the process holds between updates; a process each.",
-        title_justify="left",
-        caption_justify="left",
+def _memory(name: str, line: Sequence[Peak]) -> Table:
+    table = headed(
+        f"{_of(line[0].case)}: peak MiB of an update, by {name}",
+        "Above what the process holds between updates; a process each.",
     )
-    for heading in ("engine, model", name, "rows", "way", "MiB"):
-        table.add_column(heading, justify="right" if heading in (name, "rows", "MiB") else "left")
-    for peak in result.peaks[name]:
-        case = peak.case
+    table.add_column("way")
+    _add_figures(table, (name, "rows", "MiB"))
+    for peak in line:
         table.add_row(
-            f"{case.engine}, {case.model}",
-            str(getattr(case, name)),
-            str(case.rows),
             peak.name,
+            str(getattr(peak.case, name)),
+            str(peak.case.rows),
             NOT_INSTALLED if peak.peak_bytes is None else f"{peak.peak_bytes / _MIB:.1f}",
         )
     return table

@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.status import Status
 
 from virtualbatch import __version__
-from virtualbatch.bench.contender import ALL_PEERS
+from virtualbatch.bench.contender import ALL_PEERS, LIST_PEERS
 from virtualbatch.bench.parent import run_bench
 from virtualbatch.bench.result import BenchResult
 from virtualbatch.bench.settings import Settings as BenchSettings
 from virtualbatch.bench.table import tables
 from virtualbatch.cli.doctor import diagnose
 from virtualbatch.cli.outputs import refuse_unwritable, unwritten, write
+from virtualbatch.cli.peers import listing
 from virtualbatch.cli.refusals import one_line, say
 from virtualbatch.cli.target import load
 from virtualbatch.demo.parent import run_demo
@@ -151,7 +152,13 @@ def bench(
     model: Annotated[
         list[str] | None, typer.Option(help="MLP, CNN, transformer or tokens; may be repeated.")
     ] = None,
-    peers: Annotated[str, typer.Option(help="all or none.")] = ALL_PEERS,
+    peers: Annotated[
+        str,
+        typer.Option(
+            help="all or none; list shows who they are and what is not installed, and measures "
+            "nothing."
+        ),
+    ] = ALL_PEERS,
     quick: Annotated[
         bool, typer.Option("--quick", help="Few rounds of the two fastest models.")
     ] = False,
@@ -174,6 +181,10 @@ def bench(
     with one_line():
         refuse_unwritable(json, page=page)
         settings = BenchSettings(engine or (), model or (), peers, quick, sweeps=page is not None)
+        if peers == LIST_PEERS:
+            _refuse_to_write_a_list(json, page)
+            Console().print(listing(settings))
+            return
         with Console(stderr=True).status("measuring") as status:
             result = run_bench(settings, status.update)
         Console().print(tables(result))
@@ -182,6 +193,15 @@ def bench(
             _write_page(page, result)
     if result.failures or not result.ours_is_right:
         raise typer.Exit(1)
+
+
+def _refuse_to_write_a_list(json: Path | None, page: Path | None) -> None:
+    for option, file in (("--json", json), ("--page", page)):
+        if file is not None:
+            raise ValueError(
+                f"--peers {LIST_PEERS} measures nothing that could be written. Got {option} "
+                f"{file}. Leave one of them out."
+            )
 
 
 def _write_page(page: Path, result: BenchResult) -> None:
