@@ -86,16 +86,7 @@ def out_of_memory_once(module):
 
 
 def autocast(make):
-    def made():
-        subject = make()
-
-        def call():
-            with torch.autocast("cpu", torch.bfloat16):
-                subject.call()
-
-        return subject._replace(call=call)
-
-    return made
+    return lambda: make()._replace(around=lambda: torch.autocast("cpu", torch.bfloat16))
 
 
 def handed_over():
@@ -117,10 +108,9 @@ def evaluated():
     x = rows()
 
     def call():
-        with torch.no_grad():
-            vb.loss(lambda x: module(x).mean(), x, module=module, microbatch_size=4, check=False)
+        vb.loss(lambda x: module(x).mean(), x, module=module, microbatch_size=4, check=False)
 
-    return Subject([module], [x], call)
+    return Subject([module], [x], call, torch.no_grad)
 
 
 def rowwise_forward():

@@ -39,11 +39,13 @@ class Subject(NamedTuple):
         roots: modules.
         tensors: further tensors that may change.
         call: runs once.
+        around: contexts of the user, which a signal may leave switched without our help.
     """
 
     roots: list[nn.Module]
     tensors: list[torch.Tensor]
     call: Callable[[], Any]
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 class Tracer:
@@ -238,13 +240,16 @@ class Attack:
     def __init__(self, make: Callable[[], Subject]):
         self._make = make
         # What is imported, or made once for a process, is no change of a call.
-        make().call()
+        first = make()
+        with first.around():
+            first.call()
         _reset()
         whole = make()
-        state = State(whole)
-        self._done = [self._before(state), None]
-        whole.call()
-        self._done[1] = _comparable(state.now())
+        with whole.around():
+            state = State(whole)
+            self._done = [self._before(state), None]
+            whole.call()
+            self._done[1] = _comparable(state.now())
 
     def _before(self, state: State) -> dict[str, Any]:
         return _comparable(state.now())
@@ -252,17 +257,20 @@ class Attack:
     def places(self, opcodes: bool = False) -> list[str]:
         """The places of a call, in order."""
         tracer = Tracer(0, opcodes)
-        tracer.run(self._make().call)
+        subject = self._make()
+        with subject.around():
+            tracer.run(subject.call)
         _reset()
         return tracer.places
 
     def between(self, interrupt: Tracer | Alarm) -> list[str] | None:
         """What an interrupt has left that is neither as before nor done; None if nothing came."""
         subject = self._make()
-        state = State(subject)
-        if not interrupt.run(subject.call):
-            return None
-        found = _comparable(state.now())
+        with subject.around():
+            state = State(subject)
+            if not interrupt.run(subject.call):
+                return None
+            found = _comparable(state.now())
         _reset()
         if found in self._done:
             return []

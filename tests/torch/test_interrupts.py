@@ -90,10 +90,16 @@ def signalled(kind, count, seconds):
     return [between for between in found if between]
 
 
+# What is raised inside a `__del__` or the callback of a weak reference goes nowhere.
+UNHEARD = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@UNHEARD
 def test_some_signals():
     assert signalled("float32", 30, 0.004) == []
 
 
+@UNHEARD
 @pytest.mark.thorough("thousands of windows")
 @pytest.mark.parametrize("kind", WINDOWS)
 def test_signals_while_a_window_runs(kind):
