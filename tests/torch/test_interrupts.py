@@ -1,5 +1,6 @@
 """An interrupt at any place leaves a window undone or done: the attack, and what answers it."""
 
+import inspect
 import random
 import signal
 
@@ -12,13 +13,12 @@ from torch import nn
 
 import virtualbatch.torch as vb
 from virtualbatch.torch import _commit
+from virtualbatch.torch._batchnorm import MergedStatistics
 from virtualbatch.torch._rowwise import hooks
 from virtualbatch.torch._signals import held_back
 from virtualbatch.torch._undo import Undo, all_or_nothing
 
 SIGNALS = 5000
-# Where a line more or less decides.
-_FILES = ("_commit.py", "_batchnorm.py", "_undo.py", "_unhook.py", "_modes.py")
 
 
 def attacked(kind, chosen, opcodes=False):
@@ -52,10 +52,14 @@ def test_an_interrupt_at_some_lines(kind):
     assert attacked(kind, some(4)) == {}
 
 
-def test_an_interrupt_at_lines_that_attach_commit_and_put_back():
+def test_an_interrupt_at_each_line_that_attaches_commits_or_switches_recording():
+    source, start = inspect.getsourcelines(MergedStatistics.attached)
+    attaching = (f"_batchnorm.py:{start + k} " for k in range(len(source)))
+    close = ("_commit.py", "grad_mode.py", *attaching)
+
     def chosen(places):
-        close = [k for k, place in enumerate(places, 1) if place.startswith(_FILES)]
-        return sorted(random.Random(0).sample(close, 30))
+        once = {place: k for k, place in reversed(list(enumerate(places, 1)))}
+        return sorted(k for place, k in once.items() if place.startswith(close))
 
     assert attacked("float32", chosen) == {}
 
@@ -353,12 +357,13 @@ def test_what_a_loss_does_on_shapes_stays_in_no_buffer():
 def test_the_next_window_is_as_if_there_had_been_no_interrupt(kind):
     """Its random numbers too, by which sums of bfloat16 are rounded."""
     found = []
-    WINDOWS[kind]().call()
+    places = Attack(WINDOWS[kind]).places()
+    ran = next(k for k, place in enumerate(places, 1) if place.startswith("_commit.py"))
     for interrupted in (False, True):
         subject = WINDOWS[kind]()
         state = State(subject)
         if interrupted:
-            assert Tracer(900).run(subject.call)
+            assert Tracer(ran).run(subject.call)
         subject.call()
         found.append(state.now())
     assert found[0] == found[1]
