@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Sequence
+from datetime import date
 from typing import Any
 
 import psutil
@@ -123,7 +124,7 @@ def _machine() -> str:
     return (
         f"{os.cpu_count()} CPU cores, {gibibytes:.0f} GiB, {platform.system()} "
         f"{platform.machine()}, Python {platform.python_version()}, "
-        f"load {load:.1f} before the first case"
+        f"load {load:.1f} before the first case, {date.today():%Y-%m-%d}"
     )
 
 
