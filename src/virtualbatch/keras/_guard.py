@@ -161,7 +161,8 @@ def _computed(model: keras.Model) -> str:
         (type(found).__name__, getattr(found, "fn", found))
         for found in keras.tree.flatten(model.loss)
     ]
-    return fingerprint(losses, type(model).train_step, type(model.optimizer))
+    jit_compile = repr(model.jit_compile)
+    return fingerprint(losses, type(model).train_step, type(model.optimizer), jit_compile)
 
 
 def _has_moved(model: keras.Model, error: BaseException) -> bool:

@@ -8,8 +8,10 @@ import pytest
 import tensorflow as tf
 
 import virtualbatch.keras as vb
+from virtualbatch import Auto
 from virtualbatch.keras._tensorflow import xla
 from virtualbatch.plan.plan import Plan, PlanRow
+from virtualbatch.plan.search import Search
 
 BATCH = np.ones((8, 3)), np.ones((8, 1))
 PLAN = Plan(4, 2, 1, "Why.", (PlanRow(4, 1, True, 0.1), PlanRow(8, 1, True, 0.1)))
@@ -86,3 +88,13 @@ def test_nothing_is_compiled_where_no_two_sizes_were_timed():
 
 def test_the_plan_of_a_model_is_compared(quick_plans):
     assert "With XLA an update " in vb.plan(model(), BATCH).reason
+
+
+def test_a_model_that_is_compiled_the_other_way_is_planned_anew(untimed_plans, monkeypatch):
+    planned, plan = [], Search.plan
+    monkeypatch.setattr(Search, "plan", lambda search: planned.append(search) or plan(search))
+    size = Auto()
+    for mode in (False, True, True):
+        vb.accumulate(found := model(jit_compile=mode), microbatch_size=size)
+        found.fit(*BATCH, batch_size=8, verbose=0)
+    assert len(planned) == 2
