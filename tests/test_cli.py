@@ -72,6 +72,23 @@ def test_the_module_is_the_command() -> None:
     assert outcome.stdout == f"{virtualbatch.__version__}\n"
 
 
+@pytest.mark.parametrize("tool", ["typer", "rich"])
+def test_without_its_tools_the_command_says_what_to_install(tool: str) -> None:
+    program = f"import sys; sys.modules[{tool!r}] = None; import virtualbatch.__main__"
+    child = subprocess.run(
+        [sys.executable, "-c", program, "doctor"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert child.returncode == 2
+    assert child.stderr == (
+        f"The command virtualbatch needs rich and typer. Got no {tool}. "
+        'Run: pip install "virtualbatch[cli]"\n'
+    )
+
+
 def test_no_command_shows_the_help(runner: CliRunner) -> None:
     outcome = runner.invoke(cli.app, [])
     assert "Commands:" in outcome.output
