@@ -40,11 +40,11 @@ def test_commands_and_options_are_these() -> None:
         ("plan", "--memory-limit"),
         ("plan", "--json"),
         ("plan", "--html"),
-        ("check", "target"),
-        ("check", "--batch-size"),
-        ("check", "--microbatch-size"),
-        ("check", "--json"),
-        ("check", "--html"),
+        *(
+            (name, option)
+            for name in ("check", "certify")
+            for option in ("target", "--batch-size", "--microbatch-size", "--json", "--html")
+        ),
         ("bench", "--engine"),
         ("bench", "--model"),
         ("bench", "--peers"),
