@@ -19,7 +19,7 @@ ALONE_EXTRAS_tensorflow := tensorflow,demo,test,lint
 ALONE_EXTRAS_torch := torch,test,lint
 ALONE_EXTRAS_jax := jax,examples,test,lint
 
-.PHONY: help setup demo test test-all mutants fuzz test-gpu test-alone test-floors lint bench examples report-shots doctor clean
+.PHONY: help setup demo test test-all mutants fuzz test-gpu test-alone test-floors lint bench examples dist report-shots doctor clean
 
 help:
 	@echo "make setup      create .venv and install the package with its tools"
@@ -33,6 +33,7 @@ help:
 	@echo "make lint       ruff, mypy, import contracts"
 	@echo "make bench      measure speed and memory"
 	@echo "make examples   run every file in examples/"
+	@echo "make dist       build a wheel and an sdist in dist/, and try the wheel in an empty environment"
 	@echo "make report-shots  pictures of reports in build/shots; needs chromium"
 	@echo "make doctor     what is installed, devices, memory limits"
 	@echo "make clean      remove .venv, caches and build outputs"
@@ -60,6 +61,7 @@ test: setup
 test-all: setup
 	$(BIN)/python tests/run.py --thorough
 	$(MAKE) --no-print-directory test-floors
+	$(MAKE) --no-print-directory dist
 
 # Bad input at random, each engine for so many seconds: what is obscure or wrong fails, with a seed
 # that reproduces it. ENGINE names one of them; SEED repeats a run.
@@ -137,6 +139,12 @@ bench: setup
 
 examples: setup
 	set -e; for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example; done
+
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python tests/dist.py dist
 
 report-shots: setup
 	$(BIN)/python tests/report_shots.py build/shots

@@ -40,11 +40,11 @@ def test_commands_and_options_are_these() -> None:
         ("plan", "--memory-limit"),
         ("plan", "--json"),
         ("plan", "--html"),
-        ("check", "target"),
-        ("check", "--batch-size"),
-        ("check", "--microbatch-size"),
-        ("check", "--json"),
-        ("check", "--html"),
+        *(
+            (name, option)
+            for name in ("check", "certify")
+            for option in ("target", "--batch-size", "--microbatch-size", "--json", "--html")
+        ),
         ("bench", "--engine"),
         ("bench", "--model"),
         ("bench", "--peers"),
@@ -70,6 +70,23 @@ def test_the_module_is_the_command() -> None:
         check=True,
     )
     assert outcome.stdout == f"{virtualbatch.__version__}\n"
+
+
+@pytest.mark.parametrize("tool", ["typer", "rich"])
+def test_without_its_tools_the_command_says_what_to_install(tool: str) -> None:
+    program = f"import sys; sys.modules[{tool!r}] = None; import virtualbatch.__main__"
+    child = subprocess.run(
+        [sys.executable, "-c", program, "doctor"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert child.returncode == 2
+    assert child.stderr == (
+        f"The command virtualbatch needs rich and typer. Got no {tool}. "
+        'Run: pip install "virtualbatch[cli]"\n'
+    )
 
 
 def test_no_command_shows_the_help(runner: CliRunner) -> None:

@@ -215,6 +215,14 @@ def test_public_names(module: object) -> None:
     assert set(module.__all__) == NAMES[module]
 
 
+@pytest.mark.parametrize(
+    "name", ["tensorflow", "keras", "torch", "jax", "transformers", "lightning"]
+)
+def test_completion_shows_the_public_names_only(name: str) -> None:
+    module = getattr(virtualbatch, name)
+    assert dir(module) == sorted(module.__all__)
+
+
 def test_every_public_function_is_documented() -> None:
     for function in SIGNATURES:
         documentation = inspect.getdoc(function)
@@ -233,6 +241,7 @@ def test_commands() -> None:
     commands = found.partition("Commands:")[2].split("\n")
     assert {line.split()[0] for line in commands if line.strip()} == {
         "bench",
+        "certify",
         "check",
         "demo",
         "doctor",

@@ -1,5 +1,5 @@
 """`python -m virtualbatch`, the same as the command `virtualbatch`."""
 
-from virtualbatch.cli.app import app
+from virtualbatch.cli.main import main
 
-app()
+main()

@@ -122,6 +122,7 @@ def plan(
         _report(html, lambda: html_of(result))
 
 
+@app.command("certify", help="The same as check: its name in Python.")
 @app.command()
 def check(
     target: TargetName,

@@ -50,6 +50,12 @@ from virtualbatch.window.window import Window, refuse_sorted_rows
 
 __all__ = ["Window", "certify", "certify_loop", "plan", "rowwise", "value_and_grad", "windows"]
 
+
+def __dir__() -> list[str]:
+    """What is public: completion shows no other names."""
+    return __all__
+
+
 # So that a Window goes through jit, vmap and tree maps as its micro-batches.
 jax.tree_util.register_pytree_node(
     Window,

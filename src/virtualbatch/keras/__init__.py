@@ -34,6 +34,12 @@ from virtualbatch.window.tree import array_leaves, common_rows
 
 __all__ = ["NoiseScale", "accumulate", "certify", "certify_loop", "plan", "restore"]
 
+
+def __dir__() -> list[str]:
+    """What is public: completion shows no other names."""
+    return __all__
+
+
 _PLAN_OUTSIDE = (
     "Build and compile the same model outside of the scope, call plan with it and the rows of one "
     "device, and pass the size that it finds."

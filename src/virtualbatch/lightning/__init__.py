@@ -15,6 +15,12 @@ from virtualbatch.plan.auto import Auto, check_sizes_or_auto
 
 __all__ = ["accumulate", "restore"]
 
+
+def __dir__() -> list[str]:
+    """What is public: completion shows no other names."""
+    return __all__
+
+
 Module = TypeVar("Module", bound=LightningModule)
 
 

@@ -47,6 +47,11 @@ from virtualbatch.window.window import Window, refuse_sorted_rows
 __all__ = ["Window", "certify", "certify_loop", "plan", "rowwise", "value_and_gradients", "windows"]
 
 
+def __dir__() -> list[str]:
+    """What is public: completion shows no other names."""
+    return __all__
+
+
 @overload
 def value_and_gradients(
     loss_fn: Callable[[Any], Any],

@@ -46,6 +46,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """What is public: completion shows no other names."""
+    return __all__
+
+
 def captured(loss_fn: Callable[[Any], Any]) -> Captured:
     """A loss function for `backward` whose micro-batches run as CUDA graphs.
 

@@ -15,6 +15,12 @@ from virtualbatch.transformers._update import Asked
 
 __all__ = ["TrainerCertificate", "accumulate", "certify", "restore"]
 
+
+def __dir__() -> list[str]:
+    """What is public: completion shows no other names."""
+    return __all__
+
+
 Trainer = TypeVar("Trainer")
 
 
