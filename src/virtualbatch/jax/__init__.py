@@ -274,14 +274,14 @@ def plan(
 
     Args:
         fun: as in `value_and_grad`, like all arguments that are not explained here.
-        argnums: see there.
-        has_aux: see there.
-        batch_argnum: see there.
-        weight: see there.
-        accumulator_dtype: see there.
-        key_argnum: see there.
-        grad_fn: see there.
-        aux_merge: see there.
+        argnums: as in `value_and_grad`.
+        has_aux: as in `value_and_grad`.
+        batch_argnum: as in `value_and_grad`.
+        weight: as in `value_and_grad`.
+        accumulator_dtype: as in `value_and_grad`.
+        key_argnum: as in `value_and_grad`.
+        grad_fn: as in `value_and_grad`.
+        aux_merge: as in `value_and_grad`.
         memory_limit: what arguments, gradients and temporaries of a window may take together, such
             as the 2 * 2**30 or "2GiB" that a budget leaves beside optimizer state, or "80%" of
             what is left; None for what the device, or the container that this process is in, has
@@ -361,15 +361,15 @@ def certify(
         fun: as in `value_and_grad`, like all arguments that are not explained here; or what
             `rowwise` returned, which brings its own: give at most a size. Then a random sum of
             its outputs is the loss, and "outputs" among the parameters stands for their values.
-        argnums: see there.
-        has_aux: see there.
-        batch_argnum: see there.
+        argnums: as in `value_and_grad`.
+        has_aux: as in `value_and_grad`.
+        batch_argnum: as in `value_and_grad`.
         microbatch_size: rows of one forward and backward.
         accumulation_steps: micro-batches per window.
-        weight: see there.
-        accumulator_dtype: see there.
-        key_argnum: see there; keys are not folded here, since rows keep their random numbers.
-        grad_fn: see there.
+        weight: as in `value_and_grad`.
+        accumulator_dtype: as in `value_and_grad`.
+        key_argnum: as in `value_and_grad`; keys are not folded here, since rows keep their random numbers.
+        grad_fn: as in `value_and_grad`.
 
     Returns:
         A function with fun's arguments that returns a `Certificate`, with the error of each

@@ -165,9 +165,10 @@ def plan(model: keras.Model, batch: Any, *, memory_limit: int | str | None = Non
 
     Peak memory is that of a whole update, the optimizer included: on JAX as XLA tells it without
     running it; on PyTorch counted, and on TensorFlow measured, while updates run that are taken
-    back. It is a straight line in the rows of a micro-batch, so few are needed. Then a few sizes
-    are timed, the whole batch each, for ten seconds at the most; the smallest within 2 % of the
-    fastest is chosen. All values of the model, its optimizer and its metrics are as before.
+    back. It grows linearly with the micro-batch size, so two or three measurements predict every
+    size. Then a few sizes are timed, the whole batch each, for ten seconds at the most; the
+    smallest within 2 % of the fastest is chosen. All values of the model, its optimizer and its
+    metrics are as before.
 
     Args:
         model: a compiled model; it need not accumulate. It is built if it is not.

@@ -273,16 +273,17 @@ def plan(
     """Finds the micro-batch that fits and is fast, before anything is trained.
 
     TensorFlow cannot tell a window's memory beforehand, so windows are run in a graph, smallest
-    first, and their peak is measured; it is a straight line in the rows of a micro-batch, so few
-    are needed. Then a few sizes are timed, the whole batch each, for ten seconds at the most;
-    the smallest within 2 % of the fastest is chosen. Variables are as before the call.
+    first, and their peak is measured. It grows linearly with the micro-batch size, so two or three
+    measurements predict every size. Then a few sizes are timed, the whole batch each, for ten
+    seconds at the most; the smallest within 2 % of the fastest is chosen. Variables are as before
+    the call.
 
     Args:
         loss_fn: as in `value_and_gradients`, like all arguments that are not explained here.
         batch: a batch, not a Window.
-        variables: see there.
-        weight: see there.
-        has_aux: see there.
+        variables: as in `value_and_gradients`.
+        weight: as in `value_and_gradients`.
+        has_aux: as in `value_and_gradients`.
         memory_limit: what variables, the batch, gradients and activations may take together, such
             as the 2 * 2**30 or "2GiB" that a budget leaves beside optimizer state, or "80%" of
             what they may take now; None for all that the device, or the container that this
@@ -337,11 +338,11 @@ def certify(
             what `rowwise` returned, of which then every output is compared, by its own size if none
             is given.
         batch: a batch, not a Window.
-        variables: see there.
+        variables: as in `value_and_gradients`.
         microbatch_size: rows of one forward and backward.
         accumulation_steps: micro-batches per window.
-        weight: see there.
-        has_aux: see there.
+        weight: as in `value_and_gradients`.
+        has_aux: as in `value_and_gradients`.
 
     Returns:
         The certificate, with the error of each variable and named findings.

@@ -96,20 +96,20 @@ def plan(
     """Finds the micro-batch that fits and is fast, before anything is trained.
 
     Peak memory comes from a window on fake tensors, which have shapes and hold nothing; where a
-    loss needs values, from a window that is run. It is a straight line in the rows of a
-    micro-batch, so about three windows tell every size. Then a few sizes are timed, by as many of
-    their micro-batches as take a moment, for ten seconds at the most; the smallest within 2 % of
-    the fastest is chosen.
+    loss needs values, from a window that is run. It grows linearly with the micro-batch size, so
+    two or three measurements predict every size. Then a few sizes are timed, by as many of their
+    micro-batches as take a moment, for ten seconds at the most; the smallest within 2 % of the
+    fastest is chosen.
     Parameters, `.grad`s, buffers and random states are as before the call.
 
     Args:
         loss_fn: as in `backward`, like all arguments that are not explained here; or a `rowwise`
             function of a batch, whose size is to be found.
         batch: a batch, not a Window.
-        module: see there.
-        weight: see there.
-        has_aux: see there.
-        backward_fn: see there.
+        module: as in `backward`.
+        weight: as in `backward`.
+        has_aux: as in `backward`.
+        backward_fn: as in `backward`.
         memory_limit: what parameters, buffers, gradients, the batch and activations may take
             together, such as the 2 * 2**30 or "2GiB" that a budget leaves beside optimizer
             state, or "80%" of what they may take now; None for all that the device, or the
@@ -164,12 +164,12 @@ def certify(
         loss_fn: as in `backward`, like all arguments that are not explained here; or a `rowwise`
             function of a batch, which is certified by its outputs times random numbers.
         batch: a batch, not a Window.
-        module: see there.
+        module: as in `backward`.
         microbatch_size: rows of one forward and backward; of a `rowwise` function its own if
             neither this nor the number of micro-batches is given.
         accumulation_steps: micro-batches per window.
-        weight: see there.
-        has_aux: see there.
+        weight: as in `backward`.
+        has_aux: as in `backward`.
 
     Returns:
         The certificate, with the error of each parameter and named findings.
