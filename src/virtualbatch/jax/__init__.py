@@ -368,7 +368,8 @@ def certify(
         accumulation_steps: micro-batches per window.
         weight: as in `value_and_grad`.
         accumulator_dtype: as in `value_and_grad`.
-        key_argnum: as in `value_and_grad`; keys are not folded here, since rows keep their random numbers.
+        key_argnum: as in `value_and_grad`; keys are not folded here, since rows keep their random
+            numbers.
         grad_fn: as in `value_and_grad`.
 
     Returns:
