@@ -1,6 +1,7 @@
 """What every backend's `train_step` has in common: its sizes, its refusals and what it logs."""
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -269,11 +270,22 @@ def _on_each(devices: int) -> str:
 
 
 @contextmanager
-def uncompiled(model: keras.Model) -> Iterator[None]:
-    """While Keras makes a train function here, it does not compile the whole of it."""
-    jit_compile = model.jit_compile
-    model.jit_compile = False
+def compiled(model: keras.Model, mode: bool) -> Iterator[bool]:
+    """While something is made or traced here, Keras compiles it, or does not.
+
+    Args:
+        model: the model.
+        mode: its `jit_compile` meanwhile.
+
+    Yields:
+        Whether the model can be compiled so.
+    """
+    before = model.jit_compile
     try:
-        yield
+        with warnings.catch_warnings():
+            # Keras warns of layers that XLA does not take, and leaves the mode off.
+            warnings.simplefilter("ignore")
+            model.jit_compile = mode
+        yield model.jit_compile is mode
     finally:
-        model.jit_compile = jit_compile
+        model.jit_compile = before

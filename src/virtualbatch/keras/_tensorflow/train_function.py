@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from virtualbatch.keras._train_step import uncompiled
+from virtualbatch.keras._train_step import compiled
 
 
 def plain_train_function(model: keras.Model) -> Any:
@@ -19,7 +19,7 @@ def plain_train_function(model: keras.Model) -> Any:
     ours, step = model.train_function, model.train_step
     model.train_step = step.with_losses
     try:
-        with uncompiled(model):
+        with compiled(model, False):
             type(model).make_train_function(model, force=True)
     finally:
         model.train_step = step

@@ -5,9 +5,7 @@ does not keep whether `jit_compile` was "auto" or asked for, so the plan says wh
 changes nothing.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import fmean
 
@@ -15,6 +13,7 @@ import keras
 import tensorflow as tf
 
 from virtualbatch.keras._checks import replica_count
+from virtualbatch.keras._train_step import compiled
 from virtualbatch.plan.plan import NEARLY_AS_FAST, Plan
 from virtualbatch.plan.timing import EARLY, Timing
 
@@ -59,28 +58,6 @@ def _sentence(is_compiled: bool, gain: float) -> str:
         fix = f"compile(..., jit_compile={not is_compiled})"
         return f"{other} an update is {gain:.2f} times as fast: {fix}."
     return f"{other} an update takes {1 / gain:.2f} times as long."
-
-
-@contextmanager
-def compiled(model: keras.Model, mode: bool) -> Iterator[bool]:
-    """While something is traced, XLA compiles its micro-batches, or does not.
-
-    Args:
-        model: the model.
-        mode: whether it does.
-
-    Yields:
-        Whether that is possible for the model.
-    """
-    before = model.jit_compile
-    try:
-        with warnings.catch_warnings():
-            # Keras warns of layers that XLA does not take, and leaves the mode off.
-            warnings.simplefilter("ignore")
-            model.jit_compile = mode
-        yield model.jit_compile is mode
-    finally:
-        model.jit_compile = before
 
 
 def _loads(timing: Timing) -> bool:

@@ -23,7 +23,7 @@ from virtualbatch.keras._torch.device import place
 from virtualbatch.keras._torch.not_finite import LossesOfFit, OfOne
 from virtualbatch.keras._torch.plan import MEMORY, planned
 from virtualbatch.keras._torch.state import Beginning, State, torch_modules
-from virtualbatch.keras._train_step import TrainStep, uncompiled
+from virtualbatch.keras._train_step import TrainStep, compiled
 from virtualbatch.torch._distributed import distributed_classes, number_of_processes
 from virtualbatch.torch._random import RandomState
 from virtualbatch.window.cut import even_cut, rows_per_microbatch, sizes_disagree
@@ -125,7 +125,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
     """
 
     def make(force: bool = False) -> None:
-        with uncompiled(model):
+        with compiled(model, False):
             type(model).make_train_function(model, force=force)
 
     return make
