@@ -334,6 +334,11 @@ def test_objects_that_are_no_strings_are_refused():
         vb.certify(made(PLAIN), (np.array([None] * len(X)), TARGETS), microbatch_size=8)
 
 
+def test_a_batch_of_bfloat16_is_certified():
+    x = keras.ops.cast(keras.ops.convert_to_tensor(X), "bfloat16")
+    assert vb.certify(made(PLAIN), (x, TARGETS), microbatch_size=8).exact
+
+
 def test_strings_are_not_refused():
     check_numbers_or_strings((np.array(["a", b"b"], object), None, X))
 

@@ -130,10 +130,13 @@ def check_numbers_or_strings(batch: Any) -> None:
         TypeError: an array holds something else.
     """
     for leaf in keras.tree.flatten(batch):
-        objects = np.asarray(leaf) if hasattr(leaf, "shape") else np.zeros(0)
-        if objects.dtype.kind != "O":
+        # A tensor holds no objects, and NumPy has not every dtype of one.
+        if keras.ops.is_tensor(leaf) or not hasattr(leaf, "shape"):
             continue
-        strange = [type(x).__name__ for x in objects.flat if not isinstance(x, str | bytes)]
+        values = np.asarray(leaf)
+        if values.dtype.kind != "O":
+            continue
+        strange = [type(x).__name__ for x in values.flat if not isinstance(x, str | bytes)]
         if strange:
             raise TypeError(
                 "A batch must be made of arrays of numbers or strings. "
