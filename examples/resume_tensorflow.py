@@ -16,14 +16,14 @@ import tensorflow as tf
 import virtualbatch.tensorflow as vb
 from virtualbatch import windows
 
-EVERY, FOLDER = 4, "resume_tensorflow"  # a checkpoint after every fourth update
+UPDATES, EVERY, FOLDER = 36, 4, "resume_tensorflow"  # a checkpoint after every fourth update
 x = tf.random.stateless_normal([1500, 20], [0, 0])
 y = tf.argmax(x[:, :3] + x[:, 3:6] ** 2, 1)
 rows = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(1500, seed=0).repeat(3)
 iterator = iter(rows.batch(32))
 first = tf.Variable(tf.random.stateless_normal([20, 32], [0, 1]) / 5)
 last = tf.Variable(tf.random.stateless_normal([32, 3], [0, 2]) / 5)
-optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.01, 36))
+optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.01, UPDATES))
 optimizer.build([first, last])
 random = tf.random.Generator.from_seed(0)
 updates = tf.Variable(0)
@@ -50,10 +50,11 @@ saved = tf.train.Checkpoint(**parts, updates=updates, iterator=iterator)
 manager = tf.train.CheckpointManager(saved, FOLDER, max_to_keep=2)
 manager.restore_or_initialize()
 print(f"begins after {int(updates)} updates", flush=True)
-for window in windows(iterator, accumulation_steps=4):  # reads no more than the window
-    update(window)
-    if int(updates) % EVERY == 0:
-        manager.save()
+if int(updates) < UPDATES:  # an empty stream has no window
+    for window in windows(iterator, accumulation_steps=4):  # reads no more than the window
+        update(window)
+        if int(updates) % EVERY == 0:
+            manager.save()
 weights = hashlib.sha256(first.numpy().tobytes() + last.numpy().tobytes())
 print(f"{int(updates)} updates, weights {weights.hexdigest()[:16]}")
 shutil.rmtree(FOLDER)

@@ -43,8 +43,9 @@ state = torch.load(FILE) if FILE.exists() else {"updates": 0, "random": torch.ge
 for name in state.keys() & parts.keys():
     parts[name].load_state_dict(state[name])
 torch.set_rng_state(state["random"])  # on a GPU torch.cuda.set_rng_state_all too
-print(f"begins after {state['updates']} updates", flush=True)
-for updates, batch in enumerate(batches(state["updates"]), state["updates"] + 1):
+updates = state["updates"]  # perhaps all of them: killed between the last checkpoint and the end
+print(f"begins after {updates} updates", flush=True)
+for updates, batch in enumerate(batches(updates), updates + 1):
     optimizer.zero_grad()
     scaler.scale(vb.loss(loss_fn, batch, module=model, microbatch_size=32)).backward()
     scaler.step(optimizer)

@@ -69,13 +69,16 @@ class Point(NamedTuple):
     delay: float
 
 
-def lives(example: Path, folder: Path, seed: int, kills: int, wheres: Sequence[str]) -> list[Life]:
+def lives(
+    example: Path, folder: Path, seed: int | None, kills: int, wheres: Sequence[str]
+) -> list[Life]:
     """One life that nobody kills; and those in another folder, of which the last comes to its end.
 
     Args:
         example: the program.
         folder: where it runs.
-        seed: of the points at which it is killed.
+        seed: of the points at which it is killed; None: once, at the last one, where nothing is left
+            to do but to tell the end.
         kills: how often, unless it comes to its end before.
         wheres: at what it is killed, in turn; see `Point`.
     """
@@ -86,9 +89,12 @@ def lives(example: Path, folder: Path, seed: int, kills: int, wheres: Sequence[s
     draw = random.Random(seed)
     for kill in range(kills):
         where = wheres[kill % len(wheres)]
-        # Late enough for a checkpoint, and early enough for several lives.
-        number = draw.randint(counted[where] // 4, counted[where] // 2)
-        delay = draw.choice([0.0, draw.uniform(0.0, 0.004)])
+        if seed is None:
+            number, delay = counted[where], 0.0
+        else:
+            # Late enough for a checkpoint, and early enough for several lives.
+            number = draw.randint(counted[where] // 4, counted[where] // 2)
+            delay = draw.choice([0.0, draw.uniform(0.0, 0.004)])
         point = Point(where, number, delay)
         found.append(_life(example, folder / "killed", point, wheres)[0])
         if found[-1].status != -signal.SIGKILL:
@@ -98,7 +104,7 @@ def lives(example: Path, folder: Path, seed: int, kills: int, wheres: Sequence[s
 
 
 def lives_of_a_process(
-    example: Path, folder: Path, seed: int, kills: int, where: str, **variables: str
+    example: Path, folder: Path, seed: int | None, kills: int, where: str, **variables: str
 ) -> list[Life]:
     """The same, forked from a new process, for frameworks that a fork does not survive.
 
@@ -112,7 +118,7 @@ def lives_of_a_process(
     """
     path = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     child = subprocess.run(
-        [sys.executable, "-m", "tests.lives", example, folder, str(seed), str(kills), where],
+        [sys.executable, "-m", "tests.lives", example, folder, json.dumps(seed), str(kills), where],
         cwd=ROOT,
         env=os.environ | path | variables,
         capture_output=True,
@@ -246,4 +252,4 @@ def _import_like(example: Path) -> None:
 if __name__ == "__main__":
     program, place = (Path(argument).resolve() for argument in sys.argv[1:3])
     _import_like(program)
-    print(json.dumps(lives(program, place, *map(int, sys.argv[3:5]), sys.argv[5:])))
+    print(json.dumps(lives(program, place, *map(json.loads, sys.argv[3:5]), sys.argv[5:])))

@@ -25,6 +25,10 @@ def test_killed_and_resumed(tmp_path):
     assert_resumed(lives(EXAMPLE, tmp_path, 0, 3, ["loss", "line", "file"]))
 
 
+def test_killed_after_its_last_checkpoint(tmp_path):
+    assert_resumed(lives(EXAMPLE, tmp_path, None, 1, ["line"]))
+
+
 @pytest.mark.thorough("sixty short trainings")
 @pytest.mark.parametrize("seed", range(1, 7))
 def test_killed_and_resumed_at_many_places(seed, tmp_path):

@@ -13,3 +13,9 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "resume_trainer.py"
 @pytest.mark.thorough("seven short trainings")
 def test_killed_and_resumed(tmp_path):
     assert_resumed(lives(EXAMPLE, tmp_path, 0, 5, ["loss", "file"]))
+
+
+@pytest.mark.proves_itself
+@pytest.mark.thorough("three short trainings")
+def test_killed_after_its_last_checkpoint(tmp_path):
+    assert_resumed(lives(EXAMPLE, tmp_path, None, 1, ["line"]))
