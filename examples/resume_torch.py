@@ -43,14 +43,15 @@ state = torch.load(FILE) if FILE.exists() else {"updates": 0, "random": torch.ge
 for name in state.keys() & parts.keys():
     parts[name].load_state_dict(state[name])
 torch.set_rng_state(state["random"])  # on a GPU torch.cuda.set_rng_state_all too
-updates = state["updates"]  # perhaps all of them: killed between the last checkpoint and the end
+updates = state["updates"]
 print(f"begins after {updates} updates", flush=True)
-for updates, batch in enumerate(batches(updates), updates + 1):
+for batch in batches(updates):
     optimizer.zero_grad()
     scaler.scale(vb.loss(loss_fn, batch, module=model, microbatch_size=32)).backward()
     scaler.step(optimizer)
     scaler.update()
     schedule.step()
+    updates += 1
     if updates % EVERY == 0:
         state = {name: part.state_dict() for name, part in parts.items()}
         torch.save(state | {"updates": updates, "random": torch.get_rng_state()}, "aside")

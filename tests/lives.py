@@ -77,8 +77,8 @@ def lives(
     Args:
         example: the program.
         folder: where it runs.
-        seed: of the points at which it is killed; None: once, at the last one, where nothing is left
-            to do but to tell the end.
+        seed: of the points at which it is killed; None: once, at the last one, where
+            nothing is left to do but to tell the end.
         kills: how often, unless it comes to its end before.
         wheres: at what it is killed, in turn; see `Point`.
     """
