@@ -2,7 +2,7 @@
 
 One process stands for rank 0 of a group that is not there: PyTorch's fake backend takes every
 collective and sends nothing. A dispatch mode counts what would be sent, for windows of 1 to 24
-micro-batches; the count is compared with the formula of docs/scale.md.
+micro-batches; the count is compared with the formula of docs/how_it_works/messages.md.
 
 Usage: python benchmarks/messages.py [--ranks 64] [--json FILE]
 """
@@ -101,7 +101,7 @@ def counted(normalised: bool, microbatches: int) -> Sent:
 
 
 def by_formula(normalised: bool) -> Sent:
-    """See docs/scale.md."""
+    """See docs/how_it_works/messages.md."""
     parameters = list(model(normalised).parameters())
     before, after = 8 * 64, 8 * (8 + len(parameters))
     layers, calls = (1, 1) if normalised else (0, 0)

@@ -248,7 +248,7 @@ else:
 
 
 def test_every_script_that_a_page_names_is_there():
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "Makefile"]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "Makefile"]
     named = {name for page in pages for name in re.findall(r"benchmarks/\w+\.py", page.read_text())}
     assert len(named) > 10
     assert not [name for name in named if not (ROOT / name).is_file()]

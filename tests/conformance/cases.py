@@ -14,7 +14,7 @@ class Case(NamedTuple):
     """A law on one engine, in one mode, with its arguments.
 
     Fields:
-        feature: row of the table in docs/conformance.md.
+        feature: row of the table in docs/how_it_works/conformance.md.
         name: the case within its feature; "" where there is only one.
         law: raises AssertionError where the engine breaks it.
         mode: one of `MODES`, or None for a law that has no modes.

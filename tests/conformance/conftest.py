@@ -7,7 +7,7 @@ from tests.conformance import table
 from tests.conformance.adapters.base import ENGINES, load, selected
 
 HERE = Path(__file__).parent
-PAGE = HERE.parents[1] / "docs" / "conformance.md"
+PAGE = HERE.parents[1] / "docs" / "how_it_works" / "conformance.md"
 
 
 def pytest_addoption(parser):
@@ -68,7 +68,7 @@ class Run:
 
     def pytest_terminal_summary(self, terminalreporter):
         for line in self.stale:
-            terminalreporter.write_line(f"docs/conformance.md is stale: {line}", red=True)
+            terminalreporter.write_line(f"{PAGE.name} is stale: {line}", red=True)
 
     stale: tuple = ()
 

@@ -1,4 +1,4 @@
-"""The table of docs/conformance.md: what the suite's run proved, by feature and engine."""
+"""The table of how_it_works/conformance.md: what the suite's run proved, by feature and engine."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ HEADING = """# What every engine proves
 
 This page is written by the conformance suite, from a run of it:
 
-    pytest tests/conformance --write-table docs/conformance.md
+    pytest tests/conformance --write-table docs/how_it_works/conformance.md
 
 A cell says how many cases of a feature passed on an engine. The cases of one feature differ in how
 the batch is cut, in the dtype of the parameters, and in the mode: eager, or compiled by

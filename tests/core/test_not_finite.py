@@ -28,7 +28,7 @@ def test_the_first_micro_batch_its_rows_and_its_value_are_named(caplog):
     assert message == (
         "The loss is -inf in micro-batch 2 of 3 of window 2 (rows 4 to 6 of its batch), so its "
         "update cannot be trusted. Look at its rows, and leave the update out. "
-        "See docs/not_finite.md."
+        "See docs/guides/not_finite.md."
     )
 
 

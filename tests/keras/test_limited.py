@@ -1,7 +1,7 @@
 """Updates that really run out of memory, in a child of little of it.
 
 Little address space, or on TensorFlow a limit to its own allocator: without room for its threads
-its C++ ends the process, so there would be nothing to compare; docs/plan.md says so.
+its C++ ends the process, so there would be nothing to compare; docs/guides/size.md says so.
 """
 
 import json

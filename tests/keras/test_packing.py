@@ -149,7 +149,7 @@ def test_memory_that_runs_out_halves_the_tokens(caplog):
 # Where packing is not safe
 
 
-@pytest.mark.thorough("what docs/pack.md warns of, for a second model")
+@pytest.mark.thorough("what docs/guides/packing.md warns of, for a second model")
 def test_padding_that_reaches_valid_rows_is_another_model():
     def unmasked():
         """The mean over all words of a row, padding too."""

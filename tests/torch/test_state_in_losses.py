@@ -77,7 +77,7 @@ def test_changes_of_grad_are_refused_and_leave_no_trace(name, dtype, kept):
     ) as e:
         vb.backward(loss_fn, x, module=model, microbatch_size=2)
     assert "torch.autograd.grad(...)" in str(e.value)
-    assert str(e.value).endswith("See docs/state.md.")
+    assert str(e.value).endswith("See docs/guides/state.md.")
     for parameter, gradient in zip(model.parameters(), before, strict=True):
         assert parameter.grad is gradient
         assert gradient is None or bool((gradient == 0.5).all())

@@ -28,11 +28,11 @@ ROUNDING = 16.0
 NO_GRADIENT = "its gradient is 0, or not finite"
 # Finding -> the page that explains it. Others are no fault of the loss.
 _PAGES = {
-    "weight": "docs/sums.md",
-    "sum_loss": "docs/sums.md",
-    "regulariser": "docs/sums.md",
-    "coupled_rows": "docs/rowwise.md",
-    "stateful": "docs/state.md",
+    "weight": "docs/guides/weights.md",
+    "sum_loss": "docs/guides/weights.md",
+    "regulariser": "docs/guides/weights.md",
+    "coupled_rows": "docs/guides/rowwise.md",
+    "stateful": "docs/guides/state.md",
 }
 
 
@@ -104,7 +104,7 @@ def prove(
     if all(distance.is_same for distance in found):
         _log.warning(
             "The loss is the same whatever rows it is given. If it uses a whole batch from outside "
-            "instead of its argument, micro-batches save no memory. See docs/rows.md."
+            "instead of its argument, micro-batches save no memory. See docs/guides/rows.md."
         )
     return None
 
@@ -206,7 +206,7 @@ def _refused(trial: Trial, finding: Finding, failing: _Pair) -> str | None:
         trial.seen = trial.seen._replace(group=group)
         _log.warning(
             "The rows of this loss belong together by %d, and no micro-batch may cut them apart. "
-            "See docs/rows.md.",
+            "See docs/guides/rows.md.",
             group,
         )
         return None
@@ -230,7 +230,7 @@ def sees_other_rows(got: str) -> ValueError:
     return ValueError(
         f"What rowwise wraps must compute each row from that row alone. Got {got}. "
         "Return what each row gives, and compare rows in the loss, which sees all of them. "
-        "See docs/rowwise.md; check=False turns this check off."
+        "See docs/guides/rowwise.md; check=False turns this check off."
     )
 
 

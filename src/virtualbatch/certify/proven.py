@@ -39,7 +39,8 @@ class Seen(NamedTuple):
             raise ValueError(
                 "The rows of this loss belong together, so each micro-batch must have a multiple "
                 f"of {self.group}. Got micro-batches of {', '.join(map(str, sizes))} rows. Pass "
-                "another microbatch_size, and whole groups in the last batch. See docs/rows.md."
+                "another microbatch_size, and whole groups in the last batch. "
+                "See docs/guides/rows.md."
             )
 
 

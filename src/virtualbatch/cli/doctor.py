@@ -283,7 +283,7 @@ def _advice_of_group(group: Mapping[str, str] | None) -> tuple[str, ...]:
         return ()
     return (
         "this is one of several processes: pass what adds up their gradients as module=, such as "
-        "a DistributedDataParallel, see docs/processes.md",
+        "a DistributedDataParallel, see docs/guides/processes.md",
     )
 
 

@@ -140,7 +140,7 @@ def value_and_grad(
         TypeError: the loss is not a floating array, or an argument is of the wrong kind.
 
     Source:
-        The law in docs/law.md.
+        The law in docs/how_it_works/law.md.
 
     Example:
         >>> import jax.numpy as jnp

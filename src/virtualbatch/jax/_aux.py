@@ -81,7 +81,8 @@ def _judged(trace: AuxTrace, aux: Any, rows: int, other: int, number: int, dtype
             "An integer of aux must be a count of the call's rows, or a state that no row changes. "
             f"Got aux{place}, which counts on from an integer that every micro-batch is given. "
             "Return the count alone and add it outside; or say how it is put together: "
-            'aux_merge="keep", "sum" or "max", or a prefix of aux with these. See docs/state.md.'
+            'aux_merge="keep", "sum" or "max", or a prefix of aux with these. '
+            "See docs/guides/state.md."
         )
     return kind_of_dtype(dtype)
 

@@ -140,7 +140,7 @@ def _traced(call: Call, cut: Cut, rows: int) -> _Traced:
             f"Got {type(error).__name__} with {rows} rows: {error}. "
             "Use JAX operations instead of branches on values and of a fixed number of rows; or "
             'say it: aux_merge="rows", "sum", "mean", "max" or "keep", or a prefix of aux with '
-            "these. See docs/state.md."
+            "these. See docs/guides/state.md."
         ) from error
 
 

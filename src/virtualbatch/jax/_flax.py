@@ -23,14 +23,14 @@ def explanation(error: Exception) -> Exception | None:
             f"numbers. Got {type(error).__name__}: {' '.join(text.split(' (http')[0].split())}. "
             "Merge a copy in the loss: nnx.merge(graph, params, rest, copy=True); seed it for each "
             "micro-batch by nnx.reseed(module, default=key), key being an argument that key_argnum "
-            "names; and return what else changes as aux. docs/jax.md has all of it. "
-            "See docs/state.md."
+            "names; and return what else changes as aux. docs/guides/jax.md has all of it. "
+            "See docs/guides/state.md."
         )
     if "grad requires real- or complex-valued inputs" in text:
         return TypeError(
             "What is differentiated must hold floating numbers only. "
             f"Got {text.split(' If you want')[0]} Split the rest off: "
-            "nnx.split(model, nnx.Param, ...) as in docs/jax.md, or "
+            "nnx.split(model, nnx.Param, ...) as in docs/guides/jax.md, or "
             "grad_fn=equinox.filter_value_and_grad."
         )
     return None
@@ -78,5 +78,5 @@ def _is_pair(found: Any) -> bool:
 
 _UNPACKED = (
     "lambda f, has_aux: lambda *args: dynamic_scale.value_and_grad(f, has_aux=has_aux)(*args)[2:]. "
-    "docs/jax.md says how the scale is updated."
+    "docs/guides/jax.md says how the scale is updated."
 )

@@ -78,7 +78,7 @@ def refuse_row_lists(batch: Any, rows: int, where: str, instead: str) -> None:
         raise TypeError(
             "A list as long as the batch is cut with it, which a compiled program cannot do. "
             f"Got one beside {rows} rows, {where}. Pass an array for it, or {instead}. "
-            "See docs/rows.md."
+            "See docs/guides/rows.md."
         )
 
 

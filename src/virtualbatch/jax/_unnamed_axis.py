@@ -33,7 +33,7 @@ def tell_once(fun: Any, batch: Any) -> None:
     text = _explicit(batch) or _automatic()
     if text is not None and text not in _TOLD.setdefault(owner, set()):
         _TOLD[owner].add(text)
-        _log.warning("%s See docs/devices.md.", text)
+        _log.warning("%s See docs/guides/devices.md.", text)
 
 
 def _explicit(batch: Any) -> str | None:

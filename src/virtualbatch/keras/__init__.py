@@ -88,7 +88,7 @@ def accumulate(
             both, they must agree for every batch but the last, short one of an epoch.
         microbatch_tokens: instead of a size, for padded text and series: rows of a batch are
             sorted by length and packed, so that rows times longest row of a micro-batch are at
-            most this, and trimmed to that row. See docs/pack.md for when that is safe.
+            most this, and trimmed to that row. See docs/guides/packing.md for when that is safe.
         lengths: with `microbatch_tokens`, a function from the x of a batch to the length of each
             row, integers >= 1. It is called wherever Keras runs the train step, compiled too.
         check: whether losses and layers that are not Keras' own prove themselves before the first

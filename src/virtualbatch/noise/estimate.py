@@ -82,7 +82,7 @@ class NoiseScale:
 
     Source:
         McCandlish, Kaplan, Amodei: An Empirical Model of Large-Batch Training (2018), appendix A.
-        For micro-batches of unequal weight see docs/noise.md.
+        For micro-batches of unequal weight see docs/guides/noise_scale.md.
 
     Example:
         >>> found = NoiseScale(decay=1.0)
@@ -198,7 +198,7 @@ class NoiseScale:
         if seconds_per_row is None or seconds_per_update is None:
             raise ValueError(
                 "Advice needs to know what a row and an update cost. Got neither a plan nor both "
-                "times. Pass plan=, or measure them: see docs/noise.md."
+                "times. Pass plan=, or measure them: see docs/guides/noise_scale.md."
             )
         return advice(
             found.scale,

@@ -64,7 +64,8 @@ def times_of(plan: TimedPlan, rows: float) -> Times:
     if len(timed) < 2:
         raise ValueError(
             "A plan must have timed two sizes or more. "
-            f"Got {len(timed)}. Pass seconds_per_row and seconds_per_update: see docs/noise.md."
+            f"Got {len(timed)}. Pass seconds_per_row and seconds_per_update: "
+            "see docs/guides/noise_scale.md."
         )
     steps = np.array([-(-int(rows) // row.microbatch_size) for row in timed])
     seconds = np.array([row.seconds_per_batch for row in timed])

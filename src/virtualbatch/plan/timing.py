@@ -22,7 +22,7 @@ class TimeBudget(NamedTuple):
 
     Fields:
         seconds: after which nothing is timed any more. Where a window takes a second that is one
-            measurement or two of each size; what they cannot tell apart is in docs/plan.md.
+            measurement or two of each size; what they cannot tell apart is in docs/guides/size.md.
         reserve: of them, seconds that have to be left for measurements once a size is there that
             was not met before.
         rounds: measurements of each size that may be the fastest.

@@ -178,7 +178,7 @@ def value_and_gradients(
             its shapes at run time.
 
     Source:
-        The law in docs/law.md.
+        The law in docs/how_it_works/law.md.
 
     Example:
         >>> weights = tf.Variable([1.0, 2.0])

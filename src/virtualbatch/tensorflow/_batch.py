@@ -143,7 +143,9 @@ def smaller_segments(batch: Any, most: int) -> list[Segment]:
 _NO_LISTS = "A list as long as the batch is cut with it, which a graph cannot do."
 
 
-_PASS_TENSOR = "Pass a tensor for it, pad it, or call outside of tf.function. See docs/rows.md."
+_PASS_TENSOR = (
+    "Pass a tensor for it, pad it, or call outside of tf.function. See docs/guides/rows.md."
+)
 
 
 def chosen(batch: Any, rows: np.ndarray) -> Any:

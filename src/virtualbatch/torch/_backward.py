@@ -159,7 +159,7 @@ def backward(
             during its backward pass, with a DistributedDataParallel; "microbatch" or "window"
             with `fully_shard`. None for the first of each pair.
         accumulator_dtype: "bfloat16" sums gradients of bfloat16 parameters in bfloat16, with
-            stochastic rounding, in half the memory and with an error that docs/torch.md states;
+            stochastic rounding, in half the memory, with an error that docs/guides/torch.md states;
             others are summed as ever. None or "float32" for promote(parameter dtype, float32).
 
     Returns:
@@ -181,7 +181,7 @@ def backward(
         MemoryError: not even a micro-batch of one row fits.
 
     Source:
-        The law in docs/law.md.
+        The law in docs/how_it_works/law.md.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)

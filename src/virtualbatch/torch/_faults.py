@@ -18,7 +18,7 @@ class StatefulLossError(ValueError):
     """
 
     def __init__(self, rule: str, got: str, fix: str):
-        super().__init__(f"{rule} Got {got}. {fix} See docs/state.md.")
+        super().__init__(f"{rule} Got {got}. {fix} See docs/guides/state.md.")
         self.finding = Finding("stateful", "loss_fn", f"{rule} It has {got}.", fix)
 
 

@@ -87,7 +87,7 @@ def kinds(
             raise ValueError(
                 "A leaf of aux must have its rows on the first axis. "
                 f"Got shape {shape} with the rows on axis {min(axes)}. "
-                "Return it with that axis first. See docs/rows.md."
+                "Return it with that axis first. See docs/guides/rows.md."
             )
     _check_shapes(columns, per_row, asked)
     return [

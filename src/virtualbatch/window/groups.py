@@ -88,7 +88,7 @@ def _cut(groups: np.ndarray, size: int) -> Iterator[np.ndarray]:
             "A group must fit into one micro-batch. "
             f"Got a group of {counts[largest]} rows ({names[largest].item()!r}) and "
             f"microbatch_size={size}. Pass a larger size, or wrap the model in rowwise and let "
-            "the loss see all rows: see docs/rowwise.md."
+            "the loss see all rows: see docs/guides/rowwise.md."
         )
     # Sorting is stable, so that rows of a group stay in their order.
     members = np.split(np.argsort(number, kind="stable"), np.cumsum(counts)[:-1])

@@ -13,7 +13,7 @@ _log = logging.getLogger("virtualbatch")
 
 Entry = TypeVar("Entry")
 
-_FIX = "See docs/not_finite.md."
+_FIX = "See docs/guides/not_finite.md."
 
 
 class LossWatch:

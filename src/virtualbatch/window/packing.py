@@ -51,7 +51,7 @@ def pack(
 
     Rows are sorted by length, longest first, and every micro-batch is trimmed to its longest row.
     The gradient is that of the padded batch, as long as padding reaches no valid row: see
-    docs/pack.md.
+    docs/guides/packing.md.
 
     Args:
         batch: nested dicts, lists, tuples and dataclasses of arrays (NumPy, PyTorch, TensorFlow or
@@ -78,7 +78,7 @@ def pack(
             text, a number or a list of such.
 
     Source:
-        The law in docs/law.md.
+        The law in docs/how_it_works/law.md.
 
     Example:
         >>> ids = np.array([[5, 6, 0, 0], [7, 0, 0, 0], [1, 2, 3, 4], [8, 9, 0, 0]])

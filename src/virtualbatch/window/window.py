@@ -8,7 +8,7 @@ from virtualbatch.window.cut import check_sizes
 # How a Window is taken whose rows cannot be told: the end of what refuses one.
 PASS_WEIGHT = (
     " Or pass weight=, what the loss of a micro-batch is divided by: then those of a Window are "
-    "taken as they are. See docs/rows.md."
+    "taken as they are. See docs/guides/rows.md."
 )
 
 

@@ -17,7 +17,7 @@ from virtualbatch.jax._window import Program
 
 _SAME_DRAWS = (
     "The loss draws random numbers and no key_argnum is given: in training all micro-batches draw "
-    "the same ones, and so do all updates if the key is part of the loss. See docs/state.md."
+    "the same ones, and so do all updates if the key is part of the loss. See docs/guides/state.md."
 )
 
 _READS_VALUES = (

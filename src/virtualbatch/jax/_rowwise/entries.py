@@ -99,7 +99,7 @@ def _check_unchanged(before: Sequence[tuple[Any, Any]], after: Sequence[Any]) ->
             "fn must not change its arguments, for it runs twice, and on copies of them. "
             f"Got a change of arguments{(changed or [''])[0]}. Return what changes beside the "
             "outputs, as often as there are rows, and seed modules by a key that key_argnum "
-            "names. See docs/state.md."
+            "names. See docs/guides/state.md."
         )
 
 

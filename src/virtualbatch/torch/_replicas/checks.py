@@ -16,7 +16,7 @@ def check_reduce(reduce: str | None, known: Sequence[str], kind: str) -> None:
     if reduce is not None and reduce not in known:
         raise ValueError(
             f"reduce of a {kind} must be {' or '.join(repr(word) for word in known)}. "
-            f"Got reduce={reduce!r}. Leave it out for {known[0]!r}. See docs/processes.md."
+            f"Got reduce={reduce!r}. Leave it out for {known[0]!r}. See docs/guides/processes.md."
         )
 
 

@@ -109,7 +109,7 @@ def adds_nothing_up(what: str, where: str) -> ValueError:
         "module must be what adds up gradients over ranks. "
         f"Got {what} in {where}. "
         "Pass the DistributedDataParallel around it, such as trainer.strategy.model in Lightning, "
-        "or group=False if the ranks train apart. See docs/processes.md."
+        "or group=False if the ranks train apart. See docs/guides/processes.md."
     )
 
 
