@@ -19,7 +19,7 @@ ALONE_EXTRAS_tensorflow := tensorflow,demo,test,lint
 ALONE_EXTRAS_torch := torch,test,lint
 ALONE_EXTRAS_jax := jax,examples,test,lint
 
-.PHONY: help setup demo test test-all mutants fuzz test-gpu test-alone test-floors lint bench examples dist report-shots doctor clean
+.PHONY: help setup demo test test-all mutants fuzz test-gpu test-alone test-floors lint bench examples docs dist report-shots doctor clean
 
 help:
 	@echo "make setup      create .venv and install the package with its tools"
@@ -33,6 +33,7 @@ help:
 	@echo "make lint       ruff, mypy, import contracts"
 	@echo "make bench      measure speed and memory"
 	@echo "make examples   run every file in examples/"
+	@echo "make docs       the documentation as a site in build/docs/index.html"
 	@echo "make dist       build a wheel and an sdist in dist/, and try the wheel in an empty environment"
 	@echo "make report-shots  pictures of reports in build/shots; needs chromium"
 	@echo "make doctor     what is installed, devices, memory limits"
@@ -139,6 +140,15 @@ bench: setup
 
 examples: setup
 	set -e; for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example; done
+
+# The site needs neither a framework nor the package; a warning is an error.
+DOCS := .venv-docs
+
+docs:
+	test -x $(DOCS)/bin/sphinx-build || { $(PYTHON) -m venv $(DOCS) && \
+		$(DOCS)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt ".[docs]"; }
+	$(DOCS)/bin/sphinx-build --fail-on-warning --fresh-env --quiet docs build/docs
+	@echo "build/docs/index.html"
 
 dist: setup
 	rm -rf dist

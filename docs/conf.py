@@ -1,0 +1,45 @@
+"""The site: `make docs` builds it in build/docs.
+
+The reference is read from the source without importing it, so no framework need be installed.
+"""
+
+import tomllib
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[1]
+_PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
+
+project = _PROJECT["name"]
+author = _PROJECT["authors"][0]["name"]
+extensions = ["myst_parser", "autoapi.extension", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+# The same names in single backquotes as in the docstrings; those that are public become links.
+default_role = "py:obj"
+
+html_theme = "furo"
+html_title = project
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_copy_source = False
+copybutton_exclude = ".linenos, .gp, .go"
+
+myst_heading_anchors = 4
+# Fences of the pages: `python no-run` is Python that no test runs.
+myst_enable_extensions = []
+
+autoapi_dirs = [str(_ROOT / "src" / "virtualbatch")]
+autoapi_ignore = [f"*/virtualbatch/{room}/*" for room in ("bench", "demo", "cli")]
+autoapi_generate_api_docs = False
+autoapi_add_toctree_entry = False
+autoapi_options = ["members", "imported-members", "private-members"]
+autoapi_own_page_level = "function"
+autodoc_typehints = "signature"
+python_use_unqualified_type_names = True
+maximum_signature_line_length = 76
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Fields", "params_style"), "Source"]
+suppress_warnings = [
+    # Private constants and modules of frameworks; what the reference names is resolved, or fails.
+    "autoapi.python_import_resolution",
+]
