@@ -5,6 +5,9 @@ The reference is read from the source without importing it, so no framework need
 
 import tomllib
 from pathlib import Path
+from typing import Any
+
+from docutils import nodes
 
 _ROOT = Path(__file__).parents[1]
 _PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
@@ -18,15 +21,12 @@ default_role = "py:obj"
 
 html_theme = "furo"
 html_title = project
-html_static_path = ["_static"]
-html_css_files = ["site.css"]
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 myst_heading_anchors = 4
-# Fences of the pages: `python no-run` is Python that no test runs.
-myst_enable_extensions = []
 
 autoapi_dirs = [str(_ROOT / "src" / "virtualbatch")]
 autoapi_ignore = [f"*/virtualbatch/{room}/*" for room in ("bench", "demo", "cli")]
@@ -43,3 +43,15 @@ suppress_warnings = [
     # Private constants and modules of frameworks; what the reference names is resolved, or fails.
     "autoapi.python_import_resolution",
 ]
+
+
+def _short(app: Any, env: Any, node: nodes.Element, contnode: nodes.Element) -> Any:
+    """A type that has no page here, such as `Callable`, without the module that it is from."""
+    if node.get("refdomain") == "py" and node.get("reftype") == "class":
+        return nodes.Text(node["reftarget"].rpartition(".")[2])
+    return None
+
+
+def setup(app: Any) -> None:
+    """Sphinx calls it."""
+    app.connect("missing-reference", _short)
