@@ -7,7 +7,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from virtualbatch.plan.plan import NEARLY_AS_FAST, Plan, readable_bytes
+from virtualbatch.plan.plan import Plan, readable_bytes
+from virtualbatch.plan.timing import ALIKE
 from virtualbatch.report._axes import note
 from virtualbatch.report._section import Figure, Section, Table, Tile
 from virtualbatch.report._svg import LIGHT, NARROW, WIDE, drawing
@@ -157,8 +158,8 @@ def _throughput(name: str, plan: Plan, width: int) -> Markup:
         _size_axis(axes, list(timed))
         axes.set_ylim(0, 1.2 * best)
         axes.set_ylabel("throughput, batches/s")
-        axes.axhspan(best / NEARLY_AS_FAST, best, color=LIGHT["green"], alpha=0.2, linewidth=0)
-        text = f"shaded: within {NEARLY_AS_FAST - 1:.0%} of the fastest"
+        axes.axhspan(best / (1 + ALIKE), best, color=LIGHT["green"], alpha=0.2, linewidth=0)
+        text = f"shaded: within {ALIKE:.0%} of the fastest"
         note(axes, (0, axes.get_ylim()[1]), text, "green")
         axes.plot(list(timed), list(timed.values()), "o-", color=LIGHT["blue"])
         if plan.microbatch_size in timed:
