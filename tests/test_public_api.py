@@ -24,6 +24,7 @@ SIGNATURES = {
     virtualbatch.Window: "(microbatches, *, sorted_rows=False)",
     virtualbatch.pack: "(batch, lengths, *, microbatch_tokens, round_to=None, padded=None)",
     virtualbatch.windows: "(stream, accumulation_steps)",
+    virtualbatch.report.Report: "(*results)",
     virtualbatch.report.write_html: "(file, *results)",
     virtualbatch.certify_loop: "(loop, batches, *, microbatch_size, save, load)",
     virtualbatch.tensorflow.certify_loop: "(loop, batches, *, microbatch_size, **state)",
@@ -122,7 +123,7 @@ NAMES = {
         "whole_groups",
         "windows",
     },
-    virtualbatch.report: {"write_html"},
+    virtualbatch.report: {"Report", "write_html"},
     virtualbatch.tensorflow: {
         "Window",
         "certify",

@@ -282,7 +282,7 @@ def test_an_engine_that_is_wrong_is_caught(monkeypatch):
     assert not found.exact
     wrong = [name for name, error in found.parameters.items() if error > found.tolerance]
     assert wrong == ["sequential/dense/kernel"]
-    assert "bug of virtualbatch, please report it" in found.findings[0].fix
+    assert "bug of virtualbatch: please report it" in found.findings[0].fix
 
 
 def test_randomness_is_named():
