@@ -135,12 +135,11 @@ def _traced(call: Call, cut: Cut, rows: int) -> _Traced:
             return program(is_array)
     except _UNTRACEABLE as error:
         raise TypeError(
-            "With has_aux=True a loss function must be traceable with any number of rows, "
-            "which tells how its leaves are put together. "
-            f"Got {type(error).__name__} with {rows} rows: {error}. "
-            "Use JAX operations instead of branches on values and of a fixed number of rows; or "
-            'say it: aux_merge="rows", "sum", "mean", "max" or "keep", or a prefix of aux with '
-            "these. See docs/guides/state.md."
+            "With has_aux=True a loss function must be traceable with any number of rows: this "
+            f"shows how the leaves of aux are merged. Got {type(error).__name__} with {rows} "
+            f"rows: {error}. Use JAX operations instead of branches on values and of a fixed "
+            'number of rows; or name the merge: aux_merge="rows", "sum", "mean", "max" or "keep", '
+            "or a prefix of aux with these. See docs/guides/state.md."
         ) from error
 
 

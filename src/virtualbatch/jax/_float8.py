@@ -53,8 +53,8 @@ def refuse_new_values(arguments: Any) -> None:
     ]
     if found:
         raise ValueError(
-            "rowwise adds up gradients, and those of float8 state are no gradients but new values. "
-            f"Got {found[0]}. Keep float8 out of fn, or train in bfloat16."
+            "rowwise adds up gradients, but the gradient of float8 state is its new value. Got "
+            f"{found[0]}. Keep float8 out of fn, or train in bfloat16."
         )
 
 

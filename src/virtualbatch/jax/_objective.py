@@ -171,8 +171,8 @@ def check_names(terms: Mapping[Any, Any]) -> None:
         sorted(terms)
     except TypeError as error:
         raise TypeError(
-            "Names of terms must be of a kind that can be sorted, as in every dict of JAX. "
-            f"Got {[*terms]}. Return a dict whose names are all text."
+            f"Names of terms must be sortable, as in every dict of JAX. Got {[*terms]}. Return a "
+            "dict whose names are all text."
         ) from error
 
 

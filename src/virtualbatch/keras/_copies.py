@@ -66,8 +66,8 @@ class Reduction:
         if not self._said:
             self._said = True
             _log.warning(
-                "A pickle of the model %r does not know of virtualbatch: what is read from it "
-                "trains on whole batches. Call accumulate on it again.",
+                "A pickle of the model %r does not keep accumulate: a model that is loaded from "
+                "it trains on whole batches. Call accumulate on it again.",
                 self._model.name,
             )
         of_keras: Any = type(self._model)

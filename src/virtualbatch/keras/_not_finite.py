@@ -17,7 +17,7 @@ from virtualbatch.window.terms import SINGLE
 # its loss, how many micro-batches it has, and the number of the first that is not finite, or 0.
 LOSSES = "virtualbatch_losses"
 # What is told of micro-batches whose loss sees all rows.
-PREDICTIONS = "What the model predicts"
+PREDICTIONS = "The prediction of the model"
 # In the place of rows that are not the next ones of their batch; and where nothing is known of a
 # loss, because it cannot be told from losses before it.
 NO_PLACE, NOTHING_KNOWN = -1, -2

@@ -198,8 +198,9 @@ class TrainStep:
             whole = rows * devices
             _log.warning(
                 "A batch of %d rows is one update of %d micro-batches of up to %d rows%s. If all "
-                "%d rows fit in memory at once, did you mean fit(batch_size=%d)? Else pass "
-                "microbatch_size=%d instead of accumulation_steps=%d, and this is not said again.",
+                "%d rows fit in memory at once, did you mean fit(batch_size=%d)? Otherwise pass "
+                "microbatch_size=%d instead of accumulation_steps=%d, which also stops this "
+                "message.",
                 *(whole, -(-rows // size), size, _on_each(devices)),
                 *(whole, whole * steps, size, steps),
             )
@@ -260,7 +261,7 @@ class TrainStep:
         for name in losses:
             if name not in self._said:
                 _log.warning(
-                    "The loss %s returns one number: it is taken for one mean over rows.", name
+                    "The loss %s returns one number: it is treated as one mean over rows.", name
                 )
         self._said.update(losses)
 

@@ -81,10 +81,10 @@ class TrainingStep:
         self._last = epoch, loop.batch_idx
         if loop.total_batch_idx == self._ran_at:
             raise ValueError(
-                "Where batches are collected, an optimizer may call its closure once, because "
-                "Lightning clears gradients at the first batch only. "
-                f"Got a second call with accumulate_grad_batches={steps}, as LBFGS makes it. "
-                "Use accumulate_grad_batches=1 and a loader with the whole batch."
+                "With accumulate_grad_batches above 1, an optimizer may call its closure only "
+                "once, because Lightning clears gradients at the first batch only. Got a second "
+                f"call with accumulate_grad_batches={steps}, as LBFGS makes it. Use "
+                "accumulate_grad_batches=1 and a loader with the whole batch."
             )
         self._collected.append(given)
         if not loop._should_accumulate():

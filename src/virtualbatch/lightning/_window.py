@@ -204,9 +204,9 @@ class _Heard:
             extra = {key: value for key, value in output.items() if key != "loss"}
         if not isinstance(loss, torch.Tensor):
             raise ValueError(
-                "training_step must return the loss of every micro-batch, or a dict with "
-                f'"loss". Got {type(output).__name__} from {self._module}. '
-                "Return a loss also for rows that count nothing, or filter them in the loader."
+                'training_step must return the loss of every micro-batch, or a dict with "loss". '
+                f"Got {type(output).__name__} from {self._module}. Return a loss even where no "
+                "row counts, or filter such rows in the loader."
             )
         return loss, extra
 

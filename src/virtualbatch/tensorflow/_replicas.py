@@ -33,9 +33,8 @@ def refuse_eager_replicas() -> None:
     count = replicas()
     if count > 1 and tf.executing_eagerly():
         raise ValueError(
-            "Several replicas are trained in a graph. "
-            f"Got an eager call in a strategy of {count} replicas. "
-            "Put strategy.run into a tf.function."
+            "Several replicas must be trained in a graph. Got an eager call in a strategy of "
+            f"{count} replicas. Put strategy.run into a tf.function."
         )
 
 
@@ -56,8 +55,8 @@ def refuse_values_of_replicas(batch: Any, variables: Any) -> None:
         found += [getattr(x, "_value", x) for x in tf.nest.flatten(variables)]
     if any(isinstance(leaf, tf.distribute.DistributedValues) for leaf in found):
         raise ValueError(
-            "Each replica takes the gradients of its own rows. "
-            "Got values of a strategy outside of strategy.run. Put the call into it."
+            "Each replica takes the gradients of its own rows. Got values of a strategy outside "
+            "of strategy.run. Call it inside strategy.run."
         )
 
 

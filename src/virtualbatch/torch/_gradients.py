@@ -319,7 +319,7 @@ def _refuse_half_loss(terms: Collection[torch.Tensor]) -> None:
     for term in terms:
         if term.dtype in HALF:
             raise ValueError(
-                "With fully_shard a loss must be float32 or wider. "
-                f"Got {str(term.dtype).removeprefix('torch.')}. "
-                "Return loss.float(), or output_dtype=torch.float32 in the policy."
+                "With fully_shard a loss must be float32 or wider. Got "
+                f"{str(term.dtype).removeprefix('torch.')}. Return loss.float(), or set "
+                "output_dtype=torch.float32 in the policy."
             )

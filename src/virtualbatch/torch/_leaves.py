@@ -75,9 +75,10 @@ def refuse_shards(terms: Collection[torch.Tensor], parameters: Collection[torch.
     for leaf in foreign_leaves(terms, ()):
         if id(leaf) in known:
             raise ValueError(
-                "With fully_shard a loss must use parameters in the forward pass of their module, "
-                "where they are gathered. Got a loss that uses the shards of one of shape "
-                f"{tuple(leaf.shape)}. Compute what uses it, such as a penalty, in that pass."
+                "With fully_shard, parameters must be used in the forward pass of their module, "
+                "where they are gathered. Got a loss that uses the shards of a parameter of shape "
+                f"{tuple(leaf.shape)}. Move that computation, such as a penalty, into the forward "
+                "pass."
             )
 
 

@@ -127,9 +127,9 @@ class Seam:
 
     def _refused_calls(self) -> ValueError:
         return ValueError(
-            "A training_step must call compute_loss once, for its loss alone. "
-            f"Got {self._calls} calls, or one for outputs, in {type(self._trainer).__name__}. "
-            "Call virtualbatch.torch.loss in training_step yourself."
+            f"A training_step must call compute_loss once, for its loss alone. Got {self._calls} "
+            f"calls, or one with return_outputs=True, in {type(self._trainer).__name__}. Call "
+            "virtualbatch.torch.loss in training_step yourself."
         )
 
 

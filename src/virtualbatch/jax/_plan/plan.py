@@ -42,9 +42,9 @@ def planned(
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
         raise ValueError(
-            "A plan is made outside of programs, because it compiles and runs some. "
-            "Got a call inside jit or another trace. "
-            "Call it before, with arrays or jax.ShapeDtypeStruct."
+            "plan must be called outside of jit, because it compiles and runs programs of its "
+            "own. Got a call inside jit or another trace. Call it before, with arrays or "
+            "jax.ShapeDtypeStruct."
         )
     rows = rows_of(batch, "batch")
     leaves, structure = jax.tree.flatten((args, kwargs))

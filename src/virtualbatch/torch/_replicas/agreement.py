@@ -76,7 +76,7 @@ class Agreement:
         try:
             self._tell()
         except RuntimeError as lost:
-            error.add_note(f"The other ranks could not be told: {lost}")
+            error.add_note(f"The other ranks could not be notified: {lost}")
 
     def most(self, count: int) -> int:
         """The most micro-batches that a rank wants, which all are to run.
@@ -110,8 +110,8 @@ class Agreement:
         names = sorted(weights.weighed, key=str)
         if len(names) > _MOST_TERMS:
             raise ValueError(
-                f"A loss of several ranks may have {_MOST_TERMS} weights. "
-                f"Got {len(names)}. Add up the terms that have the same weight."
+                f"A loss of several ranks may have at most {_MOST_TERMS} weights. Got "
+                f"{len(names)}. Add up the terms that have the same weight."
             )
         # Refuses what is no weight, before it meets those of others.
         weights.shares()
@@ -126,8 +126,8 @@ class Agreement:
         self._check_others(failed)
         if not ranks:
             raise ValueError(
-                "A window must have a row on some rank. "
-                f"Got none on any of {self._size}. Skip it on all ranks."
+                f"A window must have a row on at least one rank. Got none on any of {self._size} "
+                "ranks. Skip it on all ranks."
             )
         if not is_common(ranks, codes, squares):
             here = ", ".join(map(str, weights.terms)) if weights.terms else "no named terms"

@@ -61,7 +61,7 @@ class Sharded(Replicas):
         if program.stats:
             raise ValueError(
                 "Statistics need the gradients of single micro-batches. Got stats=True with "
-                "fully_shard, which shows only what all ranks have added up. Leave stats out."
+                "fully_shard, which shows only sums over all ranks. Leave stats out."
             )
 
     def settle(self) -> None:
@@ -163,7 +163,8 @@ class Sharded(Replicas):
                 raise ValueError(
                     "Gradients of all parameters must be added up over ranks. Got a parameter of "
                     f"shape {tuple(parameter.shape)} that fully_shard does not hold, or ignores. "
-                    "Call fully_shard on all that is trained, or freeze the parameter."
+                    "Call fully_shard on a module that holds every trained parameter, or freeze "
+                    "this one."
                 )
 
     def _check_dtypes(self) -> None:

@@ -100,6 +100,6 @@ def refuse_options(weight: Any, has_aux: bool) -> None:
     """
     if weight is not None or has_aux:
         raise ValueError(
-            "weight and has_aux are those of a loss. Got one with a rowwise function, which has "
-            "no loss yet. Leave it out."
+            "weight and has_aux belong to a loss. Got one of them with a rowwise function, which "
+            "has no loss yet. Leave it out."
         )
