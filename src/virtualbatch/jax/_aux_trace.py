@@ -17,9 +17,9 @@ _kept = AuxShapes()
 
 
 class AuxTrace:
-    """The aux of one call, traced at other numbers of rows where it is asked for.
+    """The aux of one call, traced at other numbers of rows where that is needed.
 
-    Un-jitted, a loop asks the same at every update: answers are kept as long as the loss lives.
+    An un-jitted loop needs the same traces at every update, so they are kept while the loss lives.
 
     Args:
         call: the call.
@@ -83,7 +83,7 @@ class Origin(NamedTuple):
     Fields:
         batch: whether it depends on entries of the batch.
         counts_on: whether an integer of another argument reaches it through integers alone.
-        follows_rows: whether it is computed otherwise where the rows are others.
+        follows_rows: whether its formula changes with the number of rows.
     """
 
     batch: bool

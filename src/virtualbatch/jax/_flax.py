@@ -1,6 +1,6 @@
-"""What users of Flax hand in that cannot work as it stands, refused with what does work.
+"""Arguments of Flax that cannot work unchanged, refused with what does work.
 
-Flax is not imported: where the user has not, there is nothing to refuse.
+Flax is not imported: if the user has not imported it, there is nothing to refuse.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""What travels as a gradient and is none: the float8 scales and histories of Flax.
+"""Values in place of gradients: the float8 scales and histories of Flax.
 
 Flax keeps them in a collection of its own among the parameters, and its backward pass gives their
-new values in place of gradients. A history holds largest values, so that of a window is the
-largest of its micro-batches'; a scale is made of the history before, alike in all of them.
+new values in place of gradients. A history holds maxima, so a window's history is the maximum over
+its micro-batches. A scale is computed from the history before, so all micro-batches agree on it.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The mesh in use: `jax.shard_map` entered over the axes of it over which rows are spread.
+"""The mesh in use: enters `jax.shard_map` over those of its axes that rows are spread over.
 
 Other axes of the mesh stay as they are. Inside, the engine runs what it runs in a `shard_map` of
 the user's.

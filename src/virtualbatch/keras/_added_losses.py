@@ -18,7 +18,7 @@ _FEW, _MORE = 2, 3
 
 
 class AddedLosses:
-    """What was found out about the losses that the layers of one model add."""
+    """What is known about the losses that the layers of one model add."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[int, ...], list[bool]] = {}

@@ -1,6 +1,6 @@
 """The losses of micro-batches of `fit` that are not finite.
 
-A compiled window tells of them in the logs of its step, which are read once a later window runs.
+A compiled window reports them in the logs of its step, which are read once a later window runs.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ _OF_REPLICAS = 3
 
 
 class LossesOfFit:
-    """Hears of the losses of a model's windows.
+    """Receives the losses of a model's windows.
 
     Args:
         is_there: see `LateLosses`.

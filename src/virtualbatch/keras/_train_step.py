@@ -42,13 +42,13 @@ class TrainStep:
         packing: as given.
         check: as given.
         gather: as given.
-        silent: whether losses that only their author knows how to cut are not named: they were
-            proven, or somebody observes them.
+        silent: whether losses that only their author knows how to cut are not logged, because they
+            were proven or are being observed.
         most: rows of a micro-batch, or tokens of a packed one, where they were planned, or made
             fewer than asked for; else None.
-        losses: hears of the losses of windows; None where nobody does.
-        listener: is told the `WindowStats` of windows; None, and they are not computed. A train
-            function that was made before knows only of the one that was there.
+        losses: receives the losses of windows; None where they are not watched.
+        listener: receives the `WindowStats` of windows; where it is None they are not computed. A
+            train function keeps the listener that was set when it was made.
     """
 
     is_virtualbatch = True

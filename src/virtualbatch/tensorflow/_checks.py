@@ -1,4 +1,4 @@
-"""Refusals of what no window could be made of, before anything is computed."""
+"""Refuses arguments that no window can be made of, before anything is computed."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What TensorFlow's own search for NaN says of a micro-batch that counts for nothing."""
+"""Explains an error of TensorFlow's own NaN check in a micro-batch of weight 0."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

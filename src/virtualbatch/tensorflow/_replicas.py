@@ -1,8 +1,7 @@
 """Replicas of a `tf.distribute` strategy: what they sum, and a replica that has no rows.
 
-A graph is traced in one thread per replica, and threads change places wherever replicas wait for
-each other. So nothing that they share may be held changed over a sum, and no sum may stand in a
-loop or a branch.
+A graph is traced in one thread per replica, and another thread runs wherever replicas wait for each
+other. So shared state must not stay changed across a sum, and no sum may be in a loop or a branch.
 """
 
 from collections.abc import Callable, Sequence

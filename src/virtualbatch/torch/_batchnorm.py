@@ -48,12 +48,12 @@ class Moments(NamedTuple):
 class MergedStatistics:
     """Records what BatchNorm layers see, for the length of one window.
 
-    While it listens, a layer's momentum is 1: the kernel then leaves the moments of the call in
-    the running statistics, and reading them there costs no second pass over the inputs. What the
-    layer's own momentum was is known to one window only, so a second one is refused.
+    While it records, a layer's momentum is 1: the kernel then leaves the moments of the call in
+    the running statistics, and reading them there costs no second pass over the inputs. Only one
+    window knows the layer's own momentum, so a second window is refused.
 
     Args:
-        layers: modules, each once, of which those that track statistics are heard.
+        layers: modules, each once; those that track statistics are recorded.
         before: their buffers before the window.
     """
 

@@ -1,6 +1,6 @@
 """Windows with a rowwise function inside, whose loss sees all rows: they are not cut smaller.
 
-With fewer rows such a loss is another one, and no error would show it.
+With fewer rows such a loss has another value, and no error would show it.
 """
 
 from collections.abc import Callable, Iterator

@@ -83,11 +83,11 @@ def refuse_shards(terms: Collection[torch.Tensor], parameters: Collection[torch.
 
 
 class ForeignLeaves:
-    """Leaves beside the parameters, which PyTorch gives gradients that lack their share.
+    """Leaves beside the parameters, whose gradients PyTorch computes without their share.
 
-    A leaf that a loss function makes, such as inputs that are made to require gradients, goes
-    away with its micro-batch: nobody trains it. Its rows in the batch stay as they were. Whatever
-    else is still there when the micro-batch is gone is trained by somebody.
+    A leaf that a loss function makes, such as inputs that it makes require gradients, is freed
+    with its micro-batch, so it is not trained. Its rows in the batch stay as they were. Any other
+    leaf that outlives the micro-batch may be trained by an optimizer.
 
     Args:
         terms: scalar losses of the first micro-batch, before their backward pass.

@@ -1,4 +1,4 @@
-"""Rows of the caller that must be as they were if a window is to run again."""
+"""The caller's rows, which must be unchanged if a window is to run again."""
 
 from virtualbatch.torch._batch import ReadBatch
 from virtualbatch.torch._faults import StatefulLossError

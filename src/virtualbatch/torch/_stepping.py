@@ -1,4 +1,4 @@
-"""Hooks that step an optimizer in the backward pass, which has many of them in one window."""
+"""Refuses hooks that step an optimizer in the backward pass: a window has several of those."""
 
 from collections.abc import Sequence
 from functools import partial

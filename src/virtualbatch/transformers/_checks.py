@@ -1,4 +1,4 @@
-"""What is refused of a trainer, before anything of it is changed."""
+"""Refuses trainers that cannot work, before anything in them is changed."""
 
 from importlib.metadata import version
 from typing import Any

@@ -31,10 +31,10 @@ _COMPUTED_IN = (torch.float32,)
 
 
 class WeightFinder:
-    """Finds what a loss was divided by, and asks again where the answer is open.
+    """Finds what a loss was divided by, and tries again while the answer is open.
 
-    As long as several candidates are in the same proportion nobody needs to know. The first window
-    in which they differ tells. Rows without a gradient tell nothing, and the next window is asked.
+    While several candidates are in the same proportion, any of them is right. The first window in
+    which they differ decides. Rows without a gradient decide nothing, and the next window is tried.
     Some later windows are tried again.
 
     Args:

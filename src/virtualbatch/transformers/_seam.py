@@ -16,8 +16,8 @@ _ATTRIBUTE = "_virtualbatch"
 class Seam:
     """Collects the batches of an update, and runs them when the last has come.
 
-    Around each batch everything happens as often as ever: preparation, callbacks, counters. The
-    losses of all but the last are 0, and the last is that of the update.
+    Preparation, callbacks and counters run around each batch as usual. The loss of every batch but
+    the last is 0, and the loss of the last is that of the update.
 
     Args:
         trainer: the trainer.

@@ -18,7 +18,7 @@ _ENOUGH = 8
 
 
 class Asked(NamedTuple):
-    """What `accumulate` was asked for.
+    """The options of `accumulate`.
 
     Fields:
         microbatch_size: rows, "auto" or an Auto; None for none of them.

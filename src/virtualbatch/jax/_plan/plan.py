@@ -1,4 +1,4 @@
-"""Planning on JAX: what XLA says of a window's memory, and how long the window takes.
+"""Planning on JAX: the memory of a window as XLA reports it, and its time.
 
 A window is compiled, not run, to know its memory. Only then are a few sizes timed, each with the
 program that was compiled, if there is data to run it on.

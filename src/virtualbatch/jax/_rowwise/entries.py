@@ -1,4 +1,4 @@
-"""A function of rows as one micro-batch meets it, its outputs checked.
+"""A function of rows as one micro-batch calls it, with its outputs checked.
 
 Half-precision arguments come in wide and are cast back for the function, so that what transposes
 the loop adds their gradients up in float32.

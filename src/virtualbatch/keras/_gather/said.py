@@ -1,4 +1,4 @@
-"""What is said of losses that need all rows: once, at the first batch."""
+"""Log lines about losses that need all rows: once, at the first batch."""
 
 import logging
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ _log = logging.getLogger("virtualbatch")
 
 
 def say_what_is_gathered(model: keras.Model, found: Found) -> None:
-    """Says whose predictions are gathered, and why."""
+    """Logs which losses get gathered predictions, and why."""
     if found.gathering is None:
         return
     if found.gathering.losses is None:

@@ -1,4 +1,4 @@
-"""An ordinary loss with the derivatives of a function of rows: what is tried, certified, planned.
+"""An ordinary loss that represents a function of rows in trials, certificates and plans.
 
 The products of its outputs with fixed numbers are added up over rows, so it is a sum over rows
 exactly where the function works row by row.
@@ -39,7 +39,7 @@ _MOST_TRACES = 4
 
 
 class _Given:
-    """The function with the shared arguments of the call in which it is looked at."""
+    """The function with the shared arguments of the call that is examined."""
 
     def __init__(self, fn: Callable[..., Any]):
         self._fn = fn
@@ -59,7 +59,7 @@ class _Given:
 
 
 class Learnt:
-    """What a trace of a function told.
+    """What a trace of a function showed.
 
     Args:
         reached: its variables.

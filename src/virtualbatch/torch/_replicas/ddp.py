@@ -170,7 +170,7 @@ class _MadeFor(NamedTuple):
 
     Fields:
         number: of its parameters.
-        parameters: those that it tells, by identity.
+        parameters: those that it lists, by identity.
     """
 
     number: int
@@ -178,7 +178,7 @@ class _MadeFor(NamedTuple):
 
 
 class _KeepsBuckets:
-    """A reducer whose forward passes change no buckets, for which all ranks would have to be there.
+    """A reducer whose forward passes change no buckets, which would need all ranks.
 
     Args:
         reducer: of a DistributedDataParallel.
@@ -195,7 +195,7 @@ class _KeepsBuckets:
 
 
 class _Reach(torch.autograd.Function):
-    """A scalar whose graph reaches parameters, and gives them nothing."""
+    """A scalar whose graph reaches parameters, and gives them no gradient."""
 
     @staticmethod
     def forward(ctx: Any, *parameters: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Who shares a window with this process: nobody, or the ranks of a module."""
+"""Which processes share a window: this one alone, or the ranks of a module."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

@@ -1,10 +1,10 @@
 """Replicas of fully sharded modules: FSDP2, also with replicas of shards or tensor parallelism.
 
 Such a module gathers parameters in each forward and backward pass and adds up gradients itself, by
-default after each micro-batch, so that each rank holds its shard of them. What is survived: errors
-before the first micro-batch of a window and after the last are raised on all ranks, and nothing is
-written. What is not: a rank that raises between them leaves the others in a gather, until the
-process ends or the time limit of their group has passed.
+default after each micro-batch, so that each rank holds its shard of them. Errors before the first
+micro-batch of a window and after the last are raised on all ranks, and nothing is written. A rank
+that raises between them leaves the others in a gather, until the process ends or the time limit of
+their group has passed.
 """
 
 from collections.abc import Iterator, Sequence

@@ -90,7 +90,7 @@ def with_numbers(surrogate: Surrogate, batch: Any) -> tuple[Program, Any]:
 
 
 class _RowsTrial(TorchTrial):
-    """See `virtualbatch.certify.trial.Trial`: what differs is the values of outputs.
+    """See `virtualbatch.certify.trial.Trial`; it compares the values of outputs.
 
     Args:
         surrogate: of the function.

@@ -1,4 +1,4 @@
-"""A loss for what has none: the sum over outputs of what they are times random numbers.
+"""A loss for a function without one: the sum of its outputs times random numbers.
 
 It is a sum over rows if fn computes each row from that row alone. So the machinery of the engine,
 which plans, tries and certifies losses, does the same for a rowwise function.
