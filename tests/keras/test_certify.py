@@ -299,7 +299,7 @@ def test_randomness_that_cannot_be_turned_off_is_named():
     assert not found.exact
     assert found.findings[0].kind == "stateful"
     assert "sampling" in found.findings[0].where
-    assert any("What sampling may draw could not be turned off" in note for note in found.notes)
+    assert any("Randomness in sampling could not be turned off" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(

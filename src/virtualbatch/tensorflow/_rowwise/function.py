@@ -29,7 +29,7 @@ class Rowwise:
         fn: (batch, *shared) -> outputs.
         microbatch_size: checked; or "auto", an `Auto`, or None.
         accumulation_steps: checked, or None.
-        check: whether the first call proves that each row stands alone.
+        check: whether the first call proves that each row is computed from that row alone.
     """
 
     def __init__(

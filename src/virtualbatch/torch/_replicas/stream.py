@@ -75,8 +75,8 @@ class GroupWindows(Iterable[Window]):
         window = self._next(found)
         if self._largest(_READ if window else _ENDED) == _ENDED:
             raise ValueError(
-                "windows needs at least one micro-batch on some rank. Got an empty stream on all. "
-                "A generator can be read only once: pass a fresh one for each epoch."
+                "windows needs at least one micro-batch on some rank. Got an empty stream on all "
+                "ranks. A generator can be read only once: pass a fresh one for each epoch."
             )
         while True:
             yield window
@@ -95,15 +95,15 @@ class GroupWindows(Iterable[Window]):
             try:
                 self._exchange(_FAILED)
             except RuntimeError as lost:
-                error.add_note(f"The other ranks could not be told: {lost}")
+                error.add_note(f"The other ranks could not be notified: {lost}")
             raise
 
     def _largest(self, own: int) -> int:
         largest = self._exchange(own)
         if largest == _FAILED:
             raise RuntimeError(
-                "All ranks must read their streams. Got an error in that of another rank, before "
-                "this window. See the log of that rank."
+                "Every rank must be able to read its stream. Got an error in the stream of "
+                "another rank, before this window. See the log of that rank."
             )
         return largest
 
