@@ -132,11 +132,11 @@ def value_and_grad(
 ) -> Callable[..., Any]: ...
 @overload
 def value_and_grad(
-    fun: Callable[..., Loss | tuple[Loss, Any]],
+    fun: Callable[..., tuple[Loss, Any]],
     argnums: int | Sequence[int] = 0,
     *,
-    has_aux: bool,
-    stats: bool = False,
+    has_aux: Literal[True],
+    stats: bool,
     **options: Unpack[_Options],
 ) -> Callable[..., Any]: ...
 @overload
@@ -176,46 +176,46 @@ def value_and_grad(
     `key_argnum` say what the other arguments are: the batch, and the keys of random numbers.
 
     Args:
-        fun: A function of positional arguments, the batch among them. It returns a scalar mean, or
+        fun: a function of positional arguments, the batch among them. It returns a scalar mean, or
             a dict from names of terms to scalar means whose sum is the loss. With `has_aux=True`
             it returns `(loss, aux)`.
-        argnums: The positions of the arguments to differentiate. The batch is not one of them.
-        has_aux: Whether fun returns `(loss, aux)`. Arrays of aux with one entry per row come back
+        argnums: the positions of the arguments to differentiate. The batch is not one of them.
+        has_aux: whether fun returns `(loss, aux)`. Arrays of aux with one entry per row come back
             concatenated in the order of the rows. Other floating arrays are averaged by rows.
             Integers are summed, in at least 32 bits. Integers, booleans and keys that no row
             changes come back as they are.
-        batch_argnum: The position of the batch: a pytree of arrays whose first axis is the rows,
+        batch_argnum: the position of the batch: a pytree of arrays whose first axis is the rows,
             or a `Window`, which is already cut. Where several arguments hold rows, pass all of
             their positions. Then all or none are a `Window`, and `weight` takes as many arguments.
-        microbatch_size: The rows of one forward and backward on one device. `"auto"` or an `Auto`
+        microbatch_size: the rows of one forward and backward on one device. `"auto"` or an `Auto`
             plans the size at the first call; under `jit` that is while the call is traced. The
             plan is kept for this function, also if you make fun anew for each update.
-        accumulation_steps: The micro-batches per window, instead of a size:
+        accumulation_steps: the micro-batches per window, instead of a size:
             `microbatch_size = ceil(rows / accumulation_steps)`.
-        weight: What the mean of a micro-batch was divided by. None means its rows. `"sum"` means
+        weight: what the mean of a micro-batch was divided by. None means its rows. `"sum"` means
             that the loss is a sum. Otherwise a function of a micro-batch that returns a number
             `>= 0`. For a loss of several terms it returns a dict with the same names, with None
             for a term that does not depend on the rows and `"sum"` for a term that is a sum.
-        accumulator_dtype: The floating dtype of the sum of gradients. None means float32, or the
+        accumulator_dtype: the floating dtype of the sum of gradients. None means float32, or the
             dtype of the parameter where that is wider.
-        key_argnum: The position of an argument that holds PRNG keys and nothing else. Each key is
+        key_argnum: the position of an argument that holds PRNG keys and nothing else. Each key is
             folded with the number of the micro-batch, so random numbers differ between
             micro-batches. A window of one micro-batch uses the keys unchanged.
-        axis_name: The mesh axis, or axes, over which the rows are spread. With a mesh in use
+        axis_name: the mesh axis, or axes, over which the rows are spread. With a mesh in use
             (`jax.set_mesh`), `shard_map` is entered over it: each device accumulates its own rows,
             and the gradients are reduced once per window. Keys differ by device. Other axes of the
             mesh are left alone. Inside a `shard_map`, a `vmap` or a `pmap` of that name, arrays of
             aux with one entry per row are those of the rows of the device, and everything else is
             that of the rows of all devices.
-        grad_fn: What differentiates instead of `jax.value_and_grad`, such as
+        grad_fn: what differentiates instead of `jax.value_and_grad`, such as
             `equinox.filter_value_and_grad`. It is called as `grad_fn(function, has_aux=True)`, and
             with `argnums=` if that is not 0.
-        aux_merge: How arrays of aux are merged where `has_aux` describes something else: `"keep"`,
+        aux_merge: how arrays of aux are merged where `has_aux` describes something else: `"keep"`,
             `"sum"`, `"mean"`, `"max"` or `"rows"`, for all of aux. Or a prefix of the structure of
             aux with one of these words, or None, in each place.
-        stats: Whether to return the `WindowStats` too, from which `virtualbatch.NoiseScale`
+        stats: whether to return the `WindowStats` too, from which `virtualbatch.NoiseScale`
             estimates the noise of the gradients.
-        check: Whether the first window is checked outside `jit`: a few of its rows run in parts
+        check: whether the first window is checked outside `jit`: a few of its rows run in parts
             and together, and both gradients must agree. This calls fun three times more, once.
             Under `jit` nothing is checked, so run `certify` once.
 
@@ -225,17 +225,17 @@ def value_and_grad(
         dtypes that `jax.value_and_grad` gives. With `stats=True` the stats are the last item.
 
     Raises:
-        ValueError: A size is not a positive integer, or two sizes disagree.
-        ValueError: When called: arrays have different numbers of rows, the batch has none, or
+        ValueError: a size is not a positive integer, or two sizes disagree.
+        ValueError: when called: arrays have different numbers of rows, the batch has none, or
             another argument holds rows too.
-        ValueError: When called: a weight is negative or not finite, or its terms are not those of
+        ValueError: when called: a weight is negative or not finite, or its terms are not those of
             the loss.
-        ValueError: When called: the loss is not a scalar.
-        ValueError: When called: no mesh in use has the axis, or its devices do not divide the
+        ValueError: when called: the loss is not a scalar.
+        ValueError: when called: no mesh in use has the axis, or its devices do not divide the
             rows.
-        ValueError: When called: the first rows show that the gradients of micro-batches do not add
+        ValueError: when called: the first rows show that the gradients of micro-batches do not add
             up.
-        TypeError: The loss is not a floating array, or an argument has the wrong type.
+        TypeError: the loss is not a floating array, or an argument has the wrong type.
 
     Source:
         The law in docs/how_it_works/law.md.
@@ -371,20 +371,20 @@ def plan(
     is chosen.
 
     Args:
-        fun: A function of positional arguments that returns its mean loss, as for
+        fun: a function of positional arguments that returns its mean loss, as for
             `value_and_grad`.
-        argnums: The positions of the arguments to differentiate. The batch is not one of them.
-        has_aux: Whether fun returns `(loss, aux)`.
-        batch_argnum: The position of the batch, or all positions where several arguments hold
+        argnums: the positions of the arguments to differentiate. The batch is not one of them.
+        has_aux: whether fun returns `(loss, aux)`.
+        batch_argnum: the position of the batch, or all positions where several arguments hold
             rows. A `Window` is refused.
-        weight: What the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
+        weight: what the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
             loss that is a sum, or a function of a micro-batch. See `value_and_grad`.
-        accumulator_dtype: The floating dtype of the sum of gradients. None means float32 or wider.
-        key_argnum: The position of an argument that holds PRNG keys and nothing else.
-        grad_fn: What differentiates instead of `jax.value_and_grad`, such as
+        accumulator_dtype: the floating dtype of the sum of gradients. None means float32 or wider.
+        key_argnum: the position of an argument that holds PRNG keys and nothing else.
+        grad_fn: what differentiates instead of `jax.value_and_grad`, such as
             `equinox.filter_value_and_grad`.
-        aux_merge: How arrays of aux are merged. See `value_and_grad`.
-        memory_limit: The bytes that the arguments, gradients and temporaries of a window may take
+        aux_merge: how arrays of aux are merged. See `value_and_grad`.
+        memory_limit: the bytes that the arguments, gradients and temporaries of a window may take
             together. Optimizer state is not counted, so leave room for it. Pass a number of bytes,
             a text such as `"2GiB"`, or a share such as `"80%"` of what is free. None means all
             that the device, or the container of this process, has free beside the arguments.
@@ -394,9 +394,9 @@ def plan(
         `jax.ShapeDtypeStruct` values if there is no data yet. Then no size is timed.
 
     Raises:
-        ValueError: Not even one row fits, the limit does not parse, or the batch is a `Window`.
-        ValueError: An argument is wrong as in `value_and_grad`.
-        TypeError: An argument has the wrong type.
+        ValueError: not even one row fits, the limit does not parse, or the batch is a `Window`.
+        ValueError: an argument is wrong as in `value_and_grad`.
+        TypeError: an argument has the wrong type.
 
     Example:
         >>> import jax.numpy as jnp
@@ -443,7 +443,7 @@ def plan(
 
 
 def certify(
-    fun: Callable[..., Loss | tuple[Loss, Any]],
+    fun: Callable[..., Loss | tuple[Loss, Any]] | RowwiseFunction[Any],
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
@@ -468,22 +468,22 @@ def certify(
     by more than that, before anything is accumulated.
 
     Args:
-        fun: A function of positional arguments that returns its mean loss, as for
+        fun: a function of positional arguments that returns its mean loss, as for
             `value_and_grad`; or a function that `rowwise` returned. Then a random sum of
             its outputs is the loss, `"outputs"` among the parameters stands for their values,
             and you pass at most a size.
-        argnums: The positions of the arguments to differentiate. The batch is not one of them.
-        has_aux: Whether fun returns `(loss, aux)`.
-        batch_argnum: The position of the batch, or all positions where several arguments hold
+        argnums: the positions of the arguments to differentiate. The batch is not one of them.
+        has_aux: whether fun returns `(loss, aux)`.
+        batch_argnum: the position of the batch, or all positions where several arguments hold
             rows. A `Window` is refused.
-        microbatch_size: The rows of one forward and backward.
-        accumulation_steps: The micro-batches per window, instead of a size.
-        weight: What the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
+        microbatch_size: the rows of one forward and backward.
+        accumulation_steps: the micro-batches per window, instead of a size.
+        weight: what the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
             loss that is a sum, or a function of a micro-batch. See `value_and_grad`.
-        accumulator_dtype: The floating dtype of the sum of gradients. None means float32 or wider.
-        key_argnum: The position of an argument that holds PRNG keys and nothing else. Here keys
+        accumulator_dtype: the floating dtype of the sum of gradients. None means float32 or wider.
+        key_argnum: the position of an argument that holds PRNG keys and nothing else. Here keys
             are not folded, because each row keeps its random numbers.
-        grad_fn: What differentiates instead of `jax.value_and_grad`, such as
+        grad_fn: what differentiates instead of `jax.value_and_grad`, such as
             `equinox.filter_value_and_grad`.
 
     Returns:
@@ -491,9 +491,9 @@ def certify(
         parameter and named findings.
 
     Raises:
-        ValueError: There is only one row or one micro-batch, random numbers are drawn in a loop,
+        ValueError: there is only one row or one micro-batch, random numbers are drawn in a loop,
             or an argument is wrong as in `value_and_grad`.
-        TypeError: An argument has the wrong type, or fun reads values of its arguments.
+        TypeError: an argument has the wrong type, or fun reads values of its arguments.
 
     Example:
         >>> import jax.numpy as jnp

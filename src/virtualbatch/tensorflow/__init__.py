@@ -113,12 +113,12 @@ def value_and_gradients(
 ) -> Any: ...
 @overload
 def value_and_gradients(
-    loss_fn: LossFn | AuxLossFn,
+    loss_fn: AuxLossFn,
     batch: Any,
     variables: Any,
     *,
-    has_aux: bool,
-    stats: bool = False,
+    has_aux: Literal[True],
+    stats: bool,
     **options: Unpack[_Options],
 ) -> Any: ...
 def value_and_gradients(
@@ -147,27 +147,27 @@ def value_and_gradients(
     and not in an inner one.
 
     Args:
-        loss_fn: A function of a batch. It returns a scalar mean, or a dict from names of terms to
+        loss_fn: a function of a batch. It returns a scalar mean, or a dict from names of terms to
             scalar means whose sum is the loss. With `has_aux=True` it returns `(loss, aux)`.
-        batch: The whole batch: a nested structure of tensors whose first axis is the rows. Or a
+        batch: the whole batch: a nested structure of tensors whose first axis is the rows. Or a
             `Window`, which is already cut.
-        variables: The variables to differentiate with respect to, in any nested structure.
-        microbatch_size: The rows of one forward and backward on one device. `"auto"` or an `Auto`
+        variables: the variables to differentiate with respect to, in any nested structure.
+        microbatch_size: the rows of one forward and backward on one device. `"auto"` or an `Auto`
             plans the size at the first batch, on one device only; in a graph that is while the
             call is traced.
-        accumulation_steps: The micro-batches per window, instead of a size:
+        accumulation_steps: the micro-batches per window, instead of a size:
             `microbatch_size = ceil(rows / accumulation_steps)`.
-        weight: What the mean of a micro-batch was divided by. None means its rows. `"sum"` means
+        weight: what the mean of a micro-batch was divided by. None means its rows. `"sum"` means
             that the loss is a sum. Otherwise a function of a micro-batch that returns a number
             `>= 0`. For a loss of several terms it returns a dict with the same names, with None
             for a term that does not depend on the rows and `"sum"` for a term that is a sum.
-        has_aux: Whether `loss_fn` returns `(loss, aux)`. Tensors of aux with one entry per row
+        has_aux: whether `loss_fn` returns `(loss, aux)`. Tensors of aux with one entry per row
             come back concatenated in the order of the rows. Other floating tensors are averaged by
             rows. Integers are summed, in at least 32 bits.
-        stats: Whether to return the `WindowStats` too, from which `virtualbatch.NoiseScale`
+        stats: whether to return the `WindowStats` too, from which `virtualbatch.NoiseScale`
             estimates the noise of the gradients. With several replicas they cost one more
             reduction of the gradients.
-        check: Whether the first window of a loss is checked eagerly: a few of its rows run in
+        check: whether the first window of a loss is checked eagerly: a few of its rows run in
             parts and together, and both gradients must agree. This calls `loss_fn` about ten times
             more, once. In a graph nothing is checked, so run `certify` once.
 
@@ -178,16 +178,16 @@ def value_and_gradients(
         `tf.IndexedSlices` for embeddings.
 
     Raises:
-        ValueError: There are no variables.
-        ValueError: A size is not a positive integer, or two sizes disagree.
-        ValueError: Tensors have different numbers of rows, or the batch has none.
-        ValueError: A weight is negative or not finite, or its terms are not those of the loss.
-        ValueError: The loss is not a scalar.
-        ValueError: The first rows show that the gradients of micro-batches do not add up.
-        ValueError: With several replicas: the call is eager, a size is to be planned, or the
+        ValueError: there are no variables.
+        ValueError: a size is not a positive integer, or two sizes disagree.
+        ValueError: tensors have different numbers of rows, or the batch has none.
+        ValueError: a weight is negative or not finite, or its terms are not those of the loss.
+        ValueError: the loss is not a scalar.
+        ValueError: the first rows show that the gradients of micro-batches do not add up.
+        ValueError: with several replicas: the call is eager, a size is to be planned, or the
             strategy does not train the replicas in step.
-        TypeError: The loss is not a floating tensor, or an argument has the wrong type.
-        tf.errors.InvalidArgumentError: Rows or sizes are wrong in a graph whose shapes are known
+        TypeError: the loss is not a floating tensor, or an argument has the wrong type.
+        tf.errors.InvalidArgumentError: rows or sizes are wrong in a graph whose shapes are known
             only when it runs.
 
     Source:
@@ -293,13 +293,13 @@ def plan(
     Variables are as before the call.
 
     Args:
-        loss_fn: A function of a batch that returns its mean loss, as for `value_and_gradients`.
-        batch: The whole batch, in the form that you train with. A `Window` is refused.
-        variables: The variables to differentiate with respect to, in any nested structure.
-        weight: What the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
+        loss_fn: a function of a batch that returns its mean loss, as for `value_and_gradients`.
+        batch: the whole batch, in the form that you train with. A `Window` is refused.
+        variables: the variables to differentiate with respect to, in any nested structure.
+        weight: what the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
             loss that is a sum, or a function of a micro-batch. See `value_and_gradients`.
-        has_aux: Whether `loss_fn` returns `(loss, aux)`.
-        memory_limit: The bytes that variables, the batch, gradients and activations may take
+        has_aux: whether `loss_fn` returns `(loss, aux)`.
+        memory_limit: the bytes that variables, the batch, gradients and activations may take
             together. Optimizer state is not counted, so leave room for it. Pass a number of bytes,
             a text such as `"2GiB"`, or a share such as `"80%"` of what they may take now. None
             means all that the device, or the container of this process, has free.
@@ -308,11 +308,11 @@ def plan(
         The plan. On the host a peak is that of the resident memory, which is off by some MiB.
 
     Raises:
-        ValueError: Not even one row fits, the limit does not parse, the batch is a `Window`, or
+        ValueError: not even one row fits, the limit does not parse, the batch is a `Window`, or
             the call is inside a graph.
-        ValueError: An argument is wrong as in `value_and_gradients`.
-        TypeError: An argument has the wrong type.
-        NotImplementedError: Neither a GPU nor the operating system reports peak memory.
+        ValueError: an argument is wrong as in `value_and_gradients`.
+        TypeError: an argument has the wrong type.
+        NotImplementedError: neither a GPU nor the operating system reports peak memory.
 
     Example:
         >>> kernel = tf.Variable(tf.ones([64, 32]))
@@ -349,34 +349,34 @@ def certify(
     the two gradients are compared. So the batch must fit in memory uncut. Everything runs eagerly,
     also functions that `tf.function` has compiled.
 
-    Both runs are in the dtype of the variables, because variables of TensorFlow keep their dtype:
-    float32 is compared in float32, and the tolerance is that of float32. To compare in float64,
-    build the same model with float64 variables. The notes of the certificate name the dtype.
-    Rounding that the model itself adds is measured, by running the uncut batch again with its rows
-    in other orders.
+    Both runs are in the dtypes of the model, because variables of TensorFlow keep their dtype. So
+    a float32 model is compared in float32, with the tolerance of float32; the notes of the
+    certificate name the dtype. The rounding that the model itself adds is measured, by running the
+    uncut batch again with its rows in other orders. For a comparison in float64 build the model
+    with float64 variables.
 
     Variables are as before the call. The global random generator of TensorFlow has advanced.
 
     Args:
-        loss_fn: A function of a batch that returns its mean loss, as for `value_and_gradients`; or
+        loss_fn: a function of a batch that returns its mean loss, as for `value_and_gradients`; or
             a function that `rowwise` returned. Then every output is compared.
-        batch: The whole batch, with two rows or more. A `Window` is refused.
-        variables: The variables to differentiate with respect to, in any nested structure.
-        microbatch_size: The rows of one forward and backward. For a `rowwise` function the size
+        batch: the whole batch, with two rows or more. A `Window` is refused.
+        variables: the variables to differentiate with respect to, in any nested structure.
+        microbatch_size: the rows of one forward and backward. For a `rowwise` function the size
             that it was made with is used if you pass none.
-        accumulation_steps: The micro-batches per window, instead of a size.
-        weight: What the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
+        accumulation_steps: the micro-batches per window, instead of a size.
+        weight: what the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
             loss that is a sum, or a function of a micro-batch. See `value_and_gradients`.
-        has_aux: Whether `loss_fn` returns `(loss, aux)`.
+        has_aux: whether `loss_fn` returns `(loss, aux)`.
 
     Returns:
         The certificate, with the error of each variable and named findings.
 
     Raises:
-        ValueError: There is only one row or one micro-batch, random numbers do not belong to rows,
+        ValueError: there is only one row or one micro-batch, random numbers do not belong to rows,
             or the call is inside a graph.
-        ValueError: An argument is wrong as in `value_and_gradients`.
-        TypeError: An argument has the wrong type.
+        ValueError: an argument is wrong as in `value_and_gradients`.
+        TypeError: an argument has the wrong type.
 
     Example:
         >>> weights = tf.Variable([1.0, 2.0])

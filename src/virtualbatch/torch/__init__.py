@@ -71,7 +71,7 @@ def captured(loss_fn: LossFn) -> Captured:
     gradients, and where the loss reads values on the host.
 
     Args:
-        loss_fn: A function of a micro-batch that returns a scalar mean, or a dict of terms. See
+        loss_fn: a function of a micro-batch that returns a scalar mean, or a dict of terms. See
             `backward`.
 
     Returns:
@@ -108,16 +108,16 @@ def plan(
     Parameters, `.grad` values, buffers and random states are as before the call.
 
     Args:
-        loss_fn: A function of a batch that returns its mean loss, as for `backward`; or a function
+        loss_fn: a function of a batch that returns its mean loss, as for `backward`; or a function
             that `rowwise` returned, whose size is then planned.
-        batch: The whole batch, in the form that you train with. A `Window` is refused.
-        module: The module, or all modules, whose parameters and buffers the loss uses.
-        weight: What the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
+        batch: the whole batch, in the form that you train with. A `Window` is refused.
+        module: the module, or all modules, whose parameters and buffers the loss uses.
+        weight: what the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
             loss that is a sum, or a function of a micro-batch. See `backward`.
-        has_aux: Whether `loss_fn` returns `(loss, aux)`.
-        backward_fn: A function of the scalar loss that computes the gradients, where
+        has_aux: whether `loss_fn` returns `(loss, aux)`.
+        backward_fn: a function of the scalar loss that computes the gradients, where
             `loss.backward()` is not enough.
-        memory_limit: The bytes that parameters, buffers, gradients, the batch and activations may
+        memory_limit: the bytes that parameters, buffers, gradients, the batch and activations may
             take together. Optimizer state is not counted, so leave room for it. Pass a number of
             bytes, a text such as `"2GiB"`, or a share such as `"80%"` of what they may take now.
             None means all that the device, or the container of this process, has free.
@@ -127,9 +127,9 @@ def plan(
         workspace inside kernels.
 
     Raises:
-        ValueError: Not even one row fits, the limit does not parse, or the batch is a `Window`.
-        ValueError: An argument is wrong as in `backward`.
-        TypeError: An argument has the wrong type.
+        ValueError: not even one row fits, the limit does not parse, or the batch is a `Window`.
+        ValueError: an argument is wrong as in `backward`.
+        TypeError: an argument has the wrong type.
 
     Example:
         >>> model = torch.nn.Linear(64, 256)
@@ -178,24 +178,24 @@ def certify(
     call.
 
     Args:
-        loss_fn: A function of a batch that returns its mean loss, as for `backward`; or a function
+        loss_fn: a function of a batch that returns its mean loss, as for `backward`; or a function
             that `rowwise` returned. Then a random sum of its outputs is the loss.
-        batch: The whole batch, with two rows or more. A `Window` is refused.
-        module: The module, or all modules, whose parameters and buffers the loss uses.
-        microbatch_size: The rows of one forward and backward. `"auto"` is refused. For a `rowwise`
+        batch: the whole batch, with two rows or more. A `Window` is refused.
+        module: the module, or all modules, whose parameters and buffers the loss uses.
+        microbatch_size: the rows of one forward and backward. `"auto"` is refused. For a `rowwise`
             function the size that it was made with is used if you pass none.
-        accumulation_steps: The micro-batches per window, instead of a size.
-        weight: What the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
+        accumulation_steps: the micro-batches per window, instead of a size.
+        weight: what the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
             loss that is a sum, or a function of a micro-batch. See `backward`.
-        has_aux: Whether `loss_fn` returns `(loss, aux)`.
+        has_aux: whether `loss_fn` returns `(loss, aux)`.
 
     Returns:
         The certificate, with the error of each parameter and named findings.
 
     Raises:
-        ValueError: There is only one row or one micro-batch, or an argument is wrong as in
+        ValueError: there is only one row or one micro-batch, or an argument is wrong as in
             `backward`.
-        TypeError: An argument has the wrong type.
+        TypeError: an argument has the wrong type.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)

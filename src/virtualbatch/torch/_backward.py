@@ -84,12 +84,12 @@ def backward(
 ) -> Any: ...
 @overload
 def backward(
-    loss_fn: LossFn | AuxLossFn,
+    loss_fn: AuxLossFn,
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
-    has_aux: bool,
-    stats: bool = False,
+    has_aux: Literal[True],
+    stats: bool,
     **options: Unpack[_Options],
 ) -> Any: ...
 @as_written
@@ -121,36 +121,36 @@ def backward(
     random numbers. The smaller size is kept for the module.
 
     Args:
-        loss_fn: A function of a batch. It returns a scalar mean, or a dict from names of terms to
+        loss_fn: a function of a batch. It returns a scalar mean, or a dict from names of terms to
             scalar means whose sum is the loss. With `has_aux=True` it returns `(loss, aux)`.
-        batch: The whole batch: nested dicts, lists, tuples and dataclasses of tensors whose
+        batch: the whole batch: nested dicts, lists, tuples and dataclasses of tensors whose
             first axis is the rows. Tensors on the host are copied to the device of the modules,
             one micro-batch at a time. Or a `Window`, which is already cut.
-        module: The module, or all modules, whose parameters and buffers the loss uses. Trained
+        module: the module, or all modules, whose parameters and buffers the loss uses. Trained
             tensors that no module holds may be listed too.
-        microbatch_size: The rows of one forward and backward. `"auto"` or an `Auto` plans the size
+        microbatch_size: the rows of one forward and backward. `"auto"` or an `Auto` plans the size
             at the first batch. Leave it out for a `Window`.
-        accumulation_steps: The micro-batches per window, instead of a size:
+        accumulation_steps: the micro-batches per window, instead of a size:
             `microbatch_size = ceil(rows / accumulation_steps)`.
-        weight: What the mean of a micro-batch was divided by. None means its rows. `"sum"` means
+        weight: what the mean of a micro-batch was divided by. None means its rows. `"sum"` means
             that the loss is a sum. Otherwise a function of a micro-batch that returns a number
             `>= 0`. For a loss of several terms it returns a dict with the same names, with None
             for a term that does not depend on the rows and `"sum"` for a term that is a sum. The
             function gets the micro-batch before it is copied to the device.
-        has_aux: Whether `loss_fn` returns `(loss, aux)`. Tensors of aux with one entry per row
+        has_aux: whether `loss_fn` returns `(loss, aux)`. Tensors of aux with one entry per row
             come back concatenated in the order of the rows. Other floating tensors are averaged by
             rows. Integers are summed, in at least 32 bits. All of them are detached.
-        backward_fn: A function of the scalar loss that computes the gradients, where
+        backward_fn: a function of the scalar loss that computes the gradients, where
             `loss.backward()` is not enough, such as
             `lambda loss: scaler.scale(loss).backward()`.
-        stats: Whether to return the `WindowStats` too, from which `virtualbatch.NoiseScale`
+        stats: whether to return the `WindowStats` too, from which `virtualbatch.NoiseScale`
             estimates the noise of the gradients.
-        check: Whether the first window of a loss is checked: a few of its rows run in parts and
+        check: whether the first window of a loss is checked: a few of its rows run in parts and
             together, and both gradients must agree. This calls `loss_fn` about ten times more,
             once.
-        group: The ranks whose gradients the module adds up, as a process group or a mesh. Pass it
+        group: the ranks whose gradients the module adds up, as a process group or a mesh. Pass it
             where the module does not show them. Pass False where each rank trains its own module.
-        reduce: When ranks add their gradients up. With DistributedDataParallel: `"window"` (the
+        reduce: when ranks add their gradients up. With DistributedDataParallel: `"window"` (the
             default), after the last micro-batch, or `"overlapped"`, during its backward pass. With
             `fully_shard`: `"microbatch"` (the default), after each micro-batch, or `"window"`.
         accumulator_dtype: `"bfloat16"` sums the gradients of bfloat16 parameters in bfloat16, with
@@ -165,19 +165,19 @@ def backward(
         `(loss, stats)` or `(loss, aux, stats)`.
 
     Raises:
-        ValueError: A size is not a positive integer, or two sizes disagree.
-        ValueError: Tensors have different numbers of rows, or the batch has none.
-        ValueError: A weight is negative or not finite, or its terms are not those of the loss.
-        ValueError: The loss is not a scalar or has no gradient.
-        ValueError: No parameter is trainable, or none has the dtype for `accumulator_dtype`.
-        ValueError: Another library accumulates gradients too.
-        ValueError: The first rows show that the gradients of micro-batches do not add up.
-        ValueError: The loss function changes `.grad`, shares a graph with another micro-batch, or
+        ValueError: a size is not a positive integer, or two sizes disagree.
+        ValueError: tensors have different numbers of rows, or the batch has none.
+        ValueError: a weight is negative or not finite, or its terms are not those of the loss.
+        ValueError: the loss is not a scalar or has no gradient.
+        ValueError: no parameter is trainable, or none has the dtype for `accumulator_dtype`.
+        ValueError: another library accumulates gradients too.
+        ValueError: the first rows show that the gradients of micro-batches do not add up.
+        ValueError: the loss function changes `.grad`, shares a graph with another micro-batch, or
             had changed its rows when memory ran out.
-        TypeError: The loss is not a floating tensor, or an argument has the wrong type.
-        RuntimeError: A BatchNorm layer in training mode was not called as a module, or it is
+        TypeError: the loss is not a floating tensor, or an argument has the wrong type.
+        RuntimeError: a BatchNorm layer in training mode was not called as a module, or it is
             inside another window.
-        MemoryError: Not even a micro-batch of one row fits.
+        MemoryError: not even a micro-batch of one row fits.
 
     Source:
         The law in docs/how_it_works/law.md.

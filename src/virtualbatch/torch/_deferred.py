@@ -87,12 +87,12 @@ def loss(
 ) -> Any: ...
 @overload
 def loss(
-    loss_fn: LossFn | AuxLossFn,
+    loss_fn: AuxLossFn,
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
-    has_aux: bool,
-    stats: bool = False,
+    has_aux: Literal[True],
+    stats: bool,
     **options: Unpack[_Options],
 ) -> Any: ...
 @as_written
@@ -128,28 +128,28 @@ def loss(
     evaluates its own batch. A module that adds up gradients evaluates the rows of all ranks.
 
     Args:
-        loss_fn: A function of a batch. It returns a scalar mean, or a dict from names of terms to
+        loss_fn: a function of a batch. It returns a scalar mean, or a dict from names of terms to
             scalar means whose sum is the loss. With `has_aux=True` it returns `(loss, aux)`.
-        batch: The whole batch: nested dicts, lists, tuples and dataclasses of tensors whose
+        batch: the whole batch: nested dicts, lists, tuples and dataclasses of tensors whose
             first axis is the rows. Or a `Window`, which is already cut.
-        module: The module, or all modules, whose parameters and buffers the loss uses. Trained
+        module: the module, or all modules, whose parameters and buffers the loss uses. Trained
             tensors that no module holds may be listed too.
-        microbatch_size: The rows of one forward and backward. `"auto"` or an `Auto` plans the size
+        microbatch_size: the rows of one forward and backward. `"auto"` or an `Auto` plans the size
             at the first batch. Leave it out for a `Window`.
-        accumulation_steps: The micro-batches per window, instead of a size:
+        accumulation_steps: the micro-batches per window, instead of a size:
             `microbatch_size = ceil(rows / accumulation_steps)`.
-        weight: What the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
+        weight: what the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
             loss that is a sum, or a function of a micro-batch. See `backward`.
-        has_aux: Whether `loss_fn` returns `(loss, aux)`. See `backward` for how aux is merged.
-        stats: Whether to return the `WindowStats` too. With several ranks use `backward` for them,
+        has_aux: whether `loss_fn` returns `(loss, aux)`. See `backward` for how aux is merged.
+        stats: whether to return the `WindowStats` too. With several ranks use `backward` for them,
             because here the gradients are added up later.
-        check: Whether the first window of a loss is checked on a few of its rows. This calls
+        check: whether the first window of a loss is checked on a few of its rows. This calls
             `loss_fn` about ten times more, once.
-        scaler: The `torch.amp.GradScaler` that scales the loss afterwards. Micro-batches then run
+        scaler: the `torch.amp.GradScaler` that scales the loss afterwards. Micro-batches then run
             at its scale, so that gradients of float16 do not underflow inside the window.
-        group: The ranks whose gradients the module adds up, as a process group or a mesh. Pass it
+        group: the ranks whose gradients the module adds up, as a process group or a mesh. Pass it
             where the module does not show them. Pass False where each rank trains its own module.
-        reduce: When ranks add their gradients up: `"window"`, or with `fully_shard` also
+        reduce: when ranks add their gradients up: `"window"`, or with `fully_shard` also
             `"microbatch"`, which is the default there. `"overlapped"` is refused.
         accumulator_dtype: `"bfloat16"` sums the gradients of bfloat16 parameters in bfloat16, with
             stochastic rounding. The gradient that arrives at the node multiplies the rounded
@@ -161,13 +161,13 @@ def loss(
         `(loss, aux)`. With `stats=True` it is `(loss, stats)` or `(loss, aux, stats)`.
 
     Raises:
-        ValueError: An argument is wrong as in `backward`, or `reduce` is `"overlapped"`.
+        ValueError: an argument is wrong as in `backward`, or `reduce` is `"overlapped"`.
         ValueError: `stats=True` is given with several ranks.
-        TypeError: The loss is not a floating tensor, an argument has the wrong type, or `scaler`
+        TypeError: the loss is not a floating tensor, an argument has the wrong type, or `scaler`
             is not a scaler.
-        RuntimeError: The result is differentiated a second time, or a BatchNorm layer is called as
+        RuntimeError: the result is differentiated a second time, or a BatchNorm layer is called as
             in `backward`.
-        MemoryError: Not even a micro-batch of one row fits.
+        MemoryError: not even a micro-batch of one row fits.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)

@@ -23,18 +23,18 @@ def certify_loop(
     batches. Both runs must end in the same state. See `virtualbatch.certify_loop`.
 
     Args:
-        loop: A function of a state, a list of micro-batches and `accumulation_steps`. It returns
+        loop: a function of a state, a list of micro-batches and `accumulation_steps`. It returns
             the state after training on them. It may use `jit`, and donate its arguments.
-        state: A pytree of arrays: parameters, optimizer state and whatever else to compare.
-        batches: Two whole batches or more, in any iterable, as pytrees of dicts, lists and tuples.
+        state: a pytree of arrays: parameters, optimizer state and whatever else to compare.
+        batches: two whole batches or more, in any iterable, as pytrees of dicts, lists and tuples.
             The first two are used.
-        microbatch_size: The rows of one micro-batch: fewer than a batch has.
+        microbatch_size: the rows of one micro-batch: fewer than a batch has.
 
     Returns:
         The certificate.
 
     Raises:
-        ValueError: There is nothing to compare, the loop is not deterministic, or the state is not
+        ValueError: there is nothing to compare, the loop is not deterministic, or the state is not
             finite.
 
     Example:

@@ -76,22 +76,22 @@ def rowwise(
     `vjp`, `vmap`, `grad` of `grad`), because the loop that JAX derives is much slower there.
 
     Args:
-        fn: A function of positional arguments, the batch among them. It returns a pytree of arrays
+        fn: a function of positional arguments, the batch among them. It returns a pytree of arrays
             of any dtype with one entry per row, or of None. Sum over rows in the loss instead.
-        microbatch_size: The rows of one forward and backward. If the batch has no more rows, fn
+        microbatch_size: the rows of one forward and backward. If the batch has no more rows, fn
             runs unchanged. `"auto"` or an `Auto` plans the size at the first call.
-        accumulation_steps: The micro-batches per batch, instead of a size:
+        accumulation_steps: the micro-batches per batch, instead of a size:
             `microbatch_size = ceil(rows / accumulation_steps)`.
-        batch_argnum: The position of the batch: a pytree of arrays whose first axis is the rows,
+        batch_argnum: the position of the batch: a pytree of arrays whose first axis is the rows,
             or a `Window`, which is already cut. Where several arguments hold rows, pass all of
             their positions. Each micro-batch gets the other arguments whole, whatever their length.
-        key_argnum: The position of an argument that holds PRNG keys and nothing else. Each key is
+        key_argnum: the position of an argument that holds PRNG keys and nothing else. Each key is
             folded with the number of the micro-batch. A batch of one micro-batch uses the keys
             unchanged.
-        axis_name: The mesh axis, or axes, over which the rows are spread. Then gradients of
+        axis_name: the mesh axis, or axes, over which the rows are spread. Then gradients of
             arguments are summed over the devices once, after the loop. Outside `shard_map`, with a
             mesh in use, it is entered as in `value_and_grad`.
-        check: Whether the first call outside `jit` checks, on a few rows, that fn computes each
+        check: whether the first call outside `jit` checks, on a few rows, that fn computes each
             row from that row alone. This calls fn three times more, once. Under `jit` nothing is
             checked, so run `certify` on the returned function once.
 
@@ -99,12 +99,12 @@ def rowwise(
         A function with the arguments and the result of fn. Outputs are in the order of the rows.
 
     Raises:
-        ValueError: A size is not a positive integer, or two sizes disagree.
-        ValueError: When called: arrays have different numbers of rows, or the batch has none.
-        ValueError: When called: an output has not one entry per row, depends on other rows, or
+        ValueError: a size is not a positive integer, or two sizes disagree.
+        ValueError: when called: arrays have different numbers of rows, or the batch has none.
+        ValueError: when called: an output has not one entry per row, depends on other rows, or
             changes its structure between micro-batches.
-        ValueError: When called: the devices of the mesh do not divide the rows.
-        TypeError: An output is not an array, or an argument has the wrong type.
+        ValueError: when called: the devices of the mesh do not divide the rows.
+        TypeError: an output is not an array, or an argument has the wrong type.
 
     Example:
         >>> import jax.numpy as jnp

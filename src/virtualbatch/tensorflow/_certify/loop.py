@@ -22,23 +22,23 @@ def certify_loop(
     the loop if it draws random numbers.
 
     Args:
-        loop: A function of a list of micro-batches and `accumulation_steps`. It trains in place,
+        loop: a function of a list of micro-batches and `accumulation_steps`. It trains in place,
             and its result is ignored. It may call a `tf.function`.
-        batches: Two whole batches or more, in a list, a loader or another iterable. The first two
+        batches: two whole batches or more, in a list, a loader or another iterable. The first two
             are used.
-        microbatch_size: The rows of one micro-batch: fewer than a batch has.
-        **state: What the loop trains, under names of your choice: models, built optimizers,
-            buffers, averages of weights. Each is an object with `variables`, a variable, or a list of
-            these.
+        microbatch_size: the rows of one micro-batch: fewer than a batch has.
+        **state: what the loop trains, under names of your choice: models, built optimizers,
+            buffers, averages of weights. Each is an object with `variables`, a variable, or a list
+            of these.
 
     Returns:
         The certificate. All of the state is as before the call.
 
     Raises:
-        ValueError: There is nothing to compare, the loop is not deterministic, or the state is not
+        ValueError: there is nothing to compare, the loop is not deterministic, or the state is not
             finite.
-        ValueError: The first update creates a variable. Build the optimizer before the call.
-        TypeError: A part of the state has no variables.
+        ValueError: the first update creates a variable. Build the optimizer before the call.
+        TypeError: a part of the state has no variables.
 
     Example:
         >>> import tensorflow as tf

@@ -32,14 +32,14 @@ def rowwise(
     gives each loss the rows of all replicas.
 
     Args:
-        fn: A function of `(batch, *shared)`. It returns a nested structure of dense tensors with
+        fn: a function of `(batch, *shared)`. It returns a nested structure of dense tensors with
             one entry per row, or of None. `tf.function` must be able to trace it, which happens
             once per structure of a batch. Each micro-batch gets a shared argument whole.
-        microbatch_size: The rows of one forward and backward. `"auto"` or an `Auto` plans the size
+        microbatch_size: the rows of one forward and backward. `"auto"` or an `Auto` plans the size
             at the first batch. Leave it out if the batch is a `Window`.
-        accumulation_steps: The micro-batches per batch, instead of a size:
+        accumulation_steps: the micro-batches per batch, instead of a size:
             `microbatch_size = ceil(rows / accumulation_steps)`.
-        check: Whether the first eager call checks, on a few rows, that fn computes each row from
+        check: whether the first eager call checks, on a few rows, that fn computes each row from
             that row alone. In a graph nothing is checked, so run `certify` once.
 
     Returns:
@@ -47,13 +47,13 @@ def rowwise(
         batch. A derivative of these gradients is right too, but needs the memory of all rows.
 
     Raises:
-        ValueError: A size is not a positive integer, or two sizes disagree.
-        ValueError: When called: an output has not one entry per row, depends on other rows, or
+        ValueError: a size is not a positive integer, or two sizes disagree.
+        ValueError: when called: an output has not one entry per row, depends on other rows, or
             changes its structure between micro-batches.
-        ValueError: When called: fn draws random numbers that cannot be drawn again, or uses a
+        ValueError: when called: fn draws random numbers that cannot be drawn again, or uses a
             tensor from outside that takes a gradient.
-        ValueError: When called: a forward-mode derivative is asked for.
-        MemoryError: Not even one row fits; or the second run ran out of memory, and smaller
+        ValueError: when called: a forward-mode derivative is asked for.
+        MemoryError: not even one row fits; or the second run ran out of memory, and smaller
             micro-batches would have given other outputs.
         TypeError: fn is not a function, or returns something that is not a dense tensor.
 

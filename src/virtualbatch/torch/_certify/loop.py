@@ -27,12 +27,12 @@ def certify_loop(
     the loop if it draws random numbers.
 
     Args:
-        loop: A function of a list of micro-batches and `accumulation_steps`. It trains in place,
+        loop: a function of a list of micro-batches and `accumulation_steps`. It trains in place,
             and its result is ignored.
-        batches: Two whole batches or more, in a list, a loader or another iterable. The first two
+        batches: two whole batches or more, in a list, a loader or another iterable. The first two
             are used.
-        microbatch_size: The rows of one micro-batch: fewer than a batch has.
-        **state: What the loop trains, under names of your choice: modules, optimizers, schedulers,
+        microbatch_size: the rows of one micro-batch: fewer than a batch has.
+        **state: what the loop trains, under names of your choice: modules, optimizers, schedulers,
             averages of weights. Each needs `state_dict` and `load_state_dict`.
 
     Returns:
@@ -40,9 +40,9 @@ def certify_loop(
         are None.
 
     Raises:
-        ValueError: There is nothing to compare, the loop is not deterministic, or the state is not
+        ValueError: there is nothing to compare, the loop is not deterministic, or the state is not
             finite.
-        TypeError: A part of the state has no `state_dict` and `load_state_dict`.
+        TypeError: a part of the state has no `state_dict` and `load_state_dict`.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)

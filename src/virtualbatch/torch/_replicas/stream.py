@@ -23,9 +23,9 @@ def windows(
     when all streams have ended. A rank whose stream ends earlier gets `Window([])` until then.
 
     Args:
-        stream: The micro-batches, such as a `DataLoader`.
-        accumulation_steps: The micro-batches per window on this rank: a positive integer.
-        group: The ranks that train together, as a process group or a mesh. They exchange a small
+        stream: the micro-batches, such as a `DataLoader`.
+        accumulation_steps: the micro-batches per window on this rank: a positive integer.
+        group: the ranks that train together, as a process group or a mesh. They exchange a small
             message before each window, so all of them must read at the same time. None means that
             only the length of this stream counts.
 
@@ -35,11 +35,11 @@ def windows(
         if the stream has one. With `group` it has none, because other ranks may have more windows.
 
     Raises:
-        ValueError: At the call: `accumulation_steps` is not a positive integer.
-        ValueError: At the first window: the stream is empty on all ranks, as a generator is in a
+        ValueError: at the call: `accumulation_steps` is not a positive integer.
+        ValueError: at the first window: the stream is empty on all ranks, as a generator is in a
             second epoch.
-        TypeError: At the call: the stream is not iterable, or this rank is not in the group.
-        RuntimeError: At a window: the stream of another rank has raised.
+        TypeError: at the call: the stream is not iterable, or this rank is not in the group.
+        RuntimeError: at a window: the stream of another rank has raised.
 
     Example:
         >>> found = windows("abcde", accumulation_steps=2)

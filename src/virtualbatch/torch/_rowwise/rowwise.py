@@ -179,16 +179,16 @@ def rowwise(
     fn runs unchanged where PyTorch records no gradients, and where one micro-batch holds all rows.
 
     Args:
-        fn: A function of `(batch, *shared)`. It returns nested dicts, lists, tuples and
+        fn: a function of `(batch, *shared)`. It returns nested dicts, lists, tuples and
             dataclasses of tensors with one entry per row, or of None. Row i of an output may
             depend on row i of the batch only.
-        module: The module, or all modules, whose parameters and buffers fn uses. Trained tensors
+        module: the module, or all modules, whose parameters and buffers fn uses. Trained tensors
             that no module holds may be listed too. None means fn itself, if it is a module.
-        microbatch_size: The rows of one forward and backward. `"auto"` or an `Auto` plans the size
+        microbatch_size: the rows of one forward and backward. `"auto"` or an `Auto` plans the size
             at the first batch. Leave it out if the batch is a `Window`.
-        accumulation_steps: The micro-batches per batch, instead of a size:
+        accumulation_steps: the micro-batches per batch, instead of a size:
             `microbatch_size = ceil(rows / accumulation_steps)`.
-        check: Whether the first call checks, on a few rows, that fn computes each row from that
+        check: whether the first call checks, on a few rows, that fn computes each row from that
             row alone. This calls fn about ten times more, once.
 
     Returns:
@@ -197,15 +197,15 @@ def rowwise(
         micro-batch gets the shared tensors whole.
 
     Raises:
-        ValueError: A size is not a positive integer, or two sizes disagree.
-        ValueError: When called: tensors have different numbers of rows, or the batch has none.
-        ValueError: When called: an output has not one entry per row, depends on other rows, or
+        ValueError: a size is not a positive integer, or two sizes disagree.
+        ValueError: when called: tensors have different numbers of rows, or the batch has none.
+        ValueError: when called: an output has not one entry per row, depends on other rows, or
             changes its structure between micro-batches.
-        ValueError: When called: fn uses a trained tensor that no module holds, uses a graph from
+        ValueError: when called: fn uses a trained tensor that no module holds, uses a graph from
             outside, or checkpoints with `use_reentrant=True`.
-        ValueError: When called: a module adds up gradients over ranks.
-        TypeError: An output is not a tensor, or an argument has the wrong type.
-        MemoryError: Not even a micro-batch of one row fits; or the backward pass ran out of memory
+        ValueError: when called: a module adds up gradients over ranks.
+        TypeError: an output is not a tensor, or an argument has the wrong type.
+        MemoryError: not even a micro-batch of one row fits; or the backward pass ran out of memory
             and its micro-batches cannot be cut smaller, because random numbers or statistics
             belong to them.
 
