@@ -60,7 +60,7 @@ SIGNATURES = {
     virtualbatch.transformers.restore: "(trainer)",
     virtualbatch.keras.plan: "(model, batch, *, memory_limit=None)",
     virtualbatch.keras.restore: "(model)",
-    virtualbatch.keras.NoiseScale: "(decay=0.99)",
+    virtualbatch.keras.NoiseScaleCallback: "(decay=0.99)",
     virtualbatch.keras.certify: (
         "(model, batch, *, microbatch_size=None, accumulation_steps=None)"
     ),
@@ -110,12 +110,15 @@ NAMES = {
     virtualbatch: {
         "Advice",
         "Auto",
+        "AuxLossFn",
         "Certificate",
         "Finding",
+        "LossFn",
         "NoiseEstimate",
         "NoiseScale",
         "Plan",
         "PlanRow",
+        "WeightFn",
         "Window",
         "WindowStats",
         "certify_loop",
@@ -133,7 +136,15 @@ NAMES = {
         "value_and_gradients",
         "windows",
     },
-    virtualbatch.keras: {"NoiseScale", "accumulate", "certify", "certify_loop", "plan", "restore"},
+    virtualbatch.keras: {
+        "NoiseScale",
+        "NoiseScaleCallback",
+        "accumulate",
+        "certify",
+        "certify_loop",
+        "plan",
+        "restore",
+    },
     virtualbatch.lightning: {"accumulate", "restore"},
     virtualbatch.transformers: {"TrainerCertificate", "accumulate", "certify", "restore"},
     virtualbatch.jax: {
