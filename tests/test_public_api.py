@@ -24,6 +24,7 @@ SIGNATURES = {
     virtualbatch.Window: "(microbatches, *, sorted_rows=False)",
     virtualbatch.pack: "(batch, lengths, *, microbatch_tokens, round_to=None, padded=None)",
     virtualbatch.windows: "(stream, accumulation_steps)",
+    virtualbatch.report.Report: "(*results)",
     virtualbatch.report.write_html: "(file, *results)",
     virtualbatch.certify_loop: "(loop, batches, *, microbatch_size, save, load)",
     virtualbatch.tensorflow.certify_loop: "(loop, batches, *, microbatch_size, **state)",
@@ -59,7 +60,7 @@ SIGNATURES = {
     virtualbatch.transformers.restore: "(trainer)",
     virtualbatch.keras.plan: "(model, batch, *, memory_limit=None)",
     virtualbatch.keras.restore: "(model)",
-    virtualbatch.keras.NoiseScale: "(decay=0.99)",
+    virtualbatch.keras.NoiseScaleCallback: "(decay=0.99)",
     virtualbatch.keras.certify: (
         "(model, batch, *, microbatch_size=None, accumulation_steps=None)"
     ),
@@ -109,12 +110,15 @@ NAMES = {
     virtualbatch: {
         "Advice",
         "Auto",
+        "AuxLossFn",
         "Certificate",
         "Finding",
+        "LossFn",
         "NoiseEstimate",
         "NoiseScale",
         "Plan",
         "PlanRow",
+        "WeightFn",
         "Window",
         "WindowStats",
         "certify_loop",
@@ -122,7 +126,7 @@ NAMES = {
         "whole_groups",
         "windows",
     },
-    virtualbatch.report: {"write_html"},
+    virtualbatch.report: {"Report", "write_html"},
     virtualbatch.tensorflow: {
         "Window",
         "certify",
@@ -132,7 +136,15 @@ NAMES = {
         "value_and_gradients",
         "windows",
     },
-    virtualbatch.keras: {"NoiseScale", "accumulate", "certify", "certify_loop", "plan", "restore"},
+    virtualbatch.keras: {
+        "NoiseScale",
+        "NoiseScaleCallback",
+        "accumulate",
+        "certify",
+        "certify_loop",
+        "plan",
+        "restore",
+    },
     virtualbatch.lightning: {"accumulate", "restore"},
     virtualbatch.transformers: {"TrainerCertificate", "accumulate", "certify", "restore"},
     virtualbatch.jax: {

@@ -1,20 +1,21 @@
-"""The page of a report: it needs nothing else, escapes, and shows every number."""
+"""The page of a report: it is self-contained, escapes names, shows all numbers, fits all widths."""
 
 import math
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tests import reports
+from tests import report_shots, reports
 from tests.reports import HOSTILE
 from typer.testing import CliRunner
 
 from virtualbatch import report
 from virtualbatch.cli import app as cli
 from virtualbatch.plan.plan import Plan, PlanRow
-from virtualbatch.report import write_html
+from virtualbatch.report import Report, write_html
 from virtualbatch.report._svg import PALETTE
 
 EVERYTHING = (
@@ -192,11 +193,70 @@ def test_readable_on_a_phone(everything: str) -> None:
 
 def test_plots_say_what_they_show(everything: str) -> None:
     page = Page(everything)
-    plots = page.named("svg")
-    assert len(plots) == len(page.named("figcaption")) == 3 + 2 + 1 + 1 + 1
-    for plot in plots:
-        assert plot["role"] == "img"
-        assert len(plot["aria-label"]) > 20
+    lines, bars = page.named("svg"), bar_plots(page)
+    # The noise scale stands alone, so it is drawn for both widths.
+    assert len(lines) == 2 + 2 + 2
+    assert len(bars) == 3
+    assert len(page.named("figcaption")) == 3 + 2 + 1 + 1 + 1
+    assert all(plot["role"] == "img" for plot in lines)
+    assert all(len(plot["aria-label"]) > 20 for plot in lines + bars)
+
+
+def bar_plots(page: Page) -> list[dict[str, str | None]]:
+    return [attributes for attributes in page.named("ul") if attributes["class"] == "bars"]
+
+
+def test_a_plot_that_stands_alone_has_the_whole_width(tmp_path: Path) -> None:
+    for result in (reports.noise(), plan_of(PlanRow(256, 5 * 2**20, True, None))):
+        page = Page(written(tmp_path, result))
+        narrow, wide = (float(svg["viewbox"].split()[2]) for svg in page.named("svg"))
+        assert wide > 2 * narrow
+        assert "@media (min-width: 720px)" in page.style
+        classes = [attributes.get("class") for attributes in page.named("div")]
+        assert classes.count("plot narrow") == classes.count("wide") == 1
+
+
+def test_bars_are_as_long_as_their_values(tmp_path: Path) -> None:
+    def lengths(result) -> list[float]:
+        html = written(tmp_path, result)
+        return [float(found) for found in re.findall(r'class="bar" style="width: ([\d.]+)%', html)]
+
+    assert lengths(reports.demo()) == pytest.approx([100 * 39 / 257, 100, 100 * 52 / 257], abs=0.01)
+    # Not finite, 0.31, 2e-16 and zero: from 2e-17 to 3.1 on a logarithmic axis.
+    assert lengths(reports.inexact()) == pytest.approx([100, 94.2, 5.8, 0], abs=0.1)
+
+
+def test_the_smallest_error_of_all_has_a_bar(tmp_path: Path) -> None:
+    tiny = replace(reports.certificate(), parameters={"w": 5e-324}, max_error=5e-324)
+    html = written(tmp_path, tiny)
+    shares = [float(found) for found in re.findall(r"(?:width|left): ([\d.]+)%", html)]
+    assert all(0 <= share <= 100 for share in shares)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@pytest.mark.thorough("it starts a browser")
+def test_no_page_is_wider_than_its_window(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    name = "a_layer_with_a_name_that_has_no_end/" * 9
+    unbroken = replace(reports.certificate(), parameters={name: 1e-15, "w" * 300: 1e-15})
+    write_html(page, *EVERYTHING, unbroken)
+    widths = [380, 719, 720, 800, 1400]
+    assert report_shots.wider_than_its_window(page, widths) == dict.fromkeys(widths, 0)
+    page.write_text('<meta charset="utf-8"><div style="width: 900px">wide</div>')
+    found = report_shots.wider_than_its_window(page, [380, 1400])
+    assert found[380] > 400
+    assert found[1400] == 0
+
+
+def test_a_report_in_a_notebook_is_the_same_page(tmp_path: Path) -> None:
+    report = Report(*EVERYTHING)
+    assert report.html == written(tmp_path, *EVERYTHING)
+    frame = Page(report._repr_html_())
+    [(tag, attributes)] = frame.tags
+    assert tag == "iframe"
+    assert attributes["srcdoc"] == report.html
+    # No script can run in it.
+    assert attributes["sandbox"] == ""
 
 
 def test_names_are_escaped(everything: str) -> None:
@@ -227,6 +287,8 @@ def test_every_result_is_there_in_order(everything: str) -> None:
                 "3.8e-07",
                 reports.demo().conclusion,
                 "257.0 MiB",
+                "peak memory (MiB)",
+                "time (s)",
                 "small, 32",
                 "whole, 512",
                 "512 accumulated",
@@ -240,11 +302,14 @@ def test_every_result_is_there_in_order(everything: str) -> None:
                 reports.plan().reason,
                 "limit 300.0 MiB",
                 "32 rows: 120.8 MiB",
-                "32 rows: 1.25",
-                "455.2 MiB",
+                "32 rows: 1.25/s",
+                "micro-batch (rows)",
+                "peak memory (MiB)",
+                "455.2",
+                "time of the whole batch (s)",
                 "not timed",
                 "peak memory, MiB",
-                "batches per second",
+                "throughput, batches/s",
             ],
         ),
         (
@@ -257,7 +322,14 @@ def test_every_result_is_there_in_order(everything: str) -> None:
         ),
         (
             reports.noise(),
-            ["as much noise as signal at 703 rows", "669 to 738", "95% interval", "∞", "600"],
+            [
+                "as much noise as signal at 703 rows",
+                "669 to 738",
+                "95% interval",
+                "noise scale (rows)",
+                "∞",
+                "600",
+            ],
         ),
         (
             reports.batch_advice(),
@@ -290,8 +362,14 @@ def test_equal_results_give_equal_pages(everything: str, tmp_path: Path) -> None
 def test_a_large_model_stays_small(tmp_path: Path) -> None:
     html = written(tmp_path, reports.certificate(layers=400))
     assert len(html.encode()) < MOST_BYTES
-    assert "The other 376 layers have no larger ones." in html
+    assert "The other 376 layers have no larger errors." in html
     assert "All 800 parameters" in html
+
+
+def test_memory_in_a_table_has_one_unit(tmp_path: Path) -> None:
+    html = written(tmp_path, plan_of(PlanRow(1, 2**20, True, 1.0), PlanRow(2, 2**31, True, 1.0)))
+    assert "peak memory (GiB)" in html
+    assert re.findall(r"<td>([\d.]+)</td><td>measured", html) == ["0.000977", "2"]
 
 
 def plan_of(*rows: PlanRow) -> Plan:
@@ -326,7 +404,7 @@ def plan_of(*rows: PlanRow) -> Plan:
 def test_results_at_the_edge(result, plots: int, tmp_path: Path) -> None:
     html = written(tmp_path, result)
     assert_self_contained(html)
-    assert len(Page(html).named("svg")) == plots
+    assert len(Page(html).named("figcaption")) == plots
     assert "nan" not in Page(html).text
 
 
@@ -339,7 +417,7 @@ def test_what_has_no_report_is_refused(result: object, tmp_path: Path) -> None:
 
 
 def test_no_result_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"write_html needs a result\. Got none\. Pass for"):
+    with pytest.raises(ValueError, match=r"A report needs a result\. Got none\. Pass for"):
         write_html(tmp_path / "report.html")
 
 

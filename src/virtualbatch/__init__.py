@@ -14,17 +14,21 @@ from virtualbatch.plan.plan import Plan, PlanRow
 from virtualbatch.window.groups import whole_groups
 from virtualbatch.window.packing import pack
 from virtualbatch.window.stream import windows
+from virtualbatch.window.terms import AuxLossFn, LossFn, WeightFn
 from virtualbatch.window.window import Window
 
 __all__ = [
     "Advice",
     "Auto",
+    "AuxLossFn",
     "Certificate",
     "Finding",
+    "LossFn",
     "NoiseEstimate",
     "NoiseScale",
     "Plan",
     "PlanRow",
+    "WeightFn",
     "Window",
     "WindowStats",
     "certify_loop",

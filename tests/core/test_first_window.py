@@ -124,10 +124,15 @@ def test_what_adds_up_is_not_certified():
 
 @pytest.mark.parametrize(
     ("kind", "page"),
-    [("weight", "sums"), ("sum_loss", "sums"), ("coupled_rows", "rowwise"), ("stateful", "state")],
+    [
+        ("weight", "weights"),
+        ("sum_loss", "weights"),
+        ("coupled_rows", "rowwise"),
+        ("stateful", "state"),
+    ],
 )
 def test_what_does_not_add_up_is_refused_with_its_page(kind, page):
-    text = rf"must add up to that of their batch\. Got .*{kind} at here\. why\. Fix it\. See docs/"
+    text = rf"must add up to that of their batch\. Got .*{kind} at here\. why\. Fix it\. See docs/guides/"
     text += page
     with pytest.raises(ValueError, match=text):
         proved(Scripted({(4, 4): WRONG}, of(kind)))

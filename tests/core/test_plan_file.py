@@ -24,7 +24,7 @@ FOR_ALL_THAT_IS_LEFT = f"None of {host_memory().usable_bytes} bytes"
 TEXT = as_text([(signature()._replace(limit=FOR_ALL_THAT_IS_LEFT), plan())])
 REFUSED = (
     r"^file must hold plans that Auto has written\. Got '.*plans\.json', in which .+\. "
-    r"Remove it, or pass another name\.$"
+    r"Remove the file, or pass another name\.$"
 )
 
 
@@ -322,7 +322,7 @@ class Unwritable:
 WAYS = {
     "gone": "No such file or directory",
     "read_only": "Permission denied",
-    "locked": "others keep its lock",
+    "locked": "its lock is held by others",
     "full": "No space left",
 }
 
@@ -401,10 +401,10 @@ def test_an_interrupt_leaves_the_old_plans_and_no_lock(tmp_path, monkeypatch):
         "a folder": (".", r"must name a file\. Got '.*', a folder\. Pass for example"),
         "no folder": ("no/such/plans.json", r"in a folder that exists\. Got '.*'\. Make the"),
         "a device": ("/dev/full", r"Got '/dev/full', a device or a pipe\."),
-        "a file as folder": ("file/plans.json", r"can be read\. Got '.*' \(Not a directory\)\."),
-        "links that meet": ("around", r"can be read\. Got '.*' \(Too many levels of symbolic"),
-        "a long name": (300 * "a", r"can be read\. Got '.*' \(File name too long\)\."),
-        "zero": ("a\0b", r"can be read\. Got '.*' \(embedded null byte\)\."),
+        "a file as folder": ("file/plans.json", r"must be readable\. Got '.*' \(Not a directory\)\."),
+        "links that meet": ("around", r"must be readable\. Got '.*' \(Too many levels of symbolic"),
+        "a long name": (300 * "a", r"must be readable\. Got '.*' \(File name too long\)\."),
+        "zero": ("a\0b", r"must be readable\. Got '.*' \(embedded null byte\)\."),
     }.values(),
 )  # fmt: skip
 def test_names_of_no_file_are_refused(tmp_path, name, text):

@@ -87,7 +87,9 @@ def test_several_windows(mode):
 @pytest.mark.parametrize("other", [Y, vb.Window([Y])], ids=["an array", "a shorter window"])
 def test_windows_beside_something_else_are_refused(other):
     run = vb.value_and_grad(by_parts, batch_argnum=(1, 3))
-    with pytest.raises(ValueError, match=r"all must be Windows of one length, or none\. Got a Win"):
+    with pytest.raises(
+        ValueError, match=r"must all be Windows of one length, or none of them a Window\. Got a Win"
+    ):
         run(P, vb.Window([X[:4], X[4:]]), 2.0, other)
 
 

@@ -65,7 +65,9 @@ def test_certify_chooses_rows_of_lists():
 def test_a_list_that_a_program_would_cut_is_refused():
     ours = vb.value_and_grad(fun, microbatch_size=2)
     rest = {"x": X, "names": ["a", "b"]}
-    with pytest.raises(TypeError, match=r"a compiled program cannot do\. Got one beside 4 rows"):
+    with pytest.raises(
+        TypeError, match=r"a compiled program cannot cut lists\. Got one beside 4 rows"
+    ):
         jax.jit(lambda params: ours(params, rest | {"lengths": LENGTHS}))(P)
     # As an argument of a program its numbers are arrays without rows.
     ours = vb.value_and_grad(lambda p, b: (means(p, b) ** 2).mean(), microbatch_size=2)

@@ -53,7 +53,9 @@ def test_options_that_no_call_can_satisfy(options, text):
 def test_float8_state_is_refused():
     params = {"_overwrite_with_gradient": jnp.ones(3)}
     ours = vb.rowwise(lambda p, x: x, microbatch_size=2)
-    with pytest.raises(ValueError, match=r"no gradients but new values\. Got \[0\]\[0\]\['_over"):
+    with pytest.raises(
+        ValueError, match=r"the gradient of float8 state is its new value\. Got \[0\]\[0\]\['_over"
+    ):
         ours(params, jnp.ones(4))
 
 
@@ -105,7 +107,7 @@ def test_what_certify_refuses_of_a_function():
     ours = vb.rowwise(lambda params, x: x, microbatch_size="auto")
     with pytest.raises(ValueError, match=r"needs a size\. Got .*'auto'"):
         vb.certify(ours)
-    with pytest.raises(ValueError, match="brings its own options"):
+    with pytest.raises(ValueError, match="keeps the options that it was made with"):
         vb.certify(ours, weight="sum", microbatch_size=2)
 
 

@@ -282,7 +282,7 @@ def test_an_engine_that_is_wrong_is_caught(monkeypatch):
     assert not found.exact
     wrong = [name for name, error in found.parameters.items() if error > found.tolerance]
     assert wrong == ["sequential/dense/kernel"]
-    assert "bug of virtualbatch, please report it" in found.findings[0].fix
+    assert "bug of virtualbatch: please report it" in found.findings[0].fix
 
 
 def test_randomness_is_named():
@@ -299,7 +299,7 @@ def test_randomness_that_cannot_be_turned_off_is_named():
     assert not found.exact
     assert found.findings[0].kind == "stateful"
     assert "sampling" in found.findings[0].where
-    assert any("What sampling may draw could not be turned off" in note for note in found.notes)
+    assert any("Randomness in sampling could not be turned off" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ NOTHING = (
 )
 SLICES = (
     "A batch of 16 rows is one update of 6 micro-batches of up to 3 rows. If all 16 rows fit in "
-    "memory at once, did you mean fit(batch_size=96)? Else pass microbatch_size=3 instead of "
-    "accumulation_steps=6, and this is not said again."
+    "memory at once, did you mean fit(batch_size=96)? Otherwise pass microbatch_size=3 instead "
+    "of accumulation_steps=6, which also stops this message."
 )
 
 

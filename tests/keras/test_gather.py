@@ -200,7 +200,8 @@ def test_what_is_gathered_is_said_once(caplog):
         model.train_on_batch(X[:20], targets)
     assert lines(caplog) == [
         "The losses dice returns one number and per_row compares rows: both get the predictions of "
-        "all rows, at the price of one more forward. gather=False takes dice for a mean over rows."
+        "all rows, at the cost of one more forward pass. gather=False treats dice as a mean over "
+        "rows."
     ]
 
 
@@ -208,7 +209,7 @@ def test_without_gathering_both_kinds_of_loss_are_named(caplog):
     model = accumulating(mlp(4), per_row, {"gather": False})
     model.train_on_batch(X[:20], np.arange(20) % 2)
     (line,) = lines(caplog)
-    assert "gather=False was asked for, but per_row gives a row another value when other" in line
+    assert "gather=False is set, but per_row gives a row another value when the other rows" in line
     assert "Got values that differ by" in line
 
 
@@ -276,7 +277,7 @@ class RunsAgain(keras.Model):
 def test_a_compute_loss_that_runs_layers_is_named(caplog):
     accumulating(RunsAgain, None).train_on_batch(X[:20], MASKS[:20])
     assert len(lines(caplog)) == 2
-    assert "compute_loss sees all rows at once, and runs encoder on them" in lines(caplog)[1]
+    assert "compute_loss sees all rows at once and runs encoder on them" in lines(caplog)[1]
 
 
 def test_a_noise_scale_is_refused():

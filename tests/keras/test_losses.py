@@ -181,7 +181,7 @@ def test_a_loss_of_one_number_is_named_once(loss, caplog):
     train(case, accumulated=True)
     said = [record.getMessage() for record in caplog.records if record.name == "virtualbatch"]
     assert len(said) == 1
-    assert "returns one number: it is taken for one mean over rows" in said[0]
+    assert "returns one number: it is treated as one mean over rows" in said[0]
 
 
 def test_weights_that_are_no_positive_numbers_count_as_keras_counts_them():

@@ -215,4 +215,4 @@ def test_packed_rows():
 
 
 def test_it_shows_what_it_was_made_with():
-    assert repr(vb.NoiseScale(decay=0.9)) == "NoiseScale(decay=0.9)"
+    assert repr(vb.NoiseScaleCallback(decay=0.9)) == "NoiseScaleCallback(decay=0.9)"

@@ -67,7 +67,8 @@ def test_a_window_of_one_micro_batch_is_named(caplog):
     [
         (
             False,
-            f"What the model predicts is not finite in micro-batch 2 of 3 of window 2 ({SECOND}",
+            "The prediction of the model is not finite in micro-batch 2 of 3 of window 2 "
+            f"({SECOND}",
         ),
         (True, "The loss is nan in window 2, so"),
     ],

@@ -248,7 +248,7 @@ def test_restore_leaves_what_it_did_not_set():
 def test_a_list_is_no_pair_of_inputs_and_targets(verb):
     model = compiled_model()
     with pytest.raises(
-        ValueError, match=r"a list is all of x\. Got a list of 2 .*Pass a tuple: \(x"
+        ValueError, match=r"a list counts as x alone\. Got a list of 2 .*Pass a tuple: \(x"
     ):
         verb(model, [X[:4], LABELS[:4]])
     assert not model.optimizer.built

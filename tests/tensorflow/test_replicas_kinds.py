@@ -282,6 +282,6 @@ def test_a_function_keeps_no_loss_of_keras(of_keras):
     assert_close(local(elsewhere(batch)), before)
     assert_close(sum(before), due[0])
     with pytest.raises(
-        ValueError, match=r"stand in no tf\.function of its own.*Got one in loss_fn"
+        ValueError, match=r"not be in a tf\.function of its own.*Got one in loss_fn"
     ):
         assert_mean_over_rows(lambda x: tf.function(loss_fn)(x), kernel, due)

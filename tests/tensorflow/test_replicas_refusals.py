@@ -30,8 +30,8 @@ def refused(replica, message, error=ValueError):
 def test_an_eager_call():
     kernel = ones()
     message = (
-        "Several replicas are trained in a graph. Got an eager call in a strategy of 2 replicas. "
-        "Put strategy.run into a tf.function."
+        "Several replicas must be trained in a graph. Got an eager call in a strategy of 2 "
+        "replicas. Put strategy.run into a tf.function."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         two().run(
@@ -74,7 +74,7 @@ def test_replicas_that_do_not_wait_for_each_other(monkeypatch):
 
 OUTSIDE = (
     "Each replica takes the gradients of its own rows. "
-    "Got values of a strategy outside of strategy.run. Put the call into it."
+    "Got values of a strategy outside of strategy.run. Call it inside strategy.run."
 )
 
 
@@ -129,7 +129,7 @@ def test_aux_whose_shape_is_not_known():
 
     refused(
         window_of(loss_fn, [kernel], microbatch_size=4, has_aux=True),
-        "A leaf of aux that replicas sum must have a shape that a trace knows. "
+        "A leaf of aux that replicas sum must have a static shape. "
         "Got shape (None,) and dtype float64.",
     )
 

@@ -238,7 +238,7 @@ def test_a_wrong_engine_is_red_and_says_so(name, monkeypatch):
     assert not found.exact
     (finding,) = found.findings
     assert (finding.kind, finding.where) == ("stateful", "the window")
-    assert "bug of virtualbatch, please report it" in finding.fix
+    assert "bug of virtualbatch: please report it" in finding.fix
 
 
 def test_nothing_is_touched():

@@ -309,12 +309,12 @@ def test_a_leaf_in_no_module_is_refused():
         (
             {"reduce": "window"},
             ValueError,
-            r"reduce says when .* Got reduce='window' and no",
+            r"reduce is for modules that add .* Got reduce='window' and no",
         ),
         (
             {"group": object()},
             ValueError,
-            r"must be what adds up .* Got Sequential in group",
+            r"must be the wrapper that adds up .* Got Sequential in group",
         ),
     ],
 )

@@ -66,22 +66,28 @@ def test_fully_sharded_of_the_first_kind(verb):
 @pytest.mark.parametrize("verb", [vb.backward, vb.loss])
 def test_arguments_that_say_how_to_add_up_what_nothing_adds_up(verb):
     module = nn.Linear(2, 1)
-    text = r"Got reduce='window' and no module that adds them up\. Leave it out\."
+    text = r"Got reduce='window' and no such module\. Leave it out\."
     refused(verb, module, text, reduce="window")
-    text = r"module must be what adds up gradients over ranks\. Got Linear in group=str\. Pass the "
+    text = (
+        r"module must be the wrapper that adds up gradients over ranks\. "
+        r"Got Linear in group=str\. Pass the "
+    )
     refused(verb, module, text, group="dp")
 
 
 def refuses(rank, verb):
     net = DistributedDataParallel(nn.Linear(2, 1))
-    plain = r"must be what adds up .*\. Got (Linear|Sequential) in a process group of 2 ranks\. "
+    plain = (
+        r"must be the wrapper that adds up .*\. "
+        r"Got (Linear|Sequential) in a process group of 2 ranks\. "
+    )
     refused(verb, net.module, plain + r"Pass the DistributedDataParallel around it, such as ")
     refused(verb, nn.Sequential(nn.Linear(2, 1)), plain)
     loose = nn.Parameter(torch.ones(2))
     text = r"Got a parameter of shape \(2,\) that the DistributedDataParallel does not hold"
     with pytest.raises(ValueError, match=text):
         verb(lambda x: net(x).mean() + loose.sum(), X, module=[net, loose], microbatch_size=2)
-    refused(verb, net, r"group=False says .* Got it with DistributedDataParallel", group=False)
+    refused(verb, net, r"group=False is for .* Got it with DistributedDataParallel", group=False)
     refused(verb, net, r"'window' or 'overlapped'\. Got reduce='microbatch'", reduce="microbatch")
     apart = [distributed.new_group([n]) for n in range(2)][rank]
     text = r"over the same ranks\. Got ranks \[0, 1\] and \[" + str(rank) + r"\]\."
@@ -89,12 +95,14 @@ def refuses(rank, verb):
     other = DistributedDataParallel(nn.Linear(2, 1), process_group=apart)
     refused(verb, nn.ModuleList([net, other]), text)
     static = DistributedDataParallel(nn.Linear(2, 1), static_graph=True)
-    text = r"must not have static_graph=True: .* Got static_graph=True\. Leave it out; "
+    text = r"must not have static_graph=True: .* Got static_graph=True\. Leave it out: "
     refused(verb, static, text)
     # PyTorch wraps it on devices only.
     talking = DistributedDataParallel(nn.Sequential(nn.Linear(2, 1), nn.Identity()))
     talking.module[1] = nn.SyncBatchNorm(1, affine=False)
-    refused(verb, talking, r"must run equally often on all\. Got SyncBatchNorm\. Use BatchNorm")
+    refused(
+        verb, talking, r"must run equally often on all of them\. Got SyncBatchNorm\. Use BatchNorm"
+    )
     hooked = DistributedDataParallel(nn.Linear(2, 1))
     hooked._register_fused_optim(torch.optim.SGD, lr=0.1)
     refused(verb, hooked, r"Got a .* with an optimizer in its backward pass\. Make it without\.")

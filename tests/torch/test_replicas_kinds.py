@@ -130,7 +130,7 @@ def frozen_later(rank):
     swapped = DistributedDataParallel(inner)
     for layer in inner[0], inner[2]:
         layer.requires_grad_(layer is inner[0])
-    with pytest.raises(ValueError, match=r"must be made when it is known what is trained\."):
+    with pytest.raises(ValueError, match=r"must be made after parameters are frozen or unfrozen\."):
         vb.backward(mse_of(swapped), rows(0, 4), module=swapped, microbatch_size=2)
     return gradients(inner)
 

@@ -63,7 +63,9 @@ def test_a_loader_that_fails_on_one_rank_ends_all_before_the_same_window():
     (first, told), (second, own) = ranks.run(fails, 2, group_limit=5)
     assert first == second == ["a", "b"]
     assert own == "OSError: the disk is gone"
-    assert told.startswith("RuntimeError: All ranks must read their streams. Got an error in")
+    assert told.startswith(
+        "RuntimeError: Every rank must be able to read its stream. Got an error in"
+    )
 
 
 class BeginsAnew:

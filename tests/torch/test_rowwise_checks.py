@@ -133,7 +133,7 @@ def test_the_first_call_finds_what_is_another_result_in_the_second_pass():
         noise = torch.rand(len(x), 4, generator=OWN) if MODULE.training else 0
         return MODULE(x) + noise
 
-    with pytest.raises(ValueError, match=r"called twice, and must .* of output from"):
+    with pytest.raises(ValueError, match=r"calls its function twice, and .* of output from"):
         vb.rowwise(noisy, module=MODULE, microbatch_size=4)(rows())
 
 
@@ -229,7 +229,7 @@ def test_certify_takes_a_rowwise_function():
     layers = network(nn.BatchNorm1d(8))
     (finding,) = vb.certify(vb.rowwise(layers), x, module=layers, microbatch_size=4).findings
     assert (finding.kind, finding.where.partition(" ")[0]) == ("batchnorm", "1")
-    with pytest.raises(ValueError, match="weight and has_aux are those of a loss"):
+    with pytest.raises(ValueError, match="weight and has_aux belong to a loss"):
         vb.certify(function, x, module=MODULE, weight="sum")
 
 

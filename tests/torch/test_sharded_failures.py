@@ -88,12 +88,12 @@ REFUSED = {
     'reduce="microbatch".',
     half_loss: "With fully_shard a loss must be float32 or wider. Got bfloat16. Return",
     overlapped: "reduce of a fully sharded module must be 'microbatch' or 'window'. Got",
-    statistics: "Got stats=True with fully_shard, which shows only what all ranks have added up.",
-    planned: 'plan and microbatch_size="auto" look at one device. Got FSDPNet',
-    apart: "group=False says that ranks train apart. Got it with FSDPNet",
+    statistics: "Got stats=True with fully_shard, which shows only sums over all ranks.",
+    planned: 'plan and microbatch_size="auto" measure one device. Got FSDPNet',
+    apart: "group=False is for ranks that train apart. Got it with FSDPNet",
     talking: "Got SyncBatchNorm. Use BatchNorm",
     unsharded: "Got a parameter of shape (6, 6) that fully_shard does not hold, or ignores.",
-    penalty_of_shards: "Got a loss that uses the shards of one of shape (6,). Compute",
+    penalty_of_shards: "Got a loss that uses the shards of a parameter of shape (6,). Move",
     other_factors: "Got 1.0, 2 from set_gradient_divide_factor. Set one for all of them.",
 }
 FOUND = {fn: TWO.case(fn) for fn in REFUSED}
@@ -254,4 +254,6 @@ def no_rows_anywhere(rank):
 
 def test_no_rows_on_any_rank():
     for error in no_rows_anywhere():
-        assert error.startswith("ValueError: A window must have a row on some rank. Got none on")
+        assert error.startswith(
+            "ValueError: A window must have a row on at least one rank. Got none on"
+        )

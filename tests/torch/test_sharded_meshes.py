@@ -202,7 +202,7 @@ def test_a_mesh_that_does_not_tell_needs_a_group():
     for error, _ in not_told():
         assert error == (
             "Weights are summed over the ranks that hold different rows. Got parameters on a mesh "
-            "('dp', 'tp') of which the module does not tell which. Pass group=mesh[\"dp\"]."
+            "('dp', 'tp'), which does not show which ranks these are. Pass group=mesh[\"dp\"]."
         )
 
 

@@ -138,7 +138,7 @@ def test_packing_without_a_mask():
     trainer.data_collator = lambda rows: {
         name: x for name, x in collated(rows).items() if name != "attention_mask"
     }
-    with pytest.raises(ValueError, match="Packing needs attention_mask, padded on the right"):
+    with pytest.raises(ValueError, match="Packing needs attention_mask, padding on the right"):
         accumulate(trainer, microbatch_tokens=48).train()
 
 

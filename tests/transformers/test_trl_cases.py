@@ -249,7 +249,7 @@ def test_two_means_are_refused_by_their_gradients(make, given):
 
 def test_what_grpo_generates_is_not_packed():
     said = refusal(grpo, 3, 4, ours={"microbatch_tokens": 64})
-    assert said.startswith("Packing needs attention_mask, padded on the right")
+    assert said.startswith("Packing needs attention_mask, padding on the right")
     assert "Got inputs prompt_ids" in said
     assert said.endswith("Pass microbatch_size instead.")
 

@@ -107,7 +107,7 @@ def test_a_given_weight_that_does_not_fit_is_logged_and_used(caplog):
     weight = {"weight": lambda inputs: (inputs["labels"][:, 1:] != -100).sum()}
     with caplog.at_level(logging.WARNING, "virtualbatch"):
         found = run("balanced experts", 10, 1, {"microbatch_size": 3, **weight})
-    assert caplog.text.count("does not fit, and is used all the same") == 1
+    assert caplog.text.count("does not fit the loss, and is used all the same") == 1
     uncut, own = run("balanced experts", 10, 1), run("balanced experts", 2, 5)
     assert error(found, uncut) < error(own, uncut)
 

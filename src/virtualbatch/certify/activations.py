@@ -1,7 +1,7 @@
-"""Where rows first meet: activations of a run on some rows, against those of its parts.
+"""Finds where rows are coupled: compares activations of a run with those of runs on its parts.
 
-What a model computes row by row is the same whichever rows run together. The first activation along
-a run for which that fails is where rows are coupled.
+A value that is computed row by row does not depend on the rows that run with it. The first
+activation of a run for which that fails is where rows are coupled.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,7 @@ import numpy as np
 
 from virtualbatch.certify.sketch import Sketch, sketched
 
-# Of one run; three are compared at a time. A model whose activations take more is held in memory
-# several times over by its own training, and a host has this to spare.
+# For one run; three runs are compared at a time. Larger activations are kept as sketches.
 _KEPT_BYTES = 2**28
 
 
@@ -31,7 +30,7 @@ class Activation(NamedTuple):
 
 
 class Recording:
-    """The activations of one run: whole as long as they are few, then as sketches.
+    """The activations of one run: complete up to a limit of memory, then as sketches.
 
     Attributes:
         activations: in order.
@@ -47,7 +46,7 @@ class Recording:
         Args:
             where: see `Activation`.
             layer: see `Activation`.
-            value: the value in float64; it must not change any more.
+            value: in float64; it must not be changed later.
         """
         # A single number has no axis to sketch.
         fits = value.nbytes <= self._left or not value.ndim
@@ -59,17 +58,17 @@ class Recording:
 def first_difference(
     whole: Sequence[Activation], parts: Sequence[Sequence[Activation]], tolerance: float
 ) -> Activation | None:
-    """The first activation of a run that its parts do not compute alike, row by row.
+    """The first activation of a run that differs, in some row, from that of the parts.
 
-    Activations without an axis of rows are passed over: a sum over rows differs, and should.
+    Activations without an axis of rows are skipped, because a sum over rows differs rightly.
 
     Args:
         whole: activations of a run on all rows, in order.
-        parts: those of runs on consecutive groups of these rows.
-        tolerance: relative difference that is put down to rounding.
+        parts: activations of runs on consecutive groups of these rows.
+        tolerance: the largest relative difference that counts as rounding.
 
     Returns:
-        That of `whole`, or None if all agree.
+        The activation of `whole`; None if all agree.
     """
     for index, activation in enumerate(whole):
         if any(index >= len(part) for part in parts):
@@ -83,13 +82,13 @@ def first_difference(
 def reduced_at(
     whole: Sequence[Activation], parts: Sequence[Sequence[Activation]]
 ) -> Activation | None:
-    """The last activation that has no axis of rows although the one before it has.
+    """The last activation without an axis of rows right after one that has it.
 
-    That is where a loss is reduced to a number.
+    There the loss is reduced to a number.
 
     Args:
         whole: activations of a run on all rows, in order.
-        parts: those of runs on consecutive groups of these rows.
+        parts: activations of runs on consecutive groups of these rows.
     """
     last = None
     had_rows = False
@@ -106,14 +105,14 @@ def reduced_at(
 def first_not_finite(
     activations: Sequence[Activation], rows: int
 ) -> tuple[Activation, list[int]] | None:
-    """The first activation that holds NaN or infinity, and the rows of it that do.
+    """The first activation that holds NaN or infinity, and its rows that do.
 
     Args:
         activations: of a run, in order.
         rows: rows of the run.
 
     Returns:
-        The activation and its rows (none where it has no axis of rows), or None.
+        The activation and its rows (none if it has no axis of rows); None if all are finite.
     """
     for activation in activations:
         broken, entries = _not_finite(activation.value)
@@ -172,7 +171,7 @@ def _agree(
 def _sketches_agree(
     whole: np.ndarray | Sketch, parts: Sequence[np.ndarray | Sketch], axis: int, tolerance: float
 ) -> bool:
-    """Whether values agree along an axis, as far as sketches have it."""
+    """Whether values agree along an axis, as far as their sketches show."""
     entries = [sketched(value).axes[axis] for value in (whole, *parts)]
     known = [each for each in entries if each is not None]
     if len(known) < len(entries):

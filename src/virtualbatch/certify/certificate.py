@@ -1,8 +1,8 @@
-"""Verdicts: is an accumulated gradient that of the whole batch, and if not, what broke it.
+"""Certificates: whether accumulation gives the gradient of the whole batch, and if not, why.
 
-An engine observes its user's training step; from what was observed, as arrays of NumPy, the errors
-of all parameters follow, a tolerance derived from the dtype and from the model's own rounding, and
-findings that name a cause.
+An engine observes the user's training step and hands over NumPy arrays. From these follow the error
+of every parameter, a tolerance derived from the dtype and the model's own rounding, and findings
+that name a cause.
 """
 
 import math
@@ -35,11 +35,11 @@ _MOST_SHOWN = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that breaks exactness, or that its owner should know.
+    """Something that breaks exactness, or that you should know.
 
     Args:
-        kind: what it is. Of a loss or a model: "weight", "sum_loss", "coupled_rows", "batchnorm",
-            "regulariser", "stateful", "no_gradient", "low_precision" or "non_finite"; of a
+        kind: for a loss or a model "weight", "sum_loss", "coupled_rows", "batchnorm",
+            "regulariser", "stateful", "no_gradient", "low_precision" or "non_finite"; for a
             training loop also "last_window", "clipping", "per_microbatch" or "stale_buffer".
         where: the layer, term, parameter or line.
         why: what was observed.
@@ -61,13 +61,13 @@ class Certificate(Result):
 
     Args:
         exact: whether every error is within the tolerance and nothing else differs.
-        max_error: the largest error of `parameters`; infinity where something is not finite.
-        tolerance: what rounding alone may make of an error.
-        parameters: parameter name -> largest difference between accumulated and uncut gradient,
-            in units of that parameter's largest gradient, to which its measured rounding is added.
-        findings: what breaks exactness, the gravest first, and what is worth knowing.
-        loss_error: the same of the loss.
-        notes: how it was compared, in sentences.
+        max_error: the largest error of `parameters`; infinity if something is not finite.
+        tolerance: the largest error that rounding alone can cause.
+        parameters: parameter name -> largest difference between the accumulated and the uncut
+            gradient, divided by that parameter's largest gradient plus its measured rounding.
+        findings: what breaks exactness, most serious first, then what is worth knowing.
+        loss_error: the error of the loss, in the same units.
+        notes: how the gradients were compared, in sentences.
     """
 
     exact: bool
@@ -79,10 +79,10 @@ class Certificate(Result):
     notes: tuple[str, ...] = field(default=())
 
     def raise_if_inexact(self) -> None:
-        """Raises what is wrong; does nothing if the gradient is exact.
+        """Raises an error with the text of the certificate, unless it is exact.
 
         Raises:
-            ValueError: the certificate is not exact; the text is that of the certificate.
+            ValueError: the certificate is not exact.
         """
         if not self.exact:
             raise ValueError(str(self))
@@ -98,15 +98,18 @@ class Certificate(Result):
     def _repr_html_(self) -> str:
         findings = "".join(
             f"<li><b>{escape(found.kind)}</b> at {escape(found.where)}: {escape(found.why)} "
-            f"<i>{escape(found.fix)}</i></li>"
+            f"<b>Fix:</b> {escape(found.fix)}</li>"
             for found in self.findings
         )
         rows = "".join(
             f"<tr><td>{escape(name)}</td><td>{error:.2e}</td></tr>" for name, error in self._worst()
         )
+        hidden = len(self.parameters) - _MOST_SHOWN
+        more = f"<p>and {hidden} more parameters</p>" if hidden > 0 else ""
         return (
-            f"<p><b>{escape(self._headline())}</b></p><ul>{findings}</ul><table>{rows}</table>"
-            f"<p>{escape(' '.join(self.notes))}</p>"
+            f"<p><b>{escape(self._headline())}</b><br>{escape(' '.join(self.notes))}</p>"
+            f"{f'<ul>{findings}</ul>' if findings else ''}"
+            f"<table><tr><th>parameter</th><th>relative error</th></tr>{rows}</table>{more}"
         )
 
     def _headline(self) -> str:
@@ -118,16 +121,16 @@ class Certificate(Result):
 
 
 def derived_tolerance(epsilon: float, narrowest: float, rows: int) -> float:
-    """What rounding may make of the error of a sum over rows.
+    """The largest error that rounding can cause in a sum over rows.
 
     Sums of n terms in two orders differ by about sqrt(n) roundings of their terms. The factor 64
-    stands for the roundings inside a term; what a model adds to that is measured, not guessed.
-    Where a model computes some values in fewer bits, those are rounded once each, whatever is
-    summed: a share of a micro-batch is no power of two.
+    covers the roundings inside a term; what a model adds to that is measured, not guessed. Values
+    that a model computes in fewer bits are rounded once each, whatever is summed, because the share
+    of a micro-batch is not a power of two.
 
     Args:
-        epsilon: distance from 1 to the next number of the dtype that sums are computed in.
-        narrowest: the same of the narrowest dtype inside.
+        epsilon: distance from 1 to the next number, in the dtype of the sums.
+        narrowest: the same distance in the narrowest dtype of the model.
         rows: number of summands.
 
     Source:

@@ -1,7 +1,7 @@
-"""From what was observed of a training step to a certificate.
+"""Turns the observations of a training step into a certificate.
 
-The errors come first. Only if there are any, causes are tried on the gradients of single
-micro-batches: the cause is the one whose arithmetic reproduces the whole batch's gradient.
+Errors are computed first. If there are any, causes are tried on the gradients of single
+micro-batches: the right cause is the one whose arithmetic reproduces the whole batch's gradient.
 """
 
 from collections.abc import Iterator
@@ -30,10 +30,10 @@ from virtualbatch.certify.weights import explained
 
 
 def certified(subject: TrainingStep) -> Certificate:
-    """Runs a subject uncut and accumulated, and compares.
+    """Runs a training step uncut and accumulated, and compares the two.
 
     Args:
-        subject: see there.
+        subject: the training step.
     """
     tolerance = derived_tolerance(subject.epsilon, subject.narrowest, subject.rows)
     every = np.arange(subject.rows)
@@ -46,10 +46,10 @@ def certified(subject: TrainingStep) -> Certificate:
     mixed = subject.alone(np.random.default_rng(0).permutation(subject.rows))
     stateful = differ(whole, again, coarse)
     ordered = differ(whole, turned, coarse) or differ(whole, mixed, coarse)
-    # What depends on the order of rows is no rounding.
+    # A difference that depends on the order of rows is not rounding.
     alike = [] if stateful or ordered else [again, turned, mixed]
     scales = measured_scales(whole, alike, tolerance)
-    # What a window leaves behind shows in the one after it.
+    # The second window shows what the first one left behind.
     subject.accumulated()
     accumulated = subject.accumulated()
     errors = gradient_errors(whole, accumulated, scales)
@@ -81,8 +81,8 @@ def broken(subject: TrainingStep, finding: Finding) -> Certificate:
     """The certificate of a step whose gradients cannot be compared.
 
     Args:
-        subject: see `certified`.
-        finding: why not.
+        subject: the training step.
+        finding: the reason.
     """
     return Certificate(
         exact=False,
@@ -103,7 +103,7 @@ def _causes(
     coarse: float,
     stateful: bool,
 ) -> list[Finding]:
-    """Why the accumulated gradient is another one; at least one finding."""
+    """Why the accumulated gradient differs; at least one finding."""
     union = np.concatenate(subject.pieces[:2])
     activations = subject.activations(union)
     parts = [subject.activations(piece) for piece in subject.pieces[:2]]
@@ -132,7 +132,7 @@ def _causes(
 
 # Epsilons above this are those of half precision.
 _HALF = 1e-4
-# Why of a finding that saw it in the values themselves.
+# The reason of a finding that was observed in the values themselves.
 SEES_OTHER_ROWS = (
     "Its values for the rows of a micro-batch change with the other rows of the batch."
 )
@@ -152,7 +152,7 @@ def _coupled(subject: TrainingStep, activation: Activation | None, place: str) -
     why = (
         SEES_OTHER_ROWS
         if activation is not None
-        else "The loss is no mean over rows of anything: a function of a mean is not a mean."
+        else "The loss is not a mean over rows: a function of a mean is not a mean."
     )
     return Finding("coupled_rows", where, why, subject.way_out)
 
@@ -167,7 +167,7 @@ def _stateful(subject: TrainingStep, rows: np.ndarray, coarse: float) -> Finding
     return Finding(
         "stateful",
         where,
-        "The same rows give another result the second time: it keeps something between calls.",
+        "The same rows give another result the second time, so it keeps something between calls.",
         "Freeze that state during the window, or update it once after the window. Random numbers "
         "must come from the framework's own default generator.",
     )
@@ -184,7 +184,7 @@ def _kept(name: str) -> Finding:
 
 
 def _of_the_sum(subject: TrainingStep) -> Finding:
-    """Why the sum is wrong although each micro-batch is right."""
+    """Why the sum is wrong if each micro-batch is right."""
     if subject.narrow:
         return Finding(
             "low_precision",
@@ -198,16 +198,16 @@ def _of_the_sum(subject: TrainingStep) -> Finding:
             subject.place,
             "The gradients of micro-batches do not add up to that of the batch. Half precision "
             "hides the cause.",
-            'Pass weight=..., what the mean was divided by, or weight="sum"; certify names it with '
-            "the model and its inputs in float32.",
+            'Pass weight=..., what the mean was divided by, or weight="sum". To find it, run '
+            "certify with the model and its inputs in float32.",
         )
     return Finding(
         "stateful",
         "the window",
         "Each micro-batch alone gives the right gradient; together, one after another, they do "
         "not.",
-        "This is a bug of virtualbatch, please report it, unless loss_fn changes something that "
-        "the next micro-batch reads: then update that once after the window.",
+        "If loss_fn changes something that the next micro-batch reads, update that once after the "
+        "window. Otherwise this is a bug of virtualbatch: please report it.",
     )
 
 

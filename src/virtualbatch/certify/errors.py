@@ -1,4 +1,4 @@
-"""Differences between two runs, in units in which one tolerance serves every parameter."""
+"""Differences between two runs, scaled so that one tolerance fits every parameter."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,18 +7,19 @@ import numpy as np
 
 from virtualbatch.certify.step import Observed
 
-# Measured rounding is multiplied by this: two runs may happen to round alike.
+# Measured rounding is multiplied by this, because two runs may round alike by chance.
 _ROUNDING = 16
-# A gradient that should be 0 is the rounding of far larger numbers: this much of the largest one.
+# A gradient that should be 0 holds the rounding of far larger numbers, so every scale is at least
+# this share of the largest gradient.
 _ZERO = 0.01
 
 
 class Scales(NamedTuple):
-    """What a difference is measured in, so that the tolerance is the same for everything.
+    """The units of differences, chosen so that one tolerance fits all of them.
 
     Fields:
-        gradients: parameter name -> its largest gradient, and its measured rounding.
-        loss: the same of the loss.
+        gradients: parameter name -> its largest gradient plus its measured rounding.
+        loss: the size of the loss plus its measured rounding.
     """
 
     gradients: dict[str, float]
@@ -30,8 +31,8 @@ def measured_scales(whole: Observed, alike: Sequence[Observed], tolerance: float
 
     Args:
         whole: the run on the whole batch.
-        alike: other runs on it, with its rows in other orders.
-        tolerance: what an error may be.
+        alike: more runs on the whole batch, with the rows in other orders.
+        tolerance: for errors.
     """
     overall = largest_gradient(whole)
     gradients = {}
@@ -54,7 +55,7 @@ def gradient_errors(whole: Observed, other: Observed, scales: Scales) -> dict[st
 
 
 def state_errors(whole: Observed, other: Observed) -> dict[str, float]:
-    """Name -> relative difference of what layers keep."""
+    """Name -> relative difference of the state of layers, such as running means."""
     return {
         name: _largest(value - other.state[name]) / (_largest(value) or 1.0)
         for name, value in whole.state.items()

@@ -1,7 +1,8 @@
-"""The law, tried on a few of the user's own rows before the first window of a loss is run.
+"""Checks on a few of the user's rows that gradients add up, before the first window of a loss.
 
-Two parts of one to four rows run alone and together. If the gradients of the parts do not add up
-to that of both, the rows are certified, which tells rounding from a fault, and names the fault.
+The loss runs on two groups of one to four rows, alone and together. If the gradients of the groups
+do not add up to the gradient of both, the rows are certified; the certificate tells rounding from a
+mistake and names the mistake.
 """
 
 import logging
@@ -21,12 +22,12 @@ _log = logging.getLogger("virtualbatch")
 # Row numbers of two parts.
 _Pair = tuple[list[int], list[int]]
 
-# Right weights miss by about one epsilon of the narrowest dtype, wrong ones by 30 and more; what is
-# between is certified as well, and so never refused for its rounding.
+# With right weights the sum is off by about one epsilon of the narrowest dtype, with wrong ones by
+# 30 or more. Everything above this limit is certified first, so rounding alone raises no error.
 ROUNDING = 16.0
-# A reason that other rows may not have.
+# A reason that may not apply to other rows.
 NO_GRADIENT = "its gradient is 0, or not finite"
-# Finding -> the page that explains it. Others are no fault of the loss.
+# Finding -> the page that explains it. Other findings are not the loss's fault.
 _PAGES = {
     "weight": "docs/guides/weights.md",
     "sum_loss": "docs/guides/weights.md",
@@ -42,32 +43,32 @@ def prove(
     again: bool = False,
     more: Sequence[_Pair] = (),
 ) -> str | None:
-    """Tries the law on a few rows.
+    """Checks on a few rows that the gradients of parts add up.
 
     Args:
-        trial: see there.
+        trial: the loss and the rows.
         why: error -> why nothing could be tried, in words.
-        again: whether another try follows if this one fails, in another state of the layers.
-        more: pairs of parts that are tried beside those that `parts` chooses.
+        again: whether another attempt, in another state of the layers, follows a failure.
+        more: pairs of parts to try besides those that `parts` chooses.
 
     Returns:
-        None, or why it could not be tried.
+        None; or the reason, if the loss could not be tried.
 
     Raises:
         ValueError: the gradients of parts do not add up to that of the whole, or the engine
-            refuses the loss.
-        TypeError: the engine refuses it.
+            raises it.
+        TypeError: the engine raises it.
     """
     found: list[Distance] = []
     reason = "there is one row"
     try:
         chosen = [*parts(trial), *more]
-    except Exception as error:  # arrays of the user's, of which some rows may have no place
+    except Exception as error:  # the user's arrays, some rows of which may not be accessible
         return reason_of(error, why)
     for a, b in chosen:
         try:
             distance = trial.distance(a, b)
-        except Exception as error:  # the user's code, on rows that it may not be made for
+        except Exception as error:  # the user's code, which may not support these rows
             if is_ours(error) and not again:
                 raise
             reason = reason_of(error, why)
@@ -81,7 +82,7 @@ def prove(
             continue
         try:
             certificate = trial.certificate(*_cut_like(a, b))
-        except Exception as error:  # the same
+        except Exception as error:  # the user's code again
             reason = reason_of(error, why)
             continue
         if not certificate.exact:
@@ -98,8 +99,8 @@ def prove(
     if constant:
         raise ValueError(
             "Every term of a loss must have a gradient. "
-            f"Got {', '.join(map(repr, constant))} without one, which is added "
-            "to the loss all the same. Return it beside the loss, with has_aux=True."
+            f"Got {', '.join(map(repr, constant))} without one, although it is added to the loss. "
+            "Return it beside the loss, with has_aux=True."
         )
     if all(distance.is_same for distance in found):
         _log.warning(
@@ -110,22 +111,22 @@ def prove(
 
 
 def adds_up(trial: Trial, chosen: Sequence[_Pair], why: Callable[[Exception], str]) -> bool | str:
-    """Whether the gradients of parts add up to that of the whole, and nothing of what breaks it.
+    """Whether the gradients of parts add up to that of the whole; looks for no cause.
 
     Args:
-        trial: see there.
-        chosen: what `parts` gave.
+        trial: the loss and the rows.
+        chosen: what `parts` returned.
         why: error -> why nothing could be tried, in words.
 
     Returns:
-        Whether they do; or why that could not be tried, in words.
+        Whether they add up; or the reason, if that could not be tried.
     """
     reason = "there is one row"
     is_tried = False
     for a, b in chosen:
         try:
             distance = trial.distance(a, b)
-        except Exception as error:  # the user's code, on rows that it may not be made for
+        except Exception as error:  # the user's code, which may not support these rows
             reason = reason_of(error, why)
             continue
         if distance is None:
@@ -140,18 +141,18 @@ def adds_up(trial: Trial, chosen: Sequence[_Pair], why: Callable[[Exception], st
 def conclude(
     known: Proven, loss_fn: Any, weight: Any, structure: Hashable, trial: Trial, reason: str | None
 ) -> None:
-    """Remembers a loss that was tried, or says why it could not be.
+    """Remembers a loss that was tried; logs why if it could not be tried.
 
     Args:
-        known: where it is remembered.
+        known: the losses that were tried.
         loss_fn: the loss function.
-        weight: as the engine is given it.
+        weight: as passed to the engine.
         structure: see `Proven.seen`.
         trial: of the loss.
         reason: what `prove` returned.
     """
     if reason == NO_GRADIENT:
-        # Other rows may have one, so it is told once, and tried again.
+        # Other rows may have a gradient, so this is logged once and the loss is tried again.
         known.tell_once(loss_fn, weight, reason)
         return
     if reason is not None:
@@ -162,12 +163,12 @@ def conclude(
 def _by_certificates(
     trial: Trial, chosen: Sequence[_Pair], why: Callable[[Exception], str]
 ) -> str | None:
-    """The same of a loss that draws random numbers: by the largest pair, and by empty parts."""
+    """Like `prove`, for a loss that draws random numbers: the largest pair, and empty parts."""
     reason: str | None = None
     for a, b in [_largest(chosen), *(pair for pair in chosen if pair[0][0] in trial.empty)]:
         try:
             certificate = trial.certificate(*_cut_like(a, b))
-        except Exception as error:  # the user's code, on rows that it may not be made for
+        except Exception as error:  # the user's code, which may not support these rows
             reason = reason_of(error, why)
             continue
         if not certificate.exact:
@@ -180,24 +181,24 @@ def _largest(chosen: Sequence[_Pair]) -> _Pair:
 
 
 def _cut_like(a: list[int], b: list[int]) -> tuple[list[int], int]:
-    """Rows and a size by which an even cut gives these parts; its larger ones come first."""
+    """Rows and a size for which an even cut gives these parts; the larger part comes first."""
     first, second = (b, a) if len(a) < len(b) else (a, b)
     return [*first, *second], len(first)
 
 
 def _explained(trial: Trial, largest: _Pair, of_pair: Certificate) -> Finding:
-    """What is wrong, told by as many rows as there are, else by those of the pair."""
+    """What is wrong: from a certificate of all chosen rows if it shows it, else of the pair."""
     rows = [row for part in largest for row in part]
     try:
         of_all = trial.certificate(rows, math.ceil(len(rows) / 3))
-    except Exception as error:  # the same code, on another number of rows
+    except Exception as error:  # the user's code, on another number of rows
         raise_if_of_signal(error)
         return of_pair.findings[0]
     return (of_pair if of_all.exact else of_all).findings[0]
 
 
 def _refused(trial: Trial, finding: Finding, failing: _Pair) -> str | None:
-    """Refuses a loss by what is wrong with it; says it where that is no fault of the loss."""
+    """Raises an error for a mistake of the loss; returns the reason if it is not a mistake."""
     page = _PAGES.get(finding.kind)
     if page is None:
         return f"{finding.kind} at {finding.where}: {finding.why}"
@@ -222,10 +223,10 @@ def _refused(trial: Trial, finding: Finding, failing: _Pair) -> str | None:
 
 
 def sees_other_rows(got: str) -> ValueError:
-    """The refusal of what `rowwise` wraps, where rows are not computed from themselves alone.
+    """The error for a function wrapped by `rowwise` that mixes rows.
 
     Args:
-        got: what was seen, without a full stop.
+        got: what was observed, without a full stop.
     """
     return ValueError(
         f"What rowwise wraps must compute each row from that row alone. Got {got}. "
@@ -235,12 +236,12 @@ def sees_other_rows(got: str) -> ValueError:
 
 
 def _group(trial: Trial, failing: _Pair) -> int | None:
-    """Rows that belong together, if the law holds for groups that no micro-batch cuts apart.
+    """The size of groups of rows that belong together; None if gradients do not add up for any.
 
     Args:
-        trial: see there.
-        failing: parts for which it does not hold. It must for the groups that they are of, or what
-            fails is something else, which the first rows do not show.
+        trial: the loss and the rows.
+        failing: parts whose gradients do not add up. The gradients of the whole groups of these
+            rows must add up, otherwise the mistake is another one.
     """
     start = trial.empty.start
     for group in (2, 3, 4):
@@ -253,9 +254,7 @@ def _group(trial: Trial, failing: _Pair) -> int | None:
                 trial.distance(*parts)
                 for parts in ((first, others[:group]), (first, others), _whole(failing, group))
             ]
-        except (
-            Exception
-        ) as error:  # the user's code, on numbers of rows that it may not be made for
+        except Exception as error:  # the user's code, which may not support so many rows
             raise_if_of_signal(error)
             continue
         if all(distance is not None and distance.off <= ROUNDING for distance in found):
@@ -264,7 +263,7 @@ def _group(trial: Trial, failing: _Pair) -> int | None:
 
 
 def _whole(parts: _Pair, group: int) -> _Pair:
-    """Parts with all rows of the groups that they have some of, each group in one of them."""
+    """The parts, extended to whole groups; each group is in one part only."""
     numbers = [list(dict.fromkeys(row // group for row in part)) for part in parts]
     first, second = ([n for n in numbers[0] if n not in numbers[1]], numbers[1])
     if not first:

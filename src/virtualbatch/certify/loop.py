@@ -1,7 +1,7 @@
-"""Is a training loop of one's own right? The same loop, on whole batches, says what is due.
+"""Checks a hand-written training loop against itself, run on whole batches.
 
-A loop that accumulates is run on micro-batches, and once more on whole batches without
-accumulating. Both must leave the same state. If they do not, smaller runs tell the mistakes apart.
+The loop runs on micro-batches, and again on whole batches without accumulation. Both runs must
+leave the same state. If they do not, smaller runs show which mistake it is.
 """
 
 import copy
@@ -30,25 +30,25 @@ def certify_loop(
 ) -> Certificate:
     """Proves that a loop of your own makes the updates of the whole batch, or names its mistake.
 
-    The loop runs on micro-batches, two full windows and a short one, and on the same rows as whole
-    batches with `accumulation_steps=1`, which is ordinary training. The state is as before when
-    it returns. Causes are told best of plain SGD; the verdict holds for any optimizer. What is
-    wrong on whole batches too is not seen.
+    The loop runs on micro-batches, two full windows and a short one. Then it runs on the same rows
+    as whole batches with `accumulation_steps=1`, which is ordinary training. Afterwards the state
+    is restored. The verdict holds for any optimizer; causes are named most reliably with plain SGD.
+    A mistake that is also made on whole batches is not found.
 
     Args:
-        loop: (list of micro-batches, accumulation_steps) -> anything. It trains in place, and must
-            draw no random numbers that differ from run to run.
+        loop: (list of micro-batches, accumulation_steps) -> anything. It trains in place, and its
+            random numbers must be the same in every run.
         batches: two whole batches or more, in a list, a loader or any iterable; the first two are
             used. Nested mappings, lists, tuples and dataclasses of arrays that share their leading
             axis. Lists as long as a batch follow them.
         microbatch_size: rows of one micro-batch; fewer than a batch has.
-        save: () -> the state as nested mappings and sequences of arrays and numbers: weights,
-            and whatever else should be compared, such as an average of weights or a learning rate.
-        load: puts back what `save` returned.
+        save: () -> the state as nested mappings and sequences of arrays and numbers: the weights
+            and everything else to compare, such as an average of weights or a learning rate.
+        load: restores what `save` returned.
 
     Returns:
-        The certificate; its `parameters` are the entries of the state, errors are in units of
-        what the updates change of an entry.
+        The certificate. Its `parameters` are the entries of the state; an error is relative to the
+        change that the updates make to the entry.
 
     Raises:
         ValueError: there is nothing to compare, the loop is not deterministic, or the state holds
@@ -125,7 +125,7 @@ def _certified(
     short = _part(second, 0, max(1, steps // 2) * microbatch_size)
     batches = [first, second, short]
     whole = due(*batches)
-    # An optimizer may make its state at the first update.
+    # An optimizer may create its state at the first update.
     known = _flat(start)
     before = {name: known.get(name, np.zeros_like(value)) for name, value in whole.items()}
     _check(before, whole, due(*batches))
@@ -154,7 +154,7 @@ def _two(batches: Iterable[Any], microbatch_size: int) -> tuple[Any, Any]:
     found = list(islice(batches, 2))
     if len(found) < 2:
         raise ValueError(
-            "certify_loop needs two whole batches, to see what a window leaves to the next one. "
+            "certify_loop needs two whole batches, to check what a window leaves for the next. "
             f"Got {len(found)}. Pass a list of batches, or a loader."
         )
     first, second = found
@@ -162,7 +162,7 @@ def _two(batches: Iterable[Any], microbatch_size: int) -> tuple[Any, Any]:
     if rows[0] != rows[1]:
         raise ValueError(
             "certify_loop needs batches of equal rows. "
-            f"Got {rows[0]} and {rows[1]}. Leave a short last batch out."
+            f"Got {rows[0]} and {rows[1]}. Leave out a short last batch."
         )
     if rows[0] < 2 * microbatch_size:
         raise ValueError(
@@ -178,7 +178,7 @@ def _check(before: Mapping[str, np.ndarray], a: Mapping[str, Any], b: Mapping[st
         if not np.all(np.isfinite(value)):
             raise ValueError(
                 f"The state must be finite. Got NaN or infinity in {name} after updates on whole "
-                "batches. Lower the learning rate, or look at the data."
+                "batches. Lower the learning rate, or check the data."
             )
         if not np.array_equal(value, b[name]):
             raise ValueError(
@@ -224,7 +224,7 @@ def _reversed(batch: Any) -> Any:
     def turned(leaf: Any) -> Any:
         if isinstance(leaf, RowList):
             return leaf.chosen(reversed(range(rows)))
-        # PyTorch has no negative steps, and NumPy's are no copy.
+        # PyTorch has no negative steps, and NumPy returns a view.
         if hasattr(leaf, "flip"):
             return leaf.flip(0)
         return leaf[::-1].copy() if isinstance(leaf, np.ndarray) else leaf[::-1]
@@ -233,7 +233,7 @@ def _reversed(batch: Any) -> Any:
 
 
 def _mapped(fn: Callable[[Any], Any], batch: Any) -> Any:
-    """The batch with fn applied to whatever has rows."""
+    """The batch with fn applied to every leaf that has rows."""
     found: list[tuple[str, Any]] = []
     build = builder(batch, "batch", found)
     leaves = with_row_lists([leaf for _, leaf in found], _rows(batch))
@@ -257,6 +257,6 @@ def _leaves(state: Any, path: str = "") -> dict[str, Any]:
 
 
 def _flat(state: Any) -> dict[str, np.ndarray]:
-    # What asarray shares with a state that is trained in place must not change with it.
+    # A copy: the state is trained in place, and asarray may share its memory.
     leaves = _leaves(state).items()
     return {name: np.asarray(leaf).astype(np.float64, copy=True) for name, leaf in leaves}

@@ -1,4 +1,4 @@
-"""Which mistake a training loop makes, told by runs that each show one of them alone."""
+"""Finds the mistake of a training loop, by runs that each show one mistake alone."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,14 +9,14 @@ from virtualbatch.certify.certificate import Finding
 
 State = Mapping[str, np.ndarray]
 
-# Measured rounding is multiplied by this: two runs may happen to round alike.
+# Measured rounding is multiplied by this, because two runs may round alike by chance.
 _ROUNDING = 16
-# Two gradients have one norm by clipping if it is the same to this part.
+# Two gradients count as clipped to one norm if their norms differ by no more than this share.
 _ONE_NORM = 1e-4
-# How well a ratio has to fit to be named.
+# A ratio is reported only if it fits this well.
 _RATIO = 1e-3
-# No mistake in what is summed changes an update by less, but a narrow dtype does: of equal
-# micro-batches, and of any.
+# A mistake in the sum changes an update by more than this, a narrow dtype by less: for equal
+# micro-batches, and for any.
 _NARROW_ALIKE, _NARROW = 1 / 64, 1e-5
 
 # Entries of the state that a finding names.
@@ -31,8 +31,8 @@ class Probe(NamedTuple):
         steps: micro-batches of a full window.
         tolerance: of an error.
         epsilon: of the state's dtype.
-        whole: the state that is due.
-        turned: the same with rows in another order, which differs by rounding.
+        whole: the expected state.
+        turned: the expected state with rows in another order, which differs by rounding.
     """
 
     before: State
@@ -43,11 +43,11 @@ class Probe(NamedTuple):
     turned: State
 
     def errors(self, found: State, due: State) -> dict[str, float]:
-        """Entry -> its difference, in units of what the updates change of it."""
+        """Entry -> its difference, relative to the change that the updates make to it."""
         result = {}
         for name, value in due.items():
             rounding = _largest(self.turned[name] - self.whole[name])
-            # A small update of a large number is rounded with the number.
+            # A small update of a large number is rounded as coarsely as the number.
             rounding = _ROUNDING * rounding + 4 * self.epsilon * _largest(value)
             changed = _largest(value - self.before[name])
             unit = changed + rounding / self.tolerance or 1.0
@@ -55,28 +55,28 @@ class Probe(NamedTuple):
         return result
 
     def wrong(self, found: State, due: State) -> list[str]:
-        """Entries that are not what is due."""
+        """Entries that differ from the expected state."""
         errors = self.errors(found, due)
         return [name for name, error in errors.items() if error > self.tolerance]
 
     def same(self, found: State, due: State) -> bool:
-        """Whether all entries are what is due."""
+        """Whether all entries are as expected."""
         return not self.wrong(found, due)
 
     def change(self, found: State, names: list[str]) -> np.ndarray:
-        """What a run changed of some entries, as one vector."""
+        """The change that a run made to some entries, as one vector."""
         return np.concatenate([(found[name] - self.before[name]).reshape(-1) for name in names])
 
 
 class Runs(NamedTuple):
-    """What can be run, always from the same state.
+    """Runs of the loop; each starts from the same state.
 
     Fields:
         due: whole batches -> the state after ordinary training on them.
         accumulated: whole batches -> the state after the loop on their micro-batches.
         window: micro-batches -> the state after the loop on them.
         in_one_call: whole batches -> as `due`, but with one call of the loop.
-        pieces: the micro-batches of the first batch, those of whole size.
+        pieces: the micro-batches of the first batch that have the full size.
     """
 
     due: Callable[..., State]
@@ -87,13 +87,13 @@ class Runs(NamedTuple):
 
 
 def causes(probe: Probe, runs: Runs, first: Any, second: Any, short: Any) -> tuple[Finding, ...]:
-    """Names the mistakes of a loop whose state is not what is due.
+    """Names the mistakes of a loop whose state is not as expected.
 
     Args:
         probe: how states are compared.
-        runs: what can be run.
+        runs: of the loop.
         first: a whole batch.
-        second: another one, of equal rows.
+        second: another one with as many rows.
         short: rows for a window of fewer micro-batches.
     """
     once, one = runs.accumulated(first), runs.due(first)
@@ -109,7 +109,7 @@ def causes(probe: Probe, runs: Runs, first: Any, second: Any, short: Any) -> tup
         f"The update is right to {max(errors):.1e} and no better, as if a narrower dtype was used.",
         "Sum in the dtype of the parameters or a wider one, and compute shares and scales in it.",
     )
-    # What is wrong beside it must be larger.
+    # A second mistake must change the update by more than the narrow dtype does.
     probe = probe._replace(tolerance=_NARROW_ALIKE)
     batches = [first, second, short]
     if probe.same(runs.accumulated(*batches), runs.due(*batches)):
@@ -121,13 +121,14 @@ def _of_later_windows(probe: Probe, runs: Runs, first: Any, second: Any, short: 
     due, accumulated = runs.due, runs.accumulated
     one = due(first)
     wrong = probe.wrong(accumulated(first, second), due(first, second))
-    # Without accumulating, nothing but a buffer that is not emptied tells one call from two.
+    # Without accumulation, one call and two calls differ only if a buffer is not emptied.
     if wrong and probe.same(runs.in_one_call([first, second]), due(first, second)):
         return Finding(
             "per_microbatch",
             _listed(wrong),
-            "The first window is right and the second is not, though nothing is carried over: the "
-            "optimizer runs at every micro-batch, on zeros, and moves by its momentum.",
+            "The first window is right and the second is not, although no gradient is carried "
+            "over: the optimizer runs at every micro-batch, on zeros, and its momentum moves the "
+            "weights.",
             "Step the optimizer once per window, after its last micro-batch.",
         )
     if wrong:
@@ -139,7 +140,7 @@ def _of_later_windows(probe: Probe, runs: Runs, first: Any, second: Any, short: 
         )
     found, wanted = accumulated(first, short), due(first, short)
     names = probe.wrong(found, wanted)
-    # A buffer may hold what was dropped, so only what should have changed counts.
+    # A buffer may hold the dropped gradients, so only entries that should change count.
     if not set(probe.wrong(found, one)) & set(probe.wrong(wanted, one)):
         return Finding(
             "last_window",
@@ -193,15 +194,15 @@ def _of_one_window(probe: Probe, runs: Runs, found: State, wanted: State) -> Fin
             "no_gradient",
             _listed(wrong),
             "These entries get another update than from the whole batch, and all others are "
-            "right: a part of their gradient is lost.",
+            "right, so a part of their gradient is lost.",
             "Look for a parameter that is used twice or sparsely, and add all its gradients.",
         )
     return _of_all(probe, runs, wrong)
 
 
 def _of_all(probe: Probe, runs: Runs, wrong: list[str]) -> Finding:
-    """Everything is wrong in a full window: its scale, its weights or what is done to each."""
-    # Of equal micro-batches even a mean of means is right.
+    """Names the mistake if all entries are wrong after a full window."""
+    # With equal micro-batches even a mean of means is right.
     alike, wanted = runs.window([runs.pieces[0]] * probe.steps), runs.due(runs.pieces[0])
     names = probe.wrong(alike, wanted)
     if names:
@@ -233,14 +234,14 @@ def _of_all(probe: Probe, runs: Runs, wrong: list[str]) -> Finding:
     return Finding(
         "weight",
         _listed(wrong),
-        "Equal micro-batches are right and unequal ones are not: each counts alike, whatever its "
-        "mean was divided by. It is a mean of means.",
+        "Equal micro-batches are right and unequal ones are not: all micro-batches count alike, "
+        "although their means were divided by different weights. It is a mean of means.",
         "Multiply the loss of each micro-batch by its share of the window's rows or tokens.",
     )
 
 
 def _listed(names: list[str]) -> str:
-    """Entries of the state in words, as they come: what is trained should be named first."""
+    """Entries of the state in words, in their order."""
     hidden = len(names) - _MOST_NAMED
     more = f" and {hidden} more" if hidden > 0 else ""
     return ", ".join(names[:_MOST_NAMED]) + more if names else "the state"

@@ -1,4 +1,4 @@
-"""State of a training loop that is held in variables: whatever has `variables`, or is one."""
+"""State of a training loop that is held in variables of models, optimizers and the like."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,21 +29,21 @@ class VariableState:
         Raises:
             ValueError: there are other variables than at the first call.
         """
-        # What is read may share its memory with a variable that is trained in place.
+        # A copy: the value may share its memory with a variable that is trained in place.
         found = {path: np.array(self._read(v)) for path, v in self._variables().items()}
         if self._due is None:
             self._due = set(found)
         new = sorted(set(found) ^ self._due)
         if new:
             raise ValueError(
-                "All state must exist before certify_loop, or it cannot be put back. "
+                "All state must exist before certify_loop, or it cannot be restored. "
                 f"Got {new[0]} from the first update. Build it before: "
                 "optimizer.build(model.trainable_variables)."
             )
         return found
 
     def load(self, saved: Mapping[str, np.ndarray]) -> None:
-        """Puts back what `save` returned."""
+        """Restores what `save` returned."""
         for path, variable in self._variables().items():
             if path in saved:
                 variable.assign(saved[path])
@@ -53,7 +53,7 @@ class VariableState:
         for name, part in self._parts.items():
             for variable in _of(name, part):
                 path = str(getattr(variable, "path", None) or variable.name)
-                # Two of one name are told apart by their order.
+                # Variables of the same name are numbered in their order.
                 key = f"{name}.{path}"
                 known = sum(1 for other in found if other == key or other.startswith(f"{key}#"))
                 found[f"{key}#{known + 1}" if known else key] = variable
@@ -69,5 +69,5 @@ def _of(name: str, part: Any) -> list[Any]:
         return [variable for each in part for variable in _of(name, each)]
     raise TypeError(
         "The state of a loop must have variables, or be a variable or a list of them. "
-        f"Got {name}={type(part).__name__}. Pass the model, the optimizer, the average."
+        f"Got {name}={type(part).__name__}. Pass the model, the optimizer or the average."
     )

@@ -1,4 +1,4 @@
-"""Errors out of the handler of a signal: they are for whoever set it, not faults of a loss."""
+"""Errors raised by a signal handler. They belong to whoever set the handler, not to a loss."""
 
 import functools
 import signal
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def raise_if_of_signal(error: BaseException) -> None:
-    """Raises an error again if the handler of a signal raised it, such as that of an alarm.
+    """Raises an error again if a signal handler, such as one for an alarm, raised it.
 
     Args:
         error: raised while the user's code ran, and caught.
@@ -19,9 +19,9 @@ def raise_if_of_signal(error: BaseException) -> None:
 
 
 def _code(handler: Any) -> Any:
-    """What runs where a handler is called; None of what is not written in Python."""
+    """The code that runs when a handler is called; None if it is not Python code."""
     while isinstance(handler, functools.partial):
         handler = handler.func
-    # A bound method has the code of its function, other objects that of their class.
+    # A bound method has the code of its function; another object has the code of its class.
     of_object = getattr(type(handler).__call__, "__code__", None)
     return getattr(handler, "__code__", of_object)

@@ -1,4 +1,4 @@
-"""The losses whose first window was tried, and what was seen of them."""
+"""Remembers the losses whose first window was tried, and what was observed."""
 
 import logging
 from collections.abc import Hashable, Sequence
@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from virtualbatch.window.fingerprint import fingerprint, plain_values
 
-# Of losses that differ by plain values only.
+# A loss that differs only in plain values is tried this often.
 _MOST_TRIES = 4
 
 _log = logging.getLogger("virtualbatch")
@@ -19,21 +19,21 @@ IN_STEP = "its module runs on all ranks at once, and not on a few rows of one"
 
 
 class Seen(NamedTuple):
-    """What was seen of a loss when it was tried.
+    """Observations of a loss, made when it was tried.
 
     Fields:
-        group: rows that belong together; 1 where each stands alone.
-        writes_rows: whether it changes its rows in place.
+        group: number of rows that belong together; 1 if rows are independent.
+        writes_rows: whether the loss changes its rows in place.
     """
 
     group: int = 1
     writes_rows: bool = False
 
     def check_sizes(self, sizes: Sequence[int]) -> None:
-        """Refuses micro-batches that cut apart what belongs together.
+        """Raises an error if micro-batches separate rows that belong together.
 
         Raises:
-            ValueError: one is no multiple of the group.
+            ValueError: the rows of a micro-batch are not a multiple of the group.
         """
         if any(size % self.group for size in sizes):
             raise ValueError(
@@ -45,10 +45,10 @@ class Seen(NamedTuple):
 
 
 def untried(reason: str) -> None:
-    """Logs that the law could not be tried.
+    """Logs that a loss could not be tried.
 
     Args:
-        reason: why.
+        reason: why not.
     """
     _log.warning(
         "Whether micro-batches add up to their batch could not be tried (%s). Run certify once.",
@@ -57,10 +57,10 @@ def untried(reason: str) -> None:
 
 
 class Proven:
-    """The losses that were tried with one module, or one set of variables, and what was seen.
+    """The losses that were tried with one module or one set of variables, and the observations.
 
-    A loss is often written anew at each call. One that is still the same object is known at once,
-    any other by what it does, and by the plain values that it does it with.
+    A loss is often defined anew at each call. The same object is recognised directly, another one
+    by its code and by the plain values that it uses.
     """
 
     def __init__(self) -> None:
@@ -68,12 +68,12 @@ class Proven:
         self._texts: dict[Hashable, dict[Hashable, Seen]] = {}
 
     def seen(self, loss_fn: Any, weight: Any, structure: Hashable) -> Seen | None:
-        """What was remembered of a loss; None if it was not tried.
+        """The observations of a loss; None if it was not tried.
 
         Args:
             loss_fn: the loss function.
-            weight: as the engine is given it.
-            structure: of the batch, and whatever else asks for another try.
+            weight: as passed to the engine.
+            structure: of the batch, and everything else whose change requires another attempt.
         """
         known, key = self._of_object(loss_fn, weight, structure)
         if key in known:
@@ -81,14 +81,14 @@ class Proven:
         tried = self._texts.get((fingerprint(loss_fn, weight), structure), {})
         found = tried.get(plain_values(loss_fn, weight))
         if found is None and len(tried) >= _MOST_TRIES:
-            # Some value is another one at each update, as a step or a coefficient is.
+            # A value changes with each update, such as a step or a coefficient.
             found = next(reversed(tried.values()))
         if found is not None:
             known[key] = found
         return found
 
     def remember(self, loss_fn: Any, weight: Any, structure: Hashable, seen: Seen) -> None:
-        """Remembers what was seen of a loss."""
+        """Remembers the observations of a loss."""
         known, key = self._of_object(loss_fn, weight, structure)
         known[key] = seen
         tried = self._texts.setdefault((fingerprint(loss_fn, weight), structure), {})

@@ -1,6 +1,6 @@
-"""Random numbers that belong to rows: whatever rows run together, each draws what it drew before.
+"""Random numbers by row: a row gets the same numbers whichever rows run with it.
 
-What one run on the whole batch draws is kept, and every other run is given the numbers of its own
+The numbers that a run on the whole batch draws are kept, and every other run gets those of its own
 rows. For that the axis of rows in each draw must be known.
 """
 
@@ -30,7 +30,7 @@ class HostRandom:
         )
 
     def restore(self) -> None:
-        """Lets the generators go on from where they were."""
+        """Sets the generators back to the kept state."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)
 
@@ -38,11 +38,11 @@ class HostRandom:
 def axes_of_rows(
     whole: Sequence[Shape], part: Sequence[Shape], rows: int, some: int
 ) -> list[int | None]:
-    """The axis of rows in every draw, told by two runs.
+    """The axis of rows in every draw, found by comparing two runs.
 
     Args:
         whole: shapes that a run on all rows draws, in order.
-        part: the same of a run on fewer rows.
+        part: shapes that a run on fewer rows draws, in order.
         rows: all rows.
         some: the fewer rows.
 

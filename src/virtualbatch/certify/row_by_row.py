@@ -1,7 +1,7 @@
-"""Whether a function computes each row from that row alone, tried on a few of the user's own rows.
+"""Checks on a few of the user's rows whether a function computes each row from that row alone.
 
-Two parts of some rows run alone and together. If their outputs differ by more than rounding, the
-rows are certified, which tells rounding from a fault and names the layer and the line.
+The function runs on two groups of rows, alone and together. If the outputs differ by more than
+rounding, the rows are certified; the certificate names the layer and the line.
 """
 
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from virtualbatch.certify.first_window import ROUNDING, sees_other_rows
 from virtualbatch.certify.trial import Trial, parts, reason_of
 from virtualbatch.certify.users_line import is_ours
 
-# Findings that say so. Others are no fault of the function.
+# Findings that mean that rows depend on each other. Others are not the function's fault.
 _COUPLED = {"coupled_rows", "weight", "sum_loss", "regulariser", "stateful"}
 
 _WAY_OUT = "Compute it from each row alone, or move it out of what rowwise wraps, into the loss."
 
 
 def of_rows(found: Certificate) -> Certificate:
-    """A certificate whose findings are told of what `rowwise` wraps, which has no loss.
+    """A certificate with fixes that suit a function that `rowwise` wraps, which has no loss.
 
     Args:
-        found: of its outputs times random numbers.
+        found: the certificate of the function's outputs times random numbers.
     """
     findings = (replace(x, fix=_WAY_OUT) if x.kind in _COUPLED else x for x in found.findings)
     return replace(found, findings=tuple(findings))
@@ -32,21 +32,21 @@ def prove_rows(trial: Trial, why: Callable[[Exception], str], again: bool = Fals
     """Tries a function on a few rows.
 
     Args:
-        trial: of its outputs times random numbers.
+        trial: of the function's outputs times random numbers.
         why: error -> why nothing could be tried, in words.
-        again: whether another try follows if this one fails, in another state of the layers.
+        again: whether another attempt, in another state of the layers, follows a failure.
 
     Returns:
-        None, or why it could not be tried.
+        None; or the reason, if the function could not be tried.
 
     Raises:
-        ValueError: the outputs of parts are not those of the whole, or the engine refuses them.
-        TypeError: the engine refuses them.
+        ValueError: the outputs of parts differ from those of the whole, or the engine raises it.
+        TypeError: the engine raises it.
     """
     reason: str | None = "there is one row"
     try:
         chosen = parts(trial)
-    except Exception as error:  # arrays of the user's, of which some rows may have no place
+    except Exception as error:  # the user's arrays, some rows of which may not be accessible
         return reason_of(error, why)
     for a, b in chosen:
         try:
@@ -56,7 +56,7 @@ def prove_rows(trial: Trial, why: Callable[[Exception], str], again: bool = Fals
                 continue
             first, second = (b, a) if len(a) < len(b) else (a, b)
             certificate = trial.certificate([*first, *second], len(first))
-        except Exception as error:  # the user's code, on rows that it may not be made for
+        except Exception as error:  # the user's code, which may not support these rows
             if is_ours(error) and not again:
                 raise
             reason = reason_of(error, why)

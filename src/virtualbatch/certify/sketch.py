@@ -1,8 +1,8 @@
-"""A large value in few numbers that still tell which of its rows differ.
+"""Summarises a large value in few numbers that still show which of its rows differ.
 
-Rows may be on any axis, and which one it is shows only beside another run. So along every axis each
-entry is projected, with all that belongs to it, onto a few fixed random directions: entries that
-are equal have equal projections, and entries that differ have others.
+Rows may be on any axis, and only a comparison with another run shows on which. So along every axis
+each entry is projected onto a few fixed random directions. Equal entries have equal projections;
+different entries have different ones.
 """
 
 from functools import cache
@@ -10,22 +10,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Directions; that values differ and agree in all of them has no probability worth a name.
+# Directions; it is practically impossible that different values agree in all of them.
 _DIRECTIONS = 4
-# Directions repeat after so many numbers, a prime, lest they repeat with an axis.
+# Directions repeat after this many numbers. It is a prime, so they do not repeat with an axis.
 _PERIOD = 65521
-# Longer axes are not projected: it would take more than a few numbers.
+# Longer axes are not projected, because their sketch would not be small.
 _LONGEST = 2**14
 # Numbers that are copied at a time.
 _BLOCK = 2**22
 
 
 class Entries(NamedTuple):
-    """What is kept of the entries along one axis.
+    """The summary of the entries along one axis.
 
     Fields:
-        projections: shape (entries, directions); what is not finite counts as 0.
-        not_finite: how many NaN, infinities and minus infinities each holds; shape (entries, 3).
+        projections: shape (entries, directions); NaN and infinity count as 0.
+        not_finite: number of NaN, infinity and minus infinity in each entry; shape (entries, 3).
     """
 
     projections: np.ndarray
@@ -33,11 +33,11 @@ class Entries(NamedTuple):
 
 
 class Sketch(NamedTuple):
-    """What is kept of a value.
+    """The summary of a value.
 
     Fields:
         shape: of the value.
-        axes: for each axis its entries; None where they are too many.
+        axes: the entries of each axis; None for an axis with too many.
         broken: whether there is any NaN or infinity; minus infinity does not count.
     """
 
@@ -47,7 +47,7 @@ class Sketch(NamedTuple):
 
 
 def sketched(value: np.ndarray | Sketch) -> Sketch:
-    """The sketch of a value; a sketch is its own."""
+    """The sketch of a value; a sketch is returned as it is."""
     if isinstance(value, Sketch):
         return value
     finite = np.isfinite(value)

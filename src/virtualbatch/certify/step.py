@@ -1,4 +1,4 @@
-"""What an engine observes of a training step so that the step can be certified."""
+"""The interface by which an engine observes a training step for a certificate."""
 
 import numbers
 from abc import ABC, abstractmethod
@@ -13,10 +13,10 @@ from virtualbatch.window.window import Window
 
 
 def refuse_window(batch: Any, microbatch_size: Any = None) -> None:
-    """Refuses a batch that is cut already, and a size that is still to be planned.
+    """Raises an error for a batch that is already cut, and for a size that must be planned first.
 
     Raises:
-        ValueError: the batch is a Window, or the size no number.
+        ValueError: the batch is a Window, or the size is not an integer.
     """
     if microbatch_size is not None and not isinstance(microbatch_size, numbers.Integral):
         raise ValueError(
@@ -31,7 +31,7 @@ def refuse_window(batch: Any, microbatch_size: Any = None) -> None:
 
 
 def check_microbatches(rows: Sequence[int]) -> None:
-    """Refuses a cut that leaves nothing to compare.
+    """Raises an error if there is only one micro-batch, which leaves nothing to compare.
 
     Args:
         rows: of each micro-batch.
@@ -46,16 +46,16 @@ def check_microbatches(rows: Sequence[int]) -> None:
         )
 
 
-# Of each piece what its mean was divided by; "sum" where pieces add up; None for rows.
+# What the mean of each piece was divided by; "sum" if pieces add up; None for rows.
 PieceWeights = Sequence[float] | Literal["sum"] | None
 
 
 def weights_of(weight: GivenWeight, microbatches: Sequence[Any]) -> Callable[[Any], PieceWeights]:
-    """Term name -> its weights in micro-batches, as the user gives them.
+    """Term name -> its weights in the micro-batches, as the user passes them.
 
     Args:
-        weight: as the engine is given it.
-        microbatches: what a weight function is called with.
+        weight: as passed to the engine.
+        microbatches: arguments of a weight function.
     """
     if not callable(weight):
         same: PieceWeights = weight
@@ -76,9 +76,9 @@ class Observed(NamedTuple):
 
     Fields:
         terms: term name -> its value.
-        gradients: parameter name -> its gradient, of the parameter's shape; None where the loss
-            does not reach the parameter.
-        state: name -> value of what layers keep, such as running means, after the run.
+        gradients: parameter name -> its gradient, of the parameter's shape; None if the loss does
+            not depend on the parameter.
+        state: name -> state of layers after the run, such as running means.
     """
 
     terms: Mapping[Any, float]
@@ -87,22 +87,22 @@ class Observed(NamedTuple):
 
 
 class TrainingStep(ABC):
-    """A training step of the user's; every method leaves it as it was.
+    """A training step of the user; no method changes its state.
 
     Attributes:
         rows: rows of the batch.
         pieces: row numbers of each micro-batch.
         epsilon: of the dtype that gradients are summed in.
-        narrowest: of the narrowest dtype of the values inside, of weights and of a buffer, as far
-            as those are meant to be exact.
+        narrowest: epsilon of the narrowest dtype among the values inside, the weights and the
+            buffer, as far as they are meant to be exact.
         leaves: expression -> array of the batch, with rows on its first axis.
         parameters: parameter name -> value.
-        narrow: what is summed in half precision, in words, each a place.
-        notes: how it is observed, in sentences.
-        place: the loss in words, where no line of it is known.
+        narrow: places that sum in half precision, in words.
+        notes: how the step is observed, in sentences.
+        place: the loss in words, for use when no line of it is known.
         weight_takes: the arguments of a weight function, as code.
         weighs_itself: whether the engine finds the weights of a loss by itself.
-        way_out: what to do where rows are coupled.
+        way_out: what to do if rows are coupled.
     """
 
     rows: int
@@ -124,32 +124,32 @@ class TrainingStep(ABC):
 
     @abstractmethod
     def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:
-        """Some rows in one piece, by the framework alone, with the same random numbers per row.
+        """Some rows in one piece, without virtualbatch, with the same random numbers per row.
 
         Args:
             rows: row numbers.
             term: the only term to differentiate; None for their sum.
-            again: whether to run twice, the second time from the state that the first one left,
-                and to observe the second run.
+            again: whether to run twice and observe the second run, which starts from the state
+                that the first one left.
         """
 
     @abstractmethod
     def weights(self) -> Callable[[Any], PieceWeights]:
-        """Term name -> the weights of the pieces as the user gives them."""
+        """Term name -> the weights of the pieces, as the user passes them."""
 
     @abstractmethod
     def activations(self, rows: np.ndarray, again: bool = False) -> list[Activation]:
-        """The values that the loss computes of some rows, in order; see `alone`."""
+        """The values that the loss computes from some rows, in order; see `alone`."""
 
     def places(self, place: str, terms: Collection[Any]) -> Mapping[Any, str]:
-        """Term name -> where it is, in words: the terms that can be differentiated alone.
+        """Term name -> its place in words, for the terms that can be differentiated alone.
 
         Args:
-            place: where values of rows become one number.
+            place: where the values of rows are reduced to one number.
             terms: the terms that the whole batch was observed with.
         """
         return {t: place if len(terms) == 1 else f"term {t!r}, {place}" for t in terms}
 
     def accumulated_term(self, term: Any) -> Observed:
-        """The whole batch by the engine, one of its terms; of an engine that `weighs_itself`."""
+        """One term of the whole batch by the engine; only for an engine that `weighs_itself`."""
         raise NotImplementedError(term)

@@ -1,4 +1,4 @@
-"""What an engine does to try the law on a few rows, and which rows these are."""
+"""The interface by which an engine tries a loss on a few rows, and the choice of these rows."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,25 +12,26 @@ from virtualbatch.certify.of_signal import raise_if_of_signal
 from virtualbatch.certify.proven import Seen
 from virtualbatch.certify.weights import candidates
 
-# Rows that the parts are chosen of, fewer where their numbers are many, and ways to choose them.
+# Parts are chosen among at most _POOL rows, among fewer (at least _FEWEST) if these hold more than
+# _NUMBERS numbers, and in _WAYS random ways.
 _POOL, _FEWEST, _NUMBERS, _WAYS = 256, 16, 2**22, 64
 # Epsilons above this are those of half precision.
 _HALF = 1e-4
-# Rows that count, two of them at a time beside one that does not.
+# Rows with weight that are tried, two at a time, with one row without weight.
 _FULL = 4
-# A difference of counts, as a logarithm, beyond which a larger one shows no more.
+# A difference of counts, as a logarithm; a larger difference shows nothing more.
 _CLEAR = 0.7
 
 
 class Distance(NamedTuple):
-    """How far two parts are from the whole of them.
+    """The difference between the sum of two parts and the whole.
 
     Fields:
-        off: largest difference in any gradient, in the largest gradient times epsilon of the
-            narrowest dtype, in half precision an eighth of it; NaN where something is not finite,
-            or where every gradient is 0 and tells nothing.
-        is_same: whether both parts and the whole have one loss and one gradient.
-        constant: the values of terms of the loss that have no gradient at all.
+        off: the largest difference in any gradient, divided by the largest gradient times epsilon
+            of the narrowest dtype (in half precision an eighth of epsilon). NaN if something is not
+            finite, or if every gradient is 0 and shows nothing.
+        is_same: whether both parts and the whole have the same loss and the same gradient.
+        constant: the values of those terms of the loss that have no gradient at all.
     """
 
     off: float
@@ -49,16 +50,17 @@ class Distance(NamedTuple):
         """The distance from what was measured.
 
         Args:
-            sizes: the largest number of the first part's share; of it without the whole, which is
-                the other part's share where the law holds; and of what is left without that.
-            shares: what each part is of the whole.
+            sizes: the largest number in each of three gradients: the share of the first part; the
+                whole minus that, which is the share of the other part if gradients add up; and the
+                rest after subtracting the other part.
+            shares: the share of each part in the whole.
             losses: of the first part, the whole and the other part, by term.
-            constant: see above.
+            constant: as the field.
             epsilon: of the narrowest dtype.
         """
         first, second, left = sizes
         largest = max(sizes) if math.isfinite(first + second + left) else math.nan
-        # Of half precision this much is right already, and less of what is wrong shows.
+        # Half precision rounds less than its epsilon here, and hides more of a mistake.
         unit = largest * (epsilon / 8 if epsilon > _HALF else epsilon)
         off = left / unit if largest else math.nan
         alike = abs(first * shares[1] - second * shares[0]) <= 1e-3 * first * shares[1]
@@ -67,33 +69,34 @@ class Distance(NamedTuple):
 
 
 class UntriedError(Exception):
-    """Says why a loss cannot be tried."""
+    """The reason why a loss cannot be tried."""
 
 
 def reason_of(error: Exception, why: Callable[[Exception], str]) -> str:
     """Why a loss could not be tried, in words.
 
     Args:
-        error: what was raised instead; if the handler of a signal did it, it is raised again.
-        why: puts an error into words.
+        error: raised by the attempt; an error from a signal handler is raised again.
+        why: error -> the reason in words.
     """
     raise_if_of_signal(error)
     return str(error) if isinstance(error, UntriedError) else why(error)
 
 
 class Trial(ABC):
-    """A loss and some rows of the user's; every method leaves the training as it was.
+    """A loss and some of the user's rows; no method changes the state of the training.
 
     Attributes:
-        rows: how many there are to choose from.
+        rows: number of rows to choose from.
         sizes: rows of the micro-batches of the window.
-        empty: the rows of a micro-batch in which some term has no weight.
-        full: those of the one in which it has most.
+        empty: rows of a micro-batch in which some term has no weight.
+        full: rows of the micro-batch in which that term has its largest weight.
         width: numbers that one row has in all arrays.
-        pairs: rows of the two parts of each pair. One and one tell a sum, unequal ones a wrong
-            weight, and only about four and four show what sorts or compares rows.
-        seen: what was seen so far.
-        is_rowwise: whether the loss is made of a function that `rowwise` wraps.
+        pairs: numbers of rows of the two parts of each pair. One and one show a sum, unequal
+            numbers a wrong weight; about four and four are needed to show that rows are sorted or
+            compared.
+        seen: the observations so far.
+        is_rowwise: whether the loss is made from a function that `rowwise` wraps.
     """
 
     rows: int
@@ -111,18 +114,18 @@ class Trial(ABC):
 
     @abstractmethod
     def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance | None:
-        """How far the shares of two parts are from the gradient of both.
+        """The difference between the summed shares of two parts and the gradient of both.
 
         Args:
             a: row numbers of the first part.
-            b: of the second.
+            b: row numbers of the second part.
 
         Returns:
-            The distance; None where the loss draws random numbers, which only `certificate` can
-            keep by row.
+            The distance; None if the loss draws random numbers, which only `certificate` can keep
+            by row.
 
         Raises:
-            UntriedError: it draws random numbers that nobody can keep by row.
+            UntriedError: the loss draws random numbers that cannot be kept by row.
         """
 
     @abstractmethod
@@ -133,9 +136,9 @@ class Trial(ABC):
 def parts(trial: Trial) -> list[tuple[list[int], list[int]]]:
     """The pairs of parts that are tried, as row numbers.
 
-    A wrong weight shows only where it differs. So of many ways to part some rows of the batch that
-    one is taken in which the parts differ most by whatever the batch's own arrays count. A divisor
-    with a floor shows only where nothing is counted, which takes a pair of its own.
+    A wrong weight shows only if the parts differ in it. So among many ways to choose the parts, the
+    one is taken in which they differ most in everything that the batch's arrays can count. A
+    divisor with a floor shows only if a part counts nothing, which needs a pair of its own.
     """
     some = min(trial.rows, max(a + b for a, b in trial.pairs))
     most = min(_POOL, max(_FEWEST, _NUMBERS // max(1, trial.width)))
@@ -144,7 +147,7 @@ def parts(trial: Trial) -> list[tuple[list[int], list[int]]]:
     sizes = dict.fromkeys(_fitting(a, b, some) for a, b in trial.pairs)
     shown = np.zeros(len(counts))
     found = []
-    # The largest first, which has the most ways; the others show what it does not.
+    # The largest pair first, because it has the most ways; the others add what it does not show.
     for a, b in sorted(sizes, key=sum, reverse=True):
         if a and b:
             ways = _ways(counts, len(pool), a, b)
@@ -161,11 +164,11 @@ def parts(trial: Trial) -> list[tuple[list[int], list[int]]]:
 
 
 def _fitting(a: int, b: int, some: int) -> tuple[int, int]:
-    """Sizes of two parts that some rows have room for; unequal ones stay unequal."""
+    """Sizes of two parts that fit into `some` rows; unequal sizes stay unequal."""
     first, second = min(a, some // 2), min(b, some - some // 2)
     if a == b or first != second or first == 1:
         return first, second
-    # Of equal parts a weight that is the same for all shows nothing.
+    # Equal parts do not show a weight that is the same for all rows.
     return (first - 1, second) if a < b else (first, second - 1)
 
 
@@ -176,7 +179,7 @@ def rows_of_part(sizes: Sequence[int], number: int) -> range:
 
 
 def _ways(counts: Sequence[np.ndarray], rows: int, a: int, b: int) -> list[list[int]]:
-    """Ways to part some rows: evenly spaced, by what counts least and most, and at random."""
+    """Ways to choose two parts: evenly spaced, by the smallest and largest counts, at random."""
     ways = [_spread(rows, a + b)]
     if not counts:
         return ways
@@ -187,7 +190,7 @@ def _ways(counts: Sequence[np.ndarray], rows: int, a: int, b: int) -> list[list[
         if len(some) < 2:
             continue
         for most in (b, 1):
-            # The least that counts, and the most or one of it; the rest is of what does not.
+            # The row that counts least against rows that count most; the others count nothing.
             second = some[1:][-most:]
             others = [*none, *(row for row in some[1:] if row not in second)]
             way = [some[0], *others[: a - 1], *second, *others[a - 1 :]][: a + b]
@@ -203,7 +206,7 @@ def _spread(rows: int, some: int) -> list[int]:
 
 
 def _contrasts(counts: Sequence[np.ndarray], a: Sequence[int], b: Sequence[int]) -> np.ndarray:
-    """How much two parts differ by each count; below 0 where one of them counts nothing."""
+    """How much two parts differ in each count; below 0 if one of them counts nothing."""
     found = []
     for count in counts:
         first, second = float(count[a].mean()), float(count[b].mean())

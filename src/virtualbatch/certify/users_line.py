@@ -1,4 +1,4 @@
-"""The line of the user's own code that a value comes from."""
+"""Finds the line of the user's code that computed a value."""
 
 import os
 import sys
@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 
 class Line(NamedTuple):
-    """A line that runs.
+    """A line of code that is being executed.
 
     Fields:
-        file: path of its file; interpreters write `<...>` for code without one.
+        file: path of its file; `<...>` for code without a file.
         number: of the line.
         function: qualified name of its function.
     """
@@ -23,11 +23,11 @@ class Line(NamedTuple):
 
 
 def folder(file: str) -> str:
-    """The folder of a file, written so that the paths inside begin with it and no others do."""
+    """The folder of a file, ending in a separator, so that it is a prefix of its files only."""
     return f"{Path(file).parent}{os.sep}"
 
 
-# Where this package lies.
+# The folder of this package.
 OURS = folder(str(Path(__file__).parent))
 
 
@@ -36,7 +36,7 @@ def users_line(lines: Iterable[Line], libraries: Sequence[str]) -> str:
 
     Args:
         lines: the innermost first.
-        libraries: folders, as `folder` writes them, whose lines are passed over.
+        libraries: folders as `folder` returns them; lines inside them are skipped.
     """
     outside = (line for line in lines if not is_in(line.file, libraries))
     inner = next(outside, None)
@@ -52,12 +52,12 @@ def users_line(lines: Iterable[Line], libraries: Sequence[str]) -> str:
 
 
 def is_in(file: str, libraries: Sequence[str]) -> bool:
-    """Whether a file is one of some libraries, or none at all."""
+    """Whether a path is inside one of the libraries, or is not a file."""
     return file.startswith(("<", *libraries))
 
 
 def frames() -> Iterator[FrameType]:
-    """The frames that run, the caller's first."""
+    """The frames of the call stack, the caller's first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame
@@ -65,13 +65,13 @@ def frames() -> Iterator[FrameType]:
 
 
 def line_of(frame: FrameType) -> Line:
-    """The line that a frame runs."""
+    """The current line of a frame."""
     code = frame.f_code
     return Line(code.co_filename, frame.f_lineno, code.co_qualname)
 
 
 def is_ours(error: Exception) -> bool:
-    """Whether this is a refusal of ours, raised by a line of this package."""
+    """Whether this package raised the error itself, as a ValueError or TypeError."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,7 +1,7 @@
-"""Which weights turn the means of micro-batches into the mean of the batch.
+"""Finds the weights that turn the means of micro-batches into the mean of the batch.
 
-Each hypothesis is arithmetic on the gradients of parts: the right one reproduces the gradient of
-the whole batch to rounding, the others miss it by far.
+Each hypothesis is arithmetic on the gradients of parts. The right one reproduces the gradient of
+the whole batch up to rounding; the others are far off.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +17,16 @@ from virtualbatch.window.shares import shares
 
 # Coordinates of the gradient that hypotheses are tried on.
 _COORDINATES = 4096
-# Hypotheses add up several gradients, so a few roundings more than the verdict are granted.
+# Hypotheses add up several gradients, so they may be off by more roundings than the verdict.
 _SLACK = 64
-# A term that is small beside the others is judged by its own size, but for this part of theirs.
+# A small term is compared at its own size, but at no less than this share of the other terms.
 _SMALLEST = 1e-2
 # Gradients of this many numbers cannot be fitted by chance.
 _ENOUGH = 8
-# What to do where the engine divides by itself.
+# Fixes for engines that divide by themselves.
 _ELEMENTS = (
-    "Return what is averaged, one value per row or token, and let the framework divide: the "
-    "engine finds its weights then."
+    "Return the values that are averaged, one per row or token, and let the framework divide. Then "
+    "the engine finds the weights."
 )
 _ONE_PER_ROW = (
     "Return one value per row, or add one value per row by add_loss, and let the framework reduce "
@@ -35,7 +35,7 @@ _ONE_PER_ROW = (
 
 
 class Weight(NamedTuple):
-    """One way in which a batch can be counted.
+    """One way to count a batch.
 
     Fields:
         text: in words.
@@ -49,11 +49,11 @@ class Weight(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What is known about one term.
+    """The result for one term.
 
     Fields:
         right: whether the given weights are right for it.
-        finding: its cause, or None where no weights explain it.
+        finding: what is wrong; None if no weights explain it.
     """
 
     right: bool
@@ -69,7 +69,7 @@ def explained(
         subject: the training step.
         term: name of the term.
         where: its place, in words.
-        scales: what gradients and losses are measured in.
+        scales: units of gradients and losses.
         tolerance: of the certificate.
     """
     coordinates = Coordinates(subject.parameters, scales, tolerance)
@@ -96,8 +96,8 @@ def explained(
             Finding(
                 "weight",
                 where,
-                "A micro-batch of weight 0 is left out, and its loss is not 0: what it is divided "
-                "by has a floor, such as max(1, count).",
+                "A micro-batch of weight 0 is left out, but its loss is not 0: its divisor has a "
+                "floor, such as max(1, count).",
                 'Pass weight="sum", and divide by the count of the whole batch, with its floor: '
                 "count before the call, and put the number into the batch.",
             ),
@@ -128,14 +128,14 @@ def explained(
 
 
 def _weighted(shares: Any, parts: np.ndarray) -> np.ndarray:
-    """The sum of parts times their shares; what has no share is left out, and may be NaN."""
+    """The sum of parts times their shares; parts with share 0 are left out and may be NaN."""
     counted = np.asarray(shares) != 0
     found: np.ndarray = np.dot(np.asarray(shares)[counted], parts[counted])
     return found
 
 
 def given_shares(subject: TrainingStep, term: Any) -> list[float]:
-    """The shares of the pieces as the user has them weighed."""
+    """The shares of the pieces by the user's weights."""
     weights = subject.weights()(term)
     if isinstance(weights, str):
         return [1.0] * len(subject.pieces)
@@ -170,21 +170,21 @@ def _wrong_weight(subject: TrainingStep, where: str, given: str, right: Weight) 
 def _of_other_parts(
     subject: TrainingStep, where: str, value: Any, coordinates: "Coordinates", whole: np.ndarray
 ) -> Explanation:
-    """Hypotheses that need other cuts than the user's."""
+    """Tries hypotheses that need other cuts than the user's."""
     every = np.arange(subject.rows)
     halves = [value(half) for half in np.array_split(every, 2)]
     if subject.rows >= 3:
         thirds = [value(third) for third in np.array_split(every, 3)]
         once, twice = sum(halves) - whole, (sum(thirds) - whole) / 2
-        # What each part has once more than the batch, however many parts there are.
+        # A regulariser is counted once per part, whatever the number of parts.
         if coordinates.fits(once, twice) and not coordinates.fits(once, np.zeros_like(once)):
             return Explanation(
                 False,
                 Finding(
                     "regulariser",
                     where,
-                    "A part of the loss does not depend on the rows and is counted once per "
-                    "micro-batch, because the rest is a sum over rows.",
+                    "A part of the loss does not depend on the rows. The rest is a sum over rows, "
+                    "so this part is counted once per micro-batch.",
                     "Divide the rest by what it counts, and leave this part to add_loss."
                     if subject.weighs_itself
                     else 'Return a dict of terms, and as their weights "sum" for the rest and None '
@@ -200,15 +200,15 @@ def _of_other_parts(
             Finding(
                 "weight",
                 where,
-                f"The loss is a mean of something that is not counted by the weights given: the "
-                f"first half of the batch carries {part:.1%} of it.",
+                "The loss is a mean of something that the given weights do not count: the first "
+                f"half of the batch carries {part:.1%} of it.",
                 _ELEMENTS
                 if subject.weighs_itself
                 else "Pass weight=..., what your mean was divided by.",
             ),
         )
     if subject.rows >= 4:
-        # Of equal size, so that few shapes run.
+        # Of equal size, so that few shapes are compiled.
         quarters = np.split(every[: subject.rows // 4 * 4], 4)
         pair = _two_means(subject, value, coordinates, quarters)
         if pair is not None:
@@ -230,10 +230,10 @@ def _of_other_parts(
 def _two_means(
     subject: TrainingStep, value: Any, coordinates: "Coordinates", quarters: Sequence[np.ndarray]
 ) -> tuple[Weight, Weight] | None:
-    """The weights of two means whose sum the loss is.
+    """The weights of two means that add up to the loss; None if there are no such weights.
 
-    Each union of quarters gives one equation: its loss is the first mean's sum over its count, and
-    the second's over its own. Fifteen unions overdetermine the eight sums.
+    Each union of quarters gives one equation: its loss is a sum over a count, plus another sum over
+    another count. Fifteen unions overdetermine the eight sums.
     """
     unions = [
         chosen for count in range(1, 5) for chosen in combinations(range(len(quarters)), count)
@@ -248,7 +248,7 @@ def _two_means(
                 for q in union:
                     table[index, 4 * k + q] = 1 / count if count else 0.0
         if _spans(coordinates, table[:, :4], values) or _spans(coordinates, table[:, 4:], values):
-            # One mean is enough for these parts, which hold together what others tear apart.
+            # One mean is enough to explain these parts.
             return None
         if _spans(coordinates, table, values):
             return first, second
@@ -262,7 +262,7 @@ def _spans(coordinates: "Coordinates", table: np.ndarray, values: np.ndarray) ->
 
 
 def candidates(leaves: Mapping[str, np.ndarray], rows: int) -> Iterator[Weight]:
-    """Ways to count a batch by its own arrays; those that count alike only once.
+    """Ways to count a batch by its own arrays, without duplicates.
 
     Args:
         leaves: expression -> array, with rows on its first axis.
@@ -286,10 +286,10 @@ def _counts(path: str, leaf: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]
         yield f"the sum of {path}", f"{path}.sum()", leaf
     yield f"the entries of {path} that are not 0", f"({path} != 0).sum()", leaf != 0
     if leaf.dtype.kind == "b":
-        # A mask may mark what is left out.
+        # A mask may mark the entries that are left out.
         yield f"the entries of {path} that are False", f"(~{path}).sum()", ~leaf
     if leaf.dtype.kind in "iu":
-        # Padding is most often the smallest or the last value; -100 is what PyTorch ignores.
+        # Padding is most often the smallest or the last value; PyTorch ignores -100.
         for pad in dict.fromkeys([-100, int(leaf.min()), int(leaf.reshape(-1)[-1])]):
             code = f"({path} != {pad}).sum()"
             yield f"the entries of {path} that are not {pad}", code, leaf != pad
@@ -306,7 +306,7 @@ class Coordinates:
 
     Args:
         parameters: parameter name -> its value.
-        scales: what gradients and losses are measured in.
+        scales: units of gradients and losses.
         tolerance: of the certificate.
     """
 
@@ -331,7 +331,7 @@ class Coordinates:
         return np.concatenate([[loss], *parts]) / self._tolerance
 
     def zoomed(self, whole: np.ndarray) -> np.ndarray:
-        """Takes the size of a term for the unit from now on; returns the term in that unit."""
+        """Uses the size of a term as the unit from now on; returns the term in that unit."""
         size = float(np.max(np.abs(whole), initial=0.0)) * self._tolerance
         unit = min(1.0, max(size, _SMALLEST))
         self._tolerance *= unit
@@ -339,5 +339,5 @@ class Coordinates:
 
     @staticmethod
     def fits(guess: np.ndarray, truth: np.ndarray) -> bool:
-        """Whether a guess is what was observed, but for rounding."""
+        """Whether a guess equals the observation, up to rounding."""
         return bool(np.max(np.abs(guess - truth), initial=0.0) <= _SLACK)

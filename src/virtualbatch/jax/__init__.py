@@ -4,11 +4,12 @@ A batch becomes segments of micro-batches, their weights become shares, one scan
 micro-batch's share of the gradient, and the sums come back as `jax.value_and_grad` gives them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 import jax
+from jax.typing import DTypeLike
 
 from virtualbatch.certify.certificate import Certificate
 from virtualbatch.jax._arguments import BatchArguments
@@ -38,6 +39,7 @@ from virtualbatch.jax._spread import Spread
 from virtualbatch.jax._unnamed_axis import tell_once
 from virtualbatch.jax._weights import window_shares
 from virtualbatch.jax._window import Program, is_traced, positions
+from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.plan.auto import Auto, CurrentSize, check_cut_or_auto, is_automatic
 from virtualbatch.plan.plan import Plan
 from virtualbatch.plan.retry import Memory, run_as_it_is, run_until_it_fits
@@ -45,7 +47,7 @@ from virtualbatch.window.fingerprint import fingerprint
 from virtualbatch.window.not_finite import rows_in_order
 from virtualbatch.window.options import check_flags
 from virtualbatch.window.stream import windows
-from virtualbatch.window.terms import GivenWeight
+from virtualbatch.window.terms import Loss, Weight
 from virtualbatch.window.window import Window, refuse_sorted_rows
 
 __all__ = ["Window", "certify", "certify_loop", "plan", "rowwise", "value_and_grad", "windows"]
@@ -64,16 +66,98 @@ jax.tree_util.register_pytree_node(
 )
 
 
+# Each takes a micro-batch; where several arguments hold rows, as many parts of one.
+GivenWeight: TypeAlias = Callable[..., Weight | Mapping[Any, Weight | str]] | Literal["sum"] | None
+
+
+class _Options(TypedDict, total=False):
+    """The arguments of `value_and_grad` that do not change the form of its result."""
+
+    batch_argnum: int | Sequence[int]
+    microbatch_size: int | Literal["auto"] | Auto | None
+    accumulation_steps: int | None
+    weight: GivenWeight
+    accumulator_dtype: DTypeLike | None
+    key_argnum: int | None
+    axis_name: Any
+    grad_fn: Callable[..., Any] | None
+    aux_merge: Any
+    check: bool
+
+
+@overload
 def value_and_grad(
-    fun: Callable[..., Any],
+    fun: Callable[..., Loss],
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[False] = False,
+    *,
+    stats: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Callable[..., tuple[jax.Array, Any]]: ...
+@overload
+def value_and_grad(
+    fun: Callable[..., tuple[Loss, Any]],
+    argnums: int | Sequence[int] = 0,
+    *,
+    has_aux: Literal[True],
+    stats: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Callable[..., tuple[tuple[jax.Array, Any], Any]]: ...
+@overload
+def value_and_grad(
+    fun: Callable[..., Loss],
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[False] = False,
+    *,
+    stats: Literal[True],
+    **options: Unpack[_Options],
+) -> Callable[..., tuple[jax.Array, Any, WindowStats]]: ...
+@overload
+def value_and_grad(
+    fun: Callable[..., tuple[Loss, Any]],
+    argnums: int | Sequence[int] = 0,
+    *,
+    has_aux: Literal[True],
+    stats: Literal[True],
+    **options: Unpack[_Options],
+) -> Callable[..., tuple[tuple[jax.Array, Any], Any, WindowStats]]: ...
+@overload
+def value_and_grad(
+    fun: Callable[..., Loss],
+    argnums: int | Sequence[int] = 0,
+    has_aux: Literal[False] = False,
+    *,
+    stats: bool,
+    **options: Unpack[_Options],
+) -> Callable[..., Any]: ...
+@overload
+def value_and_grad(
+    fun: Callable[..., tuple[Loss, Any]],
+    argnums: int | Sequence[int] = 0,
+    *,
+    has_aux: Literal[True],
+    stats: bool,
+    **options: Unpack[_Options],
+) -> Callable[..., Any]: ...
+@overload
+def value_and_grad(
+    fun: Callable[..., Loss | tuple[Loss, Any]],
+    argnums: int | Sequence[int],
+    has_aux: bool,
+    *,
+    stats: bool = False,
+    **options: Unpack[_Options],
+) -> Callable[..., Any]: ...
+def value_and_grad(
+    fun: Callable[..., Loss | tuple[Loss, Any]],
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
     batch_argnum: int | Sequence[int] = 1,
-    microbatch_size: int | str | Auto | None = None,
+    microbatch_size: int | Literal["auto"] | Auto | None = None,
     accumulation_steps: int | None = None,
     weight: GivenWeight = None,
-    accumulator_dtype: Any = None,
+    accumulator_dtype: DTypeLike | None = None,
     key_argnum: int | None = None,
     axis_name: Any = None,
     grad_fn: Callable[..., Any] | None = None,
@@ -81,63 +165,77 @@ def value_and_grad(
     stats: bool = False,
     check: bool = True,
 ) -> Callable[..., Any]:
-    """`jax.value_and_grad` of a whole batch, on the memory of a micro-batch.
+    """`jax.value_and_grad` of a whole batch, with the memory of a micro-batch.
 
-    The function that it returns is pure. Under `jit`, and under any other trace, a window is one
+    The function that it returns is pure. Under `jit`, or any other trace, a window is one
     `lax.scan`, and fun is traced once per micro-batch shape. Outside a trace the micro-batches run
-    one after another, as un-jitted JAX runs anything, and weights are checked.
+    one after another, and values of weights are checked. If memory runs out outside a trace, the
+    window runs again with smaller micro-batches.
+
+    As in `jax.value_and_grad`, `argnums` says which arguments to differentiate. `batch_argnum` and
+    `key_argnum` say what the other arguments are: the batch, and the keys of random numbers.
 
     Args:
-        fun: function of positional arguments, the batch among them, that returns a scalar mean,
-            or a dict of term names to scalar means whose sum is the loss. With `has_aux=True` it
-            returns (loss, aux).
-        argnums: which arguments to differentiate with respect to; not the batch.
-        has_aux: whether fun returns something beside the loss. Leaves of aux with one entry per
-            row come back concatenated in row order, other floating leaves averaged by rows,
-            integers summed, in at least 32 bits; integers, booleans and keys that no row changes
-            come back as they are.
-        batch_argnum: position of the batch: a pytree whose arrays share their leading axis, the
-            rows; or a `Window`, and then no size is given. Where several arguments hold rows, all
-            of their positions; all are Windows or none, and weight takes as many arguments.
-        microbatch_size: rows of one forward and backward on one device; or "auto" or an `Auto`,
-            which plan it at the first call, under `jit` while it is traced, and remember it for
-            this function, also where fun is made anew at each update.
-        accumulation_steps: micro-batches per window: `microbatch_size = ceil(rows / steps)`.
-        weight: micro-batch -> what its mean was divided by, a scalar >= 0 (rows when None); for
-            a dict of terms a dict with the same keys, None marking a term that does not depend
-            on the rows and "sum" one that is a sum; or "sum" for a loss that is a sum.
-        accumulator_dtype: dtype of the buffer; None for promote(parameter dtype, float32).
-        key_argnum: position of an argument that holds PRNG keys, each of which is folded with the
-            number of the micro-batch, so that random numbers differ between micro-batches. A
-            window of one micro-batch uses the keys as they are.
-        axis_name: mesh axis, or axes, over which the rows are spread. With a mesh in use
-            (`jax.set_mesh`) `shard_map` is entered over it: each device accumulates its own rows,
-            and all are reduced once per window; keys differ by device, and other axes of the mesh
-            stay as they are. Inside a `shard_map` (or a `vmap` or `pmap` of that name) leaves of
-            aux with one entry per row are those of the device's own rows, all else is that of the
-            rows of all devices.
+        fun: a function of positional arguments, the batch among them. It returns a scalar mean, or
+            a dict from names of terms to scalar means whose sum is the loss. With `has_aux=True`
+            it returns `(loss, aux)`.
+        argnums: the positions of the arguments to differentiate. The batch is not one of them.
+        has_aux: whether fun returns `(loss, aux)`. Arrays of aux with one entry per row come back
+            concatenated in the order of the rows. Other floating arrays are averaged by rows.
+            Integers are summed, in at least 32 bits. Integers, booleans and keys that no row
+            changes come back as they are.
+        batch_argnum: the position of the batch: a pytree of arrays whose first axis is the rows,
+            or a `Window`, which is already cut. Where several arguments hold rows, pass all of
+            their positions. Then all or none are a `Window`, and `weight` takes as many arguments.
+        microbatch_size: the rows of one forward and backward on one device. `"auto"` or an `Auto`
+            plans the size at the first call; under `jit` that is while the call is traced. The
+            plan is kept for this function, also if you make fun anew for each update.
+        accumulation_steps: the micro-batches per window, instead of a size:
+            `microbatch_size = ceil(rows / accumulation_steps)`.
+        weight: what the mean of a micro-batch was divided by. None means its rows. `"sum"` means
+            that the loss is a sum. Otherwise a function of a micro-batch that returns a number
+            `>= 0`. For a loss of several terms it returns a dict with the same names, with None
+            for a term that does not depend on the rows and `"sum"` for a term that is a sum.
+        accumulator_dtype: the floating dtype of the sum of gradients. None means float32, or the
+            dtype of the parameter where that is wider.
+        key_argnum: the position of an argument that holds PRNG keys and nothing else. Each key is
+            folded with the number of the micro-batch, so random numbers differ between
+            micro-batches. A window of one micro-batch uses the keys unchanged.
+        axis_name: the mesh axis, or axes, over which the rows are spread. With a mesh in use
+            (`jax.set_mesh`), `shard_map` is entered over it: each device accumulates its own rows,
+            and the gradients are reduced once per window. Keys differ by device. Other axes of the
+            mesh are left alone. Inside a `shard_map`, a `vmap` or a `pmap` of that name, arrays of
+            aux with one entry per row are those of the rows of the device, and everything else is
+            that of the rows of all devices.
         grad_fn: what differentiates instead of `jax.value_and_grad`, such as
-            `equinox.filter_value_and_grad`. It is called as `grad_fn(function, has_aux=True)`,
-            with `argnums=` too unless that is 0.
-        aux_merge: how leaves of aux are put together where that is not what has_aux says: "keep",
-            "sum", "mean", "max" or "rows" for all of aux, or a prefix of it with one of these or
-            None in each place.
-        stats: whether the `WindowStats` of the window are returned too, from which
-            `virtualbatch.NoiseScale` estimates the noise of its gradients.
-        check: whether un-jitted the first window proves itself: a few rows of it run in parts and
-            together, which calls fun three times more, once. Under `jit` run `certify` once.
+            `equinox.filter_value_and_grad`. It is called as `grad_fn(function, has_aux=True)`, and
+            with `argnums=` if that is not 0.
+        aux_merge: how arrays of aux are merged where `has_aux` describes something else: `"keep"`,
+            `"sum"`, `"mean"`, `"max"` or `"rows"`, for all of aux. Or a prefix of the structure of
+            aux with one of these words, or None, in each place.
+        stats: whether to return the `WindowStats` too, from which `virtualbatch.NoiseScale`
+            estimates the noise of the gradients.
+        check: whether the first window is checked outside `jit`: a few of its rows run in parts
+            and together, and both gradients must agree. This calls fun three times more, once.
+            Under `jit` nothing is checked, so run `certify` once.
 
     Returns:
-        A function with fun's arguments that returns (value, gradients), or
-        ((value, aux), gradients), in the structure and dtypes that `jax.value_and_grad` gives,
-        and the stats last.
+        A function with the arguments of fun. It returns `(value, gradients)`, or
+        `((value, aux), gradients)` with `has_aux=True`. The gradients have the structure and the
+        dtypes that `jax.value_and_grad` gives. With `stats=True` the stats are the last item.
 
     Raises:
-        ValueError: sizes are not positive integers or disagree (at once); rows differ or are
-            missing, another argument holds rows too, a weight is negative or not finite, the loss
-            is not a scalar, names of terms differ, or no mesh in use has the axis, or its devices
-            do not divide the rows (when called).
-        TypeError: the loss is not a floating array, or an argument is of the wrong kind.
+        ValueError: a size is not a positive integer, or two sizes disagree.
+        ValueError: when called: arrays have different numbers of rows, the batch has none, or
+            another argument holds rows too.
+        ValueError: when called: a weight is negative or not finite, or its terms are not those of
+            the loss.
+        ValueError: when called: the loss is not a scalar.
+        ValueError: when called: no mesh in use has the axis, or its devices do not divide the
+            rows.
+        ValueError: when called: the first rows show that the gradients of micro-batches do not add
+            up.
+        TypeError: the loss is not a floating array, or an argument has the wrong type.
 
     Source:
         The law in docs/how_it_works/law.md.
@@ -253,46 +351,52 @@ def value_and_grad(
 
 
 def plan(
-    fun: Callable[..., Any],
+    fun: Callable[..., Loss | tuple[Loss, Any]],
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
     batch_argnum: int | Sequence[int] = 1,
     weight: GivenWeight = None,
-    accumulator_dtype: Any = None,
+    accumulator_dtype: DTypeLike | None = None,
     key_argnum: int | None = None,
     grad_fn: Callable[..., Any] | None = None,
     aux_merge: Any = None,
     memory_limit: int | str | None = None,
 ) -> Callable[..., Plan]:
-    """Finds the micro-batch that fits and is fast, before anything is trained.
+    """Finds the micro-batch size that fits in memory and is fast, before you train.
 
-    XLA tells a program's memory without running it, and that memory is affine in the rows of a
-    micro-batch, so about three compilations predict every size. Then a few sizes are timed, the
-    whole batch each, for ten seconds at the most; the smallest within 2 % of the fastest is
-    chosen.
+    XLA reports the memory of a compiled program without running it. That memory grows linearly
+    with the micro-batch size, so about three compilations predict every size. Then a few sizes are
+    timed, a whole batch each, for at most ten seconds. The smallest size within 2 % of the fastest
+    is chosen.
 
     Args:
-        fun: as in `value_and_grad`, like all arguments that are not explained here.
-        argnums: as in `value_and_grad`.
-        has_aux: as in `value_and_grad`.
-        batch_argnum: as in `value_and_grad`.
-        weight: as in `value_and_grad`.
-        accumulator_dtype: as in `value_and_grad`.
-        key_argnum: as in `value_and_grad`.
-        grad_fn: as in `value_and_grad`.
-        aux_merge: as in `value_and_grad`.
-        memory_limit: what arguments, gradients and temporaries of a window may take together, such
-            as the 2 * 2**30 or "2GiB" that a budget leaves beside optimizer state, or "80%" of
-            what is left; None for what the device, or the container that this process is in, has
-            left besides the arguments.
+        fun: a function of positional arguments that returns its mean loss, as for
+            `value_and_grad`.
+        argnums: the positions of the arguments to differentiate. The batch is not one of them.
+        has_aux: whether fun returns `(loss, aux)`.
+        batch_argnum: the position of the batch, or all positions where several arguments hold
+            rows. A `Window` is refused.
+        weight: what the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
+            loss that is a sum, or a function of a micro-batch. See `value_and_grad`.
+        accumulator_dtype: the floating dtype of the sum of gradients. None means float32 or wider.
+        key_argnum: the position of an argument that holds PRNG keys and nothing else.
+        grad_fn: what differentiates instead of `jax.value_and_grad`, such as
+            `equinox.filter_value_and_grad`.
+        aux_merge: how arrays of aux are merged. See `value_and_grad`.
+        memory_limit: the bytes that the arguments, gradients and temporaries of a window may take
+            together. Optimizer state is not counted, so leave room for it. Pass a number of bytes,
+            a text such as `"2GiB"`, or a share such as `"80%"` of what is free. None means all
+            that the device, or the container of this process, has free beside the arguments.
 
     Returns:
-        A function with fun's arguments that returns a `Plan`. Arguments may be arrays or, where
-        there is no data yet and nothing is to be timed, `jax.ShapeDtypeStruct`s.
+        A function with the arguments of fun that returns a `Plan`. Its arguments are arrays, or
+        `jax.ShapeDtypeStruct` values if there is no data yet. Then no size is timed.
 
     Raises:
-        ValueError: not even one row fits, a limit does not parse, or the batch is already cut.
+        ValueError: not even one row fits, the limit does not parse, or the batch is a `Window`.
+        ValueError: an argument is wrong as in `value_and_grad`.
+        TypeError: an argument has the wrong type.
 
     Example:
         >>> import jax.numpy as jnp
@@ -339,7 +443,7 @@ def plan(
 
 
 def certify(
-    fun: Callable[..., Any],
+    fun: Callable[..., Loss | tuple[Loss, Any]] | RowwiseFunction[Any],
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
@@ -347,39 +451,49 @@ def certify(
     microbatch_size: int | None = None,
     accumulation_steps: int | None = None,
     weight: GivenWeight = None,
-    accumulator_dtype: Any = None,
+    accumulator_dtype: DTypeLike | None = None,
     key_argnum: int | None = None,
     grad_fn: Callable[..., Any] | None = None,
 ) -> Callable[..., Certificate]:
     """Proves that accumulation gives the gradient of the whole batch, or names what breaks it.
 
-    The batch runs uncut and in micro-batches, in float64 where the function can, with the same
-    random bits for the same rows; so it must fit in memory uncut. It runs equation by equation, and
-    not compiled.
+    The batch runs uncut and in micro-batches, with the same random bits for the same rows, and the
+    two gradients are compared. So the batch must fit in memory uncut. The function runs equation
+    by equation and is not compiled.
+
+    Both runs are in float64: floating arguments are widened for the call, with x64 enabled. Where
+    the function does not run in float64, both runs are in its own dtypes. The notes of the
+    certificate name the dtype. The tolerance follows from that dtype and the number of rows. Do
+    not expect that tolerance of float32 training: an uncut float32 run differs from a float64 run
+    by more than that, before anything is accumulated.
 
     Args:
-        fun: as in `value_and_grad`, like all arguments that are not explained here; or what
-            `rowwise` returned, which brings its own: give at most a size. Then a random sum of
-            its outputs is the loss, and "outputs" among the parameters stands for their values.
-        argnums: as in `value_and_grad`.
-        has_aux: as in `value_and_grad`.
-        batch_argnum: as in `value_and_grad`.
-        microbatch_size: rows of one forward and backward.
-        accumulation_steps: micro-batches per window.
-        weight: as in `value_and_grad`.
-        accumulator_dtype: as in `value_and_grad`.
-        key_argnum: as in `value_and_grad`; keys are not folded here, since rows keep their random
-            numbers.
-        grad_fn: as in `value_and_grad`.
+        fun: a function of positional arguments that returns its mean loss, as for
+            `value_and_grad`; or a function that `rowwise` returned. Then a random sum of
+            its outputs is the loss, `"outputs"` among the parameters stands for their values,
+            and you pass at most a size.
+        argnums: the positions of the arguments to differentiate. The batch is not one of them.
+        has_aux: whether fun returns `(loss, aux)`.
+        batch_argnum: the position of the batch, or all positions where several arguments hold
+            rows. A `Window` is refused.
+        microbatch_size: the rows of one forward and backward.
+        accumulation_steps: the micro-batches per window, instead of a size.
+        weight: what the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
+            loss that is a sum, or a function of a micro-batch. See `value_and_grad`.
+        accumulator_dtype: the floating dtype of the sum of gradients. None means float32 or wider.
+        key_argnum: the position of an argument that holds PRNG keys and nothing else. Here keys
+            are not folded, because each row keeps its random numbers.
+        grad_fn: what differentiates instead of `jax.value_and_grad`, such as
+            `equinox.filter_value_and_grad`.
 
     Returns:
-        A function with fun's arguments that returns a `Certificate`, with the error of each
+        A function with the arguments of fun that returns a `Certificate`, with the error of each
         parameter and named findings.
 
     Raises:
-        ValueError: there is only one row or one micro-batch, or random numbers are drawn in a
-            loop; else see `value_and_grad`.
-        TypeError: see `value_and_grad`.
+        ValueError: there is only one row or one micro-batch, random numbers are drawn in a loop,
+            or an argument is wrong as in `value_and_grad`.
+        TypeError: an argument has the wrong type, or fun reads values of its arguments.
 
     Example:
         >>> import jax.numpy as jnp

@@ -64,7 +64,7 @@ class BatchArguments:
         if any(isinstance(part, Window) for part in parts):
             if len({len(part) if isinstance(part, Window) else None for part in parts}) > 1:
                 raise ValueError(
-                    "Of several batch arguments all must be Windows of one length, or none. "
+                    "Batch arguments must all be Windows of one length, or none of them a Window. "
                     f"Got {', '.join(map(_in_words, parts))}. Cut all of them alike."
                 )
             is_sorted = any(part.sorted_rows for part in parts)

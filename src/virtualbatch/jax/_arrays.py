@@ -1,4 +1,4 @@
-"""The arrays among the arguments of a function, apart from what else a pytree holds.
+"""The arrays among the arguments of a function, separated from other leaves of a pytree.
 
 Modules have functions, texts and numbers as leaves, which no transformation of JAX takes.
 """

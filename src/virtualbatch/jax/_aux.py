@@ -78,11 +78,11 @@ def _judged(trace: AuxTrace, aux: Any, rows: int, other: int, number: int, dtype
     if origin.counts_on and dtype.startswith(_NUMBERS):
         place = keystr(tree_flatten_with_path(aux)[0][number][0])
         raise ValueError(
-            "An integer of aux must be a count of the call's rows, or a state that no row changes. "
-            f"Got aux{place}, which counts on from an integer that every micro-batch is given. "
-            "Return the count alone and add it outside; or say how it is put together: "
-            'aux_merge="keep", "sum" or "max", or a prefix of aux with these. '
-            "See docs/guides/state.md."
+            "An integer of aux must count the rows of this call, or be a state that no row "
+            f"changes. Got aux{place}, which adds to an integer that every micro-batch receives. "
+            "Return the count alone and add it outside; or name how it is merged: "
+            'aux_merge="keep", "sum" or "max", or a prefix of aux with these. See '
+            "docs/guides/state.md."
         )
     return kind_of_dtype(dtype)
 
@@ -97,9 +97,9 @@ def _asked(aux_merge: Any, aux: Any) -> list[str | None]:
             fits = word not in _DTYPES or dtype.startswith(_DTYPES[word])
             if not fits or (word == ROWS and not getattr(leaf, "shape", ())):
                 raise TypeError(
-                    f"aux_merge={word!r} must be said of what it can be done with. "
-                    f"Got a leaf {keystr(path)} of {dtype}, shape {getattr(leaf, 'shape', ())}. "
-                    'Say "keep", or cast the leaf.'
+                    f"aux_merge={word!r} must fit the leaf that it names. Got a leaf "
+                    f"{keystr(path)} of {dtype}, shape {getattr(leaf, 'shape', ())}. Use "
+                    '"keep" for it, or cast the leaf.'
                 )
             found.append(word)
 
@@ -107,8 +107,8 @@ def _asked(aux_merge: Any, aux: Any) -> list[str | None]:
         jax.tree.map(spread, aux_merge, aux, is_leaf=lambda word: word is None)
     except ValueError as error:
         raise ValueError(
-            "aux_merge must be one word for all of aux, or a prefix of aux with a word, or None, "
-            f"in every place. Got {aux_merge!r}: {error}. Give each key of aux a word, or None."
+            "aux_merge must be one word for all of aux, or a prefix of aux with a word or None in "
+            f"every place. Got {aux_merge!r}: {error}. Give each key of aux a word, or None."
         ) from error
     return found
 
@@ -118,8 +118,9 @@ def _check_shapes(asked: Sequence[str | None], auxes: Sequence[Any]) -> None:
     for word, first, *others in zip(asked, *shapes, strict=True):
         if word not in (None, ROWS) and any(shape != first for shape in others):
             raise ValueError(
-                f"A leaf of aux that aux_merge={word!r} is said of must have one shape. "
-                f'Got {first} and {others[-1]}. Say "rows" of what is as long as a micro-batch.'
+                f"A leaf of aux with aux_merge={word!r} must have the same shape for every "
+                f'micro-batch. Got {first} and {others[-1]}. Use "rows" for a leaf that is as '
+                "long as a micro-batch."
             )
 
 

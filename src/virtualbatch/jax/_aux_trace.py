@@ -17,9 +17,9 @@ _kept = AuxShapes()
 
 
 class AuxTrace:
-    """The aux of one call, traced at other numbers of rows where it is asked for.
+    """The aux of one call, traced at other numbers of rows where that is needed.
 
-    Un-jitted, a loop asks the same at every update: answers are kept as long as the loss lives.
+    An un-jitted loop needs the same traces at every update, so they are kept while the loss lives.
 
     Args:
         call: the call.
@@ -83,7 +83,7 @@ class Origin(NamedTuple):
     Fields:
         batch: whether it depends on entries of the batch.
         counts_on: whether an integer of another argument reaches it through integers alone.
-        follows_rows: whether it is computed otherwise where the rows are others.
+        follows_rows: whether its formula changes with the number of rows.
     """
 
     batch: bool
@@ -135,12 +135,11 @@ def _traced(call: Call, cut: Cut, rows: int) -> _Traced:
             return program(is_array)
     except _UNTRACEABLE as error:
         raise TypeError(
-            "With has_aux=True a loss function must be traceable with any number of rows, "
-            "which tells how its leaves are put together. "
-            f"Got {type(error).__name__} with {rows} rows: {error}. "
-            "Use JAX operations instead of branches on values and of a fixed number of rows; or "
-            'say it: aux_merge="rows", "sum", "mean", "max" or "keep", or a prefix of aux with '
-            "these. See docs/guides/state.md."
+            "With has_aux=True a loss function must be traceable with any number of rows: this "
+            f"shows how the leaves of aux are merged. Got {type(error).__name__} with {rows} "
+            f"rows: {error}. Use JAX operations instead of branches on values and of a fixed "
+            'number of rows; or name the merge: aux_merge="rows", "sum", "mean", "max" or "keep", '
+            "or a prefix of aux with these. See docs/guides/state.md."
         ) from error
 
 

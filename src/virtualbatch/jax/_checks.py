@@ -89,9 +89,8 @@ def check_words(aux_merge: Any, has_aux: bool) -> None:
     ]
     if unknown or (aux_merge is not None and not has_aux):
         raise ValueError(
-            "aux_merge must say of aux how it is put together, in words. "
-            f"Got aux_merge={aux_merge!r} and has_aux={has_aux}. "
-            f"Pass has_aux=True, and {', '.join(map(repr, WORDS))} or None."
+            f"aux_merge must name how the leaves of aux are merged. Got aux_merge={aux_merge!r} "
+            f"and has_aux={has_aux}. Pass has_aux=True, and {', '.join(map(repr, WORDS))} or None."
         )
 
 
@@ -126,9 +125,9 @@ def check_pytrees(args: Sequence[Any]) -> None:
         # JAX sorts keys, calls the user's classes, and follows nested ones to any depth.
         except (ValueError, TypeError, RecursionError, SystemError) as error:
             raise TypeError(
-                "Arguments must be pytrees, whose leaves JAX can find. "
-                f"Got argument {position} of type {type(arg).__name__}: {error}. "
-                "Pass dicts with keys that can be sorted, nested no deeper than need be."
+                f"Arguments must be pytrees, whose leaves JAX can find. Got argument {position} "
+                f"of type {type(arg).__name__}: {error}. Pass dicts with keys that can be sorted, "
+                "and nest them less deeply."
             ) from error
 
 

@@ -1,6 +1,6 @@
 """A window inside a trace: one `lax.scan` over its equal micro-batches, one more call for the rest.
 
-The micro-batch's program is traced once per shape; its results tell the shapes of the buffer.
+The micro-batch's program is traced once per shape; its results give the shapes of the buffer.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
-"""What the results of a function are computed from, as its equations tell.
+"""What the results of a function are computed from, read from its equations.
 
-A result that reads nothing of the batch, and is one formula whatever the number of rows, is what
-the whole batch would give. Values could not tell: a count may be equal by chance.
+A result that does not depend on the batch, and has one formula for any number of rows, is what the
+whole batch would give. Values cannot show this: a count may be equal by chance.
 """
 
 from collections.abc import Hashable, Iterable, Sequence

@@ -1,6 +1,6 @@
-"""What users of Flax hand in that cannot work as it stands, refused with what does work.
+"""Arguments of Flax that cannot work unchanged, refused with what does work.
 
-Flax is not imported: where the user has not, there is nothing to refuse.
+Flax is not imported: if the user has not imported it, there is nothing to refuse.
 """
 
 import sys
@@ -19,19 +19,18 @@ def explanation(error: Exception) -> Exception | None:
     text = str(error)
     if "different trace level" in text:
         return ValueError(
-            "A loss must not change a module from outside of it, nor must the module's own random "
-            f"numbers. Got {type(error).__name__}: {' '.join(text.split(' (http')[0].split())}. "
-            "Merge a copy in the loss: nnx.merge(graph, params, rest, copy=True); seed it for each "
-            "micro-batch by nnx.reseed(module, default=key), key being an argument that key_argnum "
-            "names; and return what else changes as aux. docs/guides/jax.md has all of it. "
-            "See docs/guides/state.md."
+            "A loss must not change a module that was made outside of it, and must not draw from "
+            f"that module's own random numbers. Got {type(error).__name__}: "
+            f"{' '.join(text.split(' (http')[0].split())}. Merge a copy in the loss: "
+            "nnx.merge(graph, params, rest, copy=True). Seed it for each micro-batch with "
+            "nnx.reseed(module, default=key), where key_argnum names the argument key. Return "
+            "other changes as aux. docs/guides/jax.md shows all of it. See docs/guides/state.md."
         )
     if "grad requires real- or complex-valued inputs" in text:
         return TypeError(
-            "What is differentiated must hold floating numbers only. "
-            f"Got {text.split(' If you want')[0]} Split the rest off: "
-            "nnx.split(model, nnx.Param, ...) as in docs/guides/jax.md, or "
-            "grad_fn=equinox.filter_value_and_grad."
+            "The argument that is differentiated must hold floating numbers only. Got "
+            f"{text.split(' If you want')[0]} Split the rest off: nnx.split(model, nnx.Param, "
+            "...) as in docs/guides/jax.md, or grad_fn=equinox.filter_value_and_grad."
         )
     return None
 
@@ -60,14 +59,15 @@ def check_differentiated(result: Any) -> None:
         return
     if _is_pair(result):
         raise TypeError(
-            "What grad_fn makes must return ((value, aux), gradients), as jax.value_and_grad does. "
-            f"Got a {type(result[0]).__name__} in the place of (value, aux), as jax.grad returns. "
-            "Pass a function that returns the value too, such as jax.value_and_grad."
+            "The function that grad_fn makes must return ((value, aux), gradients), as "
+            f"jax.value_and_grad does. Got a {type(result[0]).__name__} in the place of (value, "
+            "aux), as jax.grad returns. Pass a function that returns the value too, such as "
+            "jax.value_and_grad."
         )
     raise TypeError(
-        "What grad_fn makes must return ((value, aux), gradients), as jax.value_and_grad does. "
-        f"Got a {type(result).__name__}"
-        f"{f' of {len(result)}' if isinstance(result, tuple) else ''}. "
+        "The function that grad_fn makes must return ((value, aux), gradients), as "
+        "jax.value_and_grad does. Got a "
+        f"{type(result).__name__}{f' of {len(result)}' if isinstance(result, tuple) else ''}. "
         f"Return these two alone; for DynamicScale of Flax {_UNPACKED}"
     )
 

@@ -1,8 +1,8 @@
-"""What travels as a gradient and is none: the float8 scales and histories of Flax.
+"""Values in place of gradients: the float8 scales and histories of Flax.
 
 Flax keeps them in a collection of its own among the parameters, and its backward pass gives their
-new values in place of gradients. A history holds largest values, so that of a window is the
-largest of its micro-batches'; a scale is made of the history before, alike in all of them.
+new values in place of gradients. A history holds maxima, so a window's history is the maximum over
+its micro-batches. A scale is computed from the history before, so all micro-batches agree on it.
 """
 
 from collections.abc import Sequence
@@ -53,8 +53,8 @@ def refuse_new_values(arguments: Any) -> None:
     ]
     if found:
         raise ValueError(
-            "rowwise adds up gradients, and those of float8 state are no gradients but new values. "
-            f"Got {found[0]}. Keep float8 out of fn, or train in bfloat16."
+            "rowwise adds up gradients, but the gradient of float8 state is its new value. Got "
+            f"{found[0]}. Keep float8 out of fn, or train in bfloat16."
         )
 
 

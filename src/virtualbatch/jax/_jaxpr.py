@@ -1,6 +1,6 @@
 """A user's function, evaluated equation by equation.
 
-That shows every value with the line that computed it, and lets random bits be those of the rows: a
+This gives every value with the line that computed it, and lets each row keep its random bits: a
 run on some rows of a batch draws what the whole batch drew for them.
 """
 

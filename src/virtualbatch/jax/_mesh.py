@@ -1,4 +1,4 @@
-"""The mesh in use: `jax.shard_map` entered over the axes of it over which rows are spread.
+"""The mesh in use: enters `jax.shard_map` over those of its axes that rows are spread over.
 
 Other axes of the mesh stay as they are. Inside, the engine runs what it runs in a `shard_map` of
 the user's.
@@ -52,8 +52,8 @@ def axes_to_enter(axis_name: Any) -> Axes | None:
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if not all(isinstance(name, Hashable) for name in names):
         raise TypeError(
-            f"axis_name is a name, or a tuple of names. Got axis_name={axis_name!r}. "
-            "Pass a tuple of them."
+            f"axis_name must be a name, or a tuple of names. Got axis_name={axis_name!r}. Pass a "
+            "tuple of them."
         )
     bound = [name for name in names if _is_bound(name)]
     if len(bound) == len(names):
@@ -65,9 +65,8 @@ def axes_to_enter(axis_name: Any) -> Axes | None:
         )
         place = f"inside of shard_map over {bound[0]!r} alone" if bound else "outside of shard_map"
         raise ValueError(
-            "axis_name names an axis of the mesh in use. "
-            f"Got axis_name={axis_name!r} {place} and {used}. "
-            "Call it under jax.set_mesh(mesh), or inside shard_map."
+            f"axis_name must name an axis of the mesh in use. Got axis_name={axis_name!r} {place} "
+            f"and {used}. Call it under jax.set_mesh(mesh), or inside shard_map."
         )
     return Axes(names, math.prod(mesh.shape[name] for name in names))
 

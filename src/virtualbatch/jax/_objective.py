@@ -1,4 +1,4 @@
-"""The user's function as a micro-batch meets it: with other arguments, checked, differentiated."""
+"""The user's function as a micro-batch calls it: other arguments, checked, differentiated."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
@@ -36,7 +36,7 @@ class Call(NamedTuple):
         has_aux: whether fun returns (loss, aux).
         weighted: names of the terms that have weights, None if all weigh by rows.
         differentiate: (function, has_aux=True) -> function that returns ((value, aux), gradients).
-        aux_merge: how leaves of aux are put together, as the user says it; None to judge.
+        aux_merge: how leaves of aux are merged, as the user gave it; None to find it out.
     """
 
     fun: Callable[..., Any]
@@ -171,8 +171,8 @@ def check_names(terms: Mapping[Any, Any]) -> None:
         sorted(terms)
     except TypeError as error:
         raise TypeError(
-            "Names of terms must be of a kind that can be sorted, as in every dict of JAX. "
-            f"Got {[*terms]}. Return a dict whose names are all text."
+            f"Names of terms must be sortable, as in every dict of JAX. Got {[*terms]}. Return a "
+            "dict whose names are all text."
         ) from error
 
 

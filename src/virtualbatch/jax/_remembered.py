@@ -1,4 +1,4 @@
-"""What is remembered of a loss, for as long as it can be made anew."""
+"""What is remembered about a loss, for as long as it can be made again."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ class Remembered(NamedTuple):
     Fields:
         proven: what was tried of it.
         sizes: those of its calls, by what they are called with.
-        losses: hears of what it gave.
+        losses: receives the losses that it returned.
     """
 
     proven: Proven

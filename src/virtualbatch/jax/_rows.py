@@ -76,9 +76,9 @@ def refuse_row_lists(batch: Any, rows: int, where: str, instead: str) -> None:
     """
     if with_row_lists(batch, rows) is not batch:
         raise TypeError(
-            "A list as long as the batch is cut with it, which a compiled program cannot do. "
-            f"Got one beside {rows} rows, {where}. Pass an array for it, or {instead}. "
-            "See docs/guides/rows.md."
+            "A list as long as the batch must be cut with it, but a compiled program cannot cut "
+            f"lists. Got one beside {rows} rows, {where}. Pass an array for it, or {instead}. See "
+            "docs/guides/rows.md."
         )
 
 

@@ -1,8 +1,9 @@
-"""Rows that are spread over devices in a program, where `axis_name` is not given: what that costs.
+"""Logs what it costs that rows are spread over devices and `axis_name` is not given.
 
-On a mesh with explicit axes types tell that they are. With automatic axes nothing does before the
-program is compiled; to ask the compiler (`jax.debug.inspect_array_sharding`) costs the program its
-place in the compilation cache and its export, so there the mesh in use alone speaks.
+On a mesh with explicit axes, types show that rows are spread. With automatic axes nothing shows it
+before the program is compiled. A program that asks the compiler
+(`jax.debug.inspect_array_sharding`) can be neither cached nor exported, so only the mesh in use is
+checked there.
 """
 
 import logging

@@ -33,7 +33,7 @@ class Program(NamedTuple):
         axis_name: mesh axes over which the batch is spread, or None.
         grad_fn: what differentiates in place of `jax.value_and_grad`, or None.
         stats: whether the statistics of the window are returned too.
-        aux_merge: how leaves of aux are put together, as the user says it; None to judge.
+        aux_merge: how leaves of aux are merged, as the user gave it; None to find it out.
     """
 
     fun: Callable[..., Any]

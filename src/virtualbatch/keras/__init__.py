@@ -6,7 +6,7 @@ micro-batches; everything around it (data, callbacks, optimizer, saving) stays K
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import keras
 
@@ -25,14 +25,22 @@ from virtualbatch.keras._checks import (
 from virtualbatch.keras._copies import HOOKS, DeepCopy, Reduction
 from virtualbatch.keras._gather.detection import found_as_asked
 from virtualbatch.keras._gather.gathering import Found
-from virtualbatch.keras._noise import NoiseScale
+from virtualbatch.keras._noise import NoiseScale, NoiseScaleCallback
 from virtualbatch.keras._packing import asked_packing
 from virtualbatch.plan.auto import Auto, check_sizes_or_auto, is_automatic
 from virtualbatch.plan.plan import Plan
 from virtualbatch.window.options import check_flags
 from virtualbatch.window.tree import array_leaves, common_rows
 
-__all__ = ["NoiseScale", "accumulate", "certify", "certify_loop", "plan", "restore"]
+__all__ = [
+    "NoiseScale",
+    "NoiseScaleCallback",
+    "accumulate",
+    "certify",
+    "certify_loop",
+    "plan",
+    "restore",
+]
 
 
 def __dir__() -> list[str]:
@@ -61,7 +69,7 @@ Model = TypeVar("Model", bound=keras.Model)
 def accumulate(
     model: Model,
     *,
-    microbatch_size: int | str | Auto | None = None,
+    microbatch_size: int | Literal["auto"] | Auto | None = None,
     accumulation_steps: int | None = None,
     microbatch_tokens: int | None = None,
     lengths: Callable[[Any], Any] | None = None,
@@ -70,35 +78,40 @@ def accumulate(
 ) -> Model:
     """Makes every batch of `fit` and `train_on_batch` one update, computed in micro-batches.
 
-    Call it once, after `compile`, also after an earlier `fit`. A later `compile` keeps it; another
-    call changes the size; `restore` takes it back. `copy.deepcopy` keeps it. A saved, pickled or
-    cloned model does not know of it: call it again on what is loaded.
+    Call it once after `compile`; the model may have been fitted before. A later `compile` keeps
+    it. Another call changes the size, and `restore` takes it back. `copy.deepcopy` copies it. A
+    model that was saved, pickled or cloned does not have it, so call `accumulate` again after
+    loading.
 
-    If memory runs out, the window runs again with half the rows: on PyTorch any window, elsewhere
-    the first one of each shape of batch, before which all weights are copied. On JAX a later one
-    overwrites them: if memory runs out there, weights and optimizer state may be gone, as the error
-    says. Save checkpoints.
+    If memory runs out, the update runs again with micro-batches of half the rows. On PyTorch that
+    works for every update. On TensorFlow and JAX it works for the first update of each shape of
+    batch, before which all weights are copied. On JAX a later update overwrites the weights in
+    place. If memory runs out there, weights and optimizer state may be lost, and the error says
+    so. Save checkpoints.
 
     Args:
         model: a compiled model.
-        microbatch_size: rows of one forward and backward, on one device; or "auto" or an `Auto`,
-            which plan it at the first batch of `fit` or `train_on_batch`.
-        accumulation_steps: micro-batches per batch: `microbatch_size = ceil(rows / steps)`, where
-            replicas of a `tf.distribute` strategy each cut the rows that they have. Given
-            both, they must agree for every batch but the last, short one of an epoch.
-        microbatch_tokens: instead of a size, for padded text and series: rows of a batch are
-            sorted by length and packed, so that rows times longest row of a micro-batch are at
-            most this, and trimmed to that row. See docs/guides/packing.md for when that is safe.
-        lengths: with `microbatch_tokens`, a function from the x of a batch to the length of each
-            row, integers >= 1. It is called wherever Keras runs the train step, compiled too.
-        check: whether losses and layers that are not Keras' own prove themselves before the first
-            update: whether micro-batches of a few rows add up to those rows in one. For that they
-            are called more often, without dropout and without statistics of the batch. What does
-            not add up is refused by `fit`; what cannot be tried is said in a log line.
-        gather: which losses get the predictions of all rows, so that they and their metrics are
-            exact, for one more forward. None: those that need them, which is found out at the
-            first batch and said: losses that return one number or compare rows, and an overridden
-            `compute_loss`. True: all. False: none; a number is then taken for a mean over rows.
+        microbatch_size: the rows of one forward and backward on one device. `"auto"` or an `Auto`
+            plans the size at the first batch of `fit` or `train_on_batch`.
+        accumulation_steps: the micro-batches per batch, instead of a size:
+            `microbatch_size = ceil(rows / accumulation_steps)`. Each replica of a `tf.distribute`
+            strategy cuts its own rows. If you pass both, they must agree for every batch except
+            the short last batch of an epoch.
+        microbatch_tokens: the tokens of a micro-batch, instead of a size, for padded text and
+            series. The rows of a batch are sorted by length, packed and trimmed: rows times the
+            longest row of a micro-batch is at most this. See docs/guides/packing.md for when that
+            is safe.
+        lengths: with `microbatch_tokens`, a function of the x of a batch that returns the length
+            of each row: integers, 1 or more. It is also called in compiled programs.
+        check: whether losses and layers that are not from Keras are checked before the first
+            update: micro-batches of a few rows must add up to those rows in one micro-batch. They
+            are called more often for that, without dropout and without batch statistics. `fit`
+            raises if they do not add up. The log says what could not be checked.
+        gather: which losses get the predictions of all rows, for the price of one more forward.
+            They and their metrics are then exact. None: the losses that need it, which are found
+            at the first batch and logged. These are losses that return one number or compare
+            rows, and an overridden `compute_loss`. True: all losses. False: no loss, and a loss
+            that returns one number is taken for a mean over rows.
 
     Returns:
         The model.
@@ -106,11 +119,14 @@ def accumulate(
     Raises:
         TypeError: `model` is not a Keras model, `lengths` is not a function, or `gather` is not
             None, True or False.
-        ValueError: the model is not compiled, has a `train_step` of its own, its optimizer
-            accumulates already, a layer keeps state per row, a size is not a positive integer, only
-            one of `microbatch_tokens` and `lengths` is given, or several replicas cannot do it.
-        NotImplementedError: Keras runs on a backend that this version does not support, or on
-            PyTorch in one of several processes.
+        ValueError: the model is not compiled, has its own `train_step`, or a layer of it keeps
+            state per row.
+        ValueError: the optimizer accumulates gradients already.
+        ValueError: a size is not a positive integer, or only one of `microbatch_tokens` and
+            `lengths` is given.
+        ValueError: the model trains on several replicas in a way that is not supported.
+        NotImplementedError: Keras runs on a backend that is not supported, or on PyTorch in one of
+            several processes.
 
     Example:
         >>> model = keras.Sequential([keras.layers.Dense(1)])
@@ -161,28 +177,32 @@ def accumulate(
 
 
 def plan(model: keras.Model, batch: Any, *, memory_limit: int | str | None = None) -> Plan:
-    """Finds the micro-batch that fits and is fast, before anything is trained.
+    """Finds the micro-batch size that fits in memory and is fast, before you train.
 
-    Peak memory is that of a whole update, the optimizer included: on JAX as XLA tells it without
-    running it; on PyTorch counted, and on TensorFlow measured, while updates run that are taken
-    back. It grows linearly with the micro-batch size, so two or three measurements predict every
-    size. Then a few sizes are timed, the whole batch each, for ten seconds at the most; the
-    smallest within 2 % of the fastest is chosen. All values of the model, its optimizer and its
-    metrics are as before.
+    The peak memory is that of a whole update with its optimizer. On JAX, XLA reports it without
+    running the update. On PyTorch it is counted, and on TensorFlow it is measured, while updates
+    run that are undone. It grows linearly with the micro-batch size, so two or three measurements
+    predict every size. Then a few sizes are timed, a whole batch each, for at most ten seconds.
+    The smallest size within 2 % of the fastest is chosen.
+
+    All values of the model, its optimizer and its metrics are as before the call.
 
     Args:
-        model: a compiled model; it need not accumulate. It is built if it is not.
-        batch: a batch as `fit` yields it: x, (x, y) or (x, y, sample_weight).
-        memory_limit: what weights, optimizer state, the batch, gradients and activations may take
-            together: bytes, or a text such as "2GiB" or "80%" of what they may take now; None for
-            all that the device, or the container that this process is in, has left besides what
-            is held already.
+        model: a compiled model. It is built if it is not. `accumulate` need not be called before.
+        batch: a whole batch as `fit` yields it: x, (x, y) or (x, y, sample_weight).
+        memory_limit: the bytes that weights, optimizer state, the batch, gradients and activations
+            may take together. Pass a number of bytes, a text such as `"2GiB"`, or a share such as
+            `"80%"` of what they may take now. None means all that the device, or the container of
+            this process, has free.
+
+    Returns:
+        The plan.
 
     Raises:
         TypeError: `model` is not a Keras model.
-        ValueError: not even one row fits, a limit does not parse, targets are missing, or the
-            model is one that `accumulate` refuses.
-        NotImplementedError: this version does not support the backend, or nothing tells a peak.
+        ValueError: not even one row fits, the limit does not parse, targets are missing, or
+            `accumulate` would refuse the model.
+        NotImplementedError: the backend is not supported, or nothing reports peak memory.
 
     Example:
         >>> model = keras.Sequential([keras.layers.Dense(1)])
@@ -207,26 +227,33 @@ def certify(
 ) -> Certificate:
     """Proves that `accumulate` gives the update of the whole batch, or names what breaks it.
 
-    Keras' own train step runs on the uncut batch, and the one that `accumulate` would install runs
-    in micro-batches; gradients, loss, metrics and what layers keep are compared before the
-    optimizer sees them. So the batch must fit in memory uncut. What draws random numbers (dropout,
-    noise) is turned off, and half precision is replaced by float32. All values of the model, its
-    optimizer, its metrics and its random numbers are as before the call.
+    The train step of Keras runs on the uncut batch, and the train step of `accumulate` runs in
+    micro-batches. Gradients, loss, metrics and the state of layers are compared before the
+    optimizer sees them. So the batch must fit in memory uncut. Layers that draw random numbers,
+    such as dropout, are turned off.
+
+    Both runs are in the dtypes of the model, because variables of Keras keep their dtype. So a
+    float32 model is compared in float32, with the tolerance of float32. Half precision is replaced
+    by float32. The notes of the certificate name the dtype. The rounding that the model itself
+    adds is measured, by running the uncut batch again with its rows in other orders.
+
+    All values of the model, its optimizer, its metrics and its random numbers are as before the
+    call.
 
     Args:
-        model: a compiled model; it need not accumulate. It is built if it is not.
-        batch: a batch as `fit` yields it: x, (x, y) or (x, y, sample_weight).
-        microbatch_size: rows of one forward and backward.
-        accumulation_steps: micro-batches per batch.
+        model: a compiled model. It is built if it is not. `accumulate` need not be called before.
+        batch: a whole batch as `fit` yields it: x, (x, y) or (x, y, sample_weight).
+        microbatch_size: the rows of one forward and backward. `"auto"` is refused.
+        accumulation_steps: the micro-batches per batch, instead of a size.
 
     Returns:
         The certificate, with the error of each parameter and named findings.
 
     Raises:
         TypeError: `model` is not a Keras model.
-        ValueError: there is only one row or one micro-batch, targets are missing, or the model is
-            one that `accumulate` refuses.
-        NotImplementedError: this version does not support the backend.
+        ValueError: there is only one row or one micro-batch, targets are missing, or `accumulate`
+            would refuse the model.
+        NotImplementedError: the backend is not supported.
 
     Example:
         >>> model = keras.Sequential([keras.layers.Dense(2), keras.layers.BatchNormalization()])
@@ -263,6 +290,14 @@ def restore(model: Model) -> Model:
 
     Returns:
         The model.
+
+    Raises:
+        TypeError: `model` is not a Keras model.
+
+    Example:
+        >>> model = keras.Sequential([keras.layers.Dense(1)])
+        >>> model.compile(optimizer="sgd", loss="mse")
+        >>> model = restore(accumulate(model, microbatch_size=32))
     """
     check_kind(model)
     if accumulates(model):

@@ -18,7 +18,7 @@ _FEW, _MORE = 2, 3
 
 
 class AddedLosses:
-    """What was found out about the losses that the layers of one model add."""
+    """What is known about the losses that the layers of one model add."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[int, ...], list[bool]] = {}
@@ -45,9 +45,9 @@ class AddedLosses:
             few, more = shapes(_FEW), shapes(_MORE)
             if not len(few) == len(more) == len(losses):
                 raise ValueError(
-                    "Layers must add the same losses for any rows. "
-                    f"Got {len(losses)} for a micro-batch, {len(few)} for {_FEW} rows and "
-                    f"{len(more)} for {_MORE}. Add a loss of zeros where there is none."
+                    "Layers must add the same number of losses for any number of rows. Got "
+                    f"{len(losses)} for a micro-batch, {len(few)} for {_FEW} rows and {len(more)} "
+                    f"for {_MORE}. Add a loss of zeros where there is none."
                 )
             self._found[ranks] = [a != b or None in a for a, b in zip(few, more, strict=True)]
         return self._found[ranks]

@@ -130,9 +130,9 @@ def unpacked_batch(model: keras.Model, batch: Any) -> tuple[Any, Any, Any]:
     """
     if isinstance(batch, list) and model.loss is not None:
         raise ValueError(
-            "A batch must be x, (x, y) or (x, y, sample_weight), where a list is all of x. "
-            f"Got a list of {len(batch)} and no targets, which the loss needs. "
-            "Pass a tuple: (x, y), or tuple(batch) for what a PyTorch DataLoader gives."
+            "A batch must be x, (x, y) or (x, y, sample_weight), and a list counts as x alone. "
+            f"Got a list of {len(batch)} and no targets, which the loss needs. Pass a tuple: (x, "
+            "y), or tuple(batch) for what a PyTorch DataLoader gives."
         )
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
         batch if isinstance(batch, tuple) else (batch,)
@@ -144,8 +144,8 @@ def unpacked_batch(model: keras.Model, batch: Any) -> tuple[Any, Any, Any]:
     for path, leaf in arrays:
         if isinstance(leaf, Window):
             raise ValueError(
-                "A batch is cut by what takes it. Got a Window. "
-                "Pass the batch that the window was cut from."
+                "A batch must not be cut in advance: virtualbatch cuts it. Got a Window. Pass the "
+                "batch that the window was cut from."
             )
         if not hasattr(leaf, "shape"):
             raise TypeError(
@@ -187,6 +187,6 @@ def say_what_is_not_exact(model: keras.Model) -> None:
     if stepwise:
         _log.warning(
             "BatchNormalization with renorm=True and SpectralNormalization (%s) change with each "
-            "forward, so they change with each micro-batch.",
+            "forward pass, so they change with each micro-batch.",
             ", ".join(stepwise),
         )

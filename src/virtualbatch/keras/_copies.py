@@ -1,8 +1,8 @@
 """What becomes of accumulation when a model is copied.
 
-Keras copies a model by saving and loading it, and what it saves does not know of virtualbatch. A
-deep copy accumulates all the same, because it never leaves the process. What is pickled may be read
-where virtualbatch is not installed, so it stays plain, and a log line says so.
+Keras copies a model by saving and loading it, and the saved file does not contain accumulation. A
+deep copy accumulates, because it never leaves the process. A pickle may be read where virtualbatch
+is not installed, so it does not accumulate, and a log line reports this.
 """
 
 import copy
@@ -23,7 +23,7 @@ class DeepCopy:
 
     Args:
         model: the model.
-        accumulate: asks of a model what was asked of this one.
+        accumulate: makes a model accumulate with the same options as this one.
     """
 
     def __init__(self, model: keras.Model, accumulate: Callable[[keras.Model], Any]):
@@ -66,8 +66,8 @@ class Reduction:
         if not self._said:
             self._said = True
             _log.warning(
-                "A pickle of the model %r does not know of virtualbatch: what is read from it "
-                "trains on whole batches. Call accumulate on it again.",
+                "A pickle of the model %r does not keep accumulate: a model that is loaded from "
+                "it trains on whole batches. Call accumulate on it again.",
                 self._model.name,
             )
         of_keras: Any = type(self._model)

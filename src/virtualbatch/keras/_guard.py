@@ -1,7 +1,7 @@
 """Windows that are planned before they run and run again if memory runs out.
 
-Which size is in force stands in the train step; a guard changes it between two attempts at the
-same batch, with everything that an attempt writes put back.
+The train step holds the size in use. A guard changes it between two attempts at the same batch,
+after putting back everything that the attempt wrote.
 """
 
 import sys

@@ -8,19 +8,23 @@ from virtualbatch.keras._train_step import TrainStep
 from virtualbatch.noise import estimate as noise
 
 
-class NoiseScale(keras.callbacks.Callback, noise.NoiseScale):
-    """Estimates the gradient noise scale while `fit` trains, and writes it to the logs.
+class NoiseScaleCallback(keras.callbacks.Callback, noise.NoiseScale):
+    """A callback that estimates the gradient noise scale while `fit` trains.
 
-    Each epoch's logs get `noise_scale`, in rows, so History has it; so do callbacks that come after
-    this one in the list, such as CSVLogger and TensorBoard. With `steps_per_execution` of n, every
-    n-th update is counted.
+    It adds `noise_scale`, in rows, to the logs of each epoch. So `History` has it, and so do
+    callbacks that come later in the list, such as `CSVLogger` and `TensorBoard`. `estimate` and
+    `advice` are those of `virtualbatch.NoiseScale`, which is the class for loops of your own and
+    is no callback. With `steps_per_execution=n` every n-th update is counted.
+
+    `virtualbatch.keras.NoiseScale` is the same class under its older name. Use
+    `NoiseScaleCallback` in new code.
 
     Args:
-        decay: how much of the averages the next window keeps; 0.99 looks back about 100 windows,
-            1.0 counts all alike.
+        decay: how much weight the averages keep with each window. 0.99 looks back about 100
+            windows, and 1.0 counts all windows alike.
 
     Raises:
-        ValueError: decay is not above 0 and at most 1.
+        ValueError: `decay` is not above 0 and at most 1.
 
     Example:
         >>> import virtualbatch.keras
@@ -28,7 +32,7 @@ class NoiseScale(keras.callbacks.Callback, noise.NoiseScale):
         >>> model.compile(optimizer="sgd", loss="mse")
         >>> model = virtualbatch.keras.accumulate(model, microbatch_size=8)
         >>> x = keras.random.normal((64, 3), seed=1)
-        >>> found = NoiseScale()
+        >>> found = NoiseScaleCallback()
         >>> logs = model.fit(x, x[:, :1], batch_size=32, epochs=2, verbose=0, callbacks=[found])
         >>> len(logs.history["noise_scale"]), found.windows
         (2, 4)
@@ -39,7 +43,7 @@ class NoiseScale(keras.callbacks.Callback, noise.NoiseScale):
         noise.NoiseScale.__init__(self, decay)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Has the model's windows watched.
+        """Starts to watch the windows of the model.
 
         Raises:
             ValueError: the model does not accumulate, or packs rows by their length.
@@ -58,15 +62,19 @@ class NoiseScale(keras.callbacks.Callback, noise.NoiseScale):
         self._watch(step, self.update)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Writes the estimate to the logs; there is none if no batch had two micro-batches."""
+        """Adds the estimate to the logs, if some batch had two micro-batches."""
         if logs is not None and self.windows:
             logs["noise_scale"] = self.estimate().scale
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Leaves the model as it was."""
+        """Stops watching the windows of the model."""
         self._watch(self.model.train_step, None)
 
     def _watch(self, step: TrainStep, listener: Any) -> None:
         step.listener = listener
         # Compiled programs compute statistics or do not.
         self.model.make_train_function(force=True)
+
+
+# The older name, which programs use.
+NoiseScale = NoiseScaleCallback

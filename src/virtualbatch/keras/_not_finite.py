@@ -1,6 +1,6 @@
 """The losses of micro-batches of `fit` that are not finite.
 
-A compiled window tells of them in the logs of its step, which are read once a later window runs.
+A compiled window reports them in the logs of its step, which are read once a later window runs.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from virtualbatch.window.terms import SINGLE
 # its loss, how many micro-batches it has, and the number of the first that is not finite, or 0.
 LOSSES = "virtualbatch_losses"
 # What is told of micro-batches whose loss sees all rows.
-PREDICTIONS = "What the model predicts"
+PREDICTIONS = "The prediction of the model"
 # In the place of rows that are not the next ones of their batch; and where nothing is known of a
 # loss, because it cannot be told from losses before it.
 NO_PLACE, NOTHING_KNOWN = -1, -2
@@ -26,7 +26,7 @@ _OF_REPLICAS = 3
 
 
 class LossesOfFit:
-    """Hears of the losses of a model's windows.
+    """Receives the losses of a model's windows.
 
     Args:
         is_there: see `LateLosses`.

@@ -1,7 +1,7 @@
 """Variables whose gradient is their new value, as the scales and maxima of float8 layers are.
 
-Keras' optimizer assigns what comes as their gradient. A sum over micro-batches would be no such
-value: the maximum is, as in Keras' own accumulation. With maxima of rows it is that of the batch.
+Keras' optimizer assigns what it gets as their gradient. A sum over micro-batches would be wrong, so
+the maximum is taken, as in Keras' own accumulation. For maxima over rows it is that of the batch.
 """
 
 from collections.abc import Callable, Sequence

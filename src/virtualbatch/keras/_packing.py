@@ -11,7 +11,7 @@ from virtualbatch.window.packing import check_tokens
 from virtualbatch.window.padding import length_by_shape, trimmed_by_shape
 from virtualbatch.window.tree import Builder, builder
 
-_FIX = "In a loop of your own, virtualbatch.pack takes padded=, which tells leaves that are padded."
+_FIX = "In a loop of your own, virtualbatch.pack takes padded=, which names the padded leaves."
 # To how many lengths rows are trimmed where each is a program of its own.
 FEW_LENGTHS = 4
 

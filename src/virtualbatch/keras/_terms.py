@@ -177,7 +177,7 @@ def _vector(counts: Sequence[Any]) -> Any:
 
 @dataclass
 class _Notes:
-    """What a loss turns out to be when it runs."""
+    """What is learned about a loss when it runs."""
 
     numbers: list[str]
     unreduced: bool = False

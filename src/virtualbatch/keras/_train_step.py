@@ -42,13 +42,13 @@ class TrainStep:
         packing: as given.
         check: as given.
         gather: as given.
-        silent: whether losses that only their author knows how to cut are not named: they were
-            proven, or somebody observes them.
+        silent: whether losses that only their author knows how to cut are not logged, because they
+            were proven or are being observed.
         most: rows of a micro-batch, or tokens of a packed one, where they were planned, or made
             fewer than asked for; else None.
-        losses: hears of the losses of windows; None where nobody does.
-        listener: is told the `WindowStats` of windows; None, and they are not computed. A train
-            function that was made before knows only of the one that was there.
+        losses: receives the losses of windows; None where they are not watched.
+        listener: receives the `WindowStats` of windows; where it is None they are not computed. A
+            train function keeps the listener that was set when it was made.
     """
 
     is_virtualbatch = True
@@ -198,8 +198,9 @@ class TrainStep:
             whole = rows * devices
             _log.warning(
                 "A batch of %d rows is one update of %d micro-batches of up to %d rows%s. If all "
-                "%d rows fit in memory at once, did you mean fit(batch_size=%d)? Else pass "
-                "microbatch_size=%d instead of accumulation_steps=%d, and this is not said again.",
+                "%d rows fit in memory at once, did you mean fit(batch_size=%d)? Otherwise pass "
+                "microbatch_size=%d instead of accumulation_steps=%d, which also stops this "
+                "message.",
                 *(whole, -(-rows // size), size, _on_each(devices)),
                 *(whole, whole * steps, size, steps),
             )
@@ -260,7 +261,7 @@ class TrainStep:
         for name in losses:
             if name not in self._said:
                 _log.warning(
-                    "The loss %s returns one number: it is taken for one mean over rows.", name
+                    "The loss %s returns one number: it is treated as one mean over rows.", name
                 )
         self._said.update(losses)
 

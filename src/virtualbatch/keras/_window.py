@@ -25,7 +25,7 @@ from virtualbatch.keras._terms import Contribution, contribution
 
 
 class WindowModel:
-    """One batch of `fit` as micro-batches: what of it knows the model, but no control flow.
+    """One batch of `fit` as micro-batches: what depends on the model, without control flow.
 
     Args:
         model: a compiled model.
@@ -368,7 +368,7 @@ def _weigh_trimmed(y_pred: Any, stretch: Any) -> None:
 
 
 class _Ones:
-    """Weights that nobody reads: divides by 1 while the weights are still being counted."""
+    """Weights that are not used: divides by 1 while the weights are still being counted."""
 
     def __getitem__(self, k: int) -> float:
         return 1.0

@@ -4,14 +4,14 @@
 as one window of micro-batches; the Trainer, its strategy, callbacks and loggers stay as they are.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Literal, TypeVar
 
 from lightning.pytorch import LightningModule
 
 from virtualbatch.lightning._checks import check_module, check_version, check_weight
 from virtualbatch.lightning._step import TrainingStep, step_of
 from virtualbatch.plan.auto import Auto, check_sizes_or_auto
+from virtualbatch.window.terms import GivenWeight
 
 __all__ = ["accumulate", "restore"]
 
@@ -27,35 +27,37 @@ Module = TypeVar("Module", bound=LightningModule)
 def accumulate(
     module: Module,
     *,
-    microbatch_size: int | str | Auto | None = None,
-    weight: Callable[[Any], Any] | str | None = None,
+    microbatch_size: int | Literal["auto"] | Auto | None = None,
+    weight: GivenWeight = None,
 ) -> Module:
-    """Makes every update of a Lightning Trainer that of its whole batch, run in micro-batches.
+    """Makes each update of a Lightning Trainer that of its whole batch, run in micro-batches.
 
-    The batch of an update is what the Trainer is told: one batch of the loader, or those that
-    `accumulate_grad_batches` or a `GradientAccumulationScheduler` collect. Call it once, before
-    `fit`. What `training_step` logs and returns is put together for the whole batch, and if memory
-    runs out the same update runs again in smaller pieces. Checkpoints do not know of it.
+    Call it once, before `fit`. The whole batch is what the Trainer collects for one update: one
+    batch of the loader, or the batches of `accumulate_grad_batches` or a
+    `GradientAccumulationScheduler`. What `training_step` logs and returns is merged for the whole
+    batch. If memory runs out, the update runs again in smaller micro-batches. Checkpoints do not
+    contain the change.
 
     Args:
-        module: with automatic optimization. With manual optimization, and in Fabric, use
-            `virtualbatch.torch.loss`.
-        microbatch_size: rows of one forward and backward pass, by which each batch of the loader
-            is cut; or "auto" or an `Auto`, which plan it at the first update; None for the batches
-            of the loader as they are.
-        weight: micro-batch -> what its mean loss was divided by, a scalar >= 0, such as the number
-            of its tokens (rows when None); or "sum" for a loss that is a sum. It gets a batch as
-            `training_step` does.
+        module: a module with automatic optimization. With manual optimization, and in Fabric, use
+            `virtualbatch.torch.loss` instead.
+        microbatch_size: the rows of one forward and backward. Each batch of the loader is cut by
+            it. `"auto"` or an `Auto` plans the size at the first update. None keeps the batches of
+            the loader as micro-batches.
+        weight: what the mean loss of a micro-batch was divided by. None means its rows. `"sum"`
+            means that the loss is a sum. Otherwise a function of a batch, in the form that
+            `training_step` gets, that returns a number `>= 0`, such as the number of its tokens.
 
     Returns:
         The module.
 
     Raises:
         TypeError: `module` is not a LightningModule, or `weight` is not a function.
-        ValueError: the module accumulates already, optimizes by itself or reads the loader, or a
-            size is not a positive integer. At the first update: the strategy adds gradients up in
-            its own way, or micro-batches of this loss do not add up to their batch.
-        RuntimeError: this release of Lightning is not served.
+        ValueError: the module accumulates already, uses manual optimization, or reads the loader.
+        ValueError: a size is not a positive integer.
+        ValueError: at the first update: the strategy adds gradients up in its own way, or the
+            gradients of micro-batches do not add up.
+        RuntimeError: this release of Lightning is not supported.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel

@@ -38,8 +38,8 @@ def check_version(version: str = lightning.__version__) -> None:
     found = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if not _FIRST <= found < _BEFORE:
         raise RuntimeError(
-            "virtualbatch.lightning serves Lightning from 2.6 up to 3. "
-            f'Got {version}. Install "lightning>=2.6,<3".'
+            f"virtualbatch.lightning supports Lightning from 2.6, below 3. Got {version}. Install "
+            '"lightning>=2.6,<3".'
         )
 
 
@@ -101,7 +101,7 @@ def check_trainer(strategy: Any, callbacks: Sequence[Any]) -> None:
         )
     if any(isinstance(callback, BatchSizeFinder) for callback in callbacks):
         raise ValueError(
-            "accumulate keeps the batch and cuts it until it fits, so that every batch fits. "
-            "Got a trainer with BatchSizeFinder, which looks for one that does. "
-            'Leave the callback out, and pass microbatch_size="auto".'
+            "accumulate keeps the batch size, and cuts each batch until it fits. Got a trainer "
+            "with BatchSizeFinder, which searches for a batch size that fits. Leave the callback "
+            'out, and pass microbatch_size="auto".'
         )

@@ -1,4 +1,4 @@
-"""What `self.log` is told of micro-batches, told once for the whole batch."""
+"""Values that `self.log` gets for micro-batches, logged once for the whole batch."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -28,11 +28,11 @@ class _Told(NamedTuple):
 
 
 class Logs:
-    """Hears `self.log` for the length of a window.
+    """Records calls of `self.log` during a window.
 
     A value that is the loss of every micro-batch is averaged as the loss is. Any other is averaged
-    by the `batch_size` that it was logged with, or by rows; or is a sum, minimum or maximum, where
-    `reduce_fx` says so. A metric is logged as it is: it has counted by then.
+    by the `batch_size` that it was logged with, or by rows; or is a sum, minimum or maximum if
+    `reduce_fx` names one. A metric is logged unchanged, because it has counted all rows by then.
 
     Args:
         module: the LightningModule.

@@ -1,4 +1,4 @@
-"""What a training step returns beside its loss, put together for the whole batch."""
+"""What a training step returns beside its loss, combined for the whole batch."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

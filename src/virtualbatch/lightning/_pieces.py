@@ -1,4 +1,4 @@
-"""What a micro-batch counts where values of several become that of the whole batch."""
+"""The weight of a micro-batch when values of micro-batches are combined."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -11,10 +11,10 @@ from virtualbatch.torch._as_written import as_written
 
 
 class TrainingStep:
-    """Stands on one LightningModule in the place of its `training_step`.
+    """Replaces the `training_step` of one LightningModule.
 
-    An object and no function: a copy of the module, as callbacks that average weights make it,
-    has a copy of this, which trains the copy. It can be pickled where `weight` can.
+    It is an object, not a function: a copy of the module, such as callbacks that average weights
+    make, has a copy of this, which trains the copy. It can be pickled if `weight` can.
 
     Args:
         module: the module.
@@ -23,8 +23,8 @@ class TrainingStep:
 
     Attributes:
         module: as given.
-        before: the `training_step` that stood on the module itself, such as a compiled one; None
-            where that of its class does.
+        before: the `training_step` that was set on the module itself, such as a compiled one; None
+            where that of its class is used.
     """
 
     def __init__(self, module: Any, microbatch_size: Any, weight: Any):
@@ -81,10 +81,10 @@ class TrainingStep:
         self._last = epoch, loop.batch_idx
         if loop.total_batch_idx == self._ran_at:
             raise ValueError(
-                "Where batches are collected, an optimizer may call its closure once, because "
-                "Lightning clears gradients at the first batch only. "
-                f"Got a second call with accumulate_grad_batches={steps}, as LBFGS makes it. "
-                "Use accumulate_grad_batches=1 and a loader with the whole batch."
+                "With accumulate_grad_batches above 1, an optimizer may call its closure only "
+                "once, because Lightning clears gradients at the first batch only. Got a second "
+                f"call with accumulate_grad_batches={steps}, as LBFGS makes it. Use "
+                "accumulate_grad_batches=1 and a loader with the whole batch."
             )
         self._collected.append(given)
         if not loop._should_accumulate():

@@ -1,4 +1,4 @@
-"""One update of a trainer as one window: its batches, cut, and what the step says of them."""
+"""One update of a trainer as one window: its batches, cut, and what the step returns for them."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ class Given(NamedTuple):
 
 
 class MicrobatchLoss:
-    """The loss function that the engine is given: one for a module, so that it proves itself once.
+    """The loss function for the engine: one per module, so that it proves itself once.
 
     Args:
         step: has the module's own training step as `__wrapped__`.
@@ -139,13 +139,13 @@ def _call(program: Program, batches: Sequence[Any], size: Any) -> Call:
 
 
 class _Heard:
-    """What a training step says of the micro-batches of one window.
+    """What a training step returns and logs for the micro-batches of one window.
 
     Args:
         module: the LightningModule.
         batches: of the window.
         weight: see `accumulate`.
-        logs: hears what is logged.
+        logs: records what is logged.
 
     Attributes:
         outputs: what it returns beside the loss.
@@ -204,9 +204,9 @@ class _Heard:
             extra = {key: value for key, value in output.items() if key != "loss"}
         if not isinstance(loss, torch.Tensor):
             raise ValueError(
-                "training_step must return the loss of every micro-batch, or a dict with "
-                f'"loss". Got {type(output).__name__} from {self._module}. '
-                "Return a loss also for rows that count nothing, or filter them in the loader."
+                'training_step must return the loss of every micro-batch, or a dict with "loss". '
+                f"Got {type(output).__name__} from {self._module}. Return a loss even where no "
+                "row counts, or filter such rows in the loader."
             )
         return loss, extra
 

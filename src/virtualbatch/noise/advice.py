@@ -17,11 +17,11 @@ class ScalingRule:
     """How settings may change when the batch grows by a factor.
 
     Args:
-        optimizer: whose settings.
-        learning_rate: what to multiply the learning rate by.
-        betas: exponents (a, b): replace beta1 by beta1**a and beta2 by beta2**b; None for
-            optimizers without.
-        source: where the rule is from.
+        optimizer: the optimizer that the rule is for.
+        learning_rate: the factor for the learning rate.
+        betas: exponents (a, b): replace beta1 by beta1**a and beta2 by beta2**b. None for an
+            optimizer without betas.
+        source: where the rule comes from.
     """
 
     optimizer: str
@@ -42,25 +42,28 @@ class ScalingRule:
 
 @dataclass(frozen=True)
 class Advice(Result):
-    """What a noise scale and two times say of a batch size.
+    """What a noise scale and two times say about a batch size.
+
+    All rows here are rows of data.
 
     Args:
-        rows: of the present batch.
-        noise_scale: in rows.
-        best_rows: the batch with the least expected time, in rows.
-        best_low: the same at the lower end of the noise scale's interval.
-        best_high: at its upper end; infinite where that is.
-        time: expected time to the same loss, in units of that at `best_rows`.
-        extra_rows: rows that the present batch takes in all, as a part of those that the smallest
-            batch would take, beyond 1: 0.5 is half as many again.
-        extra_updates: the same for updates, beside those of an infinite batch.
-        verdict: what to do, in words.
-        verdict_low: the same, were the noise scale at the lower end of its interval.
-        verdict_high: the same at its upper end.
-        break_even: seconds per update, beside its rows, for which the present batch would be best.
-        seconds_per_row: what was taken for it.
-        seconds_per_update: what was taken for it, beside its rows.
-        rules: how to change settings, should the batch become `best_rows`.
+        rows: the rows of the present batch.
+        noise_scale: the noise scale, in rows.
+        best_rows: the rows of the batch with the least expected time.
+        best_low: the same at the lower end of the interval of the noise scale.
+        best_high: the same at the upper end. Infinite if that is.
+        time: the expected time to reach the same loss, relative to that of `best_rows`.
+        extra_rows: the rows that the present batch needs in all, relative to the smallest batch,
+            minus 1: 0.5 is half as many again.
+        extra_updates: the updates that it needs, relative to an infinite batch, minus 1.
+        verdict: what to do, in one sentence.
+        verdict_low: the same at the lower end of the interval of the noise scale.
+        verdict_high: the same at the upper end.
+        break_even: the seconds per update, beside its rows, for which the present batch would be
+            the best.
+        seconds_per_row: the time per row that was used.
+        seconds_per_update: the time per update, beside its rows, that was used.
+        rules: how to change settings if the batch becomes `best_rows`.
     """
 
     rows: float

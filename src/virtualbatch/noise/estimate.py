@@ -21,14 +21,14 @@ _MOST_WAITING = 64
 
 
 class WindowStats(NamedTuple):
-    """What the gradients of one window's micro-batches show; engines give it with `stats=True`.
+    """What the gradients of one window show; engines return it for `stats=True`.
 
     Fields:
-        rows: rows of the window, R.
-        microbatches: micro-batches that count for something, k.
-        mean_square: sum over micro-batches of share times squared norm of the micro-batch's own
-            mean gradient, sum s_i |g_i|^2; a scalar.
-        square: squared norm of the window's gradient, |g|^2; a scalar.
+        rows: the rows of the window, R.
+        microbatches: the micro-batches whose weight is not 0, k.
+        mean_square: the sum over micro-batches of share times squared norm of the mean gradient
+            of the micro-batch, sum s_i |g_i|^2: a scalar.
+        square: the squared norm of the gradient of the window, |g|^2: a scalar.
     """
 
     rows: Any
@@ -42,14 +42,14 @@ class NoiseEstimate(Result):
     """An estimate of the gradient noise scale.
 
     Args:
-        scale: the noise scale tr(S) / |G|^2 in rows: at a batch of so many rows, noise and signal
-            are equal. Infinite where no signal was seen.
-        low: lower end of its confidence interval, in rows.
-        high: upper end; infinite where the windows do not bound it.
-        confidence: of the interval.
-        noise: tr(S), the summed variance of one row's gradient.
+        scale: the noise scale tr(S) / |G|^2, in rows. In a batch of so many rows, noise and signal
+            are equal. Infinite if no signal was seen.
+        low: the lower end of its confidence interval, in rows.
+        high: the upper end, in rows. Infinite if the windows do not bound it.
+        confidence: the confidence of the interval, between 0 and 1.
+        noise: tr(S), the summed variance of the gradient of one row.
         signal: |G|^2, the squared norm of the true gradient.
-        windows: windows that were counted.
+        windows: the windows that were counted.
     """
 
     scale: float
@@ -70,15 +70,19 @@ class NoiseEstimate(Result):
 class NoiseScale:
     """Estimates the gradient noise scale of a training run, window by window.
 
-    Noise and signal are each averaged over windows, and only then divided: the mean of ratios is
-    far off. Micro-batches must be random samples of the data; rows sorted by length are not.
+    It is for loops of your own: pass it the `WindowStats` that an engine returns with
+    `stats=True`. For `fit` of Keras use the callback `virtualbatch.keras.NoiseScaleCallback`.
+
+    Noise and signal are averaged over windows separately and then divided, because a mean of
+    ratios is far off. Micro-batches must be random samples of the data. Rows that are sorted by
+    length are not.
 
     Args:
-        decay: how much of the averages the next window keeps; 0.99 looks back about 100 windows,
-            1.0 counts all alike.
+        decay: how much weight the averages keep with each window. 0.99 looks back about 100
+            windows, and 1.0 counts all windows alike.
 
     Raises:
-        ValueError: decay is not above 0 and at most 1.
+        ValueError: `decay` is not above 0 and at most 1.
 
     Source:
         McCandlish, Kaplan, Amodei: An Empirical Model of Large-Batch Training (2018), appendix A.
@@ -111,11 +115,14 @@ class NoiseScale:
     def update(self, stats: Any) -> None:
         """Counts a window.
 
-        Its numbers stay where they are until the estimate is asked for, or many have come. A window
-        of one micro-batch, or whose gradient is not finite, tells nothing and is left out.
+        The numbers stay on their device until you ask for the estimate, or until many windows
+        wait. A window of one micro-batch, or with a gradient that is not finite, is left out.
 
         Args:
             stats: the `WindowStats` of an engine.
+
+        Raises:
+            TypeError: `stats` is something else.
         """
         if not (isinstance(stats, tuple) and len(stats) == len(WindowStats._fields)):
             raise TypeError(
@@ -128,7 +135,7 @@ class NoiseScale:
 
     @property
     def windows(self) -> int:
-        """Windows that were counted."""
+        """The windows that were counted."""
         self._read()
         return self._windows
 
@@ -136,12 +143,15 @@ class NoiseScale:
         """The estimate so far.
 
         Args:
-            confidence: of the interval, which is Fieller's for a ratio of two means. It takes
-                windows for independent and the scale for constant, so it is narrow where the
-                scale drifts.
+            confidence: the confidence of the interval, between 0 and 1. The interval is that of
+                Fieller for a ratio of two means. It assumes that windows are independent and that
+                the scale is constant, so it is too narrow where the scale drifts.
+
+        Returns:
+            The estimate, with its interval.
 
         Raises:
-            ValueError: no window was counted, or confidence is not between 0 and 1.
+            ValueError: no window was counted, or `confidence` is not between 0 and 1.
         """
         if not (is_real(confidence) and 0 < confidence < 1):
             raise ValueError(
@@ -168,21 +178,26 @@ class NoiseScale:
         rows: int | None = None,
         confidence: float = 0.95,
     ) -> Advice:
-        """What the estimate says of the batch size; nothing is changed.
+        """What the estimate says about the batch size. Nothing is changed.
 
         Args:
-            plan: the `Plan` of this batch, which has timed micro-batches; it stands for the times
-                that are not given. It does not know the optimizer, so an update costs at least
-                what it says.
-            seconds_per_row: forward and backward of one row, once the device is busy.
-            seconds_per_update: what an update costs beside its rows: the optimizer, and what
-                replicas tell each other.
-            rows: of the present batch; those of the last window when None.
-            confidence: of the interval.
+            plan: the `Plan` of this batch, from which times are taken that you do not pass. It must
+                have timed two sizes. It does not know the optimizer, so an update costs more than
+                it says.
+            seconds_per_row: the time of forward and backward for one row of data, once the device
+                is busy.
+            seconds_per_update: the time of an update beside its rows: the optimizer, and the
+                communication between replicas.
+            rows: the rows of data in the present batch. None means those of the last window.
+            confidence: the confidence of the interval.
+
+        Returns:
+            The advice, with the batch size that takes the least time.
 
         Raises:
-            ValueError: a time is not positive and finite, or is missing without a plan, rows is not
-                positive, the plan is of another batch, or there is no estimate.
+            ValueError: a time is not positive and finite, or is missing without a plan.
+            ValueError: `rows` is not positive, the plan is of another batch, or no window was
+                counted.
         """
         found = self.estimate(confidence)
         if rows is not None and not is_real(rows):

@@ -1,7 +1,8 @@
-"""The size in force: asked for or planned, and made smaller where memory ran out.
+"""The size in use: requested or planned, and reduced when memory runs out.
 
-Before a window an engine asks for the size; when memory runs out it asks to shrink, and runs the
-same window again. A plan is made once for each signature of a batch and can be kept in a file.
+An engine asks for the size before each window. If memory runs out, it asks for a smaller size and
+runs the same window again. A plan is made once for each signature of a batch and can be kept in a
+file.
 """
 
 import logging
@@ -21,11 +22,12 @@ _log = logging.getLogger("virtualbatch")
 
 
 class CurrentSize:
-    """Rows of a micro-batch, never more than asked for or planned.
+    """Rows of a micro-batch, never more than requested or planned.
 
     Args:
-        most: rows asked for or planned.
-        grow_after: windows without running out after which a smaller size is doubled; None: never.
+        most: rows requested or planned.
+        grow_after: number of windows that must fit in a row before a reduced size is doubled;
+            None: never.
     """
 
     def __init__(self, most: int, grow_after: int | None):
@@ -35,11 +37,11 @@ class CurrentSize:
         self.rows = most
 
     def shrink(self, rows: int, unit: str = "rows") -> bool:
-        """Takes a smaller size after memory ran out; False if there is none.
+        """Halves the size after memory ran out; returns False if no smaller size exists.
 
         Args:
-            rows: of the largest micro-batch of the window that ran out.
-            unit: what sizes count; "tokens" where rows are packed.
+            rows: of the largest micro-batch of the window that ran out of memory.
+            unit: what sizes count: "rows", or "tokens" for packed rows.
         """
         self._in_a_row = 0
         if rows <= 1:
@@ -73,18 +75,18 @@ class Auto:
     `microbatch_size="auto"` is `microbatch_size=Auto()`, kept for as long as the model lives.
 
     Args:
-        memory_limit: bytes, a text such as "2GiB" or "80%", or None for what the device or the
-            container really has left.
-        file: JSON file in which plans are kept from one process to the next; None: in memory only.
-            Several threads and processes may share it. Where it cannot be written, one line of the
-            log says so, and plans are kept in memory.
-        grow_after: after so many windows in a row that fitted, a size that was made smaller because
-            memory ran out is doubled again, up to the one that was planned. None: never.
+        memory_limit: bytes, a text such as "2GiB" or "80%", or None for all memory that the device
+            or the container has left.
+        file: JSON file that keeps plans between processes; None: in memory only. Several threads
+            and processes may share it. If it cannot be written, a warning is logged once and plans
+            are kept in memory.
+        grow_after: number of windows that must fit in a row before a size that was reduced, because
+            memory ran out, is doubled again. It never exceeds the planned size. None: never.
 
     Raises:
-        ValueError: the file holds something else than plans, cannot be read or is in no folder
-            that exists; or `grow_after` is not a positive integer.
-        TypeError: `file` is no name of a file.
+        ValueError: the file holds anything but plans, cannot be read, or its folder does not exist;
+            or `grow_after` is not a positive integer.
+        TypeError: `file` is not a path.
 
     Example:
         >>> size = Auto(memory_limit="2GiB", grow_after=1000)
@@ -122,11 +124,11 @@ class Auto:
         return f"Auto({', '.join(told)})"
 
     def asked(self, rows: int) -> CurrentSize:
-        """The size in force where so many rows were asked for."""
+        """The size in use for a requested number of rows."""
         return self._asked.setdefault(rows, CurrentSize(rows, self._grow_after))
 
     def planned(self, signature: Signature, plan: Callable[[], Plan]) -> CurrentSize:
-        """The size in force for a batch, planned unless a plan is known that covers it.
+        """The size in use for a batch; makes a plan if no known plan covers the batch.
 
         Args:
             signature: of the batch.
@@ -134,7 +136,7 @@ class Auto:
         """
         limit = limit_as_text(self.memory_limit)
         if not limit.isdecimal():
-            # A share of what is left, or all of it, is something else on a smaller machine.
+            # A share of the memory, or all of it, means another limit on another machine.
             limit = f"{limit} of {_host_bytes()} bytes"
         signature = signature._replace(limit=limit)
         # Copied, because another thread may plan meanwhile.
@@ -166,28 +168,28 @@ class Auto:
 
 @cache
 def _host_bytes() -> int:
-    """Memory of the machine or the container, whatever is left of it now."""
+    """Total memory of the machine or the container."""
     return host_memory().usable_bytes
 
 
 def is_automatic(microbatch_size: Any) -> bool:
-    """Whether a size is to be planned."""
-    # Compared as text only: arrays would compare themselves element by element.
+    """Whether a size means that it is planned."""
+    # Only texts are compared: an array would compare element by element.
     return isinstance(microbatch_size, Auto) or (
         isinstance(microbatch_size, str) and microbatch_size == "auto"
     )
 
 
 def check_sizes_or_auto(microbatch_size: Any, accumulation_steps: Any) -> None:
-    """Refuses size arguments that no batch could satisfy, where a size may be planned.
+    """Checks size arguments where the size may be planned.
 
     Args:
         microbatch_size: rows of one forward and backward, "auto", an `Auto`, or None.
         accumulation_steps: micro-batches per window, or None.
 
     Raises:
-        ValueError: `check_sizes` refuses them, or a number of micro-batches is given although
-            it is to be planned.
+        ValueError: `check_sizes` raises it, or a number of micro-batches is given although the
+            size is planned.
     """
     if not is_automatic(microbatch_size):
         check_sizes(microbatch_size, accumulation_steps)
@@ -199,7 +201,7 @@ def check_sizes_or_auto(microbatch_size: Any, accumulation_steps: Any) -> None:
 
 
 def check_cut_or_auto(batch: Any, microbatch_size: Any, accumulation_steps: Any) -> None:
-    """Refuses sizes that no batch could satisfy, and any size for what is already cut.
+    """Checks size arguments for a batch; a Window is already cut and takes none.
 
     Args:
         batch: a batch or a Window.
@@ -207,7 +209,7 @@ def check_cut_or_auto(batch: Any, microbatch_size: Any, accumulation_steps: Any)
         accumulation_steps: micro-batches per window, or None.
 
     Raises:
-        ValueError: a size comes with a Window, or `check_sizes_or_auto` refuses it for a batch.
+        ValueError: a size comes with a Window, or `check_sizes_or_auto` raises it for a batch.
     """
     if isinstance(batch, Window):
         check_cut(batch, microbatch_size, accumulation_steps)

@@ -1,4 +1,4 @@
-"""A lock on a file, between threads and between processes."""
+"""A lock on a file, for threads and for processes."""
 
 import errno
 import os
@@ -11,23 +11,23 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
-# Seconds. Who holds the lock reads and writes one small file.
+# Seconds. The holder of the lock only reads and writes one small file.
 PATIENCE = 10.0
 _PAUSE = 0.002
 
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Lets no other thread or process in that asks for the same lock.
+    """Holds a lock, so that no other thread or process can hold it at the same time.
 
-    The lock is a file beside the one that is meant, which may be replaced. It is gone afterwards.
-    Windows and file systems without locks let everyone in.
+    The lock is a second file next to `file`, because `file` itself may be replaced. It is removed
+    afterwards. There is no locking on Windows and on file systems without locks.
 
     Args:
-        file: what is meant.
+        file: to lock.
 
     Raises:
-        OSError: the lock cannot be made, or others keep it for too long.
+        OSError: the lock cannot be made, or others hold it for too long.
     """
     if sys.platform == "win32":
         yield
@@ -37,8 +37,8 @@ def locked(file: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # While it is held: who waits for this one finds that it is no longer the one by that name.
-        # One that stays does no harm.
+        # Removed while it is held: a waiting process then sees that the name belongs to no file, or
+        # to another one. A lock file that stays does no harm.
         with suppress(OSError):
             lock.unlink()
         _give_back(handle)
@@ -53,11 +53,11 @@ if sys.platform != "win32":
                 return handle
             _give_back(handle)
             if time.monotonic() > until:
-                raise TimeoutError(errno.ETIMEDOUT, "others keep its lock", str(lock))
+                raise TimeoutError(errno.ETIMEDOUT, "its lock is held by others", str(lock))
             time.sleep(_PAUSE)
 
     def _is_free(handle: int) -> bool:
-        """Whether it was free, and is ours now; also where the file system has no locks."""
+        """Takes the lock and returns True if it was free or the file system has no locks."""
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -73,8 +73,8 @@ if sys.platform != "win32":
             return False
 
     def _give_back(handle: int) -> None:
-        # Closing alone would not do where the process was copied meanwhile. Without locks on this
-        # file system there is nothing to give back.
+        # Closing is not enough if the process was forked meanwhile. Unlocking fails on file systems
+        # without locks, where there is nothing to release.
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)

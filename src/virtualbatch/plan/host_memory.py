@@ -1,7 +1,7 @@
-"""Memory of the host as this process may use it.
+"""Memory of the host that this process may use.
 
-A container is shown the whole machine's memory, while a control group (cgroup) or a resource
-limit may grant it less. The smallest of them is what counts.
+A container sees the memory of the whole machine, although a control group (cgroup) or a resource
+limit may allow less. The smallest limit counts.
 """
 
 import ctypes
@@ -17,8 +17,8 @@ class MemoryLimit:
 
     Args:
         source: the file or resource that sets it.
-        limit_bytes: what it grants, in bytes.
-        used_bytes: what is taken of it now.
+        limit_bytes: bytes that it allows.
+        used_bytes: bytes of it that are in use.
     """
 
     source: str
@@ -42,18 +42,18 @@ class HostMemory:
 
     @property
     def usable_bytes(self) -> int:
-        """The least of the machine's memory and every limit, in bytes."""
+        """The machine's memory or the smallest limit, whichever is less, in bytes."""
         return min([self.total_bytes, *(limit.limit_bytes for limit in self.limits)])
 
     @property
     def left_bytes(self) -> int:
-        """What this process may still take, in bytes."""
+        """Bytes that this process may still allocate."""
         left = (limit.limit_bytes - limit.used_bytes for limit in self.limits)
         return max(0, min([self.available_bytes, *left]))
 
 
 def give_back_freed_memory() -> None:
-    """Gives memory that was freed back to the system, where the C library can (glibc)."""
+    """Returns freed memory to the system, if the C library can (glibc)."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -86,13 +86,13 @@ def _machine_memory(root: Path) -> tuple[int, int]:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
-        # Not Linux. Imported here, because engines that ask for memory import no tool.
+        # Not Linux. Imported here, because engines must not import psutil.
         import psutil
 
         memory = psutil.virtual_memory()
         return memory.total, memory.available
     found = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
-    # Written as kB, meant as 1,024 bytes.
+    # The file says kB and means 1,024 bytes.
     return found["MemTotal"] * 1024, found["MemAvailable"] * 1024
 
 
@@ -132,7 +132,7 @@ def _number_in(file: Path) -> int | None:
 
 
 def _cache(group: Path) -> int:
-    """Bytes of a group that hold files read lately, which the kernel gives up when asked."""
+    """Bytes of a group that cache files; the kernel frees them on demand."""
     try:
         lines = (group / "memory.stat").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What can be said when memory runs out, whatever the framework."""
+"""Recognises errors that mean that memory ran out, and words them; the same for all frameworks."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from virtualbatch.plan.plan import readable_bytes
 
-# How allocators say what they were asked for; the first pattern that is found counts.
+# How allocators write the size of a request; the first pattern that matches counts.
 _ASKED = (
     re.compile(r"[Tt]ried to allocate (?P<number>[\d.]+) ?(?P<unit>[KMGT]?i?[Bb](?:ytes)?)"),
     re.compile(
@@ -24,21 +24,21 @@ _BYTES |= {f"{sign}int{8 * size}": size for sign in ("", "u") for size in (1, 2,
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-# Python itself says nothing; C++ and NumPy say this.
+# Python's own error has no text; these are the texts of C++ and NumPy.
 _OF_PYTHON = ("std::bad_alloc", "Unable to allocate")
 
 
 class MemoryErrors(NamedTuple):
-    """The errors by which one framework says that memory ran out, or that it may have.
+    """The errors of one framework that mean, or may mean, that memory ran out.
 
-    Python's `MemoryError` is read by its text: an allocator says nothing or what allocators say,
-    while whoever raises one by hand says what he means by it.
+    For Python's `MemoryError` the text decides: an allocator leaves it empty or uses a known
+    wording. Any other text comes from user code that raised the error by hand.
 
     Fields:
-        classes: errors that always say so.
-        kinds: errors whose text is read; `classes` and `MemoryError` are among them.
+        classes: errors that always mean it.
+        kinds: errors whose text decides; `classes` and `MemoryError` are among them.
         certain: texts that only a failed allocation has.
-        ambiguous: texts that a failed allocation has, and other faults have too.
+        ambiguous: texts that a failed allocation has, and other errors have too.
     """
 
     classes: tuple[type[BaseException], ...]
@@ -47,7 +47,7 @@ class MemoryErrors(NamedTuple):
     ambiguous: re.Pattern[str]
 
     def is_certain(self, error: BaseException) -> bool:
-        """Whether an error says that an allocation failed; by its class, else by its text."""
+        """Whether an error's class or text means that an allocation failed."""
         if isinstance(error, self.classes):
             return True
         text = str(error)
@@ -56,11 +56,11 @@ class MemoryErrors(NamedTuple):
         return isinstance(error, self.kinds) and bool(self.certain.search(text))
 
     def is_by_hand(self, error: BaseException) -> bool:
-        """Whether it is a `MemoryError` with a text that no allocator writes."""
+        """Whether user code raised it: a `MemoryError` with a text that no allocator writes."""
         return isinstance(error, MemoryError) and not self.is_certain(error)
 
     def is_possible(self, error: BaseException) -> bool:
-        """Whether an error says that an allocation failed, or may have failed, not by hand."""
+        """Whether an error means, or may mean, that an allocation failed."""
         if self.is_certain(error):
             return True
         return isinstance(error, self.kinds) and bool(self.ambiguous.search(str(error)))
@@ -71,12 +71,12 @@ def _is_of_python(text: str) -> bool:
 
 
 def any_of(*texts: str) -> re.Pattern[str]:
-    """A pattern that finds any of some texts, word for word."""
+    """A pattern that matches any of these texts literally."""
     return re.compile("|".join(map(re.escape, texts)))
 
 
 def bytes_asked(text: str) -> int | None:
-    """The bytes that an allocator could not give, by the text of its error.
+    """The bytes that an allocation asked for, read from the error; None if it does not say.
 
     Args:
         text: text of an out-of-memory error.
@@ -91,11 +91,11 @@ def bytes_asked(text: str) -> int | None:
 
 
 def free_frames(error: BaseException) -> None:
-    """Frees what the frames of an error hold: the tensors of a window that is to run again.
+    """Frees what the frames of an error hold: the tensors of a window that runs again.
 
     Args:
-        error: what ended an attempt. The errors that it was raised from, or while another was
-            handled, hold frames too; one that the caller is handling is the caller's.
+        error: which ended an attempt. Its causes and contexts hold frames too and are freed, except
+            for the error that the caller is handling.
     """
     seen = [sys.exception()]
     found = [error]
@@ -115,7 +115,7 @@ def no_smaller_size(
 
     Args:
         error: what the framework raised.
-        left_bytes: what the device or the container has left, if that is known.
+        left_bytes: of the device or the container; None if unknown.
         largest: names and bytes of the largest parameters, largest first.
     """
     asked = bytes_asked(str(error))

@@ -16,13 +16,14 @@ _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One size that was tried, or that follows from those that were.
+    """One entry of a plan: what is known of one micro-batch size. It is no row of data.
 
     Args:
-        microbatch_size: rows of one micro-batch.
-        peak_bytes: peak memory of a window; None where nothing could tell it.
-        measured: whether the peak was measured (or compiled), not predicted.
-        seconds_per_batch: time of the whole batch; None where it was not timed.
+        microbatch_size: the rows of data in one micro-batch.
+        peak_bytes: the peak memory of a window, in bytes. None if it is not known.
+        measured: whether the peak was measured, or reported by the compiler. False if it was
+            predicted from other sizes.
+        seconds_per_batch: the time of the whole batch, in seconds. None if the size was not timed.
     """
 
     microbatch_size: int
@@ -32,7 +33,7 @@ class PlanRow:
 
     @property
     def source(self) -> str:
-        """Where the peak comes from, in a word."""
+        """Where the peak comes from: `"measured"`, `"predicted"` or, if unknown, `"tried"`."""
         if self.peak_bytes is None:
             return "tried"
         return "measured" if self.measured else "predicted"
@@ -40,14 +41,30 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan(Result):
-    """How to cut a batch so that it fits and is fast.
+    """How to cut a batch so that it fits in memory and is fast.
+
+    Print it for a table. `to_json()` returns the same as JSON.
 
     Args:
-        microbatch_size: rows of one forward and backward.
-        accumulation_steps: micro-batches per window.
-        memory_limit: bytes that the window may take.
-        reason: why this size, in a sentence.
-        rows: one entry per size tried, smallest first.
+        microbatch_size: the rows of data in one micro-batch.
+        accumulation_steps: the micro-batches per window.
+        memory_limit: the bytes that the window may take.
+        reason: why this size was chosen, in one sentence.
+        rows: the sizes that were looked at, smallest first, as `PlanRow` entries. They are the
+            lines of the printed table, and no rows of data. `sizes` is the same under a clearer
+            name.
+
+    Example:
+        >>> sizes = (PlanRow(16, 2**20, True, 0.2), PlanRow(32, 2**21, False, None))
+        >>> found = Plan(16, 4, 3 * 2**19, "It is the largest size that fits.", sizes)
+        >>> [(size.microbatch_size, size.source) for size in found.sizes]
+        [(16, 'measured'), (32, 'predicted')]
+        >>> print(found)
+        microbatch_size=16 (accumulation_steps=4), memory limit 1.5 MiB
+        It is the largest size that fits.
+         micro-batch   peak memory                 s per batch
+                  16       1.0 MiB      measured           0.2      <- chosen
+                  32       2.0 MiB     predicted
     """
 
     microbatch_size: int
@@ -55,6 +72,11 @@ class Plan(Result):
     memory_limit: int
     reason: str
     rows: tuple[PlanRow, ...]
+
+    @property
+    def sizes(self) -> tuple[PlanRow, ...]:
+        """The sizes that were looked at, smallest first; the same as `rows`."""
+        return self.rows
 
     def __str__(self) -> str:
         lines = ["  ".join(cell.rjust(12) for cell in cells).rstrip() for cells in self._table()]

@@ -1,4 +1,4 @@
-"""Plans that are kept in a file, which several threads and processes may share."""
+"""Plans in a file that several threads and processes may share."""
 
 import logging
 import os
@@ -18,14 +18,14 @@ class PlanFile:
     """A file of plans.
 
     Args:
-        file: its name. It is made with the first plan; its folder exists.
+        file: its path. The first plan creates the file; its folder must exist.
 
     Attributes:
-        plans: those that it held.
+        plans: the plans in the file when it was opened.
 
     Raises:
-        ValueError: it holds something else, or cannot be read.
-        TypeError: the name is no name.
+        ValueError: the file holds anything but plans, or cannot be read.
+        TypeError: `file` is not a path.
     """
 
     def __init__(self, file: str | os.PathLike[str]):
@@ -35,7 +35,7 @@ class PlanFile:
                 "Pass for example file='plans.json'."
             )
         self._file = Path(file)
-        # Those that could not be written yet.
+        # Plans that are not written yet.
         self._waiting: dict[Signature, Plan] = {}
         self._has_warned = False
         self._check()
@@ -45,13 +45,14 @@ class PlanFile:
         return str(self._file)
 
     def add(self, signature: Signature, plan: Plan) -> None:
-        """Adds a plan to those that the file holds by now, in place of those that it covers.
+        """Adds a plan to the file; it replaces the plans that it covers.
 
-        What cannot be written is kept for the next time, and one line of the log says so.
+        If the file cannot be written, the plan is kept for the next attempt and a warning is logged
+        once.
 
         Args:
-            signature: what it is for.
-            plan: the plan.
+            signature: of the batch that the plan is for.
+            plan: to add.
         """
         self._waiting[signature] = plan
         waiting = list(self._waiting.items())
@@ -61,7 +62,7 @@ class PlanFile:
                 for entry in waiting:
                     found = _with(found, entry)
                 write_whole(self._file, as_text(found))
-        # A ValueError: it has become something else, which is not ours to replace.
+        # A ValueError: the file now holds something else, which must not be overwritten.
         except (OSError, ValueError) as error:
             self._warn(error)
             return
@@ -69,7 +70,7 @@ class PlanFile:
             self._waiting.pop(written, None)
 
     def _check(self) -> None:
-        """Refuses what is no file, or could not be one."""
+        """Raises a ValueError if the path is not a file and cannot become one."""
         try:
             mode = os.stat(self._file).st_mode
         except FileNotFoundError:
@@ -101,14 +102,13 @@ class PlanFile:
         except ValueError as error:
             raise ValueError(
                 f"file must hold plans that Auto has written. Got {str(self._file)!r}, in which "
-                f"{error}. Remove it, or pass another name."
+                f"{error}. Remove the file, or pass another name."
             ) from error
 
     def _unreadable(self, error: Exception) -> ValueError:
         why = error.strerror if isinstance(error, OSError) else error
         return ValueError(
-            f"file must be one that can be read. Got {str(self._file)!r} ({why}). "
-            "Pass another name."
+            f"file must be readable. Got {str(self._file)!r} ({why}). Pass another name."
         )
 
     def _warn(self, error: Exception) -> None:
@@ -122,6 +122,6 @@ class PlanFile:
 
 
 def _with(entries: list[Entry], new: Entry) -> list[Entry]:
-    """Plans and a new one. Those that it covers are left out; it is, if another covers more."""
+    """Adds a plan and drops the plans that it covers; does not add one that another covers."""
     others = [entry for entry in entries if not new[0].covers(entry[0])]
     return others if any(entry[0].covers(new[0]) for entry in others) else [*others, new]

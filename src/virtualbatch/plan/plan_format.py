@@ -1,4 +1,4 @@
-"""Plans as text, and the check of every word of it when it is read."""
+"""Plans as text; everything is checked when the text is read."""
 
 import json
 import math
@@ -15,7 +15,7 @@ Entry = tuple[Signature, Plan]
 _FORMAT = "virtualbatch plans"
 # The first was a bare list.
 _VERSION = 2
-# Of the first version, before a plan was for a loss and a limit. Those plans are made anew.
+# Fields of the first version, which knew no loss and no limit. Its plans are ignored and made anew.
 _TOO_OLD = {"program", "rows", "leaves"}
 
 
@@ -23,9 +23,9 @@ def as_text(entries: Iterable[Entry]) -> str:
     """Plans as the text of a file.
 
     Args:
-        entries: what each plan is for, and the plan.
+        entries: pairs of a signature and its plan.
     """
-    # A line each, so that one can be read, and compared with an earlier one.
+    # One plan a line, so that a person can read and compare them.
     plans = ",\n ".join(
         json.dumps({"signature": signature._asdict(), "plan": asdict(plan)}, allow_nan=False)
         for signature, plan in entries
@@ -37,10 +37,10 @@ def entries_in(content: bytes) -> list[Entry]:
     """The plans in a file.
 
     Args:
-        content: of the file. One that holds nothing holds no plans.
+        content: of the file. An empty file holds no plans.
 
     Raises:
-        ValueError: it is something else; the text says what, as the end of "Got a file in which".
+        ValueError: it is something else; the text completes "Got a file in which".
     """
     text = _decoded(content)
     if not text.strip():
@@ -48,7 +48,7 @@ def entries_in(content: bytes) -> list[Entry]:
     try:
         found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {error.lineno} is no JSON ({error.msg})") from error
+        raise ValueError(f"line {error.lineno} is not JSON ({error.msg})") from error
     except RecursionError as error:
         raise ValueError("lists are nested too deep") from error
     plans = found if isinstance(found, list) and found else _plans_in(found)
@@ -67,16 +67,16 @@ def _decoded(content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is no text") from error
+        raise ValueError(f"byte {error.start} is not UTF-8 text") from error
 
 
 def _plans_in(found: Any) -> list[Any]:
     if not isinstance(found, dict) or found.get("format") != _FORMAT:
-        raise ValueError(f'no format="{_FORMAT}" stands')
+        raise ValueError(f'there is no format="{_FORMAT}"')
     version = found.get("version")
     if version != _VERSION or isinstance(version, bool):
         raise ValueError(
-            f"version={_short(version)} stands, and this release reads version {_VERSION}"
+            f"the version is {_short(version)}, and this release reads version {_VERSION}"
         )
     _fields(found, "the file", {"format", "version", "plans"})
     plans: list[Any] = _list(found["plans"], "plans")
@@ -151,7 +151,7 @@ def _text(found: Any, where: str) -> str:
 
 
 def _shown(found: Any, where: str) -> str:
-    # What does not print would break the line of the log that shows it.
+    # A log line shows this text, and control characters would break the line.
     if not _text(found, where).isprintable():
         raise ValueError(f"{where} is {_short(found)}")
     return str(found)
@@ -180,12 +180,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{_short(twice)} stands twice")
+        raise ValueError(f"{_short(twice)} occurs twice")
     return found
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} stands, which is no number")
+    raise ValueError(f"{name} occurs, which is not a number")
 
 
 def _short(found: Any) -> str:

@@ -1,6 +1,6 @@
-"""The one loop that plans: the search asks, windows are measured, the search is told.
+"""The loop that plans: the search asks, a window is measured, the search takes the answer.
 
-What an engine brings is the window of a size: how to measure its peak and its time.
+An engine provides the window of each size, with ways to measure its peak and its time.
 """
 
 import time
@@ -18,14 +18,14 @@ class Window(Protocol):
     """The window of one size; neither method changes the model."""
 
     def peak_bytes(self) -> int:
-        """The most bytes that it needs beyond what is held before it, as far as is known now."""
+        """The most bytes that it needs above what is held before it, by the runs so far."""
 
     @property
     def timing(self) -> Timing:
         """How long it takes."""
 
 
-# Of the public verbs, which do not take another.
+# All public verbs use it.
 BUDGET = TimeBudget()
 
 
@@ -34,8 +34,8 @@ def bytes_allowed(memory_limit: int | str | None, held: int, memory: Memory) -> 
 
     Args:
         memory_limit: bytes, a text, or None.
-        held: bytes of what exists before the window, which are a part of it.
-        memory: what the engine knows of memory.
+        held: bytes that are in use before the window; they count towards the limit.
+        memory: the engine's view of memory.
 
     Raises:
         ValueError: the limit does not parse.
@@ -62,15 +62,16 @@ def planned(
     Args:
         window: microbatch_size -> its window.
         rows: rows of the batch.
-        held: bytes of what exists before a window, on top of which it has its peak.
-        limit: bytes that a window may take with them.
-        errors: by which the framework says that memory ran out.
-        remainder: whether micro-batches that differ cost nothing; see `Search`.
-        trial: microbatch_size -> the time of its window where nothing is to be loaded that tells
-            its peak; None where that of `window` is the same.
-        tells_peaks: whether there is room for what tells peaks; else sizes are only tried.
-        can_run: whether there is data to run a window on; else nothing is timed.
-        budget: how long sizes are compared for; None for `BUDGET`.
+        held: bytes that are in use before a window; they are added to its peak.
+        limit: bytes that a window may take, `held` included.
+        errors: which the framework raises when memory runs out.
+        remainder: whether a smaller last micro-batch costs nothing; see `Search`.
+        trial: microbatch_size -> the timing of its window without any tool that measures peaks;
+            None if the timing of `window` needs no such tool.
+        tells_peaks: whether there is enough memory to measure peaks; otherwise sizes are only
+            tried.
+        can_run: whether there is data to run a window on; otherwise nothing is timed.
+        budget: how long sizes are compared; None for `BUDGET`.
 
     Raises:
         ValueError: not even one row fits.
@@ -101,7 +102,7 @@ def planned(
             if question.kind != "memory" and peaks.get(size, 0) <= limit:
                 search.tell(question, windows[size].timing.seconds())
                 if size in peaks:
-                    # Of more runs, so it may have grown.
+                    # There were more runs, so the peak may be higher.
                     peaks[size] = held + windows[size].peak_bytes()
                     search.tell(Question("memory", size), peaks[size])
         except errors.kinds as error:
@@ -113,10 +114,10 @@ def planned(
 
 
 class _Doubt:
-    """Whether memory is why windows failed, where their errors only may mean that.
+    """Decides whether windows failed for lack of memory, if their errors do not say so clearly.
 
     Args:
-        errors: by which the framework says that memory ran out.
+        errors: which the framework raises when memory runs out.
     """
 
     def __init__(self, errors: MemoryErrors):
@@ -126,7 +127,7 @@ class _Doubt:
         self._certain = self._at_one_row = False
 
     def take(self, error: BaseException, size: int) -> None:
-        """Takes an error of the window of a size."""
+        """Takes the error of a window of this size."""
         if self._errors.is_by_hand(error):
             self._by_hand.append(error)
         self._certain = self._certain or self._errors.is_certain(error)
@@ -137,9 +138,9 @@ class _Doubt:
         """What the search asks next.
 
         Raises:
-            ValueError: not even one row fits. In its place the first error is raised unchanged, if
-                none was certain and the same came with one row.
-            MemoryError: two were raised by hand; the first of them is raised unchanged.
+            ValueError: not even one row fits. If no error clearly meant lack of memory and one row
+                failed too, the first error is raised unchanged instead.
+            MemoryError: user code raised two of them; the first is raised unchanged.
         """
         if len(self._by_hand) > 1:
             raise self._by_hand[0]
@@ -153,19 +154,18 @@ class _Doubt:
 
 
 class _Clock:
-    """The time for questions that can be left unanswered, counted from the first of them.
+    """The time left for optional questions, counted from the first of them.
 
-    A size that was not met yet takes more than its measurements: a program is built and its peak
-    is measured. What that takes is known from the last such size. Where little more than that is
-    left, what is left goes to the sizes that are there: to know which of them is the fastest is
-    worth more than one measurement of another.
+    A new size costs more than its measurements: a program is built and its peak is measured. The
+    last new size shows how long that takes. If little more time than that is left, it is spent on
+    the sizes that exist: to know the fastest of them is worth more than one measurement of another.
     """
 
     def __init__(self, budget: TimeBudget):
         self._budget = budget
         self._begin: float | None = None
         self._met: set[int] = set()
-        # When the last question about a size that was not met before began, until the next one.
+        # Start of the last question about a new size; None once the next question has come.
         self._building: float | None = None
         self._cost = 0.0
 

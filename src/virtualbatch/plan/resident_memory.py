@@ -9,8 +9,8 @@ _RESET_PEAK = "5"
 
 
 def kernel_tells_peak() -> bool:
-    """Whether the kernel tells the peak; if so, it is reset."""
-    # Other systems lack the file, some sandboxes refuse the write or have no peak to show.
+    """Whether the kernel reports the peak; if so, the peak is reset."""
+    # Other systems lack the file; some sandboxes refuse the write or report no peak.
     try:
         reset_peak()
         return peak_resident_bytes() > 0
@@ -19,7 +19,7 @@ def kernel_tells_peak() -> bool:
 
 
 def reset_peak() -> None:
-    """Makes the resident memory of now the peak."""
+    """Sets the peak to the current resident memory."""
     _CLEAR_REFS.write_text(_RESET_PEAK)
 
 

@@ -1,4 +1,4 @@
-"""Running a window again in smaller pieces, where memory ran out."""
+"""Runs a window again with smaller micro-batches when memory runs out."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ Result = TypeVar("Result")
 
 
 class Memory(NamedTuple):
-    """What an engine knows of memory.
+    """An engine's view of memory.
 
     Fields:
-        errors: by which its framework says that memory ran out.
-        left_bytes: () -> what is left; None if the device does not tell.
+        errors: which its framework raises when memory runs out.
+        left_bytes: () -> bytes that are left; None if the device does not report it.
     """
 
     errors: MemoryErrors
@@ -26,18 +26,18 @@ class Memory(NamedTuple):
 
 
 def run_as_it_is(run: Callable[[], Result], memory: Memory) -> Result:
-    """Runs a window whose micro-batches cannot be cut; says so where memory runs out.
+    """Runs a window whose micro-batches cannot be cut; adds a note if memory runs out.
 
     Args:
         run: runs the window once, and waits for it.
-        memory: what the engine knows of memory.
+        memory: the engine's view of memory.
     """
     try:
         return run()
     except memory.errors.kinds as error:
         if memory.errors.is_possible(error):
             error.add_note(
-                "If memory ran out: the rows of this Window cannot be told, so its micro-batches "
+                "If memory ran out: the rows of this Window are unknown, so its micro-batches "
                 "cannot be cut smaller. Make smaller ones."
             )
         raise
@@ -56,33 +56,34 @@ def run_until_it_fits(
     is_too_late: Callable[[BaseException], bool] = lambda error: False,
     unit: str = "rows",
 ) -> Result:
-    """Runs a window, again with smaller micro-batches as long as memory runs out.
+    """Runs a window; repeats it with smaller micro-batches as long as memory runs out.
 
-    Some errors only may mean that. They are tried with smaller micro-batches too; if they still
-    come with one row, memory was not the reason, and the first of them is raised unchanged. A
-    `MemoryError` that was raised by hand is tried once more; if another comes, it is raised so.
+    Some errors may, but need not, mean that memory ran out. They are repeated with smaller
+    micro-batches too. If they still come with one row, memory was not the reason, and the first of
+    them is raised unchanged. After a `MemoryError` from user code the window is repeated once; a
+    second one is raised unchanged.
 
     Args:
-        run: runs the window once, cut like this, and waits for it.
+        run: runs the window once with the given cut, and waits for it.
         cut: the micro-batches of the first attempt.
         rows: cut -> rows of its largest micro-batch.
-        smaller: rows -> a cut whose micro-batches have no more.
-        size: the size in force; the smaller one is kept in it.
-        memory: what the engine knows of memory.
+        smaller: rows -> a cut whose micro-batches have at most that many rows.
+        size: the size in use; a smaller one is kept in it.
+        memory: the engine's view of memory.
         largest: () -> names and bytes of the largest parameters, largest first.
-        put_back: undoes whatever a failed attempt wrote.
-        is_too_late: error -> whether more had been written by then than can be undone.
-        unit: what sizes count; "tokens" where rows are packed.
+        put_back: undoes what a failed attempt wrote.
+        is_too_late: error -> whether the attempt wrote something that cannot be undone.
+        unit: what sizes count: "rows", or "tokens" for packed rows.
 
     Raises:
-        MemoryError: not even a micro-batch of one row fits; or the user's own, unchanged.
+        MemoryError: not even a micro-batch of one row fits; or user code raised it.
     """
-    # What to go on with where memory is not the reason.
+    # The size to keep if memory is not the reason.
     known = size.rows
     first: BaseException | None = None
     by_hand: BaseException | None = None
     ran_out = False
-    # Rows of a cut that is still to be made: that may run out of memory as well.
+    # Rows of the next cut. It is made inside `try`, because cutting may run out of memory too.
     wanted: int | None = None
     while True:
         try:
@@ -95,7 +96,7 @@ def run_until_it_fits(
                 raise
             failed = error
         put_back()
-        # Its frames hold the tensors of the window.
+        # The error's frames hold the tensors of the window.
         free_frames(failed)
         first = first or failed
         is_by_hand = memory.errors.is_by_hand(failed)

@@ -1,9 +1,10 @@
 """The search for a micro-batch that fits and is fast; it never runs a model itself.
 
-An engine asks what to try, measures, and tells. Peak memory is taken for affine in the rows of a
-micro-batch above a knee, peak = max(c, a + b * rows), so two measurements predict every size; the
-size that follows is confirmed by a third. Then a few sizes are timed, and those that come out near
-the fastest again. Where nothing can tell a peak, sizes are tried instead, smallest first.
+An engine asks the search what to measure, measures it, and reports the result. Above a knee, peak
+memory is assumed to grow linearly with the rows of a micro-batch, peak = max(c, a + b * rows). So
+two measurements predict every size, and a third one confirms the size that was chosen. Then a few
+sizes are timed, and the fastest of them again. If no peak can be measured, sizes are tried instead,
+from the smallest.
 """
 
 import logging
@@ -16,24 +17,25 @@ from virtualbatch.plan.timing import ALIKE, EARLY, HOPELESS, FastestSize, TimeBu
 
 _log = logging.getLogger(__name__)
 
-# Less than this, and what engines load to learn of peaks would take all that is left: 38 MiB for
-# the fake tensors of PyTorch, and stacks for the threads of a graph of TensorFlow.
+# With less memory than this, peaks are not measured, because the tools for it take too much: the
+# fake tensors of PyTorch take 38 MiB, and a graph of TensorFlow needs stacks for its threads.
 ROOM_FOR_TOOLS = 64 * 2**20
 
 # Rows of the first micro-batch tried: above the knee of most models, and small enough to fit.
 _FIRST = 8
-# Where a peak is no straight line, so many measurements have to do.
+# The most measurements of a peak that does not grow linearly.
 _MOST_PEAKS = 8
-# Below this growth of the peak two sizes are both under the knee.
+# If the peak grows by less than this factor, both sizes are below the knee.
 _FLAT = 1.02
 
 
 class Question(NamedTuple):
-    """What the search wants to know next.
+    """A measurement that the search needs next.
 
     Fields:
-        kind: "memory", peak bytes of a window; "time", seconds for the whole batch; or "trial",
-            the same of a size of which no peak is known, with nothing loaded for it.
+        kind: "memory" for the peak bytes of a window; "time" for the seconds of the whole batch;
+            "trial" for the seconds of a size with no known peak, where no tool that measures peaks
+            may be loaded.
         microbatch_size: rows of the micro-batches.
     """
 
@@ -42,7 +44,7 @@ class Question(NamedTuple):
 
     @property
     def is_optional(self) -> bool:
-        """Whether there can be a plan without the answer, where time is short."""
+        """Whether a plan is possible without the answer, if time is short."""
         return self.kind == "time" or (self.kind == "trial" and self.microbatch_size > 1)
 
 
@@ -52,10 +54,10 @@ class Search:
     Args:
         rows: rows of the batch, >= 1.
         memory_limit: bytes that a window may take.
-        remainder: whether micro-batches that differ cost nothing. Where a program is compiled for
-            each shape, a remainder is one more, with memory of its own; then sizes that divide
-            the batch are asked for, where some are near.
-        budget: how often sizes are to be timed.
+        remainder: whether a smaller last micro-batch costs nothing. An engine that compiles a
+            program for each shape needs another program, and memory, for the remainder; the search
+            then prefers nearby sizes that divide the batch.
+        budget: how often sizes are timed.
 
     Example:
         >>> search = Search(rows=256, memory_limit=1_000)
@@ -81,7 +83,7 @@ class Search:
         self._failed: set[int] = set()
         self._rounds = (TimeBudget() if budget is None else budget).rounds
         self._times = FastestSize()
-        # Whether further sizes, or nothing at all, are left to be timed.
+        # The first ends the search for further sizes, the second ends all timing.
         self._no_others = False
         self._stopped = False
         self._trial = False
@@ -104,46 +106,46 @@ class Search:
         return None if size is None else Question("time", size)
 
     def tell(self, question: Question, answer: float | None) -> None:
-        """Takes the answer.
+        """Takes the answer to a question.
 
         Args:
-            question: what `ask` gave; or one about memory, where more became known of a size.
+            question: from `ask`, or a "memory" question about a size whose peak was measured again.
             answer: peak bytes or seconds; None if memory ran out.
         """
         size = question.microbatch_size
         _log.debug("%s of micro-batches of %d rows: %s", question.kind, size, answer)
         if answer is None:
-            # It ran out although it was to fit: whatever was told of this size is wrong.
+            # Memory ran out although the size should fit, so earlier answers about it are wrong.
             self._peaks.pop(size, None)
             self._times.forget(size)
             self._failed.add(size)
         elif question.kind == "memory":
             self._peaks[size] = answer
             if answer > self._limit:
-                # Told again, because a later run needed more.
+                # A later run needed more memory than the first measurement showed.
                 self._times.forget(size)
         else:
             self._times.tell(size, answer)
 
     def only_try(self) -> None:
-        """Asks for no peaks, because what tells them does not fit in the memory that is left."""
+        """Stops asking for peaks, because measuring them needs more memory than is left."""
         _log.warning(
-            "Memory is too short for what tells peaks: sizes are tried from the smallest, and the "
-            "limit of %s is not checked.",
+            "Too little memory is left to measure peaks: sizes are tried from the smallest, and "
+            "the limit of %s is not checked.",
             readable_bytes(self._limit),
         )
         self._trial = True
-        # Those failures may be of the tool alone.
+        # The failures so far may come from the measuring tool alone.
         self._failed = set()
 
     def skip(self, question: Question) -> None:
-        """Leaves a question about times unanswered, because there is no time for it, or no data.
+        """Leaves a question about times unanswered, because no time is left or there is no data.
 
-        If others were timed and this one was not, it is the last of its kind that is asked: those
-        may still be timed again. Else no time is asked for any more.
+        If the question is about a new size and other sizes were timed, no further new size is
+        asked for, but the timed ones may be timed again. Otherwise all timing ends.
 
         Args:
-            question: what `ask` gave.
+            question: from `ask`.
         """
         timed = self._times.seconds()
         if question.kind == "time" and timed and question.microbatch_size not in timed:
@@ -152,18 +154,20 @@ class Search:
             self._stopped = True
 
     def plan(self) -> Plan:
-        """The plan, once `ask` has given None."""
+        """The plan; call it after `ask` returned None."""
         seconds = self._times.seconds()
         largest = max(seconds) if self._trial else self._largest_fitting()
-        # One that was timed alone, because it took all the time there was, is not known to be fast.
+        # If time allowed for one size only, it cannot be called fast.
         if largest in seconds or len(seconds) > 1:
             size, fastest = self._times.chosen()
             reason = (
                 f"{largest} rows fit at once; {size} is the smallest size measured "
                 f"within {ALIKE:.0%} of the fastest, {fastest}."
+                if size != fastest
+                else f"{largest} rows fit at once; {size} is the fastest size measured."
             )
             if self._trial:
-                reason += " Sizes were tried, because memory was too short for what tells peaks."
+                reason += " Sizes were tried, because too little memory was left to measure peaks."
         else:
             size = largest
             timed = "times were not compared" if seconds else "none was timed"
@@ -179,24 +183,25 @@ class Search:
 
     def _largest_fitting(self) -> int:
         """The largest size below all that do not fit, or the whole batch; 0 if none is known."""
-        # Uncut, no gradient stands beside their sum: that may fit where small sizes do not.
+        # The uncut batch needs no buffer for the sum of gradients, so it may fit where small sizes
+        # do not.
         if self._rows not in self._failed and self._peaks.get(self._rows, math.inf) <= self._limit:
             return self._rows
         ceiling = self._smallest_failing()
         return max((size for size in self._peaks if size < ceiling), default=0)
 
     def _peak(self, size: int) -> int | None:
-        """The peak as measured, or as the model has it; None if no peak is known."""
+        """The measured or predicted peak; None if no peak is known."""
         return math.ceil(self.predicted(size)) if self._peaks else None
 
     def predicted(self, size: int) -> float:
-        """The peak of a size in bytes: as it was told, or as it follows from what was told.
+        """The peak of a size in bytes, measured or predicted.
 
-        Between two sizes that were told it lies on the straight line between them; beyond them on
-        the line of the largest ones, and never below the smallest peak.
+        Between two measured sizes the prediction is linear. Beyond them it follows the line through
+        the largest sizes. It is never below the smallest peak.
 
         Args:
-            size: rows of a micro-batch. At least one peak must have been told.
+            size: rows of a micro-batch. At least one peak must be measured.
         """
         if size in self._peaks:
             return self._peaks[size]
@@ -213,7 +218,7 @@ class Search:
         """(a, b) of peak = a + b * rows through the largest size and one far enough below it."""
         for high in sorted(self._peaks, reverse=True):
             for low in sorted(self._peaks, reverse=True):
-                # What is measured is not exact, and a small step would magnify that.
+                # A small step would magnify errors of measurement.
                 if 3 * low <= 2 * high and self._peaks[high] > _FLAT * self._peaks[low]:
                     slope = (self._peaks[high] - self._peaks[low]) / (high - low)
                     return self._peaks[low] - slope * low, slope
@@ -228,29 +233,30 @@ class Search:
                 raise ValueError(self._nothing_fits())
             return self._rows
         if floor == 0:
-            # Down from what did not fit, four at a time.
+            # A quarter of the size that did not fit.
             return self._cut(_FIRST if ceiling > self._rows else max(1, ceiling // 4))
         if floor + 1 >= ceiling or len(self._peaks) + len(self._failed) >= _MOST_PEAKS:
             return None
         line = self._line()
-        # Below the knee the peak says nothing about the rows.
+        # Below the knee the peak does not depend on the rows.
         predicted = self._rows if line is None else int((self._limit - line[0]) / line[1])
         wanted = min(predicted, self._rows)
         if wanted >= ceiling:
-            # The prediction has failed.
+            # A size at or above this one did not fit, so the prediction was wrong.
             wanted = (floor + ceiling) // 2
         elif line is None or len(self._peaks) < 2:
-            # Small sizes may be far from the line, so it is not trusted far ahead.
+            # Small sizes may be far from the line, so go at most four times further.
             wanted = min(4 * floor, wanted)
         if wanted > floor:
             wanted = self._cut(wanted)
-        # The last rows would not be worth their measurement.
+        # A gain of 2% in rows is not worth a measurement.
         return wanted if wanted > 1.02 * floor else None
 
     def _cut(self, size: int) -> int:
-        """The size to ask for in place of another: no larger, for as many micro-batches.
+        """The smallest size that gives as many micro-batches as `size`.
 
-        Where a remainder costs something it may be up to half as large, if it divides the batch.
+        If a remainder costs something, a size that divides the batch is preferred, down to half of
+        that.
         """
         size = -(-self._rows // -(-self._rows // size))
         if self._remainder:
@@ -259,7 +265,7 @@ class Search:
         return whole if 2 * whole >= size else size
 
     def _has_failed_everywhere(self) -> bool:
-        """Whether memory ran out wherever a peak was asked for, so that the tool may be why."""
+        """Whether memory ran out at every size, so that the measuring tool may be the reason."""
         return not self._peaks and {1, self._rows} <= self._failed
 
     def _next_trial(self) -> int | None:
@@ -278,7 +284,7 @@ class Search:
         if self._stopped:
             return None
         timed = self._times.seconds()
-        # Small sizes first: where they are slow they are still done soonest.
+        # Small sizes come first.
         for size in self._far_apart():
             if size not in timed and not self._no_others:
                 return size
@@ -290,10 +296,10 @@ class Search:
         return self._times.next_measurement(self._rounds) if other is None else other
 
     def _further(self, timed: Container[int]) -> int | None:
-        """A size beside the fastest, as long as it gets faster there or stays as good."""
+        """A size next to the fastest that was not timed yet; None if there is none."""
         smallest, fastest = self._times.chosen()
         largest = self._largest_fitting()
-        # Upwards first: a size between two that were timed is seldom much slower than both.
+        # Larger first: a size between two timed ones is seldom much slower than both.
         above = 2 * fastest if 3 * fastest <= largest else largest
         for size in (above, smallest // 2):
             if size >= 1 and (cut := self._cut(size)) not in timed and self._may_fit(cut):

@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 
 class Leaf(NamedTuple):
-    """One array of a batch, without its rows.
+    """Shape and type of one array of a batch.
 
     Fields:
-        place: expression that reaches it, such as "batch['x']".
+        place: expression for it, such as "batch['x']".
         shape: of one row.
-        dtype: its name.
+        dtype: name of the dtype.
     """
 
     place: str
@@ -35,9 +35,10 @@ class Signature(NamedTuple):
     limit: str = ""
 
     def covers(self, other: "Signature") -> bool:
-        """Whether what fits here fits there: the same, with no longer rows or more of them.
+        """Whether a plan for this signature also fits `other`.
 
-        So text that is padded to many lengths is planned again only when it grows longer.
+        It does if all is the same except that `other` has as many rows or fewer, and each as long
+        or shorter. So text that is padded to many lengths needs a new plan only for longer rows.
         """
         return (
             (self.program, self.loss, self.limit) == (other.program, other.loss, other.limit)

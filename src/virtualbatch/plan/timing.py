@@ -1,19 +1,19 @@
-"""How long windows take, for a plan: the time of one size, and which size is the fastest."""
+"""Times for a plan: how long a window of one size takes, and which size is the fastest."""
 
 from collections.abc import Callable
 from statistics import fmean
 from typing import NamedTuple
 
-# Seconds of runs for one answer. A window of microseconds needs many before they tell.
+# Seconds of runs for one measurement. A window of microseconds needs many runs for a usable mean.
 ENOUGH = 0.1
-# A size that takes this much longer than the fastest is left, if it was timed EARLY times.
+# A size this many times slower than the fastest is dropped after EARLY measurements.
 HOPELESS = 1.3
 EARLY = 3
 
-# A size that takes this much longer is left at once: disturbances seldom double a time.
+# A size this many times slower is dropped at once: other load seldom doubles a time.
 _FAR_BEHIND = 2.0
-# Means are off by a few percent, and a size is to be within 5 % of the fastest (NEARLY_AS_FAST). So
-# less is asked of the means.
+# The chosen size must be within 5 % of the fastest (NEARLY_AS_FAST). Means are off by a few
+# percent, so they must be closer than that.
 ALIKE = 0.02
 
 
@@ -21,10 +21,10 @@ class TimeBudget(NamedTuple):
     """How long sizes are compared for.
 
     Fields:
-        seconds: after which nothing is timed any more. Where a window takes a second that is one
-            measurement or two of each size; what they cannot tell apart is in docs/guides/size.md.
-        reserve: of them, seconds that have to be left for measurements once a size is there that
-            was not met before.
+        seconds: after which timing ends. If a window takes a second, each size gets one or two
+            measurements; docs/guides/size.md explains which differences they cannot show.
+        reserve: seconds that must be left for measurements after a new size is built; without
+            them no new size is tried.
         rounds: measurements of each size that may be the fastest.
     """
 
@@ -34,32 +34,32 @@ class TimeBudget(NamedTuple):
 
 
 class Timing:
-    """Times of one window. Its first run loads what later ones find, so it does not count.
+    """Times of one window. The first run is a warm-up and does not count.
 
     Args:
         run: runs the window and waits for it; () -> seconds that it took.
-        load: loads the same by less than a run; None if only a run does.
+        load: a cheaper warm-up than a run; None if there is none.
     """
 
     def __init__(self, run: Callable[[], float], load: Callable[[], None] | None = None):
         self._run = run
         self._load = load
         self._is_loaded = False
-        # Of runs that no answer told of yet.
+        # Of runs that are not yet part of a measurement.
         self._times: list[float] = []
 
     def run(self) -> None:
-        """Runs the window, also where something else of it is to be measured; the time counts."""
+        """Runs the window once. The time counts, also if the run is for another measurement."""
         seconds = self._run()
         if self._is_loaded:
             self._times.append(seconds)
         self._is_loaded = True
 
     def seconds(self) -> float:
-        """The mean run since the last answer, with as many more as it takes to tell.
+        """The mean time of a run since the last measurement; runs the window as often as needed.
 
-        Not the shortest: windows that are run twice for an answer would then look faster than
-        those that are run once.
+        It is not the shortest time: a window that runs twice in a measurement would then look
+        faster than one that runs once.
         """
         if not self._is_loaded and self._load is not None:
             self._load()
@@ -71,16 +71,16 @@ class Timing:
 
 
 class FastestSize:
-    """Which of some sizes is the fastest, where every time is disturbed.
+    """Finds the fastest of some sizes although other load disturbs the times.
 
-    What else a machine does comes and goes within seconds, and slows whatever runs then. So sizes
-    are timed in rounds, one measurement of each, and the mean of a size is its time. A shortest
-    time would be that of whichever size met the quietest moment. `benchmarks/races.py` compares
-    ways to choose.
+    Other load on a machine comes and goes within seconds. So sizes are timed in interleaved rounds,
+    one measurement of each size in a round, and a busy moment slows all of them alike. The time of
+    a size is the mean of its measurements: the shortest would depend on which size ran in the
+    quietest moment. `benchmarks/races.py` compares ways to choose.
     """
 
     def __init__(self) -> None:
-        # size -> seconds, in the order in which they were told.
+        # size -> seconds of each measurement, in order.
         self._told: dict[int, list[float]] = {}
 
     def tell(self, size: int, seconds: float) -> None:
@@ -93,7 +93,7 @@ class FastestSize:
         self._told.setdefault(size, []).append(seconds)
 
     def forget(self, size: int) -> None:
-        """Takes a size out, because it does not fit."""
+        """Removes a size that does not fit."""
         self._told.pop(size, None)
 
     def seconds(self) -> dict[int, float]:
@@ -101,13 +101,13 @@ class FastestSize:
         return {size: fmean(self._told[size]) for size in sorted(self._told)}
 
     def next_measurement(self, rounds: int) -> int | None:
-        """The size to be timed again: of those that may be the fastest the one least timed.
+        """The size to time next: of all that may be the fastest, the one with fewest measurements.
 
         Args:
-            rounds: measurements that each of them is to have.
+            rounds: measurements that each of them needs.
 
         Returns:
-            A size; None if they have them, or only one is left.
+            A size; None if each has enough measurements, or only one size is left.
         """
         seconds = self.seconds()
         counts = {size: len(self._told[size]) for size in seconds}
@@ -124,9 +124,9 @@ class FastestSize:
         return size if counts[size] < rounds else None
 
     def chosen(self) -> tuple[int, int]:
-        """(the smallest size that is about as fast as the fastest, the fastest), by their means.
+        """The smallest size about as fast as the fastest, and the fastest, by their mean times.
 
-        At least one size was timed.
+        At least one size must be timed.
         """
         seconds = self.seconds()
         fastest = min(seconds, key=seconds.__getitem__)

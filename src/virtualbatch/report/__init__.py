@@ -1,12 +1,13 @@
-"""Reports: results as one HTML page with plots, that needs nothing else.
+"""Reports: results as one HTML page with plots.
 
-The page holds its styles and its plots, no script, and asks no network. Jinja2 and matplotlib make
-it; both come with the extra `report` and are imported when a page is written, not before.
+The page is one file: its styles and plots are inside, it runs no script and loads nothing. The
+extra `report` installs jinja2 and matplotlib, which are imported only when a page is made.
 """
 
 import importlib.util
 import os
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 from virtualbatch.atomic_write import write_whole
@@ -16,28 +17,66 @@ from virtualbatch.noise.advice import Advice
 from virtualbatch.noise.estimate import NoiseEstimate
 from virtualbatch.plan.plan import Plan
 
-__all__ = ["write_html"]
+__all__ = ["Report", "write_html"]
 
 NEEDED = ("jinja2", "matplotlib")
 
 Result = Plan | Certificate | DemoResult | Advice | Sequence[tuple[int, NoiseEstimate]]
 
+# A script would be needed to fit the frame to its page.
+_FRAME_HEIGHT = 640
 
-def write_html(file: str | Path, *results: Result) -> None:
-    """Writes one self-contained HTML page.
 
-    Equal results give equal pages, byte for byte: no date is in them.
+class Report:
+    """Results as one page, to look at in a notebook.
+
+    As the last line of a cell it shows the page in a frame, so that the page's styles and the
+    notebook's do not mix. `write_html` writes the same page to a file.
 
     Args:
-        file: to write.
-        *results: shown in this order: a `Plan`, a `Certificate`, an `Advice`, the result of the
-            demo, or the noise scale over training as pairs (updates made, `NoiseEstimate`).
+        *results: as for `write_html`.
+
+    Attributes:
+        html: the page.
 
     Raises:
         ModuleNotFoundError: jinja2 or matplotlib is not installed.
         TypeError: a result is something else.
         ValueError: there is no result.
-        OSError: the file cannot be written; what stood there is as it was.
+
+    Example:
+        >>> from virtualbatch import Plan, PlanRow
+        >>> row = PlanRow(32, 2**20, measured=True, seconds_per_batch=0.5)
+        >>> plan = Plan(32, 4, memory_limit=2**21, reason="32 fits.", rows=(row,))
+        >>> Report(plan).html[:15]  # doctest: +SKIP
+        '<!doctype html>'
+    """
+
+    def __init__(self, *results: Result):
+        self.html = html_of(*results)
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<iframe srcdoc="{escape(self.html)}" sandbox="" title="Report of virtualbatch" '
+            f'style="width: 100%; height: {_FRAME_HEIGHT}px; border: 0"></iframe>'
+        )
+
+
+def write_html(file: str | Path, *results: Result) -> None:
+    """Writes one self-contained HTML page.
+
+    Equal results give equal pages, byte for byte, because a page holds no date.
+
+    Args:
+        file: path of the page.
+        *results: shown in this order. Each is a `Plan`, a `Certificate`, an `Advice`, the result
+            of the demo, or a list of pairs (updates made, `NoiseEstimate`).
+
+    Raises:
+        ModuleNotFoundError: jinja2 or matplotlib is not installed.
+        TypeError: a result is something else.
+        ValueError: there is no result.
+        OSError: the file cannot be written; a file that was there is unchanged.
 
     Example:
         >>> from virtualbatch import Plan, PlanRow
@@ -51,15 +90,15 @@ def write_html(file: str | Path, *results: Result) -> None:
 
 
 def html_of(*results: Result) -> str:
-    """The page that `write_html` writes.
+    """The page as text.
 
     Args:
-        *results: as `write_html` takes them.
+        *results: as for `write_html`.
     """
     require_tools()
     if not results:
         raise ValueError(
-            "write_html needs a result. Got none. Pass for example what plan or certify returned."
+            "A report needs a result. Got none. Pass for example what plan or certify returned."
         )
     from virtualbatch.report._page import page
 
@@ -67,7 +106,7 @@ def html_of(*results: Result) -> str:
 
 
 def require_tools() -> None:
-    """Refuses where a page could not be written.
+    """Raises an error if a page cannot be made.
 
     Raises:
         ModuleNotFoundError: jinja2 or matplotlib is not installed.

@@ -1,47 +1,42 @@
-"""A certificate as a section: the error of each layer against the tolerance."""
+"""A certificate as a section of the page: the error of each layer, and the tolerance."""
 
 import math
 import re
 from collections.abc import Mapping
 
-from markupsafe import Markup
-from matplotlib.ticker import FuncFormatter, NullLocator
-
 from virtualbatch.certify.certificate import Certificate
-from virtualbatch.report._axes import BAR, named_rows, rows_height
-from virtualbatch.report._section import Figure, Section, Table, Tile
-from virtualbatch.report._svg import LIGHT, SMALL, drawing
+from virtualbatch.report._section import Bar, Bars, Section, Table, Tile
 
 _MOST_LAYERS = 24
+_MOST_TICKS = 6
 
 # The last part of a parameter's name: `.weight`, `/kernel` or `['kernel']`.
 _LAST_PART = re.compile(r"(?<=.)([./][^./\[\]]+|\['[^']*'\])$")
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def certificate_section(name: str, certificate: Certificate) -> Section:
-    """What a certificate says.
+def certificate_section(certificate: Certificate) -> Section:
+    """A certificate with its findings and errors.
 
     Args:
-        name: alone of its kind on the page.
         certificate: to show.
     """
     layers = len(_by_layer(certificate.parameters))
     figures, tables = [], []
     if certificate.parameters:
         caption = (
-            "The largest error of the layer's parameters, in the certificate's own units. Left of "
-            "the mark is rounding."
+            "The largest error of the layer's parameters, relative to the parameter's largest "
+            "gradient. Errors left of the mark are rounding."
         )
         if layers > _MOST_LAYERS:
-            caption += f" The other {layers - _MOST_LAYERS} layers have no larger ones."
+            caption += f" The other {layers - _MOST_LAYERS} layers have no larger errors."
         title = "Error of each layer" if layers <= _MOST_LAYERS else "Layers with the largest error"
-        figures.append(Figure(title, _layer_errors(f"{name}-layers", certificate), caption))
+        figures.append(_layer_errors(title, certificate, caption))
         worst = _worst_first(certificate.parameters)
         tables.append(
             Table(
                 f"All {len(worst)} parameters",
-                ("parameter", "error"),
+                ("parameter", "relative error"),
                 [(parameter, _error(error)) for parameter, error in worst],
             )
         )
@@ -64,47 +59,53 @@ def certificate_section(name: str, certificate: Certificate) -> Section:
     )
 
 
-def _layer_errors(name: str, certificate: Certificate) -> Markup:
-    """The largest error of each layer as a bar, against the tolerance.
+def _layer_errors(title: str, certificate: Certificate, caption: str) -> Bars:
+    """The largest error of each layer on a logarithmic axis, with the tolerance.
 
     Args:
-        name: of the figure, alone of its kind on the page.
-        certificate: a certificate of at least one parameter.
+        title: of the plot.
+        certificate: of at least one parameter.
+        caption: of the plot.
     """
     tolerance = certificate.tolerance
     shown = _by_layer(certificate.parameters)[:_MOST_LAYERS]
     finite = [error for _, error in shown if 0 < error < math.inf] + [tolerance]
-    low, high = min(finite) / 10, max(finite) * 10
-    label = f"Largest error of each layer, against a tolerance of {tolerance:.1e}."
-    with drawing(name, label, 65 + rows_height(len(shown))) as found:
-        axes = found.axes
-        named_rows(axes, [layer for layer, _ in shown], [_error(error) for _, error in shown])
-        axes.set_xscale("log")
-        axes.set_xlim(low, high)
-        for place, (_, error) in enumerate(shown):
-            end = high if not math.isfinite(error) else max(error, low)
-            colour = LIGHT["blue"] if error <= tolerance else LIGHT["red"]
-            axes.barh(place, end - low, left=low, height=BAR, color=colour)
-        for place in range(len(shown)):
-            # Not through the names.
-            axes.vlines(tolerance, place - 0.7 * BAR, place + 0.7 * BAR, color=LIGHT["ink"])
-        axes.annotate(
-            f"tolerance {tolerance:.1e}",
-            (tolerance, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="right" if math.log(high / tolerance) < math.log(tolerance / low) else "left",
-            fontsize=SMALL,
-        )
-        axes.xaxis.set_major_formatter(FuncFormatter(_power_of_ten))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("relative error")
-    return found.svg
+    # Logarithms, for a tenth of the smallest number would be zero.
+    low, high = math.log10(min(finite)) - 1, math.log10(max(finite)) + 1
+
+    def place(error: float) -> float:
+        if not math.isfinite(error):
+            return 1.0
+        return (math.log10(error) - low) / (high - low) if error > 0 else 0.0
+
+    powers = range(math.ceil(low), math.floor(high) + 1)
+    step = -(-len(powers) // _MOST_TICKS)
+    return Bars(
+        title,
+        f"Largest error of each layer, against a tolerance of {tolerance:.1e}.",
+        [
+            Bar(
+                _on_one_line(layer),
+                _error(error),
+                place(error),
+                "blue" if error <= tolerance else "red",
+            )
+            for layer, error in shown
+        ],
+        caption,
+        mark=(place(tolerance), f"tolerance {tolerance:.1e}"),
+        ticks=[((power - low) / (high - low), _power_of_ten(power)) for power in powers[::step]],
+        axis="relative error",
+    )
 
 
-def _power_of_ten(value: float, _: int) -> str:
-    return "10" + f"{round(math.log10(value))}".translate(_SUPERSCRIPTS)
+def _power_of_ten(power: int) -> str:
+    return "10" + str(power).translate(_SUPERSCRIPTS)
+
+
+def _on_one_line(name: str) -> str:
+    """The name without control characters, which HTML does not allow."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
 
 
 def _error(value: float) -> str:
@@ -114,7 +115,7 @@ def _error(value: float) -> str:
 
 
 def _by_layer(parameters: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Layers with the largest error of their parameters, the worst first."""
+    """Each layer with the largest error of its parameters; the largest error comes first."""
     layers: dict[str, float] = {}
     for name, error in _worst_first(parameters):
         layers.setdefault(_LAST_PART.sub("", name), error)
@@ -122,5 +123,5 @@ def _by_layer(parameters: Mapping[str, float]) -> list[tuple[str, float]]:
 
 
 def _worst_first(parameters: Mapping[str, float]) -> list[tuple[str, float]]:
-    # Not a number is worse than any.
+    # NaN counts as the largest error.
     return sorted(parameters.items(), key=lambda item: (not math.isnan(item[1]), -item[1]))

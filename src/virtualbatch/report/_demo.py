@@ -1,4 +1,4 @@
-"""The demo as a section: loss over updates and over time, and peak memory."""
+"""The demo as a section of the page: loss over updates and over time, and peak memory."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -8,52 +8,57 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from virtualbatch.demo.result import DemoResult, RunResult
 from virtualbatch.plan.plan import readable_bytes
-from virtualbatch.report._axes import BAR, HEIGHT, key, named_rows, plain_log_ticks, rows_height
-from virtualbatch.report._section import Figure, Section, Table, Tile
-from virtualbatch.report._svg import LIGHT, drawing
+from virtualbatch.report._axes import key, plain_log_ticks
+from virtualbatch.report._section import Bar, Bars, Figure, Section, Table, Tile
+from virtualbatch.report._svg import LIGHT, NARROW, drawing
 
 
 def demo_section(name: str, result: DemoResult) -> Section:
-    """What the demo shows.
+    """The demo's three runs side by side.
 
     Args:
-        name: alone of its kind on the page.
+        name: of the section, unique on the page.
         result: to show.
     """
     settings, whole, accumulated = result.settings, result.whole, result.accumulated
     averaged = _updates_averaged(result)
     memory = accumulated.peak_memory_bytes / max(whole.peak_memory_bytes, 1)
-    figures = [
+    figures: list[Figure | Bars] = [
         Figure(
             "Loss over updates",
             _losses(f"{name}-updates", result, "updates"),
-            "The accumulated batch makes the updates of the whole one, so their lines are one. "
-            f"Small batches are noisy: faint is each, bold the mean of the {averaged} around it.",
+            "The accumulated batch makes the same updates as the whole batch, so their lines "
+            "coincide. Small batches are noisy: the faint line shows each update, the bold line "
+            f"the mean of the {averaged} updates around it.",
         ),
         Figure(
             "Loss over time",
             _losses(f"{name}-time", result, "time"),
-            "What the clock said at the end of each update; tracing comes before the first, and "
-            "reading each loss is counted.",
+            "Time at the end of each update. It includes tracing, before the first update, and "
+            "reading each loss.",
         ),
-        Figure(
-            "Peak memory",
-            _memory(f"{name}-memory", result),
-            f"While training, above what the process held before ({whole.peak_memory_method}).",
-        ),
+        _memory(result),
     ]
     differences = (f"{result.small_difference:.1e}", "", f"{result.accumulated_difference:.1e}")
     table = Table(
         "The three runs",
-        ("run", "updates", "train loss", "test accuracy", "time", "peak memory", "from whole"),
+        (
+            "run",
+            "updates",
+            "training loss",
+            "test accuracy",
+            "time (s)",
+            "peak memory (MiB)",
+            "largest weight difference",
+        ),
         [
             (
                 title,
                 str(run.updates),
                 f"{run.train_loss:.4f}",
                 f"{run.test_accuracy:.1%}",
-                f"{run.fit_seconds:.1f} s",
-                readable_bytes(run.peak_memory_bytes),
+                f"{run.fit_seconds:.1f}",
+                f"{run.peak_memory_bytes / 2**20:.1f}",
                 difference,
             )
             for title, run, difference in zip(
@@ -69,7 +74,9 @@ def demo_section(name: str, result: DemoResult) -> Section:
         tone="good" if result.weights_agree else "bad",
         tiles=[
             Tile(f"{memory:.0%}", "of the whole batch's peak memory"),
-            Tile(f"{accumulated.fit_seconds / whole.fit_seconds:.2f} times", "of its time"),
+            Tile(
+                f"{accumulated.fit_seconds / whole.fit_seconds:.2f} times", "the whole batch's time"
+            ),
             Tile(f"{result.accumulated_difference:.1e}", "largest difference of a weight"),
             Tile(f"{accumulated.test_accuracy:.1%}", "test accuracy"),
         ],
@@ -83,13 +90,13 @@ def _losses(name: str, result: DemoResult, over: str) -> Markup:
     """Training loss of the three runs.
 
     Args:
-        name: of the figure, alone of its kind on the page.
+        name: of the figure, unique on the page.
         result: of the demo.
         over: "updates" or "time".
     """
     settings = result.settings
     smooth = _smooth(result.small.losses, _updates_averaged(result))
-    with drawing(name, f"Training loss of the three runs over {over}.", HEIGHT) as found:
+    with drawing(name, f"Training loss of the three runs over {over}.", NARROW) as found:
         axes = found.axes
         small, whole, accumulated = (_abscissa(run, over) for run in result.runs)
         axes.plot(small, result.small.losses, color=LIGHT["orange"], alpha=0.25, linewidth=1)
@@ -117,7 +124,7 @@ def _losses(name: str, result: DemoResult, over: str) -> Markup:
         )
         axes.set_yscale("log")
         losses = [*smooth, *result.whole.losses, *result.accumulated.losses]
-        # A loss may vanish, and a logarithm has no place for that.
+        # A logarithmic axis has no place for a loss of zero.
         drawn = [loss for loss in losses if loss > 0]
         axes.set_ylim(min(drawn) / 2, max(drawn) * 1.3)
         plain_log_ticks(axes)
@@ -134,23 +141,21 @@ def _losses(name: str, result: DemoResult, over: str) -> Markup:
     return found.svg
 
 
-def _memory(name: str, result: DemoResult) -> Markup:
-    """Peak memory of the three runs as bars.
-
-    Args:
-        name: of the figure, alone of its kind on the page.
-        result: of the demo.
-    """
+def _memory(result: DemoResult) -> Bars:
+    """Peak memory of the three runs."""
     peaks = [run.peak_memory_bytes for run in result.runs]
-    with drawing(name, "Peak memory of the three runs.", rows_height(len(peaks))) as found:
-        axes = found.axes
-        named_rows(axes, _titles(result), [readable_bytes(peak) for peak in peaks])
-        colours = [LIGHT[colour] for colour in ("orange", "grey", "blue")]
-        axes.barh(range(len(peaks)), peaks, height=BAR, color=colours)
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(NullLocator())
-        axes.spines["bottom"].set_visible(False)
-    return found.svg
+    largest = max(*peaks, 1)
+    return Bars(
+        "Peak memory",
+        "Peak memory of the three runs.",
+        [
+            Bar(title, readable_bytes(peak), max(peak, 0) / largest, colour)
+            for title, peak, colour in zip(
+                _titles(result), peaks, ("orange", "grey", "blue"), strict=True
+            )
+        ],
+        f"During training, above what the process held before ({result.whole.peak_memory_method}).",
+    )
 
 
 def _titles(result: DemoResult) -> tuple[str, str, str]:
@@ -163,7 +168,7 @@ def _titles(result: DemoResult) -> tuple[str, str, str]:
 
 
 def _updates_averaged(result: DemoResult) -> int:
-    """Small batches that have the rows of a large one."""
+    """The number of small batches that have as many rows as one large batch."""
     return -(-result.settings.batch_size // result.settings.microbatch_size)
 
 
@@ -172,7 +177,10 @@ def _abscissa(run: RunResult, over: str) -> Sequence[float]:
 
 
 def _smooth(values: Sequence[float], length: int) -> list[float]:
-    """The mean of so many values around each; of fewer at both ends, so that none is shifted."""
+    """The mean of the `length` values around each value.
+
+    Near both ends it takes fewer values, as many before as after, so that the line is not shifted.
+    """
     sums = [0.0, *accumulate(values)]
     found = []
     for place in range(len(values)):

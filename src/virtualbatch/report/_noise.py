@@ -1,4 +1,4 @@
-"""The noise scale over training, and advice on the batch size, as sections."""
+"""The noise scale over training, and advice on the batch size, as sections of the page."""
 
 import math
 from collections.abc import Sequence
@@ -8,26 +8,29 @@ from matplotlib.ticker import MaxNLocator
 
 from virtualbatch.noise.advice import Advice
 from virtualbatch.noise.estimate import NoiseEstimate
-from virtualbatch.report._axes import HEIGHT, plain_log_ticks
+from virtualbatch.report._axes import plain_log_ticks
 from virtualbatch.report._section import Figure, Section, Table, Tile
-from virtualbatch.report._svg import LIGHT, drawing
+from virtualbatch.report._svg import LIGHT, NARROW, WIDE, drawing
 
-# How far an interval may leave the estimates before it is cut off, as a factor.
+# An interval is cut off where it is this many times above or below the estimates.
 _WIDEST = 8.0
 _MOST_MARKED = 20
 
 
 def noise_section(name: str, history: Sequence[tuple[int, NoiseEstimate]]) -> Section:
-    """How noisy gradients were in training.
+    """The noise scale of the gradients during training.
 
     Args:
-        name: alone of its kind on the page.
-        history: updates made, and the estimate then; at least one.
+        name: of the section, unique on the page.
+        history: pairs of the updates made and the estimate at that time; at least one.
     """
     last = history[-1][1]
-    svg = _over_updates(f"{name}-noise", history)
     interval = f"{last.confidence:.0%} interval"
-    caption = f"Shaded: the {interval}; where it has no end it goes to the edge."
+    caption = f"Shaded: the {interval}. It reaches the edge where it has no upper or lower end."
+    figures = []
+    if any(0 < estimate.scale < math.inf for _, estimate in history):
+        narrow, wide = (_over_updates(f"{name}-noise", history, width) for width in (NARROW, WIDE))
+        figures.append(Figure("Noise scale over training", narrow, caption, wide))
     return Section(
         kind="Noise scale",
         verdict="No signal was seen in the gradients yet"
@@ -35,16 +38,22 @@ def noise_section(name: str, history: Sequence[tuple[int, NoiseEstimate]]) -> Se
         else f"Gradients are as much noise as signal at {_rows(last.scale)} rows",
         tone="plain",
         tiles=[
-            Tile(_rows(last.scale), "rows: the noise scale at the end"),
-            Tile(f"{_rows(last.low)} to {_rows(last.high)}", f"rows: its {interval}"),
+            Tile(f"{_rows(last.scale)} rows", "noise scale at the end"),
+            Tile(f"{_rows(last.low)} to {_rows(last.high)}", f"its {interval}, rows"),
             Tile(str(last.windows), "windows counted"),
         ],
         text=[],
-        figures=[] if svg is None else [Figure("Noise scale over training", svg, caption)],
+        figures=figures,
         tables=[
             Table(
                 f"All {len(history)} estimates",
-                ("updates", "noise scale", "from", "to", "windows"),
+                (
+                    "updates",
+                    "noise scale (rows)",
+                    "interval from (rows)",
+                    "interval to (rows)",
+                    "windows",
+                ),
                 [
                     (str(update), _rows(e.scale), _rows(e.low), _rows(e.high), str(e.windows))
                     for update, e in history
@@ -55,45 +64,45 @@ def noise_section(name: str, history: Sequence[tuple[int, NoiseEstimate]]) -> Se
 
 
 def advice_section(advice: Advice) -> Section:
-    """What a noise scale and two times say of the batch size.
+    """Advice on the batch size, from a noise scale and two times.
 
     Args:
         advice: to show.
     """
     rules = [str(rule) for rule in advice.rules]
     if rules:
-        rules.insert(0, f"Should the batch become {_rows(advice.best_rows)} rows:")
+        rules.insert(0, f"If you change the batch to {_rows(advice.best_rows)} rows:")
     return Section(
         kind="Advice",
         verdict=advice.verdict,
         tone="plain",
         tiles=[
-            Tile(_rows(advice.rows), "rows in the present batch"),
-            Tile(_rows(advice.best_rows), "rows in the batch with the least time"),
-            Tile(f"{_rows(advice.best_low)} to {_rows(advice.best_high)}", "rows: its interval"),
-            Tile(f"{advice.time:.2f} times", "the best batch's time, with the present one"),
+            Tile(f"{_rows(advice.rows)} rows", "present batch"),
+            Tile(f"{_rows(advice.best_rows)} rows", "fastest batch"),
+            Tile(
+                f"{_rows(advice.best_low)} to {_rows(advice.best_high)}",
+                "interval of the fastest batch, rows",
+            ),
+            Tile(f"{advice.time:.2f} times", "time of the present batch over the fastest"),
         ],
         text=rules,
         figures=[],
     )
 
 
-def _over_updates(name: str, history: Sequence[tuple[int, NoiseEstimate]]) -> Markup | None:
+def _over_updates(name: str, history: Sequence[tuple[int, NoiseEstimate]], width: int) -> Markup:
     """The noise scale over training, with its interval.
 
     Args:
-        name: of the figure, alone of its kind on the page.
-        history: updates made, and the estimate then.
-
-    Returns:
-        The element; None if no estimate is finite and positive, so that there is nothing to draw.
+        name: of the figure, unique on the page.
+        history: pairs of the updates made and the estimate at that time; at least one estimate is
+            finite and positive.
+        width: of the drawing.
     """
     scales = [estimate.scale for _, estimate in history if 0 < estimate.scale < math.inf]
-    if not scales:
-        return None
     low, high = min(scales) / _WIDEST, max(scales) * _WIDEST
     updates = [update for update, _ in history]
-    with drawing(name, "Gradient noise scale over training.", HEIGHT) as found:
+    with drawing(name, "Gradient noise scale over training.", width) as found:
         axes = found.axes
         axes.fill_between(
             updates,

@@ -1,4 +1,4 @@
-"""Results to one page of HTML."""
+"""Turns results into one page of HTML."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,20 +16,20 @@ from virtualbatch.report._demo import demo_section
 from virtualbatch.report._noise import advice_section, noise_section
 from virtualbatch.report._plan import plan_section
 from virtualbatch.report._section import Section
-from virtualbatch.report._svg import PALETTE, WIDTH
+from virtualbatch.report._svg import NARROW, PALETTE
 
 
 def page(results: Sequence[Any]) -> str:
     """The page.
 
     Args:
-        results: at least one; see `virtualbatch.report.write_html`.
+        results: at least one, of the kinds that `virtualbatch.report.write_html` takes.
 
     Raises:
-        TypeError: a result is of a kind that has no report.
+        TypeError: a result is of another kind.
     """
     sections = [_section(f"p{number}", result) for number, result in enumerate(results)]
-    # Names of layers and files come from the user's program, so everything is escaped.
+    # Names of layers and files come from the user's program, so all text is escaped.
     environment = Environment(
         loader=PackageLoader("virtualbatch.report", "."),
         autoescape=True,
@@ -38,7 +38,11 @@ def page(results: Sequence[Any]) -> str:
         lstrip_blocks=True,
     )
     html: str = environment.get_template("page.html").render(
-        sections=sections, palette=PALETTE, width=WIDTH, version=__version__
+        sections=sections,
+        percent="{:.2%}".format,
+        palette=PALETTE,
+        narrow=NARROW,
+        version=__version__,
     )
     return html
 
@@ -47,7 +51,7 @@ def _section(name: str, result: Any) -> Section:
     if isinstance(result, Plan):
         return plan_section(name, result)
     if isinstance(result, Certificate):
-        return certificate_section(name, result)
+        return certificate_section(result)
     if isinstance(result, DemoResult):
         return demo_section(name, result)
     if isinstance(result, Advice):

@@ -1,27 +1,28 @@
-"""A plan as a section: memory and throughput against micro-batch size."""
+"""A plan as a section of the page: memory and throughput against micro-batch size."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from virtualbatch.plan.plan import NEARLY_AS_FAST, Plan, readable_bytes
-from virtualbatch.report._axes import HEIGHT, note
+from virtualbatch.plan.plan import Plan, readable_bytes
+from virtualbatch.plan.timing import ALIKE
+from virtualbatch.report._axes import note
 from virtualbatch.report._section import Figure, Section, Table, Tile
-from virtualbatch.report._svg import LIGHT, drawing
+from virtualbatch.report._svg import LIGHT, NARROW, WIDE, drawing
 
-# A limit that is further above all peaks than this would press them to the bottom.
+# A limit this many times above all peaks is not drawn: it would flatten the line.
 _FAR_ABOVE = 2.0
 _MOST_TICKS = 8
 
 
 def plan_section(name: str, plan: Plan) -> Section:
-    """What a plan says.
+    """A plan with the sizes it compared.
 
     Args:
-        name: alone of its kind on the page.
+        name: of the section, unique on the page.
         plan: to show.
     """
     chosen = next(row for row in plan.rows if row.microbatch_size == plan.microbatch_size)
@@ -34,23 +35,15 @@ def plan_section(name: str, plan: Plan) -> Section:
         tiles.append(Tile(readable_bytes(chosen.peak_bytes), f"peak memory, limit {limit}"))
     if chosen.seconds_per_batch is not None:
         tiles.append(Tile(_seconds(chosen.seconds_per_batch), "for the whole batch"))
-    figures = []
     is_timed = any(row.seconds_per_batch for row in plan.rows)
-    if any(row.peak_bytes is not None for row in plan.rows):
-        caption = "Filled: measured or compiled. Hollow: predicted from those."
-        figures.append(Figure("Memory", _memory(f"{name}-memory", plan), caption))
-    if is_timed:
-        caption = (
-            "Of the whole batch. Where several sizes are nearly as fast, the smallest is taken."
-        )
-        figures.append(Figure("Throughput", _throughput(f"{name}-speed", plan), caption))
+    unit, scale = _memory_unit(max((row.peak_bytes or 0 for row in plan.rows), default=0))
     table = Table(
         f"All {len(plan.rows)} sizes",
-        ("micro-batch", "peak memory", "known how", "s per batch"),
+        ("micro-batch (rows)", f"peak memory ({unit})", "source", "time of the whole batch (s)"),
         [
             (
                 str(row.microbatch_size),
-                "unknown" if row.peak_bytes is None else readable_bytes(row.peak_bytes),
+                "unknown" if row.peak_bytes is None else _memory_in(scale, row.peak_bytes),
                 row.source,
                 "not timed" if row.seconds_per_batch is None else f"{row.seconds_per_batch:.4g}",
             )
@@ -64,17 +57,53 @@ def plan_section(name: str, plan: Plan) -> Section:
         tone="plain",
         tiles=tiles,
         text=[plan.reason],
-        figures=figures,
+        figures=_figures(name, plan),
         tables=[table],
     )
 
 
-def _memory(name: str, plan: Plan) -> Markup:
+def _figures(name: str, plan: Plan) -> list[Figure]:
+    """Plots of what is known; one that is alone is drawn for the whole width of the page too."""
+    plots: list[tuple[str, Callable[[str, Plan, int], Markup], str]] = []
+    if any(row.peak_bytes is not None for row in plan.rows):
+        caption = "Filled points are measured or compiled, hollow points are predicted from them."
+        plots.append(("Memory", _memory, caption))
+    if any(row.seconds_per_batch for row in plan.rows):
+        caption = (
+            "Whole batches in a second. If several sizes are nearly as fast, the smallest is "
+            "chosen."
+        )
+        plots.append(("Throughput", _throughput, caption))
+    return [
+        Figure(
+            title,
+            draw(f"{name}-{title}", plan, NARROW),
+            caption,
+            draw(f"{name}-{title}", plan, WIDE) if len(plots) == 1 else None,
+        )
+        for title, draw, caption in plots
+    ]
+
+
+def _memory_unit(largest: float) -> tuple[str, int]:
+    """The unit in which `largest` is easy to read, and its bytes."""
+    unit = readable_bytes(largest).split()[1]
+    return unit, 1024 ** ("B", "KiB", "MiB", "GiB").index(unit)
+
+
+def _memory_in(scale: int, peak: int) -> str:
+    number = peak / scale
+    # Small sizes need digits that large ones do not.
+    return f"{number:.1f}" if number >= 10 else f"{number:.3g}"
+
+
+def _memory(name: str, plan: Plan, width: int) -> Markup:
     """Peak memory against micro-batch size, with the limit and the choice.
 
     Args:
-        name: of the figure, alone of its kind on the page.
+        name: of the figure, unique on the page.
         plan: at least one of its peaks is known.
+        width: of the drawing.
     """
     known = {
         row.microbatch_size: (row.peak_bytes, row.measured)
@@ -84,10 +113,9 @@ def _memory(name: str, plan: Plan) -> Markup:
     largest = max(peak for peak, _ in known.values())
     is_near = plan.memory_limit <= _FAR_ABOVE * largest
     top = max(largest, plan.memory_limit) if is_near else largest
-    unit = readable_bytes(top).split()[1]
-    scale = 1024 ** ("B", "KiB", "MiB", "GiB").index(unit)
+    unit, scale = _memory_unit(top)
     limit = f"limit {readable_bytes(plan.memory_limit)}"
-    with drawing(name, f"Peak memory against micro-batch size; {limit}.", HEIGHT) as found:
+    with drawing(name, f"Peak memory against micro-batch size; {limit}.", width) as found:
         axes = found.axes
         _size_axis(axes, list(known))
         axes.set_ylim(0, 1.2 * top / scale)
@@ -113,29 +141,32 @@ def _memory(name: str, plan: Plan) -> Markup:
     return found.svg
 
 
-def _throughput(name: str, plan: Plan) -> Markup:
+def _throughput(name: str, plan: Plan, width: int) -> Markup:
     """Throughput against micro-batch size, with the choice.
 
     Args:
-        name: of the figure, alone of its kind on the page.
+        name: of the figure, unique on the page.
         plan: at least one of its sizes was timed.
+        width: of the drawing.
     """
     timed = {
         row.microbatch_size: 1 / row.seconds_per_batch for row in plan.rows if row.seconds_per_batch
     }
     best = max(timed.values())
-    with drawing(name, "Throughput against micro-batch size.", HEIGHT) as found:
+    with drawing(name, "Throughput against micro-batch size.", width) as found:
         axes = found.axes
         _size_axis(axes, list(timed))
         axes.set_ylim(0, 1.2 * best)
-        axes.set_ylabel("batches per second")
-        axes.axhspan(best / NEARLY_AS_FAST, best, color=LIGHT["green"], alpha=0.2, linewidth=0)
-        text = f"shaded: within {NEARLY_AS_FAST - 1:.0%} of the fastest"
+        axes.set_ylabel("throughput, batches/s")
+        axes.axhspan(best / (1 + ALIKE), best, color=LIGHT["green"], alpha=0.2, linewidth=0)
+        text = f"shaded: within {ALIKE:.0%} of the fastest"
         note(axes, (0, axes.get_ylim()[1]), text, "green")
         axes.plot(list(timed), list(timed.values()), "o-", color=LIGHT["blue"])
         if plan.microbatch_size in timed:
             speed = timed[plan.microbatch_size]
-            _choose(axes, plan.microbatch_size, speed, f"{plan.microbatch_size} rows: {speed:.3g}")
+            _choose(
+                axes, plan.microbatch_size, speed, f"{plan.microbatch_size} rows: {speed:.3g}/s"
+            )
     return found.svg
 
 
@@ -152,7 +183,7 @@ def _size_axis(axes: Axes, sizes: Sequence[int]) -> None:
 
 
 def _choose(axes: Axes, size: int, y: float, text: str, below: bool = False) -> None:
-    """Marks the choice, and names it on the side where there is room."""
+    """Marks the choice; its label goes to the side that has room."""
     axes.plot(size, y, "o", markersize=16, markerfacecolor="none", color=LIGHT["orange"])
     axes.plot(size, y, "o", color=LIGHT["orange"])
     low, high = axes.get_xlim()

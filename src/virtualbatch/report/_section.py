@@ -11,17 +11,57 @@ Tone = Literal["good", "bad", "plain"]
 
 
 class Figure(NamedTuple):
-    """A plot and what it shows.
+    """A plot of lines.
 
     Fields:
-        title: above it.
-        svg: the element.
-        caption: below it.
+        title: shown above the plot.
+        svg: the element, for a phone or for half of the page.
+        caption: shown below the plot.
+        wide: the same plot for the whole width of the page; None if another stands beside it.
     """
 
     title: str
     svg: Markup
     caption: str
+    wide: Markup | None = None
+
+
+class Bar(NamedTuple):
+    """One bar.
+
+    Fields:
+        name: what is measured.
+        value: the measurement as text, with its unit.
+        share: length of the bar, from 0 to 1.
+        colour: a name in the palette.
+    """
+
+    name: str
+    value: str
+    share: float
+    colour: str
+
+
+class Bars(NamedTuple):
+    """A plot of bars. It is HTML, so it takes any width and its text keeps its size.
+
+    Fields:
+        title: shown above the plot.
+        label: what the plot shows, for screen readers.
+        bars: from top to bottom.
+        caption: shown below the plot.
+        mark: place and name of a line across all bars; the place is from 0 to 1.
+        ticks: places and names on the axis.
+        axis: name of the axis, with its unit.
+    """
+
+    title: str
+    label: str
+    bars: Sequence[Bar]
+    caption: str
+    mark: tuple[float, str] | None = None
+    ticks: Sequence[tuple[float, str]] = ()
+    axis: str = ""
 
 
 class Tile(NamedTuple):
@@ -29,7 +69,7 @@ class Tile(NamedTuple):
 
     Fields:
         value: with its unit.
-        label: what it is of.
+        label: what the number is.
     """
 
     value: str
@@ -41,9 +81,9 @@ class Table(NamedTuple):
 
     Fields:
         title: what they are.
-        heading: one text per column.
+        heading: one text per column, with the unit in brackets.
         rows: one text per cell; the first is the row's name.
-        chosen: number of the row that stands out, or None.
+        chosen: number of the row that is highlighted, or None.
     """
 
     title: str
@@ -56,14 +96,14 @@ class Section(NamedTuple):
     """One result.
 
     Fields:
-        kind: what was done, in a word or two.
-        verdict: what came out, in a line.
-        tone: whether that is good.
+        kind: of the result, in a word or two.
+        verdict: the result in one line.
+        tone: whether the result is good.
         tiles: the numbers that matter.
-        text: paragraphs below.
-        findings: what is wrong or worth knowing.
+        text: paragraphs below the tiles.
         figures: plots.
         tables: all numbers.
+        findings: what is wrong or worth knowing.
     """
 
     kind: str
@@ -71,6 +111,6 @@ class Section(NamedTuple):
     tone: Tone
     tiles: Sequence[Tile]
     text: Sequence[str]
-    figures: Sequence[Figure]
+    figures: Sequence[Figure | Bars]
     tables: Sequence[Table] = ()
     findings: Sequence[Finding] = ()

@@ -18,7 +18,8 @@ class Colour(NamedTuple):
 
     Fields:
         name: of the CSS variable.
-        light: on a light page, as #rrggbb; no two roles share one, for a figure is drawn in these.
+        light: on a light page, as #rrggbb. Figures are drawn in these colours, and the colour is
+            then replaced by its CSS variable, so no two roles may share one.
         dark: on a dark page.
     """
 
@@ -27,7 +28,7 @@ class Colour(NamedTuple):
     dark: str
 
 
-# Blue and orange are told apart by nearly everybody; each has 4.5 to 1 against its page.
+# Nearly everybody can tell blue from orange. Each has a contrast of 4.5 to 1 with its page.
 PALETTE = (
     Colour("page", "#ffffff", "#15181d"),
     Colour("panel", "#f6f7f9", "#1c2026"),
@@ -43,8 +44,12 @@ PALETTE = (
 LIGHT = {colour.name: colour.light for colour in PALETTE}
 _VARIABLES = {colour.light: f"var(--{colour.name})" for colour in PALETTE}
 
-WIDTH = 440
+# Of a plot on a phone or in half of the page, and of one that has the page to itself. A desktop
+# shows both at the same scale, so their texts are equally large.
+NARROW = 440
+WIDE = 900
 SMALL = 12
+_HEIGHT = 290
 
 _SETTINGS = {
     "svg.fonttype": "none",
@@ -79,7 +84,7 @@ _SETTINGS = {
     "lines.markersize": 7.0,
     "lines.solid_capstyle": "round",
 }
-# Dropped from the file: dates and program names would make two equal reports differ.
+# Left out of the file: a date or a program name would make equal reports differ.
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
@@ -96,23 +101,23 @@ class Drawing:
 
 
 @contextmanager
-def drawing(name: str, label: str, height: int) -> Iterator[Drawing]:
+def drawing(name: str, label: str, width: int) -> Iterator[Drawing]:
     """Draws a figure with the page's fonts and colours; sets `svg` at the end of the block.
 
     Args:
-        name: of the figure, unlike those of the others on the page; its ids derive from it.
-        label: what it shows, for those who do not see it.
-        height: in pixels of a page that shows it at its own size.
+        name: of the figure, unique on the page; its ids derive from it.
+        label: what the figure shows, for screen readers.
+        width: `NARROW` or `WIDE`.
     """
     found = Drawing()
-    with matplotlib.rc_context(_SETTINGS | {"svg.hashsalt": name}):
+    with matplotlib.rc_context(_SETTINGS | {"svg.hashsalt": f"{name}-{width}"}):
         # At 72 dots per inch a point is a pixel.
-        figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, layout="constrained")
+        figure = Figure(figsize=(width / 72, _HEIGHT / 72), dpi=72, layout="constrained")
         found.axes = figure.add_subplot()
         yield found
         file = io.BytesIO()
         with warnings.catch_warnings():
-            # It measures with this font; what the font lacks, the reader's own will have.
+            # Matplotlib measures text with this font, but the browser shows it in its own.
             warnings.filterwarnings("ignore", "Glyph .* missing from font")
             figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
     found.svg = _themed(file.getvalue(), label)
@@ -122,16 +127,16 @@ def _themed(svg: bytes, label: str) -> Markup:
     """The SVG as an element of an HTML page, coloured by the page's variables."""
     root = ElementTree.fromstring(svg)
     for element in root.iter():
-        # In HTML the names stand without their namespaces.
+        # HTML writes these names without namespaces.
         element.tag = element.tag.rpartition("}")[2]
         for key in list(element.attrib):
             element.set(key.rpartition("}")[2], element.attrib.pop(key))
         if element.tag == "g":
-            # They repeat from figure to figure, and nothing refers to them.
+            # The ids of groups are the same in all figures, and nothing refers to them.
             element.attrib.pop("id", None)
         if "style" in element.attrib:
             element.set("style", _style(element.attrib["style"]))
-    # Its rule would hold for the page.
+    # A style sheet in a figure would apply to the whole page.
     for definitions in root.findall("defs"):
         for rule in definitions.findall("style"):
             definitions.remove(rule)

@@ -4,9 +4,9 @@ A batch becomes segments of micro-batches, their weights become shares, one loop
 micro-batch's share of the gradient, and the sums come back as `tape.gradient` would give them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import tensorflow as tf
 
@@ -41,7 +41,7 @@ from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.not_finite import rows_in_order
 from virtualbatch.window.options import check_flags
 from virtualbatch.window.stream import windows
-from virtualbatch.window.terms import GivenWeight
+from virtualbatch.window.terms import AuxLossFn, GivenWeight, LossFn
 from virtualbatch.window.window import Window, refuse_sorted_rows
 
 __all__ = ["Window", "certify", "certify_loop", "plan", "rowwise", "value_and_gradients", "windows"]
@@ -52,130 +52,143 @@ def __dir__() -> list[str]:
     return __all__
 
 
+class _Options(TypedDict, total=False):
+    """The arguments of `value_and_gradients` that do not change the form of its result."""
+
+    microbatch_size: int | Literal["auto"] | Auto | None
+    accumulation_steps: int | None
+    weight: GivenWeight
+    check: bool
+
+
 @overload
 def value_and_gradients(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn,
     batch: Any,
     variables: Any,
     *,
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
     has_aux: Literal[False] = False,
     stats: Literal[False] = False,
-    check: bool = True,
+    **options: Unpack[_Options],
 ) -> tuple[tf.Tensor, Any]: ...
 @overload
 def value_and_gradients(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: AuxLossFn,
     batch: Any,
     variables: Any,
     *,
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
     has_aux: Literal[True],
     stats: Literal[False] = False,
-    check: bool = True,
+    **options: Unpack[_Options],
 ) -> tuple[tuple[tf.Tensor, Any], Any]: ...
 @overload
 def value_and_gradients(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn,
     batch: Any,
     variables: Any,
     *,
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
     has_aux: Literal[False] = False,
     stats: Literal[True],
-    check: bool = True,
+    **options: Unpack[_Options],
 ) -> tuple[tf.Tensor, Any, WindowStats]: ...
 @overload
 def value_and_gradients(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: AuxLossFn,
     batch: Any,
     variables: Any,
     *,
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
     has_aux: Literal[True],
     stats: Literal[True],
-    check: bool = True,
+    **options: Unpack[_Options],
 ) -> tuple[tuple[tf.Tensor, Any], Any, WindowStats]: ...
 @overload
 def value_and_gradients(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn,
     batch: Any,
     variables: Any,
     *,
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
-    has_aux: bool = False,
-    stats: bool = False,
-    check: bool = True,
+    has_aux: Literal[False] = False,
+    stats: bool,
+    **options: Unpack[_Options],
+) -> Any: ...
+@overload
+def value_and_gradients(
+    loss_fn: AuxLossFn,
+    batch: Any,
+    variables: Any,
+    *,
+    has_aux: Literal[True],
+    stats: bool,
+    **options: Unpack[_Options],
 ) -> Any: ...
 def value_and_gradients(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn | AuxLossFn,
     batch: Any,
     variables: Any,
     *,
-    microbatch_size: int | str | Auto | None = None,
+    microbatch_size: int | Literal["auto"] | Auto | None = None,
     accumulation_steps: int | None = None,
     weight: GivenWeight = None,
     has_aux: bool = False,
     stats: bool = False,
     check: bool = True,
 ) -> Any:
-    """The loss of a whole batch and its gradients, on the memory of a micro-batch.
+    """The loss of a whole batch and its gradients, with the memory of a micro-batch.
 
-    Works eagerly and inside `tf.function`; there the micro-batches are one loop in the graph, and
-    the loss is traced once per micro-batch shape.
+    It works eagerly and inside `tf.function`. In a graph the micro-batches are one loop, and the
+    loss is traced once per micro-batch shape. If memory runs out eagerly, the window runs again
+    with smaller micro-batches.
 
-    Inside `strategy.run` the batch is the rows of one replica, any number of them, also none. The
-    gradients are this replica's part of those of all rows: `optimizer.apply_gradients` adds the
-    parts up, as it does with the gradients of a tape. All else is that of all rows, the same on
-    all replicas, but for leaves of aux with one entry per row. `strategy.run` stands in a
-    `tf.function`, and this call in no other inside of it.
+    Inside `strategy.run`, the batch is the rows of one replica. A replica may have any number of
+    rows, also none. The gradients are the part of this replica, and `optimizer.apply_gradients`
+    adds the parts up, as it does with the gradients of a tape. The loss, aux and stats are those of
+    all rows, the same on all replicas, except that tensors of aux with one entry per row hold the
+    rows of the replica. Call `strategy.run` in one `tf.function`, and this function directly in it
+    and not in an inner one.
 
     Args:
-        loss_fn: batch -> scalar mean, or a dict of term names to scalar means whose sum is the
-            loss. With `has_aux=True` it returns (loss, aux).
-        batch: nested structure whose arrays share their leading axis, the rows; or a `Window`,
-            and then no size is given.
-        variables: what to differentiate with respect to, in any nested structure.
-        microbatch_size: rows of one forward and backward on one device; or "auto" or an `Auto`,
-            which plan it at the first batch, in a graph while it is traced, for one device only.
-        accumulation_steps: micro-batches per window: `microbatch_size = ceil(rows / steps)`.
-        weight: micro-batch -> what its mean was divided by, a scalar >= 0 (rows when None); for
-            a dict of terms a dict with the same keys, None marking a term that does not depend
-            on the rows and "sum" one that is a sum; or "sum" for a loss that is a sum.
-        has_aux: whether `loss_fn` returns something beside the loss. Leaves of aux with one entry
-            per row come back concatenated in row order, other floating leaves averaged by rows,
-            integers summed, in at least 32 bits.
-        stats: whether the `WindowStats` of the window are returned too, from which
-            `virtualbatch.NoiseScale` estimates the noise of its gradients.
-        check: whether eagerly the first window of a loss proves itself: a few rows of it run in
-            parts and together, which calls `loss_fn` some ten times more, once. In a graph run
-            `certify` once.
+        loss_fn: a function of a batch. It returns a scalar mean, or a dict from names of terms to
+            scalar means whose sum is the loss. With `has_aux=True` it returns `(loss, aux)`.
+        batch: the whole batch: a nested structure of tensors whose first axis is the rows. Or a
+            `Window`, which is already cut.
+        variables: the variables to differentiate with respect to, in any nested structure.
+        microbatch_size: the rows of one forward and backward on one device. `"auto"` or an `Auto`
+            plans the size at the first batch, on one device only; in a graph that is while the
+            call is traced.
+        accumulation_steps: the micro-batches per window, instead of a size:
+            `microbatch_size = ceil(rows / accumulation_steps)`.
+        weight: what the mean of a micro-batch was divided by. None means its rows. `"sum"` means
+            that the loss is a sum. Otherwise a function of a micro-batch that returns a number
+            `>= 0`. For a loss of several terms it returns a dict with the same names, with None
+            for a term that does not depend on the rows and `"sum"` for a term that is a sum.
+        has_aux: whether `loss_fn` returns `(loss, aux)`. Tensors of aux with one entry per row
+            come back concatenated in the order of the rows. Other floating tensors are averaged by
+            rows. Integers are summed, in at least 32 bits.
+        stats: whether to return the `WindowStats` too, from which `virtualbatch.NoiseScale`
+            estimates the noise of the gradients. With several replicas they cost one more
+            reduction of the gradients.
+        check: whether the first window of a loss is checked eagerly: a few of its rows run in
+            parts and together, and both gradients must agree. This calls `loss_fn` about ten times
+            more, once. In a graph nothing is checked, so run `certify` once.
 
     Returns:
-        (loss, gradients), or ((loss, aux), gradients), and the stats last, which need one more
-        reduction of the gradients where there are several replicas. The gradients have the
-        structure and dtype of the variables as `tape.gradient` gives them: None where the loss
-        does not depend on a variable, IndexedSlices for embeddings.
+        `(loss, gradients)`, or `((loss, aux), gradients)` with `has_aux=True`. With `stats=True`
+        the stats are the last item. The gradients have the structure of the variables, and are
+        what `tape.gradient` gives: None where the loss does not depend on a variable, and
+        `tf.IndexedSlices` for embeddings.
 
     Raises:
-        ValueError: there are no variables, sizes are not positive integers or disagree, rows differ
-            or are missing, a weight is negative or not finite, the loss is not a scalar, names of
-            terms differ, or the first rows show that gradients of micro-batches do not add up to
-            their batch's. Of several replicas: the call is eager, a size is to be planned, or the
-            strategy does not train them in step.
-        TypeError: the loss is not a floating tensor, or an argument is of the wrong kind.
-        tf.errors.InvalidArgumentError: the same faults of rows and sizes, in a graph that learns
-            its shapes at run time.
+        ValueError: there are no variables.
+        ValueError: a size is not a positive integer, or two sizes disagree.
+        ValueError: tensors have different numbers of rows, or the batch has none.
+        ValueError: a weight is negative or not finite, or its terms are not those of the loss.
+        ValueError: the loss is not a scalar.
+        ValueError: the first rows show that the gradients of micro-batches do not add up.
+        ValueError: with several replicas: the call is eager, a size is to be planned, or the
+            strategy does not train the replicas in step.
+        TypeError: the loss is not a floating tensor, or an argument has the wrong type.
+        tf.errors.InvalidArgumentError: rows or sizes are wrong in a graph whose shapes are known
+            only when it runs.
 
     Source:
         The law in docs/how_it_works/law.md.
@@ -262,7 +275,7 @@ def _in_micro_batches(
 
 
 def plan(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn | AuxLossFn,
     batch: Any,
     variables: Any,
     *,
@@ -270,33 +283,36 @@ def plan(
     has_aux: bool = False,
     memory_limit: int | str | None = None,
 ) -> Plan:
-    """Finds the micro-batch that fits and is fast, before anything is trained.
+    """Finds the micro-batch size that fits in memory and is fast, before you train.
 
-    TensorFlow cannot tell a window's memory beforehand, so windows are run in a graph, smallest
-    first, and their peak is measured. It grows linearly with the micro-batch size, so two or three
-    measurements predict every size. Then a few sizes are timed, the whole batch each, for ten
-    seconds at the most; the smallest within 2 % of the fastest is chosen. Variables are as before
-    the call.
+    TensorFlow does not know the memory of a window in advance. So windows run in a graph, the
+    smallest first, and their peak memory is measured. It grows linearly with the micro-batch size,
+    so two or three measurements predict every size. Then a few sizes are timed, a whole batch
+    each, for at most ten seconds. The smallest size within 2 % of the fastest is chosen.
+
+    Variables are as before the call.
 
     Args:
-        loss_fn: as in `value_and_gradients`, like all arguments that are not explained here.
-        batch: a batch, not a Window.
-        variables: as in `value_and_gradients`.
-        weight: as in `value_and_gradients`.
-        has_aux: as in `value_and_gradients`.
-        memory_limit: what variables, the batch, gradients and activations may take together, such
-            as the 2 * 2**30 or "2GiB" that a budget leaves beside optimizer state, or "80%" of
-            what they may take now; None for all that the device, or the container that this
-            process is in, has left besides what is held already.
+        loss_fn: a function of a batch that returns its mean loss, as for `value_and_gradients`.
+        batch: the whole batch, in the form that you train with. A `Window` is refused.
+        variables: the variables to differentiate with respect to, in any nested structure.
+        weight: what the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
+            loss that is a sum, or a function of a micro-batch. See `value_and_gradients`.
+        has_aux: whether `loss_fn` returns `(loss, aux)`.
+        memory_limit: the bytes that variables, the batch, gradients and activations may take
+            together. Optimizer state is not counted, so leave room for it. Pass a number of bytes,
+            a text such as `"2GiB"`, or a share such as `"80%"` of what they may take now. None
+            means all that the device, or the container of this process, has free.
 
     Returns:
-        The plan. On the host a peak is that of the resident memory, and is off by some MiB.
+        The plan. On the host a peak is that of the resident memory, which is off by some MiB.
 
     Raises:
-        ValueError: not even one row fits, a limit does not parse, the batch is already cut, or
+        ValueError: not even one row fits, the limit does not parse, the batch is a `Window`, or
             the call is inside a graph.
-        TypeError: see `value_and_gradients`.
-        NotImplementedError: neither a GPU nor the operating system tells a peak.
+        ValueError: an argument is wrong as in `value_and_gradients`.
+        TypeError: an argument has the wrong type.
+        NotImplementedError: neither a GPU nor the operating system reports peak memory.
 
     Example:
         >>> kernel = tf.Variable(tf.ones([64, 32]))
@@ -318,7 +334,7 @@ def plan(
 
 
 def certify(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn | AuxLossFn | Rowwise[Any],
     batch: Any,
     variables: Any,
     *,
@@ -329,28 +345,38 @@ def certify(
 ) -> Certificate:
     """Proves that accumulation gives the gradient of the whole batch, or names what breaks it.
 
-    The batch runs uncut and in micro-batches, with the same random numbers for the same rows; so
-    it must fit in memory uncut. It runs eagerly, functions of `tf.function` too. Variables are as
-    before the call; TensorFlow's global random generator has gone on.
+    The batch runs uncut and in micro-batches, with the same random numbers for the same rows, and
+    the two gradients are compared. So the batch must fit in memory uncut. Everything runs eagerly,
+    also functions that `tf.function` has compiled.
+
+    Both runs are in the dtypes of the model, because variables of TensorFlow keep their dtype. So
+    a float32 model is compared in float32, with the tolerance of float32; the notes of the
+    certificate name the dtype. The rounding that the model itself adds is measured, by running the
+    uncut batch again with its rows in other orders. For a comparison in float64 build the model
+    with float64 variables.
+
+    Variables are as before the call. The global random generator of TensorFlow has advanced.
 
     Args:
-        loss_fn: as in `value_and_gradients`, like all arguments that are not explained here; or
-            what `rowwise` returned, of which then every output is compared, by its own size if none
-            is given.
-        batch: a batch, not a Window.
-        variables: as in `value_and_gradients`.
-        microbatch_size: rows of one forward and backward.
-        accumulation_steps: micro-batches per window.
-        weight: as in `value_and_gradients`.
-        has_aux: as in `value_and_gradients`.
+        loss_fn: a function of a batch that returns its mean loss, as for `value_and_gradients`; or
+            a function that `rowwise` returned. Then every output is compared.
+        batch: the whole batch, with two rows or more. A `Window` is refused.
+        variables: the variables to differentiate with respect to, in any nested structure.
+        microbatch_size: the rows of one forward and backward. For a `rowwise` function the size
+            that it was made with is used if you pass none.
+        accumulation_steps: the micro-batches per window, instead of a size.
+        weight: what the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
+            loss that is a sum, or a function of a micro-batch. See `value_and_gradients`.
+        has_aux: whether `loss_fn` returns `(loss, aux)`.
 
     Returns:
         The certificate, with the error of each variable and named findings.
 
     Raises:
-        ValueError: there is only one row or one micro-batch, random numbers do not belong to
-            rows, or the call is inside a graph; else see `value_and_gradients`.
-        TypeError: see `value_and_gradients`.
+        ValueError: there is only one row or one micro-batch, random numbers do not belong to rows,
+            or the call is inside a graph.
+        ValueError: an argument is wrong as in `value_and_gradients`.
+        TypeError: an argument has the wrong type.
 
     Example:
         >>> weights = tf.Variable([1.0, 2.0])

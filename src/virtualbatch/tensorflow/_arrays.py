@@ -31,8 +31,8 @@ def as_tensor(leaf: Any) -> Any:
         return tf.convert_to_tensor(leaf)
     except (ValueError, TypeError) as error:
         raise TypeError(
-            "Arrays of a batch must be what TensorFlow makes tensors of. "
-            f"Got {type(leaf).__name__}: {error} Pass a tensor, or leave it out."
+            f"Arrays of a batch must be convertible to tensors. Got {type(leaf).__name__}: "
+            f"{error} Pass a tensor, or leave it out."
         ) from error
 
 

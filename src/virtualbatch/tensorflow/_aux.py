@@ -117,10 +117,10 @@ class WindowAux:
             outputs = traced.get_concrete_function(spec).structured_outputs
         except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
             raise TypeError(
-                "With has_aux=True a loss function must be traceable with any number of rows, "
-                "which tells the leaves of aux that have one entry per row. "
-                f"Got {type(error).__name__} with {rows} rows: {error}. "
-                "Use TensorFlow operations instead of .numpy() and of a fixed number of rows."
+                "With has_aux=True a loss function must be traceable with any number of rows: "
+                "this shows which leaves of aux have one entry per row. Got "
+                f"{type(error).__name__} with {rows} rows: {error}. Use TensorFlow operations "
+                "instead of .numpy() and of a fixed number of rows."
             ) from error
         return _leaves(outputs)
 
@@ -191,9 +191,9 @@ def _refuse_open_shapes(kinds: Sequence[str], aux: Any) -> None:
     for kind, leaf in zip(kinds, _tensors(aux), strict=True):
         if kind in (MEAN, SUM) and not leaf.shape.is_fully_defined():
             raise ValueError(
-                "A leaf of aux that replicas sum must have a shape that a trace knows. "
-                f"Got shape {leaf.shape} and dtype {leaf.dtype.name}. "
-                "Return it by tf.ensure_shape(leaf, shape), or with one entry per row."
+                "A leaf of aux that replicas sum must have a static shape. Got shape "
+                f"{leaf.shape} and dtype {leaf.dtype.name}. Return it by tf.ensure_shape(leaf, "
+                "shape), or with one entry per row."
             )
 
 

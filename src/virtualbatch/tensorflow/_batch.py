@@ -140,7 +140,7 @@ def smaller_segments(batch: Any, most: int) -> list[Segment]:
     return [piece for microbatch in batch for piece in segments(microbatch, most, None)]
 
 
-_NO_LISTS = "A list as long as the batch is cut with it, which a graph cannot do."
+_NO_LISTS = "A list as long as the batch must be cut with it, but a graph cannot cut lists."
 
 
 _PASS_TENSOR = (

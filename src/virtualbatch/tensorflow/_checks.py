@@ -1,4 +1,4 @@
-"""Refusals of what no window could be made of, before anything is computed."""
+"""Refuses arguments that no window can be made of, before anything is computed."""
 
 from typing import Any
 
@@ -49,9 +49,9 @@ def check_call(
             )
         if getattr(variable, "overwrite_with_gradient", False):
             raise ValueError(
-                "The gradient of a variable must be one, which adds up over micro-batches. "
-                f"Got {variable.path!r} of a float8 layer, whose gradient is its new value. "
-                "Train the model with fit and virtualbatch.keras.accumulate."
+                f"Gradients must add up over micro-batches. Got {variable.path!r} of a float8 "
+                "layer, whose gradient is its new value. Train the model with fit and "
+                "virtualbatch.keras.accumulate."
             )
     check_cut_or_auto(batch, microbatch_size, accumulation_steps)
 
@@ -72,7 +72,7 @@ def flat_leaves(name: str, structure: Any) -> list[Any]:
     # TensorFlow sorts keys, calls the user's mappings, and follows nested ones to any depth.
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"{name} must be a structure whose leaves tf.nest can find. "
-            f"Got {name} of type {type(structure).__name__}: {error}. "
-            "Pass dicts with keys that can be sorted, nested no deeper than need be."
+            f"{name} must be a structure whose leaves tf.nest can find. Got {name} of type "
+            f"{type(structure).__name__}: {error}. Pass dicts with keys that can be sorted, and "
+            "nest them less deeply."
         ) from error

@@ -43,9 +43,9 @@ def undivided() -> Iterator[None]:
             # Branches and loops are other classes; only a tf.function keeps its graph for others.
             if graph.__class__.__name__ == "FuncGraph":
                 raise ValueError(
-                    "On several replicas a loss of Keras must stand in no tf.function of its own, "
-                    "which would keep it as it is here for other calls, where Keras divides it by "
-                    f"the replicas. Got one in {graph.name}. Leave that tf.function out."
+                    "On several replicas a loss of Keras must not be in a tf.function of its own: "
+                    "other calls would reuse that function, although Keras divides their loss by "
+                    f"the number of replicas. Got one in {graph.name}. Leave that tf.function out."
                 )
             graph = graph.outer_graph
         return value

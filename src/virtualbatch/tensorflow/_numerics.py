@@ -1,4 +1,4 @@
-"""What TensorFlow's own search for NaN says of a micro-batch that counts for nothing."""
+"""Explains an error of TensorFlow's own NaN check in a micro-batch of weight 0."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ def explained_numerics(shares: Shares, index: Any) -> Iterator[None]:
         if not empty:
             raise
         raise ValueError(
-            "While TensorFlow checks numerics, a mean must be finite where nothing counts. "
-            f"Got NaN in micro-batch {index}, whose weight is 0. "
-            "Divide by tf.math.divide_no_nan(total, weight)."
+            "While TensorFlow checks numerics, a mean over nothing must be finite. Got NaN in "
+            f"micro-batch {index}, whose weight is 0. Divide by tf.math.divide_no_nan(total, "
+            "weight)."
         ) from error

@@ -1,4 +1,4 @@
-"""What is remembered of some variables, for as long as they live."""
+"""What is remembered about some variables, for as long as they live."""
 
 import weakref
 from typing import Any, NamedTuple
@@ -11,12 +11,12 @@ from virtualbatch.window.not_finite import LossWatch
 
 
 class Remembered(NamedTuple):
-    """What is remembered of some variables.
+    """What is remembered about some variables.
 
     Fields:
         proven: the losses that were tried with them.
         sizes: those of calls with them.
-        losses: hears of the losses that they gave.
+        losses: receives the losses of their windows.
     """
 
     proven: Proven

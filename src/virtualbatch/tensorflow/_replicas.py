@@ -1,8 +1,7 @@
 """Replicas of a `tf.distribute` strategy: what they sum, and a replica that has no rows.
 
-A graph is traced in one thread per replica, and threads change places wherever replicas wait for
-each other. So nothing that they share may be held changed over a sum, and no sum may stand in a
-loop or a branch.
+A graph is traced in one thread per replica, and another thread runs wherever replicas wait for each
+other. So shared state must not stay changed across a sum, and no sum may be in a loop or a branch.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,9 +32,8 @@ def refuse_eager_replicas() -> None:
     count = replicas()
     if count > 1 and tf.executing_eagerly():
         raise ValueError(
-            "Several replicas are trained in a graph. "
-            f"Got an eager call in a strategy of {count} replicas. "
-            "Put strategy.run into a tf.function."
+            "Several replicas must be trained in a graph. Got an eager call in a strategy of "
+            f"{count} replicas. Put strategy.run into a tf.function."
         )
 
 
@@ -56,8 +54,8 @@ def refuse_values_of_replicas(batch: Any, variables: Any) -> None:
         found += [getattr(x, "_value", x) for x in tf.nest.flatten(variables)]
     if any(isinstance(leaf, tf.distribute.DistributedValues) for leaf in found):
         raise ValueError(
-            "Each replica takes the gradients of its own rows. "
-            "Got values of a strategy outside of strategy.run. Put the call into it."
+            "Each replica takes the gradients of its own rows. Got values of a strategy outside "
+            "of strategy.run. Call it inside strategy.run."
         )
 
 

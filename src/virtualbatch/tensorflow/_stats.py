@@ -1,4 +1,4 @@
-"""What a window's gradients show of their noise: squared norms, taken while each is at hand."""
+"""Statistics of a window's gradient noise: squared norms, taken from each gradient in turn."""
 
 from collections.abc import Sequence
 from typing import Any

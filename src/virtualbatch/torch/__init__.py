@@ -30,7 +30,7 @@ from virtualbatch.torch._rowwise.surrogate import Surrogate, refuse_options
 from virtualbatch.torch._undo import undone_if_cut
 from virtualbatch.torch._window import Program
 from virtualbatch.window.options import check_flags
-from virtualbatch.window.terms import GivenWeight
+from virtualbatch.window.terms import AuxLossFn, GivenWeight, LossFn
 from virtualbatch.window.window import Window
 
 __all__ = [
@@ -51,28 +51,32 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def captured(loss_fn: Callable[[Any], Any]) -> Captured:
+def captured(loss_fn: LossFn) -> Captured:
     """A loss function for `backward` whose micro-batches run as CUDA graphs.
 
-    Where micro-batches are small, a GPU waits for Python to launch its kernels. A graph launches
-    those of forward and backward at once. Shapes are captured when they are seen for the second
-    time, eight at the most; activations of one micro-batch of each shape stay allocated, and one
-    more gradient. What is drawn at random is drawn anew in each micro-batch.
+    Where micro-batches are small, a GPU waits for Python to launch kernels. A graph launches all
+    kernels of a forward and backward pass at once. A shape is captured when it is seen for the
+    second time, and at most eight shapes are. Each graph keeps the activations of one micro-batch
+    allocated, and all graphs together keep one more set of gradients. Random numbers are drawn
+    anew in each micro-batch.
 
-    Python runs when a graph is captured, and not when it is replayed. So the loss function may
-    use tensors beside the batch only if they stay where they are, its numbers and branches are
-    those of the capture, and whatever else it does happens once. A change of `training`, of
-    autocast or of where parameters are is seen, and captured anew. Without CUDA, and with
-    BatchNorm in training mode, half-precision parameters, `has_aux`, `stats`, `backward_fn`,
-    sparse gradients or a loss that reads values on the host, windows take the normal path, and the
-    log says why.
+    Python runs when a graph is captured, and not when it is replayed. So three rules hold for the
+    loss function. Tensors beside the batch must stay where they are in memory. Numbers and
+    branches keep the values that they had at the capture. Any other effect, such as a print,
+    happens once. A change of `training`, of autocast or of the place of parameters is noticed, and
+    the shape is captured again.
+
+    A window takes the normal path, and the log says why, without CUDA, with BatchNorm in training
+    mode, with parameters in half precision, with `has_aux`, `stats` or `backward_fn`, with sparse
+    gradients, and where the loss reads values on the host.
 
     Args:
-        loss_fn: micro-batch -> scalar mean, or a dict of terms; see `backward`.
+        loss_fn: a function of a micro-batch that returns a scalar mean, or a dict of terms. See
+            `backward`.
 
     Returns:
-        A function that returns what `loss_fn` returns. Make it once, and pass it to each
-        `backward`; when it is dropped, its graphs are.
+        A function that returns what `loss_fn` returns. Make it once and pass it to each
+        `backward`. Its graphs are freed with it.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -84,7 +88,7 @@ def captured(loss_fn: Callable[[Any], Any]) -> Captured:
 
 @undone_if_cut
 def plan(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn | AuxLossFn | Rowwise[Any],
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
@@ -93,34 +97,39 @@ def plan(
     backward_fn: Callable[[torch.Tensor], Any] | None = None,
     memory_limit: int | str | None = None,
 ) -> Plan:
-    """Finds the micro-batch that fits and is fast, before anything is trained.
+    """Finds the micro-batch size that fits in memory and is fast, before you train.
 
-    Peak memory comes from a window on fake tensors, which have shapes and hold nothing; where a
-    loss needs values, from a window that is run. It grows linearly with the micro-batch size, so
-    two or three measurements predict every size. Then a few sizes are timed, by as many of their
-    micro-batches as take a moment, for ten seconds at the most; the smallest within 2 % of the
-    fastest is chosen.
-    Parameters, `.grad`s, buffers and random states are as before the call.
+    Peak memory comes from a window on fake tensors, which have shapes and no values. Where the
+    loss needs values, a real window is run. Peak memory grows linearly with the micro-batch size,
+    so two or three measurements predict every size. Then a few sizes are timed, for at most ten
+    seconds, on a few of their micro-batches each. The smallest size within 2 % of the fastest is
+    chosen.
+
+    Parameters, `.grad` values, buffers and random states are as before the call.
 
     Args:
-        loss_fn: as in `backward`, like all arguments that are not explained here; or a `rowwise`
-            function of a batch, whose size is to be found.
-        batch: a batch, not a Window.
-        module: as in `backward`.
-        weight: as in `backward`.
-        has_aux: as in `backward`.
-        backward_fn: as in `backward`.
-        memory_limit: what parameters, buffers, gradients, the batch and activations may take
-            together, such as the 2 * 2**30 or "2GiB" that a budget leaves beside optimizer
-            state, or "80%" of what they may take now; None for all that the device, or the
-            container that this process is in, has left besides what is held already.
+        loss_fn: a function of a batch that returns its mean loss, as for `backward`; or a function
+            that `rowwise` returned, whose size is then planned.
+        batch: the whole batch, in the form that you train with. A `Window` is refused.
+        module: the module, or all modules, whose parameters and buffers the loss uses.
+        weight: what the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
+            loss that is a sum, or a function of a micro-batch. See `backward`.
+        has_aux: whether `loss_fn` returns `(loss, aux)`.
+        backward_fn: a function of the scalar loss that computes the gradients, where
+            `loss.backward()` is not enough.
+        memory_limit: the bytes that parameters, buffers, gradients, the batch and activations may
+            take together. Optimizer state is not counted, so leave room for it. Pass a number of
+            bytes, a text such as `"2GiB"`, or a share such as `"80%"` of what they may take now.
+            None means all that the device, or the container of this process, has free.
 
     Returns:
-        The plan. Peaks count tensors, not what an allocator rounds up or kernels take in passing.
+        The plan. Its peaks count tensors. They do not count what the allocator rounds up, or
+        workspace inside kernels.
 
     Raises:
-        ValueError: not even one row fits, a limit does not parse, or the batch is already cut.
-        TypeError: see `backward`.
+        ValueError: not even one row fits, the limit does not parse, or the batch is a `Window`.
+        ValueError: an argument is wrong as in `backward`.
+        TypeError: an argument has the wrong type.
 
     Example:
         >>> model = torch.nn.Linear(64, 256)
@@ -145,7 +154,7 @@ def plan(
 
 @undone_if_cut
 def certify(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn | AuxLossFn | Rowwise[Any],
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
@@ -156,27 +165,37 @@ def certify(
 ) -> Certificate:
     """Proves that accumulation gives the gradient of the whole batch, or names what breaks it.
 
-    The batch runs uncut and in micro-batches, in float64 where the model can, with the same random
-    numbers for the same rows; so it must fit in memory uncut. Parameters, buffers, `.grad`s,
-    attributes of layers and random states are as before the call.
+    The batch runs uncut and in micro-batches, with the same random numbers for the same rows, and
+    the two gradients are compared. So the batch must fit in memory uncut.
+
+    Both runs are in float64: parameters, buffers and floating tensors of the batch are widened for
+    the call. Where the model does not run in float64, both runs are in its own dtype. The notes of
+    the certificate name the dtype. The tolerance follows from that dtype and the number of rows.
+    Do not expect that tolerance of float32 training: an uncut float32 run differs from a float64
+    run by more than that, before anything is accumulated.
+
+    Parameters, buffers, `.grad` values, attributes of layers and random states are as before the
+    call.
 
     Args:
-        loss_fn: as in `backward`, like all arguments that are not explained here; or a `rowwise`
-            function of a batch, which is certified by its outputs times random numbers.
-        batch: a batch, not a Window.
-        module: as in `backward`.
-        microbatch_size: rows of one forward and backward; of a `rowwise` function its own if
-            neither this nor the number of micro-batches is given.
-        accumulation_steps: micro-batches per window.
-        weight: as in `backward`.
-        has_aux: as in `backward`.
+        loss_fn: a function of a batch that returns its mean loss, as for `backward`; or a function
+            that `rowwise` returned. Then a random sum of its outputs is the loss.
+        batch: the whole batch, with two rows or more. A `Window` is refused.
+        module: the module, or all modules, whose parameters and buffers the loss uses.
+        microbatch_size: the rows of one forward and backward. `"auto"` is refused. For a `rowwise`
+            function the size that it was made with is used if you pass none.
+        accumulation_steps: the micro-batches per window, instead of a size.
+        weight: what the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
+            loss that is a sum, or a function of a micro-batch. See `backward`.
+        has_aux: whether `loss_fn` returns `(loss, aux)`.
 
     Returns:
         The certificate, with the error of each parameter and named findings.
 
     Raises:
-        ValueError: there is only one row or one micro-batch; else see `backward`.
-        TypeError: see `backward`.
+        ValueError: there is only one row or one micro-batch, or an argument is wrong as in
+            `backward`.
+        TypeError: an argument has the wrong type.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)

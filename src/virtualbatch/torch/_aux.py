@@ -132,10 +132,9 @@ def _fake_leaves(loss_fn: Callable[[Any], Any], microbatch: Microbatch, rows: in
                 raise
             raise TypeError(
                 "With has_aux=True a loss function must run on shapes alone, with any number of "
-                "rows, which tells the leaves of aux that have one entry per row. "
-                f"Got {type(error).__name__} with {rows} rows: {error}. "
-                "Leave out .item() and branches on values, or pass a microbatch_size that does "
-                "not divide the rows."
+                "rows: this shows which leaves of aux have one entry per row. Got "
+                f"{type(error).__name__} with {rows} rows: {error}. Leave out .item() and "
+                "branches on values, or pass a microbatch_size that does not divide the rows."
             ) from error
         finally:
             torch.clear_autocast_cache()

@@ -1,7 +1,7 @@
 """`backward`: the gradient of a whole batch, added to `.grad` a micro-batch at a time."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
@@ -16,102 +16,90 @@ from virtualbatch.torch._replicas.found import replicas_of
 from virtualbatch.torch._undo import undone_if_cut
 from virtualbatch.torch._window import Program, keep
 from virtualbatch.window.options import check_flags
-from virtualbatch.window.terms import GivenWeight
+from virtualbatch.window.terms import AuxLossFn, GivenWeight, LossFn
+
+
+class _Options(TypedDict, total=False):
+    """The arguments of `backward` that do not change the form of its result."""
+
+    microbatch_size: int | Literal["auto"] | Auto | None
+    accumulation_steps: int | None
+    weight: GivenWeight
+    backward_fn: Callable[[torch.Tensor], Any] | None
+    check: bool
+    group: Any
+    reduce: Literal["window", "overlapped", "microbatch"] | None
+    accumulator_dtype: Literal["bfloat16", "float32"] | None
 
 
 @overload
 def backward(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn,
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
     has_aux: Literal[False] = False,
-    backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: Literal[False] = False,
-    check: bool = True,
-    group: Any = None,
-    reduce: str | None = None,
-    accumulator_dtype: str | None = None,
+    **options: Unpack[_Options],
 ) -> torch.Tensor: ...
 @overload
 def backward(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: AuxLossFn,
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
     has_aux: Literal[True],
-    backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: Literal[False] = False,
-    check: bool = True,
-    group: Any = None,
-    reduce: str | None = None,
-    accumulator_dtype: str | None = None,
+    **options: Unpack[_Options],
 ) -> tuple[torch.Tensor, Any]: ...
 @overload
 def backward(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn,
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
     has_aux: Literal[False] = False,
-    backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: Literal[True],
-    check: bool = True,
-    group: Any = None,
-    reduce: str | None = None,
-    accumulator_dtype: str | None = None,
+    **options: Unpack[_Options],
 ) -> tuple[torch.Tensor, WindowStats]: ...
 @overload
 def backward(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: AuxLossFn,
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
     has_aux: Literal[True],
-    backward_fn: Callable[[torch.Tensor], Any] | None = None,
     stats: Literal[True],
-    check: bool = True,
-    group: Any = None,
-    reduce: str | None = None,
-    accumulator_dtype: str | None = None,
+    **options: Unpack[_Options],
 ) -> tuple[torch.Tensor, Any, WindowStats]: ...
 @overload
 def backward(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn,
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
-    has_aux: bool = False,
-    backward_fn: Callable[[torch.Tensor], Any] | None = None,
-    stats: bool = False,
-    check: bool = True,
-    group: Any = None,
-    reduce: str | None = None,
-    accumulator_dtype: str | None = None,
+    has_aux: Literal[False] = False,
+    stats: bool,
+    **options: Unpack[_Options],
+) -> Any: ...
+@overload
+def backward(
+    loss_fn: AuxLossFn,
+    batch: Any,
+    *,
+    module: Trained | Iterable[Trained],
+    has_aux: Literal[True],
+    stats: bool,
+    **options: Unpack[_Options],
 ) -> Any: ...
 @as_written
 @undone_if_cut
 def backward(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn | AuxLossFn,
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
+    microbatch_size: int | Literal["auto"] | Auto | None = None,
     accumulation_steps: int | None = None,
     weight: GivenWeight = None,
     has_aux: bool = False,
@@ -119,65 +107,76 @@ def backward(
     stats: bool = False,
     check: bool = True,
     group: Any = None,
-    reduce: str | None = None,
-    accumulator_dtype: str | None = None,
+    reduce: Literal["window", "overlapped", "microbatch"] | None = None,
+    accumulator_dtype: Literal["bfloat16", "float32"] | None = None,
 ) -> Any:
-    """Does what `loss_fn(batch).backward()` does, on the memory of a micro-batch.
+    """Does what `loss_fn(batch).backward()` does, with the memory of a micro-batch.
 
-    Gradients are added to `.grad`, as PyTorch adds them. BatchNorm layers of the modules take one
-    momentum update. If anything raises, every `.grad`, buffer, momentum and hook of the modules
-    is as before the call. If memory runs out, the same window runs again with smaller
-    micro-batches, from the same random state, and the smaller size is kept for the module.
+    The batch runs in micro-batches. Their gradients add up to the gradient of the whole batch, and
+    the sum is added to `.grad` as PyTorch adds it. Each BatchNorm layer of the modules makes one
+    momentum update.
+
+    If anything raises, every `.grad`, buffer, momentum and hook of the modules is as before the
+    call. If memory runs out, the same window runs again with smaller micro-batches and the same
+    random numbers. The smaller size is kept for the module.
 
     Args:
-        loss_fn: batch -> scalar mean, or a dict of term names to scalar means whose sum is the
-            loss. With `has_aux=True` it returns (loss, aux).
-        batch: nested dicts, lists, tuples and dataclasses of tensors that share their leading
-            axis, the rows; or a `Window`, and then no size is given. Tensors on the host are
-            copied to the device of the modules, one micro-batch at a time.
-        module: the module, or all modules, whose parameters and buffers the loss uses; tensors
-            that are trained and that no module holds may be among them.
-        microbatch_size: rows of one forward and backward; or "auto" or an `Auto`, which plan it
-            at the first batch.
-        accumulation_steps: micro-batches per window: `microbatch_size = ceil(rows / steps)`.
-        weight: micro-batch -> what its mean was divided by, a scalar >= 0 (rows when None); for
-            a dict of terms a dict with the same keys, None marking a term that does not depend
-            on the rows and "sum" one that is a sum; or "sum" for a loss that is a sum. It gets
-            the micro-batch where the batch is, before it is copied.
-        has_aux: whether `loss_fn` returns something beside the loss. Leaves of aux with one entry
-            per row come back concatenated in row order, other floating leaves averaged by rows,
-            integers summed, in at least 32 bits, all detached.
-        backward_fn: scalar loss -> None, where gradients are to be computed by something else
-            than `loss.backward()`, such as `lambda loss: scaler.scale(loss).backward()`.
-        stats: whether the `WindowStats` of the window are returned too, from which
-            `virtualbatch.NoiseScale` estimates the noise of its gradients.
-        check: whether the first window of a loss proves itself: a few rows of it run in parts and
-            together, which calls `loss_fn` some ten times more, once.
-        group: ranks whose gradients the module adds up, a process group or a mesh, where the
-            module does not tell; False where ranks train apart, each with a module of its own.
-        reduce: when ranks add gradients up: "window", after the last micro-batch, or "overlapped",
-            during its backward pass, with a DistributedDataParallel; "microbatch" or "window"
-            with `fully_shard`. None for the first of each pair.
-        accumulator_dtype: "bfloat16" sums gradients of bfloat16 parameters in bfloat16, with
-            stochastic rounding, in half the memory, with an error that docs/guides/torch.md states;
-            others are summed as ever. None or "float32" for promote(parameter dtype, float32).
+        loss_fn: a function of a batch. It returns a scalar mean, or a dict from names of terms to
+            scalar means whose sum is the loss. With `has_aux=True` it returns `(loss, aux)`.
+        batch: the whole batch: nested dicts, lists, tuples and dataclasses of tensors whose
+            first axis is the rows. Tensors on the host are copied to the device of the modules,
+            one micro-batch at a time. Or a `Window`, which is already cut.
+        module: the module, or all modules, whose parameters and buffers the loss uses. Trained
+            tensors that no module holds may be listed too.
+        microbatch_size: the rows of one forward and backward. `"auto"` or an `Auto` plans the size
+            at the first batch. Leave it out for a `Window`.
+        accumulation_steps: the micro-batches per window, instead of a size:
+            `microbatch_size = ceil(rows / accumulation_steps)`.
+        weight: what the mean of a micro-batch was divided by. None means its rows. `"sum"` means
+            that the loss is a sum. Otherwise a function of a micro-batch that returns a number
+            `>= 0`. For a loss of several terms it returns a dict with the same names, with None
+            for a term that does not depend on the rows and `"sum"` for a term that is a sum. The
+            function gets the micro-batch before it is copied to the device.
+        has_aux: whether `loss_fn` returns `(loss, aux)`. Tensors of aux with one entry per row
+            come back concatenated in the order of the rows. Other floating tensors are averaged by
+            rows. Integers are summed, in at least 32 bits. All of them are detached.
+        backward_fn: a function of the scalar loss that computes the gradients, where
+            `loss.backward()` is not enough, such as
+            `lambda loss: scaler.scale(loss).backward()`.
+        stats: whether to return the `WindowStats` too, from which `virtualbatch.NoiseScale`
+            estimates the noise of the gradients.
+        check: whether the first window of a loss is checked: a few of its rows run in parts and
+            together, and both gradients must agree. This calls `loss_fn` about ten times more,
+            once.
+        group: the ranks whose gradients the module adds up, as a process group or a mesh. Pass it
+            where the module does not show them. Pass False where each rank trains its own module.
+        reduce: when ranks add their gradients up. With DistributedDataParallel: `"window"` (the
+            default), after the last micro-batch, or `"overlapped"`, during its backward pass. With
+            `fully_shard`: `"microbatch"` (the default), after each micro-batch, or `"window"`.
+        accumulator_dtype: `"bfloat16"` sums the gradients of bfloat16 parameters in bfloat16, with
+            stochastic rounding. It takes half the memory of float32 and adds the error that
+            docs/guides/torch.md states. Other parameters are not affected. None or `"float32"`
+            sums in float32, or in the dtype of the parameter where that is wider.
 
     Returns:
-        The mean loss of the whole batch, that of all ranks together, a detached scalar of the
-        loss's dtype and device; with `has_aux=True` (loss, aux), the aux of this rank's rows; with
-        `stats=True` (loss, stats) or (loss, aux, stats).
+        The mean loss of the whole batch: a detached scalar with the dtype and device of the loss.
+        With several ranks it is the loss of all ranks together. With `has_aux=True` the result is
+        `(loss, aux)`, where aux is that of the rows of this rank. With `stats=True` it is
+        `(loss, stats)` or `(loss, aux, stats)`.
 
     Raises:
-        ValueError: sizes are not positive integers or disagree, rows differ or are missing, a
-            weight is negative or not finite, the loss is not a scalar or has no gradient, names
-            of terms differ, there is no trainable parameter, or none that `accumulator_dtype` is
-            for, another library accumulates too,
-            the first rows show that gradients of micro-batches do not add up to their batch's, or
-            the loss function changes `.grad`, shares a graph with another micro-batch, or has
-            changed its rows when memory runs out.
-        TypeError: the loss is not a floating tensor, or an argument is of the wrong kind.
-        RuntimeError: a BatchNorm layer in training mode was not called as a module, or is inside
-            another window.
+        ValueError: a size is not a positive integer, or two sizes disagree.
+        ValueError: tensors have different numbers of rows, or the batch has none.
+        ValueError: a weight is negative or not finite, or its terms are not those of the loss.
+        ValueError: the loss is not a scalar or has no gradient.
+        ValueError: no parameter is trainable, or none has the dtype for `accumulator_dtype`.
+        ValueError: another library accumulates gradients too.
+        ValueError: the first rows show that the gradients of micro-batches do not add up.
+        ValueError: the loss function changes `.grad`, shares a graph with another micro-batch, or
+            had changed its rows when memory ran out.
+        TypeError: the loss is not a floating tensor, or an argument has the wrong type.
+        RuntimeError: a BatchNorm layer in training mode was not called as a module, or it is
+            inside another window.
         MemoryError: not even a micro-batch of one row fits.
 
     Source:

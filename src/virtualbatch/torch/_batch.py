@@ -75,10 +75,10 @@ class ReadBatch(NamedTuple):
         for place, tensor in self.whole.tensors():
             if tensor.grad_fn is not None:
                 raise ValueError(
-                    "Rows must carry no graph, which the first micro-batch would use up. "
-                    f"Got {place} with grad_fn={type(tensor.grad_fn).__name__}, computed before "
-                    "the call. Compute it inside loss_fn, from rows that are given, or detach() "
-                    "it if what it was computed from is not trained."
+                    "Rows must carry no graph: the first micro-batch would use it up. Got "
+                    f"{place} with grad_fn={type(tensor.grad_fn).__name__}, computed before the "
+                    "call. Compute it inside loss_fn, or detach() it if nothing that it depends "
+                    "on is trained."
                 )
 
     def cut(

@@ -48,12 +48,12 @@ class Moments(NamedTuple):
 class MergedStatistics:
     """Records what BatchNorm layers see, for the length of one window.
 
-    While it listens, a layer's momentum is 1: the kernel then leaves the moments of the call in
-    the running statistics, and reading them there costs no second pass over the inputs. What the
-    layer's own momentum was is known to one window only, so a second one is refused.
+    While it records, a layer's momentum is 1: the kernel then leaves the moments of the call in
+    the running statistics, and reading them there costs no second pass over the inputs. Only one
+    window knows the layer's own momentum, so a second window is refused.
 
     Args:
-        layers: modules, each once, of which those that track statistics are heard.
+        layers: modules, each once; those that track statistics are recorded.
         before: their buffers before the window.
     """
 
@@ -230,17 +230,17 @@ def listeners(layer: torch.nn.Module) -> list[MergedStatistics]:
 
 def _second_window(layer: torch.nn.Module) -> RuntimeError:
     return RuntimeError(
-        "A BatchNorm layer in training mode must be in one window at a time, which gives it one "
-        f"momentum update. Got {type(layer).__name__} inside a window that has not ended. "
-        "Call backward after that window, give each thread a module of its own, or call eval() of "
-        "the layer."
+        "A BatchNorm layer in training mode must be in one window at a time, because each window "
+        f"gives it one momentum update. Got {type(layer).__name__} inside a window that has not "
+        "ended. Call backward after that window, give each thread a module of its own, or call "
+        "layer.eval()."
     )
 
 
 _UNHEARD = (
-    "BatchNorm layers in training mode must be called as modules, so that what they saw can be "
-    "merged. Got one whose statistics changed without a call that could be heard. "
-    "Write layer(x) instead of layer.forward(x), or call its eval()."
+    "BatchNorm layers in training mode must be called as modules, so that their statistics can be "
+    "merged. Got one whose statistics changed without such a call. Write layer(x) instead of "
+    "layer.forward(x), or call layer.eval()."
 )
 
 

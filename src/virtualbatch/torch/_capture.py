@@ -245,7 +245,7 @@ def _differentiated(
     if not HALF.isdisjoint(dtypes):
         raise _CannotBeCapturedError("the loss is in half precision")
     if foreign_leaves(terms.values(), parameters):
-        raise _CannotBeCapturedError("the loss depends on a leaf that is in no module")
+        raise _CannotBeCapturedError("the loss depends on a tensor that is in no module")
     reached, starts = [], []
     for term, share in zip(terms.values(), shares, strict=True):
         loss.add_(term.detach() * share)

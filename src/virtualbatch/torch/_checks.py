@@ -76,10 +76,10 @@ def refuse_foreign_accumulation() -> None:
     # The Hugging Face Trainer counts for itself, and tells Accelerate no more than this.
     if shared.get("sync_gradients") is False:
         raise ValueError(
-            "Accelerate and the Hugging Face Trainer must leave accumulation to virtualbatch. "
-            "Got a call inside a window of theirs: sync_gradients=False in Accelerate's "
-            "GradientState. Train with gradient_accumulation_steps=1, and restart Python if an "
-            "accumulating loop was interrupted."
+            "Accelerate and the Hugging Face Trainer must leave accumulation to virtualbatch. Got "
+            "a call while they accumulate: sync_gradients=False in Accelerate's GradientState. "
+            "Train with gradient_accumulation_steps=1, and restart Python if an accumulating loop "
+            "was interrupted."
         )
 
 

@@ -116,9 +116,10 @@ class Commit:
             # Whoever runs a window again where memory runs out would add its gradients twice.
             if self._has_begun() and ERRORS.is_possible(error):
                 raise RuntimeError(
-                    "Memory must not run out while gradients are added to .grad. Got that, when "
-                    "some were added; the others were tried again. Call zero_grad(), and take "
-                    "the batch again with a smaller microbatch_size."
+                    "Memory must not run out while gradients are added to .grad. Got an "
+                    "out-of-memory error after some were added; the others were then tried once "
+                    "more. Call zero_grad(), and run the batch again with a smaller "
+                    "microbatch_size."
                 ) from error
             raise
         undo.instead(None)

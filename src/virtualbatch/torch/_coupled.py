@@ -1,6 +1,6 @@
 """Windows with a rowwise function inside, whose loss sees all rows: they are not cut smaller.
 
-With fewer rows such a loss is another one, and no error would show it.
+With fewer rows such a loss has another value, and no error would show it.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,8 +47,8 @@ def refused_if_coupled() -> Iterator[Callable[[BaseException], bool]]:
         )
         if ERRORS.is_certain(error):
             raise MemoryError(
-                "A window whose loss sees all rows, as one of rowwise functions does, cannot be "
-                f"cut smaller when memory runs out. Got that. {advice}"
+                "A window whose loss sees all rows, such as one of rowwise functions, cannot be "
+                f"cut smaller when memory runs out. Got an out-of-memory error. {advice}"
             ) from error
         error.add_note(f"If memory ran out: this window cannot be cut smaller. {advice}")
         return True

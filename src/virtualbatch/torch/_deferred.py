@@ -1,8 +1,8 @@
 """`loss`: a window behind one autograd node, for whatever calls backward on a loss."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
@@ -19,102 +19,90 @@ from virtualbatch.torch._replicas.replicas import Replicas
 from virtualbatch.torch._undo import undone_if_cut
 from virtualbatch.torch._window import Program, Ran
 from virtualbatch.window.options import check_flags
-from virtualbatch.window.terms import GivenWeight
+from virtualbatch.window.terms import AuxLossFn, GivenWeight, LossFn
+
+
+class _Options(TypedDict, total=False):
+    """The arguments of `loss` that do not change the form of its result."""
+
+    microbatch_size: int | Literal["auto"] | Auto | None
+    accumulation_steps: int | None
+    weight: GivenWeight
+    check: bool
+    scaler: Any
+    group: Any
+    reduce: Literal["window", "microbatch"] | None
+    accumulator_dtype: Literal["bfloat16", "float32"] | None
 
 
 @overload
 def loss(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn,
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
     has_aux: Literal[False] = False,
     stats: Literal[False] = False,
-    check: bool = True,
-    scaler: Any = None,
-    group: Any = None,
-    reduce: str | None = None,
-    accumulator_dtype: str | None = None,
+    **options: Unpack[_Options],
 ) -> torch.Tensor: ...
 @overload
 def loss(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: AuxLossFn,
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
     has_aux: Literal[True],
     stats: Literal[False] = False,
-    check: bool = True,
-    scaler: Any = None,
-    group: Any = None,
-    reduce: str | None = None,
-    accumulator_dtype: str | None = None,
+    **options: Unpack[_Options],
 ) -> tuple[torch.Tensor, Any]: ...
 @overload
 def loss(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn,
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
     has_aux: Literal[False] = False,
     stats: Literal[True],
-    check: bool = True,
-    scaler: Any = None,
-    group: Any = None,
-    reduce: str | None = None,
-    accumulator_dtype: str | None = None,
+    **options: Unpack[_Options],
 ) -> tuple[torch.Tensor, WindowStats]: ...
 @overload
 def loss(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: AuxLossFn,
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
     has_aux: Literal[True],
     stats: Literal[True],
-    check: bool = True,
-    scaler: Any = None,
-    group: Any = None,
-    reduce: str | None = None,
-    accumulator_dtype: str | None = None,
+    **options: Unpack[_Options],
 ) -> tuple[torch.Tensor, Any, WindowStats]: ...
 @overload
 def loss(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn,
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
-    accumulation_steps: int | None = None,
-    weight: GivenWeight = None,
-    has_aux: bool = False,
-    stats: bool = False,
-    check: bool = True,
-    scaler: Any = None,
-    group: Any = None,
-    reduce: str | None = None,
-    accumulator_dtype: str | None = None,
+    has_aux: Literal[False] = False,
+    stats: bool,
+    **options: Unpack[_Options],
+) -> Any: ...
+@overload
+def loss(
+    loss_fn: AuxLossFn,
+    batch: Any,
+    *,
+    module: Trained | Iterable[Trained],
+    has_aux: Literal[True],
+    stats: bool,
+    **options: Unpack[_Options],
 ) -> Any: ...
 @as_written
 @undone_if_cut
 def loss(
-    loss_fn: Callable[[Any], Any],
+    loss_fn: LossFn | AuxLossFn,
     batch: Any,
     *,
     module: Trained | Iterable[Trained],
-    microbatch_size: int | str | Auto | None = None,
+    microbatch_size: int | Literal["auto"] | Auto | None = None,
     accumulation_steps: int | None = None,
     weight: GivenWeight = None,
     has_aux: bool = False,
@@ -122,46 +110,63 @@ def loss(
     check: bool = True,
     scaler: Any = None,
     group: Any = None,
-    reduce: str | None = None,
-    accumulator_dtype: str | None = None,
+    reduce: Literal["window", "microbatch"] | None = None,
+    accumulator_dtype: Literal["bfloat16", "float32"] | None = None,
 ) -> Any:
-    """The loss of a whole batch, on the memory of a micro-batch; call backward on it as ever.
+    """The loss of a whole batch, with the memory of a micro-batch, to call `backward()` on.
 
-    The window runs when this is called. What comes back is a scalar with one node behind it: a
-    backward pass through it, by whoever makes it, hands the finished gradients over without a copy,
-    multiplied by what arrives there. So hooks of parameters hear one gradient, an optimizer in the
-    backward pass steps once, and a trainer keeps its own line, such as
-    `accelerator.backward(loss)` or `scaler.scale(loss).backward()`. Dropping the loss frees the
-    gradients. What BatchNorm layers and failures leave is as in `backward`.
+    Use it where something else calls backward, such as `accelerator.backward(loss)`,
+    `scaler.scale(loss).backward()` or a trainer.
 
-    Where PyTorch records no gradients, as under `torch.no_grad()`, it is the mean loss of the batch
-    and nothing more; then a module alone evaluates on its own, and one that adds gradients up
-    evaluates the rows of all ranks.
+    The whole window runs when `loss` is called, and the gradients are computed then. The result is
+    a scalar with one autograd node. A backward pass through it hands the finished gradients over
+    without a copy, multiplied by the gradient that arrives at the node. So a hook of a parameter
+    runs once, and an optimizer inside the backward pass steps once. Dropping the loss frees the
+    gradients. BatchNorm layers, errors and memory that runs out are handled as in `backward`.
+
+    Under `torch.no_grad()` the result is only the mean loss of the batch. A module of one process
+    evaluates its own batch. A module that adds up gradients evaluates the rows of all ranks.
 
     Args:
-        loss_fn: as in `backward`, like all arguments that are not explained here.
-        batch: see there.
-        module: see there.
-        microbatch_size: see there.
-        accumulation_steps: see there.
-        weight: see there.
-        has_aux: see there.
-        stats: see there; over ranks they need `backward`, because gradients meet later here.
-        check: see there.
-        scaler: the `torch.amp.GradScaler` that the loss is scaled by afterwards. Micro-batches run
-            at its scale, so that no gradient of float16 underflows inside.
-        group: see there.
-        reduce: see there; not "overlapped", because gradients meet later.
-        accumulator_dtype: see there. What arrives in the backward pass multiplies the rounded sums.
+        loss_fn: a function of a batch. It returns a scalar mean, or a dict from names of terms to
+            scalar means whose sum is the loss. With `has_aux=True` it returns `(loss, aux)`.
+        batch: the whole batch: nested dicts, lists, tuples and dataclasses of tensors whose
+            first axis is the rows. Or a `Window`, which is already cut.
+        module: the module, or all modules, whose parameters and buffers the loss uses. Trained
+            tensors that no module holds may be listed too.
+        microbatch_size: the rows of one forward and backward. `"auto"` or an `Auto` plans the size
+            at the first batch. Leave it out for a `Window`.
+        accumulation_steps: the micro-batches per window, instead of a size:
+            `microbatch_size = ceil(rows / accumulation_steps)`.
+        weight: what the mean of a micro-batch was divided by: None for its rows, `"sum"` for a
+            loss that is a sum, or a function of a micro-batch. See `backward`.
+        has_aux: whether `loss_fn` returns `(loss, aux)`. See `backward` for how aux is merged.
+        stats: whether to return the `WindowStats` too. With several ranks use `backward` for them,
+            because here the gradients are added up later.
+        check: whether the first window of a loss is checked on a few of its rows. This calls
+            `loss_fn` about ten times more, once.
+        scaler: the `torch.amp.GradScaler` that scales the loss afterwards. Micro-batches then run
+            at its scale, so that gradients of float16 do not underflow inside the window.
+        group: the ranks whose gradients the module adds up, as a process group or a mesh. Pass it
+            where the module does not show them. Pass False where each rank trains its own module.
+        reduce: when ranks add their gradients up: `"window"`, or with `fully_shard` also
+            `"microbatch"`, which is the default there. `"overlapped"` is refused.
+        accumulator_dtype: `"bfloat16"` sums the gradients of bfloat16 parameters in bfloat16, with
+            stochastic rounding. The gradient that arrives at the node multiplies the rounded
+            sums. None or `"float32"` sums in float32 or wider.
 
     Returns:
-        The mean loss of the whole batch, on all ranks, a scalar of the loss's dtype and device;
-        with `has_aux=True` (loss, aux); with `stats=True` (loss, stats) or (loss, aux, stats).
+        The mean loss of the whole batch: a scalar with the dtype and device of the loss. With
+        several ranks it is the loss of all ranks together. With `has_aux=True` the result is
+        `(loss, aux)`. With `stats=True` it is `(loss, stats)` or `(loss, aux, stats)`.
 
     Raises:
-        ValueError: see `backward`; or statistics are asked for that are not known yet.
-        TypeError: see there; or the scaler is none.
-        RuntimeError: see there. A second backward pass raises one, too.
+        ValueError: an argument is wrong as in `backward`, or `reduce` is `"overlapped"`.
+        ValueError: `stats=True` is given with several ranks.
+        TypeError: the loss is not a floating tensor, an argument has the wrong type, or `scaler`
+            is not a scaler.
+        RuntimeError: the result is differentiated a second time, or a BatchNorm layer is called as
+            in `backward`.
         MemoryError: not even a micro-batch of one row fits.
 
     Example:

@@ -46,9 +46,9 @@ def through(
         backward_fn(loss)
         if not heard:
             raise ValueError(
-                "backward_fn must compute the gradients of the loss that it is given. "
-                f"Got {backward_fn!r}, which ran no backward pass of it. "
-                "Call backward in it, such as lambda loss: scaler.scale(loss).backward()."
+                "backward_fn must compute the gradients of the loss that it is given. Got "
+                f"{backward_fn!r}, which ran no backward pass. Call backward() in it, such as "
+                "lambda loss: scaler.scale(loss).backward()."
             )
 
     return differentiate

@@ -36,7 +36,7 @@ def refuse_shared_graph(error: RuntimeError) -> None:
     if _SHARED_GRAPH in str(error):
         raise StatefulLossError(
             "A micro-batch must have a graph of its own.",
-            "a graph that an earlier backward pass has used up, of something that was computed "
+            "a graph that an earlier backward pass has used up, because something was computed "
             "outside loss_fn or kept from an earlier call of it",
             "Compute it inside loss_fn, or detach() it; do not retain the graph.",
         ) from error

@@ -47,8 +47,8 @@ class GradWatch:
         ):
             return
         raise StatefulLossError(
-            "A loss function must leave .grad alone, where the sums of earlier micro-batches are.",
-            "zero_grad() or backward() inside loss_fn, which changed them",
+            "A loss function must leave .grad alone: it holds the sums of earlier micro-batches.",
+            "zero_grad() or backward() inside loss_fn, which changed it",
             "Take inner gradients by torch.autograd.grad(...), and call zero_grad() outside.",
         )
 
@@ -66,7 +66,8 @@ def check_recording(before: bool) -> None:
         return
     now = not before
     raise StatefulLossError(
-        "A loss function must leave the recording of gradients as it is, for later micro-batches.",
-        f"torch.set_grad_enabled({now}) inside loss_fn, which stays switched",
-        f"Write with torch.set_grad_enabled({now}): around what needs it.",
+        "A loss function must not leave gradient recording switched on or off for later "
+        "micro-batches.",
+        f"torch.set_grad_enabled({now}) inside loss_fn, which was not undone",
+        f'Use the block "with torch.set_grad_enabled({now}):" around the lines that need it.',
     )

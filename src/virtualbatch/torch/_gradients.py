@@ -41,9 +41,9 @@ class WindowGradients:
     Args:
         parameters: trainable parameters, each once.
         backward_fn: scalar loss -> None; computes gradients into `.grad`.
-        norms: is told of scaled losses; None if nobody asks for norms.
+        norms: receives the scaled losses; None where no norms are needed.
         is_given: tensor -> whether it has the memory of the batch.
-        averaged_over: by how many replicas something divides the sums later.
+        averaged_over: number of replicas that the sums are divided by later.
         in_step: whether modules add up gradients over ranks in each backward pass, so that all
             ranks must run the same ones, and `.grad` holds what came of them.
         rounding: adds dense gradients of bfloat16; None where they are summed in float32.
@@ -319,7 +319,7 @@ def _refuse_half_loss(terms: Collection[torch.Tensor]) -> None:
     for term in terms:
         if term.dtype in HALF:
             raise ValueError(
-                "With fully_shard a loss must be float32 or wider. "
-                f"Got {str(term.dtype).removeprefix('torch.')}. "
-                "Return loss.float(), or output_dtype=torch.float32 in the policy."
+                "With fully_shard a loss must be float32 or wider. Got "
+                f"{str(term.dtype).removeprefix('torch.')}. Return loss.float(), or set "
+                "output_dtype=torch.float32 in the policy."
             )

@@ -1,7 +1,7 @@
-"""Finished gradients behind one autograd node: whoever calls backward hands them to the parameters.
+"""Finished gradients behind one autograd node: a backward call hands them to the parameters.
 
-A window has differentiated its micro-batches by then. So hooks on parameters are set aside while it
-runs, and hear the gradient of the whole batch once, when it is handed over.
+The window has already differentiated its micro-batches. Hooks on parameters are removed while it
+runs, and are called once, with the gradient of the whole batch, when it is handed over.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -75,18 +75,19 @@ def refuse_shards(terms: Collection[torch.Tensor], parameters: Collection[torch.
     for leaf in foreign_leaves(terms, ()):
         if id(leaf) in known:
             raise ValueError(
-                "With fully_shard a loss must use parameters in the forward pass of their module, "
-                "where they are gathered. Got a loss that uses the shards of one of shape "
-                f"{tuple(leaf.shape)}. Compute what uses it, such as a penalty, in that pass."
+                "With fully_shard, parameters must be used in the forward pass of their module, "
+                "where they are gathered. Got a loss that uses the shards of a parameter of shape "
+                f"{tuple(leaf.shape)}. Move that computation, such as a penalty, into the forward "
+                "pass."
             )
 
 
 class ForeignLeaves:
-    """Leaves beside the parameters, which PyTorch gives gradients that lack their share.
+    """Leaves beside the parameters, whose gradients PyTorch computes without their share.
 
-    A leaf that a loss function makes, such as inputs that are made to require gradients, goes
-    away with its micro-batch: nobody trains it. Its rows in the batch stay as they were. Whatever
-    else is still there when the micro-batch is gone is trained by somebody.
+    A leaf that a loss function makes, such as inputs that it makes require gradients, is freed
+    with its micro-batch, so it is not trained. Its rows in the batch stay as they were. Any other
+    leaf that outlives the micro-batch may be trained by an optimizer.
 
     Args:
         terms: scalar losses of the first micro-batch, before their backward pass.

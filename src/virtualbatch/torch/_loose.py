@@ -1,4 +1,4 @@
-"""Tensors that are trained and that no module holds, each in a module made for it."""
+"""Trained tensors that no module holds, each wrapped in a module made for it."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""The modes that PyTorch is in, which contexts switch and an interrupt may leave switched.
+"""PyTorch's modes, which contexts switch and which an interrupt may leave switched.
 
 The contexts of PyTorch are written in Python: a signal may come inside their `__exit__`.
 """
@@ -16,8 +16,8 @@ class Modes:
     Whether gradients are recorded, which dispatch modes are active, and autocast.
 
     Args:
-        is_outermost: whether no other one waits to be restored after this. Only then autocast is
-            looked at, which takes longer.
+        is_outermost: whether no other one is restored after this. Only then autocast is read,
+            which takes longer.
     """
 
     def __init__(self, *, is_outermost: bool = True):

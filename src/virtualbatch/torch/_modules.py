@@ -85,8 +85,8 @@ def inventory(module: Any, *, hands_over: bool = False, may_be_frozen: bool = Fa
     if not roots or (not parameters and not may_be_frozen):
         names = ", ".join(type(root).__name__ for root in roots.values()) or "no module"
         raise ValueError(
-            "module must have at least one trainable parameter. "
-            f"Got {names} without any. Pass the model that the loss uses, not frozen."
+            f"module must have at least one trainable parameter. Got {names} without any. Pass "
+            "the model that the loss uses, and leave some of its parameters trainable."
         )
     apart = [device for device in devices if device != "cpu"]
     accelerator = apart[0] if len(devices) == 1 and apart else None

@@ -1,8 +1,8 @@
-"""Losses whose backward pass goes all the way, and brings zeros wherever it comes.
+"""Losses whose backward pass runs completely and gives zero gradients.
 
-Ranks that gather parameters must all run the same backward passes, also one whose micro-batch
-counts nothing. Its gradient may be NaN, and 0 times NaN is NaN, so zeros are put in its place on
-every way that no other loss shares.
+Ranks that gather parameters must all run the same backward passes, even for a micro-batch of
+weight 0. Its gradient may be NaN, and 0 times NaN is NaN, so zeros replace it on every path of the
+graph that no other loss shares.
 """
 
 from collections.abc import Collection, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Hearing of losses that are not finite, where nothing may wait for a device."""
+"""Detects losses that are not finite, without waiting for a device."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class Heard(NamedTuple):
         parts: (number of the micro-batch, name of the term, its loss); those that count.
         rows: of each micro-batch; None where they are not known.
         what: what else the parts are of, None for the loss.
-        before: a scalar; if it is not finite, the total tells nothing. None for none.
+        before: a scalar; if it is not finite, the total is not judged. None for none.
     """
 
     total: torch.Tensor
@@ -38,7 +38,7 @@ class _Sent(NamedTuple):
 
     Fields:
         values: a vector.
-        event: of the device, once they are there; None where it tells nothing.
+        event: of the device, reached once they are there; None where the device has no events.
         of: without its scalars.
     """
 
@@ -48,7 +48,7 @@ class _Sent(NamedTuple):
 
 
 class ModuleLosses:
-    """Hears of the losses of windows of one module."""
+    """Receives the losses of one module's windows."""
 
     def __init__(self) -> None:
         self._watch = LossWatch()

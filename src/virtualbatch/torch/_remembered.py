@@ -1,4 +1,4 @@
-"""What is remembered of what is trained, for as long as it lives."""
+"""What is remembered about a trained module, for as long as the module lives."""
 
 from typing import Any, NamedTuple
 
@@ -11,12 +11,12 @@ from virtualbatch.torch._not_finite import ModuleLosses
 
 
 class Remembered(NamedTuple):
-    """What is remembered of a module.
+    """What is remembered about a module.
 
     Fields:
         proven: the losses that were tried with it.
         sizes: its plans, and sizes that were made smaller.
-        losses: hears of the losses of its windows.
+        losses: receives the losses of its windows.
     """
 
     proven: Proven
@@ -28,7 +28,7 @@ _REMEMBERED: Any = WeakIdKeyDictionary()
 
 
 def remembered(owner: torch.nn.Module | torch.Tensor) -> Remembered:
-    """What is remembered of a module.
+    """What is remembered about a module.
 
     Args:
         owner: see `Inventory`.

@@ -1,7 +1,8 @@
-"""Sums in bfloat16 with stochastic rounding: as often up as the remainder says, so without bias.
+"""Sums in bfloat16 with stochastic rounding, which has no bias.
 
-To the nearest, a sum stops growing where a term is less than half of its last digit. Compensated
-sums do not stop, and need a second buffer, which costs what float32 does.
+It rounds up with the probability that the remainder gives. With rounding to nearest, a sum stops
+growing when a term is less than half of its last digit. Compensated sums do not stop, but need a
+second buffer, which costs as much as float32.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ class StochasticRounding:
     gradients give the same sums.
 
     Args:
-        seed: that its random numbers start from.
+        seed: of its random numbers.
     """
 
     def __init__(self, seed: int):

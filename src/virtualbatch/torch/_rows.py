@@ -1,4 +1,4 @@
-"""Rows of the caller that must be as they were if a window is to run again."""
+"""The caller's rows, which must be unchanged if a window is to run again."""
 
 from virtualbatch.torch._batch import ReadBatch
 from virtualbatch.torch._faults import StatefulLossError
@@ -35,8 +35,8 @@ class RowsBefore:
         for place, tensor, before in self._versions:
             if tensor._version != before:
                 raise StatefulLossError(
-                    "A loss function must leave its rows as they are, or a window that runs out "
-                    "of memory cannot run again in smaller pieces.",
+                    "A loss function must not change its rows: a window that runs out of memory "
+                    "runs again on them, in smaller pieces.",
                     f"{place} of shape {tuple(tensor.shape)} changed in place",
                     "Compute a new tensor: x = x * 2 instead of x.mul_(2).",
                 ) from error

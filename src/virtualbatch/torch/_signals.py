@@ -1,8 +1,8 @@
-"""Signals that wait while PyTorch runs what no exception may cut: its modes of dispatch.
+"""Holds signals back while PyTorch is in a dispatch mode, which no exception may interrupt.
 
-Fake tensors are switched on by generators inside the dispatcher. One that is cut by the handler of
-a signal is closed later, and leaves its thread without autograd for good. And where the dispatcher
-calls Python while it drops something, an exception ends the process.
+Fake tensors are switched on by generators inside the dispatcher. If the handler of a signal
+interrupts one, it is closed later, and its thread stays without autograd. Where the dispatcher
+calls Python while it frees something, an exception ends the process.
 """
 
 import signal

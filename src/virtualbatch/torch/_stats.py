@@ -1,4 +1,4 @@
-"""What a window's gradients show of their noise, seen by hooks as each gradient passes."""
+"""Statistics of a window's gradient noise, measured by hooks as each gradient passes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Hooks that step an optimizer in the backward pass, which has many of them in one window."""
+"""Refuses hooks that step an optimizer in the backward pass: a window has several of those."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -102,7 +102,7 @@ def _nothing(*_: Any) -> None:
 
 def _steps(got: str, parameter: torch.Tensor) -> ValueError:
     return ValueError(
-        "A parameter must stay as it is until the window has ended, or an optimizer in the "
-        f"backward pass would step at every micro-batch. Got {got} of shape "
-        f"{tuple(parameter.shape)}. Remove the hook, and step after the call."
+        "A parameter must not change before the window ends: an optimizer in the backward pass "
+        f"would step at every micro-batch. Got {got} of shape {tuple(parameter.shape)}. Remove "
+        "the hook, and step after the call."
     )

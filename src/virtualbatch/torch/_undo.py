@@ -2,9 +2,9 @@
 
 The handler of a signal, such as that of Ctrl-C, may raise between any two instructions: at the
 first line of a `finally`, inside the `__exit__` of a context, after a hook was registered and
-before its handle was kept. So whoever changes something first enters how to put it back, and does
-not rely on the way out alone. Holding signals back instead would not do: handlers can be set in the
-main thread only, and there a long forward pass would not hear Ctrl-C.
+before its handle was kept. So code that changes something first logs how to put it back, and does
+not rely on its `finally` alone. Holding signals back would not be enough: handlers can be set in
+the main thread only, and a long forward pass there would not react to Ctrl-C.
 """
 
 import functools
@@ -32,8 +32,8 @@ class Undo:
     Enter it before the change.
 
     Args:
-        action: puts it back. It is called again where an interrupt cuts it, so it must come to the
-            same from wherever it was cut. None where there is nothing yet, see `instead`.
+        action: puts it back. It is called again if an interrupt cuts it, so it must give the same
+            result wherever it was cut. None where there is nothing yet, see `instead`.
     """
 
     def __init__(self, action: Callable[[], object] | None = None):

@@ -1,4 +1,4 @@
-"""Hooks that are taken off by what they are: an interrupt may come before a handle is kept."""
+"""Removes hooks by identity, because an interrupt may come before a handle is kept."""
 
 from typing import Any
 

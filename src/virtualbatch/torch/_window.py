@@ -38,14 +38,14 @@ class Program(NamedTuple):
         backward_fn: scalar loss -> None, or None.
         found: what its modules hold.
         stats: whether the statistics of the window are returned too.
-        averaged_over: by how many replicas something divides the gradients later.
+        averaged_over: number of replicas that the gradients are divided by later.
         holds_last: whether the last micro-batch is differentiated by whoever hands over.
         in_step: (micro-batches that have run, all of them) -> None, called before each and after
             the last, where ranks run each micro-batch at the same time; else None.
         begin: called before each attempt at a window: a trainer puts back what its loss changes
             beside tensors, such as lists of metrics.
-        rounding_seed: what the random numbers start from by which sums of bfloat16 are rounded, in
-            each attempt again; None where they are summed in float32.
+        rounding_seed: seed of the random numbers that round sums of bfloat16, the same in each
+            attempt; None where sums are float32.
     """
 
     loss_fn: Callable[[Any], Any]

@@ -4,14 +4,14 @@ The batches of an update are collected, joined into rows, weighed, and run throu
 PyTorch engine when the last one has come. The trainer keeps its loop and its backward pass.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Literal, TypeVar
 
 from virtualbatch.plan.auto import Auto
 from virtualbatch.transformers._certify import TrainerCertificate, certified
 from virtualbatch.transformers._checks import check_accumulator, check_cut, check_trainer
 from virtualbatch.transformers._seam import Seam, seam_of
 from virtualbatch.transformers._update import Asked
+from virtualbatch.window.terms import WeightFn
 
 __all__ = ["TrainerCertificate", "accumulate", "certify", "restore"]
 
@@ -27,46 +27,47 @@ Trainer = TypeVar("Trainer")
 def accumulate(
     trainer: Trainer,
     *,
-    microbatch_size: int | str | Auto | None = None,
+    microbatch_size: int | Literal["auto"] | Auto | None = None,
     microbatch_tokens: int | None = None,
-    weight: Callable[[Mapping[str, Any]], Any] | None = None,
-    accumulator_dtype: str | None = None,
+    weight: WeightFn | None = None,
+    accumulator_dtype: Literal["bfloat16", "float32"] | None = None,
 ) -> Trainer:
-    """Makes each update of a trainer that of its whole batch, on the memory of a micro-batch.
+    """Makes each update of a trainer that of its whole batch, with the memory of a micro-batch.
 
-    The rows of one update, `per_device_train_batch_size` times `gradient_accumulation_steps` on
-    each device, are the batch. Without a size they run as the trainer's own batches, and the update
-    becomes exact. A size cuts them evenly, whatever the trainer's batches are; where memory runs
-    out, the update runs again in smaller pieces. Logs, callbacks, counters, schedules, evaluation
-    and checkpoints are the trainer's.
+    The whole batch is the rows of one update: `per_device_train_batch_size` times
+    `gradient_accumulation_steps` on each device. Without a size the rows run in the batches of the
+    trainer, and the update becomes exact. With a size they are cut evenly, whatever the batches of
+    the trainer are. If memory runs out, the update runs again in smaller micro-batches. Logs,
+    callbacks, counters, schedules, evaluation and checkpoints stay those of the trainer.
 
-    What the loss was divided by is found on the first window: the trainer's own count of labels,
-    rows, labels that count, tokens of completions, or nothing, for a loss that is a sum. It is
-    proved by the gradients of a few rows, and what fits none of them is refused. In DPO and reward
-    training a pair is one row.
+    At the first update the library finds what the loss was divided by: the count of labels that
+    the trainer makes, rows, labels that count, tokens of completions, or nothing for a loss that
+    is a sum. Gradients of a few rows must confirm it, or the update is refused. In DPO and reward
+    training one pair is one row.
 
     Args:
-        trainer: a `transformers.Trainer`, `Seq2SeqTrainer`, a trainer of TRL, or a subclass of
-            yours. Attributes of this one are set; its class stays as it is.
-        microbatch_size: rows of one forward and backward on each device; "auto" or an `Auto` finds
-            the size that fits and is fast.
-        microbatch_tokens: tokens of one forward and backward, padding included: rows are sorted by
-            length, trimmed, and packed. Needs `attention_mask`, padded on the right.
-        weight: inputs of a micro-batch -> what its loss was divided by, where it cannot be found,
-            such as `lambda inputs: class_weights[inputs["labels"]].sum()`. It is tried as well; a
-            misfit is logged, and not refused.
-        accumulator_dtype: "bfloat16" sums the gradients of a bfloat16 model in bfloat16, with
-            stochastic rounding; None in float32, 4 bytes a parameter. See
-            `virtualbatch.torch.backward`.
+        trainer: a `transformers.Trainer`, a `Seq2SeqTrainer`, a trainer of TRL, or your subclass
+            of one. Only attributes of this object are set, and its class does not change.
+        microbatch_size: the rows of one forward and backward on each device. `"auto"` or an `Auto`
+            plans the size at the first update.
+        microbatch_tokens: the tokens of one forward and backward, padding included, instead of a
+            size. Rows are sorted by length, packed and trimmed. The inputs need an
+            `attention_mask` and padding on the right.
+        weight: a function of the inputs of a micro-batch that returns what its loss was divided
+            by, such as `lambda inputs: class_weights[inputs["labels"]].sum()`. Pass it where that
+            cannot be found. It is checked as well, but a mismatch is only logged.
+        accumulator_dtype: `"bfloat16"` sums the gradients of a bfloat16 model in bfloat16, with
+            stochastic rounding. None or `"float32"` sums in float32, which takes 4 bytes per
+            parameter. See `virtualbatch.torch.backward`.
 
     Returns:
         The trainer.
 
     Raises:
-        TypeError: it is no trainer.
-        ValueError: it accumulates in another way, its loss compares rows, two ways to cut are
-            given, or it was given before. While it trains: no weight fits its loss, or its inputs
-            cannot be cut.
+        TypeError: `trainer` is not a trainer.
+        ValueError: the trainer accumulates in another way, its loss compares rows, two ways to cut
+            are given, or `accumulate` was called for it before.
+        ValueError: while it trains: no weight fits its loss, or its inputs cannot be cut.
 
     Example:
         >>> trainer = transformers.Trainer(model, args, train_dataset=rows)  # doctest: +SKIP
@@ -86,7 +87,7 @@ def accumulate(
 
 
 def restore(trainer: Trainer) -> Trainer:
-    """Leaves a trainer as it was before `accumulate`.
+    """Takes back what `accumulate` did to a trainer.
 
     Does nothing to a trainer that `accumulate` was not called for.
 
@@ -103,23 +104,25 @@ def restore(trainer: Trainer) -> Trainer:
 
 
 def certify(trainer: Trainer) -> TrainerCertificate:
-    """Says whether the update that a trainer makes is that of its whole batch.
+    """Checks whether the update that a trainer makes is that of its whole batch.
 
-    The first update of a new data loader is computed three times, without an optimizer: its rows at
-    once, by the trainer's own accumulation, and with `accumulate`. Dropout rests meanwhile. The
-    whole batch must fit in memory once. The trainer is afterwards as it was before.
+    The first update of a new data loader is computed three times, without an optimizer: all rows
+    at once, with the accumulation of the trainer, and with `accumulate`. So the whole batch must
+    fit in memory once. Dropout is turned off. The trainer is as before the call.
+
+    All three are in the dtypes of the model. The tolerance is that of the coarsest of these dtypes
+    and at least that of float32, because Transformers computes losses and norms in float32.
 
     Args:
         trainer: a trainer with `gradient_accumulation_steps` of 2 or more. If `accumulate` was
             called for it, its arguments are used.
 
     Returns:
-        Two certificates: `own` and `accumulated`. The tolerance is that of the dtype, at least of
-        float32, in which losses and norms of Transformers are computed.
+        Two certificates: `own` for the trainer, and `accumulated` for `accumulate`.
 
     Raises:
-        TypeError: it is no trainer.
-        ValueError: see `accumulate`, or an update has one batch only.
+        TypeError: `trainer` is not a trainer.
+        ValueError: the update has one batch only, or an argument is wrong as in `accumulate`.
 
     Example:
         >>> certify(trainer).own.raise_if_inexact()  # doctest: +SKIP

@@ -20,8 +20,8 @@ _COUNTS = 2**16
 class PlainAttributes:
     """Attributes of an object that are numbers, texts, tensors or containers, as they are now.
 
-    Containers stay the objects that they are, so whoever else holds one sees the same. What is in
-    them is kept by reference, but containers in containers, and small tensors, by value.
+    Containers keep their identity, so other holders see the same object. Their contents are kept by
+    reference, except for containers in containers and small tensors, which are kept by value.
 
     Args:
         owner: the object.

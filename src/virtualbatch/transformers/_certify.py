@@ -23,7 +23,7 @@ from virtualbatch.transformers._rows import form_of, joined, pad_token_id_of, ro
 from virtualbatch.transformers._seam import Seam, seam_of
 from virtualbatch.transformers._update import Asked
 
-_NO_DROPOUT = "Dropout rests meanwhile."
+_NO_DROPOUT = "Dropout is off during the comparison."
 # What a loss adds up in, where the model does not say.
 _EPSILON = torch.finfo(torch.float32).eps
 
@@ -89,7 +89,8 @@ def _compared(trainer: Any, batches: Sequence[Any], seam: Seam | None) -> Traine
             Finding(
                 "weight",
                 loss,
-                f"{count} batches of an update are not put together by what each was divided by.",
+                f"The {count} batches of an update are not weighted by what each loss was divided "
+                "by.",
                 "Call virtualbatch.transformers.accumulate(trainer) before train().",
             ),
         ),
@@ -98,7 +99,8 @@ def _compared(trainer: Any, batches: Sequence[Any], seam: Seam | None) -> Traine
             Finding(
                 "coupled_rows",
                 loss,
-                "Its gradients do not add up to that of the whole batch with any weight tried.",
+                "Its gradients do not add up to that of the whole batch with any of the weights "
+                "tried.",
                 "Pass weight= to accumulate, or train the batch uncut.",
             ),
         ),

@@ -1,4 +1,4 @@
-"""What is refused of a trainer, before anything of it is changed."""
+"""Refuses trainers that cannot work, before anything in them is changed."""
 
 from importlib.metadata import version
 from typing import Any
@@ -97,7 +97,7 @@ def _check_coupled(trainer: Any) -> None:
         )
     if getattr(trainer, "use_adaptive_entropy", False):
         raise ValueError(
-            "This loss changes its own coefficient after each update, which it takes a call for. "
+            "This loss changes its own coefficient at each call, as if each call were an update. "
             "Got use_adaptive_entropy=True. Use a fixed entropy_coef, or train without "
             "virtualbatch."
         )
@@ -142,7 +142,7 @@ def _check_version() -> None:
     major, minor = (int(part) for part in found.split(".")[:2])
     if (major, minor) < (5, 19):
         raise ValueError(
-            "virtualbatch needs transformers 5.19 or newer, whose Trainer says whether a loss is "
+            "virtualbatch needs transformers 5.19 or newer, whose Trainer shows whether a loss is "
             f"scaled already. Got {found}. Install a newer one."
         )
 

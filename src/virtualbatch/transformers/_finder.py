@@ -31,10 +31,10 @@ _COMPUTED_IN = (torch.float32,)
 
 
 class WeightFinder:
-    """Finds what a loss was divided by, and asks again where the answer is open.
+    """Finds what a loss was divided by, and tries again while the answer is open.
 
-    As long as several candidates are in the same proportion nobody needs to know. The first window
-    in which they differ tells. Rows without a gradient tell nothing, and the next window is asked.
+    While several candidates are in the same proportion, any of them is right. The first window in
+    which they differ decides. Rows without a gradient decide nothing, and the next window is tried.
     Some later windows are tried again.
 
     Args:
@@ -121,12 +121,14 @@ class WeightFinder:
         elif not self._has_warned:
             self._has_warned = True
             _log.warning(
-                "What the loss of %s was divided by could not be tried (%s); it is taken for %s. "
-                "%s",
+                "The divisor of the loss of %s could not be checked (%s), so it is assumed to be "
+                "%s. %s",
                 self._names[0],
                 untried,
                 chosen.name,
-                "Later rows will tell." if untried == NO_GRADIENT else "Pass weight= to say it.",
+                "Later rows will be checked."
+                if untried == NO_GRADIENT
+                else "Pass weight= to set it.",
             )
 
     def give_up(self) -> None:
@@ -160,10 +162,10 @@ class WeightFinder:
         trainer, model = self._names
         return (
             "A loss must be one mean or sum over rows or over labels that count, or weight must "
-            f"say what it was divided by. Got the loss of {trainer} on {model}, which is neither "
-            "on a few rows of its first window. Pass weight=lambda inputs: ..., for class weights "
-            'their sum over inputs["labels"]; if rows see each other in the loss, or it is a sum '
-            f"of two means, it cannot be cut: train it uncut. In detail: {error}"
+            f"return what it was divided by. Got the loss of {trainer} on {model}, which is "
+            "neither on a few rows of its first window. Pass weight=lambda inputs: ..., for class "
+            'weights their sum over inputs["labels"]. If rows see each other in the loss, or it '
+            f"is a sum of two means, it cannot be cut: train it uncut. In detail: {error}"
         )
 
     def _told(self, mine: Told) -> list[Told]:

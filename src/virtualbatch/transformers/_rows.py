@@ -180,10 +180,9 @@ def _check_mask(masks: Sequence[Any]) -> None:
 
 def _differing(name: str, one: Any, other: Any) -> ValueError:
     return ValueError(
-        "What belongs to all rows must be the same in all batches of an update. "
-        f"Got {name}={one!r} in one and {name}={other!r} in another. "
-        "Leave microbatch_size out; in GRPO, generate the rows of an update together, with "
-        "steps_per_generation."
+        "Inputs that belong to all rows must be the same in all batches of an update. Got "
+        f"{name}={one!r} in one and {name}={other!r} in another. Leave microbatch_size out; in "
+        "GRPO, generate the rows of an update together, with steps_per_generation."
     )
 
 

@@ -16,8 +16,8 @@ _ATTRIBUTE = "_virtualbatch"
 class Seam:
     """Collects the batches of an update, and runs them when the last has come.
 
-    Around each batch everything happens as often as ever: preparation, callbacks, counters. The
-    losses of all but the last are 0, and the last is that of the update.
+    Preparation, callbacks and counters run around each batch as usual. The loss of every batch but
+    the last is 0, and the loss of the last is that of the update.
 
     Args:
         trainer: the trainer.
@@ -127,9 +127,9 @@ class Seam:
 
     def _refused_calls(self) -> ValueError:
         return ValueError(
-            "A training_step must call compute_loss once, for its loss alone. "
-            f"Got {self._calls} calls, or one for outputs, in {type(self._trainer).__name__}. "
-            "Call virtualbatch.torch.loss in training_step yourself."
+            f"A training_step must call compute_loss once, for its loss alone. Got {self._calls} "
+            f"calls, or one with return_outputs=True, in {type(self._trainer).__name__}. Call "
+            "virtualbatch.torch.loss in training_step yourself."
         )
 
 

@@ -18,7 +18,7 @@ _ENOUGH = 8
 
 
 class Asked(NamedTuple):
-    """What `accumulate` was asked for.
+    """The options of `accumulate`.
 
     Fields:
         microbatch_size: rows, "auto" or an Auto; None for none of them.
@@ -131,9 +131,9 @@ def _packed(
     """Rows sorted by length, and cut by tokens."""
     if not any("attention_mask" in group.names for group in groups):
         raise ValueError(
-            "Packing needs attention_mask, padded on the right, and a loss that does not look at "
-            "padding, as that of a question's answer does. "
-            f"Got inputs {', '.join(rows)}. Pass microbatch_size instead."
+            "Packing needs attention_mask, padding on the right, and a loss that ignores padding, "
+            f"unlike that of question answering. Got inputs {', '.join(rows)}. Pass "
+            "microbatch_size instead."
         )
     of_row = [sum(each) for each in zip(*(group.lengths for group in groups), strict=True)]
     order = sorted(range(len(of_row)), key=lambda row: -of_row[row])

@@ -117,7 +117,8 @@ class UpdateLoss:
                 raise
             self._finder.give_up()
             _log.warning(
-                "The weight that was given does not fit, and is used all the same. %s", error
+                "The weight that was passed does not fit the loss, and is used all the same. %s",
+                error,
             )
             found = self._given
         update.writes_rows = self._finder.writes_rows
@@ -128,9 +129,9 @@ class UpdateLoss:
         is_known = likeliest.weight is self.count or likeliest.name == self._likeliest
         if self._given is None and not is_known:
             raise ValueError(
-                "A weight is found by the rows of a batch. Got inputs without common rows, and a "
-                "trainer that gives its loss no count of labels. Pass weight=lambda inputs: ..., "
-                "what the loss of a micro-batch was divided by."
+                "A weight is found from the rows of a batch. Got inputs without common rows, and "
+                "a trainer that gives its loss no count of labels. Pass weight=lambda inputs: "
+                "..., what the loss of a micro-batch was divided by."
             )
         return likeliest
 

@@ -6,7 +6,7 @@ its own. Everything that engines refuse about either is refused here, with the s
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, SupportsFloat, TypeAlias
 
 from virtualbatch.window.tree import rank
 
@@ -18,8 +18,79 @@ SUM: Literal["sum"] = "sum"
 # Dtypes of real numbers, by what their names hold: float64, bfloat16, uint8, bool.
 _REAL = re.compile("bool|int|float")
 
+
+class Scalar(Protocol):
+    """A tensor or array of any framework; at run time it must hold one number."""
+
+    @property
+    def shape(self) -> Any:
+        """The empty shape."""
+
+    @property
+    def dtype(self) -> Any:
+        """A dtype of the framework."""
+
+
+# None is refused at run time. Type checkers infer it for Keras' operations, and Transformers
+# declares it for the loss of a model.
+Loss: TypeAlias = Scalar | Mapping[Any, Scalar] | None
+Weight: TypeAlias = Scalar | SupportsFloat | None
+
+
+class LossFn(Protocol):
+    """The type of a loss function without aux, for annotations.
+
+    It takes one batch, in the form of yours, with any number of rows. It returns the mean loss of
+    these rows, or a dict from names of terms to means whose sum is the loss. A mean is a scalar
+    tensor of your framework, with a floating dtype.
+
+    Example:
+        >>> import numpy as np
+        >>> def squares(batch: np.ndarray) -> np.ndarray:
+        ...     return np.mean(batch**2)
+        >>> loss_fn: LossFn = squares
+    """
+
+    def __call__(self, batch: Any, /) -> Loss:
+        """The mean loss of a batch."""
+
+
+class AuxLossFn(Protocol):
+    """The type of a loss function for `has_aux=True`: it returns `(loss, aux)`.
+
+    The loss is as in `LossFn`. The aux is any nested structure of tensors.
+
+    Example:
+        >>> import numpy as np
+        >>> def squares(batch: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        ...     return np.mean(batch**2), {"predictions": batch}
+        >>> loss_fn: AuxLossFn = squares
+    """
+
+    def __call__(self, batch: Any, /) -> tuple[Loss, Any]:
+        """The mean loss of a batch, and what else the caller wants back."""
+
+
+class WeightFn(Protocol):
+    """The type of a function for `weight=`: what the mean loss of a micro-batch was divided by.
+
+    It takes one micro-batch and returns a number that is 0 or more, such as its tokens that are
+    not padding. For a loss of several terms it returns a dict with the same names: a number, None
+    for a term that does not depend on the rows, or "sum" for a term that is a sum.
+
+    Example:
+        >>> import numpy as np
+        >>> def tokens(microbatch: dict[str, np.ndarray]) -> np.ndarray:
+        ...     return microbatch["mask"].sum()
+        >>> weight: WeightFn = tokens
+    """
+
+    def __call__(self, microbatch: Any, /) -> Weight | Mapping[Any, Weight | str]:
+        """The weight of a micro-batch."""
+
+
 # What an engine is given: micro-batch -> weight, or a dict of them; "sum"; None for rows.
-GivenWeight = Callable[[Any], Any] | Literal["sum"] | None
+GivenWeight: TypeAlias = WeightFn | Literal["sum"] | None
 
 
 def loss_terms(loss: Any) -> dict[Any, Any]:
@@ -105,7 +176,9 @@ def of_part(weight: GivenWeight, part: Callable[[Any], Any]) -> GivenWeight:
         weight: as an engine is given it.
         part: what the result is called with -> the micro-batch.
     """
-    return (lambda whole: weight(part(whole))) if callable(weight) else weight
+    if weight is None or isinstance(weight, str):
+        return weight
+    return lambda whole: weight(part(whole))
 
 
 def is_sum(weight: Any) -> bool:
@@ -193,7 +266,7 @@ class WeightFunction:
         weight: micro-batch -> a weight, or a dict of them by term name.
     """
 
-    def __init__(self, weight: Callable[[Any], Any]):
+    def __init__(self, weight: WeightFn):
         self._weight = weight
         self._first: dict[Any, str] | None = None
 

@@ -16,7 +16,7 @@ import virtualbatch.keras as vb
 
 BATCH = X[:48], problems.LABELS[:48]
 GONE = (
-    r"^A window of a shape that has fitted must fit again.* Got a later one for which 8 B more "
+    r"^A window whose shape fitted once must fit again.* Got a later one for which 8 B more "
     r"were asked for, so \d+ B of weights, optimizer state and metrics are gone\. Load the last "
     r"checkpoint.* pass a smaller microbatch_size"
 )

@@ -57,7 +57,9 @@ def refused(number):
     model = running_out.model(running_out.Points([0]))
     vb.accumulate(model, microbatch_size=5)
     own = np.arange(24) + 24 * number
-    with pytest.raises(RuntimeError, match=r"ran out in one of 2 processes\. Pass a smaller"):
+    with pytest.raises(
+        RuntimeError, match=r"out-of-memory error in one of 2 processes\. Pass a smaller"
+    ):
         model.fit(running_out.X[own], running_out.Y[own], batch_size=24, verbose=0)
 
 

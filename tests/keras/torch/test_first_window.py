@@ -52,7 +52,7 @@ def test_a_loss_that_draws_random_numbers_cannot_be_tried(caplog):
 
     proven = trained(model, noisy, True)
     (line,) = [line for line in caplog.messages if "tried" in line]
-    assert "the same rows give another result each time" in line
+    assert "the same rows give a different result each time" in line
     plain = trained(model, noisy, False)
     np.testing.assert_array_equal(proven[0][0], plain[0][0])
     assert proven[1] == plain[1]

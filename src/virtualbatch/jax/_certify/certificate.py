@@ -65,9 +65,9 @@ def certificate(
         return observed(call, note)
     except _READS_VALUES as error:
         raise TypeError(
-            "certify compiles fun, as jit does, so that it cannot read values. "
-            f"Got {type(error).__name__}: {str(error).splitlines()[0]} "
-            "Use jnp.where or jax.lax.cond for what depends on values."
+            "certify compiles fun, as jit does, so fun cannot read values. Got "
+            f"{type(error).__name__}: {str(error).splitlines()[0]} Use jnp.where or jax.lax.cond "
+            "for what depends on values."
         ) from error
 
 

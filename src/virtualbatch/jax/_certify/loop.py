@@ -17,22 +17,25 @@ def certify_loop(
     *,
     microbatch_size: int,
 ) -> Certificate:
-    """Proves that a loop of your own makes the updates of the whole batch, or names its mistake.
+    """Proves that your training loop makes the updates of the whole batch, or names its mistake.
 
-    See `virtualbatch.certify_loop`.
+    The loop runs on micro-batches and, with `accumulation_steps=1`, on the same rows as whole
+    batches. Both runs must end in the same state. See `virtualbatch.certify_loop`.
 
     Args:
-        loop: (state, list of micro-batches, accumulation_steps) -> the state after training on
-            them. It may jit what it likes and donate what it is given.
-        state: pytree of arrays: parameters, optimizer state, whatever should be compared.
-        batches: two whole batches or more, in any iterable; pytrees of dicts, lists and tuples.
-        microbatch_size: rows of one micro-batch; fewer than a batch has.
+        loop: a function of a state, a list of micro-batches and `accumulation_steps`. It returns
+            the state after training on them. It may use `jit`, and donate its arguments.
+        state: a pytree of arrays: parameters, optimizer state and whatever else to compare.
+        batches: two whole batches or more, in any iterable, as pytrees of dicts, lists and tuples.
+            The first two are used.
+        microbatch_size: the rows of one micro-batch: fewer than a batch has.
 
     Returns:
         The certificate.
 
     Raises:
-        ValueError: see `virtualbatch.certify_loop`.
+        ValueError: there is nothing to compare, the loop is not deterministic, or the state is not
+            finite.
 
     Example:
         >>> mean = lambda w, x: jax.numpy.mean(x @ w)

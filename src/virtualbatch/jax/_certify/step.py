@@ -69,7 +69,7 @@ class JaxTrainingStep(TrainingStep):
         self.draws = bool(self._bits)
         notes = [f"Compared in {dtype}."]
         if self.draws:
-            notes.append("Random numbers were kept by row, so that every cut drew the same ones.")
+            notes.append("Each row kept its random numbers, so every cut drew the same ones.")
         self.notes = notes
         dtypes = self._weight_dtypes()
         half = {dtype for dtype in dtypes if jnp.finfo(dtype).bits < 32}
@@ -207,9 +207,9 @@ def _check_value(leaf: Any) -> None:
     is_number = isinstance(leaf, numbers.Number) or dtype is not None
     if not is_number or getattr(dtype, "kind", "") in ("O", "U", "S", "M", "m"):
         raise TypeError(
-            "certify compiles fun, so that it must return arrays and numbers, in its aux too. "
-            f"Got {type(leaf).__name__}{'' if dtype is None else f' of dtype {dtype}'}. "
-            "Leave it out of what fun returns."
+            "certify compiles fun, so fun must return arrays and numbers, in its aux too. Got "
+            f"{type(leaf).__name__}{'' if dtype is None else f' of dtype {dtype}'}. Leave it out "
+            "of what fun returns."
         )
 
 

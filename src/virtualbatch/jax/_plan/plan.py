@@ -1,4 +1,4 @@
-"""Planning on JAX: what XLA says of a window's memory, and how long the window takes.
+"""Planning on JAX: the memory of a window as XLA reports it, and its time.
 
 A window is compiled, not run, to know its memory. Only then are a few sizes timed, each with the
 program that was compiled, if there is data to run it on.
@@ -42,9 +42,9 @@ def planned(
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
         raise ValueError(
-            "A plan is made outside of programs, because it compiles and runs some. "
-            "Got a call inside jit or another trace. "
-            "Call it before, with arrays or jax.ShapeDtypeStruct."
+            "plan must be called outside of jit, because it compiles and runs programs of its "
+            "own. Got a call inside jit or another trace. Call it before, with arrays or "
+            "jax.ShapeDtypeStruct."
         )
     rows = rows_of(batch, "batch")
     leaves, structure = jax.tree.flatten((args, kwargs))

@@ -34,7 +34,7 @@ def certify_rows(
     """
     if options != _LEFT_OUT:
         raise ValueError(
-            "What rowwise returned brings its own options. Got others in certify. "
+            "A rowwise function keeps the options that it was made with. Got others in certify. "
             "Leave out all but microbatch_size and accumulation_steps."
         )
     size: Any = microbatch_size

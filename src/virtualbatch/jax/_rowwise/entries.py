@@ -1,4 +1,4 @@
-"""A function of rows as one micro-batch meets it, its outputs checked.
+"""A function of rows as one micro-batch calls it, with its outputs checked.
 
 Half-precision arguments come in wide and are cast back for the function, so that what transposes
 the loop adds their gradients up in float32.
@@ -96,10 +96,10 @@ def _check_unchanged(before: Sequence[tuple[Any, Any]], after: Sequence[Any]) ->
     changed = [keystr(path) for (path, x), y in zip(before, after, strict=False) if x is not y]
     if changed or len(before) != len(after):
         raise ValueError(
-            "fn must not change its arguments, for it runs twice, and on copies of them. "
-            f"Got a change of arguments{(changed or [''])[0]}. Return what changes beside the "
-            "outputs, as often as there are rows, and seed modules by a key that key_argnum "
-            "names. See docs/guides/state.md."
+            "fn must not change its arguments, because it runs twice, on copies of them. Got a "
+            f"change of arguments{(changed or [''])[0]}. Return new state beside the outputs, "
+            "with one entry per row, and seed modules with a key that key_argnum names. See "
+            "docs/guides/state.md."
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial, update_wrapper
 from types import MethodType
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 
@@ -45,61 +45,66 @@ from virtualbatch.window.fingerprint import fingerprint
 from virtualbatch.window.options import check_flags
 from virtualbatch.window.window import Window
 
+# What a function returns: arrays with one entry per row, in any pytree.
+Outputs = TypeVar("Outputs")
+
 
 def rowwise(
-    fn: Callable[..., Any],
+    fn: Callable[..., Outputs],
     *,
-    microbatch_size: int | str | Auto | None = None,
+    microbatch_size: int | Literal["auto"] | Auto | None = None,
     accumulation_steps: int | None = None,
     batch_argnum: int | Sequence[int] = 1,
     key_argnum: int | None = None,
     axis_name: Any = None,
     check: bool = True,
-) -> "RowwiseFunction":
-    """A function of rows, on the memory of a micro-batch, for losses that need all rows at once.
+) -> "RowwiseFunction[Outputs]":
+    """A function like fn, with the memory of a micro-batch, for losses that need all rows at once.
 
-    Wrap what comes before rows meet, such as the encoder of a contrastive loss; the loss then sees
-    the outputs of all rows, and it, its gradient and the update stay as they are. Values and
-    derivatives are those of fn. What differentiates it computes each micro-batch again, at the
-    price of one more forward.
+    Wrap the part of the model that treats each row alone, such as the encoder of a contrastive
+    loss. The loss stays outside and runs once, on the outputs of all rows, so it and its gradient
+    do not change. Values and derivatives are those of fn. A backward pass runs each micro-batch a
+    second time, which costs one more forward.
 
-    Under `jit`, and whatever else traces, the micro-batches are one `lax.scan`, and fn is traced
-    once for each of their sizes. If there is one size only, it is traced for twice as many rows,
-    too, which tells outputs of a batch from those of its rows. Outside a trace the micro-batches
-    run one after another.
+    Under `jit`, or any other trace, the micro-batches are one `lax.scan`, and fn is traced once
+    for each of their sizes. If there is only one size, fn is also traced with twice as many rows,
+    to tell outputs of rows from other outputs. Outside a trace the micro-batches run one after
+    another.
 
-    All modes work: `grad`, `jvp`, `vmap`, and one in another. Only where fn holds a convolution and
-    runs jitted on a CPU it has reverse mode alone (`grad`, `vjp`, `vmap`, `grad` of `grad`), for
-    what JAX derives from a loop is fifteen times slower there.
+    All modes of differentiation work, also nested: `grad`, `jvp` and `vmap`. There is one
+    exception. If fn holds a convolution and runs jitted on a CPU, only reverse mode works (`grad`,
+    `vjp`, `vmap`, `grad` of `grad`), because the loop that JAX derives is much slower there.
 
     Args:
-        fn: function of positional arguments, the batch among them, that returns a pytree of arrays
-            with one entry per row each, of any dtype, or None. A sum over rows belongs in the loss,
-            as a sum of these.
-        microbatch_size: rows of one forward and backward; at or above the rows of the batch fn runs
-            as it is. Or "auto" or an `Auto`: see `value_and_grad`.
-        accumulation_steps: micro-batches per batch: `microbatch_size = ceil(rows / steps)`.
-        batch_argnum: position of the batch: a pytree whose arrays share their leading axis, the
-            rows; or a `Window`, and then no size is given. Where several arguments hold rows, all
-            of their positions. Other arguments reach every micro-batch whole, and may be as long.
-        key_argnum: position of an argument that holds PRNG keys, each of which is folded with the
-            number of the micro-batch. A batch of one micro-batch uses the keys as they are.
-        axis_name: mesh axis, or axes, over which the rows are spread. Gradients of arguments are
-            then summed over the devices after the loop, and not once per micro-batch. Outside of
-            `shard_map`, with a mesh in use: see `value_and_grad`.
-        check: whether un-jitted the first call proves on a few rows that fn computes each row
-            from that row alone, which calls fn three times more, once. Under `jit` run `certify`
-            of this function once.
+        fn: a function of positional arguments, the batch among them. It returns a pytree of arrays
+            of any dtype with one entry per row, or of None. Sum over rows in the loss instead.
+        microbatch_size: the rows of one forward and backward. If the batch has no more rows, fn
+            runs unchanged. `"auto"` or an `Auto` plans the size at the first call.
+        accumulation_steps: the micro-batches per batch, instead of a size:
+            `microbatch_size = ceil(rows / accumulation_steps)`.
+        batch_argnum: the position of the batch: a pytree of arrays whose first axis is the rows,
+            or a `Window`, which is already cut. Where several arguments hold rows, pass all of
+            their positions. Each micro-batch gets the other arguments whole, whatever their length.
+        key_argnum: the position of an argument that holds PRNG keys and nothing else. Each key is
+            folded with the number of the micro-batch. A batch of one micro-batch uses the keys
+            unchanged.
+        axis_name: the mesh axis, or axes, over which the rows are spread. Then gradients of
+            arguments are summed over the devices once, after the loop. Outside `shard_map`, with a
+            mesh in use, it is entered as in `value_and_grad`.
+        check: whether the first call outside `jit` checks, on a few rows, that fn computes each
+            row from that row alone. This calls fn three times more, once. Under `jit` nothing is
+            checked, so run `certify` on the returned function once.
 
     Returns:
-        A function with fn's arguments and result. Outputs are in the batch's order of rows.
+        A function with the arguments and the result of fn. Outputs are in the order of the rows.
 
     Raises:
-        ValueError: sizes are not positive integers or disagree (at once); rows differ or are
-            missing, an output has not one entry per row, its structure changes from one
-            micro-batch to the next, rows depend on one another, or the devices of a mesh do not
-            divide the rows (when called).
-        TypeError: an output is no array, or an argument is of the wrong kind.
+        ValueError: a size is not a positive integer, or two sizes disagree.
+        ValueError: when called: arrays have different numbers of rows, or the batch has none.
+        ValueError: when called: an output has not one entry per row, depends on other rows, or
+            changes its structure between micro-batches.
+        ValueError: when called: the devices of the mesh do not divide the rows.
+        TypeError: an output is not an array, or an argument has the wrong type.
 
     Example:
         >>> import jax.numpy as jnp
@@ -124,13 +129,13 @@ def rowwise(
     )
 
 
-class RowwiseFunction:
+class RowwiseFunction(Generic[Outputs]):
     """What `rowwise` returns; its arguments are explained there."""
 
     def __init__(
         self,
-        fn: Callable[..., Any],
-        microbatch_size: int | str | Auto | None,
+        fn: Callable[..., Outputs],
+        microbatch_size: int | Literal["auto"] | Auto | None,
         accumulation_steps: int | None,
         batch_argnum: int | Sequence[int],
         key_argnum: int | None,
@@ -162,7 +167,7 @@ class RowwiseFunction:
         check_arguments(args, self._batch_argnum, self._key_argnum)
         return self._loss.program, self._loss.arguments(self._rows.gathered(args))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Outputs:
         """Calls fn on micro-batches; see `rowwise`."""
         check_arguments(args, self._batch_argnum, self._key_argnum)
         args = self._rows.gathered(args)

@@ -1,4 +1,4 @@
-"""A loss that stands for a function of rows: what the engine does with losses is done with it.
+"""A loss that represents a function of rows, so that the engine can treat it as any loss.
 
 It is the sum of all outputs, each entry times a number of its own, and so a sum over rows exactly
 if each row is computed from that row alone. The engine's proof, certificates and plans work on it

@@ -68,8 +68,8 @@ def certificate(
             )
         if drawing.left:
             notes.append(
-                f"What {', '.join(drawing.left)} may draw could not be turned off, and counts as a "
-                "difference."
+                f"Randomness in {', '.join(drawing.left)} could not be turned off, so it counts "
+                "as a difference."
             )
         if held.enter_context(in_full_precision(model)):
             notes.append("Half precision was replaced by float32 for the comparison.")
@@ -109,8 +109,8 @@ def arrays(batch: Any) -> Any:
             return leaf
         if hasattr(leaf, "row_splits"):
             raise ValueError(
-                "certify compares arrays row by row, so rows must have one length. "
-                "Got a RaggedTensor. Pass it padded, and masked, as fit may take it too."
+                "certify compares arrays row by row, so rows must have one length. Got a "
+                "RaggedTensor. Pass it padded and masked, which fit takes too."
             )
         values = np.asarray(keras.ops.convert_to_numpy(leaf) if keras.ops.is_tensor(leaf) else leaf)
         if values.dtype.kind not in NUMBERS:

@@ -1,4 +1,4 @@
-"""A train step of TensorFlow or PyTorch, run eagerly, whose optimizer only looks on."""
+"""A train step of TensorFlow or PyTorch, run eagerly, whose optimizer changes nothing."""
 
 from collections.abc import Callable
 from typing import Any

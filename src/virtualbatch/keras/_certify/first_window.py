@@ -142,7 +142,7 @@ class KerasTrial(Trial):
         model = self._model
         coupled = losses_that_couple_rows(model)
         if coupled and self._found.gathering is None:
-            return f"the loss {coupled[0]} is made of many rows at once"
+            return f"the loss {coupled[0]} sees many rows at once"
         if any(layer.quantization_mode == "float8" for layer in model._flatten_layers()):
             return "float8 rounds too much"
         if any(hasattr(array, "row_splits") for _, array in array_leaves(self._batch)):
@@ -178,10 +178,10 @@ class KerasTrial(Trial):
         model = self._model
         with self._running(rows) as (run, left):
             if left:
-                raise UntriedError(f"what {', '.join(left)} may draw cannot be turned off")
+                raise UntriedError(f"randomness in {', '.join(left)} cannot be turned off")
             program = self._program(None)
             if self._off(run(program), run(program)) > ROUNDING:
-                raise UntriedError("the same rows give another result each time")
+                raise UntriedError("the same rows give a different result each time")
         with _as_in_inference(model):
             return certificate(model, self._some(rows), size, None, self._backend, self._found)
 

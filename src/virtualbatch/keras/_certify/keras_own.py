@@ -1,4 +1,4 @@
-"""What of a model is Keras' own, so that its type tells how it is cut."""
+"""Which parts of a model are Keras' own, so that their type shows how they are cut."""
 
 from types import FunctionType
 from typing import Any

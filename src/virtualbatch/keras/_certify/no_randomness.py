@@ -15,7 +15,7 @@ class Drawing(NamedTuple):
 
     Fields:
         quieted: those that were turned off.
-        left: those of which nothing tells how.
+        left: those that could not be turned off.
     """
 
     quieted: list[str]

@@ -1,4 +1,4 @@
-"""Which losses of a compiled model need all rows: told by their type, their shape, their values.
+"""Which losses of a compiled model need all rows, found by their type, shape and values.
 
 A loss of one value per row that reads no other row gives the same values for rows in one batch and
 in two halves. So a few rows are predicted once, and each loss that is not Keras' own is called on

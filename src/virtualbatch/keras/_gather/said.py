@@ -1,4 +1,4 @@
-"""What is said of losses that need all rows: once, at the first batch."""
+"""Log lines about losses that need all rows: once, at the first batch."""
 
 import logging
 from collections.abc import Sequence
@@ -11,28 +11,29 @@ _log = logging.getLogger("virtualbatch")
 
 
 def say_what_is_gathered(model: keras.Model, found: Found) -> None:
-    """Says whose predictions are gathered, and why."""
+    """Logs which losses get gathered predictions, and why."""
     if found.gathering is None:
         return
     if found.gathering.losses is None:
         _log.warning(
-            "%s overrides compute_loss: it gets the predictions of all rows, at the price of one "
-            "more forward. gather=False takes its result for a mean over rows.",
+            "%s overrides compute_loss: it gets the predictions of all rows, at the cost of one "
+            "more forward pass. With gather=False its result counts as a mean over rows.",
             type(model).__name__,
         )
         if found.runs:
             _log.warning(
-                "compute_loss sees all rows at once, and runs %s on them, on the memory of the "
-                "whole batch. Run that in call, and return what it gives as one more output.",
+                "compute_loss sees all rows at once and runs %s on them, which needs the memory "
+                "of the whole batch. Run that in call, and return its result as one more output.",
                 _listed(found.runs),
             )
         return
     numbers = [found.name for found in found.coupled if found.why == NUMBER]
     _log.warning(
-        "%s: %s the predictions of all rows, at the price of one more forward. gather=False %s.",
+        "%s: %s the predictions of all rows, at the cost of one more forward pass. gather=False "
+        "%s.",
         _reasons(found.coupled),
         {1: "it gets", 2: "both get"}.get(len(found.coupled), "they get"),
-        f"takes {_listed(numbers)} for a mean over rows"
+        f"treats {_listed(numbers)} as a mean over rows"
         if numbers
         else "shows it the rows of a micro-batch only",
     )
@@ -42,14 +43,14 @@ def say_what_is_not_gathered(model: keras.Model, found: Found) -> None:
     """Warns of losses that need all rows and, by `gather=False`, do not get them."""
     if found.gathering is not None and found.gathering.losses is None:
         _log.warning(
-            "%s overrides compute_loss: its result is taken for one mean over rows.",
+            "%s overrides compute_loss: its result is treated as one mean over rows.",
             type(model).__name__,
         )
     for name, why, differs in found.coupled:
         if why == COMPARES:
             _log.warning(
-                "gather=False was asked for, but %s gives a row another value when other rows are "
-                "there. Got values that differ by %.0e. Leave gather out.",
+                "gather=False is set, but %s gives a row another value when the other rows "
+                "change. Got values that differ by %.0e. Leave gather out.",
                 *(name, differs),
             )
 

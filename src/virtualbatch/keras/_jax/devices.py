@@ -1,8 +1,8 @@
 """The devices over which `keras.distribution` spreads the rows of a batch, and a cut by them.
 
-A type says nothing of devices inside a program of Keras, whose meshes leave them to XLA. So the
-distribution in use is asked, and each micro-batch takes the same rows of every device: none moves
-to another one, and every device computes its own.
+Inside a program of Keras types do not show devices, because its meshes leave them to XLA. So the
+distribution in use is read, and each micro-batch takes the same number of rows from every device:
+no row moves to another device, and every device computes its own.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""A function of a model on JAX, run once: as one program, which nobody optimises."""
+"""A function of a model on JAX, run once as one program that is not optimised."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

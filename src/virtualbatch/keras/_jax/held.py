@@ -81,7 +81,7 @@ def weights_are_gone(error: BaseException, state: State) -> MemoryError:
     got = "memory ran out" if asked is None else f"{readable_bytes(asked)} more were asked for"
     size = readable_bytes(sum(value.nbytes for value in jax.tree.leaves(state)))
     return MemoryError(
-        "A window of a shape that has fitted must fit again, for JAX overwrites the weights that "
+        "A window whose shape fitted once must fit again, because JAX overwrites the weights that "
         f"it is given. Got a later one for which {got}, so {size} of weights, optimizer state and "
         "metrics are gone. Load the last checkpoint, and leave more memory free: pass a smaller "
         "microbatch_size, or keep less else on the device."

@@ -1,4 +1,4 @@
-"""Planning for Keras on JAX: what XLA says of a whole update, and how long it takes."""
+"""Planning for Keras on JAX: the memory of a whole update as XLA reports it, and its time."""
 
 import math
 import time

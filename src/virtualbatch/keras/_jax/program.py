@@ -1,4 +1,4 @@
-"""A train step of JAX, compiled as Keras compiles it, whose optimizer only looks on."""
+"""A train step of JAX, compiled as Keras compiles it, whose optimizer changes nothing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +18,8 @@ QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_pass
 class JaxProgram:
     """See `virtualbatch.keras._backend.Program`.
 
-    JAX makes zeros where a loss does not reach a variable. They come from no input of the program,
-    so the program tells which gradients there are.
+    JAX makes zeros where a loss does not reach a variable. They depend on no input of the program,
+    so the program shows which gradients are real.
 
     Args:
         model: a model that is built and compiled.

@@ -202,8 +202,8 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
             processes = processes_of_rows()
             if processes > 1 and is_automatic(step.microbatch_size):
                 raise ValueError(
-                    'microbatch_size="auto" is planned in one process, and all must cut alike. '
-                    f"Got {processes} processes. Pass what plan finds in one process."
+                    'microbatch_size="auto" is planned in one process, but all processes must cut '
+                    f"alike. Got {processes} processes. Pass what plan finds in one process."
                 )
 
             def attempt() -> Any:
@@ -214,8 +214,8 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
                     if processes == 1 or not MEMORY.errors.is_possible(error):
                         raise
                     raise RuntimeError(
-                        "All processes must run the same program, so that none runs a batch again "
-                        f"by itself. Got memory that ran out in one of {processes} processes. "
+                        "All processes must run the same program, so none can run a batch again "
+                        f"by itself. Got an out-of-memory error in one of {processes} processes. "
                         "Pass a smaller microbatch_size."
                     ) from error
 

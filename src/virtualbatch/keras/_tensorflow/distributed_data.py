@@ -1,4 +1,4 @@
-"""Batches of several replicas: taken out of their iterator, looked at as one, and given back."""
+"""Batches of several replicas: taken out of their iterator, read as one, and given back."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,8 @@
-"""How many replicas Keras is told of while some of its code runs.
+"""Shows Keras one replica while some of its code runs.
 
-Keras divides every mean by the number of replicas, as a batch is a mean over replicas to it. The
-shares of a window sum to 1 over all replicas already, so its losses must run as on one device.
+Keras divides every mean by the number of replicas, because it treats a batch as a mean over
+replicas. The shares of a window already sum to 1 over all replicas, so its losses must run as on
+one device.
 """
 
 from collections.abc import Iterator

@@ -29,19 +29,19 @@ def refuse_replicas(model: keras.Model) -> None:
         )
     if model.run_eagerly:
         raise ValueError(
-            "Several replicas are trained in a graph. "
-            f"Got run_eagerly=True in {named_strategy(model)}. Compile without it."
+            "Several replicas must be trained in a graph. Got run_eagerly=True in "
+            f"{named_strategy(model)}. Compile without it."
         )
     layers = list(model._flatten_layers())
     waiting = [layer.name for layer in layers if getattr(layer, "synchronized", False)]
     if waiting:
         raise ValueError(
-            "A layer must not wait for other replicas in each micro-batch, of which they may have "
-            f"more or fewer. Got synchronized=True in {', '.join(waiting)}. Leave it out: "
-            "moving averages are those of all rows, with and without it."
+            "A layer must not wait for other replicas in each micro-batch, because they may run "
+            f"more or fewer micro-batches. Got synchronized=True in {', '.join(waiting)}. Leave "
+            "it out: moving averages are those of all rows, with and without it."
         )
     if any(are_overwritten(model.trainable_variables)):
         raise ValueError(
-            "What a layer sets in its backward pass is not summed over replicas. "
-            f"Got float8 layers in {named_strategy(model)}. Train them on one device."
+            "Values that a layer sets in its backward pass are not summed over replicas. Got "
+            f"float8 layers in {named_strategy(model)}. Train them on one device."
         )

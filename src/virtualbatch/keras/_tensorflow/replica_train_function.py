@@ -1,7 +1,7 @@
 """The train function of a model that accumulates on several replicas.
 
-What is tried of a first window is tried on one device, with the rows of all replicas, before any
-replica starts: a replica that fails alone leaves the others waiting.
+The first window proves itself on one device, with the rows of all replicas, before any replica
+starts: a replica that fails alone would leave the others waiting.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """One batch of `fit` as the micro-batches of several replicas of a `tf.distribute` strategy.
 
-Each replica knows the rows and weights of all before its first micro-batch, so its sums are parts
-of those of the whole batch. They are summed once, after the loop, and the optimizer gets the sums.
+Each replica knows the rows and weights of all replicas before its first micro-batch, so its sums
+are parts of the whole batch's sums. They are summed over replicas once, after the loop, and the
+optimizer gets the result.
 """
 
 from collections.abc import Callable, Sequence

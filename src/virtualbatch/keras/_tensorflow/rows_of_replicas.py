@@ -1,4 +1,4 @@
-"""Rows of all replicas: what each replica has of an array is put together, on every one of them.
+"""Puts together the rows that replicas have of an array, on every replica.
 
 Each replica puts its rows between zeros, and sums add them up. So any number of arrays, of any
 numbers of rows, takes as many reductions.

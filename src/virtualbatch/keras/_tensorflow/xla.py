@@ -1,8 +1,8 @@
-"""Whether XLA makes updates of a planned size faster, for a model that Keras trains the other way.
+"""Measures whether the other setting of `jit_compile` makes updates of a planned size faster.
 
-XLA gains on transformers and loses on convolutions on the same CPU, so no default is right. Keras
-does not keep whether `jit_compile` was "auto" or asked for, so the plan says what is faster, and
-changes nothing.
+On one CPU, XLA is faster for transformers and slower for convolutions, so no default is right.
+Keras does not keep whether `jit_compile` was "auto" or set by the user, so the plan reports what is
+faster, and changes nothing.
 """
 
 from collections.abc import Callable

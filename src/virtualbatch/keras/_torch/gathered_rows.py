@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
 
 class GatheredRows:
-    """What every micro-batch of a window has one entry per row of.
+    """Tensors of which every micro-batch of a window has one entry per row.
 
     Memory for all rows is taken at once, so that they never exist twice.
 

@@ -21,7 +21,7 @@ class Gradients:
     Args:
         parameters: trainable parameters, each once.
         overwritten: for each, whether its gradient is its new value.
-        norms: is told when a micro-batch ends, if statistics are asked for.
+        norms: is called when a micro-batch ends, if statistics are needed.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from virtualbatch.window.terms import SINGLE
 
 
 class LossesOfFit(ModuleLosses):
-    """Hears of the losses of a model's windows."""
+    """Receives the losses of a model's windows."""
 
     def told(self, logs: dict[str, Any]) -> dict[str, Any]:
         """Logs of a step as Keras knows them; the rest is heard of."""

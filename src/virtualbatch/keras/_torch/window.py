@@ -62,7 +62,7 @@ class WindowRun:
     """One batch of `fit` as micro-batches.
 
     Attributes:
-        told_of: what the logs tell of each micro-batch beside its loss.
+        told_of: what the logs hold of each micro-batch beside its loss.
 
     Args:
         model: a model that is built and compiled.

@@ -1,6 +1,6 @@
 """Watching eager operations: their values with their lines, and random numbers kept by row.
 
-TensorFlow tells whoever asks of each operation that Python runs.
+TensorFlow calls a registered function for each operation that Python runs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ _DRAWS = ("RandomUniform", "RandomNormal", "RandomStandardNormal", "TruncatedNor
 
 
 class RowwiseRandom:
-    """Random numbers that belong to rows: whatever rows run together, each draws as before.
+    """Random numbers that belong to rows: each row draws the same, whatever rows run with it.
 
     Args:
         rows: rows of the whole batch.

@@ -5,7 +5,7 @@ from tensorflow.python.eager import context
 
 
 class EagerRandom:
-    """Where eager random numbers stand; without a global seed nothing follows from that."""
+    """The position of eager random numbers; without a global seed it determines nothing."""
 
     def __init__(self) -> None:
         self._seeded = getattr(context.context(), "_rng", None)

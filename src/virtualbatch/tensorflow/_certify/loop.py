@@ -15,23 +15,29 @@ def certify_loop(
     microbatch_size: int,
     **state: Any,
 ) -> Certificate:
-    """Proves that a loop of your own makes the updates of the whole batch, or names its mistake.
+    """Proves that your training loop makes the updates of the whole batch, or names its mistake.
 
-    See `virtualbatch.certify_loop`. Set seeds inside the loop if it draws random numbers.
+    The loop runs on micro-batches and, with `accumulation_steps=1`, on the same rows as whole
+    batches. Both runs must leave the same state. See `virtualbatch.certify_loop`. Set seeds inside
+    the loop if it draws random numbers.
 
     Args:
-        loop: (list of micro-batches, accumulation_steps) -> anything. It trains in place, and may
-            call a `tf.function`.
-        batches: two whole batches or more, in a list, a loader or any iterable.
-        microbatch_size: rows of one micro-batch; fewer than a batch has.
-        **state: what the loop trains, by names of your own: models, optimizers (built), buffers,
-            averages of weights; anything with `variables`, variables, and lists of them.
+        loop: a function of a list of micro-batches and `accumulation_steps`. It trains in place,
+            and its result is ignored. It may call a `tf.function`.
+        batches: two whole batches or more, in a list, a loader or another iterable. The first two
+            are used.
+        microbatch_size: the rows of one micro-batch: fewer than a batch has.
+        **state: what the loop trains, under names of your choice: models, built optimizers,
+            buffers, averages of weights. Each is an object with `variables`, a variable, or a list
+            of these.
 
     Returns:
-        The certificate. All of the state is as before.
+        The certificate. All of the state is as before the call.
 
     Raises:
-        ValueError: see `virtualbatch.certify_loop`; or a variable is made by the first update.
+        ValueError: there is nothing to compare, the loop is not deterministic, or the state is not
+            finite.
+        ValueError: the first update creates a variable. Build the optimizer before the call.
         TypeError: a part of the state has no variables.
 
     Example:

@@ -76,7 +76,7 @@ class TensorFlowTrainingStep(TrainingStep):
         if self._random.draws:
             self.notes = [
                 *self.notes,
-                "Random numbers were kept by row, so that every cut drew the same ones.",
+                "Each row kept its random numbers, so every cut drew the same ones.",
             ]
         self.narrow = self._half_weights()
         self.restore()

@@ -1,9 +1,9 @@
-"""Peak memory of a window, measured: TensorFlow cannot tell it beforehand.
+"""Peak memory of a window, measured, because TensorFlow cannot predict it.
 
 On a GPU its allocator counts, and on the host too where a process was started with
 TF_CPU_ALLOCATOR_USE_BFC=true. Elsewhere the kernel keeps the peak of the resident memory and resets
-it on request. What the allocator kept of an earlier window is then not seen to be used again, so
-sizes are measured from small to large.
+it on request. This does not show when memory that the allocator kept from an earlier window is used
+again, so sizes are measured from small to large.
 """
 
 import sys
@@ -31,7 +31,7 @@ class PeakMemory:
     """Peaks of functions above what the process held when this was made.
 
     Raises:
-        NotImplementedError: neither a GPU nor the kernel tells a peak.
+        NotImplementedError: neither a GPU nor the kernel reports a peak.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class PeakMemory:
 
 
 class Watched:
-    """A window of which each run tells its time, and its peak where that is to be had.
+    """A window whose runs report their time, and their peak where it can be measured.
 
     Args:
         run: runs the window and waits for it; () -> seconds that it took.

@@ -30,8 +30,8 @@ def signature(program: Program, batch: Any) -> Signature:
         if graph and (is_ragged or not tf.TensorShape(array.shape).is_fully_defined()):
             got = "a ragged array" if is_ragged else f"shape {array.shape}"
             raise ValueError(
-                'microbatch_size="auto" must see whole shapes while a graph is traced. '
-                f"Got {got} in {place}. Call plan on a batch beforehand, and pass what it finds."
+                'microbatch_size="auto" needs fully known shapes while a graph is traced. Got '
+                f"{got} in {place}. Call plan on a batch beforehand, and pass what it finds."
             )
     if rows is None:
         raise ValueError("internal: a batch has no number of rows.")

@@ -77,9 +77,9 @@ class Attempts(NamedTuple):
             rows = _most_rows(cut)
             raise MemoryError(
                 "The gradient of a rowwise function needs the memory of a micro-batch once more. "
-                f"Got micro-batches of {rows} rows, which ran out of it after their outputs were "
-                "used, and random numbers or layers that depend on them. "
-                f"Pass microbatch_size={max(1, rows // 2)}."
+                f"Got an out-of-memory error with micro-batches of {rows} rows, which cannot be "
+                "made smaller now: their outputs are in use, and random numbers or layers depend "
+                f"on the cut. Pass microbatch_size={max(1, rows // 2)}."
             ) from error
 
     def _until_it_fits(self, run: Pass, cut: Sequence[Segment], before: State) -> Any:

@@ -1,7 +1,7 @@
 """A function of rows that runs in micro-batches, and differentiates like the function itself."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import tensorflow as tf
 
@@ -21,20 +21,23 @@ from virtualbatch.tensorflow._segment import Segment
 from virtualbatch.tensorflow._window import Program
 from virtualbatch.window.window import Window, check_cut
 
+# What a function returns: tensors with one entry per row, in any structure.
+Outputs = TypeVar("Outputs")
 
-class Rowwise:
+
+class Rowwise(Generic[Outputs]):
     """What `virtualbatch.tensorflow.rowwise` returns.
 
     Args:
         fn: (batch, *shared) -> outputs.
         microbatch_size: checked; or "auto", an `Auto`, or None.
         accumulation_steps: checked, or None.
-        check: whether the first call proves that each row stands alone.
+        check: whether the first call proves that each row is computed from that row alone.
     """
 
     def __init__(
         self,
-        fn: Callable[..., Any],
+        fn: Callable[..., Outputs],
         microbatch_size: Any,
         accumulation_steps: int | None,
         check: bool,
@@ -45,7 +48,7 @@ class Rowwise:
         self._auto = microbatch_size if isinstance(microbatch_size, Auto) else Auto()
         self._surrogates = Surrogates(fn)
 
-    def __call__(self, batch: Any, *shared: Any) -> Any:
+    def __call__(self, batch: Any, *shared: Any) -> Outputs:
         """The outputs for all rows of a batch, or of a Window."""
         flat_leaves("batch", batch)
         if isinstance(batch, Window):

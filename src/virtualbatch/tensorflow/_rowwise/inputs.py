@@ -14,9 +14,9 @@ from virtualbatch.window.window import Window
 class Inputs:
     """Tensors that enter a node of differentiation.
 
-    A graph may be differentiated from outside, which it does not know. So there every tensor
-    enters, and the gradients of those that no tape inside records are left out as such a tape asks:
-    the rows' would be as large as the batch.
+    A graph may be differentiated from outside, which cannot be seen while it is traced. So in a
+    graph every tensor enters. A tape inside does not get the gradients of tensors that it does not
+    record: those of the rows would be as large as the batch.
 
     Args:
         columns: for each input its tensors: one, or its pieces in the order of rows.

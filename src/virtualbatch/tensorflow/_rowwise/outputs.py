@@ -75,9 +75,9 @@ def check_outputs(leaves: Sequence[tuple[str, Any]], rows: int | None) -> bool:
     for place, leaf in leaves:
         if isinstance(leaf, tf.RaggedTensor | tf.SparseTensor | tf.IndexedSlices):
             raise TypeError(
-                "What fn returns must be dense tensors. "
-                f"Got {place} of type {type(leaf).__name__}. "
-                "Return its to_tensor(), or what comes of it for each row."
+                f"What fn returns must be dense tensors. Got {place} of type "
+                f"{type(leaf).__name__}. Return its to_tensor(), or one entry per row computed "
+                "from it."
             )
     known = [(place, leaf) for place, leaf in leaves if not _is_open(leaf, rows)]
     check_entries(known, rows)

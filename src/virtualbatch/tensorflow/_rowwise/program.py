@@ -1,4 +1,4 @@
-"""What the graph of a function tells: the variables it reaches, and what could not run twice."""
+"""What the graph of a function shows: the variables it reaches, and what cannot run twice."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple

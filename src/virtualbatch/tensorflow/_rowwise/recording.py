@@ -1,6 +1,6 @@
 """What tapes record: whether any does, whether one needs a tensor's gradient, and a pause of all.
 
-A tape tells only whoever holds it; there is no public name for all tapes of a thread.
+Only the holder of a tape can ask it; there is no public name for all tapes of a thread.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,58 +1,61 @@
 """The verb: a function of rows on the memory of a micro-batch."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 from virtualbatch.plan.auto import Auto, check_sizes_or_auto
-from virtualbatch.tensorflow._rowwise.function import Rowwise
+from virtualbatch.tensorflow._rowwise.function import Outputs, Rowwise
 from virtualbatch.window.options import check_flags
 
 
 def rowwise(
-    fn: Callable[..., Any],
+    fn: Callable[..., Outputs],
     *,
-    microbatch_size: int | str | Auto | None = None,
+    microbatch_size: int | Literal["auto"] | Auto | None = None,
     accumulation_steps: int | None = None,
     check: bool = True,
-) -> Rowwise:
-    """The same function on the memory of a micro-batch, for losses that couple rows.
+) -> Rowwise[Outputs]:
+    """A function like fn, with the memory of a micro-batch, for losses that need all rows at once.
 
-    Wrap what comes before rows meet, and let the loss see all rows: contrastive and ranking losses,
-    Dice, correlations and their like are then exact. The function runs in micro-batches, of which
-    only the outputs are kept; when a tape asks for its gradient, it runs again. So it costs one
-    more forward. Tape, loss, clipping, scaling and optimizer stay as they are, eagerly, inside
-    `tf.function` and with XLA.
+    Wrap the part of the model that treats each row alone, such as the encoders of a contrastive
+    loss. The loss stays outside and runs once, on the outputs of all rows. So contrastive and
+    ranking losses, Dice, correlations and similar losses are exact. Tape, clipping, scaling and
+    optimizer lines stay as they are, eagerly, inside `tf.function` and with XLA.
 
-    Random numbers are drawn again as they were, and what the function writes to variables stands
-    as after one run of each micro-batch, in order: a BatchNorm normalises by micro-batches, and
-    updates its moving statistics once for each. Where no tape records eagerly, and where a
-    micro-batch holds all rows, this is the function itself. Inside `strategy.run` it is given the
-    rows of one replica; `all_gather` of its outputs shows each loss the rows of all.
+    The forward pass runs fn in micro-batches and keeps only the outputs. When a tape asks for the
+    gradient, fn runs again with the same random numbers. So the price is one more forward.
+    Variables that fn writes hold what they hold after one run of each micro-batch, in order: a
+    BatchNorm normalises by micro-batches and updates its moving statistics once for each.
+
+    fn runs unchanged where no tape records eagerly, and where one micro-batch holds all rows.
+    Inside `strategy.run` the batch is the rows of one replica, and `all_gather` of the outputs
+    gives each loss the rows of all replicas.
 
     Args:
-        fn: (batch, *shared) -> outputs: a nested structure of dense tensors with one entry per row
-            and of None. What is no tensor goes to every micro-batch as it is. `tf.function` must be
-            able to trace it; that is done once for each structure of a batch.
-        microbatch_size: rows of one forward and backward; or "auto" or an `Auto`, which plan it at
-            the first batch.
-        accumulation_steps: micro-batches per batch: `microbatch_size = ceil(rows / steps)`.
-        check: whether eagerly the first call proves, on a few rows, that each row stands alone. In
-            a graph run `certify` once.
+        fn: a function of `(batch, *shared)`. It returns a nested structure of dense tensors with
+            one entry per row, or of None. `tf.function` must be able to trace it, which happens
+            once per structure of a batch. Each micro-batch gets a shared argument whole.
+        microbatch_size: the rows of one forward and backward. `"auto"` or an `Auto` plans the size
+            at the first batch. Leave it out if the batch is a `Window`.
+        accumulation_steps: the micro-batches per batch, instead of a size:
+            `microbatch_size = ceil(rows / accumulation_steps)`.
+        check: whether the first eager call checks, on a few rows, that fn computes each row from
+            that row alone. In a graph nothing is checked, so run `certify` once.
 
     Returns:
-        A function of the batch, or of a `Window` without a size, and of the shared arguments, which
-        every micro-batch gets whole. Its gradients reach variables, shared arguments and the
-        batch. A derivative of these gradients is right, too, but not on less memory.
+        A function of `(batch, *shared)`. Its gradients reach variables, shared arguments and the
+        batch. A derivative of these gradients is right too, but needs the memory of all rows.
 
     Raises:
-        ValueError: sizes are not positive integers or disagree. The function that is returned
-            raises it where an output has not one entry per row, where outputs of micro-batches
-            differ in structure, where random numbers cannot be drawn again, where `fn` uses a
-            tensor from outside that takes a gradient, where a forward-mode derivative is asked
-            for, and where the first rows show that a row does not stand alone.
-        MemoryError: memory ran out in the second run, where smaller micro-batches would have given
-            other outputs; or one row does not fit.
-        TypeError: `fn` is no function, or returns what is no dense tensor.
+        ValueError: a size is not a positive integer, or two sizes disagree.
+        ValueError: when called: an output has not one entry per row, depends on other rows, or
+            changes its structure between micro-batches.
+        ValueError: when called: fn draws random numbers that cannot be drawn again, or uses a
+            tensor from outside that takes a gradient.
+        ValueError: when called: a forward-mode derivative is asked for.
+        MemoryError: not even one row fits; or the second run ran out of memory, and smaller
+            micro-batches would have given other outputs.
+        TypeError: fn is not a function, or returns something that is not a dense tensor.
 
     Example:
         >>> import tensorflow as tf

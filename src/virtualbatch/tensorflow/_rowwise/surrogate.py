@@ -1,4 +1,4 @@
-"""An ordinary loss with the derivatives of a function of rows: what is tried, certified, planned.
+"""An ordinary loss that represents a function of rows in trials, certificates and plans.
 
 The products of its outputs with fixed numbers are added up over rows, so it is a sum over rows
 exactly where the function works row by row.
@@ -39,7 +39,7 @@ _MOST_TRACES = 4
 
 
 class _Given:
-    """The function with the shared arguments of the call in which it is looked at."""
+    """The function with the shared arguments of the call that is examined."""
 
     def __init__(self, fn: Callable[..., Any]):
         self._fn = fn
@@ -59,7 +59,7 @@ class _Given:
 
 
 class Learnt:
-    """What a trace of a function told.
+    """What a trace of a function showed.
 
     Args:
         reached: its variables.
@@ -192,8 +192,8 @@ class Surrogates:
         program = self.learnt(whole.get(0), Shared(())).certified(variables)
         if program is None:
             raise ValueError(
-                "A certificate compares gradients. Got a function of which no output can have one. "
-                "Return floating tensors."
+                "A certificate compares gradients. Got a function whose outputs have none. Return "
+                "floating tensors."
             )
         return program, _numbered(batch, [whole.rows(0)])
 
@@ -208,8 +208,8 @@ class Surrogates:
         rows = common_rows(named_arrays(batch))
         if rows is None:
             raise ValueError(
-                'microbatch_size="auto" must see whole shapes while a graph is traced. '
-                "Got open rows. Pass a number."
+                'microbatch_size="auto" needs fully known shapes while a graph is traced. Got an '
+                "unknown number of rows. Pass a number."
             )
         # Out of the user's graph, if there is one; then without its values.
         with tf.init_scope():
@@ -217,8 +217,8 @@ class Surrogates:
             zeros = [tf.zeros(spec.shape, spec.dtype) for spec in shared.specs]
         if learnt.planned is None:
             raise ValueError(
-                'microbatch_size="auto" measures gradients of variables. '
-                "Got a function that reaches none. Pass a number."
+                'microbatch_size="auto" measures gradients of variables. Got a function that uses '
+                "none. Pass a number."
             )
         with learnt.given.called_with(shared.arguments(zeros if is_graph else shared.tensors)):
             return planned_size(learnt.planned, _numbered(batch, [rows]), sizes)

@@ -1,4 +1,4 @@
-"""Which of several weights a loss was divided by, found out on a few rows of the user's own."""
+"""Which of several weights a loss was divided by, found by trying a few of the user's rows."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The dtypes that layers compute in, which neither parameters nor a loss may show.
+"""The dtypes that layers compute in, which parameters and a loss may not show.
 
 A model that opens autocast in its own forward pass, as Accelerate's do, is float32 from outside.
 """

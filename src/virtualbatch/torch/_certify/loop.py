@@ -20,23 +20,29 @@ def certify_loop(
     microbatch_size: int,
     **state: Any,
 ) -> Certificate:
-    """Proves that a loop of your own makes the updates of the whole batch, or names its mistake.
+    """Proves that your training loop makes the updates of the whole batch, or names its mistake.
 
-    See `virtualbatch.certify_loop`. Set seeds inside the loop if it draws random numbers.
+    The loop runs on micro-batches and, with `accumulation_steps=1`, on the same rows as whole
+    batches. Both runs must leave the same state. See `virtualbatch.certify_loop`. Set seeds inside
+    the loop if it draws random numbers.
 
     Args:
-        loop: (list of micro-batches, accumulation_steps) -> anything. It trains in place.
-        batches: two whole batches or more, in a list, a loader or any iterable.
-        microbatch_size: rows of one micro-batch; fewer than a batch has.
-        **state: what the loop trains, by names of your own: modules, optimizers, schedulers,
-            averages of weights, anything with `state_dict` and `load_state_dict`.
+        loop: a function of a list of micro-batches and `accumulation_steps`. It trains in place,
+            and its result is ignored.
+        batches: two whole batches or more, in a list, a loader or another iterable. The first two
+            are used.
+        microbatch_size: the rows of one micro-batch: fewer than a batch has.
+        **state: what the loop trains, under names of your choice: modules, optimizers, schedulers,
+            averages of weights. Each needs `state_dict` and `load_state_dict`.
 
     Returns:
-        The certificate. All of the state is as before, and `.grad`s of modules are None.
+        The certificate. All of the state is as before the call, and the `.grad` values of modules
+        are None.
 
     Raises:
-        ValueError: see `virtualbatch.certify_loop`.
-        TypeError: a part of the state has no `state_dict`.
+        ValueError: there is nothing to compare, the loop is not deterministic, or the state is not
+            finite.
+        TypeError: a part of the state has no `state_dict` and `load_state_dict`.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)

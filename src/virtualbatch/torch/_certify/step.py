@@ -69,7 +69,7 @@ class TorchTrainingStep(TrainingStep):
             told = self._random.learn(len(self.pieces[0]))
         if self._random.draws:
             notes.append(
-                "Random numbers were kept by row, so that every cut drew the same ones."
+                "Each row kept its random numbers, so every cut drew the same ones."
                 if told
                 else "Randomness was replaced by constants, because its numbers do not belong to "
                 "rows."
@@ -255,8 +255,8 @@ def _parameter_names(program: Program) -> dict[str, torch.nn.Parameter]:
 def _refuse_described(losses: Iterable[torch.Tensor]) -> None:
     if any(loss.is_meta for loss in losses):
         raise ValueError(
-            "certify compares values. Got a loss on the device meta, which has none. "
-            "Compute it on a device that computes."
+            "certify compares values. Got a loss on the device meta, which has none. Compute it "
+            "on a real device, such as cpu."
         )
 
 

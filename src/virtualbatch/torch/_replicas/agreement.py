@@ -1,8 +1,8 @@
-"""What the ranks of a window tell each other: small vectors of numbers, and never a pickle.
+"""What the ranks of a window send each other: small vectors of numbers, never a pickle.
 
 Before the first micro-batch they add up weights, of which shares are formed. After the last one
-they learn whether all have succeeded, before anything is written. So a rank that fails is known to
-all, and none waits for gradients that will not come.
+they exchange whether all have succeeded, before anything is written. So all ranks know of a failed
+rank, and none waits for gradients that will not come.
 """
 
 import math
@@ -29,15 +29,15 @@ _NUMBERS = 4 + len(_DTYPES)
 
 
 class Agreement:
-    """The messages of one window; a context whose errors are told to the other ranks.
+    """The messages of one window; a context whose errors are sent to the other ranks.
 
     Args:
         group: the ranks.
         device: of the module, where the loss comes back.
         parameters: how many there are, the same number on all ranks.
         channels: of each BatchNorm layer whose statistics are merged, the same on all ranks.
-        in_step: whether ranks run each micro-batch at the same time. Then none can be told of a
-            failure while they run: what they wait for are gathers of their module.
+        in_step: whether ranks run each micro-batch at the same time. Then a failure cannot be
+            sent while they run, because they wait in gathers of their module.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Agreement:
         try:
             self._tell()
         except RuntimeError as lost:
-            error.add_note(f"The other ranks could not be told: {lost}")
+            error.add_note(f"The other ranks could not be notified: {lost}")
 
     def most(self, count: int) -> int:
         """The most micro-batches that a rank wants, which all are to run.
@@ -110,8 +110,8 @@ class Agreement:
         names = sorted(weights.weighed, key=str)
         if len(names) > _MOST_TERMS:
             raise ValueError(
-                f"A loss of several ranks may have {_MOST_TERMS} weights. "
-                f"Got {len(names)}. Add up the terms that have the same weight."
+                f"A loss of several ranks may have at most {_MOST_TERMS} weights. Got "
+                f"{len(names)}. Add up the terms that have the same weight."
             )
         # Refuses what is no weight, before it meets those of others.
         weights.shares()
@@ -126,8 +126,8 @@ class Agreement:
         self._check_others(failed)
         if not ranks:
             raise ValueError(
-                "A window must have a row on some rank. "
-                f"Got none on any of {self._size}. Skip it on all ranks."
+                f"A window must have a row on at least one rank. Got none on any of {self._size} "
+                "ranks. Skip it on all ranks."
             )
         if not is_common(ranks, codes, squares):
             here = ", ".join(map(str, weights.terms)) if weights.terms else "no named terms"

@@ -52,8 +52,8 @@ def check_ddp(module: Any) -> None:
     if module.static_graph:
         raise ValueError(
             "DistributedDataParallel must not have static_graph=True: PyTorch loses the gradients "
-            "of its no_sync passes. Got static_graph=True. Leave it out; parameters that are used "
-            "sometimes, and checkpointing, need nothing here."
+            "of its no_sync passes. Got static_graph=True. Leave it out: checkpointing, and "
+            "parameters that only some updates use, work without it."
         )
     for option, is_set in (
         ("mixed_precision", module.mixed_precision is not None),
@@ -62,8 +62,8 @@ def check_ddp(module: Any) -> None:
     ):
         if is_set:
             raise ValueError(
-                "Gradients are reduced here after the window. "
-                f"Got a DistributedDataParallel with {option}. Make it without."
+                "virtualbatch reduces gradients after the window. Got a DistributedDataParallel "
+                f"with {option}. Make it without that option."
             )
     refuse_talking_layers(module)
 
@@ -77,8 +77,8 @@ def refuse_talking_layers(module: torch.nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, torch.nn.SyncBatchNorm) and layer.training:
             raise ValueError(
-                "A layer that talks to other ranks must run equally often on all. Got "
-                "SyncBatchNorm. Use BatchNorm, whose statistics are merged over ranks."
+                "A layer that communicates with other ranks must run equally often on all of "
+                "them. Got SyncBatchNorm. Use BatchNorm, whose statistics are merged over ranks."
             )
 
 

@@ -68,8 +68,9 @@ class Replicated(Replicas):
         grads = [parameter.grad for parameter in self._found.parameters]
         if program.stats and any(x is not None and bool(x.any()) for x in grads):
             raise ValueError(
-                "Statistics over ranks are those of gradients that have met, so .grad must be "
-                "empty. Got gradients of an earlier window in it. Call zero_grad() before."
+                "Statistics over ranks need an empty .grad, because reduced gradients are added "
+                "to what it holds. Got gradients of an earlier window in it. Call zero_grad() "
+                "before."
             )
 
     def begin(self, *, is_filler: bool, is_last: bool) -> None:
@@ -159,7 +160,8 @@ class Replicated(Replicas):
                 raise ValueError(
                     "Gradients of all parameters must be added up over ranks. Got a parameter of "
                     f"shape {tuple(parameter.shape)} that the DistributedDataParallel does not "
-                    "hold, or ignores. Wrap all that is trained in it, or freeze the parameter."
+                    "hold, or ignores. Wrap a module that holds every trained parameter, or "
+                    "freeze this one."
                 )
 
 
@@ -168,7 +170,7 @@ class _MadeFor(NamedTuple):
 
     Fields:
         number: of its parameters.
-        parameters: those that it tells, by identity.
+        parameters: those that it lists, by identity.
     """
 
     number: int
@@ -176,7 +178,7 @@ class _MadeFor(NamedTuple):
 
 
 class _KeepsBuckets:
-    """A reducer whose forward passes change no buckets, for which all ranks would have to be there.
+    """A reducer whose forward passes change no buckets, which would need all ranks.
 
     Args:
         reducer: of a DistributedDataParallel.
@@ -193,7 +195,7 @@ class _KeepsBuckets:
 
 
 class _Reach(torch.autograd.Function):
-    """A scalar whose graph reaches parameters, and gives them nothing."""
+    """A scalar whose graph reaches parameters, and gives them no gradient."""
 
     @staticmethod
     def forward(ctx: Any, *parameters: torch.Tensor) -> torch.Tensor:
@@ -236,8 +238,8 @@ def _refuse_partial(parameters: Sequence[torch.Tensor]) -> None:
         is_whole = False
     if not is_whole:
         raise RuntimeError(
-            "A DistributedDataParallel adds gradients up where they come to .grad. Got "
-            "autograd.grad, or a backward pass with inputs. Call backward() on the loss."
+            "A DistributedDataParallel reduces gradients as they reach .grad. Got autograd.grad, "
+            "or a backward pass with inputs=. Call backward() on the loss."
         )
 
 
@@ -279,9 +281,9 @@ def _refuse_others(module: DistributedDataParallel, trained: set[int]) -> None:
         return
     others = " others" if len(trained) == made_for.number else ""
     raise ValueError(
-        "A DistributedDataParallel must be made when it is known what is trained. "
-        f"Got {len(trained)} trainable parameters, and {made_for.number}{others} when it was made. "
-        "Wrap the module again after freezing or unfreezing."
+        "A DistributedDataParallel must be made after parameters are frozen or unfrozen. Got "
+        f"{len(trained)} trainable parameters, and {made_for.number}{others} when it was made. "
+        "Wrap the module again."
     )
 
 

@@ -1,4 +1,4 @@
-"""Who shares a window with this process: nobody, or the ranks of a module."""
+"""Which processes share a window: this one alone, or the ranks of a module."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -29,9 +29,9 @@ def replicas_of(found: Inventory, group: Any, reduce: str | None) -> Replicas | 
     _refuse_others(found)
     if group is False:
         raise ValueError(
-            "group=False says that ranks train apart. "
-            f"Got it with {type(found.distributed[0]).__name__}, which adds up their gradients. "
-            "Pass the module inside it, or leave group out."
+            "group=False is for ranks that train apart. Got it with "
+            f"{type(found.distributed[0]).__name__}, which adds up their gradients. Pass the "
+            "module inside it, or leave group out."
         )
     if all(isinstance(module, DistributedDataParallel) for module in found.distributed):
         # Only where there is one: a process alone imports nothing of it.
@@ -59,9 +59,9 @@ def refuse_in_step(found: Inventory) -> None:
     for module in found.distributed:
         if isinstance(module, classes_of("torch.distributed.fsdp", "FSDPModule")):
             raise ValueError(
-                'plan and microbatch_size="auto" look at one device. '
-                f"Got {type(module).__name__}, whose ranks run together. "
-                "Call plan with the module before it is sharded, and pass what it finds."
+                'plan and microbatch_size="auto" measure one device. Got '
+                f"{type(module).__name__}, whose ranks run together. Call plan with the module "
+                "before it is sharded, and pass what it finds."
             )
 
 
@@ -82,8 +82,8 @@ def refuse_replicas(found: Inventory) -> None:
 def _check_alone(found: Inventory, group: Any, reduce: str | None) -> None:
     if reduce is not None:
         raise ValueError(
-            "reduce says when gradients are added up over ranks. "
-            f"Got reduce={reduce!r} and no module that adds them up. Leave it out."
+            f"reduce is for modules that add up gradients over ranks. Got reduce={reduce!r} and "
+            "no such module. Leave it out."
         )
     if group is not None and group is not False:
         raise adds_nothing_up(type(found.roots[0]).__name__, f"group={type(group).__name__}")
@@ -106,8 +106,7 @@ def adds_nothing_up(what: str, where: str) -> ValueError:
         where: what shows that there are other ranks.
     """
     return ValueError(
-        "module must be what adds up gradients over ranks. "
-        f"Got {what} in {where}. "
+        f"module must be the wrapper that adds up gradients over ranks. Got {what} in {where}. "
         "Pass the DistributedDataParallel around it, such as trainer.strategy.model in Lightning, "
         "or group=False if the ranks train apart. See docs/guides/processes.md."
     )

@@ -1,10 +1,10 @@
 """Replicas of fully sharded modules: FSDP2, also with replicas of shards or tensor parallelism.
 
 Such a module gathers parameters in each forward and backward pass and adds up gradients itself, by
-default after each micro-batch, so that each rank holds its shard of them. What is survived: errors
-before the first micro-batch of a window and after the last are raised on all ranks, and nothing is
-written. What is not: a rank that raises between them leaves the others in a gather, until the
-process ends or the time limit of their group has passed.
+default after each micro-batch, so that each rank holds its shard of them. Errors before the first
+micro-batch of a window and after the last are raised on all ranks, and nothing is written. A rank
+that raises between them leaves the others in a gather, until the process ends or the time limit of
+their group has passed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -61,7 +61,7 @@ class Sharded(Replicas):
         if program.stats:
             raise ValueError(
                 "Statistics need the gradients of single micro-batches. Got stats=True with "
-                "fully_shard, which shows only what all ranks have added up. Leave stats out."
+                "fully_shard, which shows only sums over all ranks. Leave stats out."
             )
 
     def settle(self) -> None:
@@ -163,7 +163,8 @@ class Sharded(Replicas):
                 raise ValueError(
                     "Gradients of all parameters must be added up over ranks. Got a parameter of "
                     f"shape {tuple(parameter.shape)} that fully_shard does not hold, or ignores. "
-                    "Call fully_shard on all that is trained, or freeze the parameter."
+                    "Call fully_shard on a module that holds every trained parameter, or freeze "
+                    "this one."
                 )
 
     def _check_dtypes(self) -> None:

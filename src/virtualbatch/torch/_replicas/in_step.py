@@ -1,8 +1,8 @@
 """Micro-batches that all ranks run at the same time, because a forward pass gathers parameters.
 
-Ranks agree on a number, and each cuts its rows into as many. A rank with fewer rows runs fillers:
-its first row, or a row of zeros, which take part in everything that ranks do together and count
-nothing.
+Ranks agree on a number of micro-batches, and each cuts its rows into as many. A rank with fewer
+rows runs fillers: its first row, or a row of zeros. Fillers take part in all collectives, with
+weight 0.
 """
 
 from collections.abc import Sequence

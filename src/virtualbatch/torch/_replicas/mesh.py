@@ -27,9 +27,8 @@ def reducing_group(parameters: Sequence[torch.Tensor], given: Any) -> Any:
         largest: Any = max((x.device_mesh for x in parameters if isinstance(x, DTensor)), key=_ndim)
         names = largest.mesh_dim_names or tuple(range(largest.ndim))
         raise ValueError(
-            "Weights are summed over the ranks that hold different rows. "
-            f"Got parameters on a mesh {names} of which the module does not tell which. "
-            'Pass group=mesh["dp"].'
+            "Weights are summed over the ranks that hold different rows. Got parameters on a mesh "
+            f'{names}, which does not show which ranks these are. Pass group=mesh["dp"].'
         )
     if mesh is None:
         return _group(given)

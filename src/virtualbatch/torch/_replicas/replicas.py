@@ -1,4 +1,4 @@
-"""What every kind of replicas gives: a quiet place to run in, and gradients that meet once."""
+"""What every kind of replicas provides: local micro-batches, and one reduction of gradients."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -52,9 +52,9 @@ class Replicas(ABC):
 
     Attributes:
         group: their process group.
-        size: what the module divides gradients by: how many there are, unless it is told else.
+        size: what the module divides gradients by: the number of ranks, unless it is set.
         can_run_alone: whether a rank can run a micro-batch while the others do something else.
-        overlaps: whether gradients meet while the last micro-batch is differentiated.
+        overlaps: whether gradients are reduced while the last micro-batch is differentiated.
     """
 
     group: Any

@@ -18,28 +18,28 @@ def windows(
 ) -> "Windows | GroupWindows":
     """Groups a stream of micro-batches into windows, one per update.
 
-    Nothing is dropped: the last window is as short as the stream leaves it, and its own weight
-    divides it. With `group` each rank reads a stream of its own, of any length; the windows end
-    when all streams have, and a rank whose stream ends before yields `Window([])` until then.
+    Nothing is dropped. The last window holds what is left of the stream, and its own weight
+    divides it. With `group`, each rank reads its own stream, of any length, and the windows end
+    when all streams have ended. A rank whose stream ends earlier gets `Window([])` until then.
 
     Args:
-        stream: micro-batches, such as a `DataLoader`.
-        accumulation_steps: micro-batches per window on this rank; a positive integer.
-        group: the ranks that train together, a process group or a mesh; None where the length of
-            the stream alone decides. All ranks must read it at the same time, because they
-            exchange a small message before each window.
+        stream: the micro-batches, such as a `DataLoader`.
+        accumulation_steps: the micro-batches per window on this rank: a positive integer.
+        group: the ranks that train together, as a process group or a mesh. They exchange a small
+            message before each window, so all of them must read at the same time. None means that
+            only the length of this stream counts.
 
     Returns:
-        An iterable of Windows of `accumulation_steps` micro-batches, the last one maybe shorter. It
-        reads the stream anew for each epoch. Without `group` it has a length where the stream has
-        one; with it none, because other ranks may have more.
+        An iterable of `Window` values with `accumulation_steps` micro-batches each. The last one
+        may have fewer. Each epoch reads the stream again. Without `group` the result has a length
+        if the stream has one. With `group` it has none, because other ranks may have more windows.
 
     Raises:
-        ValueError: accumulation_steps is not a positive integer (at the call), or the stream gave
-            nothing, on any rank (when the first window is asked for), as a generator at a second
-            epoch.
-        TypeError: the stream is not iterable, or this rank is in no such group (at the call).
-        RuntimeError: the stream of another rank has failed (when a window is asked for).
+        ValueError: at the call: `accumulation_steps` is not a positive integer.
+        ValueError: at the first window: the stream is empty on all ranks, as a generator is in a
+            second epoch.
+        TypeError: at the call: the stream is not iterable, or this rank is not in the group.
+        RuntimeError: at a window: the stream of another rank has raised.
 
     Example:
         >>> found = windows("abcde", accumulation_steps=2)
@@ -75,8 +75,8 @@ class GroupWindows(Iterable[Window]):
         window = self._next(found)
         if self._largest(_READ if window else _ENDED) == _ENDED:
             raise ValueError(
-                "windows needs at least one micro-batch on some rank. Got an empty stream on all. "
-                "A generator can be read only once: pass a fresh one for each epoch."
+                "windows needs at least one micro-batch on some rank. Got an empty stream on all "
+                "ranks. A generator can be read only once: pass a fresh one for each epoch."
             )
         while True:
             yield window
@@ -95,15 +95,15 @@ class GroupWindows(Iterable[Window]):
             try:
                 self._exchange(_FAILED)
             except RuntimeError as lost:
-                error.add_note(f"The other ranks could not be told: {lost}")
+                error.add_note(f"The other ranks could not be notified: {lost}")
             raise
 
     def _largest(self, own: int) -> int:
         largest = self._exchange(own)
         if largest == _FAILED:
             raise RuntimeError(
-                "All ranks must read their streams. Got an error in that of another rank, before "
-                "this window. See the log of that rank."
+                "Every rank must be able to read its stream. Got an error in the stream of "
+                "another rank, before this window. See the log of that rank."
             )
         return largest
 

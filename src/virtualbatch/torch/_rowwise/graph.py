@@ -1,8 +1,8 @@
-"""What is refused of the graph that fn records: whatever comes from outside of it.
+"""Refuses what comes into the graph of fn from outside of it.
 
-Both passes call fn anew for each micro-batch. So nothing may be in the graphs of two micro-batches
-but what is known: a leaf that is there again takes a gradient that nobody gives it, and a node
-belongs to a graph that was recorded outside and is used up by the first backward pass.
+Both passes call fn again for each micro-batch. So the graphs of two micro-batches may share only
+what is known: another shared leaf would get no gradient, and a shared node belongs to a graph that
+was recorded outside and is used up by the first backward pass.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

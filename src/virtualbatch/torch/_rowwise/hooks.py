@@ -1,6 +1,6 @@
-"""Hooks of others on what is trained: they hear the gradient of the whole batch, or nothing.
+"""Foreign hooks on parameters: they get the gradient of the whole batch, or are not called.
 
-They are looked at in place: PyTorch holds the dictionaries that they are in.
+They are changed in place, because PyTorch holds the dictionaries that they are in.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -53,10 +53,10 @@ def spare_hooks(trained: Sequence[torch.Tensor], gradients: Sequence[torch.Tenso
 
 
 class _Spared:
-    """A hook of others, called if there is a gradient.
+    """A foreign hook, called if there is a gradient.
 
-    In another backward pass it is called as ever: the one that it was spared in has failed, and
-    PyTorch has told nobody of its end.
+    In any later backward pass it is called as usual: the pass that skipped it has then failed,
+    which PyTorch reports to no one.
     """
 
     def __init__(self, call: Callable[[Hook, Any], Any], hook: Hook):

@@ -31,9 +31,9 @@ def refuses_another_cut(
         advice = f"Pass microbatch_size={smaller}."
         if ERRORS.is_certain(error):
             raise MemoryError(
-                "The backward pass of a rowwise function must run the micro-batches of its forward "
-                "pass, whose random numbers or statistics belong to them. Got one that ran out of "
-                f"memory with micro-batches of {most_rows(cut)} rows. {advice}"
+                "The backward pass of a rowwise function must use the micro-batches of its "
+                "forward pass, because random numbers or statistics belong to them. Got an "
+                f"out-of-memory error with micro-batches of {most_rows(cut)} rows. {advice}"
             ) from error
         error.add_note(f"If memory ran out in the backward pass of a rowwise function: {advice}")
         return True

@@ -1,7 +1,7 @@
 """The autograd node behind outputs: when their gradients come, the second pass runs.
 
-All that is trained is an input of this one node. So what follows it, gradients added to `.grad`,
-hooks, reductions over ranks, happens once, and with the gradients of the whole batch.
+Everything that is trained is an input of this one node. So all that follows (adding to `.grad`,
+hooks, reductions over ranks) happens once, with the gradients of the whole batch.
 """
 
 from collections.abc import Sequence

@@ -90,7 +90,7 @@ def with_numbers(surrogate: Surrogate, batch: Any) -> tuple[Program, Any]:
 
 
 class _RowsTrial(TorchTrial):
-    """See `virtualbatch.certify.trial.Trial`: what differs is the values of outputs.
+    """See `virtualbatch.certify.trial.Trial`; it compares the values of outputs.
 
     Args:
         surrogate: of the function.
@@ -143,7 +143,7 @@ class _RowsTrial(TorchTrial):
         ):
             if self._is_clear:
                 raise sees_other_rows("values that change with the other rows")
-            raise UntriedError("what its outputs differ by may be rounding")
+            raise UntriedError("rounding alone may explain how its outputs differ")
         numbers = self._surrogate.numbers(outputs, len(rows))
         return certificate(self.program, (batch, numbers), size, None)
 
@@ -166,10 +166,10 @@ class _RowsTrial(TorchTrial):
                 continue
             if _apart(x, y) > self.epsilon([x]) ** 0.5:
                 raise ValueError(
-                    "What rowwise wraps is called twice, and must give the same rows twice. "
-                    f"Got other values of {place} from the same random state. Draw random numbers "
-                    "from the generators that PyTorch, NumPy and Python have for all, and keep "
-                    "what changes with each call in buffers of the modules."
+                    "rowwise calls its function twice, and both calls must return the same "
+                    f"values. Got other values of {place} from the same random state. Draw random "
+                    "numbers from the global generators of PyTorch, NumPy and Python, and keep "
+                    "state that changes with each call in buffers of the modules."
                 )
 
     def _outputs(self, rows: Sequence[int]) -> list[tuple[str, torch.Tensor | None]]:

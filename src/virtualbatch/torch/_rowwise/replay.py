@@ -1,4 +1,4 @@
-"""What the second pass must find as the first one did.
+"""The state that the second pass must find as the first one did.
 
 That is random numbers, autocast, buffers, and what layers and parameters are switched to.
 """

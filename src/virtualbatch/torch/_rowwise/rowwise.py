@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
@@ -31,8 +31,11 @@ from virtualbatch.window.options import check_flags
 from virtualbatch.window.terms import SUM
 from virtualbatch.window.window import Window
 
+# What a function returns: tensors with one entry per row, in any structure.
+Outputs = TypeVar("Outputs")
 
-class Rowwise:
+
+class Rowwise(Generic[Outputs]):
     """See `rowwise`, which makes it.
 
     Args:
@@ -45,9 +48,9 @@ class Rowwise:
 
     def __init__(
         self,
-        fn: Callable[..., Any],
+        fn: Callable[..., Outputs],
         module: Trained | Iterable[Trained] | None,
-        microbatch_size: int | str | Auto | None,
+        microbatch_size: int | Literal["auto"] | Auto | None,
         accumulation_steps: int | None,
         check: bool,
     ):
@@ -62,9 +65,10 @@ class Rowwise:
         # A function of its arguments alone trains nothing of its own.
         self.modules = list(as_modules(module)) or [torch.nn.Module()]
 
-    def __call__(self, batch: Any, *shared: Any) -> Any:
+    def __call__(self, batch: Any, *shared: Any) -> Outputs:
         """What fn returns for the whole batch."""
-        return self._called(batch, shared)
+        found: Outputs = self._called(batch, shared)
+        return found
 
     @as_written
     @undone_if_cut
@@ -153,50 +157,56 @@ def _refuse_planning() -> None:
 
 
 def rowwise(
-    fn: Callable[..., Any],
+    fn: Callable[..., Outputs],
     *,
     module: Trained | Iterable[Trained] | None = None,
-    microbatch_size: int | str | Auto | None = None,
+    microbatch_size: int | Literal["auto"] | Auto | None = None,
     accumulation_steps: int | None = None,
     check: bool = True,
-) -> Rowwise:
-    """A function like fn, on the memory of a micro-batch, for losses that see all rows.
+) -> Rowwise[Outputs]:
+    """A function like fn, with the memory of a micro-batch, for losses that need all rows at once.
 
-    Wrap what comes before rows meet. The loss stands outside, on the outputs of all rows, and is
-    called once; `loss.backward()`, scaler, clipping and optimizer lines stay as they are. The
-    backward pass runs fn a second time, one micro-batch after another, with the random numbers and
-    the autocast of the first pass; so fn may hold dropout, and BatchNorm layers of the modules
-    take one momentum update. If memory runs out, the same pass runs again with smaller
-    micro-batches, and the smaller size is kept for the module.
+    Wrap the part of the model that treats each row alone, such as the encoders of a contrastive
+    loss. The loss stays outside. It runs once, on the outputs of all rows, so it and its gradient
+    do not change. `loss.backward()`, scaler, clipping and optimizer lines stay as they are.
 
-    Where PyTorch records no gradients, and where `microbatch_size` is at or above the rows, it is
-    fn and nothing more.
+    The forward pass runs fn in micro-batches and keeps only the outputs. The backward pass runs fn
+    a second time, one micro-batch after another, with the random numbers and the autocast state of
+    the first pass. So fn may hold dropout, and each BatchNorm layer makes one momentum update. If
+    memory runs out, the same pass runs again with smaller micro-batches, and the smaller size is
+    kept for the module.
+
+    fn runs unchanged where PyTorch records no gradients, and where one micro-batch holds all rows.
 
     Args:
-        fn: (batch, *shared) -> nested dicts, lists, tuples and dataclasses of tensors with one
-            entry per row, or None. Row i of them depends on row i of the batch only.
-        module: the module, or all modules, whose parameters and buffers fn uses; tensors that are
-            trained and that no module holds may be among them. None for fn itself, where that is
-            a module.
-        microbatch_size: rows of one forward and backward; or "auto" or an `Auto`, which plan it
-            at the first batch; None for a batch that is a `Window`.
-        accumulation_steps: micro-batches per batch: `microbatch_size = ceil(rows / steps)`.
-        check: whether the first call proves on a few rows that fn computes each row from that row
-            alone, which calls it some ten times more, once.
+        fn: a function of `(batch, *shared)`. It returns nested dicts, lists, tuples and
+            dataclasses of tensors with one entry per row, or of None. Row i of an output may
+            depend on row i of the batch only.
+        module: the module, or all modules, whose parameters and buffers fn uses. Trained tensors
+            that no module holds may be listed too. None means fn itself, if it is a module.
+        microbatch_size: the rows of one forward and backward. `"auto"` or an `Auto` plans the size
+            at the first batch. Leave it out if the batch is a `Window`.
+        accumulation_steps: the micro-batches per batch, instead of a size:
+            `microbatch_size = ceil(rows / accumulation_steps)`.
+        check: whether the first call checks, on a few rows, that fn computes each row from that
+            row alone. This calls fn about ten times more, once.
 
     Returns:
-        A function of (batch, *shared), differentiable once, also with respect to the rows and to
-        shared tensors, which go whole to every micro-batch. Outputs are those of all rows, in
-        their order.
+        A function of `(batch, *shared)`. Its outputs are those of all rows, in their order. It is
+        differentiable once, also with respect to the batch and to the shared tensors. Each
+        micro-batch gets the shared tensors whole.
 
     Raises:
-        ValueError: when called: sizes are not positive integers or disagree, rows differ or are
-            missing, an output has not one entry per row or depends on other rows, its structure
-            changes, fn uses a trained tensor that no module holds or a graph from outside, or
-            checkpoints with `use_reentrant=True`, or modules add up gradients over ranks.
-        TypeError: an output is no tensor, or an argument is of the wrong kind.
+        ValueError: a size is not a positive integer, or two sizes disagree.
+        ValueError: when called: tensors have different numbers of rows, or the batch has none.
+        ValueError: when called: an output has not one entry per row, depends on other rows, or
+            changes its structure between micro-batches.
+        ValueError: when called: fn uses a trained tensor that no module holds, uses a graph from
+            outside, or checkpoints with `use_reentrant=True`.
+        ValueError: when called: a module adds up gradients over ranks.
+        TypeError: an output is not a tensor, or an argument has the wrong type.
         MemoryError: not even a micro-batch of one row fits; or the backward pass ran out of memory
-            with micro-batches that cannot be cut smaller, because random numbers or statistics
+            and its micro-batches cannot be cut smaller, because random numbers or statistics
             belong to them.
 
     Example:

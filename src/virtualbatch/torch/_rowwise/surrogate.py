@@ -1,4 +1,4 @@
-"""A loss for what has none: the sum over outputs of what they are times random numbers.
+"""A loss for a function without one: the sum of its outputs times random numbers.
 
 It is a sum over rows if fn computes each row from that row alone. So the machinery of the engine,
 which plans, tries and certifies losses, does the same for a rowwise function.
@@ -100,6 +100,6 @@ def refuse_options(weight: Any, has_aux: bool) -> None:
     """
     if weight is not None or has_aux:
         raise ValueError(
-            "weight and has_aux are those of a loss. Got one with a rowwise function, which has "
-            "no loss yet. Leave it out."
+            "weight and has_aux belong to a loss. Got one of them with a rowwise function, which "
+            "has no loss yet. Leave it out."
         )
