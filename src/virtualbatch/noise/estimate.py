@@ -27,8 +27,8 @@ class WindowStats(NamedTuple):
         rows: the rows of the window, R.
         microbatches: the micro-batches whose weight is not 0, k.
         mean_square: the sum over micro-batches of share times squared norm of the mean gradient
-            of the micro-batch, sum s_i |g_i|^2: a scalar.
-        square: the squared norm of the gradient of the window, |g|^2: a scalar.
+            of the micro-batch, `sum s_i |g_i|^2`: a scalar.
+        square: the squared norm of the gradient of the window, `|g|^2`: a scalar.
     """
 
     rows: Any
@@ -42,13 +42,13 @@ class NoiseEstimate(Result):
     """An estimate of the gradient noise scale.
 
     Args:
-        scale: the noise scale tr(S) / |G|^2, in rows. In a batch of so many rows, noise and signal
+        scale: the noise scale `tr(S) / |G|^2`, in rows. In a batch of so many rows, noise and signal
             are equal. Infinite if no signal was seen.
         low: the lower end of its confidence interval, in rows.
         high: the upper end, in rows. Infinite if the windows do not bound it.
         confidence: the confidence of the interval, between 0 and 1.
         noise: tr(S), the summed variance of the gradient of one row.
-        signal: |G|^2, the squared norm of the true gradient.
+        signal: `|G|^2`, the squared norm of the true gradient.
         windows: the windows that were counted.
     """
 
