@@ -132,8 +132,8 @@ def test_what_adds_up_is_not_certified():
     ],
 )
 def test_what_does_not_add_up_is_refused_with_its_page(kind, page):
-    text = rf"must add up to that of their batch\. Got .*{kind} at here\. why\. Fix it\. See docs/guides/"
-    text += page
+    text = rf"must add up to that of their batch\. Got .*{kind} at here\. why\. Fix it\. "
+    text += f"See docs/guides/{page}"
     with pytest.raises(ValueError, match=text):
         proved(Scripted({(4, 4): WRONG}, of(kind)))
 
