@@ -49,7 +49,7 @@ ifeq ($(PYTHON),)
 endif
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt \
-		--editable ".[tensorflow,torch,jax,trainers,demo,report,examples,test,lint]"
+		--editable ".[tensorflow,torch,jax,trainers,demo,report,examples,notebook,test,lint]"
 	touch $(STAMP)
 
 demo: setup

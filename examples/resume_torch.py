@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import virtualbatch.torch as vb
 
-EPOCHS, BATCH, EVERY = 3, 128, 4  # a checkpoint after every fourth update
-FILE = Path("resume_torch.pt")
+EPOCHS, BATCH, EVERY, FILE = 3, 128, 4, Path("resume_torch.pt")  # a checkpoint each 4th update
 torch.manual_seed(0)
 x = torch.randn(1500, 20)
 data = TensorDataset(x, (x @ torch.randn(20, 3)).argmax(1))
@@ -26,11 +25,11 @@ parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler":
 
 
 def batches(done):
-    """Those after so many updates: how an epoch is shuffled depends on its number alone."""
-    updates = -(-len(data) // BATCH)
-    for epoch in range(done // updates, EPOCHS):
+    """The batches after so many updates. The number of an epoch alone decides its order."""
+    of_epoch = -(-len(data) // BATCH)
+    for epoch in range(done // of_epoch, EPOCHS):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(epoch)).tolist()
-        rest = Subset(data, order[BATCH * max(done - epoch * updates, 0) :])
+        rest = Subset(data, order[BATCH * max(done - epoch * of_epoch, 0) :])
         # A loader that begins draws a number: from a generator of its own, not from dropout's.
         yield from DataLoader(rest, BATCH, generator=torch.Generator())
 

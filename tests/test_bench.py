@@ -166,8 +166,14 @@ def test_memory_is_that_of_the_rows_at_once():
         (["--engine", "mxnet"], "--engine must be one of torch, jax, "),
         (["--model", "GPT"], "--model must be one of MLP, CNN, "),
         (["--peers", "some"], "--peers must be one of all, none, list. Got --peers some."),
-        (["--peers", "list", "--json", "a.json"], "--peers list measures nothing that could be "),
-        (["--peers", "list", "--page", "a.md"], "--peers list measures nothing that could be "),
+        (
+            ["--peers", "list", "--json", "a.json"],
+            "--peers list measures nothing, so there is nothing ",
+        ),
+        (
+            ["--peers", "list", "--page", "a.md"],
+            "--peers list measures nothing, so there is nothing ",
+        ),
         (["--page", "no/such/folder/a.md"], "--page must name a file in an existing folder. "),
         (["--json", "no/such/folder/a.json"], "--json must name a file in an existing folder. "),
     ],

@@ -192,7 +192,7 @@ UNWRITABLE = {
     "nothing": (["--json", ""], "--json must name a file. Got the folder ."),
     "no folder": (["--html", "no/a.html"], "existing folder. Got --html no/a.html. Run: mkdir -p"),
     "under a file": (["--json", "old.json/a"], "--json must name a file in an existing folder."),
-    "a long name": (["--json", 300 * "a"], "(File name too long). What stood there is as it was."),
+    "a long name": (["--json", 300 * "a"], "(File name too long). Any file there is unchanged."),
     "links that meet": (["--json", "around.json"], "(Too many levels of symbolic links)."),
     "one file": (["--json", "x", "--html", "x"], "--json and --html must name two files. Got x"),
     "one file, said otherwise": (["--json", "x", "--html", "./folder/../x"], "two files. Got x"),
@@ -234,7 +234,9 @@ def test_a_full_disk_leaves_the_old_report(folder, option):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert outcome.stdout.startswith("exact")
-    assert f"Got {option} link.json (File too large). What stood there is" in refused(outcome)
+    assert f"Got {option} link.json (File too large). Any file there is unchanged" in refused(
+        outcome
+    )
     assert (folder / "old.json").read_text() == OLD
     assert not list(folder.glob(".*"))
 

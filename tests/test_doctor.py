@@ -213,7 +213,8 @@ def test_a_process_group_is_told_with_advice(monkeypatch: pytest.MonkeyPatch) ->
     diagnosis = launched(monkeypatch, **LAUNCHED)
     assert json.loads(diagnosis.to_json())["process_group"] == LAUNCHED
     assert "\n  rank 1 of 2, which meet at 127.0.0.1:29500\n" in str(diagnosis)
-    assert diagnosis.advice[0].startswith("this is one of several processes: pass what adds up")
+    advice = "this is one of several processes: pass as module= the wrapper that sums"
+    assert diagnosis.advice[0].startswith(advice)
     of_one = launched(monkeypatch, **LAUNCHED | {"RANK": "0", "WORLD_SIZE": "1"})
     assert not any("several processes" in line for line in of_one.advice)
 
@@ -222,7 +223,7 @@ def test_a_group_that_is_half_described_is_told(monkeypatch: pytest.MonkeyPatch)
     diagnosis = launched(monkeypatch, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     assert "rank ? of 2, which meet at 127.0.0.1:?" in str(diagnosis)
     assert diagnosis.advice[0] == (
-        "a process group is half described, RANK and MASTER_PORT not set: start with torchrun, "
+        "the process group is incomplete, RANK and MASTER_PORT not set: start with torchrun, "
         "or unset the others"
     )
 

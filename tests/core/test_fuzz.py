@@ -185,7 +185,7 @@ NAMED = {
     "pack|batch: a list that holds itself": r"nested structure must end\. Got batch of type list",
     "pack|batch: nested 5000 deep": r"nested structure must end\. Got batch of type list, which",
     "pack|lengths: ragged": r"must be an array, or a list of numbers or text\. Got \[\[1\], \[1, ",
-    "whole_groups|groups: objects": r"told apart by equal values\. Got groups of object\. Pass",
+    "whole_groups|groups: objects": r"equal values form a group\. Got groups of object\. Pass",
     "Window|batch: an int": r"A Window is made of micro-batches\. Got 3\. Pass a list of them",
     "windows|batch: a class": r"groups an iterable of micro-batches\. Got type\. Pass a loader",
     "NoiseScale|stats: too few": r"update takes the WindowStats of a window\. Got \(1, 2\)\. Pass",

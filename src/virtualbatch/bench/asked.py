@@ -1,8 +1,9 @@
-"""What the project asks of itself: how many times our time a peer must take, at least."""
+"""The project's goals for speed: the least ratio of a peer's time to ours."""
 
 from virtualbatch.bench.contender import FLOOR
 
-# (engine, how the peer's name begins): bound by overhead (MLP), bound by arithmetic.
+# (engine, beginning of the peer's name): goal for the MLP, which is bound by overhead, and for
+# models that are bound by arithmetic.
 _OF_PEERS = {
     ("keras-tensorflow", "gradient_accumulation_steps, jit"): (2.5, 1.4),
     ("keras-tensorflow", "gradient_accumulation_steps, steps"): (1.5, 1.1),
@@ -14,13 +15,13 @@ _OF_PEERS = {
     ("torch", "Hugging Face Trainer"): (1.5, 1.0),
     ("torch", "Lightning"): (1.6, 1.0),
 }
-# Ours may take so many times as long as the floor.
+# The least ratio of the floor's time to ours.
 _OF_FLOORS = (1 / 1.15, 1 / 1.03)
 _OVERHEAD, _ARITHMETIC = ("MLP",), ("CNN", "transformer")
 
 
 def asked(engine: str, model: str, name: str, role: str) -> float | None:
-    """How many times our time a contender must take, at least; None where nothing is asked."""
+    """The goal for the ratio of a contender's time to ours; None if there is none."""
     if model not in _OVERHEAD + _ARITHMETIC:
         return None
     column = _ARITHMETIC.count(model)

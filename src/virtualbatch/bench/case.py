@@ -1,4 +1,4 @@
-"""What is measured: a model, a batch and its cut, the same for every framework."""
+"""A case of the benchmark: a model, a batch and its cut, the same for every framework."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,15 +8,15 @@ import numpy as np
 # Keras once per backend: those are different programs.
 ENGINES = ("torch", "jax", "tensorflow", "keras-tensorflow", "keras-jax", "keras-torch")
 # The first is bound by overhead, the next two by arithmetic. `tokens` has a loss that divides by
-# valid tokens, of which no two micro-batches have equally many; `pairs` has a contrastive loss, in
-# which every row meets every other.
+# the number of valid tokens, which differs in all micro-batches. `pairs` has a contrastive loss,
+# which compares every row with every other.
 MODELS = ("MLP", "CNN", "transformer", "tokens", "pairs")
 CLASSES = 10
-# Adam divides by the root of its second moment. With a large epsilon its first update tells
-# gradients apart that differ by a factor; all frameworks take as long for it as for the usual one.
+# Adam divides by the root of its second moment, so its first update hides a factor in the gradient.
+# A large epsilon makes the factor visible, and costs no time.
 RATE, EPSILON = 0.01, 0.1
 WORDS, LENGTH = 1000, 32
-# What similarities of unit length are multiplied by in the contrastive loss.
+# The contrastive loss multiplies cosine similarities by this factor.
 SHARPNESS = 20.0
 _SEED = 0
 
@@ -30,7 +30,7 @@ class Case:
         model: one of `MODELS`.
         microbatch_size: rows of one micro-batch.
         accumulation_steps: micro-batches of one batch.
-        scale: how many times as wide as usual the layers are.
+        scale: width of the layers, relative to the usual one.
     """
 
     engine: str
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def framework(self) -> str:
-        """What runs it, without Keras."""
+        """The framework that computes, without Keras."""
         return self.engine.removeprefix("keras-")
 
     @property
@@ -67,10 +67,10 @@ class Case:
         }[self.model]
 
     def batch(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Inputs and classes, always the same ones.
+        """Inputs and classes, the same in every call.
 
-        Those of `tokens` are ids, padded by 0 behind, and a class for each of them; those of
-        `pairs` two views of each row.
+        For `tokens` these are ids, padded with 0 at the end, and a class for each id; for `pairs`
+        two views of each row.
         """
         random = np.random.default_rng(_SEED)
         rows = self.rows
@@ -80,7 +80,7 @@ class Case:
                 return x, x + random.normal(size=x.shape).astype("float32")
             return x, random.integers(0, CLASSES, rows)
         lengths = random.integers(1, LENGTH + 1, rows)
-        # Neighbours of like length, as in much text: a mean of means is far off then.
+        # Neighbours have similar lengths, as in much text, so a mean of means is far off.
         lengths.sort()
         ids = random.integers(1, WORDS, (rows, LENGTH)) * (np.arange(LENGTH) < lengths[:, None])
         return ids.astype("int32"), random.integers(0, CLASSES, (rows, LENGTH))

@@ -1,4 +1,4 @@
-"""What a process of its own does: it reads an order as JSON and prints what it found as JSON."""
+"""The child process of the benchmark: reads an order as JSON and prints its results as JSON."""
 
 import importlib
 import sys
@@ -17,7 +17,7 @@ _SECONDS_TO_SETTLE = 1.0
 
 
 def entries(case: Case, peers: str | Sequence[str]) -> list[Contender | Absent]:
-    """The contenders of a case, among them the peers that are asked for."""
+    """The contenders of a case, including the requested peers."""
     module = importlib.import_module(f"virtualbatch.bench.{case.engine.split('-')[0]}_ways")
     found: list[Contender | Absent] = module.entries(case)
     if peers == ALL_PEERS:
@@ -31,17 +31,17 @@ def _is_measure(entry: Contender | Absent) -> bool:
 
 
 def _peak(case: Case, name: str) -> int | None:
-    """Bytes that an update takes above what the process holds between two updates."""
+    """Bytes that an update takes above the memory of the process between two updates."""
     from virtualbatch.demo.peak_memory import PeakMemory
 
     found = next(entry for entry in entries(case, [name]) if entry.name == name)
     if isinstance(found, Absent):
         return None
-    # What is compiled is compiled here.
+    # The first update compiles.
     found.train(1)
-    # A framework's threads give back what an update took after its result is there.
+    # A framework's threads may free memory after the result of an update is available.
     time.sleep(_SECONDS_TO_SETTLE)
-    # What the C library keeps would be used again unseen.
+    # The measurement would miss memory that the C library keeps and uses again.
     give_back_freed_memory()
     peak = PeakMemory()
     found.train(1)

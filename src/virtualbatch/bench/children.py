@@ -1,4 +1,4 @@
-"""A measurement in a process of its own, where it finds nothing that another left."""
+"""Runs a measurement in its own process, so that earlier measurements do not affect it."""
 
 import json
 import os
@@ -7,13 +7,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Freed blocks go back at once, so that a peak is what was in use and not what glibc kept.
+# Freed blocks return to the system at once, so that a peak shows memory in use, not memory that
+# glibc keeps.
 FREED_AT_ONCE = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "0",
 }
-# Frameworks print too; the line that starts so is ours.
+# The result is on the line with this prefix; frameworks print other lines.
 _RESULT = "virtualbatch bench: "
 _LINES_OF_STDERR = 20
 
@@ -23,23 +24,23 @@ class ChildFailure(RuntimeError):
 
 
 def tell(found: Any) -> None:
-    """Prints for the parent what was found, as JSON."""
+    """Prints a result for the parent, as JSON."""
     print(_RESULT + json.dumps(found), flush=True)
 
 
 def result_of(
     what: str, arguments: Sequence[str], seconds: float, environment: Mapping[str, str]
 ) -> Any:
-    """What a child tells.
+    """The result of a child process.
 
     Args:
-        what: it measures, for an error.
-        arguments: for Python that start it.
-        seconds: after which it is ended.
-        environment: variables beside those of this process.
+        what: the measurement in words, for errors.
+        arguments: of Python, to start the child.
+        seconds: time limit of the child.
+        environment: variables in addition to those of this process.
 
     Raises:
-        ChildFailure: it ended without a result; holds its exit code and last lines.
+        ChildFailure: the child ended without a result; holds its exit code and last lines.
     """
     failure = f"{what} ended without a result. "
     try:

@@ -1,4 +1,4 @@
-"""Contenders beside each other: the update of each is compared, then each is timed in rounds."""
+"""Compares contenders: checks the update of each, then times them in interleaved rounds."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,8 +10,8 @@ from virtualbatch.bench.contender import FLOOR, OURS, PEER, WHOLE, Absent, Conte
 from virtualbatch.bench.result import NOT_CHECKED, NOT_INSTALLED, RIGHT, WRONG, Row
 from virtualbatch.bench.rounds import in_rounds
 
-# Rounding in float32 moves an update by 1e-7 to 1e-5 of its length; a mean of means moves it by
-# percents. Between them lie two decimal orders.
+# Rounding in float32 changes an update by 1e-7 to 1e-5 of its length, a mean of means by percents.
+# The limit is between the two.
 TOLERANCE = 1e-3
 _MEASUREMENTS = 3
 
@@ -24,13 +24,13 @@ def compared(
     """Checks and times contenders.
 
     Args:
-        groups: those of one case each, one of role `WHOLE` and one of role `OURS` among them at
-            least. Nobody has trained yet.
-        rounds: in how many everybody is timed.
-        updates: how many of them a contender makes in a round, see `lasting`.
+        groups: the contenders of one case each, with at least one of role `WHOLE` and one of role
+            `OURS`. None of them has trained yet.
+        rounds: number of rounds.
+        updates: contender -> updates that it makes in a round, see `lasting`.
 
     Returns:
-        A row for each of them, in the same order.
+        A row for each contender, in the same order.
     """
     present = [[entry for entry in group if isinstance(entry, Contender)] for group in groups]
     errors = [_errors(contenders) for contenders in present]
@@ -42,11 +42,11 @@ def compared(
 
 
 def lasting(seconds: float) -> Callable[[Contender], int]:
-    """As many updates as take about so long, one at least."""
+    """A function that returns how many updates of a contender take about so long, at least one."""
 
     def updates(contender: Contender) -> int:
         number = 1
-        # Measured again with as many: what a start costs is then shared by more.
+        # Measured again with more updates, which share the cost of the start.
         for _ in range(_MEASUREMENTS):
             number = max(1, round(seconds / contender.train(number)))
         return number
@@ -64,7 +64,7 @@ def _rows(
             rows.append(Row(entry.name, PEER, NOT_INSTALLED, package=entry.package))
             continue
         error = errors.get(entry.name)
-        # An error that is not a number is not below anything.
+        # NaN is not below the tolerance, so it counts as wrong.
         verdict = NOT_CHECKED if error is None else RIGHT if error <= TOLERANCE else WRONG
         rows.append(
             Row(
@@ -84,7 +84,7 @@ def _role(entry: Contender | Absent) -> str:
 
 
 def _errors(contenders: Sequence[Contender]) -> dict[str, float]:
-    """How far the first update of each is from that of the uncut batch, relative to its length."""
+    """Distance of each first update from that of the uncut batch, relative to its length."""
     moved = {}
     for contender in contenders:
         before = _vector(contender)
@@ -100,7 +100,7 @@ def _errors(contenders: Sequence[Contender]) -> dict[str, float]:
 
 
 def _vector(contender: Contender) -> np.ndarray[Any, Any]:
-    # In float64, or the difference of two weights would be rounded once more.
+    # In float64, so that the difference of two weights is not rounded again.
     return np.concatenate([np.ravel(w).astype("float64") for w in contender.weights()])
 
 

@@ -1,4 +1,4 @@
-"""Who takes part in a comparison: a way of making the updates of a batch."""
+"""The contenders of a comparison: ways to make the updates of a batch."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -18,10 +18,10 @@ class Contender:
 
     Args:
         name: of the way.
-        role: `OURS`, `PEER`, `FLOOR` (forward and backward of the micro-batches and one update,
-            and nothing else; what it trains is not compared) or `WHOLE`, the uncut batch.
-        train: makes so many updates on the batch; returns the seconds that one took.
-        weights: the model's weights now, in an order that all contenders share.
+        role: `OURS`, `PEER`, `FLOOR` (only forward and backward of the micro-batches and one
+            update; its weights are not compared) or `WHOLE`, the uncut batch.
+        train: makes so many updates on the batch; returns the seconds of one update.
+        weights: the model's current weights, in an order that all contenders share.
     """
 
     name: str
@@ -43,7 +43,7 @@ def looped(update: Callable[[], Any], wait: Callable[[Any], Any]) -> Callable[[i
 
     Args:
         update: makes an update and returns something that depends on it.
-        wait: returns once that something is there.
+        wait: waits until that is computed.
     """
 
     def train(updates: int) -> float:

@@ -1,4 +1,4 @@
-"""What a parent tells its child to do, as JSON on both sides."""
+"""The order from a parent to its child, passed as JSON."""
 
 import json
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from virtualbatch.bench.case import Case
 
 @dataclass(frozen=True)
 class Order:
-    """What a child is to do.
+    """The work of a child process.
 
     Args:
-        cases: of one engine. Contenders of all of them are timed in the same rounds.
-        peers: `ALL_PEERS`, or the names of those that take part beside ours as it is by default,
-            the floor and the uncut batch.
-        rounds: in how many each contender is timed.
-        seconds_per_round: how long a contender trains in a round, about.
+        cases: of one engine. Contenders of all cases are timed in the same rounds.
+        peers: `ALL_PEERS`, or the names of the peers. Our default way, the floor and the uncut
+            batch always take part.
+        rounds: number of rounds.
+        seconds_per_round: approximate time that a contender trains in a round.
         peak_of: name of a contender whose memory is measured in the first case; nothing is timed.
     """
 

@@ -10,10 +10,10 @@ from virtualbatch.bench.sweeps import SWEEPS
 
 _MIB = 2**20
 _READING = (
-    "How many times our time each takes for an update; medians of interleaved rounds. Ours is in "
-    "milliseconds, to make sense of the rest. Less than the project asks of itself is **bold**, "
-    "with what was asked. The first update of each is compared with that of the uncut batch: "
-    "*wrong* is one that differs by more than rounding, and by which part of its length."
+    "Time of an update over ours; medians of interleaved rounds. Ours is in milliseconds. A ratio "
+    "below the project's goal is **bold**, with the goal. The first update of each is compared "
+    "with that of the uncut batch: *wrong* means that it differs by more than rounding; the number "
+    "is the difference relative to the update's length."
 )
 
 
@@ -28,7 +28,7 @@ def page_of(result: BenchResult, plots: Sequence[Path]) -> str:
     parts = [
         "# Benchmarks",
         f"One run of `virtualbatch bench` on {result.machine}; {versions}.",
-        "## Beside what one would use instead",
+        "## Compared with the alternatives",
         _READING,
     ]
     for engine in dict.fromkeys(found.case.engine for found in result.comparisons):

@@ -1,4 +1,4 @@
-"""The parent of a benchmark: says what is measured and starts a process for each case."""
+"""The parent of a benchmark: starts a process for each case and collects the results."""
 
 import importlib.metadata
 import os
@@ -36,18 +36,18 @@ _PACKAGES = (
 def run_bench(
     settings: Settings, say: Callable[[str], object], child: Sequence[str] = CHILD
 ) -> BenchResult:
-    """Measures. A case that ends without a result is noted, and the others are measured.
+    """Measures all cases. A case that ends without a result is noted, and the others go on.
 
     Args:
-        settings: what.
-        say: is told what is about to be measured.
+        settings: what to measure.
+        say: called with the name of each measurement before it starts.
         child: arguments for Python that start a child.
     """
     machine = _machine()
     failures: list[str] = []
 
     def ran(order: Order) -> list[Any]:
-        """What its process found, as the only entry; no entry where there is no result."""
+        """The result of an order as the only entry; empty if there is no result."""
         try:
             return [run(order, child)]
         except ChildFailure as failure:
@@ -97,12 +97,12 @@ def _comparisons(order: Order, results: Sequence[Any]) -> list[Comparison]:
 
 
 def run(order: Order, child: Sequence[str] = CHILD) -> Any:
-    """What a child finds: for each case a row of each contender, or the bytes of a peak.
+    """The result of a child: for each case a row of each contender, or the bytes of a peak.
 
     Raises:
-        ChildFailure: it ended without a result.
+        ChildFailure: the child ended without a result.
     """
-    # Loops of one's own use Keras' models with TensorFlow too.
+    # Hand-written loops of TensorFlow use Keras models too.
     environment = {"KERAS_BACKEND": order.cases[0].framework}
     if order.peak_of is not None:
         environment |= FREED_AT_ONCE
@@ -119,7 +119,7 @@ def _named(order: Order) -> str:
 
 def _machine() -> str:
     gibibytes = psutil.virtual_memory().total / 2**30
-    # Programs beside this one move the figures; a reader should know of them.
+    # Other programs on the machine change the figures, so the load is shown.
     load, _, _ = psutil.getloadavg()
     return (
         f"{os.cpu_count()} CPU cores, {gibibytes:.0f} GiB, {platform.system()} "

@@ -1,4 +1,4 @@
-"""Whom each engine is compared with, and which package that needs; nothing is imported."""
+"""The peers of each engine and the packages that they need; nothing is imported."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from virtualbatch.bench.case import MODELS, Case
 
-# Where rows meet in the loss, a mean over micro-batches is another loss.
+# A contrastive loss compares rows, so a mean over micro-batches is another loss.
 _PAIRS = ("pairs",)
 _OF_ROWS = tuple(model for model in MODELS if model not in _PAIRS)
 _COMPILED = ("CNN", "transformer")
@@ -17,12 +17,12 @@ _IN_ONE_CALL = f"steps_per_execution={Case.accumulation_steps}"
 
 @dataclass(frozen=True)
 class Peer:
-    """One way that ours is compared with.
+    """One alternative to virtualbatch.
 
     Args:
-        name: of the way.
-        package: what pip installs for it.
-        models: those that it can train.
+        name: of the alternative.
+        package: that pip installs for it.
+        models: that it can train.
     """
 
     name: str
@@ -65,12 +65,12 @@ _PEERS = {
 
 
 def peers_of(engine: str, models: Sequence[str] = MODELS) -> list[Peer]:
-    """The peers of an engine that take part where some of these models are trained."""
+    """The peers of an engine that can train some of these models."""
     return [peer for peer in _PEERS[engine] if set(peer.models) & set(models)]
 
 
 def pip_install(*packages: str) -> str:
     """The command that installs packages, which may have bounds."""
-    # A shell would take the sign of a bound for a file to write.
+    # A shell would read the > of a bound as a redirection.
     words = (found if re.fullmatch(r"[\w-]+", found) else f'"{found}"' for found in packages)
     return f"pip install {' '.join(words)}"

@@ -33,7 +33,7 @@ _SETTINGS = {
 
 
 def write_plots(folder: Path, result: BenchResult) -> list[Path]:
-    """Writes one PNG for each line along which something was measured.
+    """Writes a PNG of times and one of memory for each sweep that has them.
 
     Args:
         folder: exists.

@@ -1,4 +1,4 @@
-"""What `virtualbatch bench` found: plain data and arithmetic."""
+"""The results of `virtualbatch bench`: plain data and arithmetic."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ class Row:
     Args:
         name: of the contender.
         role: see `virtualbatch.bench.contender.Contender`.
-        verdict: `RIGHT` or `WRONG` beside the uncut batch, `NOT_CHECKED` (the floor), or
+        verdict: `RIGHT` or `WRONG` against the uncut batch, `NOT_CHECKED` (the floor), or
             `NOT_INSTALLED`.
-        package: what is not installed.
+        package: that is not installed.
         error: distance of its first update from that of the uncut batch, relative to its length.
         milliseconds: of an update: lower quartile, median, upper quartile over the rounds.
-        times_ours: its time over ours of the same round, likewise.
+        times_ours: its time over ours in the same round, as the same three quantiles.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Comparison:
     rows: Sequence[Row]
 
     def milliseconds(self, role: str) -> float | None:
-        """Median of the fastest contender of a role; ours is the first one, as it is by default."""
+        """Median of the fastest contender of a role; for `OURS` that of the first, our default."""
         found = [row.milliseconds[1] for row in self.rows if row.role == role and row.milliseconds]
         if not found:
             return None
@@ -63,8 +63,8 @@ class Peak:
     Args:
         case: what was run.
         name: of the contender.
-        peak_bytes: peak of an update above what the process holds between two updates; None for a
-            peer that is not installed.
+        peak_bytes: peak of an update above the memory of the process between two updates; None for
+            a peer that is not installed.
     """
 
     case: Case
@@ -79,10 +79,10 @@ class BenchResult:
     Args:
         machine: what it ran on.
         versions: of the packages that may take part; None for one that is not installed.
-        absent_engines: those that were left out because something is not installed.
+        absent_engines: engines that were left out because a package is not installed.
         comparisons: cases with all their contenders.
-        sweeps: cases along a line (more micro-batches, larger ones, wider models).
-        peaks: memory along the same lines.
+        sweeps: times of each sweep (more micro-batches, larger ones, wider models).
+        peaks: memory of each sweep.
         failures: a text for each case that ended without a result.
     """
 
@@ -96,7 +96,7 @@ class BenchResult:
 
     @property
     def ours_is_right(self) -> bool:
-        """Whether no comparison found our own update to be wrong."""
+        """Whether our own update is right in all comparisons."""
         rows = [row for comparison in self.comparisons for row in comparison.rows]
         return not any(row.role == OURS and row.verdict == WRONG for row in rows)
 

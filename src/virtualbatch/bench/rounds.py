@@ -1,4 +1,4 @@
-"""Measurements in interleaved rounds: what else the machine does meets all that are compared."""
+"""Measurements in interleaved rounds, so that other load slows all contenders alike."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -8,18 +8,18 @@ _Name = TypeVar("_Name", bound=Hashable)
 
 
 def in_rounds(runs: Mapping[_Name, Callable[[], float]], rounds: int) -> dict[_Name, list[float]]:
-    """Runs everybody once in every round.
+    """Runs every measurement once in every round.
 
     Args:
-        runs: what is measured; each returns its time.
-        rounds: how many.
+        runs: name -> measurement, which returns its time.
+        rounds: number of rounds.
 
     Returns:
-        The times of each, round by round.
+        The times of each measurement, one per round.
     """
     times: dict[_Name, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
-        # Whoever comes after a slow one may find other caches, so every second round goes back.
+        # The caches depend on what ran before, so every second round has the reverse order.
         for name in list(runs)[:: -1 if number % 2 else 1]:
             times[name].append(runs[name]())
     return times

@@ -1,4 +1,4 @@
-"""What `virtualbatch bench` was asked to measure."""
+"""The settings of `virtualbatch bench`."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ _QUICK_MODELS = ("MLP", "tokens")
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked.
+    """What to measure.
 
     Args:
-        engines: of `ENGINES`; none for all that are installed.
-        models: of `MODELS`; none for all, or with `quick` for the two that are fast.
+        engines: of `ENGINES`; empty for all that are installed.
+        models: of `MODELS`; empty for all, or with `quick` for the two fastest.
         peers: `ALL_PEERS` or `NO_PEERS`; with `LIST_PEERS` nothing is measured.
-        quick: fewer rounds.
-        sweeps: whether time and memory along the size of the cut are measured too.
+        quick: whether there are fewer rounds.
+        sweeps: whether sweeps are measured too.
 
     Raises:
-        ValueError: a name is unknown, an engine that was named is not installed, or none is.
+        ValueError: a name is unknown, a named engine is not installed, or no engine is installed.
     """
 
     engines: Sequence[str] = ()
@@ -59,37 +59,37 @@ class Settings:
 
     @property
     def chosen_engines(self) -> list[str]:
-        """Those to measure."""
+        """The engines to measure."""
         return list(self.engines) or [engine for engine in ENGINES if not missing(engine)]
 
     @property
     def absent_engines(self) -> list[str]:
-        """Those that are left out because something is not installed."""
+        """The engines that are left out because a package is not installed."""
         return [engine for engine in ENGINES if not self.engines and missing(engine)]
 
     @property
     def chosen_models(self) -> Sequence[str]:
-        """Those to measure."""
+        """The models to measure."""
         return self.models or (_QUICK_MODELS if self.quick else MODELS)
 
     @property
     def rounds(self) -> int:
-        """In how many each contender is timed."""
+        """The number of rounds."""
         return 5 if self.quick else 9
 
     @property
     def sweep_rounds(self) -> int:
-        """The same at each point along a line."""
+        """The number of rounds at each point of a sweep."""
         return 5
 
     @property
     def seconds_per_round(self) -> float:
-        """How long a contender trains in a round, about."""
+        """The approximate time that a contender trains in a round."""
         return 0.05 if self.quick else 0.25
 
 
 def _needed(engine: str) -> list[str]:
-    # Adam comes from optax in JAX, models and optimizers from Keras in TensorFlow.
+    # JAX takes Adam from optax; TensorFlow takes models and optimizers from Keras.
     more = {"torch": [], "jax": ["optax"]}.get(engine, ["keras"])
     return [engine.removeprefix("keras-"), *more]
 

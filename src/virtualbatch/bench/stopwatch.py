@@ -1,4 +1,4 @@
-"""Timing a trainer from inside: its start and its end are not counted."""
+"""Times a trainer from inside, without its start and its end."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class TimedPieces:
-    """Micro-batches of so many updates, which a trainer asks for one after another.
+    """The micro-batches of several updates, for a trainer that reads them one after another.
 
     Args:
         pieces: the micro-batches of one update.
-        updates: how often they are gone through.
+        updates: number of updates.
     """
 
     def __init__(self, pieces: Sequence[Any], updates: int):
@@ -27,10 +27,10 @@ class TimedPieces:
             yield from self._pieces
 
     def updated(self) -> None:
-        """Tells that an update is made; the last call counts."""
+        """Call it after an update; the last call counts."""
         self._end = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Of one update."""
+        """Seconds of one update."""
         return (self._end - self._start) / self._updates

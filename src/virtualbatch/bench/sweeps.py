@@ -1,4 +1,4 @@
-"""Lines along which time and memory are measured: how the batch is cut, how wide the model is."""
+"""Sweeps: time and memory for other cuts of the batch and other widths of the model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from virtualbatch.bench.case import Case
 ROWS = 256
 # Rows of a micro-batch, micro-batches, scale of the model.
 _Cut = tuple[int, int, int]
-# The peer that is measured along the lines.
+# The peer that is measured in sweeps.
 _PEERS = {
     "torch": "Accelerate",
     "jax": "optax.MultiSteps, donated",
@@ -21,13 +21,13 @@ _PEERS = {
 
 @dataclass(frozen=True)
 class Sweep:
-    """One line.
+    """One sweep.
 
     Args:
-        label: what changes along it.
-        cuts: models that are timed, and for each (rows of a micro-batch, micro-batches, scale of
-            the model) of each point.
-        memory_cuts: the same where memory is measured, in a process each.
+        label: the quantity that changes.
+        cuts: model -> the points that are timed, as (rows of a micro-batch, micro-batches, scale of
+            the model).
+        memory_cuts: the points at which memory is measured, each in its own process.
     """
 
     label: str
@@ -39,7 +39,7 @@ class Sweep:
         return [Case(engine, model, *cut) for cut in self.cuts[model]]
 
     def peak_cases(self, engine: str) -> list[Case]:
-        """The points at which memory is measured, on a model that takes some."""
+        """The points at which memory is measured, on a model with large activations."""
         return [Case(engine, "transformer", *cut) for cut in self.memory_cuts]
 
 
@@ -72,5 +72,5 @@ SWEEPS = {
 
 
 def peer_along(engine: str) -> str:
-    """The peer that takes part along the lines."""
+    """The peer that takes part in sweeps."""
     return _PEERS[engine]

@@ -1,4 +1,4 @@
-"""A benchmark's result as tables for the terminal, each of which fits 80 columns."""
+"""A benchmark's result as tables for the terminal; each fits 80 columns."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -35,14 +35,14 @@ def tables(result: BenchResult) -> Group:
         found += [_memory(name, list(line)) for _, line in groupby(peaks, lambda p: _of(p.case))]
     parts: list[RenderableType] = [part for table in found for part in (table, "")]
     parts += [f"{engine}: not installed, not measured" for engine in result.absent_engines]
-    # What a process printed may look like markup.
+    # The output of a process may look like markup.
     parts += [Text(failure) for failure in result.failures]
     versions = [f"{name} {version or NOT_INSTALLED}" for name, version in result.versions.items()]
     return Group(*parts, f"{result.machine}; {', '.join(versions)}")
 
 
 def headed(title: str, caption: str | None = None) -> Table:
-    """A table without columns yet, which spends no width on frames.
+    """A table without columns and without a frame.
 
     Args:
         title: above it.
@@ -101,7 +101,7 @@ def _spread(found: Quartiles | None) -> str:
 
 
 def _short(times: float) -> str:
-    """A ratio in five characters at most, for whatever is below 100,000."""
+    """A ratio in at most five characters, if it is below 100,000."""
     return f"{times:.{2 if times < 10 else 1 if times < 100 else 0}f}"
 
 

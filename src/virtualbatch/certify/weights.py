@@ -25,8 +25,8 @@ _SMALLEST = 1e-2
 _ENOUGH = 8
 # Fixes for engines that divide by themselves.
 _ELEMENTS = (
-    "Return the values that are averaged, one per row or token, and let the framework divide. Then "
-    "the engine finds the weights."
+    "Return what is averaged, one value per row or token, and let the framework divide. Then the "
+    "engine finds the weights."
 )
 _ONE_PER_ROW = (
     "Return one value per row, or add one value per row by add_loss, and let the framework reduce "

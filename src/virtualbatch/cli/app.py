@@ -1,7 +1,7 @@
 """The command line: `virtualbatch demo`, `plan`, `check`, `bench` and `doctor`.
 
-No framework is imported here: the demo and the benchmarks run in child processes; plans and
-checks are made in the user's own program.
+No framework is imported here: the demo and the benchmarks run in child processes, and plans and
+checks run in the user's program.
 """
 
 import logging
@@ -39,7 +39,7 @@ app = typer.Typer(
     help="Keep your batch; name the size that fits. Exact gradient accumulation.",
 )
 
-# What is written need not be readable.
+# Output files need not be readable.
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", readable=False, help="Also write the result as JSON."),
@@ -47,9 +47,7 @@ JsonFile = Annotated[
 
 HtmlFile = Annotated[
     Path | None,
-    typer.Option(
-        "--html", metavar="FILE", readable=False, help="Also write a page with plots, to look at."
-    ),
+    typer.Option("--html", metavar="FILE", readable=False, help="Also write a page with plots."),
 ]
 
 TargetName = Annotated[
@@ -99,7 +97,7 @@ def plan(
     batch_size: Annotated[int, typer.Option(help="Rows of the batch to plan for, 2 or more.")],
     memory_limit: Annotated[
         str | None,
-        typer.Option(help='Such as "2GiB", or "80%" of what is left; all of that if left out.'),
+        typer.Option(help='Such as "2GiB", or "80%" of the memory left; default: all memory left.'),
     ] = None,
     json: JsonFile = None,
     html: HtmlFile = None,
@@ -112,7 +110,8 @@ def plan(
                 f"Got --batch-size {batch_size}. Pass the rows of one update."
             )
         refuse_unwritable(json, html, target=target)
-        # With this allocator TensorFlow counts its bytes on a CPU too. It is chosen at the import.
+        # With this allocator TensorFlow counts bytes on a CPU too. It reads the variable when it is
+        # imported.
         os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
         program = load(target, batch_size)
         with _progress():
@@ -155,10 +154,7 @@ def bench(
     ] = None,
     peers: Annotated[
         str,
-        typer.Option(
-            help="all or none; list shows who they are and what is not installed, and measures "
-            "nothing."
-        ),
+        typer.Option(help="all or none; list only shows them and what is not installed."),
     ] = ALL_PEERS,
     quick: Annotated[
         bool, typer.Option("--quick", help="Few rounds of the two fastest models.")
@@ -168,16 +164,16 @@ def bench(
         typer.Option(
             metavar="FILE",
             readable=False,
-            help="Also measure along the size of the cut, and write a page of Markdown with plots "
-            "beside it.",
+            help="Also measure other sizes of micro-batches and models, and write a page of "
+            "Markdown with plots beside it.",
         ),
     ] = None,
     json: JsonFile = None,
 ) -> None:
-    """Measure accumulation beside what one would use instead, and check each result.
+    """Measure accumulation against its alternatives, and check each result.
 
-    The exit code is 1 if our own update was not that of the uncut batch, or a case ended without
-    a result.
+    The exit code is 1 if the update of virtualbatch differs from that of the uncut batch, or if a
+    case ended without a result.
     """
     with one_line():
         refuse_unwritable(json, page=page)
@@ -200,8 +196,8 @@ def _refuse_to_write_a_list(json: Path | None, page: Path | None) -> None:
     for option, file in (("--json", json), ("--page", page)):
         if file is not None:
             raise ValueError(
-                f"--peers {LIST_PEERS} measures nothing that could be written. Got {option} "
-                f"{file}. Leave one of them out."
+                f"--peers {LIST_PEERS} measures nothing, so there is nothing to write. "
+                f"Got {option} {file}. Leave one of them out."
             )
 
 
@@ -230,7 +226,7 @@ class _Shown(logging.Handler):
 
 @contextmanager
 def _progress() -> Iterator[None]:
-    """Shows what a search asks, where somebody is looking."""
+    """Shows the questions of a search in a terminal."""
     logger = logging.getLogger(Search.__module__)
     with Console(stderr=True).status("planning") as status:
         handler = _Shown(status)

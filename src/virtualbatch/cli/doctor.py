@@ -1,7 +1,7 @@
 """`virtualbatch doctor`: what is installed, devices, processes, memory limits, what to run next.
 
-Packages are found without importing them. Devices are asked for in one child process per
-framework, so that a broken framework cannot take the answer down with it.
+Packages are found without importing them. Devices are listed in one child process per framework, so
+that a broken framework does not break the whole report.
 """
 
 import importlib.metadata
@@ -20,7 +20,7 @@ from virtualbatch.plan.host_memory import HostMemory, host_memory
 
 SECONDS_PER_CHILD = 120
 
-# Each prints one JSON list as its last line; what the framework itself prints comes before.
+# Each prints one JSON list as its last line, after anything that the framework prints.
 _DEVICE_SCRIPTS = {
     "tensorflow": """
 import json, tensorflow as tf
@@ -41,7 +41,7 @@ print(json.dumps([f"{d.device_kind} {d.id}" for d in jax.devices()]))
 }
 _CHILD_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
-    # To look at a device must not fill its memory.
+    # Listing a device must not fill its memory.
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
@@ -77,20 +77,20 @@ _VARIABLES = (
     "GLOO_SOCKET_IFNAME",
     "NCCL_SOCKET_IFNAME",
 )
-# What launchers such as torchrun tell each process.
+# Variables that launchers such as torchrun set for each process.
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Framework:
-    """One framework as it is installed here.
+    """The installation of one framework.
 
     Args:
-        name: as it is imported.
-        version: None where it is not installed.
-        devices: what it can compute on, in its own words.
-        problem: why it did not start; None where it did or is not installed.
-        engine: the module that serves it, None where this version has none.
+        name: of its module.
+        version: None if it is not installed.
+        devices: that it can compute on, by the framework's names.
+        problem: why it did not start; None if it started or is not installed.
+        engine: the module of virtualbatch for it; None if there is none.
     """
 
     name: str
@@ -109,12 +109,12 @@ class Diagnosis:
         python: version.
         platform: operating system and machine.
         frameworks: TensorFlow, torch and JAX, installed or not.
-        trainers: what trains with PyTorch, installed or not, and whether it is served.
-        packages: version of each package beside them, None where it is not installed.
-        process_group: what a launcher tells this process of the others; None where none does.
+        trainers: trainers for PyTorch, installed or not, and whether they are supported.
+        packages: version of each other package; None if it is not installed.
+        process_group: variables that a launcher set about the other processes; None without one.
         memory: of the host, with the limits on this process.
-        variables: environment variables that are set and change what frameworks do.
-        advice: what stands in the way, and what to run next, in this order.
+        variables: environment variables that are set and affect the frameworks.
+        advice: problems first, then what to run next.
     """
 
     virtualbatch: str
@@ -168,10 +168,10 @@ class Diagnosis:
 
 
 def diagnose(seconds_per_child: float = SECONDS_PER_CHILD) -> Diagnosis:
-    """Looks at this machine; imports no framework into this process.
+    """Inspects this machine; imports no framework into this process.
 
     Args:
-        seconds_per_child: how long a framework may take to name its devices.
+        seconds_per_child: time limit for a framework to list its devices.
     """
     frameworks = tuple(_framework(name, seconds_per_child) for name in _DEVICE_SCRIPTS)
     packages = {name: _version(name, module) for name, module in _PACKAGES.items()}
@@ -213,7 +213,7 @@ def _framework(name: str, seconds: float) -> Framework:
 
 
 def _devices(name: str, script: str, seconds: float) -> tuple[tuple[str, ...], str | None]:
-    """Devices that a child process names, or why it named none."""
+    """Devices that a child process lists, or the reason why it lists none."""
     try:
         child = subprocess.run(
             [sys.executable, "-c", script],
@@ -232,7 +232,7 @@ def _devices(name: str, script: str, seconds: float) -> tuple[tuple[str, ...], s
 
 
 def _version(distribution: str, module: str) -> str | None:
-    """The installed version, "unknown" without metadata, None where it is not installed."""
+    """The installed version, "unknown" without metadata, None if it is not installed."""
     if importlib.util.find_spec(module) is None:
         return None
     try:
@@ -276,14 +276,14 @@ def _advice_of_group(group: Mapping[str, str] | None) -> tuple[str, ...]:
         return ()
     if absent := [name for name in _LAUNCHED if name not in group]:
         return (
-            f"a process group is half described, {' and '.join(absent)} not set: start with "
+            f"the process group is incomplete, {' and '.join(absent)} not set: start with "
             "torchrun, or unset the others",
         )
     if group["WORLD_SIZE"] == "1":
         return ()
     return (
-        "this is one of several processes: pass what adds up their gradients as module=, such as "
-        "a DistributedDataParallel, see docs/guides/processes.md",
+        "this is one of several processes: pass as module= the wrapper that sums their gradients, "
+        "such as DistributedDataParallel, see docs/guides/processes.md",
     )
 
 

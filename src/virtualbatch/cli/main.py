@@ -6,7 +6,7 @@ _TOOLS = ("rich", "typer")
 
 
 def main() -> None:
-    """Runs the command; exits with 2 where its tools are not installed."""
+    """Runs the command; exits with 2 if its tools are not installed."""
     try:
         from virtualbatch.cli.app import app
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The files that a command writes: refused before the work, written whole after it."""
+"""The files that a command writes: checked before the work, written completely after it."""
 
 import importlib.util
 import os
@@ -18,17 +18,17 @@ def refuse_unwritable(
     page: Path | None = None,
     target: str | None = None,
 ) -> None:
-    """Refuses a file that could not be written, before minutes are spent on its content.
+    """Raises an error for a file that cannot be written, before minutes are spent on its content.
 
     Args:
         json: of `--json`.
         html: of `--html`.
         page: of `--page`.
-        target: the program, whose own file is none to write.
+        target: the program, whose file must not be overwritten.
 
     Raises:
-        ValueError: one cannot be written, or is another one as well.
-        ModuleNotFoundError: what makes a page is not installed.
+        ValueError: a file cannot be written, or two options name the same file.
+        ModuleNotFoundError: a package that makes pages is not installed.
     """
     given = (("--json", json), ("--html", html), ("--page", page))
     named = [(option, file) for option, file in given if file is not None]
@@ -55,15 +55,15 @@ def refuse_unwritable(
 
 
 def write(option: str, file: Path | None, content: Callable[[], str]) -> bool:
-    """Writes a file, if it was asked for; whether it was.
+    """Writes a file if it was requested, and returns whether it was.
 
     Args:
-        option: that named it.
-        file: None if it was not.
-        content: what to write.
+        option: that named the file.
+        file: None if it was not requested.
+        content: () -> the text to write.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the file cannot be written.
     """
     if file is None:
         return False
@@ -76,16 +76,16 @@ def write(option: str, file: Path | None, content: Callable[[], str]) -> bool:
 
 
 def unwritten(option: str, file: Path, error: OSError) -> ValueError:
-    """The error for a file that could not be written although it was tried before.
+    """The error for a file that could not be written although the check passed.
 
     Args:
-        option: that named it.
-        file: its name.
-        error: what was raised.
+        option: that named the file.
+        file: its path.
+        error: that was raised.
     """
     return ValueError(
         f"{option} must name a file that can be written. Got {option} {file} "
-        f"({error.strerror or error}). What stood there is as it was. Pass another name."
+        f"({error.strerror or error}). Any file there is unchanged. Pass another name."
     )
 
 

@@ -1,4 +1,4 @@
-"""`virtualbatch bench --peers list`: whom each engine would be compared with, and who is absent."""
+"""`virtualbatch bench --peers list`: the peers of each engine, and which are not installed."""
 
 import importlib.metadata
 

@@ -1,4 +1,4 @@
-"""What could not be run, in one line and with exit code 2."""
+"""Turns errors of a command into one line and exit code 2."""
 
 import os
 import sys
@@ -11,16 +11,16 @@ import typer
 from virtualbatch.certify.users_line import OURS, Line, folder, is_in, users_line
 from virtualbatch.demo.parent import ChildFailure
 
-# Classes that carry a message of ours where a line of ours raises them.
+# Errors of these classes have a message for the user if this package raises them.
 _SAID = (ValueError, TypeError, MemoryError, ModuleNotFoundError)
 _INTERRUPTED = 130
 
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Whatever is raised inside becomes one line of an error and exit code 2.
+    """Prints any error raised inside as one line and exits with code 2.
 
-    Python's own exit code for an error is 1, which here says that something is not exact.
+    Python's own exit code for an error is 1, which here means that something is not exact.
     """
     try:
         yield
@@ -34,11 +34,11 @@ def one_line() -> Iterator[None]:
 
 
 def say(text: object) -> None:
-    """Prints a text, and raises at once where nobody takes it."""
+    """Prints a text; raises at once if the output is closed."""
     try:
         print(text, flush=True)
     except (OSError, UnicodeError):
-        # Python would try again at its end, and exit with a code of its own.
+        # Otherwise Python would flush again at exit, and end with another exit code.
         sys.stdout = None
         raise
 
@@ -52,7 +52,7 @@ def is_said(error: BaseException) -> bool:
 
 
 def in_words(error: BaseException) -> str:
-    """An error on one line: its class, its text and the user's line that it comes from."""
+    """An error on one line: its class, its text and the line of the user's code."""
     text = " ".join(_text(error).split())
     lines = _lines(error)
     place = users_line(lines, [OURS, folder(os.__file__)])
@@ -63,7 +63,7 @@ def in_words(error: BaseException) -> str:
 
 
 def _lines(error: BaseException) -> list[Line]:
-    """The lines that an error came through, where it was raised first."""
+    """The lines of an error's traceback, innermost first."""
     frames = list(traceback.walk_tb(error.__traceback__))[::-1]
     return [
         Line(frame.f_code.co_filename, number, frame.f_code.co_qualname) for frame, number in frames
@@ -73,6 +73,6 @@ def _lines(error: BaseException) -> list[Line]:
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    # Whatever a class of the user's does there.
+    # A user's class may raise anything here.
     except Exception as failed:
         return f"(its text cannot be read: {type(failed).__name__})"

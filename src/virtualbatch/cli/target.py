@@ -1,7 +1,7 @@
-"""What `virtualbatch plan` and `check` work on: a function of the user's that returns a program.
+"""The target of `virtualbatch plan` and `check`: a function of the user that returns a program.
 
-The function takes the rows of a batch and returns the arguments of an engine's `plan`, by name.
-Which engine that is follows from the names.
+The function takes the number of rows of a batch and returns the arguments of an engine's `plan` as
+a dict. The names of the arguments decide which engine it is.
 """
 
 import importlib
@@ -25,8 +25,8 @@ class Engine(NamedTuple):
 
     Fields:
         module: name of the engine's module; a text, because the command line imports no engine.
-        arguments: names that tell this engine from the others.
-        line: what the user writes with the size that was found.
+        arguments: names that only this engine has.
+        line: the code to write with the size that was found.
     """
 
     module: str
@@ -62,8 +62,8 @@ class Target(NamedTuple):
     """A program to plan or to check.
 
     Fields:
-        engine: whose `plan` and `certify` take it.
-        arguments: of these, by name.
+        engine: whose `plan` and `certify` are called.
+        arguments: of `plan` and `certify`, by name.
     """
 
     engine: Engine
@@ -144,7 +144,7 @@ def load(target: str, batch_size: int) -> Target:
         batch_size: rows, its only argument.
 
     Raises:
-        ValueError: the target cannot be imported or raises, or returns something else.
+        ValueError: the target cannot be imported, raises an error, or returns anything else.
     """
     function = _function(target)
     try:
@@ -209,9 +209,9 @@ def _function(target: str) -> Callable[[int], Any]:
 def _from_file(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is no Python file")
+        raise ImportError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    # What the file imports lies beside it, as when it is run; what it defines may be pickled.
+    # As when the file is run: modules beside it can be imported, and its classes can be pickled.
     sys.path.insert(0, str(file.resolve().parent))
     sys.modules[file.stem] = module
     spec.loader.exec_module(module)
@@ -219,6 +219,6 @@ def _from_file(file: Path) -> ModuleType:
 
 
 def _from_path(name: str) -> ModuleType:
-    # Python puts the folder of a script first, and that of this command is not the user's.
+    # Python puts the folder of this command on the path, not the user's folder.
     sys.path.insert(0, str(Path.cwd()))
     return importlib.import_module(name)

@@ -1,10 +1,10 @@
-"""The trainers that are installed, and whether the package serves the release that is."""
+"""The installed trainers, and whether virtualbatch was tried with their releases."""
 
 import importlib.metadata
 import re
 from dataclasses import dataclass
 
-# Trainer -> what serves it. The first two say which releases by an extra of their own.
+# Trainer -> the module or function for it. The first two have extras that bound the releases.
 _SERVED_BY = {
     "transformers": "virtualbatch.transformers",
     "lightning": "virtualbatch.lightning",
@@ -16,14 +16,14 @@ _BOUND = re.compile(r"(>=|<)\s*([\d.]+)")
 
 @dataclass(frozen=True)
 class Trainer:
-    """One trainer as it is installed here.
+    """The installation of one trainer.
 
     Args:
         name: of its distribution.
-        version: None where it is not installed.
-        served_by: the module or function that serves it.
-        releases: those that were tried, as the package's own extras say; "" where none is said.
-        is_served: whether the installed one is among them; None where it is not installed.
+        version: None if it is not installed.
+        served_by: the module or function for it.
+        releases: that were tried, from the extras of virtualbatch; "" if these set no bounds.
+        is_served: whether the installed release is among them; None if it is not installed.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Trainer:
 
 
 def installed_trainers() -> tuple[Trainer, ...]:
-    """The trainers, installed or not; none is imported."""
+    """All known trainers, installed or not; none is imported."""
     releases = _releases()
     return tuple(_trainer(name, releases.get(name, "")) for name in _SERVED_BY)
 

@@ -1,4 +1,4 @@
-"""The child process of the demo: one training on real digits, told in JSON lines.
+"""The child process of the demo: trains once on real digits and reports in JSON lines.
 
 `python -m virtualbatch.demo.digits --mode whole ...` prints `{"event": "ready"}`, an
 `{"event": "epoch", "epoch": n}` after each epoch, and at last `{"event": "result", ...}`.
@@ -19,10 +19,10 @@ from virtualbatch.demo.peak_memory import PeakMemory
 from virtualbatch.demo.result import MODES, RunResult, Settings
 
 TEST_ROWS = 360
-# An 8x8 image is enlarged to 32x32, so that activations weigh more than the model's weights.
+# An 8x8 image is enlarged to 32x32, so that activations take more memory than the weights.
 ENLARGEMENT = 4
 LEARNING_RATE = 2e-3
-# The warm-up needs rows only to make the framework start its threads and kernels.
+# The warm-up only makes the framework start its threads and kernels.
 WARM_UP_ROWS = 2
 
 
@@ -73,7 +73,7 @@ class Losses(keras.callbacks.Callback):
         self._seen, self._total = 0, 0.0
 
     def on_train_batch_end(self, batch, logs=None) -> None:
-        """Keeps what this batch added."""
+        """Keeps the loss and the time of this batch."""
         seen = min(self._seen + self._batch_size, self._rows)
         total = float(logs["loss"]) * seen
         self.losses.append((total - self._total) / (seen - self._seen))
@@ -108,7 +108,7 @@ def build_model(seed: int) -> keras.Model:
         optimizer=keras.optimizers.Adam(LEARNING_RATE),
         loss="sparse_categorical_crossentropy",
         metrics=["accuracy"],
-        # All runs take the same kernels, and no compiler's memory counts as training memory.
+        # All runs use the same kernels, and no memory of a compiler counts as training memory.
         jit_compile=False,
     )
     return model
@@ -138,7 +138,7 @@ def train(mode: str, settings: Settings) -> tuple[RunResult, list[np.ndarray]]:
         vb.accumulate(model, microbatch_size=settings.microbatch_size)
     tell("ready")
 
-    # The same order of rows in every run, whatever drew random numbers before.
+    # Every run has the same order of rows, whatever random numbers were drawn before.
     keras.utils.set_random_seed(settings.seed)
     losses = Losses(len(digits.x_train), batch_size)
     peak = PeakMemory()
@@ -187,7 +187,7 @@ def tell(event: str, **content: Any) -> None:
 
 
 def main() -> None:
-    """Reads the settings from the command line, trains, and tells the result."""
+    """Reads the settings from the command line, trains, and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mode", choices=MODES, required=True)
     parser.add_argument("--weights", type=Path, required=True, help="file for the weights (npz)")

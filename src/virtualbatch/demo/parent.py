@@ -1,4 +1,4 @@
-"""The parent of the demo: spawns the runs, shows their progress, compares their weights."""
+"""The parent of the demo: starts the runs, shows their progress and compares their weights."""
 
 import importlib.util
 import json
@@ -32,8 +32,8 @@ NEEDED = ("tensorflow", "keras", "sklearn")
 _CHILD_ENVIRONMENT = {
     "KERAS_BACKEND": "tensorflow",
     "TF_CPP_MIN_LOG_LEVEL": "3",
-    # glibc keeps freed blocks for itself; with this, those of 64 KiB and more go back to the
-    # system at once, and the peak is what was in use together.
+    # glibc keeps freed blocks. With this setting, blocks of 64 KiB and more return to the system at
+    # once, so the peak shows only memory in use.
     "MALLOC_MMAP_THRESHOLD_": "65536",
 }
 _LINES_OF_STDERR = 20

@@ -1,8 +1,8 @@
-"""Peak memory of a stretch of a process, above what the process held before.
+"""Measures the peak memory of a part of a process's run, above what the process held before.
 
-On Linux the kernel keeps the peak of the resident memory (VmHWM) and resets it on request, so
-nothing is missed. Elsewhere a thread samples the resident memory; what lives shorter than the
-pause between two samples can be missed.
+On Linux the kernel records the peak of the resident memory (VmHWM) and resets it on request, so
+nothing is missed. Elsewhere a thread samples the resident memory, and may miss memory that is freed
+between two samples.
 """
 
 import threading

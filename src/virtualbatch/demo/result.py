@@ -1,6 +1,6 @@
-"""What the demo was asked, what its runs measured, and what the figures show.
+"""Settings, figures and conclusion of the demo.
 
-Plain data and arithmetic: no framework, no process, no screen.
+Plain data and arithmetic, without a framework, processes or output.
 """
 
 import json
@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 
 MODES = ("small", "whole", "accumulated")
 
-# Two orders of summation differ by rounding, and training carries that difference along. A
-# wrong gradient shows at the scale of training itself: between the two lie three decimal orders.
+# Two orders of summation differ by rounding, and training carries the difference along. A wrong
+# gradient changes weights as much as training does, a thousand times more.
 _AGREEMENT = 1e-3
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the three runs have in common.
+    """The settings of all three runs.
 
     Args:
         epochs: passes over the training rows, the same for every run.
@@ -50,18 +50,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Figures of one run, as its child process measured them.
+    """Figures of one run, measured by its child process.
 
     Args:
         mode: one of `MODES`.
         updates: optimizer updates made.
         train_loss: mean over the training rows after the last epoch.
-        test_accuracy: part of the test rows classified rightly, 0 to 1.
+        test_accuracy: share of the test rows that are classified correctly, 0 to 1.
         fit_seconds: time in `fit`, tracing included.
         peak_memory_bytes: peak during `fit` above `framework_memory_bytes`.
-        framework_memory_bytes: what the process held when `fit` began: Python, the imported
+        framework_memory_bytes: memory of the process when `fit` began: Python, the imported
             framework, its thread pools, the data, the built model.
-        peak_memory_method: how the peak was taken, see `virtualbatch.demo.peak_memory`.
+        peak_memory_method: how the peak was measured, see `virtualbatch.demo.peak_memory`.
         farthest_weight: the largest distance that a weight moved from its initial value.
         losses: mean training loss of each update's batch, taken before the update.
         seconds: since `fit` began, at the end of each update.
@@ -85,7 +85,7 @@ class DemoResult:
     """The three runs side by side.
 
     Args:
-        settings: what was asked.
+        settings: of all runs.
         small: trained with small batches only.
         whole: trained with the large batch at once.
         accumulated: trained with the large batch, accumulated from micro-batches.
@@ -107,12 +107,12 @@ class DemoResult:
 
     @property
     def weights_agree(self) -> bool:
-        """Whether accumulating led to the whole batch's weights, but for carried rounding."""
+        """Whether accumulation gave the weights of the whole batch, up to rounding."""
         return self.accumulated_difference <= _AGREEMENT * self.whole.farthest_weight
 
     @property
     def conclusion(self) -> str:
-        """One sentence that says what the figures show, also where they are not in favour."""
+        """One sentence about the figures, also if they are unfavourable."""
         return f"{self._accumulation_clause()}; {self._batch_size_clause()}."
 
     def to_json(self) -> str:

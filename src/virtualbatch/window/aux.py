@@ -1,8 +1,8 @@
-"""What a loss function gives beside its loss, and how each leaf of it is put together again.
+"""Combines aux, what a loss function returns beside its loss, over the micro-batches of a window.
 
-A leaf with one entry per row is concatenated, an integer leaf is summed, any other is averaged by
-rows, unless the engine or the user knows more of it. Whether a leaf has one entry per row is judged
-by its shape at two numbers of rows, because a shape of 10 may be ten rows or ten classes.
+A leaf with one entry per row is concatenated, an integer leaf is summed, and any other leaf is
+averaged by rows, unless the engine or the user knows better. Two numbers of rows are needed to see
+whether a leaf has one entry per row, because a shape of 10 may mean ten rows or ten classes.
 """
 
 import weakref
@@ -10,16 +10,16 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 ROWS, SUM, MEAN, NOTHING = "rows", "sum", "mean", "nothing"
-# Of one micro-batch, for all give the same; the largest entries.
+# KEEP takes the value of one micro-batch, because all are equal; MAX takes the largest entries.
 KEEP, MAX = "keep", "max"
 
 
 class AuxLeaf(NamedTuple):
-    """As much of a leaf of aux as says how it is put together.
+    """Shape and type of a leaf of aux, which decide how it is combined.
 
     Fields:
-        length: the first entry of its shape, None where a trace leaves it open; () without axes.
-        dtype: name of its dtype, or of its type where it is no array.
+        length: the first entry of its shape, None if a trace leaves it open; () without axes.
+        dtype: name of its dtype, or of its type if it is not an array.
         inner: the further entries of its shape.
     """
 
@@ -37,16 +37,16 @@ def kinds(
     asked: Sequence[str | None] | None = None,
     kind_of: Callable[[int, str], str] = lambda _, dtype: kind_of_dtype(dtype),
 ) -> list[str]:
-    """How each leaf of aux is put together.
+    """How each leaf of aux is combined.
 
     Args:
-        structures: of the aux of each micro-batch, or of one of each shape; equal if they are.
-        auxes: leaves of the same, in order.
-        rows: rows of the same; None where a trace leaves them open.
+        structures: of the aux of each micro-batch, or of one micro-batch of each shape; they
+            compare equal if the structures are equal.
+        auxes: leaves of these micro-batches, in order.
+        rows: rows of these micro-batches; None if a trace leaves them open.
         other: another number of rows.
-        at_other: gives the leaves of aux as they are with that many rows; asked only where the
-            numbers of rows at hand cannot tell.
-        asked: the kinds that the user asked for, None for leaves that are to be judged.
+        at_other: () -> the leaves of aux with that many rows; called only if `rows` do not decide.
+        asked: the kinds that the user asked for, None for the other leaves.
         kind_of: (number, dtype) of a leaf without one entry per row -> its kind.
 
     Returns:
@@ -101,7 +101,7 @@ def kinds(
 def _check_shapes(
     columns: Sequence[Sequence[AuxLeaf]], per_row: Sequence[bool], asked: Sequence[str | None]
 ) -> None:
-    """Refuses leaves that micro-batches give in shapes which do not fit together."""
+    """Raises an error for leaves whose shapes in the micro-batches do not fit together."""
     for column, judged, kind in zip(columns, per_row, asked, strict=True):
         one_per_row = judged or kind == ROWS
         shapes = {leaf.inner if one_per_row else (*leaf.length, *leaf.inner) for leaf in column}
@@ -114,7 +114,7 @@ def _check_shapes(
 
 
 def _inner_axes_of_rows(column: Sequence[AuxLeaf], rows: Sequence[int | None]) -> set[int]:
-    """Axes beside the first that are as long as the micro-batch in each of some micro-batches."""
+    """Axes after the first that are as long as the micro-batch in every micro-batch."""
     if None in rows:
         return set()
     pairs = list(zip(column, rows, strict=True))
@@ -123,17 +123,17 @@ def _inner_axes_of_rows(column: Sequence[AuxLeaf], rows: Sequence[int | None]) -
 
 
 def kinds_without_rows(structures: Sequence[Any], auxes: Sequence[Sequence[AuxLeaf]]) -> list[str]:
-    """How each leaf of aux is put together where the rows of micro-batches are not known.
+    """How each leaf of aux is combined if the rows of micro-batches are unknown.
 
-    Then no shape can tell rows from classes, so whatever has an axis is concatenated.
+    Shapes cannot tell rows from classes then, so every leaf with an axis is concatenated.
 
     Args:
         structures: as in `kinds`.
-        auxes: as there.
+        auxes: as in `kinds`.
 
     Raises:
-        TypeError: see `kinds`.
-        ValueError: see there.
+        TypeError: as in `kinds`.
+        ValueError: as in `kinds`.
     """
     if any(structure != structures[0] for structure in structures):
         raise _changed()
@@ -154,10 +154,10 @@ def _kind(number: int, column: Sequence[AuxLeaf], kind_of: Callable[[int, str], 
 
 
 def kind_of_dtype(dtype: str) -> str:
-    """The kind of a leaf without one entry per row, of which no more than its dtype is known.
+    """The kind of a leaf without one entry per row, by its dtype.
 
     Raises:
-        TypeError: it can be neither summed nor averaged.
+        TypeError: the leaf can be neither summed nor averaged.
     """
     if dtype == "NoneType":
         return NOTHING
@@ -174,14 +174,14 @@ def kind_of_dtype(dtype: str) -> str:
 def summed_dtype(dtype: str) -> str:
     """The dtype of a sum of integers over a window.
 
-    Each micro-batch's count may fit its dtype where the count of the window does not: two of 100
-    are -56 in int8.
+    The count of a micro-batch may fit its dtype although the count of the window does not: 100
+    plus 100 is -56 in int8.
 
     Args:
         dtype: name of the dtype of the leaf.
 
     Returns:
-        `"int32"` for an integer of fewer bits; else the same.
+        `"int32"` for an integer of fewer bits; otherwise the same dtype.
     """
     bits = dtype.removeprefix("u").removeprefix("int")
     return "int32" if bits.isdigit() and int(bits) < 32 else dtype
@@ -195,9 +195,9 @@ def _changed() -> ValueError:
 
 
 class AuxShapes:
-    """What runs on shapes alone found about aux, kept as long as the loss functions live.
+    """Keeps the results of traces on shapes for as long as the loss functions live.
 
-    A loop asks the same question at every update, and each answer costs a trace of the loss.
+    A training loop needs the same result at every update, and each one costs a trace of the loss.
     """
 
     def __init__(self) -> None:
@@ -206,12 +206,12 @@ class AuxShapes:
         )
 
     def of(self, loss_fn: Any, key: Hashable, find: Callable[[], Any]) -> Any:
-        """The answer for a loss function.
+        """The result for a loss function.
 
         Args:
             loss_fn: the function.
-            key: whatever else the answer depends on: structure, shapes and dtypes.
-            find: gives the answer where it is not known.
+            key: everything else that the result depends on: structure, shapes and dtypes.
+            find: () -> the result; called if it is not known yet.
         """
         # A bound method is a new object at every access, but its instance is not.
         owner = getattr(loss_fn, "__self__", loss_fn)

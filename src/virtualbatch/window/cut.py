@@ -1,6 +1,6 @@
-"""How a batch is cut: sizes, rows, and streams that come already cut.
+"""How a batch is cut: checks of sizes, and rows of each micro-batch.
 
-Nothing here touches an array: rows are counted from `shape`, and cuts are plain numbers.
+Nothing here touches an array; cuts are plain numbers.
 """
 
 import numbers
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def check_sizes(microbatch_size: Any, accumulation_steps: Any) -> None:
-    """Refuses size arguments that no batch could satisfy.
+    """Raises an error for size arguments that are wrong for every batch.
 
     Args:
         microbatch_size: rows of one forward and backward, or None.
@@ -44,11 +44,11 @@ def _is_positive_integer(value: Any) -> bool:
 def rows_per_microbatch(
     rows: Any, microbatch_size: int | None, accumulation_steps: int | None
 ) -> Any:
-    """Rows of one micro-batch, from whichever size was given.
+    """Rows of one micro-batch, from the size that was given.
 
     Args:
-        rows: rows of the batch; a Python int, or a traced integer scalar (then only `+ - //` are
-            used and agreement of the two sizes is left to the engine).
+        rows: rows of the batch; a Python int, or a traced integer scalar. For a traced scalar only
+            `+ - //` are used, and the engine must check that two sizes agree.
         microbatch_size: checked rows of one micro-batch, or None.
         accumulation_steps: checked micro-batches per window, or None.
 
@@ -61,7 +61,7 @@ def rows_per_microbatch(
     if microbatch_size is None:
         if accumulation_steps is None:
             raise ValueError("internal: rows_per_microbatch needs one of the two sizes.")
-        # NumPy integers would make the size a NumPy integer, which a graph does not know as static.
+        # A graph does not treat a NumPy integer as static.
         steps = int(accumulation_steps)
         return (rows + steps - 1) // steps
     if accumulation_steps is not None and isinstance(rows, int):
@@ -72,7 +72,7 @@ def rows_per_microbatch(
 
 
 def sizes_disagree(rows: int | str, microbatch_size: int, accumulation_steps: int) -> str:
-    """Text of the refusal for two sizes that do not describe the same cut."""
+    """Text of the error for two sizes that do not describe the same cut."""
     arithmetic = f"{rows} rows"
     if isinstance(rows, int):
         arithmetic = (
@@ -86,9 +86,9 @@ def sizes_disagree(rows: int | str, microbatch_size: int, accumulation_steps: in
 
 
 def even_cut(rows: int, microbatch_size: int) -> list[tuple[int, int]]:
-    """Cuts rows contiguously into as few micro-batches as fit, as equal as they can be.
+    """Cuts rows contiguously into as few micro-batches as possible, of nearly equal size.
 
-    Sizes differ by at most one row, so that no lonely row meets a BatchNorm.
+    Sizes differ by at most one row, so that a BatchNorm never gets a single leftover row.
 
     Args:
         rows: rows of the batch, >= 1.
@@ -101,11 +101,11 @@ def even_cut(rows: int, microbatch_size: int) -> list[tuple[int, int]]:
 
 
 def even_parts(rows: int, count: int) -> list[tuple[int, int]]:
-    """Cuts rows contiguously into a number of micro-batches, as equal as they can be.
+    """Cuts rows contiguously into `count` micro-batches of nearly equal size.
 
     Args:
         rows: rows of the batch.
-        count: how many micro-batches, from 1 to `rows`.
+        count: number of micro-batches, from 1 to `rows`.
 
     Returns:
         See `even_cut`.

@@ -1,27 +1,27 @@
-"""What a `rowwise` function returns, refused where a leaf has not one entry per row.
+"""Checks that every leaf that a `rowwise` function returns has one entry per row.
 
-Only shapes are looked at. A leaf whose first axis has as many entries as there are rows by chance
-is found by an engine, which tries another number of rows.
+Only shapes are checked. A first axis may have as many entries as there are rows by chance; engines
+find that by trying another number of rows.
 """
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# How a structure of outputs that changes is mended.
+# The fix for outputs whose structure changes.
 _LACKING = "Return None for what a micro-batch lacks only if all lack it."
 
 
 def check_entries(outputs: Iterable[tuple[str, Any]], rows: int | None) -> None:
-    """Refuses outputs that have not one entry per row.
+    """Raises an error for outputs that do not have one entry per row.
 
     Args:
-        outputs: the expression that reaches a leaf, such as "output['z']", and the leaf: an array,
-            a trace or a description of one, or None, which every row has.
-        rows: rows of the micro-batch that they were computed from; None where a trace leaves them
-            open, and then only what cannot have rows is refused.
+        outputs: pairs of the expression for a leaf, such as "output['z']", and the leaf: an array,
+            a trace, a description of one, or None, which is allowed.
+        rows: rows of the micro-batch that they were computed from; None if a trace leaves them
+            open. Then an error is raised only for leaves that cannot have rows.
 
     Raises:
-        TypeError: a leaf is no array.
+        TypeError: a leaf is not an array.
         ValueError: a leaf has another number of entries.
     """
     for path, leaf in outputs:
@@ -50,12 +50,12 @@ def check_entries(outputs: Iterable[tuple[str, Any]], rows: int | None) -> None:
 
 
 def check_same_structure(first: Sequence[str], later: Sequence[str]) -> None:
-    """Refuses outputs whose structure changes from one micro-batch to the next.
+    """Raises an error if the structure of outputs changes from one micro-batch to the next.
 
     Args:
-        first: the expressions that reach the leaves of the first micro-batch's outputs, each with
-            what it is, such as "output['z']" or "output['z'] is None".
-        later: those of a later one.
+        first: expressions for the leaves of the first micro-batch's outputs, such as "output['z']"
+            or "output['z'] is None".
+        later: the expressions of a later micro-batch.
 
     Raises:
         ValueError: they differ.

@@ -1,8 +1,8 @@
-"""What a loss does, as a text that is the same in another process, so that a plan knows its loss.
+"""A text that identifies a loss function, also in another process, so that plans can be reused.
 
-A loss is often written anew at each call, as a lambda or a closure, and is the same all the same.
-So a function is known by its code and by what it calls through its closure, never by its identity.
-Numbers and arrays are left out: they change from update to update, and memory rarely with them.
+A lambda or a closure is often created anew at each call although it does the same. So a function is
+identified by its code and by what it calls through its closure, not by its identity. Numbers and
+arrays are left out: they change with each update, and rarely change the memory that is needed.
 """
 
 import functools
@@ -18,10 +18,10 @@ _MOST_VALUES = 200
 
 
 def fingerprint(*parts: Any) -> str:
-    """The text for some functions, and for options beside them.
+    """The text that identifies functions together with their options.
 
     Args:
-        parts: functions, callable objects, texts, flags, None, and containers of such.
+        parts: functions, callable objects, texts, flags, None, and containers of these.
     """
     lines = "\n".join(line for part in parts for line in _lines(part, set()))
     names = ", ".join(_name(part) for part in parts if callable(part))
@@ -29,13 +29,14 @@ def fingerprint(*parts: Any) -> str:
 
 
 def plain_values(*functions: Any) -> tuple[str, ...]:
-    """The numbers, texts and flags that functions work with, as far as they are at hand.
+    """The numbers, texts and flags that functions use, as far as they are easy to find.
 
-    They are in closures, defaults and arguments of `partial`, and directly in the objects that are
-    there, such as the `reduction` of a criterion; two hundred at the most.
+    They are taken from closures, from defaults, from the arguments of `partial`, and from the
+    attributes of objects found there, such as the `reduction` of a criterion. There are at most two
+    hundred.
 
     Args:
-        functions: functions, callable objects, or anything else, which has none.
+        functions: functions and callable objects; anything else has no values.
     """
     return tuple(islice((v for each in functions for v in _plain(each, 2)), _MOST_VALUES))
 
@@ -61,7 +62,7 @@ def _plain(found: Any, depth: int) -> Iterator[str]:
 
 
 def owner_of(function: Any) -> Any:
-    """What lives as long as a function can be made anew: its code; for other objects their class.
+    """The code of a function, which outlives its copies; for other objects their class.
 
     Args:
         function: a function or another callable object.
@@ -71,7 +72,7 @@ def owner_of(function: Any) -> Any:
 
 
 def _unwrapped(found: Any) -> Any:
-    """The function under partial, methods and decorators; another object as it is."""
+    """The function inside partial, methods and decorators; other objects unchanged."""
     while True:
         if isinstance(found, functools.partial):
             found = found.func
@@ -90,7 +91,7 @@ def _name(part: Any) -> str:
 
 
 def _lines(part: Any, seen: set[int]) -> Iterator[str]:
-    """What a part is, a line at a time; `seen` are the functions that were described."""
+    """Lines that describe a part; `seen` holds the functions that are already described."""
     if isinstance(part, functools.partial):
         for value in (part.func, part.args, part.keywords):
             yield from _lines(value, seen)
@@ -109,7 +110,7 @@ def _lines(part: Any, seen: set[int]) -> Iterator[str]:
 
 
 def _single(part: Any, seen: set[int]) -> Iterator[str]:
-    """The same of what is no container; one in a closure may hold a whole data set."""
+    """Lines for a part without looking into containers: in a closure these may hold a data set."""
     found = _unwrapped(part)
     if found is None or isinstance(found, bool | str):
         yield repr(found)
@@ -140,5 +141,5 @@ def _code(code: CodeType) -> Iterator[str]:
         if isinstance(constant, CodeType):
             yield from _code(constant)
         else:
-            # A set among them has another order in another process.
+            # The order of a set differs between processes.
             yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)

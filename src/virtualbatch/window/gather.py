@@ -1,7 +1,7 @@
-"""Rows of an array in another order, by the gather of whichever framework made it.
+"""Takes rows of an array in another order, by the array's own framework.
 
-Frameworks are looked up among the modules that are loaded, and never imported: an array of one
-that is not loaded cannot be there.
+Frameworks are looked up among the loaded modules and never imported: if one is not loaded, no array
+can be of it.
 """
 
 import sys
@@ -33,10 +33,10 @@ def gathered(array: Any, rows: np.ndarray, length: int | None) -> Any:
     Args:
         array: a known array.
         rows: their numbers.
-        length: what is kept of the second axis; None for all of every row.
+        length: the part of the second axis to keep; None keeps all of it.
     """
     framework = _framework(array)
-    # Trimmed first: only what is kept is copied.
+    # Trimmed first, so that only the kept part is copied.
     trimmed = array if length is None else array[:, :length]
     if framework == "torch":
         index = sys.modules["torch"].as_tensor(rows, device=array.device)
@@ -53,7 +53,7 @@ def on_host(array: Any) -> np.ndarray:
     """The values of an array, or of a list of numbers, in NumPy.
 
     Raises:
-        ValueError: a trace stands for it, which has no values, or it is no array.
+        ValueError: the array is a trace, which has no values, or it is not an array.
     """
     framework = _framework(array)
     if framework == "torch":
@@ -70,8 +70,8 @@ def on_host(array: Any) -> np.ndarray:
         return np.asarray(array)
     except ValueError as error:
         raise ValueError(
-            "What is given by row must be an array, or a list of numbers or text. "
-            f"Got {array!r}, which is none: {error}. Pass one entry per row."
+            "Values by row must be an array, or a list of numbers or text. "
+            f"Got {array!r}, which is neither: {error}. Pass one entry per row."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Rows that belong together, kept in one micro-batch."""
+"""Cuts batches so that rows that belong together stay in one micro-batch."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,11 +13,12 @@ from virtualbatch.window.window import Window
 
 
 def whole_groups(batch: Any, groups: Any, *, microbatch_size: int) -> Window:
-    """Cuts a batch into micro-batches that part no group of rows.
+    """Cuts a batch into micro-batches and never splits a group of rows.
 
-    For losses that compare the rows of a group, such as a list that is ranked, the answers to one
-    prompt or the crops of one image. Groups come in the order of their first rows; each goes to the
-    micro-batch at hand if it fits there, else to the next. Rows of a group need not be neighbours.
+    Use it for losses that compare the rows of a group, such as a ranked list, the answers to one
+    prompt or the crops of one image. Groups are taken in the order of their first rows; each goes
+    into the current micro-batch if it fits, otherwise into the next. Rows of a group need not be
+    neighbours.
     A loss that is a mean over groups needs `weight`, the number of groups in a micro-batch.
 
     Args:
@@ -30,9 +31,9 @@ def whole_groups(batch: Any, groups: Any, *, microbatch_size: int) -> Window:
         A `Window`, for any engine.
 
     Raises:
-        ValueError: groups are not one per row, a group has more rows than a micro-batch, the size
-            is not a positive integer, or rows differ or are missing.
-        TypeError: an array is of no known framework.
+        ValueError: there is not one group per row, a group has more rows than a micro-batch, the
+            size is not a positive integer, or arrays differ in rows or have none.
+        TypeError: an array is of an unknown framework.
 
     Example:
         >>> scores = np.array([0.5, 0.1, 0.9, 0.3, 0.7])
@@ -49,7 +50,7 @@ def whole_groups(batch: Any, groups: Any, *, microbatch_size: int) -> Window:
     rows = common_rows(arrays)
     if rows is None:
         raise ValueError(
-            "Rows are grouped by number. Got a batch whose rows a trace leaves open. "
+            "The number of rows must be known. Got a batch whose rows a trace leaves open. "
             "Call whole_groups outside of tf.function."
         )
     leaves = with_row_lists([leaf for _, leaf in found], rows)
@@ -66,11 +67,11 @@ def _numbers(groups: Any, rows: int) -> np.ndarray:
             f"Got groups of shape {found.shape} for {rows} rows. Pass one entry per row."
         )
     if found.dtype.kind == "O" and all(isinstance(name, str) for name in found):
-        # As tables keep text.
+        # Tables such as pandas keep text as objects.
         return found.astype(str)
     if found.dtype.kind not in "iubUS":
         raise ValueError(
-            "Groups are told apart by equal values. "
+            "Groups must be integers or text, because equal values form a group. "
             f"Got groups of {'floating numbers' if found.dtype.kind == 'f' else found.dtype}. "
             "Pass integers or text."
         )

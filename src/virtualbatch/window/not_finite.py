@@ -1,4 +1,4 @@
-"""Naming the micro-batch whose loss is not finite."""
+"""Logs which micro-batch has a loss that is not finite."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ _FIX = "See docs/guides/not_finite.md."
 class LossWatch:
     """Logs which micro-batch of a window has a loss that is not finite.
 
-    It does so once, and again only after a window whose loss was finite: parameters that are NaN
+    It logs once, and again only after a window with a finite loss, because parameters that are NaN
     make every later loss NaN too.
     """
 
@@ -29,7 +29,7 @@ class LossWatch:
         self._said = False
 
     def listens(self, loss: float) -> bool:
-        """Hears of the loss of a window; whether it must hear of those of its micro-batches.
+        """Takes the loss of a window; returns whether `hear` needs those of its micro-batches.
 
         Args:
             loss: of the whole window.
@@ -45,13 +45,13 @@ class LossWatch:
         rows: Sequence[int | None],
         what: str | None = None,
     ) -> None:
-        """Hears of the micro-batches of a window whose loss is not finite.
+        """Logs the micro-batches of a window whose loss is not finite.
 
         Args:
             losses: for each micro-batch, in order, the terms of its loss that count, by name.
-            rows: of each micro-batch, in the order of the batch; None where they are not known.
-            what: what else the numbers are of, None for the loss. If they are all finite, only
-                the window is named.
+            rows: of each micro-batch, in the order of the batch; None if unknown.
+            what: name of the numbers if they are not losses, otherwise None. If all of them are
+                finite, only the window is named.
         """
         bad = [
             (index, name, value)
@@ -60,7 +60,7 @@ class LossWatch:
             if not math.isfinite(value)
         ]
         if not bad:
-            # Finite losses can have a sum that is not.
+            # The sum of finite losses can overflow.
             if what is None:
                 return
             what, losses, rows, bad = None, [{}], [None], [(0, SINGLE, self._loss)]
@@ -87,10 +87,10 @@ class LossWatch:
 
 
 def rows_in_order(batch: Any, rows: Sequence[int | None]) -> Sequence[int | None]:
-    """Rows of each micro-batch, as `LossWatch` takes them; Nones where the rows were sorted.
+    """Rows of each micro-batch for `LossWatch`; all None if the rows were sorted.
 
     Args:
-        batch: as the user gave it.
+        batch: as the user passed it.
         rows: of each micro-batch.
     """
     return [None] * len(rows) if isinstance(batch, Window) and batch.sorted_rows else rows
@@ -105,11 +105,11 @@ def _place(rows: Sequence[int | None], index: int) -> str:
 
 
 class LateLosses(Generic[Entry]):
-    """Losses of windows that a device may not have computed yet; nobody waits for them.
+    """Losses of windows that a device may not have computed yet, handled without waiting.
 
     Args:
-        is_there: (entry, whether it is that of the latest window) -> whether to hear of it now.
-        hear: hears of an entry, of windows in their order.
+        is_there: (entry, whether it is of the latest window) -> whether it can be handled now.
+        hear: handles an entry; called in the order of windows.
     """
 
     def __init__(self, is_there: Callable[[Entry, bool], bool], hear: Callable[[Entry], None]):
@@ -118,12 +118,12 @@ class LateLosses(Generic[Entry]):
         self._waiting: deque[Entry] = deque()
 
     def take(self, entry: Entry) -> None:
-        """Takes the losses of a window, and hears of those that are there."""
+        """Takes the losses of a window, and handles all that are available."""
         self._waiting.append(entry)
         while self._waiting and self._is_there(self._waiting[0], len(self._waiting) == 1):
             self._hear(self._waiting.popleft())
 
     def hear_all(self) -> None:
-        """Hears of all windows, and waits where it must."""
+        """Handles all windows, and waits for their losses if necessary."""
         while self._waiting:
             self._hear(self._waiting.popleft())

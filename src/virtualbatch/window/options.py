@@ -1,4 +1,4 @@
-"""Options of public verbs: what is on or off, and what is a number."""
+"""Checks of options that are flags or numbers."""
 
 import numbers
 from typing import Any
@@ -7,13 +7,13 @@ import numpy as np
 
 
 def check_flags(**flags: Any) -> None:
-    """Refuses options that are neither on nor off.
+    """Raises an error for flags that are not booleans.
 
     Args:
-        **flags: name -> as given.
+        **flags: name -> value.
 
     Raises:
-        TypeError: one is no boolean.
+        TypeError: a value is not a boolean.
     """
     for name, value in flags.items():
         if not isinstance(value, bool | np.bool_):
@@ -23,5 +23,5 @@ def check_flags(**flags: Any) -> None:
 
 
 def is_real(value: Any) -> bool:
-    """Whether this is one real number; booleans and arrays are none."""
+    """Whether this is one real number; booleans and arrays are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -1,7 +1,7 @@
-"""Rows of one batch sorted by length and packed, so that little of what is computed is padding.
+"""Sorts the rows of a batch by length and packs them, so that little padding is computed.
 
-A window's gradient is a weighted sum over rows, so neither their order nor who shares a micro-batch
-with whom changes it.
+The gradient of a window is a weighted sum over rows. So the order of rows does not change it, nor
+does the choice of rows that share a micro-batch.
 """
 
 import numbers
@@ -29,8 +29,8 @@ class Piece(NamedTuple):
     """One micro-batch of sorted rows.
 
     Fields:
-        start: its first row, among the sorted ones.
-        stop: the row after its last.
+        start: its first row in sorted order.
+        stop: the row after its last one.
         length: to which its rows are trimmed.
     """
 
@@ -57,25 +57,24 @@ def pack(
         batch: nested dicts, lists, tuples and dataclasses of arrays (NumPy, PyTorch, TensorFlow or
             JAX) that share their leading axis, the rows. Lists as long as the batch follow them.
         lengths: length of each row, integers >= 1 in an array or a list.
-        microbatch_tokens: rows times longest row that a micro-batch may have. A row that is longer
-            alone becomes a micro-batch of its own, with a warning.
-        round_to: for engines that compile one program for each shape: lengths are rounded up to
-            multiples of it, and all micro-batches but the last have the same number of rows,
-            as many as fit where they are padded. None packs as many rows as fit, whatever shapes
-            that makes.
-        padded: which leaves are padded on their second axis, as the same structure of booleans;
-            None takes integer and boolean leaves whose second axis is the padded length, and float
-            leaves of two axes with it.
+        microbatch_tokens: the largest product of rows and longest row in a micro-batch. A row that
+            is longer than this becomes a micro-batch of its own, with a warning.
+        round_to: for engines that compile a program for each shape. Lengths are rounded up to
+            multiples of it, and all micro-batches but the last have the same number of rows: as
+            many as fit at the padded length. None packs as many rows as fit, whatever the shapes.
+        padded: which leaves are padded on their second axis, as the same structure of booleans.
+            None takes the leaves whose second axis is the padded length: integer and boolean
+            leaves, and float leaves of two axes.
 
     Returns:
         A `Window`, for any engine.
 
     Raises:
-        ValueError: lengths are not one per row, are below 1 or exceed the padded axis; no leaf is
-            padded, or it is not clear which are; rows differ or are missing; or a size is not a
-            positive integer.
+        ValueError: there is not one length per row, or a length is below 1 or exceeds the padded
+            axis; no leaf is padded, or it is unclear which are; arrays differ in rows or have none;
+            or a size is not a positive integer.
         TypeError: lengths are not integers, or a leaf is neither an array of a known framework nor
-            text, a number or a list of such.
+            text, a number or a list of these.
 
     Source:
         The law in docs/how_it_works/law.md.
@@ -96,7 +95,7 @@ def pack(
     rows = common_rows(arrays)
     if rows is None:
         raise ValueError(
-            "Rows are packed by number. Got a batch whose rows a trace leaves open. "
+            "The number of rows must be known. Got a batch whose rows a trace leaves open. "
             "Call pack outside of tf.function."
         )
     marked = with_row_lists([leaf for _, leaf in found], rows)
@@ -120,10 +119,10 @@ def pack(
 
 
 def check_tokens(microbatch_tokens: Any, round_to: Any = None) -> None:
-    """Refuses sizes of packed micro-batches.
+    """Checks the sizes of packed micro-batches.
 
     Raises:
-        ValueError: one is not a positive integer.
+        ValueError: a size is not a positive integer.
     """
     sizes = [("microbatch_tokens", microbatch_tokens, "of tokens that fit in memory at once")]
     if round_to is not None:
@@ -142,20 +141,20 @@ def token_cut(
 ) -> list[Piece]:
     """Cuts sorted rows by a budget of tokens.
 
-    Law: pieces follow each other and cover all rows; none is shorter than its longest row; rows
-    times length exceed the budget only for a row alone.
+    Pieces follow each other and cover all rows. No piece is shorter than its longest row. Rows
+    times length exceed the budget only for a single row.
 
     Args:
         lengths: of the rows, longest first.
         microbatch_tokens: the budget.
-        most: length to which all rows are padded; none is rounded up beyond it.
+        most: length to which all rows are padded; lengths are not rounded up beyond it.
         round_to: see `pack`.
     """
     pieces: list[Piece] = []
     start = 0
     while start < len(lengths):
         length = rounded(lengths[start], round_to, most)
-        # Programs are few if rows differ in nothing but the length to which they are trimmed.
+        # Few programs are compiled if only the trimmed length differs.
         size = max(1, microbatch_tokens // (length if round_to is None else most))
         stop = min(start + size, len(lengths))
         pieces.append(Piece(start, stop, length))
@@ -183,7 +182,8 @@ def row_lengths(lengths: Any, rows: int) -> np.ndarray:
         rows: of the batch.
 
     Raises:
-        ValueError: they are not one per row, below 1, or not there yet.
+        ValueError: there is not one length per row, a length is below 1, or the lengths are a
+            trace.
         TypeError: they are not integers.
     """
     lengths = on_host(lengths)
@@ -198,7 +198,7 @@ def row_lengths(lengths: Any, rows: int) -> np.ndarray:
             f"lengths must be integers. Got lengths of dtype {lengths.dtype}. "
             "Cast them, for example by .astype(int)."
         )
-    # As int64 first: an unsigned difference that fell below zero is negative again.
+    # In int64, an unsigned difference that wrapped around below zero is negative again.
     whole: np.ndarray = lengths.astype(np.int64)
     if whole.min() < 1:
         row = int(whole.argmin())
@@ -210,7 +210,7 @@ def row_lengths(lengths: Any, rows: int) -> np.ndarray:
 
 
 def _is_array(path: str, leaf: Any) -> bool:
-    """Whether a leaf has rows; refuses what can neither be sorted nor belong to every row."""
+    """Whether a leaf has rows; raises if it can be neither sorted nor shared by all rows."""
     if is_known(leaf):
         return True
     odd = stranger(leaf, _SHARED)
@@ -224,7 +224,7 @@ def _is_array(path: str, leaf: Any) -> bool:
 
 
 def _piece(path: str, leaf: Any, order: np.ndarray, piece: Piece, trimmed: set[str]) -> Any:
-    """What a micro-batch has of a leaf."""
+    """The part of a leaf that belongs to a micro-batch."""
     chosen = order[piece.start : piece.stop]
     if is_known(leaf):
         return gathered(leaf, chosen, piece.length if path in trimmed else None)

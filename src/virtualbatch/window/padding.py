@@ -1,4 +1,4 @@
-"""Which leaves of a batch are padded on their second axis, and to what length."""
+"""Finds the leaves of a batch that are padded on their second axis, and the padded length."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,21 +16,21 @@ _PASS_PADDED = (
 def length_by_shape(
     arrays: Sequence[tuple[str, Any]], longest: int, fix: str = _PASS_PADDED
 ) -> int:
-    """The padded length, where shapes and dtypes tell.
+    """The padded length, from shapes and dtypes.
 
     Args:
         arrays: (path, array) of a batch.
         longest: the longest row.
-        fix: how an error ends.
+        fix: the end of an error's text.
 
     Raises:
-        ValueError: several lengths could be it, or none.
+        ValueError: several lengths are possible, or none.
     """
     wide = [(path, leaf) for path, leaf in arrays if (rank(leaf) or 0) > 1]
     integers = [(path, leaf) for path, leaf in wide if kind(leaf) == "integer"]
     candidates = integers or [(path, leaf) for path, leaf in wide if _is_flat_float(leaf)]
     lengths = {leaf.shape[1] for _, leaf in candidates}
-    # Leaves that are too short for the longest row have something else on that axis.
+    # In leaves shorter than the longest row, that axis is something else.
     fitting = {length for length in lengths if length >= longest} or lengths
     if len(fitting) != 1:
         got = "none" if not fitting else _shapes(candidates)
@@ -44,15 +44,15 @@ def length_by_shape(
 def trimmed_by_shape(
     arrays: Sequence[tuple[str, Any]], length: int, fix: str = _PASS_PADDED
 ) -> set[str]:
-    """Paths of the leaves that are padded to a length, where shapes and dtypes tell.
+    """Paths of the leaves that are padded to a length, from shapes and dtypes.
 
     Args:
         arrays: (path, array) of a batch.
         length: the padded length.
-        fix: how an error ends.
+        fix: the end of an error's text.
 
     Raises:
-        ValueError: a leaf with that length on its second axis may have something else there.
+        ValueError: it is unclear whether a second axis of that length is padded.
     """
     with_it = [
         (path, leaf) for path, leaf in arrays if (rank(leaf) or 0) > 1 and leaf.shape[1] == length
@@ -72,15 +72,15 @@ def trimmed_by_shape(
 
 
 def trimmed_as_told(found: Sequence[tuple[str, Any]], padded: Any) -> set[str]:
-    """Paths of the padded leaves, as the caller says.
+    """Paths of the padded leaves, as the caller marks them.
 
     Args:
         found: (path, leaf) of a batch.
         padded: the structure of the batch with booleans.
 
     Raises:
-        ValueError: it is another structure, holds something else, or names a leaf without a
-            second axis.
+        ValueError: `padded` has another structure, holds anything but booleans, or marks a leaf
+            without a second axis.
     """
     told: list[tuple[str, Any]] = []
     builder(padded, "batch", told, lists=False)
@@ -115,7 +115,7 @@ def padded_length(arrays: Sequence[tuple[str, Any]], trimmed: set[str], longest:
         longest: the longest row.
 
     Raises:
-        ValueError: they share none, there are none, or a row is longer.
+        ValueError: padded leaves differ in length, there are none, or a row is longer.
     """
     leaves = [(path, leaf) for path, leaf in arrays if path in trimmed]
     lengths = {leaf.shape[1] for _, leaf in leaves}
@@ -131,10 +131,10 @@ def padded_length(arrays: Sequence[tuple[str, Any]], trimmed: set[str], longest:
 
 
 def check_longest(longest: int, length: int, path: str) -> None:
-    """Refuses a row that is longer than what it is padded to.
+    """Raises an error if the longest row is longer than the padded length.
 
     Raises:
-        ValueError: it is.
+        ValueError: the row is longer.
     """
     if longest > length:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Dataclasses that compute fields in `__post_init__`, made again of the rows of a micro-batch.
+"""Rebuilds dataclasses that compute fields in `__post_init__` for each micro-batch.
 
-A count of rows, or whatever else such a class computes, must be that of the micro-batch, so the
-constructor makes it. This is right only if the constructor keeps what it is given, which is tried
-once for each batch that is read.
+A field that such a class computes, such as a count of rows, must be that of the micro-batch, so the
+constructor is called again. This is right only if the constructor keeps its arguments unchanged,
+which is checked once for each batch.
 """
 
 import copy
@@ -18,19 +18,19 @@ Join = Callable[[list[Any]], Any]
 
 
 def is_made_by_constructor(instance: Any) -> bool:
-    """Whether a dataclass computes fields, so that a copy with other parts would be wrong."""
+    """Whether a dataclass computes fields, so that copying it with other parts would be wrong."""
     return hasattr(instance, "__post_init__") and instance.__dataclass_params__.init
 
 
 def rebuilder(instance: Any) -> tuple[list[tuple[str, Any]], Join]:
-    """The fields that the constructor takes, and what makes the same of others.
+    """The fields that the constructor takes, and a function that builds the same class from others.
 
     Args:
         instance: a dataclass with `__post_init__`.
 
     Returns:
-        As `parts_of`. What it makes is refused at first use, by a ValueError, if the constructor
-        changes what it is given or does not give the same fields again.
+        As `parts_of`. The function raises a ValueError at its first use if the constructor changes
+        its arguments or computes other fields from the same arguments.
     """
     names = [field.name for field in dataclasses.fields(instance) if field.init]
     tried = False
@@ -46,13 +46,13 @@ def rebuilder(instance: Any) -> tuple[list[tuple[str, Any]], Join]:
 
 
 def _check(instance: Any, names: list[str]) -> None:
-    """Refuses a class that cannot be made again: tried on copies, which it may spoil.
+    """Checks on copies of the fields that a class can be rebuilt.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the class cannot be rebuilt.
     """
     given = {name: _copied(getattr(instance, name)) for name in names}
-    # PyTorch counts what is written to a tensor; NumPy's copies cannot be written.
+    # PyTorch counts writes to a tensor; the copies of NumPy arrays are read-only.
     arrays = [array for part in given.values() for array in _arrays(part)]
     versions = [getattr(array, "_version", 0) for array in arrays]
     try:
@@ -62,7 +62,7 @@ def _check(instance: Any, names: list[str]) -> None:
     if [getattr(array, "_version", 0) for array in arrays] != versions:
         raise _refusal(instance, "a constructor that writes to its arrays")
     for field in dataclasses.fields(instance):
-        # Arrays must stay the objects that they are: what is normalised may look the same twice.
+        # Arrays must be the same objects: normalising twice may give equal values.
         before = given.get(field.name, getattr(instance, field.name, _ABSENT))
         if not _same(before, getattr(made, field.name, _ABSENT), objects=field.init):
             raise _refusal(instance, f"another .{field.name} from the fields of the batch")
@@ -72,8 +72,8 @@ def _refusal(instance: Any, got: str) -> ValueError:
     name = type(instance).__name__
     return ValueError(
         "A dataclass with __post_init__ must come out the same when it is made again of its "
-        f"fields, because each micro-batch is. Got {got}, for {name}. Change arrays before "
-        f"{name} is made, or pass a dict."
+        f"fields, because every micro-batch makes it again. Got {got}, for {name}. Change arrays "
+        f"before {name} is made, or pass a dict."
     )
 
 
@@ -105,7 +105,7 @@ def _arrays(part: Any) -> list[Any]:
 
 
 def _same(a: Any, b: Any, objects: bool) -> bool:
-    """Whether two fields hold the same.
+    """Whether two fields are equal.
 
     Args:
         a: a field.

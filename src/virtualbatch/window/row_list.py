@@ -1,4 +1,4 @@
-"""Lists with one entry per row: numbers, texts, or anything else that is no array."""
+"""Lists with one entry per row: numbers, texts, or anything else that is not an array."""
 
 import numbers
 from collections.abc import Iterable, Mapping
@@ -11,9 +11,9 @@ _PLAIN = (numbers.Number, str, bytes, type(None), np.generic)
 
 
 class RowList:
-    """A list that is cut with the rows, where an engine keeps the leaves of a batch.
+    """A list that is cut with the rows; engines keep it among the leaves of a batch.
 
-    Loss functions get `items`. A class of its own, so that no framework looks for leaves inside.
+    Loss functions get `items`. It is a class, so that no framework looks for leaves inside.
 
     Args:
         items: one entry per row, a list or a tuple.
@@ -28,7 +28,7 @@ class RowList:
         return repr(self.items)
 
     def cut(self, start: int, stop: int) -> "RowList":
-        """The entries of some rows that follow each other."""
+        """The entries of a range of rows."""
         return RowList(self.items[start:stop])
 
     def chosen(self, rows: Iterable[int]) -> "RowList":
@@ -36,33 +36,33 @@ class RowList:
         return RowList(type(self.items)(self.items[row] for row in rows))
 
     def stretched(self, rows: int) -> "RowList":
-        """As it might be with another number of rows: entries in turn."""
+        """A list for another number of rows, with the entries repeated."""
         return self.chosen(row % len(self.items) for row in range(rows))
 
 
 def shown(leaf: Any) -> Any:
-    """What a loss function gets for a leaf: of a list one of its own, which it may change."""
+    """What a loss function gets for a leaf: lists are copied, because it may change them."""
     if isinstance(leaf, RowList):
         return leaf.items[:]
     return leaf[:] if isinstance(leaf, list) else leaf
 
 
 def is_list(structure: Any) -> bool:
-    """Whether this is one leaf, a list without an array inside, rather than a structure.
+    """Whether this is one leaf, a list without an array inside, and not a structure.
 
-    Named tuples are structures, whatever they hold, and so are other subclasses of tuple, such as
-    the shapes of frameworks. An empty list holds no row.
+    Named tuples and other subclasses of tuple, such as the shapes of frameworks, are structures. An
+    empty list is a structure, too.
     """
     return is_sequence(structure) and bool(structure) and not any(map(_holds_array, structure))
 
 
 def is_sequence(leaf: Any) -> bool:
-    """Whether this is a list or a plain tuple; among leaves that were found, see `is_list`."""
+    """Whether this is a list or a plain tuple."""
     return isinstance(leaf, list) or type(leaf) is tuple
 
 
 def stranger(leaf: Any, shared: tuple[type, ...]) -> Any:
-    """What of a leaf is of none of some classes, through lists and mappings inside; or None."""
+    """The first entry of a leaf, at any depth, that is of none of the classes; None if all are."""
     if not is_sequence(leaf):
         return None if isinstance(leaf, shared) else leaf
     return next((item for item in _entries(leaf) if not isinstance(item, shared)), None)

@@ -1,8 +1,8 @@
 """The law's arithmetic: weights, shares and merged moments.
 
-A batch loss is a ratio of sums. A micro-batch hands over a sum S and the weight D that its mean
-was divided by, and the window is S_1 + S_2 + ... over D_1 + D_2 + ...; everything here follows
-from that. Tensors are only seen through `+ - * /`, so the same lines serve every framework.
+The loss of a batch is a ratio of sums. A micro-batch contributes a sum S and the weight D that its
+mean was divided by; the window is (S_1 + S_2 + ...) / (D_1 + D_2 + ...). Everything here follows
+from that. Tensors are used only through `+ - * /`, so the code serves every framework.
 """
 
 import math
@@ -17,8 +17,8 @@ _WIDE_ENOUGH = {"float64", "complex64", "complex128"}
 def accumulator_dtype(dtype: str) -> str:
     """Name of the dtype in which gradients of one parameter are summed.
 
-    A sum of N terms in a dtype with few mantissa bits stalls: in bfloat16 1 + 1 + ... stops at
-    256. The buffer is therefore never narrower than float32.
+    A sum in a dtype with few mantissa bits stops growing: in bfloat16 1 + 1 + ... stops at 256. So
+    the buffer is never narrower than float32.
 
     Args:
         dtype: name of the parameter's dtype, such as `"bfloat16"`.
@@ -30,16 +30,16 @@ def accumulator_dtype(dtype: str) -> str:
 
 
 def shares(weights: Sequence[float], total: float | None = None) -> list[float]:
-    """Part of the window's mean that each micro-batch carries, formed in float64.
+    """The share of each micro-batch in the window's mean, computed in float64.
 
-    Law: the shares of any cut of one batch sum to 1, or are all 0 when the total is 0.
+    The shares of any cut of one batch sum to 1, or are all 0 if the total is 0.
 
     Args:
-        weights: what each micro-batch's mean was divided by; host numbers >= 0, one unit.
-        total: of the window on all replicas; None where these are all its micro-batches.
+        weights: what each micro-batch's mean was divided by; host numbers >= 0 in one unit.
+        total: of the window on all replicas; None if these are all its micro-batches.
 
     Returns:
-        weight / total for each micro-batch; all 0.0 where the total is 0.
+        weight / total for each micro-batch; all 0.0 if the total is 0.
 
     Raises:
         ValueError: a weight is negative, NaN or infinite.
@@ -64,16 +64,17 @@ class Shares(NamedTuple):
     program a tensor.
 
     Fields:
-        rows: part of the window's rows; a vector. All equal where rows are not known.
-        terms: term name -> the same for that term's weight; None when all terms weigh by rows.
-            A term that does not depend on the rows has the shares of the rows, which sum to 1; a
-            term that is a sum has the share 1 everywhere.
+        rows: the share of each micro-batch in the window's rows; a vector. All equal if rows are
+            unknown.
+        terms: term name -> the vector of shares by that term's weight; None if all terms weigh by
+            rows. A term that does not depend on the rows has the shares of the rows, which sum to
+            1; a term that is a sum has the share 1 everywhere.
         certain: names of the terms that are never empty: they do not depend on the rows, or are
             sums.
-        window: rows of the window; a number, or a scalar of the program. Where rows are not known
-            what its only weight counts, or None.
-        unnamed: where `terms` is None the shares of every term: those of the rows, or 1.
-        elsewhere: whether other replicas have something of the window; only where shares can be
+        window: rows of the window; a number, or a scalar of the program. If rows are unknown, the
+            total of its only weight, or None.
+        unnamed: the shares of every term if `terms` is None: those of the rows, or 1.
+        elsewhere: whether other replicas have a part of the window; valid only if shares can be
             read.
     """
 
@@ -85,7 +86,7 @@ class Shares(NamedTuple):
     elsewhere: bool = False
 
     def of_rows_or_term(self) -> Any:
-        """The part that each micro-batch is of the window: by its only weight, or by its rows."""
+        """The share of each micro-batch in the window, by its only weight or by its rows."""
         if self.terms is None or len(self.terms) != 1 or self.certain:
             return self.rows
         return next(iter(self.terms.values()))
@@ -98,7 +99,7 @@ class Shares(NamedTuple):
             index: number of the micro-batch.
 
         Raises:
-            ValueError: the names are not those of the weights, or a total stands beside its parts.
+            ValueError: the names are not those of the weights, or a total is among its parts.
         """
         names = list(names)
         if self.terms is None:
@@ -108,21 +109,21 @@ class Shares(NamedTuple):
         return [self.terms[name][index] for name in names]
 
     def mapped(self, fn: Callable[[Any], Any]) -> "Shares":
-        """The same with a function applied to every vector."""
+        """These shares with a function applied to every vector."""
         terms = self.terms and {name: fn(found) for name, found in self.terms.items()}
         return self._replace(rows=fn(self.rows), terms=terms, unnamed=fn(self.unnamed))
 
     @property
     def counted(self) -> int:
-        """Micro-batches that count for something; only where shares can be read."""
+        """The number of micro-batches with a share above 0; only if shares can be read."""
         return sum(1 for share in self.of_rows_or_term() if share > 0)
 
     def empty_and_full(self) -> tuple[int, int] | None:
-        """A micro-batch in which some term has no share, and that in which it has its largest.
+        """A micro-batch in which a term has no share, and the one in which it has its largest.
 
         Returns:
-            Their numbers; None if every term has a share everywhere, or nowhere. Only where shares
-            can be read.
+            Their numbers; None if every term has a share everywhere, or nowhere. Only if shares can
+            be read.
         """
         for name, found in (self.terms or {}).items():
             of_term = list(found)
@@ -131,28 +132,28 @@ class Shares(NamedTuple):
         return None
 
     def is_empty(self, index: int) -> bool:
-        """Whether a micro-batch contributes nothing to any term; only where shares can be read."""
+        """Whether a micro-batch contributes nothing to any term; only if shares can be read."""
         return self.terms is not None and not any(found[index] for found in self.terms.values())
 
 
 def row_weights(rows: Sequence[int | None]) -> list[float]:
-    """What each micro-batch weighs by its rows; all alike where rows are not known.
+    """The weight of each micro-batch by its rows; all equal if rows are unknown.
 
     Args:
-        rows: rows of each micro-batch; None in a Window whose rows cannot be told.
+        rows: rows of each micro-batch; None in a Window whose rows are unknown.
     """
     return [1.0] * len(rows) if None in rows else [float(n) for n in rows if n is not None]
 
 
 def check_counted(shares: Shares) -> None:
-    """Refuses noise statistics of a window whose rows are not counted by anything.
+    """Raises an error for noise statistics of a window without a count of rows.
 
     Raises:
-        ValueError: there are none.
+        ValueError: nothing counts the rows.
     """
     if shares.window is None:
         raise ValueError(
-            "Noise statistics need rows, or one weight that counts what stands for them. Got a "
+            "Noise statistics need rows, or one weight that counts instead of them. Got a "
             "Window without common rows, whose loss has several terms. Leave stats out."
         )
 

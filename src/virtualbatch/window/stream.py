@@ -1,4 +1,4 @@
-"""A stream of micro-batches, grouped into windows."""
+"""Groups a stream of micro-batches into windows."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -35,7 +35,7 @@ class Windows(Iterable[Window]):
             )
 
     def __len__(self) -> int:
-        """Windows of one epoch, where the stream tells its length; else its own TypeError."""
+        """The number of windows in an epoch; raises the stream's TypeError if it has no length."""
         length: int = len(self._stream)  # type: ignore[arg-type]
         return -(-length // self._accumulation_steps)
 
@@ -44,7 +44,7 @@ class Windows(Iterable[Window]):
 
 
 def grouped(stream: Iterable[Any], accumulation_steps: int) -> Iterator[Window]:
-    """The windows of one pass through a stream, which may have none.
+    """The windows of one pass through a stream, which may be empty.
 
     Args:
         stream: micro-batches.
@@ -53,7 +53,7 @@ def grouped(stream: Iterable[Any], accumulation_steps: int) -> Iterator[Window]:
     microbatches = iter(stream)
     while group := tuple(islice(microbatches, min(accumulation_steps, sys.maxsize))):
         yield Window(group)
-        # A stream that has ended may begin anew when it is asked again.
+        # A stream that has ended may start again at the next request.
         if len(group) < accumulation_steps:
             return
 
@@ -61,20 +61,19 @@ def grouped(stream: Iterable[Any], accumulation_steps: int) -> Iterator[Window]:
 def windows(stream: Iterable[Any], accumulation_steps: int) -> Windows:
     """Groups a stream of micro-batches into windows, one per update.
 
-    Nothing is dropped: the last window is as short as the stream leaves it, and its own weight
-    divides it.
+    Nothing is dropped: the last window may be shorter, and it is divided by its own weight.
 
     Args:
         stream: micro-batches, such as a `DataLoader` or a batched `tf.data.Dataset`.
         accumulation_steps: micro-batches per window; a positive integer.
 
     Returns:
-        An iterable of Windows of `accumulation_steps` micro-batches, the last one maybe shorter. It
-        reads the stream anew for each epoch, and has a length where the stream has one.
+        An iterable of Windows of `accumulation_steps` micro-batches; the last one may be shorter.
+        It reads the stream again for each epoch, and has a length if the stream has one.
 
     Raises:
-        ValueError: accumulation_steps is not a positive integer (at the call), or the stream
-            gave nothing (when the first window is asked for), as a generator at a second epoch.
+        ValueError: accumulation_steps is not a positive integer (at the call), or the stream is
+            empty (at the first window), such as a generator in its second epoch.
         TypeError: the stream is not iterable (at the call).
 
     Example:

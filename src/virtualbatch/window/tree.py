@@ -1,4 +1,4 @@
-"""Nested structures of leaves: taken apart once, and built again of other leaves."""
+"""Takes nested structures apart into leaves, and builds them again from other leaves."""
 
 import copy
 import dataclasses
@@ -21,18 +21,18 @@ def builder(
     one_leaf: tuple[type, ...] = (),
     lists: bool = True,
 ) -> Builder:
-    """Finds the leaves of a structure, and what makes the same structure of others.
+    """Finds the leaves of a structure, and returns a function that builds it from other leaves.
 
     Args:
-        structure: nested mappings, lists, tuples and dataclasses, or a part of such.
-        path: the expression that reaches it.
-        leaves: takes the expression and the leaf of every leaf found.
+        structure: nested mappings, lists, tuples and dataclasses, or a part of these.
+        path: the expression for the structure.
+        leaves: the expression and the leaf are appended for every leaf.
         one_leaf: classes that are leaves although they are sequences or mappings.
-        lists: whether a list without an array is one leaf, as `is_list` says. It is built as a
-            list of its own, also of a `RowList` in its place.
+        lists: whether a list without an array is one leaf, see `is_list`. The new structure gets a
+            copy of it, also if a `RowList` took its place.
 
     Raises:
-        ValueError: the structure is nested too deeply, or holds itself.
+        ValueError: the structure is nested too deeply, or contains itself.
     """
     try:
         return _builder(structure, path, leaves, one_leaf, lists)
@@ -64,9 +64,9 @@ def _builder(
 
 
 def array_leaves(structure: Any, path: str = "batch") -> list[tuple[str, Any]]:
-    """Every array in a nested structure with the expression that reaches it.
+    """Every array in a nested structure, with the expression for it.
 
-    Arrays are what has a `shape`; other leaves (None, numbers, text) belong to every row.
+    A leaf with a `shape` is an array; other leaves (None, numbers, text) are shared by all rows.
 
     Args:
         structure: as in `builder`.
@@ -88,20 +88,20 @@ def mapped(fn: Callable[[Any], Any], structure: Any) -> Any:
 
 
 def with_row_lists(leaves: Sequence[Any], rows: int) -> list[Any]:
-    """The leaves, with those lists marked that are as long as the batch, so that they are cut.
+    """The leaves; lists as long as the batch become `RowList`s, so that they are cut.
 
     Args:
-        leaves: leaves as `builder` finds them.
+        leaves: as `builder` finds them.
         rows: rows of the batch.
     """
     return [RowList(leaf) if is_sequence(leaf) and len(leaf) == rows else leaf for leaf in leaves]
 
 
 def parts_of(structure: Any) -> tuple[list[tuple[str, Any]], Callable[[list[Any]], Any]] | None:
-    """What is directly inside a structure, by the end of the expression that reaches it.
+    """The parts directly inside a structure, with the ends of the expressions for them.
 
     Returns:
-        The parts, and what makes the same structure of others; None for a leaf.
+        The parts, and a function that builds the structure from other parts; None for a leaf.
     """
     kind: Any = type(structure)
     if hasattr(structure, "_fields") and isinstance(structure, tuple):
@@ -116,7 +116,7 @@ def parts_of(structure: Any) -> tuple[list[tuple[str, Any]], Callable[[list[Any]
             pairs = zip(keys, parts, strict=True)
             if kind is dict or not isinstance(structure, MutableMapping):
                 return dict(pairs)
-            # Constructors of other mappings take who knows what.
+            # The constructor of another mapping may take any arguments.
             result = copy.copy(structure)
             for key, part in pairs:
                 result[key] = part
@@ -131,7 +131,7 @@ def parts_of(structure: Any) -> tuple[list[tuple[str, Any]], Callable[[list[Any]
         def instance(parts: list[Any]) -> Any:
             result = copy.copy(structure)
             for name, part in zip(names, parts, strict=True):
-                # A frozen dataclass refuses plain assignment.
+                # A frozen dataclass does not allow plain assignment.
                 object.__setattr__(result, name, part)
             return result
 
@@ -140,7 +140,7 @@ def parts_of(structure: Any) -> tuple[list[tuple[str, Any]], Callable[[list[Any]
 
 
 def _sequence(kind: Any, parts: list[Any]) -> Any:
-    """A list or a tuple of a class, made of its parts."""
+    """A list or tuple of the given class, made from its parts."""
     try:
         return kind(parts)
     except TypeError as error:
@@ -151,14 +151,14 @@ def _sequence(kind: Any, parts: list[Any]) -> Any:
 
 
 def rank(array: Any) -> int | None:
-    """Number of axes of an array, or None where a traced shape leaves it open."""
-    # TensorFlow refuses the length of an open shape, but tells its rank.
+    """Number of axes of an array; None if a traced shape leaves it open."""
+    # TensorFlow raises an error for the length of an open shape, but its rank is None.
     open_shape = getattr(array.shape, "rank", 0) is None
     return None if open_shape else len(array.shape)
 
 
 def rows_if_shared(leaves: Iterable[tuple[str, Any]]) -> int | None:
-    """Rows that all arrays share; None where they share none, or a trace leaves one open.
+    """Rows that all arrays share; None if they differ or a trace leaves them open.
 
     Args:
         leaves: as in `common_rows`.
@@ -172,11 +172,11 @@ def common_rows(leaves: Iterable[tuple[str, Any]], or_else: str = "") -> int | N
     """Rows that all arrays of a batch share, as far as their shapes are known.
 
     Args:
-        leaves: (path, array) pairs, as `array_leaves` gives them.
-        or_else: what errors say at their end.
+        leaves: (path, array) pairs, from `array_leaves`.
+        or_else: the end of an error's text.
 
     Returns:
-        The number of rows, or None where every array leaves it open (a traced shape).
+        The number of rows; None if every array leaves it open (a traced shape).
 
     Raises:
         ValueError: there is no array, an array is a scalar, there are no rows, or two arrays

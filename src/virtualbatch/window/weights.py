@@ -1,7 +1,7 @@
-"""Weights that can be read: of each micro-batch here, and of the window on all replicas.
+"""Weights as numbers on the host: of each micro-batch here, and of the window on all replicas.
 
-Where a window is the work of several replicas, each weighs its own micro-batches, the totals are
-summed, and each forms its shares of them. Shares then sum to 1 over all replicas.
+If several replicas share a window, each weighs its own micro-batches, the totals are summed over
+replicas, and each replica divides by the sums. So shares sum to 1 over all replicas.
 """
 
 import math
@@ -13,12 +13,12 @@ from virtualbatch.window.terms import SUM, GivenWeight, WeightFunction
 
 
 class Totals(NamedTuple):
-    """What a window weighs on all replicas together.
+    """The weights of a window over all replicas.
 
     Fields:
-        rows: its rows; its micro-batches where those of some replica are not known.
+        rows: its rows; if the rows of some replica are unknown, its number of micro-batches.
         terms: term name -> its weight.
-        mine: where rows are not known the micro-batches of this replica, else None.
+        mine: the number of micro-batches of this replica if rows are unknown, otherwise None.
     """
 
     rows: float
@@ -27,10 +27,10 @@ class Totals(NamedTuple):
 
 
 class HostWeights(NamedTuple):
-    """What each micro-batch of a window weighs, in numbers that can be read.
+    """The weights of the micro-batches of a window, as numbers on the host.
 
     Fields:
-        rows: rows of each; None where they are not known.
+        rows: rows of each micro-batch; None if unknown.
         terms: term name -> one number for each micro-batch, None for a term that does not depend
             on the rows, "sum" for one that is a sum; None when all terms weigh by rows.
         is_sum: whether the whole loss is a sum.
@@ -42,7 +42,7 @@ class HostWeights(NamedTuple):
 
     @property
     def weighed(self) -> dict[Any, list[float]]:
-        """Those terms that have numbers."""
+        """The terms whose weights are numbers."""
         found = self.terms or {}
         return {name: x for name, x in found.items() if x is not None and x != SUM}
 
@@ -50,7 +50,7 @@ class HostWeights(NamedTuple):
         """The shares of the micro-batches.
 
         Args:
-            totals: of all replicas; None where this is the only one.
+            totals: of all replicas; None if this is the only one.
 
         Raises:
             ValueError: a weight is negative, NaN or infinite.
@@ -90,15 +90,15 @@ def host_weights(
     microbatches: Iterable[Any],
     on_host: Callable[[list[Any]], Iterable[Any]],
 ) -> HostWeights:
-    """The weights of a window, where they can be read.
+    """The weights of a window, if they can be read on the host.
 
     Args:
-        rows: rows of each micro-batch, None where they are not known; see `row_weights`.
-        weight: micro-batch -> what the loss was divided by: a scalar >= 0, or a dict of them by
-            term name, None marking a term that does not depend on the rows and "sum" one that is
-            a sum; "sum" for a loss that is a sum; None for rows.
-        microbatches: the micro-batches as the weight function takes them, in order.
-        on_host: weights -> the same as numbers, all in one copy.
+        rows: rows of each micro-batch, None if unknown; see `row_weights`.
+        weight: micro-batch -> what the loss was divided by: a scalar >= 0, or a dict of scalars by
+            term name, in which None marks a term that does not depend on the rows and "sum" a term
+            that is a sum. Instead of a function: "sum" for a loss that is a sum, None for rows.
+        microbatches: the arguments of the weight function, in order.
+        on_host: weights -> numbers, all in one copy.
 
     Raises:
         ValueError: a weight is not a scalar, or names differ between micro-batches.
@@ -124,10 +124,10 @@ def host_shares(
     """The shares of a window whose weights can be read.
 
     Args:
-        rows: see `host_weights`, like all arguments.
-        weight: see there.
-        microbatches: see there.
-        on_host: see there.
+        rows: as in `host_weights`.
+        weight: as in `host_weights`.
+        microbatches: as in `host_weights`.
+        on_host: as in `host_weights`.
 
     Returns:
         The shares, in lists of Python floats.

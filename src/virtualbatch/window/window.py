@@ -5,7 +5,7 @@ from typing import Any, overload
 
 from virtualbatch.window.cut import check_sizes
 
-# How a Window is taken whose rows cannot be told: the end of what refuses one.
+# The end of an error for a Window whose rows are unknown.
 PASS_WEIGHT = (
     " Or pass weight=, what the loss of a micro-batch is divided by: then those of a Window are "
     "taken as they are. See docs/guides/rows.md."
@@ -13,7 +13,7 @@ PASS_WEIGHT = (
 
 
 def check_alike(places: Sequence[Sequence[str]]) -> None:
-    """Refuses a window whose micro-batches differ in structure.
+    """Raises an error if the micro-batches of a window differ in structure.
 
     Args:
         places: for each micro-batch its leaves in words, in any order.
@@ -31,7 +31,7 @@ def check_alike(places: Sequence[Sequence[str]]) -> None:
 
 
 def is_iterable(found: Any) -> bool:
-    """Whether it can be iterated, as far as can be told without doing so."""
+    """Whether this can be iterated, judged without iterating."""
     # Not iter(found): a loader would start its workers.
     is_told = hasattr(found, "__iter__") or hasattr(found, "__getitem__")
     return is_told and not isinstance(found, type) and getattr(found, "shape", None) != ()
@@ -45,8 +45,8 @@ class Window(Sequence[Any]):
 
     Args:
         microbatches: the micro-batches, each a nested structure of arrays with its own rows.
-        sorted_rows: whether rows were sorted by something, as `pack` sorts them by length, so
-            that a micro-batch is no random sample of them.
+        sorted_rows: whether rows were sorted, as `pack` sorts them by length, so that a micro-batch
+            is not a random sample of them.
 
     Raises:
         TypeError: the micro-batches cannot be iterated.
@@ -70,7 +70,7 @@ class Window(Sequence[Any]):
 
     @property
     def sorted_rows(self) -> bool:
-        """Whether rows were sorted, so that a micro-batch is no random sample of them."""
+        """Whether rows were sorted, so that a micro-batch is not a random sample of them."""
         return self._sorted_rows
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class Window(Sequence[Any]):
 
 
 def check_cut(batch: Any, microbatch_size: Any, accumulation_steps: Any) -> None:
-    """Refuses sizes that no batch could satisfy, and any size for what is already cut.
+    """Checks size arguments for a batch; a Window is already cut and takes none.
 
     Args:
         batch: a batch or a Window.
@@ -107,7 +107,7 @@ def check_cut(batch: Any, microbatch_size: Any, accumulation_steps: Any) -> None
         accumulation_steps: micro-batches per window, or None.
 
     Raises:
-        ValueError: a size comes with a Window, or `check_sizes` refuses it for a batch.
+        ValueError: a size comes with a Window, or `check_sizes` raises it for a batch.
     """
     if not isinstance(batch, Window):
         check_sizes(microbatch_size, accumulation_steps)
@@ -120,7 +120,7 @@ def check_cut(batch: Any, microbatch_size: Any, accumulation_steps: Any) -> None
 
 
 def check_window(window: Window) -> None:
-    """Refuses a window without micro-batches.
+    """Raises an error for a window without micro-batches.
 
     Raises:
         ValueError: the window is empty.
@@ -133,10 +133,10 @@ def check_window(window: Window) -> None:
 
 
 def refuse_sorted_rows(batch: Any, stats: bool) -> None:
-    """Refuses noise statistics of a window whose rows are sorted.
+    """Raises an error if noise statistics are requested for a window whose rows are sorted.
 
     Raises:
-        ValueError: they are asked for.
+        ValueError: they are requested.
     """
     if stats and isinstance(batch, Window) and batch.sorted_rows:
         raise ValueError(
