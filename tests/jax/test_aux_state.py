@@ -118,7 +118,9 @@ def test_a_count_that_goes_on_is_refused(count, mode):
         return loss(params, x), {"seen": count(state["n"], x)}
 
     for state in ({"n": 5}, {"n": jnp.asarray(5)}):
-        with pytest.raises(ValueError, match=r"aux\['seen'\], which counts on .*aux_merge="):
+        with pytest.raises(
+            ValueError, match=r"aux\['seen'\], which adds to an integer .*aux_merge="
+        ):
             aux_of(mode, fun, state)
 
 

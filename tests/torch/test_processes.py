@@ -105,7 +105,11 @@ def refuses(rank, verb):
     )
     hooked = DistributedDataParallel(nn.Linear(2, 1))
     hooked._register_fused_optim(torch.optim.SGD, lr=0.1)
-    refused(verb, hooked, r"Got a .* with an optimizer in its backward pass\. Make it without\.")
+    refused(
+        verb,
+        hooked,
+        r"Got a .* with an optimizer in its backward pass\. Make it without that option\.",
+    )
 
 
 REFUSES = {

@@ -88,7 +88,7 @@ def _judged(trace: AuxTrace, aux: Any, rows: int, other: int, number: int, dtype
 
 
 def _asked(aux_merge: Any, aux: Any) -> list[str | None]:
-    """What the user says of each leaf of aux; None where nothing is said."""
+    """The user's word for each leaf of aux; None where there is none."""
     found: list[str | None] = []
 
     def spread(word: str | None, part: Any) -> None:

@@ -15,7 +15,7 @@ def framework_errors() -> tuple[type[Exception], ...]:
 
 
 def explanation(error: Exception) -> Exception | None:
-    """What to raise instead of an error of a framework; None where it says enough by itself."""
+    """What to raise instead of an error of a framework; None where that error is clear enough."""
     text = str(error)
     if "different trace level" in text:
         return ValueError(

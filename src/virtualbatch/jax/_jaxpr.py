@@ -147,7 +147,7 @@ def run_equation(jaxpr: Any, equation: Any, given: Sequence[Any]) -> list[Any]:
     """Runs one equation, as a program of its own: how a primitive is bound differs by version.
 
     Args:
-        jaxpr: the program that it stands in.
+        jaxpr: the program that holds it.
         equation: the equation.
         given: values of its inputs.
 

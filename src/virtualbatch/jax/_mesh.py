@@ -45,7 +45,7 @@ def axes_to_enter(axis_name: Any) -> Axes | None:
 
     Raises:
         ValueError: no mesh in use has them.
-        TypeError: they stand in a list, or are no names.
+        TypeError: they are in a list, or are no names.
     """
     if axis_name is None:
         return None

@@ -23,7 +23,7 @@ def rows_of(batch: Any, path: str, or_else: str = "") -> int:
     Args:
         batch: pytree.
         path: what errors call it.
-        or_else: what errors say at their end.
+        or_else: the end of error messages.
 
     Raises:
         ValueError: rows differ or are missing.
@@ -69,7 +69,7 @@ def refuse_row_lists(batch: Any, rows: int, where: str, instead: str) -> None:
         batch: pytree.
         rows: its rows.
         where: where the program is.
-        instead: what to do if no array can stand for the list.
+        instead: what to do if no array can replace the list.
 
     Raises:
         TypeError: there is one.

@@ -32,7 +32,7 @@ def batchnorm_layers(model: keras.Model) -> list[Any]:
 def recorded_moments(layers: Sequence[Any]) -> Iterator[list[tuple[Any, Moments]]]:
     """Notes the moments that the layers compute inside the context, in the order of their calls.
 
-    Keras hands a layer's moments, and the mask they were taken under, to nobody, so for the
+    Keras does not expose a layer's moments, or the mask they were taken under, so for the
     length of one forward pass each layer carries an attribute of its own that listens.
 
     Yields:

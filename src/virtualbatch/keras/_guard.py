@@ -124,7 +124,7 @@ class Guard:
         )
 
     def _take(self, size: CurrentSize) -> bool:
-        """Puts a size in force; whether it is another one than before."""
+        """Sets the size in use. Returns whether it changed."""
         planned = is_automatic(self._step.microbatch_size)
         most = size.rows if planned or size.rows < size.most else None
         changed = most != self._step.most

@@ -37,7 +37,7 @@ class LossesOfFit:
         self._late: LateLosses[Any] = LateLosses(is_there, self._hear)
 
     def told(self, logs: dict[str, Any]) -> dict[str, Any]:
-        """Logs of a step as Keras knows them; the rest is heard of, now or later.
+        """Logs of a step as Keras knows them; the rest is processed now or later.
 
         Args:
             logs: of a step; perhaps with the losses of one window, or a list of them.
@@ -48,7 +48,7 @@ class LossesOfFit:
         return logs
 
     def hear_all(self) -> None:
-        """Hears of what was told, and waits where it must."""
+        """Processes all that was received, and waits where it must."""
         self._late.hear_all()
 
     def _hear(self, entry: Any) -> None:
@@ -81,6 +81,6 @@ class LossesOfFit:
 
 
 def without_losses(logs: dict[str, Any]) -> dict[str, Any]:
-    """Logs of a step that nobody hears of."""
+    """Logs of a step without these losses."""
     logs.pop(LOSSES, None)
     return logs

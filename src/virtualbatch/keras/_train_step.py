@@ -86,7 +86,7 @@ class TrainStep:
         return self._proven
 
     def look_for_coupled(self, batch: Any, rows: int, evaluate: Evaluate) -> bool:
-        """Finds out, once, what needs all rows, and says so.
+        """Finds, once, what needs all rows, and logs it.
 
         Args:
             batch: (x, y, sample_weight), of which every array has values.
@@ -106,7 +106,7 @@ class TrainStep:
         return assumed is not None
 
     def found(self, batch: Any) -> Found:
-        """What needs all rows and gets them; by its shape where no values were looked at.
+        """What needs all rows and gets them; judged by shape where no values were read.
 
         Args:
             batch: (x, y, sample_weight), perhaps without values.
@@ -148,7 +148,7 @@ class TrainStep:
         return self._found is not None or self.gather is True or isinstance(self.gather, Found)
 
     def say_what_was_found(self, found: Found) -> None:
-        """Says whose predictions are gathered, or should be."""
+        """Logs whose predictions are gathered, or should be."""
         if self.gather is False:
             say_what_is_not_gathered(self._model, found)
         else:
@@ -168,7 +168,7 @@ class TrainStep:
         return int(rows_per_microbatch(rows, None, self._accumulation_steps))
 
     def told(self, logs: dict[str, Any]) -> dict[str, Any]:
-        """Logs of a step as Keras knows them, once its listener has heard the rest."""
+        """Logs of a step as Keras knows them, after its listener has received the rest."""
         stats = logs.pop(STATS, None)
         if stats is not None and self.listener is not None:
             self.listener(stats)
@@ -206,7 +206,7 @@ class TrainStep:
             )
 
     def _losses(self) -> Any:
-        """What hears of the losses of windows, and waits for no device."""
+        """What receives the losses of windows, and waits for no device."""
         raise NotImplementedError
 
     def _devices(self) -> int:

@@ -345,7 +345,7 @@ class WindowModel:
         )
 
     def _noted(self, found: Contribution) -> Contribution:
-        """A contribution, once what it tells of the loss is kept."""
+        """A contribution, after what it shows of the loss is kept."""
         self.needs_count = self.needs_count or found.needs_count
         self.losses_of_one_number = found.numbers
         self.unreduced = self.unreduced or found.unreduced

@@ -84,7 +84,7 @@ def check_weight(weight: Any) -> None:
 
 
 def check_trainer(strategy: Any, callbacks: Sequence[Any]) -> None:
-    """Refuses trainers whose gradients meet in another way, or that look for a batch that fits.
+    """Refuses trainers that reduce gradients in another way, or search for a batch that fits.
 
     Args:
         strategy: of the trainer.

@@ -48,7 +48,7 @@ class Logs:
 
     @contextmanager
     def instead_of_log(self) -> Iterator[None]:
-        """Hears what the module logs, also by `self.log_dict`, which calls `self.log`."""
+        """Records what the module logs, also by `self.log_dict`, which calls `self.log`."""
         before = vars(self._module).get("log")
         self._module.log = self.hear
         try:

@@ -77,7 +77,7 @@ class MicrobatchLoss:
 
     @contextmanager
     def heard(self, found: "_Heard") -> Iterator[None]:
-        """Gives what is said in the context to whoever hears it."""
+        """Collects what is returned and logged in the context."""
         self._heard = found
         try:
             yield
@@ -163,7 +163,7 @@ class _Heard:
         self.begin()
 
     def begin(self) -> None:
-        """Forgets what was said in another attempt, on a trial or while planning."""
+        """Forgets what was returned in another attempt, on a trial or while planning."""
         self._kept.put_back()
         self._logs.clear()
         self.outputs.clear()

@@ -71,7 +71,7 @@ def named_arrays(batch: Any, path: str = "batch", or_else: str = "") -> list[tup
     Args:
         batch: nested structure.
         path: what errors call it.
-        or_else: what errors say at their end.
+        or_else: the end of error messages.
     """
     marked = marking(batch)
     named, seen = array_leaves(marked, path), arrays_of(marked)

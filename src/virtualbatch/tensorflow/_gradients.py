@@ -15,7 +15,7 @@ _HALF = (tf.float16, tf.bfloat16)
 
 
 def watch_tensors(tape: tf.GradientTape, variables: Sequence[Any]) -> None:
-    """Watches what stands among variables and is none; a tape watches variables by itself."""
+    """Watches entries of variables that are no variables; a tape watches variables by itself."""
     tape.watch([x for x in variables if isinstance(x, tf.Tensor)])
 
 

@@ -97,10 +97,10 @@ class MergedStatistics:
 
     @contextmanager
     def in_parts(self) -> Iterator["MergedStatistics"]:
-        """A call of each layer that is made in parts, which are heard inside the context.
+        """A call of each layer that is made in parts, which are recorded inside the context.
 
         Yields:
-            What hears the parts, each a `forward` of its own.
+            What records the parts, each a `forward` of its own.
 
         Raises:
             RuntimeError: another thread is in a forward pass of this window.
@@ -152,7 +152,7 @@ class MergedStatistics:
                 merged[k].append(seen)
 
     def heard(self, loss_fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """The loss function, its calls heard as forward passes of micro-batches."""
+        """The loss function, its calls recorded as forward passes of micro-batches."""
 
         def listening(microbatch: Any) -> Any:
             with self.forward():
@@ -223,7 +223,7 @@ class MergedStatistics:
 
 
 def listeners(layer: torch.nn.Module) -> list[MergedStatistics]:
-    """The windows that hear a layer."""
+    """The windows that record a layer."""
     found = [getattr(hook, "__self__", None) for hook in list(layer._forward_hooks.values())]
     return [listener for listener in found if isinstance(listener, MergedStatistics)]
 

@@ -45,7 +45,7 @@ class GradientBuffers:
 
         Args:
             factor: what each is multiplied by; the product is formed in float32.
-            as_they_come: whether nobody else looks at `.grad` at the end of that pass.
+            as_they_come: whether nothing else reads `.grad` at the end of that pass.
         """
         for k in self._shown:
             self._parameters[k].grad = None

@@ -82,7 +82,7 @@ class Call(NamedTuple):
         return ran, outcome
 
     def _hear(self, losses: Heard) -> None:
-        """Hears of the losses of a window; those of an evaluation are nobody's update."""
+        """Receives the losses of a window; those of an evaluation are skipped."""
         if torch.is_grad_enabled():
             remembered(self.program.found.owner).losses.take(losses)
 
@@ -121,7 +121,7 @@ class Call(NamedTuple):
     def untried(
         self, batch: ReadBatch, cut: Sequence[Microbatch], shares: Shares
     ) -> Sequence[Microbatch]:
-        """The same where no rank can try the law alone, which is said once."""
+        """The same where no rank can try the law alone, which is logged once."""
         del shares
         batch.refuse_graphs(len(cut))
         if self.check:

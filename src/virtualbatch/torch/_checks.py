@@ -49,7 +49,7 @@ def check_recording() -> None:
 
 
 def refuse_foreign_accumulation() -> None:
-    """Refuses to run inside a loop of Accelerate, or of what stands on it, that accumulates.
+    """Refuses to run inside an accumulating loop of Accelerate, or of what is built on it.
 
     Raises:
         ValueError: Accelerate divides by micro-batches of its own, is inside such a window, or

@@ -16,7 +16,7 @@ _SIZES: ContextVar[list[int] | None] = ContextVar("rowwise sizes of a window", d
 
 
 def tell(rows: int) -> None:
-    """Tells the window that runs, if there is one, of a rowwise function in it.
+    """Registers a rowwise function with the window that runs, if there is one.
 
     Args:
         rows: of its largest micro-batch.
@@ -28,7 +28,7 @@ def tell(rows: int) -> None:
 
 @contextmanager
 def refused_if_coupled() -> Iterator[Callable[[BaseException], bool]]:
-    """Hears of rowwise functions inside the context.
+    """Collects rowwise functions that run inside the context.
 
     Yields:
         What refuses to cut the window smaller if there were any: error -> False, or the error.

@@ -26,7 +26,7 @@ def through(
 
     Args:
         backward_fn: scalar loss -> None.
-        norms: hears what that pass starts from; None if nobody asks.
+        norms: receives what that pass starts from; None where no norms are needed.
 
     Raises:
         ValueError: in the backward pass: there was none.

@@ -135,7 +135,7 @@ class WindowGradients:
                 self._watch.look()
 
     def hold(self, terms: Collection[torch.Tensor], shares: Sequence[float]) -> None:
-        """Leaves the last micro-batch to whoever hands the sums over.
+        """Leaves the last micro-batch to the code that hands the sums over.
 
         Args:
             terms: see `add`.

@@ -52,7 +52,7 @@ class Finished:
         """Gives the gradients away, multiplied by what arrived in the backward pass.
 
         Raises:
-            RuntimeError: they are given away already, or nobody can take them.
+            RuntimeError: they were handed over before, or this pass cannot take them.
         """
         if self._gradients is None:
             raise RuntimeError(

@@ -69,7 +69,7 @@ def _kinds() -> tuple[str, ...]:
 
 
 def _nesting() -> int:
-    """How many autocast contexts are open; only a change tells."""
+    """How many autocast contexts are open; only a change has a meaning."""
     # One call of C: between two of Python the handler of a signal may raise.
     return list(map(call, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting)))[1]
 

@@ -139,7 +139,7 @@ def _settle(entries: list[Undo], start: int) -> None:
 
 
 def _settle_each(entries: list[Undo], start: int) -> None:
-    """The same where one may have failed: all others have their turn."""
+    """The same where one may have failed: all others are still undone."""
     while len(entries) > start:
         try:
             entries.pop().do()

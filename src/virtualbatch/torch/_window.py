@@ -39,7 +39,7 @@ class Program(NamedTuple):
         found: what its modules hold.
         stats: whether the statistics of the window are returned too.
         averaged_over: number of replicas that the gradients are divided by later.
-        holds_last: whether the last micro-batch is differentiated by whoever hands over.
+        holds_last: whether the last micro-batch is differentiated when gradients are handed over.
         in_step: (micro-batches that have run, all of them) -> None, called before each and after
             the last, where ranks run each micro-batch at the same time; else None.
         begin: called before each attempt at a window: a trainer puts back what its loss changes
@@ -241,10 +241,10 @@ def take_back(ran: Ran) -> Any:
 
 
 def held_by(undo: Undo) -> Conclusion:
-    """Leaves a window to whoever has more to do before anything is kept.
+    """Leaves a window open for more work before anything is kept.
 
     Args:
-        undo: of whoever waits; it puts the window back from now on.
+        undo: of the code that does it; it puts the window back from now on.
 
     Returns:
         What gives the window itself.

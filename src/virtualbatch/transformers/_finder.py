@@ -169,7 +169,7 @@ class WeightFinder:
         )
 
     def _told(self, mine: Told) -> list[Told]:
-        """What every rank has to say."""
+        """The answers of all ranks."""
         if self._ranks == 1:
             return [mine]
         found: list[Any] = [None] * self._ranks

@@ -59,7 +59,7 @@ class Form(NamedTuple):
 
 
 def pad_token_id_of(model: Any) -> int:
-    """What a model knows padding by; 0 where it does not say.
+    """The token that a model pads with; 0 where it does not name one.
 
     Args:
         model: of a trainer.

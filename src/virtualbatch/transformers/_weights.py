@@ -45,7 +45,7 @@ def likeliest(trainer: Any) -> str | None:
     """The name of the candidate that a trainer of GRPO is known to divide by; None of others.
 
     Its gradients are 0 where all completions of a prompt are equally good, so that the rows of a
-    first window may tell nothing.
+    first window may decide nothing.
 
     Args:
         trainer: a `transformers.Trainer`.

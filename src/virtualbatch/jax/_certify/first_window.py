@@ -79,7 +79,7 @@ def prove_first_window(
 
 
 def cannot_try(program: Program, reason: str) -> None:
-    """Says, once for each loss, that the law cannot be tried.
+    """Logs, once for each loss, that the law cannot be tried.
 
     Args:
         program: what is run.

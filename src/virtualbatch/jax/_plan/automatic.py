@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
         """The size that a plan finds, once for calls like this one.
 
         Raises:
-            ValueError: a plan cannot be made where this call stands.
+            ValueError: a plan cannot be made where this call is.
         """
         is_spread = self.axis_name is not None
         reason = "a call with axis_name" if is_spread else needs_values((args, kwargs))

@@ -88,7 +88,7 @@ def stand_ins(arguments: Any) -> Any:
 
 
 def needs_values(arguments: Any) -> str | None:
-    """Why a traced call cannot be planned where it stands, or None if it can."""
+    """Why a traced call cannot be planned where it is, or None if it can."""
     for leaf in jax.tree.leaves(arguments):
         if isinstance(leaf, jax.core.Tracer) and jax.typeof(leaf).manual_axis_type.varying:
             return "a call inside shard_map"

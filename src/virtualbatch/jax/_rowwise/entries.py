@@ -91,7 +91,7 @@ def _check_unchanged(before: Sequence[tuple[Any, Any]], after: Sequence[Any]) ->
     """Refuses a function that changes a module among its arguments, for it is given a copy.
 
     Raises:
-        ValueError: an array is another one.
+        ValueError: an array was replaced.
     """
     changed = [keystr(path) for (path, x), y in zip(before, after, strict=False) if x is not y]
     if changed or len(before) != len(after):

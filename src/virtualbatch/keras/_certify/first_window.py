@@ -52,7 +52,7 @@ def prove_first_window(
         rows: its rows.
         size: rows, or tokens, of a micro-batch.
         backend: that of Keras.
-        errors: by which the backend says that memory ran out.
+        errors: those of the backend that mean that memory ran out.
 
     Raises:
         ValueError: micro-batches of this model do not add up to their batch.

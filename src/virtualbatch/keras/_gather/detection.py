@@ -37,7 +37,7 @@ Evaluate = Callable[[keras.Model, Callable[[Any], Any], Any], Sequence[Any]]
 
 
 def found_on_rows(model: keras.Model, batch: Any, rows: int, evaluate: Evaluate) -> Found:
-    """What needs all rows, as the first rows of a batch tell it.
+    """What needs all rows, found from the first rows of a batch.
 
     Args:
         model: a compiled model; its layers are built and its variables hold their values.
@@ -88,7 +88,7 @@ def found_on_rows(model: keras.Model, batch: Any, rows: int, evaluate: Evaluate)
 
 
 def found_by_shape(model: keras.Model, batch: Any) -> Found:
-    """What needs all rows, as far as types and shapes tell it.
+    """What needs all rows, as far as types and shapes show it.
 
     Args:
         model: a compiled model; its layers are built.
@@ -175,7 +175,7 @@ def _run_by_loss(model: keras.Model, batch: Any) -> list[str]:
 
 
 def _is_told_by_type(model: keras.Model) -> bool:
-    """Whether Keras' own losses give each row a value, without a look at any.
+    """Whether Keras' own losses give each row a value, without reading values.
 
     Predictions of one axis have none but that of the rows to be reduced.
     """

@@ -50,11 +50,11 @@ def is_gone(state: State) -> bool:
 def refuse_lost(state: State, wait: bool) -> None:
     """Refuses a state that the last window should have given, but ran out of memory.
 
-    JAX tells such errors late, and reading any of the values raises them.
+    JAX raises such errors late, when any of the values is read.
 
     Args:
         state: what the window is given.
-        wait: whether to wait for the last window; otherwise only one that has ended tells.
+        wait: whether to wait for the last window; otherwise only an ended window is checked.
 
     Raises:
         MemoryError: that window ran out of memory.

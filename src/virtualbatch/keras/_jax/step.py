@@ -70,7 +70,7 @@ class JaxStep(TrainStep):
         return without_losses(logs), after
 
     def with_losses(self, state: Any, data: Any) -> tuple[dict[str, Any], Any]:
-        """The same, whose logs tell of the losses of micro-batches."""
+        """The same, whose logs hold the losses of micro-batches."""
         model = self._model
         batch = self._unpacked(data)
         rows = common_rows(array_leaves(batch))
@@ -101,7 +101,7 @@ class JaxStep(TrainStep):
         return logs, tuple(after)
 
     def _told(self, before: Any, after: Any, rows: int) -> Any:
-        """What the logs tell of the loss of Keras' own step, which only its tracker knows."""
+        """What the logs hold of the loss of Keras' own step, which only its tracker has."""
         paths = [variable.path for variable in self._model.metrics_variables]
         place = paths.index(self._model._loss_tracker.total.path)
         start, end = State(*before).metrics[place], State(*after).metrics[place]

@@ -145,7 +145,7 @@ class WindowRun:
         return traced.run(self._nothing(traced.sums), given, self._merged)
 
     def told(self, kept: list[Any], loss: Any) -> Any:
-        """What the logs tell of losses.
+        """What the logs hold of losses.
 
         Args:
             kept: parts of the loss; those of each segment stacked.

@@ -45,7 +45,7 @@ class Forwards(NamedTuple):
         counts: a vector of weights that only a forward reveals; else empty.
         arrays: gathered predictions and their masks, in the order of the batch.
         batch: (x, y, sample_weight) of the same rows.
-        told: for each micro-batch what logs tell of its predictions; see `LOSSES`.
+        told: for each micro-batch what logs hold of its predictions; see `LOSSES`.
     """
 
     moments: list[Any]
@@ -196,7 +196,7 @@ class GatheredRun(WindowRun):
             return [None if array is None else self._all_rows.in_order(array) for array in arrays]
 
     def _one_entry_per_row(self, arrays: Sequence[Any]) -> list[Any]:
-        """Refuses predictions that are not of rows; a graph knows of that when it runs."""
+        """Refuses predictions without rows; a graph can check this only when it runs."""
         rows = self._window.rows
         counts = [tf.shape(array)[0] for array in arrays if array is not None]
         if tf.executing_eagerly():

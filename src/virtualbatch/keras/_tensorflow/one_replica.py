@@ -17,7 +17,7 @@ from tensorflow.python.distribute import distribute_lib
 
 @contextmanager
 def told_of_one_replica() -> Iterator[None]:
-    """Runs losses on one of several replicas so that `get_strategy` tells of one.
+    """Runs losses on one of several replicas so that `get_strategy` shows one.
 
     It is said of the graph that is being traced, which belongs to this replica alone. Variables
     can be read inside, but not be written, which would ask for the strategy itself.

@@ -68,7 +68,7 @@ def make_replica_train_function(model: keras.Model, backend: Backend) -> Callabl
                 ) from error
 
         def feed(iterator: Any) -> Any:
-            """The same batches; where they are new, they were looked at."""
+            """The same batches; new ones were checked."""
             from_dataset = isinstance(iterator, tf.distribute.DistributedIterator)
             if from_dataset:
                 spec = iterator.element_spec

@@ -101,7 +101,7 @@ class ReplicaRun(WindowRun):
 
 
 def told_of_this_replica(told: Any) -> Any:
-    """What logs tell of the losses of a replica, in its row of a table of all of them.
+    """What logs hold of the losses of a replica, in its row of a table of all of them.
 
     Args:
         told: of each of its micro-batches.

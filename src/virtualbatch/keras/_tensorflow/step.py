@@ -56,7 +56,7 @@ class TensorFlowStep(TrainStep):
         return without_losses(self.with_losses(data))
 
     def with_losses(self, data: Any) -> dict[str, Any]:
-        """The same, whose logs tell of the losses of micro-batches."""
+        """The same, whose logs hold the losses of micro-batches."""
         model = self._model
         batch = self._unpacked(data)
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:

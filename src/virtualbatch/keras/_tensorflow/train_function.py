@@ -14,7 +14,7 @@ from virtualbatch.keras._train_step import compiled
 def plain_train_function(model: keras.Model) -> Any:
     """Keras' own train function, traced anew; the model keeps ours.
 
-    Its logs tell of the losses of micro-batches.
+    Its logs hold the losses of micro-batches.
     """
     ours, step = model.train_function, model.train_step
     model.train_step = step.with_losses

@@ -47,7 +47,7 @@ class Micro(NamedTuple):
         moments: BatchNorm moments, in the order of the layers' calls.
         latest: results of an overridden `compute_metrics`; else empty.
         sparse: values and indices of sparse gradients.
-        told: what logs tell of the loss, a row for each micro-batch; see `LOSSES`.
+        told: what logs hold of the loss, a row for each micro-batch; see `LOSSES`.
     """
 
     losses: list[Any]
@@ -197,7 +197,7 @@ class WindowRun:
         return Micro([loss, *tracked, *noise], dense, moments, latest, sparse, told)
 
     def _told(self, loss: Any, rows: Rows) -> Any:
-        """What logs tell of the loss of a micro-batch."""
+        """What logs hold of the loss of a micro-batch."""
         dtype = accumulator_dtype(loss.dtype.name)
         place = rows.here if self._in_batch_order else NO_PLACE
         return tf.stack([tf.cast(loss, dtype), tf.cast(place, dtype)])[None]

@@ -19,7 +19,7 @@ from virtualbatch.plan.timing import EARLY, Timing
 
 
 def compared(model: keras.Model, plan: Plan, update: Callable[[], Callable[[], float]]) -> Plan:
-    """A plan that says whether its size is faster with XLA, or without it.
+    """A plan that reports whether its size is faster with XLA, or without it.
 
     Args:
         model: a compiled model.
@@ -47,7 +47,7 @@ def compared(model: keras.Model, plan: Plan, update: Callable[[], Callable[[], f
 
 
 def _sentence(is_compiled: bool, gain: float) -> str:
-    """What the times say.
+    """The times as a sentence.
 
     Args:
         is_compiled: whether the model is compiled by XLA.

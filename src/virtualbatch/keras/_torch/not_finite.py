@@ -15,7 +15,7 @@ class LossesOfFit(ModuleLosses):
     """Receives the losses of a model's windows."""
 
     def told(self, logs: dict[str, Any]) -> dict[str, Any]:
-        """Logs of a step as Keras knows them; the rest is heard of."""
+        """Logs of a step as Keras knows them; the rest is processed."""
         found = logs.pop(LOSSES, None)
         if found is not None:
             self.take(found)
@@ -28,7 +28,7 @@ def heard(
     rows: Sequence[int | None],
     what: str | None = None,
 ) -> Heard:
-    """What the logs of a window tell of losses; see `Heard`.
+    """What the logs of a window hold of losses; see `Heard`.
 
     Args:
         total: of the window.

@@ -60,7 +60,7 @@ class RowwiseRandom:
         self._kept = list(whole)
 
     def choose(self, rows: np.ndarray) -> None:
-        """Says which rows of the batch run next."""
+        """Sets which rows of the batch run next."""
         self._chosen, self._count = rows, 0
 
     def drawn(self, found: Any) -> Any:

@@ -171,7 +171,7 @@ class _TensorFlowTrial(Trial):
         return dict(zip(named, terms, strict=True)), gradients, reached
 
     def keep(self, others: Sequence[Any]) -> None:
-        """Says what the loss may change beside what is differentiated, which is put back."""
+        """Sets what else the loss may change beside what is differentiated; it is put back."""
         self._others = [(variable, variable.numpy()) for variable in others]
 
     @contextmanager

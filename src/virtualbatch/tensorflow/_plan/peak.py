@@ -60,10 +60,10 @@ class PeakMemory:
         return max(0, max(peaks) - self._before)
 
     def beside(self, run: Callable[[], float]) -> tuple[float, int]:
-        """Runs something whose time counts, and looks at its peak where that does not slow it.
+        """Runs something that is timed, and measures its peak where that does not slow it.
 
         Returns:
-            (its result, the most bytes as in `of`; 0 where only the kernel tells).
+            (its result, the most bytes as in `of`; 0 where only the kernel reports it).
         """
         if self._device is None:
             return run(), 0
@@ -124,7 +124,7 @@ class Watched:
 
 
 def _device_that_counts() -> str | None:
-    """A device whose allocator tells what it holds and held."""
+    """A device whose allocator reports current and peak bytes."""
     gpus = tf.config.list_logical_devices("GPU")
     if gpus:
         return str(gpus[0].name)

@@ -36,7 +36,7 @@ def planned(
 
     Raises:
         ValueError: not even one row fits, or a limit does not parse.
-        NotImplementedError: neither a GPU nor the kernel tells a peak.
+        NotImplementedError: neither a GPU nor the kernel reports a peak.
     """
     limit = bytes_allowed(memory_limit, held, Memory(ERRORS, left_bytes))
     found = _searched(window, batch, rows, held, limit)

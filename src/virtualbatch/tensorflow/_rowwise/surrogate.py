@@ -143,7 +143,7 @@ class Surrogates:
         self._learnt: dict[str, dict[tuple[str, ...], Learnt]] = {}
 
     def learnt(self, microbatch: Any, shared: Shared) -> Learnt:
-        """What a trace of the function tells, made once per structure and outside of graphs.
+        """What a trace of the function shows, made once per structure and outside of graphs.
 
         Args:
             microbatch: whose rows are known.
@@ -164,7 +164,7 @@ class Surrogates:
         return known[values]
 
     def prove(self, learnt: Learnt, batch: Any, cut: Sequence[Segment], shared: Shared) -> None:
-        """Tries on a few rows whether each stands alone, if that was not done.
+        """Tries on a few rows whether each is computed from itself alone, unless that was done.
 
         Args:
             learnt: of the function.

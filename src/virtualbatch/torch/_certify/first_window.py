@@ -220,7 +220,7 @@ class TorchTrial(Trial):
         return {place: as_array(leaf) for place, leaf in self._source.some(rows).tensors()}
 
     def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance | None:
-        """See `Trial`. The three gradients meet in one buffer, so that none is kept."""
+        """See `Trial`. The three gradients are added in one buffer, so none is kept."""
         return all_or_nothing(partial(self._distance, a, b))
 
     def _distance(self, a: Sequence[int], b: Sequence[int]) -> Distance | None:

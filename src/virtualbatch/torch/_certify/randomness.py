@@ -54,7 +54,7 @@ class RowwiseRandom(TorchDispatchMode):
             some: rows of the run that looked only.
 
         Returns:
-            Whether the numbers of some rows can be told; else constants are given from now on.
+            Whether the numbers of some rows are known; else constants are given from now on.
         """
         whole = [kept.shape for kept in self._kept]
         try:
@@ -66,7 +66,7 @@ class RowwiseRandom(TorchDispatchMode):
         return True
 
     def choose(self, rows: torch.Tensor | np.ndarray) -> None:
-        """Says which rows of the batch run next."""
+        """Sets which rows of the batch run next."""
         on_host = isinstance(rows, np.ndarray)
         self._chosen = torch.as_tensor(np.ascontiguousarray(rows)) if on_host else rows
         self._seen = {}

@@ -94,7 +94,7 @@ class Agreement:
         return most
 
     def have_run(self) -> None:
-        """Says that all micro-batches of ranks in step have run."""
+        """Records that all micro-batches of ranks in step have run."""
         self._tell = self._tell_after
 
     def before(self, weights: HostWeights) -> Totals:

@@ -21,7 +21,7 @@ def check_reduce(reduce: str | None, known: Sequence[str], kind: str) -> None:
 
 
 def check_group(groups: Sequence[Any], given: Any) -> None:
-    """Refuses modules that add up over different ranks, or over others than the caller says.
+    """Refuses modules that add up over different ranks, or over others than the caller's.
 
     Args:
         groups: process groups of the modules.

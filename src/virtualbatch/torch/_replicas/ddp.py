@@ -222,7 +222,7 @@ def _prepare(module: Any) -> None:
 
 
 def _refuse_partial(parameters: Sequence[torch.Tensor]) -> None:
-    """Refuses a backward pass that does not come to every parameter, where gradients meet.
+    """Refuses a backward pass that does not reach every parameter, where gradients are reduced.
 
     Args:
         parameters: those that are handed something.

@@ -44,7 +44,7 @@ def replicas_of(found: Inventory, group: Any, reduce: str | None) -> Replicas | 
 
 
 def quiet(found: Inventory) -> AbstractContextManager[None]:
-    """While one rank runs micro-batches of which the others know nothing, as planning does."""
+    """While one rank runs micro-batches without the others, as planning does."""
     refuse_in_step(found)
     replicas = replicas_of(found, None, None) if found.distributed else None
     return nullcontext() if replicas is None else replicas.alone()

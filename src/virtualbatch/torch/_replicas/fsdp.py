@@ -140,7 +140,7 @@ class Sharded(Replicas):
                     gathered.grad = None
 
     def _groups(self) -> Iterator[Any]:
-        """What is gathered and added up together. No public call tells its settings."""
+        """What is gathered and added up together. No public call returns its settings."""
         for module in self._modules:
             yield from module._get_fsdp_state()._fsdp_param_groups
 

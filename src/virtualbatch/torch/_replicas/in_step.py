@@ -74,7 +74,7 @@ def _fillers(batch: ReadBatch, own: Sequence[Microbatch], count: int) -> list[Mi
     """What a rank runs while others run more micro-batches than it has.
 
     Raises:
-        ValueError: nothing tells what its rows look like.
+        ValueError: the shapes of its rows are not known.
     """
     if not count:
         return []

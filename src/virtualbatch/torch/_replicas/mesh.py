@@ -17,10 +17,10 @@ def reducing_group(parameters: Sequence[torch.Tensor], given: Any) -> Any:
 
     Args:
         parameters: all of them DTensors.
-        given: a process group or a mesh, where the placements do not tell; or None.
+        given: a process group or a mesh, where the placements do not show it; or None.
 
     Raises:
-        ValueError: neither tells which ranks these are, or they differ.
+        ValueError: neither shows which ranks these are, or they differ.
     """
     mesh = _data_mesh([x for x in parameters if isinstance(x, DTensor)])
     if mesh is None and given is None:
@@ -44,7 +44,7 @@ def reducing_group(parameters: Sequence[torch.Tensor], given: Any) -> Any:
 
 
 def _data_mesh(parameters: Sequence[DTensor]) -> DeviceMesh | None:
-    """The mesh that gradients are added up over; None if the placements do not tell."""
+    """The mesh that gradients are added up over; None if the placements do not show it."""
     meshes = {parameter.device_mesh for parameter in parameters}
     smallest = min(meshes, key=_ndim)
     names = set(smallest.mesh_dim_names or ())

@@ -64,10 +64,10 @@ class Replicas(ABC):
 
     @abstractmethod
     def check(self, program: Program) -> None:
-        """Refuses what is asked of a window and cannot be told here.
+        """Refuses options of a window that cannot be used here.
 
         Raises:
-            ValueError: statistics are, which these modules do not show.
+            ValueError: statistics were asked for, which these modules do not show.
         """
 
     @abstractmethod
@@ -76,7 +76,7 @@ class Replicas(ABC):
 
     @abstractmethod
     def alone(self) -> AbstractContextManager[None]:
-        """While this rank runs micro-batches of which the others know nothing."""
+        """While this rank runs micro-batches without the others."""
 
     @abstractmethod
     def quiet(self) -> AbstractContextManager[None]:
@@ -84,7 +84,7 @@ class Replicas(ABC):
 
     @abstractmethod
     def begin(self, *, is_filler: bool, is_last: bool) -> None:
-        """Says that a micro-batch follows, where ranks cannot run alone.
+        """Announces the next micro-batch, where ranks cannot run alone.
 
         Args:
             is_filler: whether this rank runs it for the others only.
@@ -93,7 +93,7 @@ class Replicas(ABC):
 
     @abstractmethod
     def finished(self, ran: Ran, reached: Sequence[bool], scale: torch.Tensor | None) -> Finished:
-        """The gradients of a window, which meet those of other ranks in a backward pass.
+        """The gradients of a window, which a backward pass adds to those of other ranks.
 
         Args:
             ran: what has run here.

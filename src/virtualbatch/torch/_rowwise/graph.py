@@ -25,7 +25,7 @@ class Graphs:
         self._leaves: list[TensorWeakRef] = []
 
     def look(self, outputs: Iterable[Any], own: Iterable[torch.Tensor]) -> None:
-        """Looks at the graph of one micro-batch.
+        """Checks the graph of one micro-batch.
 
         Args:
             outputs: what fn returned for it.

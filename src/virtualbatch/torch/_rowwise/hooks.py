@@ -18,7 +18,7 @@ Hook: TypeAlias = Callable[[Any], Any]
 
 @contextmanager
 def own_hooks_only(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    """No hook of somebody else hears the gradients of micro-batches."""
+    """Foreign hooks are not called with the gradients of micro-batches."""
     with emptied([hooks for x in parameters if (hooks := x._backward_hooks)]):
         yield
 

@@ -14,7 +14,7 @@ def one_update(
 ) -> Callable[[], AbstractContextManager[None]]:
     """Gives BatchNorm layers one momentum update for several forward passes.
 
-    Inside a window that hears them already, the passes are one of its calls.
+    Inside a window that already records them, the passes are one of its calls.
 
     Args:
         stack: when it is left without an error, the update is made.
