@@ -22,5 +22,6 @@ def test_program_makes_mistakes(program: Path) -> None:
     lines = [line for line in mistakes.splitlines() if line.startswith("    vb")]
     assert len(lines) > 8
     for line in lines:
-        assert "# type: ignore[" in line and "# pyright: ignore[" in line, line
+        assert "# type: ignore[" in line, line
+        assert "# pyright: ignore[" in line, line
     assert 'microbatch_size="auot"' in mistakes
