@@ -43,8 +43,8 @@ def html_of_the_result(cell: Any) -> str:
 # Of the event loop and the sockets of Jupyter's packages.
 @pytest.mark.filterwarnings("default")
 def test_the_notebook_shows_its_results(tmp_path: Path) -> None:
-    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
-    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    # Here, because other tests of this file need none of them.
+    import nbclient
     from nbformat import v4
 
     make = {"code": v4.new_code_cell, "markdown": v4.new_markdown_cell}

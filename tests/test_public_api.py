@@ -1,12 +1,13 @@
 """The public names, signatures and commands. Whoever changes one changes it here, on purpose."""
 
 import inspect
-import itertools
 import subprocess
 import sys
 import typing
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import pytest
 import tensorflow as tf
 import torch
@@ -200,26 +201,37 @@ RESULTS = {
         (False, True): tuple[tf.Tensor, Any, virtualbatch.WindowStats],
         (True, True): tuple[tuple[tf.Tensor, Any], Any, virtualbatch.WindowStats],
     },
+    virtualbatch.jax.value_and_grad: {
+        (False, False): Callable[..., tuple[jax.Array, Any]],
+        (True, False): Callable[..., tuple[tuple[jax.Array, Any], Any]],
+        (False, True): Callable[..., tuple[jax.Array, Any, virtualbatch.WindowStats]],
+        (True, True): Callable[..., tuple[tuple[jax.Array, Any], Any, virtualbatch.WindowStats]],
+    },
 }
+FLAGS = ("has_aux", "stats")
 
 
 @pytest.mark.parametrize("function", RESULTS, ids=lambda function: function.__qualname__)
 def test_types_of_results(function: object) -> None:
-    *overloads, rest = typing.get_overloads(function)
+    parameters = inspect.signature(function).parameters
     found = {}
-    for overload in overloads:
-        types = typing.get_type_hints(overload)
-        chosen = [types[name].__args__[0] for name in ("has_aux", "stats")]
-        found[tuple(chosen)] = types["return"]
-        for name in ("has_aux", "stats"):
+    for overload in typing.get_overloads(function):
+        hints, own = typing.get_type_hints(overload), inspect.signature(overload).parameters
+        literal = {name: hints[name] is not bool for name in FLAGS}
+        if all(literal.values()):
+            flags = tuple(hints[name].__args__[0] for name in FLAGS)
+            found[flags] = hints["return"]
             # Who leaves it out gets the overload of False.
-            default = inspect.signature(overload).parameters[name].default
-            assert default is (inspect.Parameter.empty if chosen.pop(0) else False)
+            for name, flag in zip(FLAGS, flags, strict=True):
+                assert own[name].default is (inspect.Parameter.empty if flag else False)
+        else:
+            # A bool that no type checker knows.
+            assert hints["return"] in (Any, Callable[..., Any])
+        (options,) = typing.get_args(hints["options"])
+        assert {*own} - {"options"} | {*options.__annotations__} == {*parameters}
+        for name, hint in typing.get_type_hints(options).items():
+            assert hint == typing.get_type_hints(function)[name], name
     assert found == RESULTS[function]
-    # A bool that no type checker knows.
-    assert signature_text(rest) == signature_text(function)
-    names = [list(inspect.signature(each).parameters) for each in (*overloads, function)]
-    assert all(a == b for a, b in itertools.pairwise(names))
 
 
 @pytest.mark.parametrize("module", NAMES, ids=lambda module: module.__name__)
@@ -233,6 +245,14 @@ def test_public_names(module: object) -> None:
 def test_completion_shows_the_public_names_only(name: str) -> None:
     module = getattr(virtualbatch, name)
     assert dir(module) == sorted(module.__all__)
+
+
+def test_older_names_stay() -> None:
+    assert virtualbatch.keras.NoiseScale is virtualbatch.keras.NoiseScaleCallback
+    size = virtualbatch.PlanRow(8, None, False, None)
+    found = virtualbatch.Plan(8, 1, 1000, "All fit.", (size,))
+    assert found.sizes == found.rows == (size,)
+    assert "sizes" not in found.to_json()
 
 
 def test_every_public_function_is_documented() -> None:

@@ -136,7 +136,7 @@ def mistakes(model: Encoder, batch: Batch) -> None:
     vbtorch.rowwise(model, microbatch_size="big")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     vbtorch.certify(loss_fn, batch, module=model, microbatch_size="auto")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     vbtorch.plan(loss_fn, batch, module=model, memory_limit=0.8)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    vbtorch.plan(loss_fn, batch, module=model).size()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    vbtorch.plan(loss_fn, batch, module=model).best()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 if __name__ == "__main__":

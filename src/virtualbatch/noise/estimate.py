@@ -42,8 +42,8 @@ class NoiseEstimate(Result):
     """An estimate of the gradient noise scale.
 
     Args:
-        scale: the noise scale `tr(S) / |G|^2`, in rows. In a batch of so many rows, noise and signal
-            are equal. Infinite if no signal was seen.
+        scale: the noise scale `tr(S) / |G|^2`, in rows. In a batch of so many rows, noise and
+            signal are equal. Infinite if no signal was seen.
         low: the lower end of its confidence interval, in rows.
         high: the upper end, in rows. Infinite if the windows do not bound it.
         confidence: the confidence of the interval, between 0 and 1.

@@ -63,7 +63,7 @@ class Plan(Result):
         microbatch_size=16 (accumulation_steps=4), memory limit 1.5 MiB
         It is the largest size that fits.
          micro-batch   peak memory                 s per batch
-                  16       1.0 MiB      measured           0.2      <- chosen
+                  16       1.0 MiB      measured           0.2     <- chosen
                   32       2.0 MiB     predicted
     """
 
