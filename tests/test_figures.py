@@ -20,6 +20,7 @@ USES = sorted(page for folder in WITHOUT_FIGURES for page in (DOCS / folder).glo
 
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`[^`]*`")
+MODELS = {"mlp", "cnn", "transformer", "tokens"}
 LINK = re.compile(r"\]\((docs/measured/\w+\.md)")
 # A count of rows or updates is no figure: it has neither a unit nor a decimal point.
 FIGURE = re.compile(
@@ -54,13 +55,40 @@ def occurs(figure: str, page: str) -> bool:
     return re.search(rf"(?<![\w.]){re.escape(figure)}(?![\w]|\.\d)", page) is not None
 
 
+def words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9_][\w.=]*", text.lower()))
+
+
+def rows(page: str) -> Iterator[tuple[list[str], list[str]]]:
+    """The head of the table and the cells, of each row of a page's tables."""
+    for lines in re.findall(r"(?:^\|.*\n?)+", FENCED.sub("", page), re.MULTILINE):
+        head, *others = (
+            [cell.strip() for cell in row.split("|")[1:-1]] for row in lines.split("\n")
+        )
+        yield from ((head, row) for row in others if row)
+
+
+def stands(figure: str, unit: str, page: str) -> bool:
+    """Whether a row of the page, on what the unit is about, has the figure for a model it names."""
+    named = words(unit)
+    for head, row in rows(page):
+        subject = words(row[0].split(",")[0])
+        if 2 * len(subject & named) < max(len(subject), 1):
+            continue
+        models = [name for name in head if words(name) & MODELS]
+        asked = [name for name in models if words(name) & named]
+        for name, cell in zip(head, row, strict=True):
+            if occurs(figure, cell) and not (asked and name in models and name not in asked):
+                return True
+    return False
+
+
 def unmeasured(text: str) -> Iterator[str]:
     """Figures of a text that the page which they link does not hold, or that link none."""
     for unit in units(text):
-        figures = FIGURE.findall(CODE.sub("", unit))
         pages = [(ROOT / link).read_text() for link in LINK.findall(unit)]
-        for figure in figures:
-            if not any(occurs(figure, page) for page in pages):
+        for figure in FIGURE.findall(CODE.sub("", unit)):
+            if not any(stands(figure, unit, page) for page in pages):
                 yield figure
 
 
@@ -117,6 +145,17 @@ def test_a_doctored_figure_is_found() -> None:
     assert list(unmeasured("| 12 rows | `3.21` | 17 |")) == []
     with pytest.raises(AssertionError, match="no section"):
         section("# A page\n", "Measured")
+
+
+def test_a_figure_belongs_to_its_row_and_model() -> None:
+    page = (
+        "| torch | MLP | CNN |\n| --- | --- | --- |\n"
+        "| Accelerate, compiled | 1.50 | **1.02** of 1.2 |\n| Lightning | 1.82 | 1.12 |\n"
+    )
+    assert stands("1.02", "`Accelerate`, a CNN", page)
+    assert stands("1.50", "Accelerate", page)
+    assert not stands("1.50", "Accelerate, a CNN", page)
+    assert not stands("1.82", "Accelerate", page)
 
 
 def test_a_figure_is_no_part_of_another() -> None:
