@@ -30,7 +30,7 @@ help:
 	@echo "make fuzz       bad input at random for 60 s each; SECONDS=, ENGINE=, SEED="
 	@echo "make test-alone ENGINE=jax    one engine without the other frameworks: types, every verb"
 	@echo "make test-floors   the lowest releases that pyproject.toml allows; installs them"
-	@echo "make lint       ruff, mypy, import contracts"
+	@echo "make lint       ruff, mypy, typed programs by mypy and pyright, import contracts"
 	@echo "make bench      measure speed and memory"
 	@echo "make examples   run every file in examples/"
 	@echo "make docs       the documentation as a site in build/docs/index.html"
@@ -49,7 +49,7 @@ ifeq ($(PYTHON),)
 endif
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt \
-		--editable ".[tensorflow,torch,jax,trainers,demo,report,examples,notebook,test,lint]"
+		--editable ".[tensorflow,torch,jax,trainers,demo,report,examples,notebook,test,lint,types]"
 	touch $(STAMP)
 
 demo: setup
@@ -118,6 +118,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/typed/mypy.ini tests/typed
+	$(BIN)/pyright --project tests/typed --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 bench: setup
