@@ -159,7 +159,7 @@ def backward(
             sums in float32, or in the dtype of the parameter where that is wider.
 
     Returns:
-        The mean loss of the whole batch: a detached scalar with the dtype and device of the loss.
+        The mean loss of the whole batch, a detached scalar with the dtype and device of the loss.
         With several ranks it is the loss of all ranks together. With `has_aux=True` the result is
         `(loss, aux)`, where aux is that of the rows of this rank. With `stats=True` it is
         `(loss, stats)` or `(loss, aux, stats)`.

@@ -156,7 +156,7 @@ def loss(
             sums. None or `"float32"` sums in float32 or wider.
 
     Returns:
-        The mean loss of the whole batch: a scalar with the dtype and device of the loss. With
+        The mean loss of the whole batch, a scalar with the dtype and device of the loss. With
         several ranks it is the loss of all ranks together. With `has_aux=True` the result is
         `(loss, aux)`. With `stats=True` it is `(loss, stats)` or `(loss, aux, stats)`.
 

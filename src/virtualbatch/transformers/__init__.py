@@ -118,7 +118,7 @@ def certify(trainer: Trainer) -> TrainerCertificate:
             called for it, its arguments are used.
 
     Returns:
-        Two certificates: `own` for the trainer, and `accumulated` for `accumulate`.
+        Two certificates, `own` for the trainer, and `accumulated` for `accumulate`.
 
     Raises:
         TypeError: `trainer` is not a trainer.
