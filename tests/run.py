@@ -52,7 +52,9 @@ PARTS = {
     "tensorflow": Part(["tests/tensorflow"]),
     "keras-torch": Part(["tests/keras"], {"KERAS_BACKEND": "torch"}),
     "conformance": Part(["tests/conformance"], JAX),
-    "programs": Part(["tests/core", "tests/typed", *sorted(str(file) for file in ROOT.glob("tests/test_*.py"))]),
+    "programs": Part(
+        ["tests/core", "tests/typed", *sorted(str(file) for file in ROOT.glob("tests/test_*.py"))]
+    ),
     "torch": Part(["tests/torch"]),
     "transformers": Part(["tests/transformers", "tests/accelerate"]),
     "lightning": Part(["tests/lightning"]),

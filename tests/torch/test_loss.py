@@ -328,7 +328,7 @@ def test_what_is_refused(options, error, text):
 
 def test_statistics_need_gradients():
     module = network()
-    with torch.no_grad(), pytest.raises(ValueError, match="are those of gradients"):
+    with torch.no_grad(), pytest.raises(ValueError, match="needs gradients, whose noise"):
         ours(module, stats=True)
 
 

@@ -111,7 +111,7 @@ def accumulate(
             They and their metrics are then exact. None: the losses that need it, which are found
             at the first batch and logged. These are losses that return one number or compare
             rows, and an overridden `compute_loss`. True: all losses. False: no loss, and a loss
-            that returns one number is taken for a mean over rows.
+            that returns one number is treated as a mean over rows.
 
     Returns:
         The model.

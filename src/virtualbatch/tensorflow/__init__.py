@@ -326,8 +326,8 @@ def plan(
     refuse_values_of_replicas(batch, variables)
     if not tf.executing_eagerly():
         raise ValueError(
-            "A plan is made outside of graphs, because it runs some. Got a call inside "
-            "tf.function. Call it before."
+            "plan must be called outside of tf.function, because it runs graphs of its own. "
+            "Got a call inside tf.function. Call it before."
         )
 
     return plan_of(Program(loss_fn, variables, weight, has_aux, stats=False), batch, memory_limit)

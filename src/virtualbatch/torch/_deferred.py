@@ -247,12 +247,12 @@ def _evaluate(ran: Ran) -> Any:
 def _check(stats: bool, replicas: Replicas | None, reduce: str | None, recording: bool) -> None:
     if stats and not recording:
         raise ValueError(
-            "Noise statistics are those of gradients. Got stats=True where PyTorch records none. "
-            "Leave stats out, or call it outside torch.no_grad()."
+            "stats=True needs gradients, whose noise it measures. Got it where PyTorch records "
+            "none. Leave stats out, or call it outside torch.no_grad()."
         )
     if stats and replicas is not None:
         raise ValueError(
-            "Statistics over ranks are known when gradients have met. Got stats=True in loss, "
+            "Statistics over ranks need the gradients of all ranks. Got stats=True in loss, "
             "which runs before that. Use backward(..., stats=True)."
         )
     if reduce == "overlapped":
