@@ -166,7 +166,9 @@ def test_what_does_not_add_up_is_refused_and_nothing_is_changed(name):
     else:
         model(ops.convert_to_tensor(X[:2]))
     before = state(model)
-    with pytest.raises(ValueError, match=rf"must add up to .* {text}.* See docs/guides/\w+\.md; check=F"):
+    with pytest.raises(
+        ValueError, match=rf"must add up to .* {text}.* See docs/guides/\w+\.md; check=F"
+    ):
         model.fit(X, TARGETS, batch_size=22, shuffle=False, verbose=0)
     assert_same(before, state(model))
 
