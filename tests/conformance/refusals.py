@@ -125,7 +125,7 @@ REFUSALS = {
         ValueError,
         r"All micro-batches of a window must have the same structure\. Got microbatch\['x'\] an? "
         r"(array|tensor) in window\[0\] and microbatch\['y'\] an? (array|tensor) in window\[1\]\. "
-        r"Make them with the same collate function\. Or pass weight=.* See docs/rows\.md\.$",
+        r"Make them with the same collate function\. Or pass weight=.* See docs/guides/rows\.md\.$",
         CUT,
         Window([{"x": X}, {"y": X}]),
     ),

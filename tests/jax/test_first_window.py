@@ -60,7 +60,7 @@ def test_a_divisor_with_a_floor_is_refused_where_a_micro_batch_is_empty():
 
     batch = {"x": X[:4], "mask": jnp.array([1.0, 0.0, 1.0, 1.0])}
     ours = vb.value_and_grad(loss, microbatch_size=1, weight=lambda b: b["mask"].sum())
-    with pytest.raises(ValueError, match=r'weight 0 is left out.*weight="sum".*docs/sums\.md'):
+    with pytest.raises(ValueError, match=r'weight 0 is left out.*weight="sum".*/weights\.md'):
         ours(jnp.ones(8), batch)
 
 

@@ -64,7 +64,9 @@ def test_with_a_weight_it_is_the_whole_batch(make, mode):
 
 @pytest.mark.parametrize("make", [edges, samples, other, Graph])
 def test_without_a_weight_it_is_refused_and_the_weight_named(make):
-    with pytest.raises((TypeError, ValueError), match=r"Or pass weight=.* See docs/rows\.md\."):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"Or pass weight=.* See docs/guides/rows\.md\."
+    ):
         vb.value_and_grad(fun)(P, vb.Window(map(make, X)))
 
 

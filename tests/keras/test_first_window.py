@@ -281,8 +281,16 @@ def test_a_packed_batch_is_tried_by_its_rows(tries):
 @pytest.mark.parametrize(
     ("model", "options", "reason"),
     [
-        (sequential(dense(4), Sampling, dense(2)), {}, "what sampling may draw"),
-        (sequential(dense(4), AddsMean, dense(2)), {"loss": "circle"}, "the loss circle is made"),
+        (
+            sequential(dense(4), Sampling, dense(2)),
+            {},
+            "randomness in sampling cannot be turned off",
+        ),
+        (
+            sequential(dense(4), AddsMean, dense(2)),
+            {"loss": "circle"},
+            "the loss circle sees many rows at once",
+        ),
     ],
 )
 def test_what_cannot_be_tried_is_said_once_and_trained(model, options, reason, caplog):

@@ -73,8 +73,8 @@ def coupled(w, b):
 
 
 WRONG = {
-    "sum_loss": (lambda w, b: tf.reduce_sum((b @ w) ** 2), X, {}, "sums"),
-    "weight": (masked, BATCH, {}, "sums"),
+    "sum_loss": (lambda w, b: tf.reduce_sum((b @ w) ** 2), X, {}, "weights"),
+    "weight": (masked, BATCH, {}, "weights"),
     "coupled_rows": (coupled, X, {}, "rowwise"),
 }
 
@@ -85,7 +85,7 @@ def test_faults_are_refused_by_name_and_nothing_is_remembered(kind):
     w = kernel(4, 2)
     run = partial(vb.value_and_gradients, partial(loss, w), batch, [w], microbatch_size=3)
     for _ in range(2):
-        with pytest.raises(ValueError, match=rf"must add up .*{kind} at .*docs/{page}\.md"):
+        with pytest.raises(ValueError, match=rf"must add up .*{kind} at .*docs/guides/{page}\.md"):
             run(**options)
     run(**options, check=False)
 

@@ -63,7 +63,7 @@ def test_with_a_weight_it_is_the_whole_batch(make, mode, kernel):
 
 @pytest.mark.parametrize("make", [edges, other, Graph])
 def test_without_a_weight_it_is_refused_and_the_weight_named(make, kernel):
-    with pytest.raises(ValueError, match=r"Or pass weight=.* See docs/rows\.md\."):
+    with pytest.raises(ValueError, match=r"Or pass weight=.* See docs/guides/rows\.md\."):
         vb.value_and_gradients(
             lambda batch: mean(kernel, rows(batch)), vb.Window(map(make, X)), [kernel]
         )

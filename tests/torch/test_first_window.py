@@ -125,7 +125,7 @@ COUPLED = {
 def test_rows_that_see_each_other_are_refused(name):
     make, loss, batch, size = COUPLED[name]
     model = make()
-    with pytest.raises(ValueError, match=r"coupled_rows at .*See docs/rowwise\.md"):
+    with pytest.raises(ValueError, match=r"coupled_rows at .*See docs/guides/rowwise\.md"):
         vb.backward(partial(loss, model), batch(), module=model, microbatch_size=size)
 
 

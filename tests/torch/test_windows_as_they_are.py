@@ -72,7 +72,9 @@ def test_with_a_weight_it_is_the_whole_batch(way, model):
 def test_without_a_weight_it_is_refused_and_the_weight_named(way, model):
     make, rows = WAYS[way]
     window = vb.Window(map(make, X))
-    with pytest.raises((TypeError, ValueError), match=r"Or pass weight=.* See docs/rows\.md\."):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"Or pass weight=.* See docs/guides/rows\.md\."
+    ):
         vb.backward(lambda b: mean(model, rows(b)), window, module=model)
     assert model.weight.grad is None
 
