@@ -84,7 +84,9 @@ def program_of(source: Path | str, folder: Path) -> Path:
     if source == "docstrings":
         program, text = folder / "docstrings.py", DOCTESTS
     elif source.suffix == ".md":
-        program, text = folder / f"{source.stem}_blocks.py", runnable_program(source.read_text())
+        # Pages of two folders may share a name.
+        name = f"{source.parent.name}_{source.stem}_blocks.py"
+        program, text = folder / name, runnable_program(source.read_text())
     else:
         return source
     program.write_text(text)
@@ -154,7 +156,7 @@ def assert_runs(
 @pytest.mark.parametrize(
     "source",
     tiered([README, "docstrings", *HERE, *DOCS], QUICK, "pages of docs, and launchers"),
-    ids=lambda source: getattr(source, "name", source),
+    ids=lambda source: str(source.relative_to(ROOT)) if isinstance(source, Path) else source,
 )
 def test_program(source: Path | str, assert_runs: Callable[[Path | str], None]) -> None:
     assert_runs(source)
