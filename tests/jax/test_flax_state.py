@@ -1,4 +1,4 @@
-"""Flax: random numbers of a module's own, scaled losses, float8; as docs/guides/jax.md says."""
+"""Flax: random numbers of a module's own, scaled losses, float8; as guides/jax_flax.md says."""
 
 import flax.linen as linen
 import jax

@@ -1,4 +1,4 @@
-"""Flax (Linen and NNX), Equinox, Optax and Haiku-style functions, as docs/guides/jax.md says."""
+"""Flax (Linen and NNX), Equinox, Optax and Haiku-style functions, as guides/jax_flax.md says."""
 
 import equinox as eqx
 import flax.linen as linen

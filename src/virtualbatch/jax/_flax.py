@@ -24,13 +24,14 @@ def explanation(error: Exception) -> Exception | None:
             f"{' '.join(text.split(' (http')[0].split())}. Merge a copy in the loss: "
             "nnx.merge(graph, params, rest, copy=True). Seed it for each micro-batch with "
             "nnx.reseed(module, default=key), where key_argnum names the argument key. Return "
-            "other changes as aux. docs/guides/jax.md shows all of it. See docs/guides/state.md."
+            "other changes as aux. docs/guides/jax_flax.md shows all of it. "
+            "See docs/guides/state.md."
         )
     if "grad requires real- or complex-valued inputs" in text:
         return TypeError(
             "The argument that is differentiated must hold floating numbers only. Got "
             f"{text.split(' If you want')[0]} Split the rest off: nnx.split(model, nnx.Param, "
-            "...) as in docs/guides/jax.md, or grad_fn=equinox.filter_value_and_grad."
+            "...) as in docs/guides/jax_flax.md, or grad_fn=equinox.filter_value_and_grad."
         )
     return None
 
@@ -78,5 +79,5 @@ def _is_pair(found: Any) -> bool:
 
 _UNPACKED = (
     "lambda f, has_aux: lambda *args: dynamic_scale.value_and_grad(f, has_aux=has_aux)(*args)[2:]. "
-    "docs/guides/jax.md says how the scale is updated."
+    "docs/guides/jax_flax.md says how the scale is updated."
 )

@@ -155,8 +155,8 @@ def backward(
             `fully_shard`: `"microbatch"` (the default), after each micro-batch, or `"window"`.
         accumulator_dtype: `"bfloat16"` sums the gradients of bfloat16 parameters in bfloat16, with
             stochastic rounding. It takes half the memory of float32 and adds the error that
-            docs/guides/torch.md states. Other parameters are not affected. None or `"float32"`
-            sums in float32, or in the dtype of the parameter where that is wider.
+            docs/guides/torch_precision.md states. Other parameters are not affected. None or
+            `"float32"` sums in float32, or in the dtype of the parameter where that is wider.
 
     Returns:
         The mean loss of the whole batch, a detached scalar with the dtype and device of the loss.
