@@ -170,7 +170,7 @@ def value_and_grad(
     The function that it returns is pure. Under `jit`, or any other trace, a window is one
     `lax.scan`, and fun is traced once per micro-batch shape. Outside a trace the micro-batches run
     one after another, and values of weights are checked. If memory runs out outside a trace, the
-    window runs again with smaller micro-batches.
+    window runs again with smaller micro-batches; not with `axis_name` and a mesh in use.
 
     As in `jax.value_and_grad`, `argnums` says which arguments to differentiate. `batch_argnum` and
     `key_argnum` say what the other arguments are: the batch, and the keys of random numbers.

@@ -95,8 +95,8 @@ def accumulate(
             plans the size at the first batch of `fit` or `train_on_batch`.
         accumulation_steps: the micro-batches per batch, instead of a size:
             `microbatch_size = ceil(rows / accumulation_steps)`. Each replica of a `tf.distribute`
-            strategy cuts its own rows. If you pass both, they must agree for every batch except
-            the short last batch of an epoch.
+            strategy cuts its own rows. If you pass both, they must agree for the first batch of
+            an epoch. Later batches may be shorter, never longer.
         microbatch_tokens: the tokens of a micro-batch, instead of a size, for padded text and
             series. The rows of a batch are sorted by length, packed and trimmed: rows times the
             longest row of a micro-batch is at most this. See docs/guides/packing.md for when that

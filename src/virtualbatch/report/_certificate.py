@@ -26,7 +26,8 @@ def certificate_section(certificate: Certificate) -> Section:
     if certificate.parameters:
         caption = (
             "The largest error of the layer's parameters, relative to the parameter's largest "
-            "gradient. Errors left of the mark are rounding."
+            "gradient, or for a training loop to the change by its updates. Errors left of the "
+            "mark are rounding."
         )
         if layers > _MOST_LAYERS:
             caption += f" The other {layers - _MOST_LAYERS} layers have no larger errors."
