@@ -35,7 +35,7 @@ help:
 	@echo "make examples   run every file in examples/"
 	@echo "make docs       the documentation as a site in build/docs/index.html"
 	@echo "make dist       build a wheel and an sdist in dist/, and try the wheel in an empty environment"
-	@echo "make report-shots  pictures of reports in build/shots; needs chromium"
+	@echo "make report-shots  pictures of reports in build/shots, three widths and dark; needs chromium"
 	@echo "make doctor     what is installed, devices, memory limits"
 	@echo "make clean      remove .venv, caches and build outputs"
 

@@ -347,8 +347,8 @@ def test_plots_and_tables_of_sweeps(tmp_path):
     assert "not installed" in text
     page = page_of(result, files)
     assert all(page.count(f"]({file.name})") == 1 for file in files)
-    assert "| torch: time over that of the floor | 1.05 | 1.05 | 1.05 | 1.05 |" in page
-    assert "| torch: time per row over the last one's | 64.00 | 32.00 | 16.00 |" in page
+    assert "| torch: floor | 0.95 | 0.95 | 0.95 | 0.95 |" in page
+    assert "| torch: our time per row, last = 1 | 64.00 | 32.00 | 16.00 |" in page
     assert "| torch: virtualbatch | 2.0 |" in page
     assert "| torch: Accelerate | not installed |" in page
 

@@ -70,6 +70,26 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     assert list(broken_links(page)) == ["page.md: #c", "page.md: none.md#"]
 
 
+def unlisted(folder: Path) -> list[str]:
+    """Pages of a folder that its index links nowhere a reader of plain Markdown would see."""
+    index = FENCED.sub("", (folder / "index.md").read_text())
+    pages = sorted(page.name for page in folder.glob("*.md") if page.name != "index.md")
+    return [name for name in pages if f"]({name})" not in index]
+
+
+def test_each_index_links_its_pages() -> None:
+    folders = sorted(index.parent for index in DOCS.glob("*/index.md"))
+    assert len(folders) == 7
+    assert {folder.name: unlisted(folder) for folder in folders if unlisted(folder)} == {}
+
+
+def test_a_page_that_only_a_toctree_names_is_found(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.md").write_text("")
+    (tmp_path / "index.md").write_text("[A](a.md)\n```{toctree}\na\nb\n```\n")
+    assert unlisted(tmp_path) == ["b.md"]
+
+
 @pytest.mark.parametrize("engine", ["", *PUBLIC])
 def test_the_reference_has_every_public_name(engine: str) -> None:
     module = ".".join(["virtualbatch", *filter(None, [engine])])

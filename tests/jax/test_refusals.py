@@ -158,6 +158,12 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("verb", [vb.value_and_grad, vb.plan, vb.certify])
+def test_arguments_of_the_loss_beside_the_loss(verb):
+    with pytest.raises(TypeError, match=r"pass the arguments themselves to the function that this"):
+        verb(Call().options["fun"], {"w": 1.0}, [1.0, 2.0])
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name):
     changes, error, text = OPTIONS[name]

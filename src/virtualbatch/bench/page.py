@@ -10,7 +10,7 @@ from virtualbatch.bench.sweeps import SWEEPS
 
 _MIB = 2**20
 _READING = (
-    "Time of an update over ours; medians of interleaved rounds. Ours is in milliseconds. A ratio "
+    "Time of an update over ours, in the sweeps too; medians of interleaved rounds. Ours is in milliseconds. A ratio "
     "below the project's goal is **bold**, with the goal. The first update of each is compared "
     "with that of the uncut batch: *wrong* means that it differs by more than rounding; the number "
     "is the difference relative to the update's length."
@@ -86,15 +86,15 @@ def _of_sweep(name: str, points: Sequence[Comparison]) -> str:
     for engine in dict.fromkeys(point.case.engine for point in points):
         line = [point for point in points if point.case.engine == engine]
         ours = [point.milliseconds(OURS) or 0.0 for point in line]
-        for role, label in ((FLOOR, "the floor"), (WHOLE, "the whole batch at once")):
+        for role, label in ((FLOOR, "floor"), (WHOLE, "whole batch at once")):
             others = [point.milliseconds(role) for point in line]
             rows.append(
-                [f"{engine}: time over that of {label}"]
-                + [f"{a / b:.2f}" if b else "" for a, b in zip(ours, others, strict=True)]
+                [f"{engine}: {label}"]
+                + [f"{b / a:.2f}" if a and b else "" for a, b in zip(ours, others, strict=True)]
             )
         per_row = [a / point.case.rows for a, point in zip(ours, line, strict=True)]
         rows.append(
-            [f"{engine}: time per row over the last one's"]
+            [f"{engine}: our time per row, last = 1"]
             + [f"{time / per_row[-1]:.2f}" for time in per_row]
         )
     return _table([points[0].case.model, *_values(name, points)], rows)

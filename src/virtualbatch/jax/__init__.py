@@ -248,13 +248,13 @@ def value_and_grad(
         >>> print(f"{value:.3f} {gradient[0]:.3f} {gradient[1]:.3f}")
         1.333 0.667 0.667
     """
-    check_flags(has_aux=has_aux, stats=stats, check=check)
     check_options(
         {"fun": fun, "weight": weight, "grad_fn": grad_fn},
         {"argnums": argnums, "batch_argnum": batch_argnum, "key_argnum": key_argnum},
         microbatch_size,
         accumulation_steps,
     )
+    check_flags(has_aux=has_aux, stats=stats, check=check)
     check_words(aux_merge, has_aux)
     check_accumulator_dtype(accumulator_dtype)
     rows = BatchArguments(batch_argnum)
@@ -406,13 +406,13 @@ def plan(
         >>> found.microbatch_size * found.accumulation_steps >= 512
         True
     """
-    check_flags(has_aux=has_aux)
     check_options(
         {"fun": fun, "weight": weight, "grad_fn": grad_fn},
         {"argnums": argnums, "batch_argnum": batch_argnum, "key_argnum": key_argnum},
         "auto",
         None,
     )
+    check_flags(has_aux=has_aux)
     check_words(aux_merge, has_aux)
     check_accumulator_dtype(accumulator_dtype)
     rows = BatchArguments(batch_argnum)
@@ -504,8 +504,8 @@ def certify(
     """
     options = {"fun": fun, "weight": weight, "grad_fn": grad_fn}
     named = {"argnums": argnums, "batch_argnum": batch_argnum, "key_argnum": key_argnum}
-    check_flags(has_aux=has_aux)
     check_options(options, named, microbatch_size, accumulation_steps)
+    check_flags(has_aux=has_aux)
     check_accumulator_dtype(accumulator_dtype)
     if isinstance(fun, RowwiseFunction):
         rest = (argnums, has_aux, batch_argnum, weight, accumulator_dtype, key_argnum, grad_fn)

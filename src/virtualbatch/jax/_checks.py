@@ -2,6 +2,7 @@
 
 import numbers
 import operator
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,8 @@ def check_options(
         if not is_whole or position < 0:
             raise TypeError(
                 f"{name} must hold positions of arguments, 0 or more. "
-                f"Got {name}={positions[name]!r}. Count the arguments of fun from 0."
+                f"Got {name}={reprlib.repr(positions[name])}. Count the arguments of fun from 0; "
+                "pass the arguments themselves to the function that this call returns."
             )
     cut = [operator.index(position) for position in rows]
     taken = [operator.index(position) for position in listed]

@@ -22,7 +22,7 @@ class TimeBudget(NamedTuple):
 
     Fields:
         seconds: after which timing ends. If a window takes a second, each size gets one or two
-            measurements; docs/guides/size.md explains which differences they cannot show.
+            measurements; docs/notes/planning.md says which differences they cannot show.
         reserve: seconds that must be left for measurements after a new size is built; without
             them no new size is tried.
         rounds: measurements of each size that may be the fastest.
