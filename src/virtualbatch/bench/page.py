@@ -10,10 +10,10 @@ from virtualbatch.bench.sweeps import SWEEPS
 
 _MIB = 2**20
 _READING = (
-    "Time of an update over ours, in the sweeps too; medians of interleaved rounds. Ours is in milliseconds. A ratio "
-    "below the project's goal is **bold**, with the goal. The first update of each is compared "
-    "with that of the uncut batch: *wrong* means that it differs by more than rounding; the number "
-    "is the difference relative to the update's length."
+    "Time of an update over ours, also in the sweeps; medians of interleaved rounds. Ours is in "
+    "milliseconds. A ratio below the project's goal is **bold**, with the goal. The first update "
+    "of each is compared with that of the uncut batch: *wrong* means that it differs by more than "
+    "rounding; the number is the difference relative to the update's length."
 )
 
 
