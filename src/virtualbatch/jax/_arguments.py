@@ -2,13 +2,16 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 
 from virtualbatch.jax._arrays import is_array
-from virtualbatch.window.terms import GivenWeight
+from virtualbatch.window.terms import Weight
 from virtualbatch.window.window import Window
+
+# Each takes a micro-batch; where several arguments hold rows, as many parts of one.
+GivenWeight: TypeAlias = Callable[..., Weight | Mapping[Any, Weight | str]] | Literal["sum"] | None
 
 
 class BatchArguments:
