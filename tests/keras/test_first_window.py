@@ -28,11 +28,11 @@ from tests.keras.test_certify import (
 
 import virtualbatch.keras as vb
 from virtualbatch.certify.first_window import prove
-from virtualbatch.keras import _backend_for
 from virtualbatch.keras._certify import first_window
 from virtualbatch.keras._certify.first_window import KerasTrial
 from virtualbatch.keras._certify.keras_own import is_keras_own
 from virtualbatch.keras._checks import unpacked_batch
+from virtualbatch.keras._current_backend import backend_for
 from virtualbatch.keras._gather.gathering import NOTHING
 
 pytestmark = pytest.mark.proves_itself
@@ -112,7 +112,7 @@ QUICK = {"two outputs", "mixture", "masked token weights"}
 def test_no_false_alarm(case):
     model = made(case.model, **case.options())
     batch = unpacked_batch(model, case.batch)
-    trial = KerasTrial(model, batch, 22, [8, 8, 6], _backend_for(model), NOTHING)
+    trial = KerasTrial(model, batch, 22, [8, 8, 6], backend_for(model), NOTHING)
     assert prove(trial, str) is None
 
 

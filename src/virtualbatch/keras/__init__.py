@@ -17,12 +17,12 @@ from virtualbatch.keras._certify.loop import certify_loop
 from virtualbatch.keras._checks import (
     accumulates,
     check_kind,
-    check_model,
     refuse_on_replicas,
     say_what_is_not_exact,
     unpacked_batch,
 )
 from virtualbatch.keras._copies import HOOKS, DeepCopy, Reduction
+from virtualbatch.keras._current_backend import backend_for
 from virtualbatch.keras._gather.detection import found_as_asked
 from virtualbatch.keras._gather.gathering import Found
 from virtualbatch.keras._noise import NoiseScale, NoiseScaleCallback
@@ -152,7 +152,7 @@ def accumulate(
             f"gather must be None, True or False. Got gather={gather!r}. "
             "Leave it out: then the losses that need all rows get them."
         )
-    keras_backend = _backend_for(model)
+    keras_backend = backend_for(model)
     if is_automatic(microbatch_size):
         refuse_on_replicas(model, 'microbatch_size="auto" plans one device.', _PLAN_OUTSIDE)
     step = keras_backend.step(
@@ -211,7 +211,7 @@ def plan(model: keras.Model, batch: Any, *, memory_limit: int | str | None = Non
         >>> found.microbatch_size <= 64
         True
     """
-    keras_backend = _backend_for(model)
+    keras_backend = backend_for(model)
     refuse_on_replicas(model, "plan measures one device.", _PLAN_OUTSIDE)
     given = unpacked_batch(model, batch)
     model._symbolic_build(data_batch=given)
@@ -268,7 +268,7 @@ def certify(
             'certify compares one cut. Got microbatch_size="auto". '
             "Pass the rows of a micro-batch, such as those that plan found."
         )
-    keras_backend = _backend_for(model)
+    keras_backend = backend_for(model)
     refuse_on_replicas(
         model,
         "certify compares on one device.",
@@ -322,37 +322,3 @@ def _asked(model: keras.Model) -> bool | None:
     """What of its predictions a model was asked to gather, where it accumulates."""
     asked: bool | None = model.train_step.gather if accumulates(model) else None
     return asked
-
-
-def _backend_for(model: Any) -> Backend:
-    """Keras' backend, for a model that it can train by windows."""
-    keras_backend = _backend()
-    check_model(model)
-    keras_backend.refuse(model)
-    return keras_backend
-
-
-def _backend() -> Backend:
-    """That of Keras' backend; its framework is the only one that is imported.
-
-    Raises:
-        NotImplementedError: this version does not support the backend.
-    """
-    match keras.backend.backend():
-        case "tensorflow":
-            from virtualbatch.keras._tensorflow.step import BACKEND as tensorflow
-
-            return tensorflow
-        case "torch":
-            from virtualbatch.keras._torch.step import BACKEND as torch
-
-            return torch
-        case "jax":
-            from virtualbatch.keras._jax.step import BACKEND as jax
-
-            return jax
-        case other:
-            raise NotImplementedError(
-                "accumulate works on Keras' TensorFlow, JAX and PyTorch backends. "
-                f"Got the backend {other!r}. Set KERAS_BACKEND to tensorflow, jax or torch."
-            )

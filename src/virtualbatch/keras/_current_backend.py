@@ -1,0 +1,42 @@
+"""Which of our backends serves Keras' own."""
+
+from typing import Any
+
+import keras
+
+from virtualbatch.keras._backend import Backend
+from virtualbatch.keras._checks import check_model
+
+
+def backend_for(model: Any) -> Backend:
+    """Keras' backend, for a model that it can train by windows."""
+    keras_backend = current_backend()
+    check_model(model)
+    keras_backend.refuse(model)
+    return keras_backend
+
+
+def current_backend() -> Backend:
+    """That of Keras' backend; its framework is the only one that is imported.
+
+    Raises:
+        NotImplementedError: this version does not support the backend.
+    """
+    match keras.backend.backend():
+        case "tensorflow":
+            from virtualbatch.keras._tensorflow.step import BACKEND as tensorflow
+
+            return tensorflow
+        case "torch":
+            from virtualbatch.keras._torch.step import BACKEND as torch
+
+            return torch
+        case "jax":
+            from virtualbatch.keras._jax.step import BACKEND as jax
+
+            return jax
+        case other:
+            raise NotImplementedError(
+                "accumulate works on Keras' TensorFlow, JAX and PyTorch backends. "
+                f"Got the backend {other!r}. Set KERAS_BACKEND to tensorflow, jax or torch."
+            )
