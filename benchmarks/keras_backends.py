@@ -19,8 +19,8 @@ from command import parser_of, save
 from virtualbatch.bench.case import Case
 from virtualbatch.bench.contender import FLOOR, PEER, Contender
 
-# Ours over theirs that the project promises.
-TARGETS = {"hand-written train_step": 1.05, "gradient_accumulation_steps": 1.0}
+# Their time over ours that the project promises.
+TARGETS = {"hand-written train_step": 0.95, "gradient_accumulation_steps": 1.0}
 
 
 def contenders(case: Case) -> list[Contender]:
@@ -54,11 +54,10 @@ def main() -> None:
         rows = measured(contenders(case), arguments.rounds, lambda _: arguments.updates)
         result[name] = [asdict(row) for row in rows]
         print(f"\n{name}: {case.accumulation_steps} micro-batches of {case.microbatch_size}")
-        print(f"{'':30}{'ms an update':>14}{'ours / this':>14}{'asked':>10}")
+        print(f"{'':30}{'ms an update':>14}{'over ours':>14}{'asked':>10}")
         for row in rows:
-            target = f"<= {TARGETS[row.name]}" if row.name in TARGETS else ""
-            ratio = 1 / row.times_ours[1]
-            print(f"{row.name:30}{row.milliseconds[1]:14.2f}{ratio:14.3f}{target:>10}")
+            target = f">= {TARGETS[row.name]}" if row.name in TARGETS else ""
+            print(f"{row.name:30}{row.milliseconds[1]:14.2f}{row.times_ours[1]:14.3f}{target:>10}")
     save(arguments.json, result)
 
 

@@ -30,8 +30,8 @@ from virtualbatch.bench.torch_ways import trainer, weights_of
 # Scale of the MLP, 0.1 and 4.5 MB.
 MODELS = {"small": 1, "large": 8}
 STOCK, EACH = "stock DDP, no_sync", "stock DDP, reduced each time"
-# Our time, as a part of theirs, for the large model.
-ASKED = {STOCK: 1.0, EACH: 0.7}
+# The least time over ours that is asked, for the large model.
+ASKED = {STOCK: 1.0, EACH: 1.43}
 UPDATES = {"small": 8, "large": 1}
 
 
@@ -95,16 +95,15 @@ def everybody(make: Callable[[], Part]) -> list[Contender | Absent]:
 
 
 def report_times(name: str, rows: list[Row]) -> None:
-    print(f"\n{name} model\n{'':32}{'ms':>9}{'ours / this':>13}  quartiles")
+    print(f"\n{name} model\n{'':32}{'ms':>9}{'over ours':>13}  quartiles")
     for row in rows:
         if row.milliseconds is None or row.times_ours is None:
             print(f"{row.name:32} {row.verdict}: pip install {row.package}")
             continue
-        # Of the quotients of single rounds, so the quartiles change places.
-        high, median, low = (1 / quartile for quartile in row.times_ours)
-        limit = ASKED.get(row.name) if name == "large" else None
+        low, median, high = row.times_ours
+        least = ASKED.get(row.name) if name == "large" else None
         met = (
-            "" if limit is None else f", asked {limit:.1f}: {'ok' if median <= limit else 'MISSED'}"
+            "" if least is None else f", asked {least:.2f}: {'ok' if median >= least else 'MISSED'}"
         )
         print(
             f"{row.name:32}{row.milliseconds[1]:9.2f}{median:13.3f}  {low:.3f} to {high:.3f}{met}",
