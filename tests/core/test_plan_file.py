@@ -404,7 +404,7 @@ def test_an_interrupt_leaves_the_old_plans_and_no_lock(tmp_path, monkeypatch):
         "a file as folder": ("file/plans.json", r"readable\. Got '.*' \(Not a directory\)\."),
         "links that meet": ("around", r"must be readable\. Got '.*' \(Too many levels of symbolic"),
         "a long name": (300 * "a", r"must be readable\. Got '.*' \(File name too long\)\."),
-        "zero": ("a\0b", r"must be readable\. Got '.*' \(embedded null byte\)\."),
+        "zero": ("a\0b", r"must be readable\. Got '.*' \(.*embedded null .*\)\."),
     }.values(),
 )  # fmt: skip
 def test_names_of_no_file_are_refused(tmp_path, name, text):
