@@ -1,4 +1,4 @@
-"""Which size a window is cut by, and what it depends on where it is planned."""
+"""What a planned micro-batch size depends on."""
 
 from functools import cache
 
