@@ -82,7 +82,7 @@ class WindowGradients:
         self.held: list[tuple[torch.Tensor, float]] = []
         self._averaged_over = averaged_over
         self._in_step = in_step
-        # What the latest micro-batch's gradients were multiplied by after their backward pass.
+        # The factor between the gradients of the latest backward pass and their share.
         self.factor = 1.0 / averaged_over
 
     def start(self, *, commit: bool = True) -> None:

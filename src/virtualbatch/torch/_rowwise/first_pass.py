@@ -20,7 +20,7 @@ def first_pass(inputs: Inputs, cut: Sequence[Microbatch], replay: Replay) -> Out
     Args:
         inputs: the inputs of the call.
         cut: the micro-batches.
-        replay: the random and buffer states at the start.
+        replay: the state at the start of the pass.
 
     Raises:
         ValueError: an output has not one entry per row, or its graph reaches outside of fn.
