@@ -46,7 +46,7 @@ def cut_batch(
         compiled: whether the window becomes one program, which must have few shapes: equal
             micro-batches and one remainder. Otherwise sizes differ by at most one row.
         weighted: whether a weight says what a micro-batch counts. Then the rows of a Window need
-            not be known, and its micro-batches need not be alike.
+            not be known. If they are not known, its micro-batches need not be alike.
 
     Returns:
         The cut. Micro-batches are contiguous rows. But if the rows of a batch are sharded over

@@ -16,7 +16,7 @@ class EagerWindow(NamedTuple):
     """The window of one call, in micro-batches of any size.
 
     Fields:
-        program: what is differentiated.
+        program: the loss and its options.
         args: positional arguments, with one batch among them.
         kwargs: keyword arguments.
         batch: the batch or Window.

@@ -29,7 +29,7 @@ class Spread(NamedTuple):
     """Windows whose rows are spread over the devices of a mesh.
 
     Fields:
-        program: what is run.
+        program: the loss and its options.
         axes: the axes over which rows are spread.
         cut: rows of one device -> their micro-batches in a program.
     """

@@ -51,7 +51,7 @@ def segments(
         microbatch_size: checked rows of one micro-batch, or None; None for a Window.
         accumulation_steps: checked micro-batches per window, or None; None for a Window.
         weighted: whether a weight says what a micro-batch counts. Then the rows of a Window need
-            not be known, and its micro-batches need not be alike.
+            not be known. If they are not known, its micro-batches need not be alike.
         counted: whether rows are needed even if there is a weight.
         may_be_empty: whether, in a graph, a batch or micro-batches of a Window may have 0 rows.
 

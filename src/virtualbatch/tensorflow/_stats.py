@@ -58,7 +58,7 @@ def _wide(x: Any) -> Any:
 
 
 def summed(gradient: Any) -> Any:
-    """A gradient as a tensor with one entry per row: slices of one row are added up."""
+    """The entries of a gradient in one tensor. Slices of the same row are added up."""
     if not isinstance(gradient, tf.IndexedSlices):
         return tf.convert_to_tensor(gradient)
     rows, places = tf.unique(gradient.indices)

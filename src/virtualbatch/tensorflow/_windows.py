@@ -46,7 +46,8 @@ def window_segments(
 
     Raises:
         ValueError: the window is empty, rows differ or are missing, or structures differ.
-        TypeError: arrays are hidden in an object that `tf.nest` does not flatten.
+        TypeError: arrays are hidden in an object that `tf.nest` does not flatten, or an array
+            cannot be converted to a tensor.
     """
     check_window(window)
     if may_be_empty:

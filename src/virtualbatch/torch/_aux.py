@@ -1,4 +1,4 @@
-"""The aux of a window's micro-batches, put together again for the whole batch."""
+"""The aux of a window's micro-batches, merged for the whole batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

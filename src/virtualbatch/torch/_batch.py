@@ -130,7 +130,7 @@ def read(batch: Any, weighted: bool = False) -> ReadBatch:
     Args:
         batch: nested structure of tensors that share their leading axis, or a Window of such.
         weighted: whether a weight says what a micro-batch counts. Then the rows of a Window need
-            not be known, nor its micro-batches alike.
+            not be known. If they are not known, its micro-batches need not be alike.
 
     Raises:
         ValueError: rows differ or are missing, or a window is empty or holds micro-batches of

@@ -26,7 +26,7 @@ def distributed_classes() -> tuple[type[Any], ...]:
 
 
 def put_to_rest(module: Any) -> None:
-    """Reshards the parameters of a module after a forward pass without a backward pass."""
+    """Reshards a module. After a forward pass without a backward pass it is not resharded yet."""
     if isinstance(module, classes_of("torch.distributed.fsdp", "FSDPModule")):
         module.reshard()
 

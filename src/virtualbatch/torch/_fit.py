@@ -21,7 +21,7 @@ class Fit:
     """How a batch is cut, and how it is cut smaller if memory runs out.
 
     Args:
-        program: what is to be run.
+        program: the loss, its weight and its modules.
         batch: the batch or Window.
         microbatch_size: as the caller gave it, checked.
         accumulation_steps: as the caller gave it, checked.

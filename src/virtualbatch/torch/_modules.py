@@ -48,7 +48,7 @@ def inventory(module: Any, *, hands_over: bool = False, may_be_frozen: bool = Fa
         TypeError: something is neither a module nor a tensor.
         ValueError: no parameter is trainable, a tensor takes no gradient, a parameter has a hook
             that could step an optimizer in the middle of the window, a module is not initialised
-            yet, or a Lightning trainer accumulates by itself or calls backward itself.
+            yet, or a Lightning trainer accumulates or calls backward itself.
     """
     roots = _roots(module)
     layers = list(roots.values())

@@ -40,7 +40,7 @@ def prove_first_window(
     """Tries the law on rows of a batch, outside a trace, if its loss has not been tried before.
 
     Args:
-        program: what is run.
+        program: the loss and its options.
         args: positional arguments, the batch among them.
         kwargs: keyword arguments.
         cut: the micro-batches of the window.
@@ -82,7 +82,7 @@ def cannot_try(program: Program, reason: str) -> None:
     """Logs, once for each loss, that the law cannot be tried.
 
     Args:
-        program: what is run.
+        program: the loss and its options.
         reason: why.
     """
     known = remembered(program.fun).proven

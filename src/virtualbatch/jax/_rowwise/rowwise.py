@@ -130,7 +130,7 @@ def rowwise(
 
 
 class RowwiseFunction(Generic[Outputs]):
-    """The function that `rowwise` returns. It has the arguments of `rowwise`."""
+    """The function that `rowwise` returns. It is made with the arguments of `rowwise`."""
 
     def __init__(
         self,

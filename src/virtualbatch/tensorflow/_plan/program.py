@@ -20,7 +20,7 @@ def plan_of(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
     """The plan of a program, outside of graphs.
 
     Args:
-        program: what is run, without statistics.
+        program: the loss, its weight and its variables, without statistics.
         batch: a batch, not a Window.
         memory_limit: as in `virtualbatch.tensorflow.plan`.
     """
@@ -40,7 +40,7 @@ def planned_size(program: Program, batch: Any, automatic: Any) -> CurrentSize:
     """The size for a batch, planned now if no plan covers the batch. In a graph: during the trace.
 
     Args:
-        program: what is run.
+        program: the loss, its weight and its variables.
         batch: a batch, not a Window.
         automatic: "auto" or an `Auto`.
     """

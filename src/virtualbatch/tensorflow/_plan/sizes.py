@@ -16,7 +16,7 @@ def signature(program: Program, batch: Any) -> Signature:
     """What a plan for a batch depends on.
 
     Args:
-        program: what is run.
+        program: the loss, its weight and its variables.
         batch: a batch of known shapes, not a Window.
 
     Raises:

@@ -56,7 +56,7 @@ class Attempts(NamedTuple):
         return found, fitted[0]
 
     def second(self, run: Pass, cut: Sequence[Segment], before: State, drawn: bool) -> Any:
-        """Runs the second pass. If smaller micro-batches give the same, runs it until it fits.
+        """Runs the second pass, until it fits if smaller micro-batches give the same result.
 
         Args:
             run: the pass.

@@ -23,7 +23,7 @@ class Recorder(TorchDispatchMode):
         names: layer by identity -> its name.
 
     Attributes:
-        recording: what it keeps.
+        recording: the recorded values.
     """
 
     def __init__(self, names: dict[int, str]):

@@ -45,7 +45,7 @@ def prove_first_window(
     """Tries the law on rows of a batch, if its loss has not been tried with the module before.
 
     Args:
-        program: what is run.
+        program: the loss, its weight and its modules.
         batch: the batch or Window.
         cut: the micro-batches of the window.
         shares: the shares of the micro-batches.

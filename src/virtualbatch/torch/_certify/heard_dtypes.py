@@ -36,7 +36,7 @@ def heard_dtypes(found: set[torch.dtype]) -> Iterator[None]:
         filters[:] = before
 
     with Undo(leave):
-        # A compiled module warns of hooks on all modules. This hook is soon removed.
+        # A compiled module warns of hooks on all modules, but this hook is removed soon.
         warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
         register_module_forward_hook(hear)
         yield

@@ -29,7 +29,7 @@ from virtualbatch.window.shares import Shares
 
 _log = logging.getLogger(__name__)
 
-# Seconds of one timed run.
+# The least seconds of one timed run, if the window is that long.
 _MOMENT = 0.1
 # The largest micro-batches come first. A few of them show what stays in memory between them.
 _STEADY = 3
@@ -39,7 +39,7 @@ def planned(program: Program, batch: ReadBatch, memory_limit: int | str | None) 
     """The plan for a batch.
 
     Args:
-        program: what is to be run.
+        program: the loss, its weight and its modules.
         batch: a batch, not a Window.
         memory_limit: bytes, a text, or None.
 
@@ -69,7 +69,7 @@ class _Window:
     """The window of one size.
 
     Args:
-        program: what is to be run.
+        program: the loss, its weight and its modules.
         cut: the micro-batches.
         room: the bytes that the window may allocate. A window that is known to need more is not
             run.
@@ -102,7 +102,7 @@ def _peak(
     """The most bytes that a window allocates, beyond what is held before it.
 
     Args:
-        program: what is to be run.
+        program: the loss, its weight and its modules.
         cut: the micro-batches.
         shares: the shares of the micro-batches.
         room: the bytes that the window may allocate. A window that is known to need more is not

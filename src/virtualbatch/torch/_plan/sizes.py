@@ -14,7 +14,7 @@ def signature(program: Program, batch: Microbatch) -> Signature:
     """What a plan for a batch depends on.
 
     Args:
-        program: what is run.
+        program: the loss, its weight and its modules.
         batch: the whole batch.
     """
     found = program.found

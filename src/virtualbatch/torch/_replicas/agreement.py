@@ -1,4 +1,4 @@
-"""What the ranks of a window send each other: small vectors of numbers, never a pickle.
+"""The messages between the ranks of a window: small vectors of numbers, never a pickle.
 
 Before the first micro-batch the ranks add up their weights, and form shares of the sums. After the
 last micro-batch, before anything is written, they exchange whether all have succeeded. So all ranks

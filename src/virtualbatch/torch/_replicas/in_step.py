@@ -33,7 +33,7 @@ def run_in_step(
     Args:
         replicas: the ranks.
         agreement: the messages of the window.
-        program: what is run.
+        program: the loss, its weight and its modules.
         batch: the batch of this rank.
         fit: how this rank alone would cut the batch.
         prove: tries the law on a first window.

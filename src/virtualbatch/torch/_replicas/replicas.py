@@ -81,7 +81,7 @@ class Replicas(ABC):
 
     @abstractmethod
     def quiet(self) -> AbstractContextManager[None]:
-        """A context in which micro-batches run and no hook of a parameter is called."""
+        """A context for the micro-batches of a window. Hooks of parameters are not called."""
 
     @abstractmethod
     def begin(self, *, is_filler: bool, is_last: bool) -> None:

@@ -31,7 +31,7 @@ def run_window(
 
     Args:
         replicas: the ranks.
-        program: what is run.
+        program: the loss, its weight and its modules.
         read: reads the batch of this rank.
         fit: batch -> how it is cut.
         prove: tries the law on a first window.
