@@ -44,7 +44,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# So that a Window goes through jit, vmap and tree maps as its micro-batches.
+# With this, jit, vmap and tree maps see a Window as the pytree of its micro-batches.
 jax.tree_util.register_pytree_node(
     Window,
     lambda window: (tuple(window), window.sorted_rows),

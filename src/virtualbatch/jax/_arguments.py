@@ -1,4 +1,4 @@
-"""The arguments of a call that hold rows, and what the loss function is given in their place."""
+"""The arguments of a call that hold rows, joined into one batch for the engine."""
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -10,18 +10,19 @@ from virtualbatch.jax._arrays import is_array
 from virtualbatch.window.terms import Weight
 from virtualbatch.window.window import Window
 
-# Each takes a micro-batch; where several arguments hold rows, as many parts of one.
+# A weight function takes a micro-batch. If several arguments hold rows, it takes one part of the
+# micro-batch per argument.
 GivenWeight: TypeAlias = Callable[..., Weight | Mapping[Any, Weight | str]] | Literal["sum"] | None
 
 
 class BatchArguments:
     """The arguments that hold rows, as one batch.
 
-    The engine cuts one argument. Where several hold rows, the place of the first takes the tuple
-    of them all, and the places of the others None.
+    The engine cuts one argument. If several arguments hold rows, the first one is replaced by the
+    tuple of all of them, and the others are replaced by None.
 
     Args:
-        batch_argnum: checked position, or positions, as the user gave them.
+        batch_argnum: the user's position or positions, checked.
     """
 
     def __init__(self, batch_argnum: int | Sequence[int]):
@@ -31,7 +32,7 @@ class BatchArguments:
         self.position = self._positions[0]
 
     def function(self, fun: Callable[..., Any]) -> Callable[..., Any]:
-        """The user's function, of the arguments that `gathered` gives."""
+        """The user's function, but with the arguments that `gathered` gives."""
         if not self._several:
             return fun
 
@@ -44,7 +45,7 @@ class BatchArguments:
         return of_gathered
 
     def weight(self, weight: GivenWeight) -> GivenWeight:
-        """The user's weight, of a batch as `gathered` gives it."""
+        """The user's weight, but for a batch as `gathered` gives it."""
         if not callable(weight) or not self._several:
             return weight
         return lambda batch: weight(*batch)
@@ -58,7 +59,8 @@ class BatchArguments:
         """The positional arguments, with one batch among them.
 
         Raises:
-            ValueError: some of several batch arguments are Windows, or they differ in length.
+            ValueError: some batch arguments are Windows and others are not, or the Windows differ
+                in length.
         """
         if not self._several:
             return tuple(args)
@@ -82,17 +84,18 @@ def refuse_uncut_rows(
 ) -> None:
     """Refuses arguments that look like rows of the batch, but would reach every micro-batch whole.
 
-    A loss may broadcast them against the rows of a micro-batch, and be wrong in silence.
+    A loss may broadcast them against the rows of a micro-batch, and be silently wrong.
 
     Args:
         args: positional arguments.
         kwargs: keyword arguments.
-        cut: positions of those that are cut, differentiated, or keys.
+        cut: the positions of arguments that are not checked: the batch, differentiated arguments
+            and keys.
         rows: rows of the batch.
 
     Raises:
-        ValueError: an argument is a Window, or all its arrays are as long as the batch. One array
-            among others that has that length by coincidence is no argument of rows.
+        ValueError: an argument is a Window, or all its arrays are as long as the batch. If only
+            some of its arrays have that length, that is taken for chance.
     """
     others = [(str(k), arg) for k, arg in enumerate(args) if k not in cut]
     for name, arg in [*others, *((repr(name), arg) for name, arg in kwargs.items())]:
@@ -108,7 +111,7 @@ def refuse_uncut_rows(
 
 
 def _is_key(leaf: Any) -> bool:
-    """Whether this may be one raw key of `PRNGKey`, which has two numbers or four."""
+    """Whether a leaf may be one raw key of `PRNGKey`, which has two or four numbers."""
     return bool(leaf.dtype == jax.numpy.uint32) and leaf.shape in ((2,), (4,))
 
 

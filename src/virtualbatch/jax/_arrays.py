@@ -1,6 +1,6 @@
 """The arrays among the arguments of a function, separated from other leaves of a pytree.
 
-Modules have functions, texts and numbers as leaves, which no transformation of JAX takes.
+Modules also have functions, texts and numbers as leaves. No transformation of JAX takes these.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,17 +12,17 @@ import numpy as np
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, a trace of one, or a description of one."""
+    """Whether a leaf is an array, a tracer, or a `ShapeDtypeStruct`."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def map_arrays(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """Applies fn to every array of a pytree; other leaves stay."""
+    """Applies fn to every array of a pytree. Other leaves stay as they are."""
     return jax.tree.map(lambda leaf: fn(leaf) if is_array(leaf) else leaf, tree)
 
 
 def on_host(x: Any) -> np.ndarray:
-    """An array as one of NumPy; of typed keys, the numbers that they are made of."""
+    """An array as a NumPy array. Typed keys become the numbers that they consist of."""
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(x) if is_key else x)
 
@@ -30,12 +30,12 @@ def on_host(x: Any) -> np.ndarray:
 def of_arrays(
     fun: Callable[..., Any], transform: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Callable[..., Any]:
-    """A function, transformed as one of the arrays among its arguments.
+    """Transforms a function with respect to the arrays among its arguments.
 
     Args:
-        fun: takes pytrees.
-        transform: such as `jax.jit`; called once for each structure and set of other leaves, so
-            that what it traces is traced once per shape.
+        fun: a function of pytrees.
+        transform: such as `jax.jit`. It is called once for each structure and set of other leaves.
+            So each program is traced once per shape.
 
     Returns:
         A function with fun's arguments.

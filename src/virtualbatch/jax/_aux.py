@@ -1,4 +1,4 @@
-"""The aux of a window's micro-batches, put together again for the whole batch."""
+"""The aux of a window's micro-batches, merged for the whole batch."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -25,43 +25,43 @@ from virtualbatch.window.aux import (
 from virtualbatch.window.aux import kinds as kinds_of
 
 WORDS = (KEEP, SUM, MEAN, MAX, ROWS)
-# What each word can be said of, by the beginning of the dtype's name.
+# The dtypes that each word fits, by the beginning of the dtype's name.
 _NUMBERS = ("int", "uint", "float", "bfloat", "complex")
 _WHOLE = ("int", "uint", "bool", "key<")
 _DTYPES = {SUM: _NUMBERS, MEAN: _NUMBERS[2:], MAX: (*_NUMBERS[:4], "bool")}
 
 
 def kinds(call: Call, cut: Cut, auxes: Sequence[Any], rows: Sequence[int]) -> list[str]:
-    """How each leaf of aux is put together.
+    """How each leaf of aux is merged.
 
     Args:
         call: the call.
         cut: the window.
-        auxes: aux of micro-batches; arrays, or anything else with their shapes and dtypes.
-        rows: rows of each of those micro-batches; None where they cannot be told.
+        auxes: the aux of micro-batches, as arrays or as anything with shapes and dtypes.
+        rows: the rows of each of those micro-batches; None where they are not known.
 
     Returns:
         One kind for each leaf.
 
     Raises:
-        TypeError: a leaf can be neither kept, concatenated, summed nor averaged, or the loss
-            cannot be traced where only that can tell.
+        TypeError: a leaf can be neither kept, concatenated, summed nor averaged; or only a trace
+            of the loss could show the kind, and the loss cannot be traced.
         ValueError: the structure differs between micro-batches, `aux_merge` does not fit it, or
-            a leaf counts on from one micro-batch to the next.
+            a leaf adds to a count that every micro-batch receives.
     """
     structures = [jax.tree.structure(found) for found in auxes]
     leaves = [leaves_of(found) for found in auxes]
     asked = _asked(call.aux_merge, auxes[0])
     for leaf, word in zip(leaves[0], asked, strict=True):
         if word is None and not leaf.length and not leaf.dtype.startswith(_WHOLE):
-            kind_of_dtype(leaf.dtype)  # which may refuse it: no trace takes a text
+            kind_of_dtype(leaf.dtype)  # may refuse the leaf, such as a text, before a trace fails
     if call.aux_merge is not None and len(set(structures)) == 1:
         _check_shapes(asked, auxes)
     if None in rows:
         without = kinds_without_rows(structures, leaves)
         return [word or kind for word, kind in zip(asked, without, strict=True)]
     trace = AuxTrace(call, cut, leaves)
-    # Twice as many, because devices and groups of rows may divide the rows.
+    # Twice as many rows: the number of devices, or of rows in a group, must divide them too.
     other = 2 * rows[0]
     origins_at = next((n for n in rows if n != rows[0]), other)
     judged = partial(_judged, trace, auxes[0], rows[0], origins_at)
@@ -88,7 +88,7 @@ def _judged(trace: AuxTrace, aux: Any, rows: int, other: int, number: int, dtype
 
 
 def _asked(aux_merge: Any, aux: Any) -> list[str | None]:
-    """The user's word for each leaf of aux; None where there is none."""
+    """The user's word for each leaf of aux; None for a leaf without a word."""
     found: list[str | None] = []
 
     def spread(word: str | None, part: Any) -> None:
@@ -125,7 +125,7 @@ def _check_shapes(asked: Sequence[str | None], auxes: Sequence[Any]) -> None:
 
 
 def routed(kinds: Sequence[str], shares: Any, index: Any, aux: Any) -> tuple[list[Any], list[Any]]:
-    """One micro-batch's leaves of aux: (what is merged over the window, what is concatenated)."""
+    """One micro-batch's leaves of aux: (leaves to merge over the window, leaves to concatenate)."""
     merged: list[Any] = []
     rows: list[Any] = []
     if not kinds:
@@ -151,7 +151,7 @@ def _wide(leaf: Any) -> Any:
 
 
 def merged_kinds(kinds: Sequence[str]) -> list[str]:
-    """The kinds of the leaves that `routed` gives first."""
+    """The kinds of the leaves that are not concatenated."""
     return [kind for kind in kinds if kind != ROWS]
 
 
@@ -161,11 +161,11 @@ def joined(
     """The aux of the whole batch.
 
     Args:
-        kinds: kind of each leaf.
-        example: aux of one micro-batch, for its structure and dtypes.
+        kinds: the kind of each leaf.
+        example: the aux of one micro-batch, for its structure and dtypes.
         cut: the window.
-        merged: what the window merged, for the leaves that are not concatenated.
-        rows: for each leaf with one entry per row, its pieces by segment: an array of shape
+        merged: the merged values of the leaves that are not concatenated.
+        rows: for each leaf with one entry per row, one array per segment, of shape
             (micro-batches, rows, ...).
     """
     given, pieces = iter(merged), iter(rows)
@@ -183,7 +183,7 @@ def joined(
 
 
 def in_order(pieces: Sequence[Any], cut: Cut) -> Any:
-    """Pieces of the segments as rows in the caller's order."""
+    """Joins the arrays of all segments into rows in the caller's order."""
     found = []
     for number, piece in enumerate(pieces):
         if cut.interleaved and number == 0:
@@ -193,7 +193,7 @@ def in_order(pieces: Sequence[Any], cut: Cut) -> Any:
 
 
 def _merged_axes(piece: Any) -> Any:
-    """Axes 0 and 1 as one; where the type knows its sharding, that of whichever is sharded."""
+    """Merges axes 0 and 1. If the type has a sharding, the new axis is sharded as the old ones."""
     shape = (piece.shape[0] * piece.shape[1], *piece.shape[2:])
     sharding = jax.typeof(piece).sharding
     spec: Sequence[Any] = getattr(sharding, "spec", ())

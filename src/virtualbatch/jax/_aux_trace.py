@@ -1,4 +1,4 @@
-"""The aux of a loss function without data: its shapes, and what its leaves are computed from."""
+"""The aux of a loss function, traced without data: its shapes, and the sources of its leaves."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -17,14 +17,14 @@ _kept = AuxShapes()
 
 
 class AuxTrace:
-    """The aux of one call, traced at other numbers of rows where that is needed.
+    """The aux of one call, traced with other numbers of rows if needed.
 
     An un-jitted loop needs the same traces at every update, so they are kept while the loss lives.
 
     Args:
         call: the call.
         cut: the window.
-        auxes: leaves of the aux of its micro-batches, or of one of each shape.
+        auxes: the leaves of aux of each micro-batch, or of one micro-batch of each shape.
     """
 
     def __init__(self, call: Call, cut: Cut, auxes: Sequence[Sequence[AuxLeaf]]):
@@ -35,12 +35,12 @@ class AuxTrace:
 
     @cached_property
     def _key(self) -> tuple[Any, ...]:
-        """What the answers depend on beside the loss and the rows."""
+        """What the traces depend on, in addition to the loss and the rows."""
         arguments, structure = jax.tree.flatten((self._call.args, dict(self._call.kwargs)))
         return (structure, *map(_kind_of, arguments), *self._aux)
 
     def leaves(self, rows: int) -> list[AuxLeaf]:
-        """The leaves of aux as they are with that many rows."""
+        """The leaves of aux for a micro-batch with that many rows."""
 
         def find() -> list[AuxLeaf]:
             return leaves_of(self._at(rows).aux)
@@ -53,7 +53,7 @@ class AuxTrace:
 
         Args:
             rows: a number of rows.
-            other: another one.
+            other: another number of rows.
         """
 
         def find() -> list[Origin]:
@@ -97,7 +97,7 @@ class _Traced(NamedTuple):
 
 
 def leaves_of(found: Any) -> list[AuxLeaf]:
-    """The leaves of aux, as much of them as says how they are put together."""
+    """The length, dtype and shape of each leaf of aux, which decide how it is merged."""
     return [
         AuxLeaf(_axes(x)[:1], str(jnp.result_type(x)), _axes(x)[1:])
         if hasattr(x, "dtype") or isinstance(x, int | float | complex)
@@ -128,10 +128,10 @@ def _traced(call: Call, cut: Cut, rows: int) -> _Traced:
 
     try:
         try:
-            # A number of Python may be a count, too.
+            # A Python int may be a count, so it is traced too.
             return program(lambda x: is_array(x) or type(x) is int)
         except _UNTRACEABLE:
-            # Or a constant of the program, such as a number of layers.
+            # The int may be a constant of the program, such as a number of layers.
             return program(is_array)
     except _UNTRACEABLE as error:
         raise TypeError(
@@ -147,7 +147,7 @@ _UNTRACEABLE = (TypeError, ValueError, IndexError)
 
 
 def _kind_of(leaf: Any) -> Any:
-    """What a program depends on of an argument."""
+    """The properties of an argument that a program depends on."""
     if is_array(leaf):
         return (leaf.shape, leaf.dtype)
     return type(leaf) if type(leaf) in (int, float, complex) else leaf

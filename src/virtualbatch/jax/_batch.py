@@ -1,7 +1,7 @@
-"""A batch as segments: runs of micro-batches of equal shape that one loop can go through.
+"""A batch as segments: runs of micro-batches of equal shape, so that one loop can run them.
 
-A micro-batch is made when it is asked for, by an index inside the loop, so that the batch is not
-copied. Un-jitted calls get segments of one micro-batch each.
+The loop makes each micro-batch from its index, so the batch is not copied. Un-jitted calls get
+segments of one micro-batch each.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,19 +43,20 @@ def cut_batch(
         batch: pytree of arrays that share their leading axis, or a Window of such.
         microbatch_size: checked rows of one micro-batch, or None; None for a Window.
         accumulation_steps: checked micro-batches per window, or None; None for a Window.
-        compiled: whether the window becomes one program, which wants few shapes: equal
+        compiled: whether the window becomes one program, which must have few shapes: equal
             micro-batches and one remainder. Otherwise sizes differ by at most one row.
         weighted: whether a weight says what a micro-batch counts. Then the rows of a Window need
-            not be known, nor its micro-batches alike.
+            not be known. If they are not known, its micro-batches need not be alike.
 
     Returns:
-        The cut. It is contiguous, but for batches that are sharded over devices by rows: there
-        every micro-batch takes rows of every device.
+        The cut. Micro-batches are contiguous rows. But if the rows of a batch are sharded over
+        devices, every micro-batch takes rows from every device.
 
     Raises:
-        ValueError: rows differ or are missing, the two sizes disagree, a window is empty or
-            holds micro-batches of different structures, or a micro-batch of a batch that is
-            sharded over an explicit mesh would have fewer rows than there are devices.
+        ValueError: rows differ or are missing, the two sizes disagree, or a window is empty or
+            holds micro-batches of different structures.
+        ValueError: the batch is sharded over an explicit mesh, and a micro-batch would have fewer
+            rows than there are devices.
         TypeError: a list as long as the batch would be cut in a compiled loop.
     """
     if isinstance(batch, Window):
@@ -74,7 +75,8 @@ def cut_batch(
                 f"Got micro-batches of {size} rows and {devices} devices. "
                 f"Pass microbatch_size={devices} or a multiple of it."
             )
-        # Rows of every device alike: no more than fit, or no more micro-batches than asked for.
+        # Each device must give equally many rows. A given microbatch_size is rounded down, so that
+        # memory suffices. Otherwise the size is rounded up, so that the steps are not exceeded.
         missing = -size % devices
         size += missing if microbatch_size is None else missing - devices if missing else 0
         return _interleaved(batch, rows, size, devices)
@@ -84,11 +86,11 @@ def cut_batch(
 
 
 def cut_smaller(batch: Any, most: int) -> Cut:
-    """The same micro-batches, outside a trace, with no more rows than that; a Window is cut.
+    """Cuts a batch, or each micro-batch of a Window, outside a trace.
 
     Args:
         batch: a batch or a Window.
-        most: rows of a micro-batch, >= 1.
+        most: the most rows of a micro-batch, >= 1.
     """
     if not isinstance(batch, Window):
         return cut_batch(batch, most, None, compiled=False)
@@ -105,7 +107,7 @@ def cut_into(batch: Any, sizes: Sequence[int]) -> Cut:
 
     Args:
         batch: a batch, not a Window.
-        sizes: rows of each; together those of the batch.
+        sizes: the rows of each micro-batch. Their sum is the rows of the batch.
     """
     starts = accumulate(sizes[:-1], initial=0)
     pieces = zip(starts, sizes, strict=True)
@@ -120,7 +122,7 @@ def chosen(batch: Any, rows: np.ndarray) -> Any:
 
 
 def _is_sharded(leaf: Any) -> bool:
-    """Whether the rows of an array are spread over devices, as far as its type or value tells."""
+    """Whether the rows of an array are spread over devices, as far as its type or value shows."""
     if not isinstance(leaf, jax.Array):
         return False
     # Under jit a type knows its sharding only on meshes with explicit axes.
@@ -138,9 +140,9 @@ def _contiguous(batch: Any, rows: int, size: int) -> Cut:
 
 
 def _explicit_devices(leaf: Any) -> int:
-    """Over how many devices the rows of an array are spread, as far as its type tells.
+    """The number of devices over which an array's rows are spread, as far as its type shows.
 
-    On a mesh with explicit axes the rows of whatever is cut from it must be a multiple of that.
+    On a mesh with explicit axes the rows of every piece must be a multiple of that number.
     """
     if not is_array(leaf):
         return 1
@@ -149,9 +151,9 @@ def _explicit_devices(leaf: Any) -> int:
 
 
 def _interleaved(batch: Any, rows: int, size: int, devices: int) -> Cut:
-    """Micro-batches that have rows of every device."""
+    """Micro-batches that have rows from every device."""
     count = -(-rows // size)
-    # Equal ones if that can be, else as large as asked for, and a remainder.
+    # Equal micro-batches if possible. Otherwise micro-batches of the given size and a remainder.
     equal = rows % (count * devices) == 0
     size, count = (rows // count, count) if equal else (size, rows // size)
     whole = count * size
@@ -182,7 +184,7 @@ def _piece(batch: Any, start: Any, rows: int, index: Any = None) -> Any:
 
 
 def _evenly(batch: Any, rows: int, size: int) -> list[Segment]:
-    """Micro-batches outside of a trace, where each may have its own shape."""
+    """Micro-batches outside a trace, where each may have its own shape."""
     marked = with_row_lists(batch, rows)
     segments = []
     for start, stop in even_cut(rows, size):

@@ -1,4 +1,4 @@
-"""What is refused before anything of a window is computed."""
+"""Checks that refuse a call before any part of its window is computed."""
 
 import numbers
 import operator
@@ -15,7 +15,7 @@ from virtualbatch.jax._keys import check_keys
 from virtualbatch.plan.auto import check_sizes_or_auto
 from virtualbatch.window.terms import is_sum
 
-# Functions that may not be left out.
+# Functions that must be given.
 _ASKED_FOR = ("fun", "fn")
 
 
@@ -28,13 +28,13 @@ def check_options(
     """Refuses options of a public verb that no call could satisfy.
 
     Args:
-        functions: argument name -> function, or None where it may be left out.
-        positions: `batch_argnum`, `key_argnum` and, where there is one, `argnums` as given.
+        functions: argument name -> function, or None where the function may be left out.
+        positions: `batch_argnum`, `key_argnum` and, if the verb has it, `argnums`, as given.
         microbatch_size: as given.
         accumulation_steps: as given.
 
     Raises:
-        TypeError: an argument is not a function, or a position not an integer.
+        TypeError: an argument is not a function, or a position is not an integer.
         ValueError: a size is not a positive integer, or an argument is named twice.
     """
     for name, function in functions.items():
@@ -79,10 +79,10 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def check_words(aux_merge: Any, has_aux: bool) -> None:
-    """Refuses words for aux that mean nothing.
+    """Refuses unknown words in `aux_merge`.
 
     Raises:
-        ValueError: a leaf is no such word, or there is no aux.
+        ValueError: a leaf is not one of the words, or there is no aux.
     """
     unknown = [
         word
@@ -97,10 +97,10 @@ def check_words(aux_merge: Any, has_aux: bool) -> None:
 
 
 def check_accumulator_dtype(accumulator_dtype: Any) -> None:
-    """Refuses what no buffer of gradients can be made of.
+    """Refuses a dtype that a sum of gradients cannot have.
 
     Raises:
-        TypeError: it is no floating dtype.
+        TypeError: the dtype is not floating.
     """
     if accumulator_dtype is None:
         return
@@ -119,12 +119,12 @@ def check_pytrees(args: Sequence[Any]) -> None:
     """Refuses arguments whose leaves JAX cannot find.
 
     Raises:
-        TypeError: there is one.
+        TypeError: there is such an argument.
     """
     for position, arg in enumerate(args):
         try:
             jax.tree.leaves(arg)
-        # JAX sorts keys, calls the user's classes, and follows nested ones to any depth.
+        # JAX sorts keys, calls the user's classes, and follows nested structures to any depth.
         except (ValueError, TypeError, RecursionError, SystemError) as error:
             raise TypeError(
                 f"Arguments must be pytrees, whose leaves JAX can find. Got argument {position} "
@@ -134,10 +134,10 @@ def check_pytrees(args: Sequence[Any]) -> None:
 
 
 def check_values(args: Any) -> None:
-    """Refuses arrays that are only described.
+    """Refuses descriptions of arrays, which have no values.
 
     Raises:
-        TypeError: there is one.
+        TypeError: there is a `jax.ShapeDtypeStruct`.
     """
     if jax.ShapeDtypeStruct not in map(type, jax.tree.leaves(args)):
         return
@@ -152,10 +152,10 @@ def check_values(args: Any) -> None:
 
 
 def check_dtypes(args: Any) -> None:
-    """Refuses arrays of NumPy that JAX has no type for, where they are traced.
+    """Refuses NumPy arrays whose dtype JAX does not have. Such arrays cannot be traced.
 
     Raises:
-        TypeError: there is one.
+        TypeError: there is such an array.
     """
     for leaf in jax.tree.leaves(args):
         if not isinstance(leaf, np.ndarray):
@@ -175,10 +175,10 @@ def check_arguments(
     key_argnum: int | None,
     argnums: int | Sequence[int] = (),
 ) -> None:
-    """Refuses a call whose arguments are not those that the options name.
+    """Refuses a call whose arguments do not fit the options.
 
     Raises:
-        TypeError: what they name is no positional argument, or the keys no keys.
+        TypeError: an option names a position without a positional argument, or keys are not keys.
     """
     check_pytrees(args)
     rows = batch_argnum if isinstance(batch_argnum, Sequence) else [batch_argnum]

@@ -1,6 +1,6 @@
 """A window inside a trace: one `lax.scan` over its equal micro-batches, one more call for the rest.
 
-The micro-batch's program is traced once per shape; its results give the shapes of the buffer.
+The program of a micro-batch is traced once per shape. Its results give the shapes of the sums.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,10 +26,14 @@ from virtualbatch.window.shares import Shares
 
 
 class _Micro(NamedTuple):
-    """A micro-batch's share of the loss and the gradients, in the buffer's dtype, and its aux.
+    """A micro-batch's share of the loss and the gradients, in the dtype of the sums, and its aux.
 
-    Gradients are leaves, without those that are new values (see `_float8`). The norm is its part
-    of the statistics; None if they are not asked for.
+    Fields:
+        loss: the share of the loss.
+        gradients: the leaves of gradients, without new values.
+        new_values: leaves that are new values instead of gradients (see `_float8`).
+        norm: the part of the statistics; None if statistics are not asked for.
+        aux: the aux of the micro-batch.
     """
 
     loss: Any
@@ -40,11 +44,11 @@ class _Micro(NamedTuple):
 
 
 class _Traced(NamedTuple):
-    """A segment with its micro-batch's program.
+    """A segment with the program of its micro-batches.
 
     Fields:
         segment: the micro-batches.
-        offset: number of micro-batches in the window before this segment.
+        offset: the number of micro-batches in the window before this segment.
         run: (number in the window, number in the segment) -> _Micro.
         outputs: abstract _Micro.
     """
@@ -63,18 +67,18 @@ def run_compiled(
     Args:
         call: the call.
         cut: the window.
-        shares: its shares.
-        accumulator_dtype: dtype of the buffer; None for promote(parameter dtype, float32).
+        shares: the shares of the window.
+        accumulator_dtype: the dtype of the sums; None for promote(parameter dtype, float32).
         axis_name: mesh axes over which the batch is spread, or None.
         stats: whether statistics are asked for.
 
     Returns:
-        ((loss, aux, gradients, stats), kinds): aux is None without has_aux, stats if not asked
-        for. Kinds tell how leaves of aux are put together; empty where nothing is.
+        ((loss, aux, gradients, stats), kinds). aux is None without has_aux. stats is None if not
+        asked for. Kinds say how leaves of aux are merged; empty if nothing is merged.
     """
     alone = cut.count == 1
     groups_of_terms = groups(shares)
-    # Micro-batches of one shape may come in several runs.
+    # Several segments may have micro-batches of the same shape.
     again = len(cut.segments) > len({segment.rows for segment in cut.segments})
     call = call.traced_once() if again or len(groups_of_terms) > 1 else call
     dtypes: dict[str, Any] = {}
@@ -149,7 +153,7 @@ def _traced(cut: Cut, step: Callable[[Any, Any], _Micro]) -> list[_Traced]:
 
 
 def _as_arrays(found: Sequence[Any], outputs: Any) -> list[Any]:
-    # What a program returns is a number of Python where it is the same for all arguments.
+    # A program returns a Python number for a result that does not depend on its arguments.
     return [
         x if is_array(x) else jnp.asarray(x, like.dtype)
         for x, like in zip(found, jax.tree.leaves(outputs), strict=True)
@@ -159,19 +163,19 @@ def _as_arrays(found: Sequence[Any], outputs: Any) -> list[Any]:
 def _after(
     total: list[Any], add: Callable[[Any], tuple[list[Any], list[Any]]]
 ) -> tuple[list[Any], list[Any]]:
-    """Adds a micro-batch inside the program once the sums so far are complete.
+    """Adds a micro-batch inside the program, after the sums so far are complete.
 
-    XLA would else run the forward pass of a remainder beside what comes before it and keep both
-    in memory; only a branch that it cannot foresee has to wait.
+    Otherwise XLA would run the forward pass of a remainder at the same time as the micro-batches
+    before it, and keep both in memory. Only a branch whose condition XLA cannot predict must wait.
 
     Args:
         total: the sums so far.
         add: sums so far -> (sums with the micro-batch, its rows).
     """
-    # A number of an array that is spread over devices by its type would have no place.
+    # Arrays that are sharded by type are left out: a single entry of them would have no sharding.
     numbers = [x for x in total if x.size and _is_whole(x)]
     first = [jnp.real(_first(x)) for x in numbers]
-    # Never true, which XLA does not know.
+    # Never true, but XLA does not know that.
     never = jnp.isneginf(jnp.abs(sum(first)))
 
     def nothing(total: Any) -> tuple[Any, list[Any]]:
@@ -181,14 +185,14 @@ def _after(
         found: tuple[Any, list[Any]] = lax.cond(never, nothing, add, total)
         return found
 
-    # Under `shard_map` a branch may change a type: then all devices share the batch.
+    # Under `shard_map` a branch may change a type. Then the micro-batch is added without a branch.
     return branched(total) if _types(branched, total) == _types(add, total) else add(total)
 
 
 def _first(x: Any) -> Any:
     if not jax.sharding.get_abstract_mesh().auto_axes:
         return jnp.ravel(x)[0]
-    # Devices that share an array would gather it, to put its entries in a row.
+    # `ravel` would gather an array that is spread over devices.
     return lax.squeeze(lax.slice(x, (0,) * x.ndim, (1,) * x.ndim), range(x.ndim))
 
 
@@ -216,12 +220,12 @@ def _folded(
 
     Args:
         traced: the segments.
-        route: (number in the window, results) -> (what is merged, what is concatenated).
-        ways: how each value of what is merged is merged.
+        route: (number in the window, results) -> (values to merge, values to concatenate).
+        ways: how each value is merged.
 
     Returns:
-        What the window merged, and for each leaf that is concatenated its pieces by segment, of
-        shape (micro-batches, rows, ...).
+        The merged values; and for each leaf that is concatenated, one array per segment, of shape
+        (micro-batches, rows, ...).
     """
     total: list[Any] | None = None
     pieces: list[list[Any]] = []
@@ -239,7 +243,8 @@ def _folded(
             pieces.append([row[None] for row in rows])
             continue
         if total is None:
-            # Of the results' types: under shard_map those tell which axes they vary over.
+            # Made from the types of the results. Under shard_map they say which axes a value varies
+            # over.
             total = nothing(ways, jax.eval_shape(lambda one=one: one(0)[0]))
         total, stacked = lax.scan(add, total, jnp.arange(segment.count, dtype=jnp.int32))
         pieces.append(stacked)

@@ -1,10 +1,10 @@
 """Convolutions inside a loop, written so that XLA on CPU finds its fast kernel.
 
-XLA's CPU compiler brings a convolution to the axis order of that kernel only outside of loops
-(its pass goes through the entry computation alone). The backward pass of a convolution has another
-order, so in a loop it falls to a generic one that takes ten times as long. Here each convolution
-of a micro-batch's program is given transposed operands in the order of the kernel, which is what
-that pass would do.
+XLA's CPU compiler changes a convolution to the axis order of that kernel only outside loops,
+because its pass visits only the entry computation. The backward pass of a convolution has another
+order. So in a loop it runs on a generic kernel, which takes ten times as long. Here each
+convolution of a micro-batch's program gets transposed operands in the order of the fast kernel.
+XLA's pass would do the same.
 
 Cause: https://github.com/jax-ml/jax/issues/12868
 """
@@ -21,14 +21,14 @@ from virtualbatch.jax._jaxpr import run, run_equation
 
 
 def with_fast_convolutions(program: ClosedJaxpr) -> ClosedJaxpr:
-    """The same program, its convolutions in the axis order batch, space, channels.
+    """The same program, with its convolutions in the axis order batch, space, channels.
 
     Args:
         program: a traced function.
 
     Returns:
-        A program of the same inputs and outputs; the same one if it has no other convolution, or
-        if JAX does not run on a CPU.
+        A program with the same inputs and outputs. It is the given program if no convolution has
+        another order, or if JAX does not run on a CPU.
     """
     if jax.default_backend() != "cpu" or not any(map(_is_slow, _convolutions(program.jaxpr))):
         return program
@@ -85,7 +85,7 @@ def _fast(jaxpr: Jaxpr, equation: Any, given: Sequence[Any]) -> list[Any]:
 
 
 def _rewritten(value: Any) -> Any:
-    """A parameter of an operation, with the programs in it rewritten too."""
+    """A parameter of an operation, with the programs inside it rewritten too."""
     if isinstance(value, tuple | list) and any(isinstance(x, ClosedJaxpr) for x in value):
         return type(value)(_rewritten(item) for item in value)
     if isinstance(value, ClosedJaxpr):
@@ -100,7 +100,7 @@ def _convolved(lhs: Any, rhs: Any, params: dict[str, Any]) -> Any:
     numbers = params["dimension_numbers"]
     axes = lhs.ndim
     space = range(2, axes)
-    # A spec lists where batch (or output) and channels (or input) are, then the space axes.
+    # A spec lists the axis of the batch (or outputs), of the channels (or inputs), then of space.
     lhs = lax.transpose(lhs, [numbers.lhs_spec[k] for k in (0, *space, 1)])
     rhs = lax.transpose(rhs, [numbers.rhs_spec[k] for k in (*space, 1, 0)])
     last = (0, axes - 1, *range(1, axes - 1))

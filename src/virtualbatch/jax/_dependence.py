@@ -1,7 +1,7 @@
 """What the results of a function are computed from, read from its equations.
 
-A result that does not depend on the batch, and has one formula for any number of rows, is what the
-whole batch would give. Values cannot show this: a count may be equal by chance.
+If a result does not depend on the batch and has the same formula for any number of rows, the whole
+batch would give the same result. Values cannot show this: a count may be equal by chance.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 from virtualbatch.jax._jaxpr import CALLS, RULES, closed
 
 BATCH, STATE = "batch", "state"
-# Bytes of a constant that are compared; of a larger one the identity is.
+# Constants of at most so many bytes are compared by value, larger ones by identity.
 _SMALL = 2**16
 
 
@@ -23,9 +23,11 @@ class Source(NamedTuple):
     """What a value is computed from.
 
     Fields:
-        reads: labels of the inputs that it depends on; inside a loop also positions of inputs.
-        counts: those that reach it through integers alone, as a running count reaches its next.
-        formula: equal for equal computations on equal inputs.
+        reads: labels of the inputs that the value depends on; inside a loop also positions of
+            inputs.
+        counts: labels of the inputs that reach the value through integers alone, as in a running
+            count.
+        formula: a hash that is equal for equal computations on equal inputs.
     """
 
     reads: frozenset[Hashable]
@@ -37,9 +39,9 @@ def given(label: Hashable, number: int, variable: Any) -> Source:
     """The source of an input.
 
     Args:
-        label: what it is called where it is read.
-        number: tells it from other inputs.
-        variable: the input, as the program has it.
+        label: the label of the input in `Source`.
+        number: a number that no other input has.
+        variable: the input as a variable of the program.
     """
     label_of_one = frozenset([label])
     counts = label_of_one if _is_integer(variable.aval) else frozenset[Hashable]()
@@ -101,7 +103,7 @@ def _outputs(equation: Any, inputs: Sequence[Source]) -> list[Source]:
 
 
 def _by_position(program: Any, positions: Iterable[int]) -> list[Source]:
-    """Sources of a loop's body, whose inputs are labelled by their positions in the loop's."""
+    """Sources of a loop's body. Its inputs are labelled by their positions in the loop's inputs."""
     variables = program.jaxpr.invars
     inputs = [given(k, k, variable) for k, variable in zip(positions, variables, strict=True)]
     return sources(program, inputs)
@@ -118,16 +120,17 @@ def _looped(
     """The sources of a loop's results.
 
     Args:
-        ran: what else its results depend on, such as how often it runs.
-        body: what one run of it gives: `carried` values that the next run takes, then others.
-        inputs: the sources of what the loop is given.
-        first: position of the first carried value among the inputs.
-        carried: how many values are carried.
-        again: what decides whether it runs once more.
+        ran: what else the results depend on, such as the number of runs.
+        body: the results of one run: first the `carried` values that the next run takes, then
+            others.
+        inputs: the sources of the loop's inputs.
+        first: the position of the first carried value among the inputs.
+        carried: the number of carried values.
+        again: the inputs that decide whether the loop runs once more.
     """
 
     def reached(start: Iterable[Hashable], field: str) -> frozenset[Hashable]:
-        """Labels and positions that get into a value in any number of runs."""
+        """Labels and positions that reach a value after any number of runs."""
         found, new = set[Hashable](), set(start)
         while new:
             found |= new
@@ -155,7 +158,7 @@ def _looped(
 def _constant(value: Any) -> Source:
     """The source of a value that is no input."""
     if isinstance(value, jax.Array):
-        # What a trace makes itself is no array of JAX: the function closes over this one.
+        # Constants that a trace makes are not JAX arrays, so the function closes over this array.
         integer = jnp.issubdtype(value.dtype, jnp.integer)
         counts = frozenset[Hashable]([STATE] if integer else [])
         return Source(frozenset(), counts, hash(("closed over", id(value))))

@@ -1,6 +1,6 @@
-"""A window outside a trace: micro-batches one after another, as un-jitted JAX runs anything.
+"""A window outside a trace: un-jitted micro-batches, one after another.
 
-Shares are numbers of the host here, so a micro-batch without weight is not differentiated at all.
+Shares are numbers on the host here, so a micro-batch without weight is not differentiated.
 """
 
 from functools import partial, reduce
@@ -32,13 +32,13 @@ def run_eager(
     Args:
         call: the call.
         cut: the window.
-        shares: its shares.
-        accumulator_dtype: dtype of the buffer; None for promote(parameter dtype, float32).
+        shares: the shares of the window.
+        accumulator_dtype: the dtype of the sums; None for promote(parameter dtype, float32).
         stats: whether statistics are asked for.
-        losses: takes the terms of each micro-batch that count, by name.
+        losses: receives, for each micro-batch, the terms that count, by name.
 
     Returns:
-        (loss, aux, gradients, stats); aux is None without has_aux, stats if not asked for.
+        (loss, aux, gradients, stats). aux is None without has_aux. stats is None if not asked for.
     """
     alone = cut.count == 1
     total: Any = None
@@ -84,7 +84,7 @@ def run_eager(
 
 
 def _without_weight(call: Call, args: Any) -> tuple[Any, Any, list[Any]]:
-    """Types of terms and gradients, and new values, of a window that counts for nothing."""
+    """Types of terms and gradients, and new values, of a window whose weights are all 0."""
     terms, _, gradients = jax.eval_shape(lambda: call.gradients(args, None))
     if not split(gradients)[1]:
         return terms, gradients, []
@@ -96,7 +96,7 @@ def _dtypes(terms: dict[Any, Any], gradients: Any) -> tuple[Any, Any]:
 
 
 def _accumulated(total: Any, found: Any, factor: float, dtype: Any) -> Any:
-    """The sum so far plus factor times what a micro-batch gave, formed in the buffer's dtype."""
+    """The sum so far plus factor times a micro-batch's results, formed in the dtype of the sums."""
     return _scaled(found, factor, dtype) if total is None else _added(total, found, factor, dtype)
 
 
@@ -112,7 +112,7 @@ def _norm(gradients: Any, factor: Any, share: Any, dtype: Any) -> Any:
     return part_of(_scaled((jnp.zeros(()), gradients), factor, dtype)[1], share)
 
 
-# The sum so far is nobody's but ours, so it is added to in place.
+# No other code holds the sum so far, so it is added to in place.
 @partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _added(total: Any, found: Any, factor: Any, dtype: Any) -> Any:
     return jax.tree.map(jnp.add, total, _scaled(found, factor, dtype))

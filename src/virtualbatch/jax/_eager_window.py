@@ -1,4 +1,4 @@
-"""A window outside a trace: proved once by its first rows, and its losses listened to."""
+"""A window outside a trace. The first one is checked on a few rows, and losses are watched."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ class EagerWindow(NamedTuple):
     """The window of one call, in micro-batches of any size.
 
     Fields:
-        program: what is differentiated.
+        program: the loss and its options.
         args: positional arguments, with one batch among them.
         kwargs: keyword arguments.
         batch: the batch or Window.
@@ -42,11 +42,11 @@ class EagerWindow(NamedTuple):
         if self.check:
             prove_first_window(program, args, kwargs, cut, shares, self.weight_takes)
         losses: list[dict[Any, Any]] = []
-        # Errors arrive late in JAX; waiting once per window costs what its caller waits.
+        # JAX raises errors late, so this waits for the result. The caller would wait anyway.
         result = jax.block_until_ready(program.run(args, kwargs, cut, False, shares, losses))
         known = remembered(program.fun).losses
         loss = result[0][0] if program.has_aux else result[0]
-        # Where somebody differentiates this call, no host can read it.
+        # If the caller differentiates this call, the loss is a tracer and has no value.
         if not isinstance(loss, jax.core.Tracer) and known.listens(float(loss)):
             known.hear(jax.tree.map(float, losses), rows_in_order(self.batch, cut.rows_in_order))
         return result

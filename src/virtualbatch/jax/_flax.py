@@ -1,4 +1,4 @@
-"""Arguments of Flax that cannot work unchanged, refused with what does work.
+"""Refuses uses of Flax that cannot work, and says what works instead.
 
 Flax is not imported: if the user has not imported it, there is nothing to refuse.
 """
@@ -8,14 +8,14 @@ from typing import Any
 
 
 def framework_errors() -> tuple[type[Exception], ...]:
-    """What differentiation raises where `explanation` may know more."""
+    """Classes of errors for which `explanation` may have a better text."""
     errors = sys.modules.get("flax.errors")
     of_flax = () if errors is None else (errors.TraceContextError,)
     return (TypeError, ValueError, *of_flax)
 
 
 def explanation(error: Exception) -> Exception | None:
-    """What to raise instead of an error of a framework; None where that error is clear enough."""
+    """The error to raise instead of a framework's error; None if that error is clear enough."""
     text = str(error)
     if "different trace level" in text:
         return ValueError(
@@ -40,7 +40,7 @@ def refuse_scaled_gradients(result: Any) -> None:
     """Refuses a loss that differentiates itself.
 
     Raises:
-        TypeError: it returned what `DynamicScale.value_and_grad` gives.
+        TypeError: the loss returned the result of `DynamicScale.value_and_grad`.
     """
     if isinstance(result, tuple) and hasattr(result, "dynamic_scale"):
         raise TypeError(
@@ -51,10 +51,10 @@ def refuse_scaled_gradients(result: Any) -> None:
 
 
 def check_differentiated(result: Any) -> None:
-    """Refuses what a grad_fn returned that is not what `jax.value_and_grad` returns.
+    """Refuses a result of `grad_fn` that has another form than that of `jax.value_and_grad`.
 
     Raises:
-        TypeError: it is no pair, or its first is none.
+        TypeError: the result is no pair, or its first item is no pair.
     """
     if _is_pair(result) and _is_pair(result[0]):
         return

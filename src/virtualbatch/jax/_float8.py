@@ -1,8 +1,9 @@
-"""Values in place of gradients: the float8 scales and histories of Flax.
+"""New values in place of gradients: the float8 scales and histories of Flax.
 
-Flax keeps them in a collection of its own among the parameters, and its backward pass gives their
-new values in place of gradients. A history holds maxima, so a window's history is the maximum over
-its micro-batches. A scale is computed from the history before, so all micro-batches agree on it.
+Flax keeps scales and histories in a collection of its own among the parameters. Its backward pass
+returns their new values in place of gradients. A history holds maxima, so the history of a window
+is the maximum over its micro-batches. A scale is computed from the history before the window, so it
+is the same in all micro-batches.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ _COLLECTION = "_overwrite_with_gradient"
 
 
 def split(gradients: Any) -> tuple[list[Any], list[Any]]:
-    """The leaves of what differentiation gave: (gradients, new values)."""
+    """The leaves of a result of differentiation: (gradients, new values)."""
     leaves = tree_flatten_with_path(gradients)[0]
     added = [leaf for path, leaf in leaves if not _is_new_value(path)]
     return added, [leaf for path, leaf in leaves if _is_new_value(path)]
@@ -26,7 +27,7 @@ def put_together(dtypes: Any, added: Sequence[Any], new: Sequence[Any]) -> Any:
     """The inverse of `split`.
 
     Args:
-        dtypes: what to cast the leaves to, in the structure of what was split.
+        dtypes: the dtypes to cast the leaves to, in the structure that was split.
         added: the gradients.
         new: the new values.
     """
@@ -43,10 +44,10 @@ def _is_new_value(path: Sequence[Any]) -> bool:
 
 
 def refuse_new_values(arguments: Any) -> None:
-    """Refuses arguments whose gradients are new values, where JAX itself would add them up.
+    """Refuses arguments whose gradients are new values, because JAX would add the values up.
 
     Raises:
-        ValueError: there are some.
+        ValueError: there is such an argument.
     """
     found = [
         keystr(path) for path, _ in tree_flatten_with_path(arguments)[0] if _is_new_value(path)
@@ -59,10 +60,10 @@ def refuse_new_values(arguments: Any) -> None:
 
 
 def seen(new: Sequence[Any]) -> list[Any]:
-    """New values of one run; one without weight has seen no number in its backward pass."""
+    """New values of one run. NaN becomes 0: a run without weight has seen no valid gradient."""
     return [jnp.where(jnp.isnan(value), 0, value) for value in new]
 
 
 def largest(earlier: Sequence[Any], later: Sequence[Any]) -> list[Any]:
-    """New values of two runs as those of both."""
+    """New values of two runs, merged."""
     return [jnp.maximum(a, b) for a, b in zip(earlier, later, strict=True)]

@@ -1,7 +1,7 @@
 """A user's function, evaluated equation by equation.
 
-This gives every value with the line that computed it, and lets each row keep its random bits: a
-run on some rows of a batch draws what the whole batch drew for them.
+This gives every value with the line that computed it. It also lets each row keep its random bits: a
+run on some rows of a batch takes the bits that the whole batch drew for these rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +17,10 @@ import numpy as np
 from virtualbatch.certify.activations import Recording
 from virtualbatch.certify.users_line import OURS, Line, folder, users_line
 
-# Programs within a program that are looked into. Derivative rules of others must stay.
+# Operations whose inner program is run equation by equation. Custom derivative rules must be kept.
 CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
-# What has a derivative rule of its own is looked into where nothing is differentiated.
+# Operations with a custom derivative rule. Their inner program is run so only if nothing is
+# differentiated.
 RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 _DRAWS = {"random_bits", "rng_bit_generator", "threefry2x32"}
 _LIBRARIES = (folder(jax.__file__), folder(jaxlib.__file__), OURS)
@@ -33,7 +34,7 @@ class Traced(NamedTuple):
 
     Fields:
         program: a `ClosedJaxpr`.
-        structure: of what the function returned.
+        structure: the structure of the function's result.
     """
 
     program: Any
@@ -45,7 +46,7 @@ def traced(fun: Callable[..., Any], arrays: Sequence[Any]) -> Traced:
 
     Args:
         fun: list of arrays -> pytree.
-        arrays: its argument, arrays or their shapes.
+        arrays: the function's argument, as arrays or their shapes.
     """
     program, shape = jax.make_jaxpr(fun, return_shape=True)(list(arrays))
     return Traced(program, jax.tree.structure(shape))
@@ -55,7 +56,7 @@ def drawn_shapes(program: Any) -> list[tuple[int, ...]]:
     """Shapes of all random bits, in order.
 
     Raises:
-        ValueError: a loop or a branch draws, where rows cannot be told.
+        ValueError: random bits are drawn in a loop or branch, where they cannot be kept by row.
     """
     found: list[tuple[int, ...]] = []
     for equation in program.jaxpr.eqns:
@@ -73,7 +74,7 @@ def drawn_shapes(program: Any) -> list[tuple[int, ...]]:
 
 
 def floating_dtypes(program: Any) -> set[Any]:
-    """The floating dtypes of all values of a program, those of programs within it too."""
+    """The floating dtypes of all values of a program and of the programs inside it."""
     found: set[Any] = set()
     for equation in program.jaxpr.eqns:
         dtypes = {getattr(variable.aval, "dtype", None) for variable in equation.outvars}
@@ -93,9 +94,9 @@ def evaluate(
 
     Args:
         found: the function.
-        arrays: its argument.
-        draw: random bits as they would be -> those to take instead; None to take them.
-        recording: takes all floating values, or None.
+        arrays: the function's argument.
+        draw: random bits -> the bits to use instead; None to use the drawn ones.
+        recording: receives all floating values; or None.
 
     Returns:
         What the function returns.
@@ -122,7 +123,7 @@ def run(program: Any, arguments: Sequence[Any], outputs_of: Equation) -> list[An
     Args:
         program: a `ClosedJaxpr`.
         arguments: its arguments.
-        outputs_of: what runs each equation, such as `run_equation`.
+        outputs_of: runs one equation, such as `run_equation`.
 
     Returns:
         What the program returns.
@@ -144,7 +145,7 @@ def run(program: Any, arguments: Sequence[Any], outputs_of: Equation) -> list[An
 
 
 def run_equation(jaxpr: Any, equation: Any, given: Sequence[Any]) -> list[Any]:
-    """Runs one equation, as a program of its own: how a primitive is bound differs by version.
+    """Runs one equation as a program of its own, because JAX versions bind primitives differently.
 
     Args:
         jaxpr: the program that holds it.
@@ -152,7 +153,7 @@ def run_equation(jaxpr: Any, equation: Any, given: Sequence[Any]) -> list[Any]:
         given: values of its inputs.
 
     Returns:
-        Values of its outputs; None for those that nothing reads.
+        Values of its outputs; None for outputs that nothing reads.
     """
     read = {
         atom: x
@@ -177,7 +178,7 @@ def _record(equation: Any, outputs: Sequence[Any], where: str, recording: Record
 
 
 def _line(equation: Any) -> str:
-    """The line of the user's that an equation comes from; empty if none is known."""
+    """The line of the user's code that an equation comes from; empty if it is not known."""
     traceback = equation.source_info.traceback
     frames = traceback.frames if traceback is not None else []
     lines = (Line(frame.file_name, frame.line_num, frame.function_name) for frame in frames)
@@ -185,7 +186,7 @@ def _line(equation: Any) -> str:
 
 
 def closed(equation: Any) -> Any:
-    """The program within an equation of `CALLS` or `RULES`."""
+    """The program inside an equation of `CALLS` or `RULES`."""
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = equation.params.get(name)
         if inner is not None:

@@ -11,10 +11,10 @@ def folded(keys: Any, index: Any) -> Any:
 
     Args:
         keys: pytree of PRNG keys: typed key arrays of any shape, or raw keys of `PRNGKey`.
-        index: number of the micro-batch in its window; an int or an int32 scalar.
+        index: the number of the micro-batch in its window; an int or an int32 scalar.
 
     Returns:
-        The same structure, each key folded with the index (`jax.random.fold_in`).
+        The same structure, with each key folded with the index (`jax.random.fold_in`).
     """
 
     def fold(key: Any) -> Any:
@@ -27,7 +27,7 @@ def folded(keys: Any, index: Any) -> Any:
 
 
 def check_keys(keys: Any) -> None:
-    """Refuses what is no key.
+    """Refuses leaves that are not keys.
 
     Raises:
         TypeError: a leaf is neither a typed key array nor a raw key.

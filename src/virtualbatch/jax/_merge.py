@@ -1,4 +1,4 @@
-"""Results of micro-batches that become one of the window: a sum, the largest, or the last."""
+"""Merges results of micro-batches into one result of the window: a sum, a maximum, or the last."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +12,12 @@ from virtualbatch.window.aux import KEEP, MAX
 
 
 def merged(kinds: Sequence[str], earlier: Sequence[Any], later: Sequence[Any]) -> list[Any]:
-    """Two results in a row as one.
+    """Merges two successive results.
 
     Args:
-        kinds: of each value; all but `KEEP` and `MAX` are sums.
-        earlier: values of what came first.
-        later: values of what came next.
+        kinds: the kind of each value. All but `KEEP` and `MAX` are sums.
+        earlier: the values of the first result.
+        later: the values of the second result.
     """
     return [_merged(kind, a, b) for kind, a, b in zip(kinds, earlier, later, strict=True)]
 
@@ -29,11 +29,11 @@ def _merged(kind: str, a: Any, b: Any) -> Any:
 
 
 def nothing(kinds: Sequence[str], types: Sequence[Any]) -> list[Any]:
-    """What leaves results as they are when they are merged with it.
+    """The neutral values: merged with any results, they leave the results as they are.
 
     Args:
-        kinds: of each value.
-        types: their types.
+        kinds: the kind of each value.
+        types: the type of each value.
     """
     return [_nothing(kind, x) for kind, x in zip(kinds, types, strict=True)]
 
@@ -43,14 +43,14 @@ def _nothing(kind: str, x: Any) -> Any:
 
 
 def filled(x: Any, value: Any) -> Any:
-    """An array of one number.
+    """An array filled with one number.
 
     Args:
-        x: its type, a `ShapeDtypeStruct`.
+        x: the type of the array, a `ShapeDtypeStruct`.
         value: the number.
     """
-    # JAX fills no type that varies over some axes of a mesh while others are automatic, and a key
-    # does not take over from its type that it varies.
+    # JAX cannot fill an array whose type varies over some mesh axes while others are automatic.
+    # And a filled array of keys would not vary as its type says. So the axes are added afterwards.
     found = jnp.full_like(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), value)
     varied = x.manual_axis_type.varying if x.manual_axis_type else frozenset()
     missing = tuple(varied - varies_over(found))
@@ -68,12 +68,12 @@ def _is_bool(dtype: Any) -> bool:
 
 
 def over_devices(kinds: Sequence[str], values: Sequence[Any], axis_name: Any) -> list[Any]:
-    """Results of devices as those of all of them.
+    """Merges results over devices.
 
     Args:
-        kinds: of each value.
-        values: the values.
-        axis_name: mesh axis, or a tuple of them.
+        kinds: the kind of each value.
+        values: the values of this device.
+        axis_name: a mesh axis, or a tuple of axes.
     """
     return [_over_devices(kind, x, axis_name) for kind, x in zip(kinds, values, strict=True)]
 
@@ -83,7 +83,7 @@ def _over_devices(kind: str, x: Any, axis_name: Any) -> Any:
         return _largest(x, axis_name)
     if kind != KEEP:
         return lax.psum(x, axis_name)
-    # Equal on all devices, which its type may not say.
+    # The value is equal on all devices, but its type may not say so.
     axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     varied = tuple(axis for axis in axes if axis in varies_over(x))
     return _largest(x, varied) if varied else x

@@ -1,7 +1,7 @@
-"""The mesh in use: enters `jax.shard_map` over those of its axes that rows are spread over.
+"""Enters `jax.shard_map` over the axes of the mesh in use that rows are spread over.
 
-Other axes of the mesh stay as they are. Inside, the engine runs what it runs in a `shard_map` of
-the user's.
+Other axes of the mesh stay as they are. Inside, the engine runs as it does inside the user's own
+`shard_map`.
 """
 
 import math
@@ -26,8 +26,8 @@ class Axes(NamedTuple):
     """The axes of the mesh in use over which rows are spread.
 
     Fields:
-        names: of the axes.
-        devices: how many devices have rows of their own.
+        names: the names of the axes.
+        devices: the number of devices that have rows of their own.
     """
 
     names: tuple[Any, ...]
@@ -35,17 +35,18 @@ class Axes(NamedTuple):
 
 
 def axes_to_enter(axis_name: Any) -> Axes | None:
-    """The axes over which `shard_map` is to be entered.
+    """The axes over which `shard_map` must be entered.
 
     Args:
-        axis_name: mesh axis, or a tuple of them, as the user gave it; or None.
+        axis_name: a mesh axis or a tuple of axes, as the user gave it; or None.
 
     Returns:
-        The axes; None where none is named, and where `shard_map`, `vmap` or `pmap` has them.
+        The axes. None if no axis is named, or if `shard_map`, `vmap` or `pmap` around the call
+        already binds them.
 
     Raises:
-        ValueError: no mesh in use has them.
-        TypeError: they are in a list, or are no names.
+        ValueError: the mesh in use does not have the axes.
+        TypeError: the axes are in a list, or are no names.
     """
     if axis_name is None:
         return None
@@ -74,7 +75,7 @@ def axes_to_enter(axis_name: Any) -> Axes | None:
 def _is_bound(name: Any) -> bool:
     try:
         lax.axis_size(name)
-    # A number that names no axis is taken for a position.
+    # JAX takes a number that names no axis for a position, and raises a ValueError.
     except (NameError, ValueError):
         return False
     return True
@@ -85,10 +86,11 @@ def check_rows(batch: Any, axes: Axes) -> None:
 
     Args:
         batch: a batch or a Window.
-        axes: over which they are spread.
+        axes: the axes over which rows are spread.
 
     Raises:
-        ValueError: devices do not divide the rows of the batch, or of one of its micro-batches.
+        ValueError: the rows of the batch, or of a micro-batch, are no multiple of the number of
+            devices.
         TypeError: a list has one entry per row.
     """
     if isinstance(batch, Window):
@@ -117,19 +119,21 @@ def over_devices(
     batch_argnum: int,
     key_argnum: int | None,
 ) -> tuple[Any, Any]:
-    """What a computation gives on all devices, each of which has its own rows and keys.
+    """Runs a computation on all devices. Each device has its own rows and keys.
 
     Args:
-        compute: positional and keyword arguments of one device -> (what is the same on all
-            devices, what has one entry per row), both lists of arrays or of lists of them.
-        axes: over which rows are spread.
+        compute: positional and keyword arguments of one device -> (values that are the same on all
+            devices, values with one entry per row). Both are lists of arrays, or lists of such
+            lists.
+        axes: the axes over which rows are spread.
         args: positional arguments.
         kwargs: keyword arguments.
         batch_argnum: position of the batch, which may be a Window.
         key_argnum: position of the argument with PRNG keys, or None.
 
     Returns:
-        Both lists; rows are those of all devices in order, spread as the batch is.
+        Both lists. Values with one entry per row have the rows of all devices, in order, and are
+        spread as the batch is.
     """
     by_rows = P(axes.names)
     others = [None if k == batch_argnum else arg for k, arg in enumerate(args)]
@@ -143,8 +147,8 @@ def over_devices(
             given[key_argnum] = folded(given[key_argnum], lax.axis_index(axes.names))
         return compute(tuple(given), kwargs)
 
-    # With its checks on, `shard_map` refuses losses that are written for one device, such as a
-    # scan that starts from zeros: zeros do not vary over devices, what is added to them does.
+    # With its checks, `shard_map` refuses losses that are written for one device. An example is a
+    # scan that starts from zeros: zeros do not vary over devices, but the later sums do.
     run = jax.shard_map(
         on_device,
         in_specs=(P(), by_rows),
@@ -157,7 +161,7 @@ def over_devices(
         [placed(x, axes, by_rows=True) for x in own if is_array(x)],
     )
     try:
-        # Outside of a program JAX does not run a shard_map over some axes without these checks.
+        # Outside jit, JAX does not run a shard_map over only some axes without these checks.
         found: tuple[Any, Any] = jax.jit(run)(*arrays)
     except NotImplementedError as error:
         if "Closing over inputs to shard_map" not in str(error):
@@ -171,19 +175,19 @@ def over_devices(
 
 
 def filled(leaves: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
-    """The leaves, with other arrays in the places of theirs."""
+    """The leaves, with their arrays replaced by other arrays."""
     given = iter(arrays)
     return [next(given) if is_array(x) else x for x in leaves]
 
 
 def by_microbatch(leaf: Any, sizes: Sequence[int] | None) -> list[Any]:
-    """A device's entries per row, in pieces that `in_order` puts together.
+    """Splits a device's entries per row into pieces that `in_order` joins.
 
     Args:
         leaf: the entries.
-        sizes: rows of the micro-batches of a Window on this device; None for a batch.
+        sizes: the rows of each micro-batch of a Window on this device; None for a batch.
     """
-    # Rows of a Window go by micro-batch first, and by device second.
+    # Rows of a Window are ordered by micro-batch first, and by device second.
     return [leaf] if sizes is None else jnp.split(leaf, list(accumulate(sizes[:-1])))
 
 
@@ -193,7 +197,7 @@ def in_order(pieces: Sequence[Any]) -> Any:
 
 
 def of_last_device(x: Any, axes: Axes) -> Any:
-    """What the device of the last rows has, on all devices."""
+    """The value of the device with the last rows, on all devices."""
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     data = jax.random.key_data(x) if is_key else x
     is_last = lax.axis_index(axes.names) == axes.devices - 1
@@ -203,22 +207,22 @@ def of_last_device(x: Any, axes: Axes) -> Any:
 
 
 def placed(x: Any, axes: Axes, *, by_rows: bool = False) -> Any:
-    """An array as `shard_map` takes it: over the axes spread by rows, or not at all.
+    """An array as `shard_map` takes it: spread by rows over the axes, or not spread over them.
 
-    On a mesh with explicit axes JAX moves nothing by itself.
+    On a mesh with explicit axes JAX does not reshard by itself.
     """
     explicit = _explicit(axes.names)
     if not explicit:
         return x
     entries = [_without(entry, axes.names) for entry in jax.typeof(x).sharding.spec]
     if by_rows:
-        # Over axes that are automatic `shard_map` spreads rows itself.
+        # Over automatic axes `shard_map` spreads rows by itself.
         entries[0] = explicit
     return _resharded(x, P(*entries))
 
 
 def placed_like(parameters: Any, gradients: Any) -> Any:
-    """Gradients, each spread as its parameter is where types tell that."""
+    """The gradients, each spread like its parameter if types have a sharding."""
     if not _explicit(jax.sharding.get_abstract_mesh().axis_names):
         return gradients
     found = tree_flatten_with_path(parameters)[0]
@@ -240,7 +244,7 @@ def _without(entry: Any, names: Sequence[Any]) -> Any:
 
 
 def _explicit(names: Sequence[Any]) -> tuple[Any, ...]:
-    """Those of some axes of the mesh in use that are explicit."""
+    """The explicit ones among some axes of the mesh in use."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return tuple(name for name in names if kinds[name] == AxisType.Explicit)

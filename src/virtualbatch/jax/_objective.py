@@ -1,4 +1,4 @@
-"""The user's function as a micro-batch calls it: other arguments, checked, differentiated."""
+"""The user's function, called with a micro-batch, checked and differentiated."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
@@ -19,7 +19,7 @@ from virtualbatch.jax._keys import folded
 from virtualbatch.window.shares import accumulator_dtype
 from virtualbatch.window.terms import check_same_terms, check_total, loss_and_aux, loss_terms
 
-# What a program can return beside its own arrays.
+# Types that a compiled program can return, besides its own arrays.
 _NUMBERS = np.ndarray | np.generic | int | float | complex
 _OBJECTS = np.dtype(object)
 
@@ -34,9 +34,9 @@ class Call(NamedTuple):
         batch_argnum: position of the batch.
         key_argnum: position of the argument with PRNG keys, or None.
         has_aux: whether fun returns (loss, aux).
-        weighted: names of the terms that have weights, None if all weigh by rows.
+        weighted: the names of the terms that have weights; None if all terms weigh by rows.
         differentiate: (function, has_aux=True) -> function that returns ((value, aux), gradients).
-        aux_merge: how leaves of aux are merged, as the user gave it; None to find it out.
+        aux_merge: how leaves of aux are merged, as the user gave it; None to derive it.
     """
 
     fun: Callable[..., Any]
@@ -50,7 +50,7 @@ class Call(NamedTuple):
     aux_merge: Any
 
     def arguments(self, microbatch: Any, index: Any = None) -> tuple[Any, ...]:
-        """The positional arguments of one micro-batch; without an index keys stay as they are."""
+        """The positional arguments of one micro-batch. Without an index, keys are not folded."""
         args = list(self.args)
         args[self.batch_argnum] = microbatch
         if self.key_argnum is not None and index is not None:
@@ -79,10 +79,10 @@ class Call(NamedTuple):
         return found, aux
 
     def traced_once(self) -> "Call":
-        """The same call with a function that JAX traces once per shape, however often it is used.
+        """The same call with a function that JAX traces only once per shape.
 
-        Several terms are differentiated one after another, each time through the same forward;
-        XLA sees that it is the same and computes it once.
+        Several terms are differentiated one after another, each through the same forward pass.
+        XLA sees that the passes are the same, and computes one.
         """
         return self._replace(fun=of_arrays(self.fun, jax.jit))
 
@@ -93,12 +93,12 @@ class Call(NamedTuple):
 
         Args:
             args: positional arguments of one micro-batch.
-            names: the terms of the sum; None for all.
-            factors: what terms of the sum are multiplied by, if not by 1.
+            names: the terms of the sum; None for all terms.
+            factors: factors of terms in the sum. A term without one has the factor 1.
 
         Returns:
-            (terms, aux, gradients): all terms and aux undifferentiated, and the gradient of the
-            sum, in the structure and dtype that `differentiate` gives.
+            (terms, aux, gradients): the values of all terms, the aux, and the gradient of the sum
+            in the structure and dtype that `differentiate` gives.
         """
 
         def objective(*args: Any, **kwargs: Any) -> Any:
@@ -124,14 +124,14 @@ class Call(NamedTuple):
 
 
 def _refuse_other_leaves(args: Any, error: Exception) -> None:
-    """Names what is no array and no number, where JAX only says that there is something.
+    """Names the leaf that is no array and no number. JAX only says that there is one.
 
     Args:
-        args: what was differentiated.
-        error: what JAX raised; cause of the new one.
+        args: the arguments of the differentiated function.
+        error: the error that JAX raised, which becomes the cause of the new one.
 
     Raises:
-        TypeError: there is one.
+        TypeError: there is such a leaf.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(args):
         if not (hasattr(leaf, "dtype") or isinstance(leaf, _NUMBERS)):
@@ -143,17 +143,17 @@ def _refuse_other_leaves(args: Any, error: Exception) -> None:
 
 
 def check_aux(aux: Any) -> None:
-    """Refuses leaves that no program can return, where one is made.
+    """Refuses leaves of aux that a compiled program cannot return. Checks only inside a trace.
 
     Raises:
-        TypeError: there is one.
+        TypeError: there is such a leaf.
     """
     others = [
         x
         for x in jax.tree.leaves(aux)
         if not isinstance(x, jax.Array | _NUMBERS) or getattr(x, "dtype", None) is _OBJECTS
     ]
-    # Outside of a program aux may hold whatever is kept.
+    # Outside a trace, aux may hold objects of any type that are kept as they are.
     if others and isinstance(jnp.zeros(()), jax.core.Tracer):
         raise TypeError(
             "aux must be made of arrays and numbers, which a compiled program can return. "
@@ -165,7 +165,7 @@ def check_names(terms: Mapping[Any, Any]) -> None:
     """Refuses names of terms that JAX cannot keep in a dict.
 
     Raises:
-        TypeError: they cannot be sorted.
+        TypeError: the names cannot be sorted.
     """
     try:
         sorted(terms)
@@ -177,5 +177,5 @@ def check_names(terms: Mapping[Any, Any]) -> None:
 
 
 def wide_dtype(x: Any, named: Any = None) -> Any:
-    """Dtype of the buffer for an array: promote(its dtype, float32) unless one is named."""
+    """The dtype in which an array is summed: promote(its dtype, float32), or the named dtype."""
     return jnp.dtype(named or accumulator_dtype(str(jnp.result_type(x))))

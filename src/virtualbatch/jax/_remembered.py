@@ -1,4 +1,4 @@
-"""What is remembered about a loss, for as long as it can be made again."""
+"""What is remembered about a loss, for as long as the code of the loss lives."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,12 +11,12 @@ from virtualbatch.window.not_finite import LossWatch
 
 
 class Remembered(NamedTuple):
-    """What is remembered of a loss.
+    """What is remembered about a loss.
 
     Fields:
-        proven: what was tried of it.
-        sizes: those of its calls, by what they are called with.
-        losses: receives the losses that it returned.
+        proven: the checks that were made of the loss.
+        sizes: the sizes of its calls, by the kinds of their arguments.
+        losses: receives the values of the loss.
     """
 
     proven: Proven
@@ -28,7 +28,7 @@ _REMEMBERED: WeakKeyDictionary[Any, Remembered] = WeakKeyDictionary()
 
 
 def remembered(fun: Callable[..., Any]) -> Remembered:
-    """What is remembered of a loss.
+    """What is remembered about a loss.
 
     Args:
         fun: the loss, which may have been made for this call alone.

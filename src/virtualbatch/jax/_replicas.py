@@ -10,11 +10,12 @@ def varying(args: Any, axis_name: Any) -> Any:
     """Arguments whose gradients stay on each device until the window is done.
 
     Inside `shard_map` JAX sums the gradient of a replicated parameter over the devices in every
-    backward pass. For one reduction per window each device differentiates by a value of its own.
+    backward pass. To get one reduction per window, each device differentiates with respect to a
+    value of its own.
 
     Args:
         args: pytree of the arguments that are differentiated.
-        axis_name: mesh axis, or a tuple of them.
+        axis_name: a mesh axis, or a tuple of axes.
 
     Returns:
         The same values.
@@ -32,5 +33,5 @@ def varying(args: Any, axis_name: Any) -> Any:
 
 
 def varies_over(x: Any) -> frozenset[Any]:
-    """Mesh axes over whose devices an array differs, as far as its type tells."""
+    """The mesh axes over whose devices an array may differ, by its type."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)

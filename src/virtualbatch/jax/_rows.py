@@ -13,7 +13,7 @@ from virtualbatch.jax._arrays import is_array, on_host
 from virtualbatch.window.row_list import RowList, is_list
 from virtualbatch.window.tree import array_leaves, common_rows, rows_if_shared
 
-# Classes of what belongs to every row.
+# Classes of leaves that belong to every row.
 _PLAIN = (numbers.Number, str, bytes, type(None))
 
 
@@ -22,12 +22,12 @@ def rows_of(batch: Any, path: str, or_else: str = "") -> int:
 
     Args:
         batch: pytree.
-        path: what errors call it.
+        path: the name of the batch in errors.
         or_else: the end of error messages.
 
     Raises:
         ValueError: rows differ or are missing.
-        TypeError: arrays are hidden in what is no pytree.
+        TypeError: arrays are hidden in an object that is no pytree.
     """
     leaves, _ = tree_flatten_with_path(batch, is_leaf=is_row_list)
     for place, leaf in leaves:
@@ -46,7 +46,7 @@ def rows_of(batch: Any, path: str, or_else: str = "") -> int:
 
 
 def rows_if_told(microbatch: Any) -> int | None:
-    """Rows of a micro-batch of a Window; None where its arrays share none, or may be hidden."""
+    """Rows of a Window's micro-batch; None if its arrays share no rows, or may be hidden."""
     leaves = jax.tree.leaves(microbatch, is_leaf=is_row_list)
     if not all(is_array(x) or isinstance(x, _PLAIN) or is_row_list(x) for x in leaves):
         return None
@@ -58,7 +58,7 @@ def _hidden(leaf: Any, path: str) -> list[tuple[str, Any]]:
 
 
 def is_row_list(node: Any) -> bool:
-    """Whether a node of a pytree is one leaf: see `is_list`. Registered classes may hold arrays."""
+    """Whether a node of a pytree is a list without arrays (see `is_list`), which is one leaf."""
     return is_list(node) and not any(hasattr(x, "shape") for x in jax.tree.leaves(node))
 
 
@@ -67,12 +67,12 @@ def refuse_row_lists(batch: Any, rows: int, where: str, instead: str) -> None:
 
     Args:
         batch: pytree.
-        rows: its rows.
-        where: where the program is.
-        instead: what to do if no array can replace the list.
+        rows: the rows of the batch.
+        where: where the program is, in words.
+        instead: what to do if no array can replace the list, in words.
 
     Raises:
-        TypeError: there is one.
+        TypeError: there is such a list.
     """
     if with_row_lists(batch, rows) is not batch:
         raise TypeError(
@@ -83,7 +83,7 @@ def refuse_row_lists(batch: Any, rows: int, where: str, instead: str) -> None:
 
 
 def with_row_lists(batch: Any, rows: int) -> Any:
-    """The batch with its lists marked that have one entry per row; itself if there are none."""
+    """The batch, with lists marked that have one entry per row; unchanged if there are none."""
     found = [x for x in jax.tree.leaves(batch, is_leaf=is_row_list) if isinstance(x, list | tuple)]
     if not any(len(leaf) == rows for leaf in found):
         return batch
@@ -95,13 +95,13 @@ def with_row_lists(batch: Any, rows: int) -> Any:
 
 
 def map_lists(fn: Callable[[RowList], Any], batch: Any) -> Any:
-    """Applies fn to every marked list; other leaves stay."""
+    """Applies fn to every marked list. Other leaves stay as they are."""
     return jax.tree.map(lambda leaf: fn(leaf) if isinstance(leaf, RowList) else leaf, batch)
 
 
 def on_one_device(x: Any) -> Any:
-    """The array, brought to the host if it is spread over devices."""
-    # On an explicit mesh some of its rows would have no place.
+    """The array, copied to the host if it is spread over devices."""
+    # On an explicit mesh, some rows of a sharded array would have no valid sharding.
     if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
         return x
     if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

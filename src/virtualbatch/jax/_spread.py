@@ -1,4 +1,4 @@
-"""A window whose rows are spread over a mesh in use: each device accumulates its own rows."""
+"""A window whose rows are spread over the mesh in use: each device accumulates its own rows."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,8 +29,8 @@ class Spread(NamedTuple):
     """Windows whose rows are spread over the devices of a mesh.
 
     Fields:
-        program: what is run.
-        axes: over which rows are spread.
+        program: the loss and its options.
+        axes: the axes over which rows are spread.
         cut: rows of one device -> their micro-batches in a program.
     """
 
@@ -46,8 +46,8 @@ class Spread(NamedTuple):
             kwargs: keyword arguments.
 
         Raises:
-            ValueError: another argument holds rows too; else see `check_rows`.
-            TypeError: see `check_rows`.
+            ValueError: another argument holds rows too, or `check_rows` refuses the rows.
+            TypeError: `check_rows` refuses a list.
         """
         batch = args[self.program.batch_argnum]
         check_rows(batch, self.axes)
@@ -55,10 +55,10 @@ class Spread(NamedTuple):
             self.program.refuse_uncut_rows(args, kwargs, rows_of(batch, "batch"))
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What `Program.run` returns, of the rows of all devices.
+        """The result of `Program.run` for the rows of all devices.
 
-        Leaves of aux with one entry per row stay spread as the rows are; all else is the same on
-        all devices. Arguments are as in `check`.
+        Leaves of aux with one entry per row stay spread like the rows. All other results are the
+        same on all devices. Arguments are as in `check`.
         """
         program, position = self.program, self.program.batch_argnum
         outputs: list[_Outputs] = []
@@ -76,10 +76,11 @@ class Spread(NamedTuple):
         return program.result(loss, aux, gradients, stats)
 
     def as_one_device(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Cut] | None:
-        """The arguments and micro-batches of a window as one device would have them all.
+        """The arguments and micro-batches of a window, as if one device had all of them.
 
         Returns:
-            (arguments, cut), with the batch on the host; None where other processes hold a part.
+            (arguments, cut), with the batch on the host; None if other processes hold a part of an
+            array.
         """
         arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
         if not all(x.is_fully_addressable for x in arrays):
@@ -96,12 +97,12 @@ class Spread(NamedTuple):
 
 
 class _Outputs(NamedTuple):
-    """What a window returns on one device.
+    """The results of a window on one device.
 
     Fields:
         found: loss, aux, gradients and statistics.
-        kinds: how the leaves of aux are put together.
-        sizes: rows of the micro-batches of a Window; None for a batch.
+        kinds: how the leaves of aux are merged.
+        sizes: the rows of each micro-batch of a Window; None for a batch.
     """
 
     found: tuple[Any, Any, Any, Any]
@@ -109,7 +110,7 @@ class _Outputs(NamedTuple):
     sizes: list[int] | None
 
     def apart(self, axes: Axes) -> tuple[list[Any], list[list[Any]]]:
-        """What is the same on all devices, and for each leaf by rows its pieces."""
+        """The values that are the same on all devices, and the pieces of each leaf by rows."""
         same, by_rows = list(filter(is_array, self._others())), []
         for kind, leaf in zip(self.kinds, jax.tree.leaves(self.found[1]), strict=True):
             if kind == ROWS:
@@ -119,7 +120,7 @@ class _Outputs(NamedTuple):
         return same, by_rows
 
     def together(self, same: list[Any], by_rows: list[list[Any]]) -> tuple[Any, Any, Any, Any]:
-        """Loss, aux, gradients and statistics of all devices, from what they have apart."""
+        """Loss, aux, gradients and statistics of all devices, from two lists as in `apart`."""
         others = self._others()
         count = sum(map(is_array, others))
         loss, aux, gradients, stats = self.found

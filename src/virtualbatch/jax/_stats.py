@@ -1,4 +1,4 @@
-"""Statistics of a window's gradient noise: squared norms, taken from each gradient in turn."""
+"""Statistics of a window's gradient noise: the squared norm of each gradient."""
 
 from typing import Any
 
@@ -14,15 +14,15 @@ def part_of(gradients: Any, share: Any) -> Any:
     """A micro-batch's part of the window's `mean_square`.
 
     Args:
-        gradients: its share of the gradients, in the buffer's dtype.
-        share: a scalar, 0 where the micro-batch counts for nothing.
+        gradients: the micro-batch's share of the gradients, in the dtype of the sums.
+        share: the share, a scalar; 0 if the micro-batch counts for nothing.
 
     Returns:
         Share times squared norm of the micro-batch's own gradient; a scalar.
     """
     total = squared_norm(gradients)
     share = jnp.asarray(share, total.dtype)
-    # Without a share the gradients are 0 too. A share that is negative or NaN is divided by.
+    # If the share is 0, the gradients are 0 too. Any other share is divided by, even NaN.
     return total / jnp.where(share == 0, 1, share)
 
 
@@ -30,9 +30,9 @@ def stats_of(gradients: Any, shares: Shares, mean_square: Any, axis_name: Any) -
     """The statistics of a window, of all devices if it is spread over an axis.
 
     Args:
-        gradients: those of the window.
-        shares: its shares.
-        mean_square: sum of `part_of` over its micro-batches, and over the devices.
+        gradients: the gradients of the window.
+        shares: the shares of the window.
+        mean_square: the sum of `part_of` over micro-batches and devices.
         axis_name: mesh axes over which the batch is spread, or None.
     """
     counted = jnp.sum(jnp.asarray(shares.of_rows_or_term()) != 0)
@@ -42,7 +42,7 @@ def stats_of(gradients: Any, shares: Shares, mean_square: Any, axis_name: Any) -
 
 
 def squared_norm(gradients: Any) -> Any:
-    """Sum of squares of all entries, at least float32."""
+    """Sum of squares of all entries, in float32 or wider."""
     squares = [_squared(x) for x in jax.tree.leaves(gradients)]
     return sum(squares, jnp.zeros((), jnp.float32))
 

@@ -1,9 +1,9 @@
-"""Logs what it costs that rows are spread over devices and `axis_name` is not given.
+"""Logs the cost if rows are spread over devices and `axis_name` is not given.
 
-On a mesh with explicit axes, types show that rows are spread. With automatic axes nothing shows it
+On a mesh with explicit axes, types show that rows are spread. With automatic axes, nothing shows it
 before the program is compiled. A program that asks the compiler
-(`jax.debug.inspect_array_sharding`) can be neither cached nor exported, so only the mesh in use is
-checked there.
+(`jax.debug.inspect_array_sharding`) can be neither cached nor exported. So for automatic axes only
+the mesh in use is checked.
 """
 
 import logging
@@ -19,16 +19,16 @@ from virtualbatch.window.fingerprint import owner_of
 
 _log = logging.getLogger("virtualbatch")
 
-# For as long as a loss can be made anew: what was said of it.
+# Owner of a loss -> the texts that were logged for the loss.
 _TOLD: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 def tell_once(fun: Any, batch: Any) -> None:
-    """Logs, once for each loss, that devices do more than they need to.
+    """Logs, once for each loss, that devices do more work than needed.
 
     Args:
         fun: the loss.
-        batch: what is cut inside a program, in several micro-batches.
+        batch: a batch that is cut inside a program into several micro-batches.
     """
     owner = owner_of(fun)
     text = _explicit(batch) or _automatic()
@@ -56,7 +56,7 @@ def _automatic() -> str | None:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     names = [name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1]
-    # Inside of `shard_map` the user says which device has what.
+    # Inside `shard_map` the user says which device has which rows.
     if not names or mesh.manual_axes:
         return None
     return (

@@ -1,4 +1,4 @@
-"""`value_and_grad`: a batch is cut, and its window runs inside a trace, over a mesh, or eagerly."""
+"""`value_and_grad`: cuts a batch, and runs its window inside a trace, over a mesh, or eagerly."""
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps

@@ -1,7 +1,7 @@
-"""Weights of a window before its first forward, and the shares that follow from them.
+"""Weights of a window, computed before its first forward pass, and the shares made of them.
 
-Un-jitted, the weights of all micro-batches come to the host in one copy and are checked there;
-under a trace they stay on the device and are not read.
+Without jit, the weights of all micro-batches are copied to the host at once and checked there.
+Under a trace they stay on the device and are not read.
 """
 
 from typing import Any
@@ -22,10 +22,10 @@ def window_shares(cut: Cut, weight: GivenWeight) -> Shares:
 
     Args:
         cut: the window.
-        weight: see `host_shares`.
+        weight: as for `host_shares`.
 
     Raises:
-        ValueError: see `host_shares`.
+        ValueError: a weight is not valid, as in `host_shares`.
     """
     return host_shares(cut.rows, weight, cut.microbatches(), jax.device_get)
 
@@ -35,12 +35,13 @@ def traced_shares(cut: Cut, weight: GivenWeight, axis_name: Any) -> Shares:
 
     Args:
         cut: the window.
-        weight: see `host_shares`.
-        axis_name: mesh axes over which the batch is spread, whose weights count too; or None.
+        weight: as for `host_shares`.
+        axis_name: mesh axes over which the batch is spread, or None. The total includes the weights
+            of all their devices.
 
     Returns:
-        The shares. Those of weights are formed in float32 or wider. The share of a weight that is
-        0 is 0; any other is what division by the total gives, NaN included.
+        The shares. Shares by weights are formed in float32 or wider. A weight of 0 has the share 0.
+        Any other weight is divided by the total, even if the result is NaN.
 
     Raises:
         ValueError: a weight is not a scalar, or names differ between micro-batches.
@@ -76,10 +77,10 @@ def traced_shares(cut: Cut, weight: GivenWeight, axis_name: Any) -> Shares:
 
 
 def groups(shares: Shares) -> list[list[Any] | None]:
-    """Names of terms that are differentiated together; None for all of them.
+    """Groups of terms that are differentiated together, as lists of names; None for all terms.
 
-    A term that can be empty stands alone: its gradient may be NaN and has to be left out. Of the
-    others those of the same shares stand together.
+    A term that can be empty is a group of its own: its gradient may be NaN and must be left out.
+    All other terms with the same shares are one group.
     """
     if shares.terms is None:
         return [None]
@@ -88,18 +89,18 @@ def groups(shares: Shares) -> list[list[Any] | None]:
         if name in shares.certain:
             together.setdefault(id(shares.terms[name]), []).append(name)
     alone: list[list[Any] | None] = [[n] for n in shares.terms if n not in shares.certain]
-    # Without any name the loss is still asked for its own, which are then refused.
+    # Without any name the loss must still run, so that its own names can be refused.
     return [*together.values(), *alone] or [None]
 
 
 def scaled(value: Any, shares: Shares, names: list[Any] | None, index: Any) -> Any:
-    """A micro-batch's loss and gradients, in the buffer's dtype, times their share.
+    """A micro-batch's loss and gradients, in the dtype of the sums, times their share.
 
     Args:
-        value: pytree of arrays.
-        shares: of the window.
-        names: the group of terms that they belong to, as `groups` gives it.
-        index: number of the micro-batch.
+        value: the loss and gradients, a pytree of arrays.
+        shares: the shares of the window.
+        names: their group of terms, as `groups` gives it.
+        index: the number of the micro-batch.
     """
     vector, may_be_empty = shares.unnamed, False
     if shares.terms is not None and names is not None:
@@ -115,30 +116,32 @@ def scaled(value: Any, shares: Shares, names: list[Any] | None, index: Any) -> A
 
 
 def part(shares: Shares, index: int) -> tuple[list[Any] | None, dict[Any, float], float] | None:
-    """What to differentiate of a micro-batch, where shares can be read.
+    """The terms of a micro-batch to differentiate, if shares can be read.
 
     Returns:
-        (names, factors, largest): the terms that are not empty, None for all; the ratio of their
-        shares to the largest one where it is not 1; that share. None if all are empty.
+        (names, factors, largest). Names are the terms that are not empty; None for all terms.
+        Factors are the ratios of shares to the largest share, without ratios of 1. Largest is the
+        largest share. None instead of the tuple if all terms are empty.
     """
     if shares.terms is None:
         return None, {}, float(shares.unnamed[index])
     if shares.is_empty(index):
         return None
     parts = {name: found[index] for name, found in shares.terms.items() if found[index]}
-    # Only the ratio goes through the backward pass, where half precision would round a share.
+    # Half precision would round a share in the backward pass, so only the ratio goes through it.
     largest = max(parts.values())
     return list(parts), {n: x / largest for n, x in parts.items() if x != largest}, largest
 
 
 def _divided(weights: Any, total: Any) -> Any:
-    # By an infinite total finite weights would all have the share 0, and be dropped in silence.
+    # With an infinite total, finite weights would get the share 0 and be silently dropped. So the
+    # total becomes NaN.
     total = jnp.where(jnp.isinf(total), total - total, total)
-    # 0 over a total of 0 is NaN, which `jax_debug_nans` would raise.
+    # 0 divided by a total of 0 is NaN, and `jax_debug_nans` would raise an error.
     return weights / jnp.where(weights == 0, 1, total)
 
 
 def _wide(value: Any) -> Any:
     value = jnp.asarray(value)
-    # float64 where JAX has it: a count of tokens may need more bits than float32 has.
+    # float64 if x64 is enabled: a count of tokens may need more bits than float32 has.
     return value.astype(jax.dtypes.canonicalize_dtype(np.float64))

@@ -1,4 +1,4 @@
-"""One window of a call: inside a trace one program, outside one micro-batch after another."""
+"""One window of a call: one program inside a trace, one micro-batch after another outside."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,20 +20,20 @@ from virtualbatch.window.terms import GivenWeight
 
 
 class Program(NamedTuple):
-    """What `value_and_grad` was given beside the sizes.
+    """The options of `value_and_grad`, except the sizes.
 
     Fields:
-        fun: the user's function, of arguments of which one is the batch.
-        argnums: positions of what is differentiated.
+        fun: the user's function, with one argument for the batch.
+        argnums: the positions of the differentiated arguments.
         has_aux: whether fun returns (loss, aux).
         batch_argnum: position of the batch.
         weight: micro-batch -> weight, "sum", or None.
-        accumulator_dtype: dtype of the buffer; None for promote(parameter dtype, float32).
+        accumulator_dtype: the dtype of the sums; None for promote(parameter dtype, float32).
         key_argnum: position of the argument with PRNG keys, or None.
         axis_name: mesh axes over which the batch is spread, or None.
         grad_fn: what differentiates in place of `jax.value_and_grad`, or None.
         stats: whether the statistics of the window are returned too.
-        aux_merge: how leaves of aux are merged, as the user gave it; None to find it out.
+        aux_merge: how leaves of aux are merged, as the user gave it; None to derive it.
     """
 
     fun: Callable[..., Any]
@@ -49,7 +49,7 @@ class Program(NamedTuple):
     aux_merge: Any = None
 
     def refuse_uncut_rows(self, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int) -> None:
-        """See `refuse_uncut_rows`."""
+        """Calls `refuse_uncut_rows` with the positions of this program."""
         cut = [*positions(self.argnums), self.batch_argnum, *positions(self.key_argnum)]
         refuse_uncut_rows(args, kwargs, cut, rows)
 
@@ -61,7 +61,7 @@ class Program(NamedTuple):
         Args:
             args: positional arguments, the batch among them.
             kwargs: keyword arguments.
-            weighted: names of the terms that have weights, None if all weigh by rows.
+            weighted: the names of the terms that have weights; None if all terms weigh by rows.
         """
         plain = self.grad_fn is not None and self.argnums == 0
         options = {} if plain else {"argnums": self.argnums}
@@ -86,15 +86,15 @@ class Program(NamedTuple):
         shares: Shares | None = None,
         losses: list[dict[Any, Any]] | None = None,
     ) -> Any:
-        """Runs a window, without recovery.
+        """Runs a window. If memory runs out, the window is not tried again.
 
         Args:
             args: positional arguments, the batch among them.
             kwargs: keyword arguments.
-            cut: the batch, cut.
+            cut: the micro-batches of the window.
             traced: whether this runs inside a trace.
-            shares: its shares, where they are known already.
-            losses: takes, outside of a trace, the terms of each micro-batch that count, by name.
+            shares: the shares of the window, if they are already known.
+            losses: receives, outside a trace, for each micro-batch the terms that count, by name.
 
         Returns:
             (loss or (loss, aux), gradients), and with `stats` the `WindowStats`.
@@ -115,10 +115,10 @@ class Program(NamedTuple):
         Args:
             args: positional arguments, the batch among them.
             kwargs: keyword arguments.
-            cut: the batch, cut.
+            cut: the micro-batches of the window.
 
         Returns:
-            (results, kinds): as `run_compiled` returns them.
+            (results, kinds), as `run_compiled` returns them.
         """
         args = self._of_this_device(args)
         shares = traced_shares(cut, self.weight, self.axis_name)
@@ -128,7 +128,7 @@ class Program(NamedTuple):
         return run_compiled(call, cut, shares, self.accumulator_dtype, self.axis_name, self.stats)
 
     def result(self, loss: Any, aux: Any, gradients: Any, stats: Any) -> Any:
-        """What the user is given of a window."""
+        """The results of a window in the form for the user."""
         found = ((loss, aux) if self.has_aux else loss), gradients
         return (*found, stats) if self.stats else found
 
@@ -145,7 +145,10 @@ class Program(NamedTuple):
         return tuple(varying(arg, axis_name) if k in own else arg for k, arg in enumerate(args))
 
     def window(self, size: int) -> Callable[..., Any]:
-        """A window of one size, without recovery: a search is to know that memory ran out."""
+        """A function that runs a window of one size.
+
+        It raises if memory runs out, because the search for a size must know that.
+        """
 
         def run(*args: Any, **kwargs: Any) -> Any:
             traced = is_traced(args, kwargs)
@@ -164,11 +167,11 @@ def positions(given: int | Sequence[int] | None) -> tuple[int, ...]:
 
 def is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call with these arguments runs inside a trace."""
-    # Under jit new values are traced too, where a loss uses traced ones that are no arguments.
+    # A loss may close over traced values. Under jit new values are traced too, which shows that.
     leaves = jax.tree.leaves((args, kwargs, jnp.zeros(())))
     return any(isinstance(x, jax.core.Tracer) for x in leaves)
 
 
 def is_staged() -> bool:
-    """Whether what is computed here becomes part of a program, as under `jit`."""
+    """Whether computations here become part of a compiled program, as under `jit`."""
     return isinstance(jnp.zeros(()), jax.core.Tracer)

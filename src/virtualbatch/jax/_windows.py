@@ -1,4 +1,4 @@
-"""A Window as segments: its micro-batches as they were cut, alike ones stacked."""
+"""A Window as segments: its micro-batches as given, with adjacent alike ones stacked."""
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -20,11 +20,11 @@ def window_segments(window: Window, compiled: bool, weighted: bool) -> list[Segm
 
     Args:
         window: at least one micro-batch.
-        compiled: see `cut_batch`.
-        weighted: see there.
+        compiled: as in `cut_batch`.
+        weighted: as in `cut_batch`.
 
     Raises:
-        ValueError: see there.
+        ValueError: the window is empty, rows differ or are missing, or structures differ.
     """
     check_window(window)
     rows: list[int | None] = [None] * len(window)
@@ -48,7 +48,7 @@ def _as_it_is(microbatch: Any, rows: int | None) -> Segment:
 
 
 def _kinds(microbatch: Any) -> tuple[Any, list[Any]]:
-    """What micro-batches must have in common to be stacked; other leaves by identity."""
+    """A key that agrees for micro-batches that can be stacked. Other leaves count by identity."""
     leaves, structure = jax.tree.flatten(microbatch)
     return structure, [
         (leaf.shape, str(leaf.dtype)) if is_array(leaf) else id(leaf) for leaf in leaves

@@ -10,20 +10,20 @@ from virtualbatch.window.tree import array_leaves, parts_of, rank
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf of a batch has rows, rather than belonging to all of them."""
+    """Whether a leaf of a batch has rows. Any other leaf belongs to all rows."""
     return hasattr(leaf, "shape")
 
 
 def map_rows(fn: Callable[[Any], Any], batch: Any) -> Any:
-    """Applies fn to every array of a nested structure; other leaves stay."""
+    """Applies fn to every array of a nested structure. Other leaves stay as they are."""
     return tf.nest.map_structure(lambda leaf: fn(leaf) if is_array(leaf) else leaf, batch)
 
 
 def as_tensor(leaf: Any) -> Any:
-    """An array as a tensor; ragged and sparse tensors and leaves without rows stay.
+    """An array as a tensor. Ragged and sparse tensors and leaves without rows stay as they are.
 
     Raises:
-        TypeError: it has a shape, and TensorFlow cannot make a tensor of it.
+        TypeError: the leaf has a shape, but TensorFlow cannot make a tensor of it.
     """
     if not is_array(leaf) or isinstance(leaf, tf.RaggedTensor | tf.SparseTensor):
         return leaf
@@ -37,7 +37,7 @@ def as_tensor(leaf: Any) -> Any:
 
 
 def as_tensors(batch: Any) -> Any:
-    """The batch with its arrays as tensors; lists stay."""
+    """The batch with its arrays as tensors. Lists stay lists."""
     found = tf.nest.map_structure(as_tensor, marking(batch))
     return map_lists(lambda x: x.items, found)
 
@@ -70,7 +70,7 @@ def named_arrays(batch: Any, path: str = "batch", or_else: str = "") -> list[tup
 
     Args:
         batch: nested structure.
-        path: what errors call it.
+        path: the name of the batch in errors.
         or_else: the end of error messages.
     """
     marked = marking(batch)
@@ -86,7 +86,7 @@ def named_arrays(batch: Any, path: str = "batch", or_else: str = "") -> list[tup
                 "Pass a dict, or give its class TensorFlow's nest protocol (__tf_flatten__)."
                 f"{or_else}"
             )
-    # TensorFlow also looks into attrs classes and into those with its nest protocol.
+    # TensorFlow also finds arrays in attrs classes and in classes with its nest protocol.
     flat = tf.nest.flatten(marked)
     return [(f"tf.nest.flatten({path})[{i}]", x) for i, x in enumerate(flat) if is_array(x)]
 
@@ -115,7 +115,7 @@ def row_counts(batch: Any) -> Any:
 
 
 def most_entries(microbatch: Any) -> Any:
-    """The most entries that an array has at run time; None if one is known to have some."""
+    """The most rows of any array at run time; None if a trace knows the rows of some array."""
     arrays = [array for array in arrays_of(microbatch) if rank(array) != 0]
     if not arrays or any(rank(array) and array.shape[0] is not None for array in arrays):
         return None
@@ -128,7 +128,10 @@ def count_rows(microbatch: Any) -> Any:
 
 
 def equal_rows(counts: Any, least: int = 1) -> Any:
-    """Refuses, at run time, the rows that a trace leaves open; those it knows were compared."""
+    """An assertion for run time: all arrays have the same number of rows, which is large enough.
+
+    It is for rows that the trace does not know. Known rows are compared before.
+    """
     return tf.debugging.Assert(
         tf.logical_and(tf.reduce_all(tf.equal(counts, counts[0])), counts[0] > least - 1),
         [
@@ -141,9 +144,9 @@ def equal_rows(counts: Any, least: int = 1) -> Any:
 
 
 def open_if_empty(batch: Any) -> Any:
-    """The batch, whose arrays without rows have rows that a trace does not know.
+    """The batch, but the trace does not know the rows of arrays with 0 rows.
 
-    So that nothing is traced for no rows, where a shape may not even be possible.
+    So nothing is traced for 0 rows, which may not even give possible shapes.
     """
 
     def opened(tensor: Any) -> Any:
@@ -165,7 +168,7 @@ def refuse_sparse(batch: Any) -> None:
     """Refuses sparse tensors, which cannot be cut by rows.
 
     Raises:
-        TypeError: there is one.
+        TypeError: there is a sparse tensor.
     """
     if any(isinstance(leaf, tf.SparseTensor) for leaf in arrays_of(batch)):
         raise TypeError(
@@ -181,10 +184,10 @@ def marked_if_any(batch: Any) -> Any:
 
 
 def marking(part: Any) -> Any:
-    """The batch with every list without an array as one `RowList`; itself if there are none."""
+    """The batch with every list without an array as one `RowList`; unchanged if there are none."""
     if is_list(part):
         return RowList(part)
-    # tf.nest does not look into all that has parts.
+    # tf.nest does not look into every object that has parts.
     parts = parts_of(part) if isinstance(part, list | tuple | Mapping) else None
     if parts is None:
         return part
@@ -195,17 +198,17 @@ def marking(part: Any) -> Any:
 
 
 def row_lists(marked: Any) -> list[Any]:
-    """The lists that are marked."""
+    """The items of every marked list."""
     return [leaf.items for leaf in tf.nest.flatten(marked) if isinstance(leaf, RowList)]
 
 
 def with_row_lists(marked: Any, rows: int) -> Any:
-    """Only those lists marked that have one entry per row."""
+    """The batch, with only those lists marked that have one entry per row."""
     return map_lists(lambda x: x if len(x.items) == rows else x.items, marked)
 
 
 def map_lists(fn: Callable[[RowList], Any], batch: Any) -> Any:
-    """Applies fn to every marked list; other leaves stay."""
+    """Applies fn to every marked list. Other leaves stay as they are."""
     return tf.nest.map_structure(lambda x: fn(x) if isinstance(x, RowList) else x, batch)
 
 

@@ -1,4 +1,4 @@
-"""The aux of a window's micro-batches, put together again for the whole batch."""
+"""The aux of a window's micro-batches, merged for the whole batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,10 +28,10 @@ class WindowAux:
     Args:
         loss_fn: returns (loss, aux).
         segments: the window's segments.
-        traced: the same with their steps, whose results have a field `aux`.
-        shares: those of the window.
-        is_one: whether this is the only replica. Else sums over the window are still to be summed
-            over all replicas before `result`, which must know their shapes.
+        traced: the segments with their steps, whose results have a field `aux`.
+        shares: the shares of the window.
+        is_one: whether this is the only replica. Otherwise the caller sums the window's sums over
+            all replicas before `result`, and their shapes must be known.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class WindowAux:
                 _refuse_open_shapes(self._kinds, self._structure)
 
     def route(self, index: Any, aux: Any) -> tuple[list[Any], list[Any]]:
-        """Splits one micro-batch's aux into what is summed and what is concatenated.
+        """Splits one micro-batch's aux into leaves to sum and leaves to concatenate.
 
-        Eagerly, and for a window of one micro-batch, it is kept instead and nothing is returned:
-        there the kinds are judged from what all micro-batches gave.
+        Eagerly, and for a window of one micro-batch, the aux is kept instead and two empty lists
+        are returned. The kinds are then derived from the aux of all micro-batches.
         """
         if self._in_graph:
             return _routed(self._kinds, self._shares[index], aux)
@@ -90,17 +90,17 @@ class WindowAux:
         return tf.nest.pack_sequence_as(self._structure, leaves)
 
     def _kinds_of(self, auxes: Sequence[Any], index: Any) -> list[str]:
-        """How each leaf is put together.
+        """How each leaf is merged.
 
         Args:
-            auxes: one of each segment.
-            index: number of the first micro-batch in its segment.
+            auxes: one aux for each segment.
+            index: the number of the first micro-batch in its segment.
         """
         structures, leaves = list(map(_structure, auxes)), [_leaves(aux) for aux in auxes]
         if self._segments[0].rows(index) is None:
             return kinds_without_rows(structures, leaves)
         rows = [_static_rows(segment.rows(index)) for segment in self._segments]
-        # With open rows a trace cannot tell one entry per row from any other open size.
+        # With unknown rows, a trace cannot tell one entry per row from any other unknown size.
         other = 2 if rows[0] is None else rows[0] + 1
 
         def at_other() -> Sequence[AuxLeaf]:
@@ -152,10 +152,10 @@ def _tensors(aux: Any) -> list[Any]:
 
 
 def check_traceable(aux: Any) -> None:
-    """Refuses in a graph what a traced function cannot return.
+    """Refuses leaves of aux that a traced function cannot return.
 
     Raises:
-        TypeError: a leaf of aux is no tensor, and none can be made of it.
+        TypeError: a leaf is no tensor, and cannot be converted to one.
     """
     for leaf in tf.nest.flatten(aux):
         if leaf is not None and not tf.is_tensor(leaf):
@@ -182,12 +182,12 @@ def _leaves(aux: Any) -> list[AuxLeaf]:
 
 
 def _static_rows(rows: Any) -> int | None:
-    """Rows that a trace knows."""
+    """The rows if a trace knows them, else None."""
     return rows if isinstance(rows, int) else None
 
 
 def _refuse_open_shapes(kinds: Sequence[str], aux: Any) -> None:
-    """Refuses what replicas might have in different shapes, and would wait for each other for."""
+    """Refuses summed leaves whose shape is unknown: replicas with different shapes would hang."""
     for kind, leaf in zip(kinds, _tensors(aux), strict=True):
         if kind in (MEAN, SUM) and not leaf.shape.is_fully_defined():
             raise ValueError(

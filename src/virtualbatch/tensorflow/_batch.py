@@ -1,7 +1,7 @@
-"""A batch as segments: runs of micro-batches of one shape, each reached by its number.
+"""A batch as segments: runs of micro-batches of one shape, where a number selects a micro-batch.
 
-Eagerly every micro-batch is a segment of one, cut as evenly as possible. In a graph the rows are
-one long run of equal shapes, plus one remainder where the shapes are static.
+Eagerly every micro-batch is a segment of its own, and rows are cut as evenly as possible. In a
+graph the rows are one long run of equal shapes, plus one remainder if the shapes are static.
 """
 
 from collections.abc import Sequence
@@ -51,17 +51,17 @@ def segments(
         microbatch_size: checked rows of one micro-batch, or None; None for a Window.
         accumulation_steps: checked micro-batches per window, or None; None for a Window.
         weighted: whether a weight says what a micro-batch counts. Then the rows of a Window need
-            not be known, nor its micro-batches alike.
-        counted: whether rows are asked for beside the weight.
-        may_be_empty: whether a batch, or micro-batches of a Window, may have no rows in a graph.
+            not be known. If they are not known, its micro-batches need not be alike.
+        counted: whether rows are needed even if there is a weight.
+        may_be_empty: whether, in a graph, a batch or micro-batches of a Window may have 0 rows.
 
     Returns:
         The segments in row order. A batch without rows is one micro-batch without rows.
 
     Raises:
         ValueError: rows differ or are missing, the two sizes disagree, or the window is empty.
-        TypeError: a batch that is still to be cut holds a SparseTensor, or in a graph a list that
-            is as long as the batch.
+        TypeError: a batch that must be cut holds a SparseTensor, or in a graph a list that is as
+            long as the batch.
     """
     if isinstance(batch, Window):
         return window_segments(batch, weighted, counted, may_be_empty)
@@ -101,11 +101,11 @@ def segments(
 
 
 def with_columns(segments: Sequence[Segment], columns: Sequence[Any]) -> list[Segment]:
-    """The same micro-batches, each beside its rows of some tensors.
+    """The same micro-batches, each paired with its rows of some tensors.
 
     Args:
-        segments: micro-batches whose rows are known, or will be.
-        columns: tensors with the rows of all of them, in order.
+        segments: micro-batches whose rows are known now or at run time.
+        columns: tensors with the rows of all micro-batches, in order.
 
     Returns:
         Segments of pairs: a micro-batch, and a list of its rows of each tensor.
@@ -129,11 +129,11 @@ def _with_columns(segment: Segment, columns: list[Any], offset: Any) -> Segment:
 
 
 def smaller_segments(batch: Any, most: int) -> list[Segment]:
-    """The same micro-batches, eagerly, with no more rows than that; those of a Window are cut.
+    """Cuts a batch, or each micro-batch of a Window, eagerly.
 
     Args:
         batch: a batch or a Window.
-        most: rows of a micro-batch, >= 1.
+        most: the most rows of a micro-batch, >= 1.
     """
     if not isinstance(batch, Window):
         return segments(batch, most, None)
@@ -156,7 +156,7 @@ def chosen(batch: Any, rows: np.ndarray) -> Any:
 
 
 def _no_row_list(found: Any, rows: Any) -> Any:
-    """Refuses, at run time, a list that turns out to be as long as the batch."""
+    """An assertion for run time: a list is not as long as the batch."""
     return tf.debugging.Assert(
         tf.not_equal(rows, len(found)), [f"{_NO_LISTS} {_PASS_TENSOR} Got rows", rows]
     )
@@ -168,7 +168,7 @@ def _piece(batch: Any, start: int, stop: int) -> Segment:
             return leaf.cut(start, stop)
         if not is_array(leaf):
             return leaf
-        # A frame is asked for rows by position; its own brackets mean columns.
+        # A DataFrame selects rows with iloc. Its brackets select columns.
         return leaf.iloc[start:stop] if hasattr(leaf, "iloc") else leaf[start:stop]
 
     return Segment(
@@ -182,7 +182,7 @@ def _slice(x: Any, start: Any, size: Any) -> Any:
     dynamic = tf.shape(x)
     inner = [dynamic[k] if n is None else n for k, n in enumerate(x.shape) if k > 0]
     sliced = tf.slice(x, [start, *[0] * len(inner)], [size, *inner])
-    # Python numbers as sizes are static, and XLA and shape inference want to know them.
+    # A Python number is a static size, which XLA and shape inference need.
     sliced.set_shape([size if isinstance(size, int) else None, *x.shape[1:]])
     return sliced
 
@@ -203,10 +203,10 @@ def _dynamic_run(
     accumulation_steps: int | None,
     least: int,
 ) -> Segment:
-    """Micro-batches of a batch whose rows are known at run time only.
+    """Micro-batches of a batch whose rows are known only at run time.
 
-    One shape with open rows serves the full micro-batches and the remainder, so the remainder is
-    simply the last turn of the loop and nothing is traced for it.
+    One shape with unknown rows serves the full micro-batches and the remainder. So the remainder is
+    the last turn of the loop, and needs no trace of its own.
     """
     size = rows_per_microbatch(rows, microbatch_size, accumulation_steps)
     if least == 0:

@@ -1,4 +1,4 @@
-"""Refuses arguments that no window can be made of, before anything is computed."""
+"""Checks that refuse a call before any part of its window is computed."""
 
 from typing import Any
 
@@ -17,12 +17,13 @@ def check_call(
     accumulation_steps: Any,
     weight: Any,
 ) -> None:
-    """Refuses arguments of `value_and_gradients`.
+    """Refuses wrong arguments of `value_and_gradients`.
 
     Raises:
-        ValueError: there are no variables, or some that the optimizer overwrites with what comes as
-            their gradient; sizes are not positive integers, or come with a Window.
-        TypeError: a function is none, or variables holds something else.
+        ValueError: there are no variables, or a variable is float8 state, whose gradient is its
+            new value.
+        ValueError: a size is not a positive integer, or a size comes with a Window.
+        TypeError: a function is not callable, or `variables` holds something that is no variable.
     """
     for name, function in (("loss_fn", loss_fn), ("weight", weight)):
         may_be_other = function is None or is_sum(function)
@@ -60,16 +61,16 @@ def flat_leaves(name: str, structure: Any) -> list[Any]:
     """The leaves of an argument, as TensorFlow finds them.
 
     Args:
-        name: of the argument.
-        structure: what it is given.
+        name: the name of the argument.
+        structure: the value of the argument.
 
     Raises:
-        TypeError: TensorFlow cannot find them.
+        TypeError: TensorFlow cannot find the leaves.
     """
     try:
-        # And built again, as each micro-batch is.
+        # The structure is also built again here, as it is for each micro-batch.
         return list(tf.nest.flatten(tf.nest.map_structure(lambda leaf: leaf, structure)))
-    # TensorFlow sorts keys, calls the user's mappings, and follows nested ones to any depth.
+    # TensorFlow sorts keys, calls the user's mappings, and follows nested structures to any depth.
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be a structure whose leaves tf.nest can find. Got {name} of type "

@@ -1,7 +1,7 @@
 """Each micro-batch's share of the gradient, and the sums turned back into gradients.
 
-Where every variable and term is float32 or wider, the share enters as the gradient of the loss
-itself and costs nothing. Otherwise gradients are taken unscaled and multiplied in the wide add.
+If every variable and term is float32 or wider, the backward pass starts from the share, which costs
+nothing. Otherwise gradients are computed unscaled, and multiplied in the wide dtype of the sums.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ _HALF = (tf.float16, tf.bfloat16)
 
 
 def watch_tensors(tape: tf.GradientTape, variables: Sequence[Any]) -> None:
-    """Watches entries of variables that are no variables; a tape watches variables by itself."""
+    """Watches the entries of `variables` that are tensors. A tape watches variables by itself."""
     tape.watch([x for x in variables if isinstance(x, tf.Tensor)])
 
 
@@ -26,15 +26,16 @@ def scaled_gradients(
     variables: Sequence[Any],
     may_be_empty: bool,
 ) -> list[Any]:
-    """Sum over terms of share times gradient, in the dtype of the buffer.
+    """Sum over terms of share times gradient, in the dtype of the sums.
 
     Args:
-        tape: recorded the terms; persistent if there are several and they may be empty.
+        tape: the tape that recorded the terms; persistent if there are several terms that may be
+            empty.
         terms: scalar losses.
         shares: one scalar per term; floats, or float64 tensors.
         variables: flat list of variables.
         may_be_empty: whether a share may be 0 because its term has no items. The gradient of such
-            a term may be NaN, so it is selected away; multiplying by 0 would keep the NaN.
+            a term may be NaN, so zeros replace it. Multiplying by 0 would keep the NaN.
 
     Returns:
         One tensor, IndexedSlices or None per variable.
@@ -63,7 +64,7 @@ def scaled_gradients(
 
 
 def selected_loss(terms: Sequence[Any], shares: Sequence[Any], may_be_empty: bool) -> Any:
-    """Sum over terms of share times loss, at least float32; empty terms are selected away."""
+    """Sum over terms of share times loss, in float32 or wider. Empty terms are left out."""
     dtype = accumulator_dtype(_widest(terms).name)
     total = tf.zeros([], dtype)
     for term, share in zip(terms, shares, strict=True):
@@ -73,7 +74,7 @@ def selected_loss(terms: Sequence[Any], shares: Sequence[Any], may_be_empty: boo
 
 
 def scalar_terms(terms: Iterable[Any]) -> list[tf.Tensor]:
-    """Terms as scalar tensors that can be differentiated; call it while the tape records.
+    """Terms as scalar tensors that can be differentiated. Call it while the tape records.
 
     Raises:
         TypeError: a term is not a tensor of TensorFlow, or its dtype is not floating.
@@ -91,7 +92,7 @@ def scalar_terms(terms: Iterable[Any]) -> list[tf.Tensor]:
                 "Cast what it is computed from to a float."
             )
     terms = [tf.convert_to_tensor(term) for term in terms]
-    # A trace may leave the rank open, as py_function does.
+    # A trace may not know the rank, as after py_function.
     return [term if term.shape.rank == 0 else tf.ensure_shape(term, []) for term in terms]
 
 
@@ -104,10 +105,10 @@ def check_same_dtype(dtypes: Sequence[tf.DType]) -> None:
     """Refuses losses of several dtypes in one window.
 
     Args:
-        dtypes: of the losses of the micro-batches up to now.
+        dtypes: the dtypes of the losses of all micro-batches so far.
 
     Raises:
-        TypeError: they differ.
+        TypeError: the dtypes differ.
     """
     if dtypes[-1] != dtypes[0]:
         raise TypeError(
@@ -117,7 +118,7 @@ def check_same_dtype(dtypes: Sequence[tf.DType]) -> None:
 
 
 def split_sparse(gradients: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Separates what is added (dense) from what is concatenated (values and indices).
+    """Separates dense gradients, which are added, from values and indices, which are concatenated.
 
     Returns:
         (one tensor or None per variable, two tensors or Nones per variable).
@@ -131,19 +132,19 @@ def split_sparse(gradients: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def add(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
-    """Sum of two lists of tensors, in which None adds nothing."""
+    """The sums of two lists of tensors, entry by entry. None adds nothing."""
     return [x if y is None else y if x is None else x + y for x, y in zip(a, b, strict=True)]
 
 
 def widened(gradient: Any, factor: Any) -> Any:
-    """A gradient times a scalar, multiplied in the dtype of the buffer.
+    """A gradient times a scalar, multiplied in the dtype of the sums.
 
     Args:
         gradient: tensor, IndexedSlices or None.
         factor: scalar of a floating dtype.
 
     Returns:
-        The same kind, in the dtype of the buffer.
+        A tensor, IndexedSlices or None, as given, in the dtype of the sums.
     """
 
     def scale(x: Any) -> Any:
@@ -154,7 +155,7 @@ def widened(gradient: Any, factor: Any) -> Any:
 
 
 def finished(dense: Sequence[Any], rows: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-    """The window's gradients in the form and dtype in which `tape.gradient` gives them.
+    """The window's gradients in the form and dtype of `tape.gradient`.
 
     Args:
         dense: sums of dense gradients, or None.
@@ -175,7 +176,8 @@ def finished(dense: Sequence[Any], rows: Sequence[Any], variables: Sequence[Any]
             result.append(tf.cast(total, dtype))
         elif values is not None:
             if values.dtype != dtype:
-                # Whoever reads the slices adds those of one row, and in few bits that sum stalls.
+                # The optimizer adds the slices of one row, and in half precision that sum stalls.
+                # So they are added here, before the cast.
                 indices, places = tf.unique(indices)
                 values = tf.math.unsorted_segment_sum(values, places, tf.size(indices))
             result.append(tf.IndexedSlices(tf.cast(values, dtype), indices, tf.shape(variable)))
@@ -194,8 +196,8 @@ def _backward(
     if not any(tf.as_dtype(x.dtype) in _HALF for x in (*variables, *terms)):
         upstream = [tf.cast(share, term.dtype) for term, share in zip(terms, shares, strict=True)]
         return tape.gradient(list(terms), list(variables), output_gradients=upstream)
-    # Only the ratio of the shares goes through the backward pass, where a share would be rounded
-    # to few bits and could underflow.
+    # In the backward pass a share would be rounded to few bits and could underflow. So only the
+    # ratio of the shares goes through it.
     largest = tf.reduce_max(tf.abs(tf.stack([tf.cast(share, tf.float64) for share in shares])))
     upstream = [
         tf.cast(tf.math.divide_no_nan(tf.cast(share, tf.float64), largest), term.dtype)
@@ -226,7 +228,7 @@ _together = _backward
 def _apart(
     tape: tf.GradientTape, terms: Sequence[Any], shares: Sequence[Any], variables: Sequence[Any]
 ) -> list[Any]:
-    """One backward pass per term, so that an empty one can be left out."""
+    """One backward pass per term, so that an empty term can be left out."""
     total: list[Any] = [None] * len(variables)
     for term, share in zip(terms, shares, strict=True):
         part = _selected(share, _backward(tape, [term], [share], variables))

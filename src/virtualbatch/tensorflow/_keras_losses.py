@@ -7,13 +7,13 @@ from typing import Any
 
 import tensorflow as tf
 
-# Whoever has a loss of Keras has imported it; this engine does without.
+# A program with a loss of Keras has imported this module. The engine itself does not import it.
 _MODULE = "keras.src.losses.loss"
 _DIVIDES = "scale_loss_for_distribution"
 
 
 def traced_anew(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The loss without the `tf.function` around it, which may keep a trace from elsewhere."""
+    """The loss without the `tf.function` around it, which may have a trace from another place."""
     if isinstance(loss_fn, tf.types.experimental.PolymorphicFunction):
         inner: Callable[..., Any] = loss_fn.python_function
         return inner
@@ -22,14 +22,17 @@ def traced_anew(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def undivided() -> Iterator[None]:
-    """While a loss is traced on one of several replicas, Keras does not divide it by their number.
+    """Inside the context, Keras does not divide a loss by the number of replicas.
 
-    To Keras a batch is a mean of the replicas' means. The shares of a window sum to 1 over all
-    replicas already. Keras asks the strategy, which cannot be another one here: variables that a
-    loss writes belong to it. No other replica is traced meanwhile, as nothing waits for one here.
+    It is for the trace of a loss on one of several replicas. For Keras, the loss of a batch is the
+    mean of the replicas' means. But here the shares of a window already sum to 1 over all replicas.
+
+    Keras reads the number from the strategy. The strategy cannot be replaced here, because the
+    variables that a loss writes belong to it. So a function of Keras is replaced. No other replica
+    is traced at the same time, because nothing in the context waits for another replica.
 
     Raises:
-        ValueError: a `tf.function` inside of the loss has a loss of Keras.
+        ValueError: a `tf.function` inside the loss has a loss of Keras.
     """
     losses = sys.modules.get(_MODULE)
     if losses is None:
@@ -40,7 +43,8 @@ def undivided() -> Iterator[None]:
     def as_it_is(value: Any) -> Any:
         graph = tf.compat.v1.get_default_graph()
         while graph is not here:
-            # Branches and loops are other classes; only a tf.function keeps its graph for others.
+            # Graphs of branches and loops have other classes. Only a tf.function keeps its graph
+            # for other calls.
             if graph.__class__.__name__ == "FuncGraph":
                 raise ValueError(
                     "On several replicas a loss of Keras must not be in a tf.function of its own: "

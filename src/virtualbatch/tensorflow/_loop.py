@@ -1,8 +1,8 @@
 """Folding a step over the micro-batches of a window: the one loop of this engine.
 
-The step gives sums, which are combined into one buffer, and rows, which are concatenated. In a
-graph the step is traced once per micro-batch shape as a function of its own; its first call
-writes the buffer and a while-loop adds the rest, so peak memory is that of one micro-batch.
+The step gives sums, which are combined over the window, and rows, which are concatenated. In a
+graph the step is traced once per micro-batch shape, as a function of its own. Its first call gives
+the first sums, and a while-loop adds the rest. So peak memory is that of one micro-batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,10 +35,10 @@ class Traced(NamedTuple):
 
     Fields:
         segment: the micro-batches.
-        offset: number of micro-batches in the window before this segment.
-        first: (number in the window, micro-batch) -> whatever the step returns, for the first
-            micro-batch of the segment.
-        call: the same for its other micro-batches.
+        offset: the number of micro-batches in the window before this segment.
+        first: (number in the window, micro-batch) -> result of the step, for the first micro-batch
+            of the segment.
+        call: like `first`, for the other micro-batches of the segment.
         outputs: abstract result of the step in a graph; None eagerly.
     """
 
@@ -55,17 +55,17 @@ def trace(
     jit_compile: bool = False,
     extra: Sequence[Any] = (),
 ) -> list[Traced]:
-    """Binds a step to each segment; in a graph it is traced here, once per shape.
+    """Binds a step to each segment. In a graph the step is traced here, once per shape.
 
-    Under a seed (`tf.random.set_seed`) every trace of a graph draws the same random numbers, and
-    so does every place that calls one. A step that draws is therefore traced once per place, each
-    with a seed of its own, or micro-batches, and replicas, would share their dropout masks.
+    Under a seed (`tf.random.set_seed`) every trace of a graph draws the same random numbers, and so
+    does every place that calls one trace. Micro-batches and replicas would then share their dropout
+    masks. So a step that draws is traced once per place, each time with a seed of its own.
 
     Args:
         segments: the window's segments.
         step: (number in the window, micro-batch) -> nested structure of tensors.
         jit_compile: whether XLA compiles the step. The loop around it stays a plain graph.
-        extra: TensorSpecs of further arguments of the step, which `bound` gives it later.
+        extra: TensorSpecs of further arguments of the step. `bound` gives their values later.
 
     Returns:
         One Traced per segment, in order.
@@ -96,7 +96,7 @@ def trace(
 
 
 def bound(traced: Traced, *extra: Any) -> Traced:
-    """The same segment, with the further arguments of its step given."""
+    """The same segment, with the further arguments of its step bound."""
     return traced._replace(
         first=lambda index, batch: traced.first(index, batch, *extra),
         call=lambda index, batch: traced.call(index, batch, *extra),
@@ -116,18 +116,19 @@ def fold(
         combine: (sums so far, sums of one micro-batch) -> sums, of the same structure.
 
     Returns:
-        The window's sums, and for each entry of `rows` the concatenation over the window, or
-        None where no micro-batch gave one.
+        The window's sums, and for each entry of `rows` the concatenation over the window; None for
+        an entry that is None in every micro-batch.
     """
     sums: Any = None
     pieces: list[list[Any]] = []
     for segment, offset, call_first, call, outputs in traced:
-        # No forward needs the sums before it, but two at once would hold two activations.
+        # No forward pass needs the earlier sums. But two forward passes at once would hold two sets
+        # of activations, so this one waits.
         if sums is not None:
             segment = _waiting(segment, sums)
         index, microbatch = _scalar(offset), segment.get(_scalar(0))
-        # A step may change state without reading a row; rows that are refused must stop it.
-        # Only a control edge does that: an input is waited for by its own readers alone.
+        # A step may change state without reading a row. Refused rows must stop it all the same.
+        # Only a control edge does that, because only the readers of an input wait for it.
         with tf.control_dependencies(_ready(microbatch)):
             run = partial(call_first, index, microbatch)
             entries = segment.entries
@@ -144,18 +145,19 @@ def fold(
 
 
 def _is_one(count: Any) -> bool:
-    """Whether a segment is known to have one micro-batch only."""
+    """Whether a segment is known to have only one micro-batch."""
     return isinstance(count, int) and count == 1
 
 
 def _reseeded(step: Callable[..., Any], place: int) -> Callable[..., Any]:
-    """The step, traced with a seed of its own for each place that calls it."""
+    """The step, with a seed of its own for each place that calls it."""
 
     def seeded(*args: Any) -> Any:
         graph = tf.compat.v1.get_default_graph()
         if graph.seed is not None:
             graph.seed += place
-        # TensorFlow refuses steps that change its own dicts and lists; these they may change.
+        # A copy of the structure, which the step may change. TensorFlow refuses a step that changes
+        # the dicts and lists of its own arguments.
         return step(*tf.nest.map_structure(lambda leaf: leaf, args))
 
     return seeded
@@ -184,8 +186,8 @@ def _ready(*structures: Any) -> list[Any]:
     if tf.executing_eagerly():
         return []
     leaves = tf.nest.flatten(structures, expand_composites=True)
-    # To wait for a function is to wait for its side effects, once it is inlined; only a reader of
-    # its results waits for those.
+    # A control edge to an inlined function waits only for its side effects. Only a reader of its
+    # results waits for the results.
     return [tf.group([tf.identity(leaf) for leaf in leaves if tf.is_tensor(leaf)])]
 
 
@@ -223,8 +225,8 @@ def _loop(
         written = [array.write(i, piece) for array, piece in zip(arrays, pieces, strict=True)]
         return i + 1, _dense(combine(_packed(sums, carry), output.sums)), written
 
-    # One iteration at a time, and the first after what was summed before the loop. It is the rows
-    # that wait: TensorFlow folds a constant start of the loop and forgets what it waited for.
+    # One iteration at a time, and the first one after the sums before the loop. The rows wait, not
+    # the start of the loop: TensorFlow folds a constant start and drops its control edges.
     segment = _waiting(segment, sums)
     _, carry, arrays = tf.while_loop(
         lambda i, *_: i < segment.count,
@@ -237,12 +239,12 @@ def _loop(
 
 
 def _dense(structure: Any) -> list[Any]:
-    """The tensors of a structure; a loop cannot carry None."""
+    """The tensors of a structure without its Nones, which a loop cannot carry."""
     return [leaf for leaf in tf.nest.flatten(structure) if leaf is not None]
 
 
 def _packed(structure: Any, tensors: Sequence[Any]) -> Any:
-    """The structure again, with `tensors` where it held tensors."""
+    """The structure again, with its tensors replaced by `tensors`."""
     values = iter(tensors)
     flat = [None if leaf is None else next(values) for leaf in tf.nest.flatten(structure)]
     return tf.nest.pack_sequence_as(structure, flat)

@@ -8,19 +8,21 @@ import tensorflow as tf
 
 from virtualbatch.window.shares import Shares
 
-# How `tf.debugging.enable_check_numerics` begins what it found.
+# The beginning of an error of `tf.debugging.enable_check_numerics`.
 _FOUND = "Detected Infinity or NaN"
 
 
 @contextmanager
 def explained_numerics(shares: Shares, index: Any) -> Iterator[None]:
-    """While a micro-batch runs: a mean of nothing is NaN, which is dropped unless it is an error.
+    """A context in which a micro-batch runs.
 
-    In a graph the error comes when that runs, in TensorFlow's words.
+    A mean over nothing is NaN. Normally that NaN is dropped, but TensorFlow's NaN check raises for
+    it. Eagerly this context explains the error. In a graph the error is raised when the graph runs,
+    in TensorFlow's words.
 
     Args:
-        shares: those of the window.
-        index: number of the micro-batch.
+        shares: the shares of the window.
+        index: the number of the micro-batch.
 
     Raises:
         ValueError: TensorFlow found NaN where a term of the micro-batch has no weight.

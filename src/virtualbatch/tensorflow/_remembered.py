@@ -14,9 +14,9 @@ class Remembered(NamedTuple):
     """What is remembered about some variables.
 
     Fields:
-        proven: the losses that were tried with them.
-        sizes: those of calls with them.
-        losses: receives the losses of their windows.
+        proven: the losses that were tried with the variables.
+        sizes: the sizes of calls with the variables.
+        losses: receives the losses of windows with the variables.
     """
 
     proven: Proven
@@ -24,12 +24,12 @@ class Remembered(NamedTuple):
     losses: LossWatch
 
 
-# By the identity of a first variable, which cannot be hashed.
+# Keys are the identity of the first variable: a variable itself cannot be hashed.
 _REMEMBERED: dict[int, Remembered] = {}
 
 
 def remembered(variables: Any) -> Remembered:
-    """What is remembered of some variables; nothing of none."""
+    """What is remembered about some variables. Without variables nothing is remembered."""
     owner = next(iter(tf.nest.flatten(variables)), None)
     if owner is None:
         return Remembered(Proven(), Auto(), LossWatch())

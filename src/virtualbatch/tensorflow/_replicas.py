@@ -1,7 +1,7 @@
-"""Replicas of a `tf.distribute` strategy: what they sum, and a replica that has no rows.
+"""Replicas of a `tf.distribute` strategy: sums over replicas, and replicas without rows.
 
-A graph is traced in one thread per replica, and another thread runs wherever replicas wait for each
-other. So shared state must not stay changed across a sum, and no sum may be in a loop or a branch.
+A graph is traced in one thread per replica. Where replicas wait for each other, another thread goes
+on. So shared state must not stay changed across a sum, and no sum may be in a loop or a branch.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,23 +11,23 @@ import tensorflow as tf
 
 
 def replicas() -> int:
-    """How many replicas train in step, this one included; 1 outside of `strategy.run`."""
+    """The number of replicas that train in step, including this one; 1 outside `strategy.run`."""
     context = tf.distribute.get_replica_context()
     return 1 if context is None else int(context.num_replicas_in_sync)
 
 
 def replica() -> int:
-    """The number of this replica, from 0; 0 outside of `strategy.run`."""
+    """The number of this replica, from 0; 0 outside `strategy.run`."""
     if replicas() == 1:
         return 0
     return int(tf.get_static_value(_context().replica_id_in_sync_group))
 
 
 def refuse_eager_replicas() -> None:
-    """Refuses a call whose replicas would run one after another, each waiting for all.
+    """Refuses an eager call: replicas would run one after another, and each would wait for all.
 
     Raises:
-        ValueError: this is one of several replicas, outside of a graph.
+        ValueError: this is one of several replicas, outside a graph.
     """
     count = replicas()
     if count > 1 and tf.executing_eagerly():
@@ -38,19 +38,19 @@ def refuse_eager_replicas() -> None:
 
 
 def refuse_values_of_replicas(batch: Any, variables: Any) -> None:
-    """Refuses what only a replica can read, outside of `strategy.run`.
+    """Refuses, outside `strategy.run`, values that only a replica can read.
 
     Args:
         batch: nested structure of arrays.
         variables: nested structure of variables.
 
     Raises:
-        ValueError: rows are those of several replicas, or variables those of a strategy in its
-            scope, where TensorFlow has no gradients.
+        ValueError: the batch holds rows of several replicas; or the call is in the scope of a
+            strategy and with its variables, where TensorFlow has no gradients.
     """
     found = tf.nest.flatten(batch)
     if tf.distribute.in_cross_replica_context():
-        # Keras' variables hold TensorFlow's there.
+        # Variables of Keras hold the variable of TensorFlow as `_value`.
         found += [getattr(x, "_value", x) for x in tf.nest.flatten(variables)]
     if any(isinstance(leaf, tf.distribute.DistributedValues) for leaf in found):
         raise ValueError(
@@ -60,7 +60,7 @@ def refuse_values_of_replicas(batch: Any, variables: Any) -> None:
 
 
 def refuse_on_replicas(rule: str, fix: str) -> None:
-    """Refuses what is done for one device, while other replicas wait for this one.
+    """Refuses work that is done for one device, while other replicas wait for this one.
 
     Args:
         rule: a sentence.
@@ -75,7 +75,7 @@ def refuse_on_replicas(rule: str, fix: str) -> None:
 
 
 def refuse_planning_replicas() -> None:
-    """Refuses to plan a replica; see `refuse_on_replicas`."""
+    """Refuses to plan on one of several replicas."""
     refuse_on_replicas(
         'microbatch_size="auto" plans one device.',
         "Call plan outside of it, and pass what it finds.",
@@ -100,8 +100,8 @@ def summed(values: Sequence[Any]) -> list[Any]:
     """Tensors, each summed over all replicas, in one reduction.
 
     Args:
-        values: of a floating, complex or integer dtype, each of one shape on all replicas. They
-            are summed in float64; integers exactly.
+        values: tensors of a floating, complex or integer dtype. Each has the same shape on all
+            replicas. They are summed in float64, and integers are summed exactly.
 
     Returns:
         The sums, in the dtypes and shapes of the values.
@@ -110,7 +110,7 @@ def summed(values: Sequence[Any]) -> list[Any]:
         return []
     parts = [_as_floats(value) for value in values]
     flat = [tf.reshape(part, [-1]) for part in parts]
-    # One vector: of several tensors a strategy may make several reductions.
+    # One vector, because a strategy may make several reductions of several tensors.
     total = _context().all_reduce(tf.distribute.ReduceOp.SUM, tf.concat(flat, 0))
     pieces = tf.split(total, [tf.size(piece) for piece in flat])
     return [
@@ -123,7 +123,7 @@ def summed_gradients(gradients: Sequence[Any]) -> list[Any]:
     """Gradients, each summed over all replicas, as the strategy packs them.
 
     Args:
-        gradients: tensors, IndexedSlices or Nones, which are the same ones on all replicas.
+        gradients: tensors, IndexedSlices or Nones, of the same kinds on all replicas.
     """
     given = [gradient for gradient in gradients if gradient is not None]
     found = iter(_context().all_reduce(tf.distribute.ReduceOp.SUM, given) if given else [])
@@ -131,13 +131,13 @@ def summed_gradients(gradients: Sequence[Any]) -> list[Any]:
 
 
 def with_a_row(structure: Any, rows: Any) -> Any:
-    """A batch that can be cut: as it is, or one row of zeros where there are none.
+    """A batch that can be cut: the batch itself, or one row of zeros if it has no rows.
 
-    What is computed from that row must be dropped; see `unless_empty`.
+    Results that are computed from the row of zeros must be dropped: see `unless_empty`.
 
     Args:
         structure: nested structure of tensors with one entry per row, and of Nones.
-        rows: their number, an integer scalar.
+        rows: the number of rows, an integer scalar.
     """
     leaves = tf.nest.flatten(structure)
     tensors = [leaf for leaf in leaves if leaf is not None]
@@ -155,13 +155,13 @@ def with_a_row(structure: Any, rows: Any) -> Any:
 
 
 def unless_empty(rows: Any, run: Callable[[], Any], like: Any) -> Any:
-    """What `run` gives, or zeros where there are no rows; then nothing of it runs.
+    """The result of `run`; or zeros if there are no rows, and then `run` does not run.
 
     Args:
-        rows: of this replica, an integer scalar.
+        rows: the rows of this replica, an integer scalar.
         run: () -> nested structure of tensors and Nones.
-        like: the same structure of specs, or of tensors of a trace, and of Nones. An axis of
-            unknown length is empty where there are no rows.
+        like: the structure of the result, with specs or traced tensors, and Nones. In the zeros, an
+            axis of unknown length has the length 0.
     """
     specs = tf.nest.flatten(like)
 
@@ -180,7 +180,7 @@ def unless_empty(rows: Any, run: Callable[[], Any], like: Any) -> Any:
 
 
 def _as_floats(value: Any) -> Any:
-    """One or two numbers of float64 for each entry, whose sums make the entry's."""
+    """One or two float64 numbers for each entry. Their sums give the sum of the entries."""
     if value.dtype.is_complex:
         return tf.cast(tf.stack([tf.math.real(value), tf.math.imag(value)]), tf.float64)
     if value.dtype.is_integer:
@@ -191,7 +191,7 @@ def _as_floats(value: Any) -> Any:
 
 
 def _from_floats(sums: Any, dtype: tf.DType) -> Any:
-    """The entries of which `_as_floats` made these, along the first axis."""
+    """The inverse of `_as_floats`, which put the numbers of an entry along the first axis."""
     if dtype.is_complex:
         return tf.cast(tf.complex(sums[0], sums[1]), dtype)
     if dtype.is_integer:

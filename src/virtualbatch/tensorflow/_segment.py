@@ -1,4 +1,4 @@
-"""Micro-batches of one shape, each reached by its number."""
+"""Micro-batches of one shape, where a number selects a micro-batch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,14 +13,14 @@ class Segment(NamedTuple):
     """Micro-batches of one shape.
 
     Fields:
-        count: how many; a Python int, or an int32 scalar where the rows are dynamic.
-        source: nested structure of arrays that they are cut from.
+        count: the number of micro-batches; a Python int, or an int32 scalar if rows are dynamic.
+        source: nested structure of arrays that the micro-batches are cut from.
         cut: (source, number within the segment) -> micro-batch.
-        rows: number within the segment -> its rows, a Python int or an int32 scalar; None where a
-            weight says what a micro-batch counts and its rows cannot be told.
+        rows: number within the segment -> rows of the micro-batch, a Python int or an int32 scalar.
+            None if the rows are not known; then a weight says what a micro-batch counts.
         holds_lists: whether `cut` marks lists with one entry per row.
-        entries: 0, at run time, where its first micro-batch has no rows; then there is no other.
-            None where it is known to have some.
+        entries: a scalar that is 0 at run time if the first micro-batch has no rows; then it is the
+            only micro-batch. None if it is known to have rows.
     """
 
     count: Any
@@ -36,7 +36,7 @@ class Segment(NamedTuple):
         return map_lists(shown, found) if self.holds_lists else found
 
     def with_rows(self, i: Any, rows: int) -> Any:
-        """Specs of that micro-batch with another number of rows, lists with as many entries."""
+        """Specs of a micro-batch with another number of rows. Lists get as many entries."""
         found = specs(tf.nest.map_structure(as_tensor, self.cut(self.source, i)), rows)
         return map_lists(lambda x: shown(x.stretched(rows)), found) if self.holds_lists else found
 

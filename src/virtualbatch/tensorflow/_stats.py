@@ -1,4 +1,4 @@
-"""Statistics of a window's gradient noise: squared norms, taken from each gradient in turn."""
+"""Statistics of a window's gradient noise: the squared norm of each gradient."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +13,8 @@ def part_of(gradients: Sequence[Any], share: Any) -> Any:
     """A micro-batch's part of the window's `mean_square`.
 
     Args:
-        gradients: its share of the gradients: tensors, IndexedSlices or None.
-        share: a scalar, 0 where the micro-batch counts for nothing.
+        gradients: the micro-batch's share of the gradients: tensors, IndexedSlices or None.
+        share: the share, a scalar; 0 if the micro-batch counts for nothing.
 
     Returns:
         Share times squared norm of the micro-batch's own gradient; a scalar.
@@ -24,7 +24,7 @@ def part_of(gradients: Sequence[Any], share: Any) -> Any:
 
 
 def counted(shares: Shares) -> Any:
-    """How many micro-batches of a window count for something."""
+    """The number of micro-batches of a window that have a share."""
     return tf.math.count_nonzero(shares.of_rows_or_term(), dtype=tf.int32)
 
 
@@ -34,19 +34,19 @@ def stats_of(
     """The statistics of a window.
 
     Args:
-        gradients: those of the window.
-        rows: its rows, or what stands for them.
-        microbatches: see `counted`.
-        mean_square: sum of `part_of` over its micro-batches.
+        gradients: the gradients of the window.
+        rows: the rows of the window, or the total weight that replaces them.
+        microbatches: the number that `counted` gives.
+        mean_square: the sum of `part_of` over micro-batches.
     """
     square = tf.cast(squared_norm(gradients), mean_square.dtype)
     return WindowStats(rows, microbatches, mean_square, square)
 
 
 def squared_norm(gradients: Sequence[Any]) -> Any:
-    """Sum of squares of all entries, at least float32."""
+    """Sum of squares of all entries, in float32 or wider."""
     values = [summed(gradient) for gradient in gradients if gradient is not None]
-    # One kernel, which writes no squares down as a product and a sum would.
+    # One kernel, which does not store the squares. A product and a sum would store them.
     halves = [tf.nn.l2_loss(_wide(x)) for x in values]
     dtype = max((x.dtype for x in halves), key=lambda dtype: dtype.size, default=tf.float32)
     return 2 * tf.add_n([tf.cast(x, dtype) for x in halves]) if halves else tf.zeros([], dtype)
@@ -58,7 +58,7 @@ def _wide(x: Any) -> Any:
 
 
 def summed(gradient: Any) -> Any:
-    """Values whose squares add up: slices of one row are added first."""
+    """The entries of a gradient in one tensor. Slices of the same row are added up."""
     if not isinstance(gradient, tf.IndexedSlices):
         return tf.convert_to_tensor(gradient)
     rows, places = tf.unique(gradient.indices)

@@ -1,4 +1,4 @@
-"""`value_and_gradients`: a batch is cut; its window runs in a graph, or eagerly until it fits."""
+"""`value_and_gradients`: cuts a batch, and runs its window in a graph, or eagerly until it fits."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -202,7 +202,7 @@ def _in_micro_batches(
     accumulation_steps: int | None,
     check: bool,
 ) -> Any:
-    """A window of the size in force; eagerly once more with a smaller one if memory runs out."""
+    """Runs a window. Eagerly, it runs again with smaller micro-batches if memory runs out."""
     size: CurrentSize | None = None
     if is_automatic(microbatch_size):
         refuse_planning_replicas()

@@ -1,7 +1,7 @@
-"""Weights of a window before its first forward, and the shares that follow from them.
+"""Weights of a window, computed before its first forward pass, and the shares made of them.
 
-Eagerly the weights of all micro-batches come to the host in one copy and are checked there; in a
-graph they stay tensors. Either way a share is formed in float64.
+Eagerly, the weights of all micro-batches are copied to the host at once and checked there. In a
+graph they stay tensors. In both cases shares are float64.
 """
 
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ from virtualbatch.window.weights import host_shares
 def window_shares(segments: Sequence[Segment], weight: GivenWeight) -> Shares:
     """Shares of a window by rows and, if a weight function is given, by its weights.
 
-    Where several replicas train in step, the window is that of all of them.
+    If several replicas train in step, they share one window, and totals include all replicas.
 
     Args:
         segments: the segments of this replica.
-        weight: see `host_shares`.
+        weight: as for `host_shares`.
 
     Returns:
-        The shares; in a graph float64 tensors, and their values are not checked. The share of a
-        weight that is 0 is 0; any other is what division by the total gives, NaN included.
+        The shares. In a graph they are float64 tensors whose values are not checked. A weight of 0
+        has the share 0. Any other weight is divided by the total, even if the result is NaN.
 
     Raises:
-        ValueError: see `host_shares`.
+        ValueError: a weight is not valid, as in `host_shares`.
     """
     if tf.executing_eagerly():
         rows = [segment.rows(0) for segment in segments]
@@ -58,12 +58,12 @@ def window_shares(segments: Sequence[Segment], weight: GivenWeight) -> Shares:
 
 
 def _divided(column: Any, total: Any) -> Any:
-    # A weight of 0 has the share 0 whatever the total is.
+    # A weight of 0 has the share 0, even if the total is 0.
     return column / tf.where(tf.equal(column, 0), tf.ones_like(column), total)
 
 
 def _weighed(segments: Sequence[Segment], weight: WeightFunction) -> list[Any]:
-    """What each micro-batch weighs in a graph, a vector for each term that is weighed."""
+    """The weights of micro-batches in a graph: one vector for each term that has a weight."""
 
     def weights(index: Any, microbatch: Any) -> Any:
         values = [_wide(value) for value in weight.values(microbatch)]
@@ -80,7 +80,7 @@ def _graph_rows(segments: Sequence[Segment]) -> Any:
         if isinstance(segment.count, int) and segment.count == 1:
             rows = segment.rows(0)
             if rows is None:
-                # Those that are not known all weigh alike, but what does not run weighs nothing.
+                # If rows are not known, micro-batches weigh alike. One that does not run weighs 0.
                 rows = 1 if segment.entries is None else tf.minimum(segment.entries, 1)
             parts.append(tf.cast(rows, tf.float64)[None])
         else:
@@ -91,7 +91,7 @@ def _graph_rows(segments: Sequence[Segment]) -> Any:
 
 
 def _or_one(rows: Any) -> Any:
-    # Where rows are not known, all micro-batches weigh alike.
+    # If rows are not known, all micro-batches weigh alike.
     return 1 if rows is None else rows
 
 

@@ -1,4 +1,4 @@
-"""One window: each micro-batch's share of loss and gradients, and their sums as results."""
+"""One window: each micro-batch's share of the loss and gradients, and the sums of these shares."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -30,14 +30,14 @@ from virtualbatch.window.terms import GivenWeight, loss_and_aux, loss_terms
 
 
 class _Micro(NamedTuple):
-    """What one micro-batch gives.
+    """The results of one micro-batch.
 
     Fields:
-        loss: its share of the loss.
-        norm: its part of the statistics, if they are asked for.
+        loss: the micro-batch's share of the loss.
+        norm: its part of the statistics; None if they are not asked for.
         dense: its share of dense gradients.
-        sparse: values and indices of its share of sparse ones.
-        aux: as it is.
+        sparse: values and indices of its share of sparse gradients.
+        aux: its aux, unchanged.
     """
 
     loss: Any
@@ -48,11 +48,11 @@ class _Micro(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What `value_and_gradients` was given beside the batch and its size.
+    """The arguments of `value_and_gradients`, except the batch and its size.
 
     Fields:
         loss_fn: micro-batch -> loss, or (loss, aux).
-        variables: nested structure of what is differentiated with respect to.
+        variables: nested structure of the variables to differentiate with respect to.
         weight: micro-batch -> weight, "sum", or None.
         has_aux: whether `loss_fn` returns aux.
         stats: whether the statistics of the window are returned too.
@@ -65,9 +65,9 @@ class Program(NamedTuple):
     stats: bool
 
     def converted(self) -> "Program":
-        """The same program, whose functions AutoGraph converts where the caller's are.
+        """The same program. AutoGraph converts its functions if it converts the caller.
 
-        It does not look into this library, but must go on converting what the user wrote.
+        AutoGraph does not convert this library, but it must still convert the user's functions.
         """
         if tf.executing_eagerly():
             return self
@@ -86,17 +86,17 @@ class Program(NamedTuple):
         shares: Shares | None = None,
         losses: list[dict[Any, Any]] | None = None,
     ) -> tuple[Any, ...]:
-        """Runs a window, without recovery.
+        """Runs a window. If memory runs out, the window is not tried again.
 
         Args:
-            cut: its segments.
-            shares: theirs, where they are known already.
-            losses: takes, eagerly, the terms of each micro-batch that count, by name.
+            cut: the segments of the window.
+            shares: the shares of the window, if they are already known.
+            losses: receives, eagerly, for each micro-batch the terms that count, by name.
 
         Returns:
-            (loss or (loss, aux), gradients), and with `stats` the `WindowStats`. Where several
-            replicas train in step, the gradients are this replica's part and all else is theirs
-            together, but for leaves of aux with one entry per row.
+            (loss or (loss, aux), gradients), and with `stats` the `WindowStats`. If several
+            replicas train in step, gradients and leaves of aux with one entry per row are those of
+            this replica. All other results are those of all replicas together.
         """
         loss_fn, variables, weight, has_aux, stats = self
         is_one = replicas() == 1
@@ -157,13 +157,16 @@ class Program(NamedTuple):
 
 
 def _of_all_replicas(values: Sequence[Any]) -> list[Any]:
-    """Values summed over all replicas in one reduction; None stays None."""
+    """Values summed over all replicas, in one reduction. None stays None."""
     found = iter(summed([value for value in values if value is not None]))
     return [None if value is None else next(found) for value in values]
 
 
 def _set_shapes(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-    """Tells a trace that leaves them open; a replica without rows gives zeros in these shapes."""
+    """Sets shapes of gradients that a trace does not know.
+
+    A replica without rows returns zeros in these shapes.
+    """
     for gradient, variable in zip(gradients, variables, strict=True):
         if isinstance(gradient, tf.IndexedSlices):
             gradient.values.set_shape([None, *variable.shape[1:]])

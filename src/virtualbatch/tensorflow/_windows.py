@@ -1,4 +1,4 @@
-"""A Window as segments: its micro-batches as they were cut, alike ones in one run."""
+"""A Window as segments: its micro-batches as given, with adjacent alike ones in one segment."""
 
 import numbers
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from virtualbatch.window.row_list import RowList
 from virtualbatch.window.tree import common_rows, rank
 from virtualbatch.window.window import PASS_WEIGHT, Window, check_alike, check_window
 
-# Classes of what belongs to every row.
+# Classes of leaves that belong to every row.
 _PLAIN = (numbers.Number, str, bytes, type(None), tf.DType)
 
 
@@ -40,13 +40,14 @@ def window_segments(
 
     Args:
         window: at least one micro-batch.
-        weighted: see `segments`.
-        counted: see there.
-        may_be_empty: see there.
+        weighted: as in `segments`.
+        counted: as in `segments`.
+        may_be_empty: as in `segments`.
 
     Raises:
-        ValueError: see there.
-        TypeError: see there.
+        ValueError: the window is empty, rows differ or are missing, or structures differ.
+        TypeError: arrays are hidden in an object that `tf.nest` does not flatten, or an array
+            cannot be converted to a tensor.
     """
     check_window(window)
     if may_be_empty:
@@ -72,7 +73,7 @@ def window_segments(
 
 
 def _rows_are_told(microbatch: Any, counted: bool) -> bool:
-    """Whether the rows of a micro-batch are known, or will be and are asked for."""
+    """Whether rows of a micro-batch are known; or known at run time, and needed (`counted`)."""
     leaves = tf.nest.flatten(marking(microbatch))
     arrays = [leaf for leaf in leaves if is_array(leaf)]
     if len(arrays) + sum(isinstance(x, (*_PLAIN, RowList)) for x in leaves) < len(leaves):
@@ -93,7 +94,7 @@ def _as_it_is(microbatch: Any, rows: Any) -> Segment:
 
 
 def _runs(microbatches: Sequence[Any], counted: bool, may_be_empty: bool) -> list[Segment]:
-    """Micro-batches of a Window in a graph, those of one shape that follow each other as one."""
+    """Micro-batches of a Window in a graph. Adjacent ones of one shape become one segment."""
     result: list[Segment] = []
     run: list[Any] = []
     for microbatch in microbatches:

@@ -8,19 +8,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 from virtualbatch.torch._distributed import classes_of
 from virtualbatch.torch._modules import Inventory
 
-# What is trained -> how many windows of it had sums in bfloat16.
+# What is trained -> the number of its windows with sums in bfloat16.
 _WINDOWS: Any = WeakIdKeyDictionary()
 
-# The golden ratio in 32 bits. Multiples of it are far from the seeds that people choose, whose
-# numbers would be those of their dropout.
+# The golden ratio in 32 bits. Its multiples are far from the seeds that people choose. With such a
+# seed, rounding would draw the same numbers as dropout.
 _STEP = 0x9E3779B9
 
 
 def rounding_seed(accumulator_dtype: str | None, found: Inventory) -> int | None:
     """The seed of the random numbers by which the sums of the next window are rounded.
 
-    It is that of the next window of a module: the same program draws the same numbers, on all
-    ranks, and each window draws others, or the errors of several would point the same way.
+    The seed depends only on the number of the window. So the same program draws the same numbers,
+    on all ranks. Each window draws other numbers, because otherwise the errors of several windows
+    would point the same way.
 
     Args:
         accumulator_dtype: as the caller gave it.
@@ -30,7 +31,7 @@ def rounding_seed(accumulator_dtype: str | None, found: Inventory) -> int | None
         The seed; None where sums are float32 or wider.
 
     Raises:
-        ValueError: the dtype is another, or there is nothing that it could be for.
+        ValueError: the dtype is not one of the two, or no parameter can use bfloat16 sums.
     """
     is_name = accumulator_dtype is None or isinstance(accumulator_dtype, str)
     if not is_name or accumulator_dtype not in (None, "float32", "bfloat16"):
@@ -58,7 +59,7 @@ def rounding_seed(accumulator_dtype: str | None, found: Inventory) -> int | None
 
 
 class RoundedWindow:
-    """A window whose sums are rounded, among those of its module.
+    """The place of a window with rounded sums in the count of its module.
 
     Args:
         owner: see `Inventory`.
@@ -69,9 +70,9 @@ class RoundedWindow:
         self._before = _WINDOWS.get(owner, 0)
 
     def count(self) -> None:
-        """Counts it: the next window draws other numbers."""
+        """Counts this window, so that the next one draws other numbers."""
         _WINDOWS[self._owner] = self._before + 1
 
     def restore(self) -> None:
-        """Counts it no longer."""
+        """Removes this window from the count."""
         _WINDOWS[self._owner] = self._before

@@ -11,12 +11,14 @@ Result = TypeVar("Result")
 
 
 def as_written(fn: Callable[Given, Result]) -> Callable[Given, Result]:
-    """A function that is never traced, nor what it calls; modules that are compiled stay so.
+    """A function that is never traced. What it calls is not traced either.
+
+    Modules that are already compiled stay compiled.
 
     `torch.compiler.disable` as a decorator would import the compiler, which takes a second.
 
     Args:
-        fn: runs micro-batches by what tensors hold, where they are and what hooks see.
+        fn: runs micro-batches, and decides by the values of tensors, their devices and hooks.
     """
 
     @functools.wraps(fn)

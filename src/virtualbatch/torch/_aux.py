@@ -1,4 +1,4 @@
-"""The aux of a window's micro-batches, put together again for the whole batch."""
+"""The aux of a window's micro-batches, merged for the whole batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,8 +49,8 @@ def merged_aux(
         rounded once. Sums of integers of fewer than 32 bits are int32.
 
     Raises:
-        TypeError: a leaf can be neither concatenated, summed nor averaged, or the loss cannot be
-            run on shapes alone where only that can tell rows from classes.
+        TypeError: a leaf can be neither concatenated, summed nor averaged; or only a run on shapes
+            alone can tell rows from classes, and the loss cannot run that way.
         ValueError: the structure differs between micro-batches.
     """
     if len(found) == 1:
@@ -113,9 +113,11 @@ def _widened(leaf: Any, dtype: str) -> Any:
 
 
 def _fake_leaves(loss_fn: Callable[[Any], Any], microbatch: Microbatch, rows: int) -> list[Any]:
-    # Autocast keeps casts of parameters: true ones do not fit here, nor false ones afterwards.
+    # Autocast caches casts of parameters. Real casts must not be used in this fake run, and fake
+    # casts must not be used after it.
     torch.clear_autocast_cache()
-    # Tensors without data: nothing is computed, and parameters, buffers and generators stay.
+    # Fake tensors have no data, so nothing is computed. Parameters, buffers and generators do not
+    # change.
     with (
         held_back(),
         torch.compiler.set_stance("force_eager"),

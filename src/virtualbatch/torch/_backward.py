@@ -207,6 +207,7 @@ def backward(
     ran, outcome = call.together(replicas)
     handed_over = replicas.finished(ran, outcome.reached, None).behind(outcome.loss)
     ran.gradients.add_held(handed_over)
-    # Not before: a graph that is still to be differentiated may hold them.
+    # The statistics are written last, because a graph that is not yet differentiated may hold
+    # their buffers.
     ran.run.statistics.commit(outcome.statistics)
     return ran.result(handed_over.detach(), outcome.stats(ran))

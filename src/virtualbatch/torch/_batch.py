@@ -1,8 +1,8 @@
 """A batch as micro-batches: nested structures of tensors, cut by rows without copying them.
 
-A structure is read once per call: its leaves are found and checked, then cut as often as need be.
-A micro-batch is built of its pieces when it is asked for. Where the batch is on the host and the
-model on a device, that is when it is copied there.
+A structure is read once per call. Its leaves are found and checked, then cut as often as needed.
+A micro-batch is built from its pieces only when it runs. If the batch is on the host and the model
+on a device, the pieces are copied at that moment.
 """
 
 import numbers
@@ -35,9 +35,9 @@ class ReadBatch(NamedTuple):
     """A batch or a Window whose structure has been read.
 
     Fields:
-        given: its micro-batches as they came: those of a Window, or the whole batch as one.
-        is_window: which of the two.
-        without_rows: of a batch without rows what it is made of; None of all others.
+        given: the micro-batches of a Window, or the whole batch as one micro-batch.
+        is_window: whether the caller gave a Window.
+        without_rows: the content of a batch without rows; None for every other batch.
     """
 
     given: list[Microbatch]
@@ -51,21 +51,22 @@ class ReadBatch(NamedTuple):
 
     @property
     def whole(self) -> Microbatch:
-        """The batch as one micro-batch; not of a Window."""
+        """The batch as one micro-batch. Not for a Window."""
         (whole,) = self.given
         return whole
 
     def protected(self) -> "ReadBatch":
-        """The batch whose micro-batches give clones of their tensors away."""
+        """This batch, with micro-batches that hand out clones of their tensors."""
         return self._replace(given=[microbatch.protected() for microbatch in self.given])
 
     def refuse_graphs(self, count: int) -> None:
         """Refuses rows that carry one graph into several micro-batches.
 
-        The first backward pass would use it up. A micro-batch of a Window may bring its own.
+        The first backward pass would use that graph up. Each micro-batch of a Window may bring a
+        graph of its own.
 
         Args:
-            count: micro-batches of the window.
+            count: the number of micro-batches of the window.
 
         Raises:
             ValueError: a tensor was computed with gradients recorded.
@@ -92,7 +93,7 @@ class ReadBatch(NamedTuple):
         Args:
             microbatch_size: checked rows of one micro-batch, or None; None for a Window.
             accumulation_steps: checked micro-batches per window, or None; None for a Window.
-            most: rows that no micro-batch may exceed, those of a Window neither; None for any.
+            most: the most rows that a micro-batch may have, also in a Window; None for no limit.
 
         Returns:
             The micro-batches in row order. Sizes differ by at most one row, unless a Window says
@@ -117,7 +118,7 @@ class ReadBatch(NamedTuple):
         """Cuts a batch into a number of micro-batches, or into its rows if there are fewer.
 
         Args:
-            count: how many, at least 1; not of a Window.
+            count: the number of micro-batches, at least 1. Not for a Window.
         """
         rows = known_rows(self.whole)
         return _cut(self.whole, even_parts(rows, min(count, rows)))
@@ -129,7 +130,7 @@ def read(batch: Any, weighted: bool = False) -> ReadBatch:
     Args:
         batch: nested structure of tensors that share their leading axis, or a Window of such.
         weighted: whether a weight says what a micro-batch counts. Then the rows of a Window need
-            not be known, nor its micro-batches alike.
+            not be known. If they are not known, its micro-batches need not be alike.
 
     Raises:
         ValueError: rows differ or are missing, or a window is empty or holds micro-batches of
@@ -142,7 +143,8 @@ def read(batch: Any, weighted: bool = False) -> ReadBatch:
     if weighted:
         found = [_as_it_is(given, f"window[{index}]") for index, given in enumerate(batch)]
         if any(microbatch.rows is None for microbatch in found):
-            # What fits for one by chance must not be cut where another cannot be.
+            # If one micro-batch has no common rows, the rows of the others may agree by chance.
+            # So none of them is cut.
             return ReadBatch([microbatch._replace(rows=None) for microbatch in found], True)
     else:
         found = [_uncut(given, f"window[{i}]", PASS_WEIGHT) for i, given in enumerate(batch)]
@@ -151,7 +153,7 @@ def read(batch: Any, weighted: bool = False) -> ReadBatch:
 
 
 def read_without_rows(batch: Any) -> ReadBatch | None:
-    """Reads an empty Window, or a batch whose tensors have rows and none of them any.
+    """Reads an empty Window, or a batch whose tensors all have zero rows.
 
     Returns:
         None if it is something else.
@@ -213,9 +215,9 @@ def _read(
 
 
 def _pieces(leaf: Any, cut: Sequence[tuple[int, int]]) -> Sequence[Any]:
-    """What each micro-batch has of a leaf: its rows, or all of what belongs to every row."""
+    """The part of a leaf for each micro-batch: its rows, or the whole leaf if it has no rows."""
     if isinstance(leaf, torch.Tensor):
-        # Slices, all in one call.
+        # All slices in one call.
         return leaf.tensor_split([stop for _, stop in cut[:-1]])
     if isinstance(leaf, RowList):
         return [leaf.cut(start, stop) for start, stop in cut]
@@ -223,7 +225,7 @@ def _pieces(leaf: Any, cut: Sequence[tuple[int, int]]) -> Sequence[Any]:
 
 
 def _refuse_strangers(path: str, leaf: Any, or_else: str) -> None:
-    """Refuses what belongs to every row and may hide tensors."""
+    """Refuses an object that would belong to every row and may hide tensors."""
     odd = stranger(leaf, SHARED)
     if odd is not None:
         raise TypeError(
@@ -234,7 +236,7 @@ def _refuse_strangers(path: str, leaf: Any, or_else: str) -> None:
 
 
 def _is_tensor(path: str, leaf: Any, or_else: str) -> bool:
-    """Whether a leaf has rows; refuses what can neither be cut nor belong to every row."""
+    """Whether a leaf has rows. Refuses a leaf that can neither be cut nor belong to every row."""
     if isinstance(leaf, torch.Tensor):
         if not is_dense(leaf):
             kind = "nested tensor" if leaf.is_nested else f"tensor of layout {leaf.layout}"

@@ -1,7 +1,7 @@
-"""BatchNorm statistics of a window: moments as they were seen, merged into one momentum update.
+"""BatchNorm statistics of a window: the moments of all calls, merged into one momentum update.
 
-Each micro-batch is normalised with its own statistics, as the replicas of data parallelism do. The
-running statistics, though, take one update per window, with the moments of all its rows.
+Each micro-batch is normalised with its own statistics, as on the replicas of data parallelism. The
+running statistics take one update per window, with the moments of all its rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ class _Seen(NamedTuple):
     """Moments of one call of a layer.
 
     Fields:
-        values: how many per channel.
+        values: the number of values per channel.
         moments: their mean and their unbiased variance; shape (2, channels).
     """
 
@@ -35,9 +35,9 @@ class Moments(NamedTuple):
     """Moments of all values of a window in one call of a layer.
 
     Fields:
-        values: how many per channel.
-        mean: of each channel.
-        variance: the unbiased one.
+        values: the number of values per channel.
+        mean: the mean of each channel.
+        variance: the unbiased variance of each channel.
     """
 
     values: int
@@ -48,8 +48,8 @@ class Moments(NamedTuple):
 class MergedStatistics:
     """Records what BatchNorm layers see, for the length of one window.
 
-    While it records, a layer's momentum is 1: the kernel then leaves the moments of the call in
-    the running statistics, and reading them there costs no second pass over the inputs. Only one
+    While it records, a layer's momentum is 1. The kernel then leaves the moments of the call in
+    the running statistics, and reading them there needs no second pass over the inputs. Only one
     window knows the layer's own momentum, so a second window is refused.
 
     Args:
@@ -87,8 +87,8 @@ class MergedStatistics:
         with Undo(leave):
             for layer in self._layers:
                 layer.register_forward_hook(hear)
-            # Hooks come first and leave last. So whoever meets none finds a layer's own momentum,
-            # and of two windows that begin at once none believes to be alone.
+            # Hooks come first and leave last. So a layer without a hook has its own momentum, and
+            # two windows that begin at the same time see each other.
             self._refuse_second_window()
             for layer in self._layers:
                 momenta.append((layer, layer.momentum))
@@ -97,10 +97,10 @@ class MergedStatistics:
 
     @contextmanager
     def in_parts(self) -> Iterator["MergedStatistics"]:
-        """A call of each layer that is made in parts, which are recorded inside the context.
+        """Records one call of each layer that runs in several parts inside the context.
 
         Yields:
-            What records the parts, each a `forward` of its own.
+            The recorder of the parts. Each part is one `forward` of that recorder.
 
         Raises:
             RuntimeError: another thread is in a forward pass of this window.
@@ -129,7 +129,9 @@ class MergedStatistics:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """The forward pass of one micro-batch; calls outside, as checkpointing makes, are not new.
+        """Records the forward pass of one micro-batch.
+
+        Calls outside the context are not recorded. Checkpointing makes such calls.
 
         Raises:
             RuntimeError: a layer was not called as a module.
@@ -152,7 +154,7 @@ class MergedStatistics:
                 merged[k].append(seen)
 
     def heard(self, loss_fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """The loss function, its calls recorded as forward passes of micro-batches."""
+        """The loss function, with each call recorded as the forward pass of a micro-batch."""
 
         def listening(microbatch: Any) -> Any:
             with self.forward():
@@ -175,8 +177,9 @@ class MergedStatistics:
         Call it after `attached`, when the layers have their own momentum again.
 
         Args:
-            commit: of the window.
-            merged: see there; those of all replicas, where there are several.
+            commit: the commit of the window.
+            merged: the moments to use, such as those of all replicas; None for what `merged()`
+                returns.
         """
         if not self._layers:
             return
@@ -195,7 +198,7 @@ class MergedStatistics:
         commit.keep_versions(counted)
 
     def commit(self, merged: Sequence[Sequence["Moments"]] | None = None) -> None:
-        """Makes these updates, of a window of which nothing else is written.
+        """Makes the momentum updates of a window that writes nothing else.
 
         Args:
             merged: see `prepare`.
@@ -206,7 +209,7 @@ class MergedStatistics:
             commit.run(undo)
 
     def hear(self, layer: Any, args: Any, output: torch.Tensor) -> None:
-        """Notes what a layer saw in one call, where it left it.
+        """Records the moments of one call of a layer, which are in its running statistics.
 
         Args:
             layer: the layer.
@@ -216,7 +219,7 @@ class MergedStatistics:
         if self._parts is not None:
             self._parts.hear(layer, args, output)
         elif self._listening and layer.training:
-            # One copy of both, because a small layer takes no longer than a few operations.
+            # One operation copies both: a small layer takes no longer than a few operations.
             moments = torch.stack((layer.running_mean, layer.running_var))
             values = output.numel() // output.shape[1]
             self._calls[id(layer)].append(_Seen(values, moments))
@@ -255,18 +258,18 @@ def is_tracked(module: torch.nn.Module) -> bool:
 
 
 def _counted(layer: Any) -> int:
-    """How often `num_batches_tracked` was written; a number of the host, unlike what it holds."""
+    """How often `num_batches_tracked` was written. The host knows this, but not the value."""
     return 0 if layer.num_batches_tracked is None else layer.num_batches_tracked._version
 
 
 class _Coefficients:
-    """Factors of a merge as tensors; layers that see equally many values share them."""
+    """Factors of a merge as tensors. Layers that see the same number of values share them."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[torch.Tensor, ...]] = {}
 
     def of(self, counts: tuple[int, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Per call, as columns: part of all values, and the factors of variance and distance."""
+        """For each call: its part of all values, and its factors for variance and distance."""
         key = (counts, like.device, like.dtype)
         if key not in self._known:
             total = sum(counts)
@@ -275,7 +278,7 @@ class _Coefficients:
                 [(n - 1) / (total - 1) for n in counts],
                 [n / (total - 1) for n in counts],
             ]
-            # From pinned memory the host need not wait for the window to end.
+            # From pinned memory the copy does not make the host wait for the end of the window.
             host = torch.tensor(table, dtype=like.dtype, pin_memory=like.is_cuda)
             columns = host.to(like.device, non_blocking=True)
             self._known[key] = tuple(columns[:, :, None])
@@ -285,8 +288,8 @@ class _Coefficients:
 def _merged(calls: Sequence[_Seen], coefficients: _Coefficients) -> Moments:
     """Moments of all values that the calls saw.
 
-    All groups are there, so they are merged at once around the common mean instead of pair by
-    pair. That is what `merge_moments` comes to, in a tenth of the kernels.
+    All groups are known, so they are merged at once around the common mean. `merge_moments` merges
+    pair by pair. The result is the same, with a tenth of the kernels.
     """
     counts = tuple(seen.values for seen in calls)
     if len(calls) == 1:
@@ -295,14 +298,14 @@ def _merged(calls: Sequence[_Seen], coefficients: _Coefficients) -> Moments:
     wide = torch.promote_types(calls[0].moments.dtype, torch.float32)
     means, variances = torch.stack([seen.moments for seen in calls], 1).to(wide)
     part, within, between = coefficients.of(counts, means)
-    # Not a matrix product: those may be rounded to ten bits.
+    # Not a matrix product, which may be rounded to ten bits.
     mean = (part * means).sum(0)
     variance = (within * variances + between * (means - mean) ** 2).sum(0)
     return Moments(sum(counts), mean, variance)
 
 
 def _updated(state: Sequence[Any], found: Sequence[torch.Tensor], momentum: float | None) -> Any:
-    """Running mean, running variance and their count after one update with what was found."""
+    """Running mean, running variance and their count after one update with the found moments."""
     *running, count = state
     count = None if count is None else count + 1
 

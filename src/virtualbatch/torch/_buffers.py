@@ -1,4 +1,4 @@
-"""Buffers in which gradients of half precision are summed, each times its factor."""
+"""Buffers that sum gradients of half precision, each multiplied by its factor."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,20 +12,20 @@ from virtualbatch.torch._rounding import StochasticRounding
 from virtualbatch.torch._undo import Undo
 from virtualbatch.torch._unhook import unhook
 
-# Gradients of so few numbers stay in `.grad` while the next micro-batch runs forward. Their sums
-# are in buffers, so this only shows whether the loss function changes them.
+# Gradients with at most this many numbers stay in `.grad` while the next micro-batch runs forward.
+# Their sums are in buffers. What stays only shows whether the loss function changes `.grad`.
 _FEW = 4096
 
 
 class GradientBuffers:
-    """The sums of a window beside `.grad`.
+    """The sums of a window that are kept outside `.grad`.
 
     Args:
         parameters: trainable parameters, each once.
         rounding: adds dense gradients of bfloat16; None where they are summed in float32.
 
     Attributes:
-        sums: one for each parameter; None where nothing was summed in a buffer.
+        sums: the sum of each parameter; None where no gradient was summed in a buffer.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class GradientBuffers:
         self._parameters = parameters
         self._rounding = rounding
         sizes = [parameter.numel() for parameter in parameters]
-        # One at least, and no more: a gradient of each of many large ones would be much.
+        # At least one gradient stays. If all are large, only the smallest stays, to save memory.
         few = [k for k, size in enumerate(sizes) if size <= _FEW]
         self._shown = frozenset(few or [sizes.index(min(sizes))])
 
@@ -44,13 +44,15 @@ class GradientBuffers:
         """Moves the gradients of a backward pass inside the context into their buffers.
 
         Args:
-            factor: what each is multiplied by; the product is formed in float32.
-            as_they_come: whether nothing else reads `.grad` at the end of that pass.
+            factor: what each gradient is multiplied by; the product is formed in float32.
+            as_they_come: whether each gradient may be moved as soon as it is complete, because
+                nothing else reads `.grad` at the end of the pass.
         """
         for k in self._shown:
             self._parameters[k].grad = None
         with ExitStack() as hooks:
-            # Else all gradients of a micro-batch would be there at once, as large as narrow sums.
+            # Otherwise all gradients of a micro-batch would exist at once. They are as large as
+            # the bfloat16 sums.
             if as_they_come and self._rounding is not None:
                 for k, parameter in enumerate(self._parameters):
                     if parameter.dtype == torch.bfloat16 and k not in self._shown:
@@ -86,7 +88,8 @@ class GradientBuffers:
         is_narrow = gradient.dtype == torch.bfloat16 and not gradient.is_sparse
         if self._rounding is not None and is_narrow:
             return self._rounding.first(gradient, factor)
-        # In place after a copy: a float32 gradient may still belong to the graph.
+        # The product is a copy. Later gradients are added to it in place, and a float32 gradient
+        # may still belong to the graph.
         return widened(gradient) * factor
 
 

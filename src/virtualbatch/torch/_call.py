@@ -25,14 +25,14 @@ Trained: TypeAlias = torch.nn.Module | torch.Tensor
 
 
 class Call(NamedTuple):
-    """What the caller gave.
+    """The arguments of one call.
 
     Fields:
         program: functions and modules.
         batch: a batch or a Window.
         microbatch_size: as given.
         accumulation_steps: as given.
-        check: whether a first window proves itself.
+        check: whether the first window of a loss is proved.
     """
 
     program: Program
@@ -60,29 +60,29 @@ class Call(NamedTuple):
         with refused_if_coupled() as refuse:
             result = self.fit(batch).run(run, refuse=refuse)
         if loss.total is None:
-            # Of captured graphs, which tell of no micro-batch.
+            # Captured graphs ran, and they report no losses of micro-batches.
             self._hear(Heard(result, [(0, SINGLE, result)], [None]))
         else:
             self._hear(Heard(loss.total, loss.parts, rows_in_order(self.batch, loss.rows)))
         return result
 
     def together(self, replicas: Replicas) -> tuple[Ran, Outcome]:
-        """Runs the rows of this rank in the window of all; see `_replicas.window.run_window`."""
-        # Only where there are some: a process alone imports nothing of it.
+        """Runs the rows of this rank in the window of all ranks, with `run_window`."""
+        # Imported here, so that a process without other ranks does not import it.
         from virtualbatch.torch._replicas.window import run_window
 
         program = self.program._replace(averaged_over=replicas.size, holds_last=replicas.overlaps)
         call = self._replace(program=program)
         prove = call.proved if replicas.can_run_alone else call.untried
         ran, outcome = run_window(replicas, program, call.read_if_any, call.fit, prove)
-        # Each rank tells of its own rows; it may have none.
+        # Each rank reports its own rows, and it may have none.
         if ran.loss.total is not None:
             rows = rows_in_order(self.batch, ran.loss.rows)
             self._hear(Heard(ran.loss.total, ran.loss.parts, rows))
         return ran, outcome
 
     def _hear(self, losses: Heard) -> None:
-        """Receives the losses of a window; those of an evaluation are skipped."""
+        """Receives the losses of a window. Losses of an evaluation are skipped."""
         if torch.is_grad_enabled():
             remembered(self.program.found.owner).losses.take(losses)
 
@@ -91,7 +91,7 @@ class Call(NamedTuple):
         return read_without_rows(self.batch) or self.read()
 
     def read(self) -> ReadBatch:
-        """The batch, with everything that is refused before it runs."""
+        """Reads the batch, and refuses all that can be refused before it runs."""
         program = self.program
         functions = {
             "loss_fn": program.loss_fn,
@@ -110,7 +110,7 @@ class Call(NamedTuple):
     def proved(
         self, batch: ReadBatch, cut: Sequence[Microbatch], shares: Shares
     ) -> Sequence[Microbatch]:
-        """The micro-batches to run, of a loss whose first window has proved itself."""
+        """Proves the first window of a loss, and returns the micro-batches to run."""
         batch.refuse_graphs(len(cut))
         is_trained = bool(self.program.found.parameters)
         if not (self.check and cut and is_trained) or torch.is_inference_mode_enabled():
@@ -121,7 +121,10 @@ class Call(NamedTuple):
     def untried(
         self, batch: ReadBatch, cut: Sequence[Microbatch], shares: Shares
     ) -> Sequence[Microbatch]:
-        """The same where no rank can try the law alone, which is logged once."""
+        """Returns the micro-batches to run, and logs once that their loss was not proved.
+
+        For a window in which no rank can run alone.
+        """
         del shares
         batch.refuse_graphs(len(cut))
         if self.check:

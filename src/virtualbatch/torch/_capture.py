@@ -1,10 +1,10 @@
 """Micro-batches of one shape as one CUDA graph: small ones no longer wait for Python.
 
-A shape that is seen for the first time takes the normal path, which loads what kernels need. Seen
-again, its forward and backward pass are captured, and from then on replayed for each micro-batch:
-its rows and its share are copied to where the graph reads them, and the graph adds to sums that
-`.grad` gets at the end of the window. Whatever cannot be captured takes the normal path, and one
-log line says why.
+A shape that is seen for the first time takes the normal path, which loads what kernels need. When
+the shape is seen again, its forward and backward pass are captured. From then on they are replayed
+for each micro-batch: its rows and its share are copied to where the graph reads them, and the graph
+adds to the sums of the window. The sums are added to `.grad` at the end of the window. What cannot
+be captured takes the normal path, and one log line says why.
 """
 
 import functools
@@ -30,19 +30,19 @@ from virtualbatch.window.terms import SINGLE, check_same_terms, check_total
 
 _log = logging.getLogger(__name__)
 
-# Each keeps the activations of a micro-batch. Who has more shapes than these has no few shapes.
+# Each graph keeps the activations of a micro-batch, so there must be few of them.
 MOST_GRAPHS = 8
 
 
 class Captured:
-    """A loss function whose micro-batches are replayed; called, it is the loss function.
+    """A loss function whose micro-batches are replayed. A plain call runs the loss function.
 
     Args:
         loss_fn: micro-batch -> loss, or a dict of terms.
     """
 
     def __init__(self, loss_fn: Callable[[Any], Any]):
-        # Its name, docstring and signature; not its attributes, which a module has many of.
+        # The name, docstring and signature are copied. Attributes are not: a module has many.
         functools.update_wrapper(self, loss_fn, updated=())
         self._loss_fn = loss_fn
         self._state: Any = None
@@ -64,16 +64,16 @@ class Captured:
         Args:
             found: what the modules hold.
             cut: the micro-batches, on the host or the device.
-            shares: their shares.
+            shares: the shares of the window.
 
         Returns:
-            The mean loss, a detached scalar; None if the window takes the normal path, and then
+            The mean loss, a detached scalar. None if the window takes the normal path; then
             nothing was changed.
         """
         names = [SINGLE] if shares.terms is None else list(shares.terms)
         parts = [shares.of(names, index) for index in range(len(cut))]
         counted = [index for index, share in enumerate(parts) if any(share)]
-        # Where some term has no share it may be NaN, and a graph would multiply it by zero.
+        # A term without a share may be NaN, and a graph would multiply that NaN by zero.
         if self._gave_up or not counted or not all(all(parts[index]) for index in counted):
             return None
         try:
@@ -104,7 +104,7 @@ class Captured:
         """The graph of each micro-batch, captured if need be; None if a shape is new."""
         state = _state(found, shares)
         if state != self._state:
-            # What was captured reads memory, and took branches, that are no longer right.
+            # The captured graphs read memory and took branches that are no longer right.
             self._forget(state)
         shapes = [_shape(microbatch) for microbatch in cut]
         if not self._graphs.keys() >= set(shapes):
@@ -124,12 +124,12 @@ class Captured:
         return graphs
 
     def _forget(self, state: Any) -> None:
-        """Drops all graphs, for those of another state."""
+        """Drops all graphs. New graphs will be captured in the given state."""
         self._state, self._graphs, self._totals = state, {}, None
 
 
 class _CannotBeCapturedError(Exception):
-    """Says why."""
+    """Says why micro-batches cannot be captured."""
 
 
 class _Totals:
@@ -147,7 +147,7 @@ class _Totals:
         self.pool = torch.cuda.graph_pool_handle()
 
     def zero(self) -> None:
-        """Begins a window."""
+        """Sets the sums to zero at the start of a window."""
         torch._foreach_zero_([*self.gradients, self.loss])
 
     def commit(self, parameters: Sequence[torch.nn.Parameter], reached: set[int]) -> None:
@@ -172,14 +172,14 @@ def _empty(parameters: Sequence[torch.nn.Parameter]) -> None:
 
 
 class _Graph:
-    """Forward and backward of a micro-batch of one shape; nothing runs before it is replayed.
+    """Forward and backward pass of one shape of micro-batch. Nothing is computed until `replay`.
 
     Args:
         loss_fn: the loss function.
-        parameters: those that take a gradient.
-        microbatch: one of its shape.
-        shares: of a window, for the names of terms that have weights of their own.
-        totals: what it adds to.
+        parameters: the parameters that take a gradient.
+        microbatch: a micro-batch of that shape.
+        shares: the shares of a window. They name the terms that have weights of their own.
+        totals: the sums that the graph adds to.
 
     Raises:
         _CannotBeCapturedError: CUDA or the loss function does not allow it.
@@ -221,8 +221,8 @@ class _Graph:
         """Adds a micro-batch to the totals.
 
         Args:
-            microbatch: one of the same shape.
-            parts: its shares.
+            microbatch: a micro-batch of the same shape.
+            parts: the share of each of its terms.
         """
         for held, leaf in zip(self._leaves, microbatch.leaves, strict=True):
             if isinstance(leaf, torch.Tensor):
@@ -240,7 +240,11 @@ def _differentiated(
     parameters: Sequence[torch.nn.Parameter],
     loss: torch.Tensor,
 ) -> tuple[torch.dtype, Sequence[torch.Tensor | None]]:
-    """Adds the terms to the loss; their common dtype, and the gradients of their weighted sum."""
+    """Adds the weighted terms to the loss.
+
+    Returns:
+        The common dtype of the terms, and the gradients of their weighted sum.
+    """
     dtypes = [term.dtype for term in terms.values()]
     if not HALF.isdisjoint(dtypes):
         raise _CannotBeCapturedError("the loss is in half precision")
@@ -268,17 +272,17 @@ def _capturing(graph: Any, pool: Any) -> Iterator[None]:
     stream, generator = torch.cuda.current_stream(), _generator()
     state = generator.clone_state()
     cached = torch.is_autocast_cache_enabled()
-    # A cast weight that is kept would be that of the moment of the capture, and it ties its
-    # parameter to the stream that it was cast on: https://github.com/pytorch/pytorch/pull/84289
+    # A cached cast would keep the weight's value at the time of the capture. It also ties its
+    # parameter to the stream of the cast: https://github.com/pytorch/pytorch/pull/84289
     torch.set_autocast_cache_enabled(False)
     torch.clear_autocast_cache()
     try:
-        # Threads that pin memory for a loader may go on.
+        # Threads that pin memory for a data loader may go on.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             yield
     except RuntimeError as error:
-        # A capture that failed leaves its own stream as the current one, and the generator as one
-        # that only a graph may draw from.
+        # A failed capture leaves its own stream as the current one. It also leaves the generator
+        # in a state that only a graph may draw from.
         torch.cuda.set_stream(stream)
         generator.graphsafe_set_state(state)
         raise _CannotBeCapturedError(str(error).partition("\n")[0]) from error
@@ -292,7 +296,7 @@ def _generator() -> Any:
 
 
 def _state(found: Inventory, shares: Shares) -> tuple[Any, ...]:
-    """Whatever a captured graph took for granted."""
+    """Everything that a captured graph takes for granted."""
     modules = [layer for root in found.roots for layer in root.modules()]
     tensors = [*found.parameters, *(x for layer in modules for x in layer._buffers.values())]
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
@@ -305,7 +309,7 @@ def _state(found: Inventory, shares: Shares) -> tuple[Any, ...]:
 
 
 def _shape(microbatch: Microbatch) -> tuple[Any, ...]:
-    """Equal for micro-batches that one graph serves."""
+    """A key that is equal for all micro-batches that one graph serves."""
     return (
         microbatch.places,
         *(
@@ -317,6 +321,6 @@ def _shape(microbatch: Microbatch) -> tuple[Any, ...]:
 
 def _in_words(leaf: Any) -> str:
     if isinstance(leaf, RowList) and stranger(leaf.items, SHARED) is not None:
-        # Two objects may read alike.
+        # Different objects may have the same repr.
         raise _CannotBeCapturedError("a list of the batch holds objects")
     return repr(leaf)

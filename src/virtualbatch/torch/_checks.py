@@ -1,4 +1,4 @@
-"""What is refused before anything of a window is computed."""
+"""Checks that refuse a call before any part of its window is computed."""
 
 import sys
 from typing import Any
@@ -39,7 +39,7 @@ def check_recording() -> None:
     """Refuses a call where PyTorch records no gradients.
 
     Raises:
-        ValueError: it records none.
+        ValueError: PyTorch records no gradients.
     """
     if not torch.is_grad_enabled():
         raise ValueError(
@@ -49,13 +49,13 @@ def check_recording() -> None:
 
 
 def refuse_foreign_accumulation() -> None:
-    """Refuses to run inside an accumulating loop of Accelerate, or of what is built on it.
+    """Refuses to run inside an accumulating loop of Accelerate, or of a library built on it.
 
     Raises:
-        ValueError: Accelerate divides by micro-batches of its own, is inside such a window, or
-            leaves backward passes to an engine.
+        ValueError: Accelerate is set to accumulate, is accumulating now, or leaves backward passes
+            to DeepSpeed or Megatron-LM.
     """
-    # Looked up, never imported: whoever does not use Accelerate does not pay for it.
+    # Looked up, never imported: programs without Accelerate must not pay for the import.
     accelerate = sys.modules.get("accelerate.state")
     if accelerate is None:
         return
@@ -73,7 +73,7 @@ def refuse_foreign_accumulation() -> None:
             f"Got gradient_accumulation_steps={steps} in its GradientState. "
             "Make the Accelerator with gradient_accumulation_steps=1."
         )
-    # The Hugging Face Trainer counts for itself, and tells Accelerate no more than this.
+    # The Hugging Face Trainer counts micro-batches itself. This flag is all that it sets.
     if shared.get("sync_gradients") is False:
         raise ValueError(
             "Accelerate and the Hugging Face Trainer must leave accumulation to virtualbatch. Got "
@@ -84,5 +84,5 @@ def refuse_foreign_accumulation() -> None:
 
 
 def _shared(accelerate: Any, name: str) -> dict[str, Any]:
-    """What all objects of one of its classes share; empty where there was none."""
+    """The state that all objects of a class of Accelerate share; empty if there is no object."""
     return getattr(getattr(accelerate, name, None), "_shared_state", None) or {}

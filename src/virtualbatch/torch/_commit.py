@@ -1,8 +1,8 @@
-"""What a window leaves when it has succeeded: prepared first, then written, and never by half.
+"""The results of a successful window: first all are prepared, then all are written.
 
-Until the first gradient is added, a window can be put back. From then on it cannot: gradients are
-added in place to what `.grad` held, as PyTorch itself adds them, and no copy is kept. So whatever
-interrupts the writing then, it is finished: a redo log.
+Until the first gradient is added, a window can be undone. After that it cannot: gradients are
+added in place to `.grad`, as PyTorch itself adds them, and no copy is kept. So if the writing is
+interrupted after that point, the rest is still written, as from a redo log.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from virtualbatch.torch._state import versions_of
 from virtualbatch.torch._undo import Undo
 from virtualbatch.window.shares import accumulator_dtype
 
-# Changes the first tensor in place by the second.
+# Changes the first tensor in place, using the second.
 _Write = Callable[[torch.Tensor, torch.Tensor], Any]
 
 _add: _Write = torch.Tensor.add_
@@ -23,7 +23,7 @@ _copy: _Write = torch.Tensor.copy_
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
-    """The same in the dtype in which gradients are summed."""
+    """The tensor in the dtype in which gradients are summed."""
     return x.to(getattr(torch, accumulator_dtype(str(x.dtype).removeprefix("torch."))))
 
 
@@ -37,35 +37,36 @@ def narrowed(found: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The gradient of a window in the dtype of its parameter.
 
     Args:
-        found: dense or sparse.
-        dtype: of the parameter.
+        found: the gradient, dense or sparse.
+        dtype: the dtype of the parameter.
     """
-    # Many entries of one sparse row would be added in few bits by whoever reads them.
+    # A sparse row may have many entries. They are added here, before the dtype gets narrower.
     if found.is_sparse and found.dtype != dtype:
         found = found.coalesce()
     return found.to(dtype)
 
 
 class Commit:
-    """What is written at the end of a window, whatever the dtypes and layouts."""
+    """Everything that is written at the end of a window, for all dtypes and layouts."""
 
     def __init__(self) -> None:
         self._writes: list[tuple[torch.Tensor, _Write, torch.Tensor]] = []
         self._grads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._versions = versions_of(())
-        # The write that is next, and the version of its tensor before it; None if it is not begun.
+        # The next write, and the version of its tensor before that write; None before it begins.
         self._next: tuple[int, int | None] = (0, None)
 
     def gradient(
         self, parameter: torch.Tensor, before: torch.Tensor | None, found: torch.Tensor | None
     ) -> None:
-        """Prepares what `.grad` of a parameter becomes.
+        """Prepares the new `.grad` of a parameter.
 
         Args:
             parameter: the parameter.
-            before: what `.grad` held before; to be changed in place where it can take the sum.
-            found: the gradient of the window, which may be changed; None for none.
+            before: the `.grad` before the window. It is changed in place where it can hold the
+                sum.
+            found: the gradient of the window, which may be changed; None for no gradient.
         """
         total = before
         if found is None:
@@ -87,11 +88,11 @@ class Commit:
         self._grads.append((parameter, total))
 
     def statistics(self, buffer: torch.Tensor, value: torch.Tensor) -> None:
-        """Prepares what a buffer becomes.
+        """Prepares the new value of a buffer.
 
         Args:
-            buffer: written in place.
-            value: of its shape.
+            buffer: the buffer, which is written in place.
+            value: a tensor of the same shape.
         """
         self._statistics.append((buffer, value))
 
@@ -100,20 +101,21 @@ class Commit:
         self._versions = versions_of(buffers)
 
     def run(self, undo: Undo) -> None:
-        """Writes all of it.
+        """Writes everything that was prepared.
 
         Args:
-            undo: puts the window back; there is nothing to undo when this returns.
+            undo: puts the window back. When this method returns, there is nothing to undo.
 
         Raises:
-            RuntimeError: memory ran out when something was written that cannot be put back.
+            RuntimeError: memory ran out after a write that cannot be undone.
         """
         put_back = undo.action
         undo.instead(lambda: self._finish() if self._has_begun() else put_back())
         try:
             self._finish()
         except ERRORS.kinds as error:
-            # Whoever runs a window again where memory runs out would add its gradients twice.
+            # An out-of-memory error would make the caller run the window again. Its gradients
+            # would then be added twice.
             if self._has_begun() and ERRORS.is_possible(error):
                 raise RuntimeError(
                     "Memory must not run out while gradients are added to .grad. Got an "
@@ -125,13 +127,13 @@ class Commit:
         undo.instead(None)
 
     def _has_begun(self) -> bool:
-        """Whether something was changed that cannot be put back."""
+        """Whether something was written that cannot be undone."""
         index, version = self._next
         return index > 0 or (version is not None and self._writes[0][0]._version != version)
 
     @torch.no_grad()
     def _finish(self) -> None:
-        """Writes what is not written yet."""
+        """Writes everything that is not written yet."""
         self._write()
         with self._versions:
             for buffer, value in self._statistics:
@@ -146,7 +148,7 @@ class Commit:
             if version is None:
                 version = target._version
                 self._next = (index, version)
-            # Two parameters may have the same `.grad`, so only the latest write is asked.
+            # Two parameters may share one `.grad`, so a version only tells about the latest write.
             if target._version == version:
                 write(target, source)
             self._next = (index + 1, None)

@@ -1,6 +1,6 @@
-"""Windows with a rowwise function inside, whose loss sees all rows: they are not cut smaller.
+"""Windows whose loss calls a rowwise function, and so sees all rows: they are not cut smaller.
 
-With fewer rows such a loss has another value, and no error would show it.
+With fewer rows such a loss has another value, and no error would show that.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,15 +11,15 @@ from functools import partial
 from virtualbatch.torch._plan.memory import ERRORS
 from virtualbatch.torch._undo import Undo
 
-# Rows of the micro-batches of rowwise functions in the window that runs; None outside of one.
+# Rows per micro-batch of the rowwise functions in the running window; None outside a window.
 _SIZES: ContextVar[list[int] | None] = ContextVar("rowwise sizes of a window", default=None)
 
 
 def tell(rows: int) -> None:
-    """Registers a rowwise function with the window that runs, if there is one.
+    """Registers a rowwise function with the running window, if there is one.
 
     Args:
-        rows: of its largest micro-batch.
+        rows: the rows of the function's largest micro-batch.
     """
     sizes = _SIZES.get()
     if sizes is not None:
@@ -31,7 +31,9 @@ def refused_if_coupled() -> Iterator[Callable[[BaseException], bool]]:
     """Collects rowwise functions that run inside the context.
 
     Yields:
-        What refuses to cut the window smaller if there were any: error -> False, or the error.
+        A function of an error that refuses to cut the window smaller. It returns False if no
+        rowwise function ran. Otherwise it raises a MemoryError, or returns True: the given error
+        must be raised.
     """
     sizes: list[int] = []
 
@@ -39,7 +41,7 @@ def refused_if_coupled() -> Iterator[Callable[[BaseException], bool]]:
         if not sizes:
             return False
         if isinstance(error, MemoryError) and error.__cause__ is not None:
-            # One of a rowwise function itself, which says what to do.
+            # The error comes from a rowwise function and already says what to do.
             return True
         advice = (
             "Pass its rowwise functions a smaller microbatch_size, such as "

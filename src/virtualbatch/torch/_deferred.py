@@ -1,4 +1,4 @@
-"""`loss`: a window behind one autograd node, for whatever calls backward on a loss."""
+"""`loss`: a window behind one autograd node, for code that calls backward on a loss itself."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -190,13 +190,13 @@ def loss(
 def window_loss(
     call: Call, scaler: Any = None, group: Any = None, reduce: str | None = None
 ) -> Any:
-    """What `loss` returns, of a call that is put together already.
+    """The result of `loss` for a call whose arguments are already checked.
 
     Args:
-        call: without a `backward_fn`; its modules may hand gradients over.
-        scaler: see `loss`, like all that follow.
-        group: see there.
-        reduce: see there.
+        call: a call without a `backward_fn`, whose modules may hand gradients over.
+        scaler: as in `loss`.
+        group: as in `loss`.
+        reduce: as in `loss`.
     """
     recording = torch.is_grad_enabled()
     found = call.program.found
@@ -228,7 +228,7 @@ def _hand_over(scale: torch.Tensor | None, ran: Ran) -> Any:
     reached = [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
     del pairs
     finished = Finished([p for p, _ in reached], [g for _, g in reached], scale)
-    # A loss function may have turned it off for good, and its loss would still have a graph.
+    # A loss function may have turned gradients off and not on again, after it built its graph.
     with torch.enable_grad():
         result = ran.result(finished.behind(value), stats)
     commit.run(ran.undo)
@@ -236,7 +236,7 @@ def _hand_over(scale: torch.Tensor | None, ran: Ran) -> Any:
 
 
 def _evaluate(ran: Ran) -> Any:
-    """The mean loss of a batch; BatchNorm layers in training mode get their update."""
+    """The mean loss of a batch. BatchNorm layers in training mode get their update."""
     commit = Commit()
     ran.run.statistics.prepare(commit)
     result = ran.result(ran.loss.mean())

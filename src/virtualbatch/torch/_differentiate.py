@@ -13,8 +13,8 @@ Differentiate = Callable[[Sequence[torch.Tensor], Sequence[float]], None]
 
 def from_factors(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
     """Starts a backward pass from the factors."""
-    # Where the backward pass starts, factors cost no multiplication of their own. A start is never
-    # used twice: where a term is a view of a parameter, it becomes its `.grad` and is added to.
+    # As start values, the factors cost no extra multiplication. Each start is a new tensor: if a
+    # term is a view of a parameter, the start becomes its `.grad`, which is added to in place.
     starts = [torch.full_like(term, factor) for term, factor in zip(terms, factors, strict=True)]
     torch.autograd.backward(terms, starts)
 
@@ -22,14 +22,14 @@ def from_factors(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> Non
 def through(
     backward_fn: Callable[[torch.Tensor], Any], norms: GradientNorms | None
 ) -> Differentiate:
-    """Gives the weighted loss to somebody else's backward pass.
+    """Gives the weighted loss to the user's own backward pass.
 
     Args:
         backward_fn: scalar loss -> None.
-        norms: receives what that pass starts from; None where no norms are needed.
+        norms: receives the gradient that the pass starts from; None if no norms are needed.
 
     Raises:
-        ValueError: in the backward pass: there was none.
+        ValueError: when it is called: `backward_fn` ran no backward pass.
     """
 
     def differentiate(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
@@ -55,7 +55,10 @@ def through(
 
 
 def outside_autocast(differentiate: Differentiate, device: str) -> Differentiate:
-    """Backward operations take the dtypes of their forward; autocast must not choose again."""
+    """Differentiates outside autocast.
+
+    Backward operations use the dtypes of their forward pass, so autocast must not choose again.
+    """
 
     def outside(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
         with torch.autocast(device, enabled=False):

@@ -1,4 +1,4 @@
-"""Modules that add up gradients over processes, and the processes that there are."""
+"""Modules that add up gradients over processes, and the number of processes."""
 
 import sys
 from typing import Any
@@ -8,9 +8,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def number_of_processes() -> int:
-    """Processes of the default group; 1 without one."""
+    """The number of processes of the default group; 1 without a group."""
     distributed = torch.distributed
-    # A build without it has none of its functions.
+    # A build without torch.distributed has only is_available().
     if not distributed.is_available() or not distributed.is_initialized():
         return 1
     return distributed.get_world_size()
@@ -26,20 +26,21 @@ def distributed_classes() -> tuple[type[Any], ...]:
 
 
 def put_to_rest(module: Any) -> None:
-    """Lets a module show its shards, also after a forward pass without a backward pass."""
+    """Reshards a module. After a forward pass without a backward pass it is not resharded yet."""
     if isinstance(module, classes_of("torch.distributed.fsdp", "FSDPModule")):
         module.reshard()
 
 
 def full(x: torch.Tensor) -> torch.Tensor:
-    """A tensor without its mesh, on all ranks of which it is the same."""
+    """The whole tensor of a DTensor, the same on all ranks; any other tensor as it is."""
     tensors = classes_of("torch.distributed.tensor", "DTensor")
     found: torch.Tensor = x.full_tensor() if isinstance(x, tensors) else x
     return found
 
 
 def classes_of(module: str, *names: str) -> tuple[type[Any], ...]:
-    """Some classes of a module, if somebody has imported it."""
-    # Looked up, never imported: it takes more than a second, and whoever has such a module has it.
+    """Some classes of a module, if the module is already imported."""
+    # Looked up, never imported: an import takes more than a second. Only a program that imported
+    # the module can have such objects.
     found = sys.modules.get(module)
     return tuple(getattr(found, name) for name in names if hasattr(found, name))

@@ -1,4 +1,4 @@
-"""What a loss function does that no cut of the batch allows, as an error and as a finding."""
+"""Faults of a loss function that make accumulation impossible, as an error and as a finding."""
 
 from virtualbatch.certify.certificate import Finding
 
@@ -6,7 +6,7 @@ _SHARED_GRAPH = "Trying to backward through the graph a second time"
 
 
 class StatefulLossError(ValueError):
-    """A loss function keeps or changes something beside what it returns.
+    """A loss function keeps or changes something besides what it returns.
 
     Args:
         rule: a sentence.
@@ -14,7 +14,7 @@ class StatefulLossError(ValueError):
         fix: a sentence.
 
     Attributes:
-        finding: the same for a certificate.
+        finding: the fault as a finding for a certificate.
     """
 
     def __init__(self, rule: str, got: str, fix: str):
@@ -25,13 +25,13 @@ class StatefulLossError(ValueError):
 def refuse_shared_graph(error: RuntimeError) -> None:
     """Raises our own error if a backward pass met a graph that is used up, else does nothing.
 
-    PyTorch would advise `retain_graph`, which runs the shared part anew for each micro-batch.
+    PyTorch advises `retain_graph`, which differentiates the shared part again in each micro-batch.
 
     Args:
         error: what the backward pass raised.
 
     Raises:
-        StatefulLossError: that is what it says.
+        StatefulLossError: the error says that the graph is used up.
     """
     if _SHARED_GRAPH in str(error):
         raise StatefulLossError(

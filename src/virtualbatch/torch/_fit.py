@@ -1,4 +1,4 @@
-"""The size of a call's micro-batches: asked for or planned, and halved where memory runs out."""
+"""The size of a call's micro-batches: given or planned, and halved where memory runs out."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,10 +18,10 @@ from virtualbatch.torch._window import Program
 
 
 class Fit:
-    """How a batch is cut, and how it is cut again.
+    """How a batch is cut, and how it is cut smaller if memory runs out.
 
     Args:
-        program: what is to be run.
+        program: the loss, its weight and its modules.
         batch: the batch or Window.
         microbatch_size: as the caller gave it, checked.
         accumulation_steps: as the caller gave it, checked.
@@ -65,12 +65,13 @@ class Fit:
         cut: Sequence[Microbatch] | None = None,
         refuse: Callable[[BaseException], bool] = lambda error: False,
     ) -> Any:
-        """Runs a window, again with smaller micro-batches as long as memory runs out.
+        """Runs a window, and runs it again with smaller micro-batches while memory runs out.
 
         Args:
-            window: micro-batches -> its result; leaves everything as it was if it raises.
-            cut: the micro-batches of the first attempt; None for those of the first call.
-            refuse: error -> whether no smaller ones may be tried; or raises why.
+            window: micro-batches -> result of the window. If it raises, everything is as before.
+            cut: the micro-batches of the first attempt; None for the attribute `cut`.
+            refuse: error -> whether smaller micro-batches are not allowed. It may also raise an
+                error that says why.
 
         Raises:
             MemoryError: not even a micro-batch of one row fits.

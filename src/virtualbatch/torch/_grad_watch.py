@@ -1,6 +1,6 @@
-"""Whether a loss function leaves `.grad` and the recording of gradients alone.
+"""Checks that a loss function changes neither `.grad` nor the recording of gradients.
 
-Sums of earlier micro-batches are in `.grad`, and later ones must be recorded.
+`.grad` holds the sums of earlier micro-batches, and later micro-batches must be recorded.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 
 from virtualbatch.torch._faults import StatefulLossError
 
-# Getters, called by `map`: a loop in Python would be felt where micro-batches are small.
+# Getters that `map` calls: a loop in Python would take too long where micro-batches are small.
 _GRAD = torch.Tensor.grad.__get__
 _VERSION = torch.Tensor._version.__get__
 
@@ -29,18 +29,18 @@ class GradWatch:
         self._version = 0
 
     def look(self) -> None:
-        """Remembers what the parameters have now."""
+        """Remembers the `.grad`s of the parameters as they are now."""
         self._grads = grads = list(map(_GRAD, self._parameters))
         self._held = [grad for grad in grads if grad is not None]
         self._version = sum(map(_VERSION, self._held))
 
     def check(self) -> None:
-        """Refuses what the loss function changed since the last look.
+        """Refuses a loss function that changed a `.grad` since the last `look`.
 
         Raises:
-            StatefulLossError: a `.grad` is another object, or has other values.
+            StatefulLossError: a `.grad` is another object, or was written.
         """
-        # Versions only grow, so their sum tells whether one of them did.
+        # Versions only grow, so their sum shows whether one of them grew.
         if (
             all(map(is_, map(_GRAD, self._parameters), self._grads))
             and sum(map(_VERSION, self._held)) == self._version
@@ -57,10 +57,10 @@ def check_recording(before: bool) -> None:
     """Refuses a function that switched the recording of gradients.
 
     Args:
-        before: whether they were recorded when it was called.
+        before: whether gradients were recorded when the function was called.
 
     Raises:
-        StatefulLossError: it is another way now.
+        StatefulLossError: the recording is now the other way.
     """
     if torch.is_grad_enabled() is before:
         return

@@ -1,8 +1,8 @@
-"""Gradients of a window: summed beside what `.grad` held, and added to it only at the end.
+"""Gradients of a window: summed apart from the old `.grad`, and added to it only at the end.
 
-Where every parameter and term is float32 or wider, each backward pass starts from the
-micro-batch's share and PyTorch itself sums into a fresh `.grad`: no buffer, no extra arithmetic.
-Otherwise gradients are taken unscaled and multiplied in the add to a buffer.
+If every parameter and term is float32 or wider, each backward pass starts from the micro-batch's
+share, and PyTorch itself sums into a fresh `.grad`. This needs no buffer and no extra arithmetic.
+Otherwise gradients are computed unscaled, and multiplied when they are added to a buffer.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -42,15 +42,15 @@ class WindowGradients:
         parameters: trainable parameters, each once.
         backward_fn: scalar loss -> None; computes gradients into `.grad`.
         norms: receives the scaled losses; None where no norms are needed.
-        is_given: tensor -> whether it has the memory of the batch.
-        averaged_over: number of replicas that the sums are divided by later.
-        in_step: whether modules add up gradients over ranks in each backward pass, so that all
-            ranks must run the same ones, and `.grad` holds what came of them.
+        is_given: tensor -> whether it shares memory with the batch.
+        averaged_over: the number of replicas that the sums are divided by later.
+        in_step: whether modules add up gradients over ranks in each backward pass. Then all ranks
+            must run the same backward passes, and `.grad` holds gradients of all ranks.
         rounding: adds dense gradients of bfloat16; None where they are summed in float32.
 
     Attributes:
-        parameters: as given.
-        held: terms whose backward pass is still to come, and what each is multiplied by.
+        parameters: the given parameters.
+        held: terms whose backward pass is still to come, each with its factor.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class WindowGradients:
         self._norms = norms
         self._is_given = is_given
         self._at_first = [parameter.grad for parameter in parameters]
-        # What the sums are added to.
+        # The gradients that the sums are added to.
         self._before = self._at_first
-        # None where the window has one micro-batch only: it is the ordinary computation.
+        # None if the window has only one micro-batch, which runs as an ordinary step.
         self._watch: GradWatch | None = None
         self._foreign: ForeignLeaves | None = None
         self._commits = True
@@ -82,14 +82,14 @@ class WindowGradients:
         self.held: list[tuple[torch.Tensor, float]] = []
         self._averaged_over = averaged_over
         self._in_step = in_step
-        # What the gradients of the latest micro-batch lacked of their share on their way.
+        # The factor between the gradients of the latest backward pass and their share.
         self.factor = 1.0 / averaged_over
 
     def start(self, *, commit: bool = True) -> None:
-        """Puts what `.grad` holds aside, untouched until the window has succeeded.
+        """Puts the old `.grad`s aside, unchanged until the window has succeeded.
 
         Args:
-            commit: whether gradients are to be kept, if it does.
+            commit: whether the gradients of a successful window are kept.
         """
         self._commits = commit
         self._put_aside()
@@ -97,9 +97,9 @@ class WindowGradients:
         self._watch.look()
 
     def start_after_forward(self) -> None:
-        """Does the same for the only micro-batch of a window, whose forward has run.
+        """Puts the old `.grad`s aside after the forward pass of the only micro-batch.
 
-        As in a step without a window, what that did to `.grad` is kept.
+        As in an ordinary step, a change of `.grad` in that forward pass is kept.
         """
         self._before = [parameter.grad for parameter in self.parameters]
         self._put_aside()
@@ -110,11 +110,11 @@ class WindowGradients:
         Args:
             terms: scalar losses; those without a gradient add nothing.
             shares: one number per term. A term of share 0 is left out, because its gradient may
-                be NaN, and 0 times NaN is NaN; where ranks run in step it is muted.
+                be NaN, and 0 times NaN is NaN. If ranks run in step, the term is muted instead.
 
         Raises:
-            ValueError: the loss function changed `.grad`, shares a graph with another
-                micro-batch or reaches what no module holds, or a hook changed a parameter.
+            ValueError: the loss function changed `.grad`, shares a graph with another micro-batch
+                or reaches a parameter that no module holds, or a hook changed a parameter.
         """
         reached = self._reached(terms, shares)
         if self._differentiate is None:
@@ -135,14 +135,14 @@ class WindowGradients:
                 self._watch.look()
 
     def hold(self, terms: Collection[torch.Tensor], shares: Sequence[float]) -> None:
-        """Leaves the last micro-batch to the code that hands the sums over.
+        """Keeps the last micro-batch undifferentiated, for `add_held`.
 
         Args:
-            terms: see `add`.
-            shares: see there.
+            terms: scalar losses, as in `add`.
+            shares: one number per term, as in `add`.
 
         Raises:
-            ValueError: see there; or gradients are summed in buffers, as those of half precision.
+            ValueError: the loss function is wrong as in `add`, or something is of half precision.
         """
         reached = self._reached(terms, shares)
         if _is_half((*self.parameters, *terms)):
@@ -155,10 +155,10 @@ class WindowGradients:
         self.held = reached
 
     def add_held(self, handed_over: torch.Tensor) -> None:
-        """Differentiates what is held together with the loss that hands the sums over.
+        """Differentiates the held micro-batch and the loss that hands the sums over, in one pass.
 
         Args:
-            handed_over: the loss; a scalar.
+            handed_over: the loss that hands the sums over; a scalar.
         """
         differentiate: Differentiate = from_factors
         terms = [handed_over, *(term for term, _ in self.held)]
@@ -175,7 +175,7 @@ class WindowGradients:
                     gradient.zero_()
 
     def reached(self) -> list[bool]:
-        """For each parameter whether the window has a gradient of it."""
+        """Whether the window has a gradient, for each parameter."""
         held = {id(leaf) for leaf in leaves([term for term, _ in self.held])}
         return [
             parameter.grad is not None or total is not None or id(parameter) in held
@@ -183,10 +183,10 @@ class WindowGradients:
         ]
 
     def check_leaves(self) -> None:
-        """Refuses what shows only when the last micro-batch is gone.
+        """Refuses foreign leaves. They show only after the last micro-batch was freed.
 
         Raises:
-            ValueError: somebody trains a tensor that no module holds.
+            ValueError: the loss reaches a tensor that may be trained and that no module holds.
         """
         if self._foreign is not None:
             self._foreign.check()
@@ -199,13 +199,13 @@ class WindowGradients:
 
     @torch.no_grad()
     def prepare(self, commit: Commit) -> None:
-        """Prepares that the window's gradients are added to what `.grad` held before it.
+        """Prepares the sum of the window's gradients and the old `.grad`s.
 
         Args:
-            commit: of the window.
+            commit: the commit of the window.
 
         Raises:
-            ValueError: somebody trains a tensor that no module holds, which only shows now.
+            ValueError: the loss reaches a tensor that may be trained and that no module holds.
         """
         self._close_leaves()
         if self._in_place:
@@ -215,19 +215,19 @@ class WindowGradients:
             commit.gradient(parameter, before, parameter.grad if total is None else total)
 
     def taken(self) -> list[torch.Tensor | None]:
-        """Takes the window's gradients away; `.grad` is as before it.
+        """Takes the window's gradients away. Every `.grad` is then as before the window.
 
         Returns:
-            One for each parameter, None where nothing reached it; sums of half precision are
-            float32, or bfloat16 where that was asked for.
+            One gradient for each parameter, None where no loss reached it. Sums of half precision
+            are float32, or bfloat16 where the caller asked for that.
 
         Raises:
-            ValueError: somebody trains a tensor that no module holds.
+            ValueError: the loss reaches a tensor that may be trained and that no module holds.
         """
         self._close_leaves()
         pairs = list(zip(self.parameters, self._buffers.sums, strict=True))
         found = [parameter.grad if total is None else total for parameter, total in pairs]
-        # Whoever takes them over has them alone, or PyTorch would copy them into `.grad`.
+        # No other reference may stay: PyTorch would then copy the gradients into `.grad`.
         self._buffers.sums = [None] * len(found)
         self._watch = None
         for parameter, before in zip(self.parameters, self._before, strict=True):
@@ -249,7 +249,7 @@ class WindowGradients:
     def _reached(
         self, terms: Collection[torch.Tensor], shares: Sequence[float]
     ) -> list[tuple[torch.Tensor, float]]:
-        """The terms that add something, and what their backward pass starts from."""
+        """The terms that add something, and the factors that their backward pass starts from."""
         if self._watch is not None:
             self._watch.check()
         return [
@@ -266,7 +266,7 @@ class WindowGradients:
                 self._in_place = False
 
     def _chosen(self, terms: Collection[torch.Tensor]) -> Differentiate:
-        """How the window is differentiated, by its first losses."""
+        """The way to differentiate the window, chosen by its first losses."""
         chosen: Differentiate = from_factors
         if self._backward_fn is not None:
             chosen = through(self._backward_fn, self._norms)
@@ -276,13 +276,15 @@ class WindowGradients:
         is_half = _is_half((*self.parameters, *terms))
         if self._in_step:
             _refuse_half_loss(terms)
-            # Gathered parameters are leaves that no module holds: others cannot be told from them.
+            # Gathered parameters are leaves that no module holds, like foreign leaves. So foreign
+            # leaves cannot be found here.
             refuse_shards(terms, self.parameters)
         elif self._watch is None:
             if is_half:
                 refuse_unheld_parameter(terms, self.parameters)
         elif is_half or not self._commits:
-            # Their gradients would lack their share, or outlive a window that is taken back.
+            # Gradients of foreign leaves would lack their share, or stay after a window that is
+            # taken back.
             self._foreign = ForeignLeaves(terms, self.parameters, self._is_given)
             self._foreign.put_aside()
         if is_half:
@@ -293,11 +295,11 @@ class WindowGradients:
 
     def _in_buffers(self, differentiate: Differentiate) -> Differentiate:
         def buffered(terms: Sequence[torch.Tensor], shares: Sequence[float]) -> None:
-            # Only the ratio of the shares goes through the backward pass, where a share would be
-            # rounded to few bits and could underflow. In step other ranks have other shares, and
-            # gradients have met when they come.
+            # In the backward pass a share would be rounded to few bits and could underflow. So
+            # only the ratio of the shares goes through it. In step the full shares do: ranks have
+            # different shares, and their gradients are added up within the backward pass.
             largest = 1.0 if self._in_step else max(shares)
-            # Somebody else's backward pass may look at what came of it.
+            # The user's `backward_fn` may read the gradients after its pass.
             as_they_come = self._backward_fn is None
             with self._buffers.collecting(largest, as_they_come=as_they_come):
                 differentiate(terms, [share / largest for share in shares])
@@ -311,10 +313,10 @@ def _is_half(tensors: Iterable[torch.Tensor]) -> bool:
 
 
 def _refuse_half_loss(terms: Collection[torch.Tensor]) -> None:
-    """Refuses a loss that would round its share to few bits.
+    """Refuses a loss whose dtype would round its share to few bits.
 
     Raises:
-        ValueError: one is of half precision.
+        ValueError: a term is of half precision.
     """
     for term in terms:
         if term.dtype in HALF:

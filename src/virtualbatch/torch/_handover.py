@@ -1,7 +1,7 @@
 """Finished gradients behind one autograd node: a backward call hands them to the parameters.
 
-The window has already differentiated its micro-batches. Hooks on parameters are removed while it
-runs, and are called once, with the gradient of the whole batch, when it is handed over.
+The window has already differentiated its micro-batches. Hooks on parameters are removed while the
+window runs. They are called once, at the handover, with the gradient of the whole batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +20,11 @@ class Finished:
     """The gradients of a window that has run, until they are handed over.
 
     Args:
-        parameters: those that get one.
-        gradients: theirs; dense, sparse or sharded, float32 for those of half precision, or as
-            narrow as those.
-        scale: what the gradients were multiplied by on their way; None for 1.
-        before: called when a backward pass reaches them.
+        parameters: the parameters that get a gradient.
+        gradients: one for each parameter; dense, sparse or sharded. For a parameter of half
+            precision the gradient is float32, or has the dtype of the parameter.
+        scale: the scale that is already in the gradients; None for 1.
+        before: called when a backward pass reaches the gradients.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Finished:
         self._before = before
 
     def behind(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss, which hands them over in a backward pass.
+        """The loss, with a graph that hands the gradients over in a backward pass.
 
         Args:
             loss: a detached scalar.
@@ -49,10 +49,10 @@ class Finished:
         return found
 
     def given(self, factor: torch.Tensor) -> list[torch.Tensor]:
-        """Gives the gradients away, multiplied by what arrived in the backward pass.
+        """Gives the gradients away, multiplied by the factor that arrived in the backward pass.
 
         Raises:
-            RuntimeError: they were handed over before, or this pass cannot take them.
+            RuntimeError: the gradients were handed over before, or `before` refuses this pass.
         """
         if self._gradients is None:
             raise RuntimeError(
@@ -63,12 +63,12 @@ class Finished:
         gradients, self._gradients = self._gradients, None
         if self._scale is not None:
             factor = factor / self._scale.to(factor)
-        # A number of a device is not read: the host would wait for the window.
+        # A factor on a device is not read, because the host would wait for the window.
         is_one = factor.device.type == "cpu" and float(factor) == 1.0
         found = []
         gradients.reverse()
         for parameter in self.parameters:
-            # The list must not hold what `.grad` is to take over.
+            # The list must hold no reference, or PyTorch would copy the gradient into `.grad`.
             gradient = gradients.pop()
             if not is_one:
                 gradient = _times(gradient, factor.to(gradient.device))
@@ -86,7 +86,7 @@ class _HandOver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[Any, ...]:
-        # What is given would be without a graph, and terms of second order would be 0 unseen.
+        # These gradients have no graph, so terms of second order would silently be 0.
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "The gradients of a window have no graph of their own. Got a backward pass with "
@@ -97,7 +97,7 @@ class _HandOver(torch.autograd.Function):
 
 def _times(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     if gradient.dtype == torch.bfloat16 and not gradient.is_sparse:
-        # On a device PyTorch would round the factor first, by the same for every number.
+        # On a device PyTorch would round the factor first, with one error for all numbers.
         multiply_rounded_once(gradient, factor)
         return gradient
     return gradient.mul_(factor)
@@ -105,11 +105,11 @@ def _times(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def hooks_set_aside(owner: Any, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    """No hook on a parameter is called inside the context, and all are there again after it.
+    """Removes all hooks on parameters inside the context, and puts them back after it.
 
     Args:
-        owner: lives as long as the parameters are trained.
-        parameters: those that take a gradient.
+        owner: an object that lives as long as the parameters are trained.
+        parameters: the parameters that take a gradient.
     """
     found: list[dict[Any, Any]] = [
         hooks
@@ -124,10 +124,10 @@ def hooks_set_aside(owner: Any, parameters: Sequence[torch.Tensor]) -> Iterator[
 
 @contextmanager
 def emptied(found: Sequence[dict[Any, Any]]) -> Iterator[None]:
-    """Dictionaries of hooks hold nothing inside the context, and what they held after it.
+    """Empties dictionaries of hooks inside the context, and fills them again after it.
 
     Args:
-        found: the dictionaries themselves. PyTorch holds them, and would not see others.
+        found: the dictionaries themselves. PyTorch holds these, and would not see copies.
     """
     kept = [dict(hooks) for hooks in found]
 

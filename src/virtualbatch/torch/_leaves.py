@@ -1,4 +1,4 @@
-"""Leaves that a loss takes a gradient of, and that no module of the window holds."""
+"""The leaves that a loss depends on, and those of them that no module of the window holds."""
 
 import gc
 from collections.abc import Callable, Collection
@@ -9,7 +9,7 @@ from torch.utils.weak import TensorWeakRef
 
 
 def leaves(terms: Collection[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors that losses take a gradient of, each once.
+    """The leaf tensors that get a gradient from some losses, each once.
 
     Args:
         terms: scalar losses.
@@ -32,11 +32,11 @@ def leaves(terms: Collection[torch.Tensor]) -> list[torch.Tensor]:
 def foreign_leaves(
     terms: Collection[torch.Tensor], parameters: Collection[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Those of them that are no known parameters.
+    """The leaves of some losses that are not known parameters.
 
     Args:
         terms: scalar losses.
-        parameters: all that are known.
+        parameters: all known parameters.
     """
     known = {id(parameter) for parameter in parameters}
     return [leaf for leaf in leaves(terms) if id(leaf) not in known]
@@ -49,10 +49,10 @@ def refuse_unheld_parameter(
 
     Args:
         terms: scalar losses of a micro-batch, before their backward pass.
-        parameters: all that the modules hold and that take a gradient.
+        parameters: all parameters that the modules hold and that take a gradient.
 
     Raises:
-        ValueError: there is one.
+        ValueError: the loss reaches such a parameter.
     """
     for leaf in foreign_leaves(terms, parameters):
         if isinstance(leaf, torch.nn.Parameter):
@@ -62,14 +62,14 @@ def refuse_unheld_parameter(
 def refuse_shards(terms: Collection[torch.Tensor], parameters: Collection[torch.Tensor]) -> None:
     """Refuses a loss that uses sharded parameters where they are not gathered.
 
-    Nothing adds up over ranks what it gives them.
+    The gradients of such shards are not added up over ranks.
 
     Args:
         terms: scalar losses of a micro-batch, before their backward pass.
         parameters: the shards.
 
     Raises:
-        ValueError: it uses one.
+        ValueError: the loss uses a shard.
     """
     known = {id(parameter) for parameter in parameters}
     for leaf in foreign_leaves(terms, ()):
@@ -83,15 +83,15 @@ def refuse_shards(terms: Collection[torch.Tensor], parameters: Collection[torch.
 
 
 class ForeignLeaves:
-    """Leaves beside the parameters, whose gradients PyTorch computes without their share.
+    """Leaves that are no parameters, whose gradients PyTorch computes without their share.
 
-    A leaf that a loss function makes, such as inputs that it makes require gradients, is freed
-    with its micro-batch, so it is not trained. Its rows in the batch stay as they were. Any other
+    A loss function may make a leaf, such as inputs that require gradients. Such a leaf is freed
+    with its micro-batch, so it is not trained. A leaf of the batch keeps its own `.grad`. Any other
     leaf that outlives the micro-batch may be trained by an optimizer.
 
     Args:
         terms: scalar losses of the first micro-batch, before their backward pass.
-        parameters: all that the modules hold and that take a gradient.
+        parameters: all parameters that the modules hold and that take a gradient.
         is_given: leaf -> whether it belongs to the batch.
 
     Raises:
@@ -117,19 +117,19 @@ class ForeignLeaves:
                 self._made.append((TensorWeakRef(leaf), leaf.grad))
 
     def put_aside(self) -> None:
-        """Takes their `.grad`s away until `restore`."""
+        """Takes the `.grad`s of the leaves away until `restore`."""
         for leaf in [*(reference() for reference, _ in self._made), *(x for x, _ in self._given)]:
             if leaf is not None:
                 leaf.grad = None
 
     def check(self) -> None:
-        """Refuses leaves that outlived their micro-batch; to be called when it is gone.
+        """Refuses leaves that outlived their micro-batch. Call it after the micro-batch was freed.
 
         Raises:
-            ValueError: there is one.
+            ValueError: there is such a leaf.
         """
         if any(reference() is not None for reference, _ in self._made):
-            # A cycle may keep one that nobody can reach.
+            # A reference cycle may keep a leaf that no code can reach.
             gc.collect()
         alive = [leaf for reference, _ in self._made if (leaf := reference()) is not None]
         if alive:
@@ -137,7 +137,7 @@ class ForeignLeaves:
         self._made = []
 
     def restore(self) -> None:
-        """Puts back the `.grad`s of the leaves that are still there."""
+        """Puts back the `.grad`s of the leaves that still exist."""
         made = [(reference(), before) for reference, before in self._made]
         for leaf, before in [*made, *self._given]:
             if leaf is not None:

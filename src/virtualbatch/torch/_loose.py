@@ -13,7 +13,7 @@ class Loose(torch.nn.Module):
         tensor: a leaf that requires a gradient.
 
     Raises:
-        ValueError: it is not that.
+        ValueError: the tensor is no leaf, or requires no gradient.
     """
 
     def __init__(self, tensor: torch.Tensor):
@@ -25,7 +25,7 @@ class Loose(torch.nn.Module):
                 f"Got one of shape {tuple(tensor.shape)} {what}. "
                 "Pass the tensors that your optimizer has, or leave it out."
             )
-        # What is registered must be of a class of its own, and a tensor is trained as well.
+        # register_parameter() accepts only Parameters, but a plain tensor may be trained too.
         self._parameters["tensor"] = tensor
 
     @property
@@ -38,11 +38,11 @@ class Loose(torch.nn.Module):
 
 
 def as_modules(given: Any) -> Iterator[Any]:
-    """What was given as `module`, one by one; tensors in modules of their own.
+    """Yields what was given as `module`, one by one. Each tensor comes in a module of its own.
 
     Raises:
         ValueError: a tensor takes no gradient.
-        TypeError: it is what `Module.parameters()` gives, without the layers.
+        TypeError: the caller gave the result of `Module.parameters()`.
     """
     if isinstance(given, torch.nn.Module | torch.Tensor):
         given = [given]

@@ -1,4 +1,4 @@
-"""The loss of a window: what a loss function may return, and the mean over all micro-batches."""
+"""The loss of a window: checks of what a loss function returns, and the mean of all rows."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def checked_terms(loss: Any) -> dict[Any, torch.Tensor]:
         TypeError: a term is not a scalar tensor of a floating dtype.
         ValueError: a term has a shape, or the mapping is empty.
     """
-    # Nearly every loss is this, and a small micro-batch takes no longer than a few checks.
+    # Nearly every loss is one scalar, and a small micro-batch takes no longer than a few checks.
     if isinstance(loss, torch.Tensor) and loss.dim() == 0 and loss.is_floating_point():
         return {SINGLE: loss}
     terms = loss_terms(loss)
@@ -44,10 +44,10 @@ class WindowLoss:
     """The losses of a window's micro-batches, summed in float32 or wider.
 
     Attributes:
-        dtype: common one of the terms; None before the first.
-        total: their sum, a detached scalar; None where nothing has a share.
-        parts: (number of the micro-batch, name of the term, its loss); those that have a share.
-        rows: of each micro-batch; None where they are not known.
+        dtype: the common dtype of the terms; None before the first term.
+        total: the sum of the losses, a detached scalar; None if no term has a share.
+        parts: (number of the micro-batch, name of the term, its loss), for all terms with a share.
+        rows: the rows of each micro-batch; None where they are not known.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class WindowLoss:
         """Adds one micro-batch.
 
         Args:
-            index: its number.
+            index: the number of the micro-batch.
             terms: scalar losses.
             shares: one number per term. A term of share 0 is left out, because it may be NaN, and
                 0 times NaN is NaN.
@@ -72,7 +72,7 @@ class WindowLoss:
             if not share:
                 continue
             loss = term.detach()
-            # A view would hold the memory of what it is a view of.
+            # A view would keep the memory of its base.
             self.parts.append((index, name, loss.clone() if term._is_view() else loss))
             if self.total is None:
                 self.total = loss.to(self._wide) * share
@@ -80,12 +80,12 @@ class WindowLoss:
                 self.total.add_(loss, alpha=share)
 
     def zero(self) -> None:
-        """Makes what was added so far zero, NaN included."""
+        """Makes the total so far zero, NaN included."""
         if self.total is not None:
             self.total = torch.zeros_like(self.total)
 
     def mean(self) -> torch.Tensor:
-        """The loss of the whole batch; a detached scalar of the terms' common dtype."""
+        """The loss of the whole batch, a detached scalar of the terms' common dtype."""
         if self.total is None or self.dtype is None:
             raise ValueError("internal: no term of a window has a share.")
         return self.total.to(self.dtype)

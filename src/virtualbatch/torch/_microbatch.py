@@ -1,4 +1,4 @@
-"""One micro-batch: its rows of each leaf, and how to build the structure that a loss takes."""
+"""One micro-batch: its rows of each leaf, and how to build the structure for the loss."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ class Microbatch(NamedTuple):
     """One micro-batch of a window.
 
     Fields:
-        rows: its rows; a Python int, or None where a weight says what it counts and its rows
-            cannot be told.
-        leaves: its pieces of the batch's leaves, where the batch is; tensors are views. Lists with
-            one entry per row are marked as such.
+        rows: the number of rows, a Python int. None if the rows are not known; then a weight says
+            what the micro-batch counts.
+        leaves: its pieces of the batch's leaves, on the device of the batch. Tensors are views.
+            Lists with one entry per row are marked as such.
         build: leaves -> the structure that the loss function takes.
-        given: the structure itself where the caller gave it as it is, else None.
+        given: the structure itself if the caller gave it uncut, else None.
         places: the expressions that reach the leaves in the structure.
     """
 
@@ -29,11 +29,11 @@ class Microbatch(NamedTuple):
     places: tuple[str, ...] = ()
 
     def get(self) -> Any:
-        """The structure. What was cut is built anew each time, so that it may be taken apart."""
+        """The structure. A cut one is built anew each time, so the loss function may change it."""
         return self.build(self.leaves) if self.given is None else self.given
 
     def some(self, rows: Sequence[int]) -> "Microbatch":
-        """Copies of some of its rows, given by their numbers."""
+        """A micro-batch of copies of some rows, given by their numbers."""
         numbers = torch.as_tensor(rows)
 
         def chosen(leaf: Any) -> Any:
@@ -44,11 +44,16 @@ class Microbatch(NamedTuple):
         return self._replace(rows=len(rows), leaves=list(map(chosen, self.leaves)), given=None)
 
     def mapped(self, fn: Callable[[torch.Tensor], Any]) -> Any:
-        """The structure with fn applied to every tensor where the batch is."""
+        """The structure with fn applied to every tensor, on the device of the batch."""
         return self.build([fn(x) if isinstance(x, torch.Tensor) else x for x in self.leaves])
 
     def with_rows(self, rows: int, fn: Callable[[torch.Tensor], Any]) -> Any:
-        """As `mapped`, where fn gives that many rows, with lists of as many entries."""
+        """The structure with another number of rows.
+
+        Args:
+            rows: the number of rows. Lists get as many entries.
+            fn: tensor -> a tensor with that many rows.
+        """
         leaves = [x.stretched(rows) if isinstance(x, RowList) else x for x in self.leaves]
         return self._replace(leaves=leaves).mapped(fn)
 
@@ -58,7 +63,7 @@ class Microbatch(NamedTuple):
         return [(f"batch{place}", x) for place, x in pairs if isinstance(x, torch.Tensor)]
 
     def in_words(self) -> list[str]:
-        """Its leaves in words."""
+        """A description of each leaf."""
         return [
             f"microbatch{place} "
             + ("a tensor" if isinstance(x, torch.Tensor) else f"of type {type(x).__name__}")
@@ -66,14 +71,14 @@ class Microbatch(NamedTuple):
         ]
 
     def with_tensors(self, fn: Callable[[torch.Tensor], Any]) -> "Microbatch":
-        """The micro-batch with others for its tensors, such as fake ones or clones."""
+        """The micro-batch with its tensors replaced, such as by fake ones or clones."""
         leaves = [fn(x) if isinstance(x, torch.Tensor) else x for x in self.leaves]
         return self._replace(leaves=leaves, given=None)
 
     def protected(self) -> "Microbatch":
-        """The micro-batch with clones of its tensors, made anew each time that it is asked for.
+        """The micro-batch with clones of its tensors, made anew in each `get`.
 
-        Whatever a loss function does to its rows in place, those of the caller stay as they are.
+        If a loss function changes its rows in place, the caller's rows stay as they are.
         """
         build = self.build
 
@@ -84,13 +89,13 @@ class Microbatch(NamedTuple):
 
 
 def on_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
-    """The micro-batch with its host tensors copied to a device, each time that it is asked for.
+    """The micro-batch with its host tensors copied to a device, in each `get`.
 
     Copies from pinned memory do not wait for the device.
 
     Args:
         microbatch: a micro-batch.
-        device: where to.
+        device: the target device.
     """
     build = microbatch.build
 
@@ -104,12 +109,12 @@ def on_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
 
 
 def most_rows(cut: Sequence[Microbatch]) -> int:
-    """Rows of the largest of some micro-batches whose rows are known."""
+    """The rows of the largest micro-batch. All rows must be known."""
     return max(map(known_rows, cut))
 
 
 def known_rows(microbatch: Microbatch) -> int:
-    """Rows of a micro-batch that has some."""
+    """The rows of a micro-batch whose rows are known."""
     if microbatch.rows is None:
         raise ValueError("internal: what has no rows is cut.")
     return microbatch.rows
@@ -117,7 +122,7 @@ def known_rows(microbatch: Microbatch) -> int:
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether a tensor has its rows on its first axis."""
-    # Nested tensors may be called strided.
+    # Nested tensors may have the layout strided.
     return tensor.layout is torch.strided and not tensor.is_nested
 
 

@@ -1,6 +1,6 @@
-"""PyTorch's modes, which contexts switch and which an interrupt may leave switched.
+"""PyTorch's modes. Contexts switch them, and an interrupt may leave them switched.
 
-The contexts of PyTorch are written in Python: a signal may come inside their `__exit__`.
+The contexts of PyTorch are written in Python, so a signal may arrive inside their `__exit__`.
 """
 
 from functools import cache
@@ -11,13 +11,13 @@ from torch.utils import _python_dispatch
 
 
 class Modes:
-    """What this thread is switched to now.
+    """The present modes of this thread.
 
-    Whether gradients are recorded, which dispatch modes are active, and autocast.
+    They are: whether gradients are recorded, which dispatch modes are active, and autocast.
 
     Args:
-        is_outermost: whether no other one is restored after this. Only then autocast is read,
-            which takes longer.
+        is_outermost: whether no other `Modes` object is restored after this one. Only then autocast
+            is read, which takes longer.
     """
 
     def __init__(self, *, is_outermost: bool = True):
@@ -62,20 +62,20 @@ class _Autocast:
 
 @cache
 def _kinds() -> tuple[str, ...]:
-    """Kinds of devices that may cast."""
+    """The device types that have autocast."""
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu", "cpu" if accelerator is None else accelerator.type}
     return tuple(filter(torch.amp.is_autocast_available, sorted(kinds)))
 
 
 def _nesting() -> int:
-    """How many autocast contexts are open; only a change has a meaning."""
-    # One call of C: between two of Python the handler of a signal may raise.
+    """The number of open autocast contexts. Only a change of it has a meaning."""
+    # One call in C: between two calls in Python a signal handler may raise.
     return list(map(call, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting)))[1]
 
 
 def _tell_no_dispatch() -> None:
-    """Leaves nothing of dispatch modes, such as what compiled functions and fake tensors ask."""
+    """Clears the flags of dispatch modes, which compiled functions and fake tensors read."""
     torch._C._set_only_lift_cpu_tensors(False)
     _python_dispatch._is_in_torch_dispatch_mode = False
     _python_dispatch._is_in_non_infra_torch_dispatch_mode = False

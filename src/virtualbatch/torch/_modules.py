@@ -1,4 +1,4 @@
-"""What the modules of a window hold, found in one walk, and what is refused about them."""
+"""The contents of a window's modules, found in one walk, and the checks of these modules."""
 
 from typing import Any, NamedTuple
 
@@ -11,17 +11,17 @@ from virtualbatch.torch._stepping import refuse_node_hooks
 
 
 class Inventory(NamedTuple):
-    """What a window needs of its modules, submodules included.
+    """What a window needs from its modules and their submodules.
 
     Fields:
         roots: the modules themselves, each once.
-        layers: they and all their submodules, each once.
-        parameters: those that take a gradient, each once.
+        layers: the modules and all their submodules, each once.
+        parameters: the parameters that take a gradient, each once.
         with_buffers: modules that have buffers of their own, each once.
-        accelerator: the device that all parameters are on, or None if that is the host or they
-            are on several.
-        devices: all devices beside the host that parameters and buffers are on.
-        owner: lives as long as what is trained: the first module or tensor that was given.
+        accelerator: the device that all parameters are on; None if they are on the host or on
+            several devices.
+        devices: all devices of parameters and buffers, without the host.
+        owner: the first module or tensor that was given. It lives as long as the training.
         distributed: modules that add up gradients, or gather parameters, over processes.
     """
 
@@ -39,17 +39,16 @@ def inventory(module: Any, *, hands_over: bool = False, may_be_frozen: bool = Fa
     """Walks through modules and all their submodules.
 
     Args:
-        module: one module or an iterable of them; tensors that are trained may be among them.
-        hands_over: whether somebody else calls backward after the window, within which no hook
-            is heard.
-        may_be_frozen: whether there need be no trainable parameter.
+        module: one module or an iterable of modules. Trained tensors may be among them.
+        hands_over: whether other code calls backward after the window. Hooks of parameters are
+            then not called inside the window.
+        may_be_frozen: whether it is allowed that no parameter is trainable.
 
     Raises:
         TypeError: something is neither a module nor a tensor.
         ValueError: no parameter is trainable, a tensor takes no gradient, a parameter has a hook
             that could step an optimizer in the middle of the window, a module is not initialised
-            yet, or a Lightning trainer divides by micro-batches of its own or calls backward
-            itself.
+            yet, or a Lightning trainer accumulates or calls backward itself.
     """
     roots = _roots(module)
     layers = list(roots.values())
@@ -68,7 +67,7 @@ def inventory(module: Any, *, hands_over: bool = False, may_be_frozen: bool = Fa
         for name, parameter in layer._parameters.items():
             if parameter is None:
                 continue
-            # Nearly all are of this class, and a look at it is quicker than a call.
+            # Nearly all have this class, and to compare the class is faster than a call.
             if type(parameter) is not torch.nn.Parameter:
                 _check_initialised(layer, name, parameter)
             devices.add("cpu" if parameter.is_cpu else parameter.device)
@@ -124,7 +123,7 @@ def _roots(module: Any) -> dict[int, torch.nn.Module]:
 def _check_layer(layer: torch.nn.Module, hands_over: bool) -> None:
     for name, buffer in layer._buffers.items():
         _check_initialised(layer, name, buffer)
-    # A LightningModule keeps its trainer here. Its property would complain if there is none.
+    # A LightningModule keeps its trainer here. Its property `trainer` raises if there is none.
     trainer = vars(layer).get("_trainer")
     if trainer is None:
         return
@@ -137,7 +136,7 @@ def _check_layer(layer: torch.nn.Module, hands_over: bool) -> None:
         )
     if hands_over:
         return
-    # Afterwards the module still has its trainer, and any loop may train it.
+    # After `fit` the module still has its trainer, and any other loop may train it.
     if vars(layer).get("_automatic_optimization") and getattr(trainer, "training", False):
         raise ValueError(
             "Lightning must leave the backward pass to virtualbatch. "

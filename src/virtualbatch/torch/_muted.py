@@ -1,8 +1,8 @@
 """Losses whose backward pass runs completely and gives zero gradients.
 
 Ranks that gather parameters must all run the same backward passes, even for a micro-batch of
-weight 0. Its gradient may be NaN, and 0 times NaN is NaN, so zeros replace it on every path of the
-graph that no other loss shares.
+weight 0. The gradient of such a micro-batch may be NaN, and 0 times NaN is NaN. So zeros replace
+the gradient on every path of the graph that no other loss shares.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -12,11 +12,11 @@ import torch
 
 
 def with_muted(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> Sequence[torch.Tensor]:
-    """The terms, with zeros for those whose factor is 0, whose gradients are zeros too.
+    """The terms, where each term of factor 0 is replaced by a zero with zero gradients.
 
     Args:
         terms: scalar losses that take a gradient.
-        factors: one for each.
+        factors: one number for each term.
     """
     if all(factors):
         return terms
@@ -28,7 +28,7 @@ def with_muted(terms: Sequence[torch.Tensor], factors: Sequence[float]) -> Seque
 
 
 class _Zero(torch.autograd.Function):
-    """A loss of 0, as what it is computed from may be NaN."""
+    """A loss of 0 with gradients of 0, whatever the given loss is."""
 
     @staticmethod
     def forward(ctx: Any, term: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,7 @@ class _Zero(torch.autograd.Function):
 
 
 def _nodes(terms: Iterable[torch.Tensor]) -> set[Any]:
-    """The nodes of a graph but for its leaves, which pass nothing on."""
+    """The nodes of a graph without its leaves, which pass nothing on."""
     found: set[Any] = set()
     stack = [term.grad_fn for term in terms]
     while stack:

@@ -10,14 +10,15 @@ from virtualbatch.window.not_finite import LateLosses, LossWatch
 
 
 class Heard(NamedTuple):
-    """The losses of a window; detached scalars.
+    """The losses of a window, as detached scalars.
 
     Fields:
-        total: of the window.
-        parts: (number of the micro-batch, name of the term, its loss); those that count.
-        rows: of each micro-batch; None where they are not known.
-        what: what else the parts are of, None for the loss.
-        before: a scalar; if it is not finite, the total is not judged. None for none.
+        total: the loss of the window.
+        parts: (number of the micro-batch, name of the term, its loss), for all terms that count.
+        rows: the rows of each micro-batch; None where they are not known.
+        what: a name for the numbers if they are not losses; None for losses.
+        before: an earlier scalar. If it is not finite, the total is not judged. None for no such
+            scalar.
     """
 
     total: torch.Tensor
@@ -28,18 +29,19 @@ class Heard(NamedTuple):
 
     @property
     def scalars(self) -> list[torch.Tensor]:
-        """The total, what was before, and the parts."""
+        """The total, then `before` if there is one, then the parts."""
         before = [] if self.before is None else [self.before]
         return [self.total, *before, *(loss for _, _, loss in self.parts)]
 
 
 class _Sent(NamedTuple):
-    """The same on its way to the host.
+    """The losses of a window on their way to the host.
 
     Fields:
-        values: a vector.
-        event: of the device, reached once they are there; None where the device has no events.
-        of: without its scalars.
+        values: the scalars as a vector.
+        event: an event of the device, reached once the values have arrived; None if the device has
+            no events.
+        of: the losses that were sent.
     """
 
     values: torch.Tensor
@@ -57,11 +59,12 @@ class ModuleLosses:
     def take(self, found: Heard) -> None:
         """Takes the losses of a window that has succeeded."""
         total = found.total
-        # Shapes without values, or a part of what other ranks have too.
+        # A fake or meta tensor has no value, and a DTensor is only a part.
         if type(total) is not torch.Tensor or total.is_meta:
             return
         if _is_on_host(total):
-            # Memory of the host is looked at. What refuses `item` means reading of a device.
+            # Reading memory of the host waits for nothing. `item` is not used, because some tools
+            # refuse it: they take it for a wait for a device.
             self._hear(found, float(total.numpy()), None)
         elif not (total.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._late.take(_sent(found))
@@ -88,7 +91,7 @@ class ModuleLosses:
 
 
 def _sent(found: Heard) -> _Sent:
-    """Losses on their way to the host."""
+    """Sends losses to the host."""
     total = found.total
     with torch.no_grad():
         values = torch.stack([x.to(total) for x in found.scalars])
@@ -107,7 +110,7 @@ def _is_on_host(total: torch.Tensor) -> bool:
 
 def _is_there(sent: _Sent, is_latest: bool) -> bool:
     if sent.event is None:
-        # To read of a device stops it, unless a later window keeps it busy.
+        # Reading waits for the device, and leaves it idle unless a later window keeps it busy.
         return not is_latest
     found: bool = sent.event.query()
     return found

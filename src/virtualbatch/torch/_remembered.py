@@ -14,9 +14,9 @@ class Remembered(NamedTuple):
     """What is remembered about a module.
 
     Fields:
-        proven: the losses that were tried with it.
-        sizes: its plans, and sizes that were made smaller.
-        losses: receives the losses of its windows.
+        proven: the losses that were tried with the module.
+        sizes: the plans of the module, and sizes that were made smaller.
+        losses: receives the losses of the module's windows.
     """
 
     proven: Proven
@@ -31,7 +31,7 @@ def remembered(owner: torch.nn.Module | torch.Tensor) -> Remembered:
     """What is remembered about a module.
 
     Args:
-        owner: see `Inventory`.
+        owner: the module or tensor that `Inventory.owner` names.
     """
     found: Remembered | None = _REMEMBERED.get(owner)
     if found is None:

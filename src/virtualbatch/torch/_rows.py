@@ -5,7 +5,7 @@ from virtualbatch.torch._faults import StatefulLossError
 
 
 class RowsBefore:
-    """Which tensors of a batch were changed in place since this was made.
+    """Detects tensors of a batch that are changed in place after this object was made.
 
     Args:
         batch: a batch or a Window, as it was given.
@@ -16,7 +16,7 @@ class RowsBefore:
             (place, tensor, tensor._version)
             for microbatch in batch.given
             for place, tensor in microbatch.tensors()
-            # Those of inference mode cannot be changed outside it, and count nothing.
+            # Inference tensors have no version, and cannot be changed outside inference mode.
             if not tensor.is_inference()
         ]
 
@@ -24,10 +24,10 @@ class RowsBefore:
         """Refuses to run a window again on rows that its first attempt has changed.
 
         Args:
-            error: that memory ran out.
+            error: the out-of-memory error.
 
         Returns:
-            False: nothing was written that cannot be undone.
+            False: no row was changed, so the window may run again.
 
         Raises:
             StatefulLossError: a tensor was changed.

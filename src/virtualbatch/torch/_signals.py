@@ -1,8 +1,8 @@
 """Holds signals back while PyTorch is in a dispatch mode, which no exception may interrupt.
 
-Fake tensors are switched on by generators inside the dispatcher. If the handler of a signal
-interrupts one, it is closed later, and its thread stays without autograd. Where the dispatcher
-calls Python while it frees something, an exception ends the process.
+Generators inside the dispatcher switch fake tensors on. If a signal handler interrupts such a
+generator, it is closed too late, and its thread stays without autograd. If the handler raises while
+the dispatcher calls Python to free something, the process ends.
 """
 
 import signal
@@ -16,8 +16,8 @@ from virtualbatch.torch._undo import Undo
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Handlers of signals run when the context ends, those that have come first."""
-    # Python calls handlers in this thread alone, and lets no other one set them.
+    """Delays signal handlers until the context ends. They then run in the order of the signals."""
+    # Python calls handlers only in the main thread, and only that thread can set them.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -45,7 +45,7 @@ def held_back() -> Iterator[None]:
 
 
 def _deliver(came: list[int]) -> None:
-    """Lets handlers have the signals that came; what the last of them raises is raised."""
+    """Delivers the signals that arrived. If several handlers raise, the last error is raised."""
     while came:
         try:
             signal.raise_signal(came.pop(0))

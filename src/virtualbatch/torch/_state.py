@@ -1,19 +1,19 @@
-"""Buffers of modules, copied before a window so that a failed one leaves them as they were."""
+"""Buffers of modules, copied before a window, so that a failed window can restore them."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 
-# Running statistics are small. Whatever is larger, such as packed weights of a quantised layer,
-# would cost more memory than a micro-batch saves.
+# Running statistics are small. A copy of larger buffers, such as packed weights of a quantised
+# layer, would cost more memory than a micro-batch saves.
 LARGEST_COPIED = 64 * 2**20
 
 
 class Places:
-    """Which tensors are the buffers of modules now.
+    """The buffers of modules, as objects at their places.
 
     Args:
-        layers: modules, each once; only their own buffers count, not those of submodules.
+        layers: modules, each once. Only their own buffers count, not those of submodules.
     """
 
     def __init__(self, layers: Sequence[torch.nn.Module]):
@@ -26,17 +26,17 @@ class Places:
         return (buffer for _, _, buffer in self._places if buffer is not None)
 
     def restore(self) -> None:
-        """Puts back the same objects."""
+        """Puts every buffer object back to its place."""
         for layer, name, buffer in self._places:
             if layer._buffers.get(name) is not buffer:
                 layer._buffers[name] = buffer
 
 
 class Buffers:
-    """The buffers of modules as they are now.
+    """Copies of the buffers of modules.
 
     Args:
-        layers: modules, each once; only their own buffers count, not those of submodules.
+        layers: modules, each once. Only their own buffers count, not those of submodules.
     """
 
     def __init__(self, layers: Sequence[torch.nn.Module]):
@@ -50,13 +50,13 @@ class Buffers:
         self._versions = versions_of([buffer for buffer, _ in self._copies.values()])
 
     def copy_of(self, buffer: torch.Tensor) -> torch.Tensor:
-        """What the buffer held when this was made; a detached tensor."""
+        """The value of a buffer when this object was made; a detached tensor."""
         return self._copies[id(buffer)][1]
 
     def restore(self) -> None:
         """Puts back every buffer: the same objects with the same values."""
         self._places.restore()
-        # All of them: the count of in-place changes does not see what BatchNorm's kernels write.
+        # All buffers are written: versions do not show what the kernels of BatchNorm wrote.
         with torch.no_grad(), self._versions:
             for buffer, copied in self._copies.values():
                 buffer.copy_(copied)
@@ -65,10 +65,10 @@ class Buffers:
 def versions_of(
     tensors: Sequence[torch.Tensor],
 ) -> torch.autograd.grad_mode._unsafe_preserve_version_counter:
-    """A context that leaves tensors with the versions that they have now.
+    """A context after which tensors have the same versions as before.
 
-    For values that are put back, or are written as PyTorch's own kernels write statistics: graphs
-    that keep such a tensor for their backward pass are still right.
+    It is for values that are put back, and for statistics, which PyTorch's own kernels write in the
+    same way. Graphs that keep such a tensor for their backward pass are still right.
 
     Args:
         tensors: buffers.

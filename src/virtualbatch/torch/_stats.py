@@ -1,4 +1,4 @@
-"""Statistics of a window's gradient noise, measured by hooks as each gradient passes."""
+"""Statistics of a window's gradient noise. Hooks measure each gradient in the backward pass."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from virtualbatch.torch._undo import Undo
 from virtualbatch.torch._unhook import unhook
 
 _HALF = (torch.float16, torch.bfloat16)
-# Norms that are added up at once: each call costs more than the numbers that it adds.
+# Norms that are added up in one call, because a call costs more than the numbers that it adds.
 _MOST_WAITING = 1024
 
 
@@ -24,7 +24,8 @@ class GradientNorms:
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter]):
         self._parameters = parameters
-        # Norms of the latest micro-batch; of those before, each with what its square counts.
+        # `_of_one` has the norms of the latest micro-batch. `_waiting` has the norms of earlier
+        # ones, and `_factors` the factors of their squares.
         self._of_one: list[torch.Tensor] = []
         self._waiting: list[torch.Tensor] = []
         self._factors: list[float] = []
@@ -33,7 +34,7 @@ class GradientNorms:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """While gradients of the parameters are seen."""
+        """A context in which hooks see the gradients of the parameters."""
         see = self._see
 
         def leave() -> None:
@@ -46,7 +47,7 @@ class GradientNorms:
             yield
 
     def hear_scale(self, loss: torch.Tensor) -> None:
-        """Sees what a backward pass starts from, if that is not 1: the scale of a `GradScaler`."""
+        """Notes the gradient that a backward pass starts from, such as a `GradScaler`'s scale."""
 
         def start(gradient: torch.Tensor) -> None:
             handle.remove()
@@ -58,8 +59,8 @@ class GradientNorms:
         """Ends a micro-batch.
 
         Args:
-            share: its share of the window, above 0.
-            factor: what the gradients that passed lack of their share.
+            share: the share of the micro-batch in the window, above 0.
+            factor: the factor between the seen gradients and their share of the window's gradient.
         """
         self._waiting += self._of_one
         self._factors += [factor**2 / share] * len(self._of_one)
@@ -71,9 +72,9 @@ class GradientNorms:
         """The statistics of a window.
 
         Args:
-            gradients: sums of the window.
-            rows: rows of the window.
-            microbatches: micro-batches that count for something.
+            gradients: the summed gradients of the window.
+            rows: the rows of the window.
+            microbatches: the number of micro-batches with a share above 0.
         """
         square = self.square(gradients)
         return WindowStats(rows, microbatches, self.mean_square().to(square.device), square)
@@ -88,7 +89,7 @@ class GradientNorms:
         """Squared norm of the gradient of the window; a scalar.
 
         Args:
-            gradients: sums of the window.
+            gradients: the summed gradients of the window.
         """
         norms = [_norm(gradient) for gradient in gradients]
         found = _weighted_squares(norms, [1.0] * len(norms))
@@ -106,7 +107,7 @@ class GradientNorms:
 
 def _norm(gradient: torch.Tensor) -> torch.Tensor:
     if gradient.is_sparse:
-        # Entries of one row are added up before they are squared.
+        # Entries of one row must be added up before they are squared.
         gradient = gradient.coalesce().values()
     if gradient.dtype in _HALF:
         return torch.linalg.vector_norm(gradient, dtype=torch.float32)
@@ -114,7 +115,7 @@ def _norm(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted_squares(norms: Sequence[torch.Tensor], factors: Sequence[float]) -> torch.Tensor:
-    """Sum of factors times squared norms, on the device of the first; 0 of none."""
+    """Sum of factors times squared norms, on the device of the first norm; 0 without norms."""
     if not norms:
         return torch.zeros(())
     first = norms[0].device

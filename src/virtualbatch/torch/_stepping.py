@@ -1,4 +1,4 @@
-"""Refuses hooks that step an optimizer in the backward pass: a window has several of those."""
+"""Refuses hooks that step an optimizer in a backward pass: a window has several of these passes."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,39 +13,39 @@ from virtualbatch.torch._unhook import unhook
 
 _VERSION = torch.Tensor._version.__get__
 
-# Owner of parameters -> those whose nodes were looked at, and which of them had hooks. Making a
-# node takes longer than all else that is asked of a parameter, so it is done when they are new.
+# Owner -> the parameters whose nodes were checked, and the places of those with hooks. To make a
+# node takes longer than all other checks of a parameter, so nodes are made only for new parameters.
 _LOOKED: Any = WeakIdKeyDictionary()
 
 
 def node_hooks(
     owner: Any, parameters: Sequence[torch.Tensor]
 ) -> list[tuple[torch.Tensor, dict[int, Any]]]:
-    """The hooks on the nodes that add to `.grad`, by parameter, where there are some.
+    """The parameters that have hooks on the node that adds to `.grad`, and these hooks.
 
-    Hooks that are added later change a parameter in a backward pass, see
-    `refuse_changed_parameters`.
+    Hooks that are added later are not found. `refuse_changed_parameters` detects them, because
+    they change a parameter in a backward pass.
 
     Args:
-        owner: lives as long as the parameters are trained.
-        parameters: those that take a gradient.
+        owner: an object that lives as long as the parameters are trained.
+        parameters: the parameters that take a gradient.
 
     Returns:
-        The dictionaries that PyTorch itself calls them from.
+        (parameter, its hooks). The hooks are in the dictionary that PyTorch itself uses.
     """
     given = list(map(id, parameters))
     known, hooked = _LOOKED.get(owner, (None, ()))
     places = hooked if known == given else range(len(parameters))
     found = [(k, hooks) for k in places if (hooks := _hooks(parameters[k]))]
-    # Places, not hooks: what is kept for an owner must not keep it alive.
+    # Places are kept, not hooks: a hook may refer to the owner and would keep it alive.
     _LOOKED[owner] = given, [k for k, _ in found]
     return [(parameters[k], hooks) for k, hooks in found]
 
 
 def _hooks(parameter: torch.Tensor) -> dict[int, Any]:
-    """Those of the node that adds to its `.grad`."""
-    # A node lives as long as somebody holds it, and whoever hooked it does. It does not list its
-    # hooks; the handle of one more has all of them.
+    """The hooks of the node that adds to a parameter's `.grad`."""
+    # A node lives as long as code holds it, and code that added a hook must hold it. The node does
+    # not list its hooks, but the handle of one more hook has all of them.
     node = get_gradient_edge(parameter).node
     with Undo(partial(_forget, node)):
         return _hooks_with_one_more(node)
@@ -64,11 +64,11 @@ def refuse_node_hooks(owner: Any, parameters: Sequence[torch.Tensor]) -> None:
     """Refuses hooks on the nodes that add to `.grad`.
 
     Args:
-        owner: see `node_hooks`.
-        parameters: see there.
+        owner: an object that lives as long as the parameters are trained.
+        parameters: the parameters that take a gradient.
 
     Raises:
-        ValueError: there is one.
+        ValueError: there is such a hook.
     """
     for parameter, _ in node_hooks(owner, parameters):
         raise _steps("a hook on the AccumulateGrad node of one", parameter)
@@ -87,7 +87,7 @@ def refuse_changed_parameters(parameters: Sequence[torch.Tensor], before: list[i
         before: their versions before the backward pass.
 
     Raises:
-        ValueError: one of them has another version.
+        ValueError: a parameter has another version.
     """
     now = versions(parameters)
     if now == before:

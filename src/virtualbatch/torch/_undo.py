@@ -1,10 +1,10 @@
-"""An undo log: what a call has changed is put back, whatever interrupts it, at whatever line.
+"""An undo log: what a call has changed is put back, wherever the call is interrupted.
 
-The handler of a signal, such as that of Ctrl-C, may raise between any two instructions: at the
-first line of a `finally`, inside the `__exit__` of a context, after a hook was registered and
-before its handle was kept. So code that changes something first logs how to put it back, and does
-not rely on its `finally` alone. Holding signals back would not be enough: handlers can be set in
-the main thread only, and a long forward pass there would not react to Ctrl-C.
+A signal handler, such as that of Ctrl-C, may raise between any two instructions: at the first line
+of a `finally`, inside the `__exit__` of a context, or after a hook was registered and before its
+handle was kept. So code that changes something first logs how to put it back, and does not rely on
+its `finally` alone. Holding signals back would not be enough: handlers can be set only in the main
+thread, and a long forward pass there would not react to Ctrl-C.
 """
 
 import functools
@@ -20,20 +20,21 @@ Result = TypeVar("Result")
 
 
 class _Log(threading.local):
-    """The undos that are to be done in this thread, the latest last."""
+    """The pending undos of this thread, the latest last."""
 
     def __init__(self) -> None:
         self.entries: list[Undo] = []
 
 
 class Undo:
-    """A context at whose end something is put back, once; or at that of the call around it.
+    """A context that undoes a change once, when it ends.
 
-    Enter it before the change.
+    If an interrupt cuts the end of the context, the call around it (`all_or_nothing`) undoes the
+    change. Enter the context before the change.
 
     Args:
-        action: puts it back. It is called again if an interrupt cuts it, so it must give the same
-            result wherever it was cut. None where there is nothing yet, see `instead`.
+        action: undoes the change. It is called again if an interrupt cuts it, so it must give the
+            same result wherever it was cut. None if there is nothing to undo yet: see `instead`.
     """
 
     def __init__(self, action: Callable[[], object] | None = None):
@@ -41,22 +42,22 @@ class Undo:
 
     @property
     def action(self) -> Callable[[], object]:
-        """What is still to be done."""
+        """The action that is still to be done."""
         return self._action or _nothing
 
     def instead(self, action: Callable[[], object] | None) -> None:
-        """Does something else from now on, such as to finish what has been begun.
+        """Replaces the action, such as by one that finishes a change instead of undoing it.
 
         Args:
-            action: see `Undo`; None for nothing.
+            action: the new action, as for `Undo`; None for nothing.
         """
         self._action = action
 
     def do(self) -> None:
-        """Puts it back, if that is still to be done."""
+        """Runs the action, if it is still to be done."""
         if self._action is not None:
             self._action()
-            # A generator that was cut may be closed much later, and must not put back then.
+            # A generator that was cut may be closed much later. It must not undo again then.
             self._action = None
 
     def __enter__(self) -> "Undo":
@@ -71,36 +72,36 @@ class Undo:
     ) -> None:
         entries = _LOG.entries
         if self in entries:
-            # What was entered later, and cut on its way out, goes first.
+            # Contexts that were entered later, and whose end was cut, are undone first.
             _settle(entries, entries.index(self))
 
 
 def _nothing() -> None:
-    """There is nothing to put back."""
+    """The action if there is nothing to undo."""
 
 
 _LOG = _Log()
 
 
 def all_or_nothing(run: Callable[[], Result]) -> Result:
-    """Runs something; if it raises, all that it has entered in the log is put back.
+    """Runs a function. If it raises, every change that it logged is undone.
 
     Args:
         run: called once.
 
     Returns:
-        What it returns.
+        The result of `run`.
     """
     entries = _LOG.entries
     start = len(entries)
     modes = Modes(is_outermost=not start)
-    # An error may be followed by one interrupt, and that by another: each comes to the next level.
+    # One interrupt may follow an error, and another one may follow that. Each level handles one.
     try:
         try:
             try:
                 found = run()
                 if len(entries) > start:
-                    # Of something that was cut, in code that went on nevertheless.
+                    # An interrupt cut the end of a context, but the code caught it and went on.
                     _settle(entries, start)
                 return found
             except BaseException:
@@ -118,10 +119,10 @@ def all_or_nothing(run: Callable[[], Result]) -> Result:
 
 
 def undone_if_cut(fn: Callable[Given, Result]) -> Callable[Given, Result]:
-    """A function that runs by `all_or_nothing`.
+    """A function that runs `fn` inside `all_or_nothing`.
 
     Args:
-        fn: changes nothing that is not in the log.
+        fn: logs every change that it makes.
     """
 
     @functools.wraps(fn)
@@ -133,13 +134,13 @@ def undone_if_cut(fn: Callable[Given, Result]) -> Callable[Given, Result]:
 
 def _settle(entries: list[Undo], start: int) -> None:
     while len(entries) > start:
-        # Before it is taken off: cut here, it is done again.
+        # Done before it is removed: if an interrupt cuts it, it is done again.
         entries[-1].do()
         entries.pop()
 
 
 def _settle_each(entries: list[Undo], start: int) -> None:
-    """The same where one may have failed: all others are still undone."""
+    """Undoes the entries. If one of them fails, all others are still undone."""
     while len(entries) > start:
         try:
             entries.pop().do()

@@ -7,12 +7,12 @@ def unhook(hook: Any, *tables: Any) -> None:
     """Takes a hook out of the dictionaries that PyTorch keeps hooks in.
 
     Args:
-        hook: the very object that was registered.
-        tables: hooks by number, or None for none; the first of them has the hook, others may have
-            something by its number.
+        hook: the object that was registered.
+        tables: dictionaries from numbers to hooks, or None. The first one has the hook. Others may
+            have an entry with the number of the hook.
     """
     first = tables[0]
     for key in [key for key, found in (first or {}).items() if found is hook]:
-        # The first one last: cut before that, the number is still known.
+        # The first table is changed last. If an interrupt comes before, the number is still known.
         for table in reversed(tables):
             table.pop(key, None)

@@ -1,7 +1,7 @@
-"""Weights of a window before its first forward.
+"""Weights of a window, computed before its first forward pass.
 
-The weights of all micro-batches come to the host in one copy, are checked there, and nothing of
-the window is read after that.
+The weights of all micro-batches are copied to the host at once, and checked there. After that, the
+window reads nothing from a device.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ def window_weights(microbatches: Sequence[Microbatch], weight: GivenWeight) -> H
 
     Args:
         microbatches: the micro-batches.
-        weight: see `host_weights`.
+        weight: as for `host_weights`.
 
     Raises:
-        ValueError: see `host_weights`.
+        ValueError: a weight is not valid, as in `host_weights`.
     """
     rows = [microbatch.rows for microbatch in microbatches]
     with torch.no_grad():
@@ -30,7 +30,7 @@ def window_weights(microbatches: Sequence[Microbatch], weight: GivenWeight) -> H
 
 
 def _on_host(values: Sequence[Any]) -> list[float]:
-    """The values as floats, those of one device in one copy."""
+    """The values as floats. All values on one device are copied at once."""
     result = [0.0 if isinstance(value, torch.Tensor) else float(value) for value in values]
     groups: dict[torch.device, list[int]] = {}
     for index, value in enumerate(values):

@@ -1,4 +1,4 @@
-"""One window: micro-batches, one after another, whose gradients are committed together or not."""
+"""One window: micro-batches run one after another. Their gradients are committed all, or none."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -29,22 +29,23 @@ from virtualbatch.window.weights import HostWeights
 
 
 class Program(NamedTuple):
-    """What a window is made of beside the batch and its size.
+    """Everything that a window needs, except the batch and its size.
 
     Fields:
         loss_fn: micro-batch -> loss, or (loss, aux).
         weight: micro-batch -> weight, "sum", or None.
         has_aux: whether `loss_fn` returns aux.
         backward_fn: scalar loss -> None, or None.
-        found: what its modules hold.
+        found: the contents of the modules.
         stats: whether the statistics of the window are returned too.
-        averaged_over: number of replicas that the gradients are divided by later.
+        averaged_over: the number of replicas that the gradients are divided by later.
         holds_last: whether the last micro-batch is differentiated when gradients are handed over.
-        in_step: (micro-batches that have run, all of them) -> None, called before each and after
-            the last, where ranks run each micro-batch at the same time; else None.
-        begin: called before each attempt at a window: a trainer puts back what its loss changes
-            beside tensors, such as lists of metrics.
-        rounding_seed: seed of the random numbers that round sums of bfloat16, the same in each
+        in_step: (micro-batches that have run, number of micro-batches) -> None. It is called before
+            each micro-batch and after the last one, if ranks run each micro-batch at the same time.
+            Otherwise None.
+        begin: called before each attempt at a window. A trainer restores here what its loss changes
+            besides tensors, such as lists of metrics.
+        rounding_seed: the seed of the random numbers that round sums of bfloat16, the same in each
             attempt; None where sums are float32.
     """
 
@@ -65,7 +66,7 @@ class Program(NamedTuple):
         return window_weights(cut, self.weight)
 
     def shares(self, cut: Sequence[Microbatch]) -> Shares:
-        """The shares of a window's micro-batches, where this is the only replica."""
+        """The shares of a window's micro-batches, if this is the only replica."""
         return self.weights(cut).shares()
 
     def run(
@@ -80,11 +81,11 @@ class Program(NamedTuple):
         If anything raises, every `.grad`, buffer, momentum and hook is as before the call.
 
         Args:
-            cut: the micro-batches. Those that have no shares are fillers: they run, because other
-                ranks do, and count nothing.
-            shares: their shares.
-            conclude: what becomes of it, such as `keep`.
-            loss: what takes its losses, and has none yet.
+            cut: the micro-batches. The ones at the end without shares are fillers: they run because
+                other ranks run a micro-batch, and they count nothing.
+            shares: the shares of the micro-batches.
+            conclude: decides what is kept of the finished window, such as `keep`.
+            loss: an empty object that receives the losses of the window.
 
         Returns:
             What `conclude` returns.
@@ -139,7 +140,8 @@ class Program(NamedTuple):
                 run.window(cut, ran, conclude is keep, self.holds_last)
                 if self.has_aux:
                     own = cut[: len(shares.rows)]
-                    # It may run the loss function on shapes, which must not stay in a buffer.
+                    # The merge may run the loss function on fake tensors. None of them must stay
+                    # as a buffer.
                     with Undo(Places(self.found.with_buffers).restore):
                         aux = merged_aux(self.loss_fn, own, ran.aux, shares) if own else None
                     ran.aux[:] = [aux]
@@ -148,7 +150,7 @@ class Program(NamedTuple):
     def _replayed(
         self, loss_fn: Captured, cut: Sequence[Microbatch], shares: Shares, keeps: bool
     ) -> torch.Tensor | None:
-        """The loss of a window of captured graphs; None if it takes the normal path."""
+        """The loss of a window that runs as captured graphs; None if it takes the normal path."""
         for reason, is_so in (
             ("gradients are handed over later", not keeps),
             ("has_aux is set", self.has_aux),
@@ -170,10 +172,10 @@ class Ran(NamedTuple):
     """A window that has run, of which nothing is kept yet.
 
     Fields:
-        run: what it was run with.
-        loss: the parts of its loss.
-        aux: the aux of the window, as the only item; empty where there is none.
-        shares: of its micro-batches.
+        run: the objects that ran the window.
+        loss: the losses of the window.
+        aux: the aux of the window, as the only item; empty if there is no aux.
+        shares: the shares of the micro-batches.
         undo: puts back `.grad`s and buffers.
     """
 
@@ -185,27 +187,27 @@ class Ran(NamedTuple):
 
     @property
     def gradients(self) -> WindowGradients:
-        """Of a window that was differentiated."""
+        """The gradients of a window that was differentiated."""
         if self.run.gradients is None:
             raise ValueError("internal: a window without gradients is asked for them.")
         return self.run.gradients
 
     def reached(self, parameters: int) -> list[bool]:
-        """For each parameter whether it has a gradient.
+        """Whether the window has a gradient, for each parameter.
 
         Args:
-            parameters: their number.
+            parameters: the number of parameters.
         """
         gradients = self.run.gradients
         return [False] * parameters if gradients is None else gradients.reached()
 
     def result(self, loss: torch.Tensor, stats: WindowStats | None = None) -> Any:
-        """What the caller is given: the loss, or a tuple with aux and statistics."""
+        """The result for the caller: the loss, or a tuple with aux and statistics."""
         found = (loss, *self.aux, *([] if stats is None else [stats]))
         return found if len(found) > 1 else loss
 
     def stats(self) -> WindowStats | None:
-        """Its statistics, if they are asked for."""
+        """The statistics of the window, if they are asked for."""
         norms = self.run.norms
         if norms is None:
             return None
@@ -219,12 +221,12 @@ def _put_back(*parts: WindowGradients | Buffers | RoundedWindow | None) -> None:
             part.restore()
 
 
-# What becomes of a window that has run. Whatever it raises, the window leaves no trace.
+# Decides what is kept of a window that has run. If it raises, the window leaves no trace.
 Conclusion: TypeAlias = Callable[[Ran], Any]
 
 
 def keep(ran: Ran) -> Any:
-    """Adds the gradients to `.grad`, and gives BatchNorm its update; the result of the call."""
+    """Adds the gradients to `.grad`, and makes BatchNorm's update. Returns the call's result."""
     result = ran.result(ran.loss.mean(), ran.stats())
     commit = Commit()
     ran.run.statistics.prepare(commit)
@@ -234,7 +236,7 @@ def keep(ran: Ran) -> Any:
 
 
 def take_back(ran: Ran) -> Any:
-    """Leaves everything as it was; the result of the call."""
+    """Restores everything as before the window. Returns the call's result."""
     result = ran.result(ran.loss.mean(), ran.stats())
     ran.undo.do()
     return result
@@ -244,10 +246,10 @@ def held_by(undo: Undo) -> Conclusion:
     """Leaves a window open for more work before anything is kept.
 
     Args:
-        undo: of the code that does it; it puts the window back from now on.
+        undo: the undo of the code that does that work. From now on it puts the window back.
 
     Returns:
-        What gives the window itself.
+        A conclusion whose result is the window itself.
     """
 
     def hold(ran: Ran) -> Ran:
@@ -262,8 +264,8 @@ class _Run(NamedTuple):
     """The micro-batches of one window, one after another.
 
     Fields:
-        gradients: None where PyTorch records none.
-        in_step: see `Program`.
+        gradients: None if PyTorch records no gradients.
+        in_step: as in `Program`.
     """
 
     loss_fn: Callable[[Any], Any]
@@ -274,16 +276,16 @@ class _Run(NamedTuple):
     in_step: Callable[[int, int], None] | None
 
     def window(self, cut: Sequence[Microbatch], ran: Ran, keeps: bool, holds_last: bool) -> None:
-        """Runs the micro-batches; their losses and aux are added to `ran`."""
+        """Runs the micro-batches, and adds their losses and aux to `ran`."""
         gradients, shares = self.gradients, ran.shares
         forward = self.statistics.heard(self.loss_fn) if self.statistics else self.loss_fn
         count = len(shares.rows)
         ran.loss.rows = [microbatch.rows for microbatch in cut[:count]]
         empty = [shares.is_empty(index) for index in range(count)]
-        # A window without any weight has the loss 0 and, where one micro-batch reaches a
-        # parameter, the gradient 0.
+        # A window without any weight has the loss 0. The parameters that its first micro-batch
+        # reaches get the gradient 0.
         nothing = all(empty) and not shares.elsewhere and self.in_step is None
-        # Rows without weight still meet aux and BatchNorm, as they do in the whole batch.
+        # Rows without weight still count in aux and BatchNorm, as they do in the whole batch.
         run_all = self.has_aux or bool(self.statistics)
         is_only = len(cut) == 1 and keeps
         if gradients is not None and not is_only:
@@ -317,7 +319,7 @@ class _Run(NamedTuple):
                     if self.norms is not None and not nothing:
                         self.norms.close(shares.of_rows_or_term()[index], gradients.factor)
                 ran.loss.add(index, terms, parts)
-            # Two graphs at once would hold two sets of activations.
+            # Freed before the next forward pass: two graphs would hold two sets of activations.
             del result, terms
         if self.in_step is not None:
             self.in_step(len(cut), len(cut))

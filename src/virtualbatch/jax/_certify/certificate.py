@@ -1,4 +1,4 @@
-"""Certifying a function of JAX, in float64 where it can."""
+"""Certifying a function of JAX, in float64 where possible."""
 
 from typing import Any
 
@@ -38,10 +38,10 @@ def certificate(
     """The certificate of a call; see `virtualbatch.jax.certify` and `JaxTrainingStep`.
 
     Raises:
-        TypeError: the function reads values of what it is given.
+        TypeError: the function reads values of its arguments.
     """
     folds_keys = program.key_argnum is not None
-    # Rows keep their random numbers: keys of its own would make each micro-batch differ.
+    # Each row keeps its random numbers, so micro-batches must not get keys of their own.
     program = program._replace(key_argnum=None)
     call = program.call(args, kwargs, None)
 
@@ -59,7 +59,7 @@ def certificate(
             wide = jax.tree.map(_widened, (call.args, dict(call.kwargs)))
             return observed(call._replace(args=wide[0], kwargs=wide[1]), "")
     except TypeError as error:
-        # JAX refuses dtypes that a function mixes, such as the carry of a loop.
+        # JAX refuses mixed dtypes, such as a loop carry that changes its dtype.
         note = f"It does not run in float64 ({' '.join(str(error).split())[:120]})."
     try:
         return observed(call, note)

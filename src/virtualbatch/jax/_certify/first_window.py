@@ -1,4 +1,4 @@
-"""The first window of a loss proves itself: JAX's part of `certify.first_window`."""
+"""The check of a loss at its first window: JAX's part of `certify.first_window`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,13 +40,13 @@ def prove_first_window(
     """Tries the law on rows of a batch, outside a trace, if its loss has not been tried before.
 
     Args:
-        program: what is run.
+        program: the loss and its options.
         args: positional arguments, the batch among them.
         kwargs: keyword arguments.
-        cut: the batch, cut.
-        shares: its shares.
+        cut: the micro-batches of the window.
+        shares: the shares of the micro-batches.
         weight_takes: the arguments of the user's weight function, as code.
-        is_rowwise: see `Trial`.
+        is_rowwise: as in `Trial`.
 
     Raises:
         ValueError: micro-batches of this loss do not add up to their batch.
@@ -82,7 +82,7 @@ def cannot_try(program: Program, reason: str) -> None:
     """Logs, once for each loss, that the law cannot be tried.
 
     Args:
-        program: what is run.
+        program: the loss and its options.
         reason: why.
     """
     known = remembered(program.fun).proven
@@ -90,9 +90,9 @@ def cannot_try(program: Program, reason: str) -> None:
 
 
 class _JaxTrial(Trial):
-    """See `virtualbatch.certify.first_window.Trial`."""
+    """See `virtualbatch.certify.trial.Trial`."""
 
-    # Un-jitted, each operation is compiled for each number of rows.
+    # Only one pair: without jit, each operation is compiled for each number of rows.
     pairs = ((3, 4),)
 
     def __init__(
@@ -103,7 +103,7 @@ class _JaxTrial(Trial):
         sizes: Sequence[int],
         weight_takes: str,
     ):
-        # Every part takes the keys as they are given, so that the whole may have them too.
+        # Every part gets the given keys unchanged, because the whole batch gets them too.
         self._program = program._replace(stats=False, key_argnum=None)
         self._args, self._kwargs = args, dict(kwargs)
         self._weight_takes = weight_takes
@@ -128,7 +128,7 @@ class _JaxTrial(Trial):
         call = self._program.call(self._args, self._kwargs, shares.terms)
         host = HostRandom()
         try:
-            # One program for each number of rows: fewer than operations that are compiled alone.
+            # One program for each number of rows is less to compile than each operation alone.
             found = _run(call.traced_once(), parts, shares)
         except (TypeError, IndexError):  # as JAX says that a loss needs values
             found = _run(call, parts, shares)
@@ -155,11 +155,11 @@ class _JaxTrial(Trial):
 def _run(
     call: Call, parts: Sequence[tuple[Any, ...]], shares: Shares
 ) -> tuple[list[float], list[dict[Any, float]], list[Any]]:
-    """Sizes and losses, as `Distance.of` takes them, and the dtypes of the losses."""
+    """Sizes and losses for `Distance.of`, and the dtypes of the losses."""
     total: Any = None
     sizes, losses, dtypes = [], [], []
     for k, args in enumerate(parts):
-        # A part, then less by the whole, then the other part.
+        # The first part, minus the whole, plus the second part.
         counting = (None, {}, -1.0) if k == 1 else part(shares, k // 2)
         if counting is None:
             terms, _ = call.terms(args)

@@ -1,4 +1,4 @@
-"""Certifying a training loop of one's own in JAX: a function from state to state."""
+"""Certifying a hand-written JAX training loop: a function from state to state."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

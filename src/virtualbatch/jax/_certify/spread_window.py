@@ -1,4 +1,4 @@
-"""The first window of a loss whose rows are spread over a mesh, proved as on one device."""
+"""The check of a loss whose rows are spread over a mesh, made as on one device."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from virtualbatch.jax._certify.first_window import cannot_try, prove_first_windo
 from virtualbatch.jax._spread import Spread
 from virtualbatch.jax._weights import window_shares
 
-# Of arrays that are spread over processes.
+# The reason for arrays that are spread over processes.
 OF_OTHERS = "other processes hold a part of its arguments"
 
 
@@ -25,9 +25,9 @@ def prove_spread_window(
         spread: the window.
         args: positional arguments, the batch among them.
         kwargs: keyword arguments.
-        weight_takes: see `prove_first_window`.
+        weight_takes: as in `prove_first_window`.
         check: whether the law is tried.
-        is_rowwise: see `prove_first_window`.
+        is_rowwise: as in `prove_first_window`.
 
     Raises:
         ValueError: a weight is negative or not finite, or micro-batches do not add up.

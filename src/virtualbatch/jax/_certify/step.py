@@ -25,8 +25,8 @@ class JaxTrainingStep(TrainingStep):
     """See `virtualbatch.certify.step.TrainingStep`.
 
     Args:
-        program: the user's program; without keys of micro-batches.
-        call: the user's call of it, in the dtype to observe.
+        program: the user's program, which folds no keys.
+        call: the user's call, in the dtype to observe.
         microbatch_size: checked rows of one micro-batch, or None.
         accumulation_steps: checked micro-batches per window, or None.
     """
@@ -99,7 +99,7 @@ class JaxTrainingStep(TrainingStep):
         return Observed({"loss": float(loss)}, self._named(gradients), {})
 
     def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:
-        """See `TrainingStep`. A function of JAX keeps nothing, so a second run is the first."""
+        """See `TrainingStep`. A JAX function keeps no state, so a second run equals the first."""
         del again
         call = self._call._replace(fun=self._by_rows)
         args = call.arguments(self._some(rows))
@@ -127,7 +127,7 @@ class JaxTrainingStep(TrainingStep):
         return call.terms(call.arguments(self._some(rows)))[0]
 
     def _by_rows(self, *args: Any, **kwargs: Any) -> Any:
-        """The user's function of (batch, row numbers) instead of a batch."""
+        """The user's function, but with (batch, row numbers) instead of a batch."""
         return self._evaluate(args, kwargs, None)
 
     def _evaluate(self, args: Any, kwargs: Any, recording: Recording | None) -> Any:
@@ -150,7 +150,7 @@ class JaxTrainingStep(TrainingStep):
         return evaluate(program, arrays, draw if self._bits else None, recording)
 
     def _axes_of_draws(self) -> list[int | None]:
-        """Keeps the bits of the whole batch, and finds their axes of rows."""
+        """Keeps the random bits of the whole batch, and finds their axes of rows."""
         call = self._call
         args = call.arguments(call.args[call.batch_argnum])
         whole, arrays = _as_program(call.fun, args, call.kwargs)
@@ -176,7 +176,7 @@ class JaxTrainingStep(TrainingStep):
         }
 
     def _weight_dtypes(self) -> set[Any]:
-        """Floating dtypes of what weight returns."""
+        """Floating dtypes of the values that `weight` returns."""
         if not callable(self._weight):
             return set()
         values = weight_terms(self._weight(self._microbatches[0])).values()
@@ -202,7 +202,7 @@ def _as_program(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Traced
 
 
 def _check_value(leaf: Any) -> None:
-    """Refuses what no program can return."""
+    """Refuses a value that no compiled program can return."""
     dtype = getattr(leaf, "dtype", None)
     is_number = isinstance(leaf, numbers.Number) or dtype is not None
     if not is_number or getattr(dtype, "kind", "") in ("O", "U", "S", "M", "m"):

@@ -1,4 +1,4 @@
-"""The size of a call where the user leaves it to a plan, and the size that a call keeps."""
+"""The planned size of a call, and the sizes that are kept for later calls."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ class Sizes(NamedTuple):
 
     Fields:
         fun: the user's function.
-        computed: its fingerprint, and that of its options.
+        computed: the fingerprint of the function and its options.
         batch_argnum: position of the batch.
         microbatch_size: as the user gave it.
         axis_name: mesh axes over which the batch is spread, or None.
@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
         """The size that a plan finds, once for calls like this one.
 
         Raises:
-            ValueError: a plan cannot be made where this call is.
+            ValueError: a plan cannot be made inside this call, as in `shard_map` or a trace.
         """
         is_spread = self.axis_name is not None
         reason = "a call with axis_name" if is_spread else needs_values((args, kwargs))

@@ -11,14 +11,14 @@ from virtualbatch.plan.out_of_memory import MemoryErrors, any_of
 
 ERRORS = MemoryErrors(
     classes=(),
-    # A ValueError where JAX makes an array, else an error of its own.
+    # JAX raises a ValueError when it creates an array, and its own error elsewhere.
     kinds=(MemoryError, ValueError, jax.errors.JaxRuntimeError),
-    # XLA has this code for quotas and messages that are too long as well.
+    # XLA also uses this code for quotas and for messages that are too long.
     certain=re.compile(r"\ARESOURCE_EXHAUSTED: .*(out of memory|alloc)", re.IGNORECASE | re.DOTALL),
     ambiguous=any_of(
-        # All that XLA says on a CPU where a kernel gets no memory of its own.
+        # All that XLA says on a CPU if a kernel gets no memory of its own.
         "INTERNAL: YNNPACK operation failed",
-        # XLA leaves to the allocator what it did not reserve, and libraries then fail to start:
+        # If XLA has reserved nearly all memory, libraries find too little and fail to start:
         # https://github.com/jax-ml/jax/issues/16078
         "DNN library initialization failed",
         "CUDNN_STATUS_NOT_INITIALIZED",
@@ -30,7 +30,7 @@ ERRORS = MemoryErrors(
 
 
 def left_bytes() -> int:
-    """Bytes that the first device, or the host that it stands for, has left."""
+    """Free bytes of the first device, or of the host if the device has no memory statistics."""
     statistics = jax.devices()[0].memory_stats()
     if statistics is None:
         return host_memory().left_bytes

@@ -1,7 +1,7 @@
 """Planning on JAX: the memory of a window as XLA reports it, and its time.
 
-A window is compiled, not run, to know its memory. Only then are a few sizes timed, each with the
-program that was compiled, if there is data to run it on.
+To know the memory of a window, it is compiled and not run. After that a few sizes are timed, with
+the compiled programs, if there is data to run them on.
 """
 
 import time
@@ -34,11 +34,11 @@ def planned(
         window: microbatch_size -> the function that computes a window with it.
         batch: the argument that is the batch.
         args: positional arguments of the call; arrays, or `jax.ShapeDtypeStruct`s in their place.
-        kwargs: keyword arguments likewise.
+        kwargs: keyword arguments of the call, with the same types.
         memory_limit: bytes, a text, or None.
 
     Raises:
-        ValueError: see `virtualbatch.jax.plan`.
+        ValueError: not even one row fits, the limit does not parse, or the call is traced.
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
         raise ValueError(
@@ -63,7 +63,7 @@ def planned(
     return planner.planned(
         compiled,
         rows,
-        # The arguments are counted among what a program needs.
+        # Nothing is held beside a program: XLA counts the arguments in its memory.
         0,
         bytes_allowed(memory_limit, held, Memory(ERRORS, left_bytes)),
         ERRORS,
@@ -85,7 +85,7 @@ class _Program:
 
 
 def peak_bytes(program: Any) -> int:
-    """Arguments, results and temporaries of a program."""
+    """Bytes of the arguments, results and temporaries of a program."""
     found = program.memory_analysis()
     return int(
         found.argument_size_in_bytes

@@ -1,4 +1,4 @@
-"""What a plan depends on, and arguments that stand for traced ones where it is made."""
+"""What a plan depends on, and arguments that replace traced ones while a plan is made."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -18,13 +18,13 @@ from virtualbatch.plan.signature import Leaf, Signature
 def kept_sizes(
     fun: Callable[..., Any], loss: str, args: Sequence[Any], kwargs: Any, batch_argnum: int
 ) -> Auto:
-    """The sizes of a loss for which the user keeps none.
+    """The sizes of a loss for which the user passed no `Auto`.
 
     Args:
         fun: the loss, which may have been made for this call alone.
-        loss: its fingerprint.
-        args: positional arguments; those beside the batch tell models apart.
-        kwargs: keyword arguments likewise.
+        loss: the fingerprint of the loss.
+        args: positional arguments. All but the batch tell models apart.
+        kwargs: keyword arguments. They tell models apart too.
         batch_argnum: position of the batch.
     """
     key = f"{loss}, arguments {_parameters(args, kwargs, batch_argnum)}"
@@ -35,9 +35,9 @@ def signature(loss: str, args: Sequence[Any], kwargs: Any, batch_argnum: int) ->
     """The signature of a call.
 
     Args:
-        loss: fingerprint of what is called.
-        args: positional arguments; arrays or traced ones.
-        kwargs: keyword arguments likewise.
+        loss: the fingerprint of the function that is called.
+        args: positional arguments, with arrays or tracers.
+        kwargs: keyword arguments, with arrays or tracers.
         batch_argnum: position of the batch.
     """
     batch = args[batch_argnum]
@@ -56,7 +56,7 @@ def signature(loss: str, args: Sequence[Any], kwargs: Any, batch_argnum: int) ->
 
 
 def _parameters(args: Sequence[Any], kwargs: Any, batch_argnum: int) -> str:
-    """The arrays beside the batch, in words."""
+    """The dtypes and shapes of all arrays except the batch, in words."""
     others = [*args[:batch_argnum], *args[batch_argnum + 1 :], kwargs]
     return ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(others) if is_array(x))
 
@@ -71,10 +71,10 @@ def _device() -> str:
 
 
 def stand_ins(arguments: Any) -> Any:
-    """Arguments of the same shapes that a program can be compiled for, and mostly run on.
+    """Arguments of the same shapes, for which programs can be compiled and mostly also run.
 
-    Inside a trace there are no values. Zeros do in their place: they are valid indices and classes,
-    and take as long as any other numbers. Only keys cannot be made of them.
+    Inside a trace there are no values, so zeros replace them. Zeros are valid indices and classes,
+    and take as long as other numbers. Only keys cannot be replaced by zeros.
     """
 
     def stand_in(leaf: Any) -> Any:
@@ -88,7 +88,7 @@ def stand_ins(arguments: Any) -> Any:
 
 
 def needs_values(arguments: Any) -> str | None:
-    """Why a traced call cannot be planned where it is, or None if it can."""
+    """Why a plan cannot be made inside this call; None if it can."""
     for leaf in jax.tree.leaves(arguments):
         if isinstance(leaf, jax.core.Tracer) and jax.typeof(leaf).manual_axis_type.varying:
             return "a call inside shard_map"

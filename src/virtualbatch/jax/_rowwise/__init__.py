@@ -1,1 +1,1 @@
-"""Functions of rows on the memory of a micro-batch, which whoever differentiates them calls."""
+"""`rowwise`: the part of a model before rows meet, run with the memory of a micro-batch."""

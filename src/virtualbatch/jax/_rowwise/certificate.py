@@ -1,4 +1,4 @@
-"""Certifying a `rowwise` function: the certificate of the loss that stands for it."""
+"""Certifying a `rowwise` function: the certificate of its surrogate loss."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -10,7 +10,7 @@ from virtualbatch.jax._certify.certificate import certificate, check_cut
 from virtualbatch.jax._rowwise.rowwise import RowwiseFunction
 from virtualbatch.plan.auto import check_cut_or_auto, is_automatic
 
-# What `certify` is given where its options are left out: argnums, has_aux, batch_argnum, weight,
+# The defaults of the other options of `certify`: argnums, has_aux, batch_argnum, weight,
 # accumulator_dtype, key_argnum, grad_fn.
 _LEFT_OUT = (0, False, 1, None, None, None, None)
 
@@ -21,16 +21,17 @@ def certify_rows(
     accumulation_steps: int | None,
     options: tuple[Any, ...],
 ) -> Callable[..., Certificate]:
-    """What `certify` returns for a `rowwise` function.
+    """The result of `certify` for a `rowwise` function.
 
     Args:
-        function: what `rowwise` returned.
-        microbatch_size: as `certify` was given it; None for the function's own.
-        accumulation_steps: likewise.
+        function: a function that `rowwise` returned.
+        microbatch_size: as given to `certify`; None for the function's own size.
+        accumulation_steps: as given to `certify`; None for the function's own number.
         options: the other options of `certify`.
 
     Raises:
-        ValueError: an option is given beside a size, or the function's own size is a plan's.
+        ValueError: an option other than a size is given, or no size is given and the function's
+            own size is `"auto"`.
     """
     if options != _LEFT_OUT:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""A function of rows as one micro-batch calls it, with its outputs checked.
+"""The user's function of rows, called with one micro-batch, with its outputs checked.
 
-Half-precision arguments come in wide and are cast back for the function, so that what transposes
-the loop adds their gradients up in float32.
+Half-precision arguments come in as float32 and are cast back for the function. So the backward pass
+of the loop adds their gradients up in float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ from virtualbatch.window.entries import check_entries, check_same_structure
 
 
 class RowFunction(NamedTuple):
-    """What `rowwise` was given, and the arguments of one call beside the batch.
+    """The function given to `rowwise`, and the arguments of one call except the batch.
 
     Fields:
-        fn: the user's function, of arguments of which one is the batch.
+        fn: the user's function, with one argument for the batch.
         batch_argnum: position of the batch.
         key_argnum: position of the argument with PRNG keys, or None.
-        args: positional arguments, None in the place of the batch.
+        args: positional arguments, with None in the place of the batch.
         kwargs: keyword arguments.
     """
 
@@ -40,9 +40,9 @@ class RowFunction(NamedTuple):
         """What the function returns for one micro-batch.
 
         Args:
-            shared: (args, kwargs), wide arrays in place of those in half precision.
+            shared: (args, kwargs), with float32 arrays in place of half-precision arrays.
             microbatch: the rows.
-            index: number of the micro-batch in the window.
+            index: the number of the micro-batch in the window.
 
         Raises:
             ValueError: an output has not one entry per row, or the function changes an argument.
@@ -67,7 +67,7 @@ class RowFunction(NamedTuple):
 
 
 def named(outputs: Any) -> list[tuple[str, Any]]:
-    """The leaves of outputs, None among them, by the expressions that reach them."""
+    """The leaves of outputs, including None, each with the expression that reaches it."""
     leaves, _ = tree_flatten_with_path(outputs, is_leaf=lambda leaf: leaf is None)
     return [(f"output{keystr(path)}", leaf) for path, leaf in leaves]
 
@@ -88,7 +88,7 @@ def _places(outputs: Any) -> list[str]:
 
 
 def _check_unchanged(before: Sequence[tuple[Any, Any]], after: Sequence[Any]) -> None:
-    """Refuses a function that changes a module among its arguments, for it is given a copy.
+    """Refuses a function that changes a module among its arguments: it only gets a copy.
 
     Raises:
         ValueError: an array was replaced.
@@ -104,11 +104,11 @@ def _check_unchanged(before: Sequence[tuple[Any, Any]], after: Sequence[Any]) ->
 
 
 def widened(x: Any) -> Any:
-    """The array, in float32 if it is in half precision."""
+    """The array, cast to float32 if it is in half precision."""
     is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != wide_dtype(x)
     return x.astype(wide_dtype(x)) if is_narrow else x
 
 
 def as_given(x: Any, given: Any) -> Any:
-    """What was widened, in the dtype that it was given in."""
+    """A widened array, cast back to the dtype in which it was given."""
     return x.astype(given.dtype) if is_array(given) and x.dtype != given.dtype else x

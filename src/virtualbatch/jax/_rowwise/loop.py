@@ -1,7 +1,7 @@
-"""The entries of all rows: micro-batches in one loop, each computed again in the backward pass.
+"""The outputs of all rows. The backward pass computes each micro-batch again.
 
-Inside a trace this is one scan over equal micro-batches and one more call for the rest, outside of
-one micro-batch after another.
+Inside a trace this is one scan over equal micro-batches and one more call for the rest. Outside a
+trace, micro-batches run one after another.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def run_compiled(traces: Traces, cut: Cut) -> Any:
     """The outputs for all rows, inside a trace.
 
     Args:
-        traces: what computes those of a micro-batch.
+        traces: computes the outputs of a micro-batch.
         cut: the micro-batches.
     """
     stacked, outputs, offset = [], [], 0
@@ -50,7 +50,7 @@ def _stacked(traced: Traced, segment: Segment, offset: int) -> list[Any]:
     if is_slow_backwards(traced.program):
         number = jax.ShapeDtypeStruct((), jnp.int32)
         return looped(jax.make_jaxpr(run)(number, *shared), count, shared)
-    # In a loop nothing is computed once for both passes, so nothing has to be kept apart.
+    # prevent_cse=False: in a scan, XLA cannot merge the forward passes of the two loops.
     again = jax.checkpoint(run, prevent_cse=False)
     numbers = jnp.arange(count, dtype=jnp.int32)
     found: list[Any] = lax.scan(lambda _, k: (None, again(k, *shared)), None, numbers)[1]
@@ -61,7 +61,7 @@ def run_eager(traces: Traces, cut: Cut) -> Any:
     """The outputs for all rows, outside a trace.
 
     Args:
-        traces: what computes those of a micro-batch.
+        traces: computes the outputs of a micro-batch.
         cut: the micro-batches.
     """
     outputs, found = [], []
@@ -81,19 +81,19 @@ def _by_segment(cut: Cut, column: Sequence[Any]) -> list[Any]:
 
 
 def _joined(cut: Cut, like: Any, stacked: Sequence[Sequence[Any]]) -> Any:
-    """Outputs in the caller's order of rows, from those of each segment."""
+    """Joins the outputs of all segments, in the caller's order of rows."""
     leaves = [in_order(pieces, cut) for pieces in zip(*stacked, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def judge(traces: Traces, cut: Cut) -> None:
-    """Refuses outputs that have one entry per row by coincidence only.
+    """Refuses outputs that have one entry per row only by chance.
 
-    Micro-batches of two sizes tell by themselves. Else the function is traced for twice the rows,
-    which keeps groups of rows whole.
+    Micro-batches of two sizes show that by themselves. Otherwise the function is traced with twice
+    the rows. Twice the rows keep groups of rows whole.
 
     Args:
-        traces: what computes the outputs of a micro-batch.
+        traces: computes the outputs of a micro-batch.
         cut: the micro-batches.
 
     Raises:

@@ -130,7 +130,7 @@ def rowwise(
 
 
 class RowwiseFunction(Generic[Outputs]):
-    """What `rowwise` returns; its arguments are explained there."""
+    """The function that `rowwise` returns. It is made with the arguments of `rowwise`."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class RowwiseFunction(Generic[Outputs]):
         )
 
     def as_loss(self, args: tuple[Any, ...]) -> tuple[Program, tuple[Any, ...]]:
-        """The loss that stands for this function, and what it takes of a call's arguments."""
+        """The surrogate loss of this function, and the loss's arguments for a call."""
         check_arguments(args, self._batch_argnum, self._key_argnum)
         return self._loss.program, self._loss.arguments(self._rows.gathered(args))
 
@@ -209,7 +209,7 @@ class RowwiseFunction(Generic[Outputs]):
 
         def run(cut: Cut) -> Any:
             found = run_eager(traces, cut)
-            # Errors arrive late in JAX; waiting once per call costs what its caller waits.
+            # JAX raises errors late, so this waits for the result. The caller would wait anyway.
             jax.block_until_ready(jax.tree.map(_value, found))
             return found
 
@@ -236,7 +236,7 @@ class RowwiseFunction(Generic[Outputs]):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """The outputs of all rows, where each device has its own."""
+        """The outputs of all rows, where each device has rows of its own."""
         check_rows(args[self._rows.position], axes)
         known = jax.tree.map(_value, (args, kwargs))
         if self._check and not is_traced(*known):
@@ -263,7 +263,7 @@ class RowwiseFunction(Generic[Outputs]):
         return jax.tree.unflatten(structures[0], map(in_order, found))
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        """Binds what is wrapped in a class, as a function is."""
+        """Binds the wrapped function to an instance, so that it works as a method."""
         return self if instance is None else MethodType(self, instance)
 
     def _function(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RowFunction:
@@ -274,7 +274,7 @@ class RowwiseFunction(Generic[Outputs]):
         return RowFunction(self._fn, self._rows.position, self._key_argnum, shared, kwargs)
 
     def _prove(self, cut: Cut, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tries on a few rows whether they stand alone, once."""
+        """Checks once, on a few rows, that each output depends on its own row alone."""
         program, given = self._loss.program, self._loss.arguments(args)
         shares = window_shares(cut, program.weight)
         prove_first_window(program, given, kwargs, cut, shares, "batch", is_rowwise=True)
@@ -285,5 +285,5 @@ class RowwiseFunction(Generic[Outputs]):
 
 
 def _value(x: Any) -> Any:
-    """What a value is that is only differentiated; one that is traced stays so."""
+    """The concrete value of a tracer that is only differentiated. Other tracers stay tracers."""
     return jax.lax.stop_gradient(x) if isinstance(x, jax.core.Tracer) else x

@@ -1,8 +1,8 @@
 """A loop over micro-batches with a backward pass of our own, for convolutions on CPU.
 
-What JAX derives from a loop cannot be rewritten, and there a convolution falls to a kernel that
+The backward loop that JAX derives cannot be rewritten, and convolutions in it run on a kernel that
 takes fifteen times as long. Here both loops are ours, so both go through `with_fast_convolutions`.
-It is reverse mode only.
+Only reverse mode works.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ def looped(program: ClosedJaxpr, count: int, arrays: Sequence[Any]) -> list[Any]
 
     Args:
         program: (number of the micro-batch, *arrays) -> its outputs.
-        count: how many there are.
-        arrays: what all of them are given.
+        count: the number of micro-batches.
+        arrays: the arrays that every micro-batch is given.
 
     Returns:
         The outputs, of shape (micro-batches, ...).
     """
-    # Of NumPy: a traced one would belong to a trace that ends before the backward pass.
+    # A NumPy array: a JAX array would belong to a trace that ends before the backward pass.
     numbers = np.arange(count, dtype=np.int32)
     consts = len(program.consts)
 
@@ -46,7 +46,7 @@ def looped(program: ClosedJaxpr, count: int, arrays: Sequence[Any]) -> list[Any]
 
     def forward(given: list[Any]) -> tuple[list[Any], Any]:
         values = [x.value for x in given]
-        # Which of them are differentiated is kept as a structure.
+        # The structure, with its Nones, keeps which of them are differentiated.
         differentiated = [x.value if x.perturbed else None for x in given]
         others = [None if x.perturbed else x.value for x in given]
         return loop(values), (differentiated, others)
@@ -73,7 +73,7 @@ def looped(program: ClosedJaxpr, count: int, arrays: Sequence[Any]) -> list[Any]
 
 
 def _scanned(fn: Any, given: Any, pieces: Any) -> Any:
-    """fn(given, piece) of all pieces, stacked."""
+    """The results of fn(given, piece) for all pieces, stacked."""
     fast = _fast(fn, given, pieces)
     return lax.scan(lambda _, piece: (None, fast(given, piece)), None, pieces)[1]
 

@@ -1,8 +1,8 @@
-"""A loss that represents a function of rows, so that the engine can treat it as any loss.
+"""A loss that represents a function of rows, so that the engine can treat it like any loss.
 
-It is the sum of all outputs, each entry times a number of its own, and so a sum over rows exactly
-if each row is computed from that row alone. The engine's proof, certificates and plans work on it
-as they are.
+The loss is the sum of all outputs, where each entry is multiplied by its own number. So it is a sum
+over rows exactly if each row is computed from that row alone. The engine's checks, certificates and
+plans work on it without changes.
 """
 
 import inspect
@@ -29,13 +29,13 @@ _OUTPUTS = "the outputs"
 class Surrogate:
     """The loss, and the arguments that it takes.
 
-    It is called as loss(parameters, batch, keys, **kwargs). Parameters are whatever is neither rows
-    nor keys, by its name in fn's signature, and a factor of all outputs, whose gradient is the sum
-    itself. Rows come as a pair of the batch and the numbers of its rows.
+    The loss is called as loss(parameters, batch, keys, **kwargs). Parameters are all arguments that
+    are neither rows nor keys, by their names in fn's signature. One more parameter is a factor of
+    all outputs, and its gradient is the sum itself. The batch is a pair of rows and their numbers.
 
     Args:
         fn: the user's function.
-        function: the same, of arguments of which one is the batch.
+        function: the same function, with one argument for the batch.
         batch_argnum: position of the batch.
         key_argnum: position of the argument with PRNG keys, or None.
     """
@@ -52,7 +52,7 @@ class Surrogate:
         self._apart = (batch_argnum, key_argnum)
         self._names = _names(fn)
 
-        # Wrapped, so that it is remembered as fn is.
+        # Wrapped, so that facts about fn and about the loss are remembered together.
         @wraps(fn)
         def loss(parameters: Any, batch: Any, keys: Any, **kwargs: Any) -> Any:
             rows, numbers = batch
@@ -85,7 +85,7 @@ class Surrogate:
         return parameters, _numbered(args[batch_argnum]), keys
 
     def _of(self, count: int) -> list[str]:
-        """Names of so many positional arguments."""
+        """The names of the first positional arguments."""
         return [*self._names[:count], *(f"argument {k}" for k in range(len(self._names), count))]
 
 
@@ -111,7 +111,7 @@ def _numbered(batch: Any) -> Any:
 
 
 def _summed(x: Any, numbers: Any, leaf: int) -> Any:
-    """The sum of an output, each entry times a number that tells it from all others."""
+    """The sum of an output, where each entry is multiplied by a different number."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -124,7 +124,10 @@ def _summed(x: Any, numbers: Any, leaf: int) -> Any:
 
 
 def _of_floating(function: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-    """Differentiates by the floating arrays of the first argument, None in all other places."""
+    """Differentiates with respect to the floating arrays of the first argument.
+
+    The gradients have None in all other places.
+    """
 
     def run(parameters: Any, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = jax.tree.flatten(parameters)

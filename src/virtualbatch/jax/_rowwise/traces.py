@@ -1,7 +1,7 @@
 """A function of rows as programs, one for each kind of micro-batch.
 
-What the function closes over comes in beside its arguments, so that half precision among it is
-widened in the same way, outside of the loop in which gradients are added up.
+Arrays that the function closes over are passed like its arguments. So half-precision arrays among
+them are widened in the same way, outside the loop that adds gradients up.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ class Traced(NamedTuple):
 
     Fields:
         program: (number of the micro-batch, shared arrays, arrays of the micro-batch) -> outputs.
-        shared: what every micro-batch is given: wide arrays, those of the closure first.
+        shared: the wide arrays that every micro-batch is given, first those of the closure.
         run: (number, shared, micro-batch) -> leaves of the outputs.
         outputs: types of the outputs, in their structure.
     """
@@ -34,7 +34,7 @@ class Traces:
     """The programs of one call, each traced once.
 
     Args:
-        function: what computes the outputs of a micro-batch.
+        function: computes the outputs of a micro-batch.
     """
 
     def __init__(self, function: RowFunction):
@@ -48,7 +48,7 @@ class Traces:
         """The program for micro-batches of a kind.
 
         Args:
-            kind: such a micro-batch, with types in place of its arrays.
+            kind: a micro-batch of that kind, with types in place of its arrays.
 
         Raises:
             ValueError: an output has not one entry per row, or the function changes an argument.
@@ -57,7 +57,7 @@ class Traces:
         leaves, structure = jax.tree.flatten(kind)
         key = (structure, tuple(leaf if is_array(leaf) else id(leaf) for leaf in leaves))
         if key not in self._made:
-            # Kept with the leaves, so that no later object gets the id of one of them.
+            # The leaves are kept too, so that no later object gets the id of one of them.
             self._made[key] = leaves, self._traced(leaves, structure)
         return self._made[key][1]
 
@@ -79,7 +79,7 @@ class Traces:
             )
             return found
 
-        # The same array for all micro-batches: it takes up the sum of their gradients.
+        # The same array for all programs, so that the gradients of all of them are added up on it.
         wide = [self._of_closure.setdefault(id(x), widened(x)) for x in closure]
         return Traced(program, [*wide, *self._shared], run, outputs)
 

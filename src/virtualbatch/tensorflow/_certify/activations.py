@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-# What TensorFlow's own debugger is built on; there is no public name for it.
+# TensorFlow's own debugger is built on this module, which has no public name.
 from tensorflow.python.framework import op_callbacks
 
 from virtualbatch.certify.activations import Recording
 from virtualbatch.certify.randomness import axes_of_rows
 from virtualbatch.certify.users_line import OURS, folder, frames, is_in, line_of, users_line
 
-# All packages beside TensorFlow: its layers are in Keras, which is not imported here.
+# The folder of all installed packages: Keras, which is not imported here, holds the layers.
 _LIBRARIES = (folder(str(Path(tf.__file__).parent)), OURS)
 _DRAWS = ("RandomUniform", "RandomNormal", "RandomStandardNormal", "TruncatedNormal")
 
 
 class RowwiseRandom:
-    """Random numbers that belong to rows: each row draws the same, whatever rows run with it.
+    """Random numbers that belong to rows: a row gets the same numbers, whatever rows run with it.
 
     Args:
         rows: rows of the whole batch.
@@ -45,12 +45,12 @@ class RowwiseRandom:
         return len(self._kept)
 
     def keep(self, whole: Sequence[np.ndarray], part: Sequence[np.ndarray], some: int) -> None:
-        """Takes what the whole batch drew.
+        """Keeps the random numbers that the whole batch drew.
 
         Args:
-            whole: random numbers of a run on all rows, in order.
-            part: those of a run on fewer rows.
-            some: these rows.
+            whole: the random numbers of a run on all rows, in order.
+            part: the random numbers of a run on fewer rows.
+            some: the number of these fewer rows.
 
         Raises:
             ValueError: numbers do not belong to rows.
@@ -64,10 +64,10 @@ class RowwiseRandom:
         self._chosen, self._count = rows, 0
 
     def drawn(self, found: Any) -> Any:
-        """What to take instead of numbers that were drawn."""
+        """The kept numbers that replace the drawn ones."""
         if not self._kept or self._chosen is None:
             return found
-        # A forward that is computed again draws again, in the same order.
+        # A forward pass that is computed again draws again, in the same order.
         index = self._count % len(self._kept)
         self._count += 1
         kept, axis = self._kept[index], self._axes[index]
@@ -80,11 +80,11 @@ class RowwiseRandom:
 
 @contextmanager
 def watched(random: RowwiseRandom, recording: Recording | None = None) -> Iterator[list[Any]]:
-    """Watches the operations of a context.
+    """Watches the operations inside the context.
 
     Args:
-        random: what to draw.
-        recording: takes all floating values, or None.
+        random: replaces random numbers.
+        recording: receives all floating values; or None.
 
     Yields:
         A list of all random numbers, filled as they are drawn.
@@ -98,7 +98,7 @@ def watched(random: RowwiseRandom, recording: Recording | None = None) -> Iterat
             return
         name = op_type.decode() if isinstance(op_type, bytes) else op_type
         if any(text in name for text in _DRAWS):
-            # Eagerly the list is what the operation returns.
+            # Eagerly, this list itself is the operation's result.
             outputs[:] = [random.drawn(output) for output in outputs]
             draws.extend(np.array(output) for output in outputs)
             return
@@ -122,7 +122,7 @@ def _record(outputs: Sequence[Any], recording: Recording) -> None:
 
 
 def _place() -> tuple[str, str]:
-    """Class of the innermost layer, and layer and line in words."""
+    """The class of the innermost layer, and the layer and line in words."""
     layer, name = "", ""
     for frame in frames():
         owner: Any = frame.f_locals.get("self")

@@ -24,7 +24,7 @@ def certificate(
     before = [(variable, variable.numpy()) for variable in others]
     with run_eagerly():
         try:
-            # It runs the loss already as it is made.
+            # Made inside the try, because its constructor already runs the loss.
             return certified(
                 TensorFlowTrainingStep(program, batch, microbatch_size, accumulation_steps, others)
             )
@@ -38,8 +38,9 @@ def other_variables(program: Program, batch: Any) -> list[Any]:
 
     # A graph knows all variables that a function reaches.
     def run(tensors: Any) -> None:
-        # What it returns may be nothing that a graph can return, which is refused later. It may
-        # change dicts and lists, which TensorFlow refuses of its own.
+        # The result is dropped: a graph may not be able to return it, and that is refused later.
+        # The structure is copied: the loss may change dicts and lists, but TensorFlow refuses
+        # changes of a function's own arguments.
         program.loss_fn(tf.nest.map_structure(lambda leaf: leaf, tensors))
 
     graph = tf.function(run).get_concrete_function(as_tensors(batch)).graph
@@ -49,7 +50,7 @@ def other_variables(program: Program, batch: Any) -> list[Any]:
 
 @contextmanager
 def run_eagerly() -> Iterator[None]:
-    """Functions of TensorFlow run as they are written for the length of a context."""
+    """Inside the context, every `tf.function` runs eagerly."""
     before = tf.config.functions_run_eagerly()
     tf.config.run_functions_eagerly(True)
     try:
@@ -59,7 +60,7 @@ def run_eagerly() -> Iterator[None]:
 
 
 def _handle(variable: Any) -> int:
-    """Tells variables apart; Keras wraps TensorFlow's."""
+    """The identity of a variable. Variables of Keras wrap those of TensorFlow."""
     inner = getattr(variable, "_value", variable)
     return id(getattr(inner, "handle", inner))
 

@@ -1,19 +1,19 @@
-"""The random numbers that TensorFlow draws eagerly from a global seed, as they are now."""
+"""The state of the random numbers that TensorFlow draws eagerly from a global seed."""
 
-# Eager random numbers follow from it; there is no public name for its state.
+# Eager random numbers follow from the state of this context, which has no public name.
 from tensorflow.python.eager import context
 
 
 class EagerRandom:
-    """The position of eager random numbers; without a global seed it determines nothing."""
+    """The state of eager random numbers. Without a global seed it does not determine them."""
 
     def __init__(self) -> None:
         self._seeded = getattr(context.context(), "_rng", None)
         self._state = self._seeded and self._seeded.getstate()
 
     def restore(self) -> None:
-        """Lets them go on from where they were."""
+        """Sets random numbers back to the kept state."""
         if self._seeded is not None:
             self._seeded.setstate(self._state)
-            # A kernel that is kept goes on from where it was.
+            # A cached kernel has a state of its own, and would not start again from the kept one.
             context.context().clear_kernel_cache()

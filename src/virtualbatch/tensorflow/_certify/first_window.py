@@ -1,4 +1,4 @@
-"""The first window of a loss proves itself: TensorFlow's part of `certify.first_window`."""
+"""The check of a loss at its first window: TensorFlow's part of `certify.first_window`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,12 +45,12 @@ def prove_first_window(
     """Tries the law on rows of a batch, if its loss has not been tried with the variables before.
 
     Args:
-        program: what is run.
+        program: the loss, its weight and its variables.
         batch: a batch, or a Window.
         cut: the micro-batches of the window.
-        shares: theirs.
-        others: variables that it may change, where it is made of a function that `rowwise` wraps;
-            those of any other loss are found by a trace.
+        shares: the shares of the micro-batches.
+        others: the variables that the loss may change, if it is made from a `rowwise` function.
+            For any other loss a trace finds them.
 
     Raises:
         ValueError: micro-batches of this loss do not add up to their batch.
@@ -93,7 +93,7 @@ def _random_numbers_kept() -> Iterator[None]:
 
 
 class _TensorFlowTrial(Trial):
-    """See `virtualbatch.certify.first_window.Trial`."""
+    """See `virtualbatch.certify.trial.Trial`."""
 
     def __init__(self, program: Program, source: Any, sizes: Sequence[int]):
         self._program = program._replace(stats=False)
@@ -127,7 +127,7 @@ class _TensorFlowTrial(Trial):
         sizes, losses, reached = [], [], set()
         with run_eagerly(), self._others_kept():
             for k, part in enumerate(parts):
-                # A part, then less by the whole, then the other part.
+                # The first part, minus the whole, plus the second part.
                 terms, gradients, found = self._gradients(
                     part, None if k == 1 else (shares, k // 2)
                 )
@@ -152,7 +152,7 @@ class _TensorFlowTrial(Trial):
     def _gradients(
         self, part: Any, share: tuple[Shares, int] | None
     ) -> tuple[dict[Any, Any], list[Any], set[Any]]:
-        """Terms of a part, the gradient of their shares, and those that have one."""
+        """The terms of a part, the gradient of its share, and the terms that have a gradient."""
         with tf.GradientTape(persistent=True) as tape:
             watch_tensors(tape, self._flat)
             loss, _ = loss_and_aux(self._program.loss_fn(part), self._program.has_aux)
@@ -171,7 +171,7 @@ class _TensorFlowTrial(Trial):
         return dict(zip(named, terms, strict=True)), gradients, reached
 
     def keep(self, others: Sequence[Any]) -> None:
-        """Sets what else the loss may change beside what is differentiated; it is put back."""
+        """Sets the variables that the loss may change. They are put back after each run."""
         self._others = [(variable, variable.numpy()) for variable in others]
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Certifying a training loop of one's own in TensorFlow: its state is held in variables."""
+"""Certifying a hand-written TensorFlow training loop, whose state is held in variables."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

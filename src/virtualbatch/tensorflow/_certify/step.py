@@ -82,7 +82,7 @@ class TensorFlowTrainingStep(TrainingStep):
         self.restore()
 
     def restore(self) -> None:
-        """Gives the variables that the loss may change the values that they had."""
+        """Puts the old values back into the variables that the loss may change."""
         for variable, value in self._others:
             variable.assign(value)
 
@@ -163,7 +163,7 @@ class TensorFlowTrainingStep(TrainingStep):
 
 
 def _names(variables: Sequence[Any]) -> list[str]:
-    """A name for each variable, with its number where another one is called the same."""
+    """A name for each variable, with its number if another variable has the same name."""
     names = [str(getattr(v, "path", "") or getattr(v, "name", "variable")) for v in variables]
     return [
         f"{name}[{index}]" if names.count(name) > 1 else name for index, name in enumerate(names)
@@ -171,7 +171,7 @@ def _names(variables: Sequence[Any]) -> list[str]:
 
 
 def epsilon(dtype: tf.DType) -> float:
-    """The gap after 1 in a floating dtype, which NumPy's finfo does not tell of bfloat16."""
+    """The gap after 1 in a floating dtype. NumPy's finfo does not know bfloat16."""
     return float(np.spacing(dtype.real_dtype.as_numpy_dtype(1)))
 
 

@@ -12,7 +12,8 @@ from virtualbatch.plan.out_of_memory import MemoryErrors, any_of
 
 ERRORS = MemoryErrors(
     classes=(),
-    # On a GPU some allocations come as errors of the device; oneDNN's as an operation aborted.
+    # On a GPU some failed allocations are errors of the device. With oneDNN they are aborted
+    # operations.
     kinds=(
         MemoryError,
         tf.errors.ResourceExhaustedError,
@@ -20,21 +21,21 @@ ERRORS = MemoryErrors(
         tf.errors.AbortedError,
         tf.errors.UnknownError,
     ),
-    # The codes stand for quotas, messages that are too long and broken kernels as well.
+    # The error classes are also used for quotas, messages that are too long and broken kernels.
     certain=re.compile(
         r"\bOOM\b|out of memory|out_of_memory|fail\w* to allocate|allocating \d"
         r"|cudnn_status_\w*alloc\w*_failed",
         re.IGNORECASE,
     ),
     ambiguous=any_of(
-        # oneDNN does not pass on that an allocation failed, and says the same of other faults:
+        # oneDNN does not say that an allocation failed, and says the same of other faults:
         # https://github.com/uxlfoundation/oneDNN/issues/1500
         "could not create a primitive",
         "could not execute a primitive",
         "could not create a memory object",
-        # XLA compiles functions with jit_compile.
+        # An error of XLA, which compiles functions with jit_compile.
         "YNNPACK operation failed",
-        # A handle did not fit, or the driver does not:
+        # A handle did not fit in memory, or the driver does not match:
         # https://github.com/tensorflow/tensorflow/issues/24496
         "CUDNN_STATUS_NOT_INITIALIZED",
         "CUDNN_STATUS_INTERNAL_ERROR",
@@ -49,7 +50,7 @@ ERRORS = MemoryErrors(
 def left_bytes() -> int | None:
     """Bytes that a window may still take on the first GPU, or on the host if there is none.
 
-    None on a GPU without a limit of its own: TensorFlow does not say what a GPU has, and its
+    None on a GPU without a limit of its own: TensorFlow does not tell the memory of a GPU, and its
     allocator takes nearly all of it.
     """
     gpus = tf.config.list_logical_devices("GPU")
@@ -62,7 +63,7 @@ def left_bytes() -> int | None:
 
 
 def _allocator_left_bytes() -> int:
-    """What TensorFlow's allocator on the host may still take, where it has a limit of its own."""
+    """Bytes that TensorFlow's allocator on the host may still take, if it has its own limit."""
     used = os.environ.get("TF_CPU_ALLOCATOR_USE_BFC", "").lower() in ("true", "1")
     limit = os.environ.get("TF_CPU_BFC_MEM_LIMIT_IN_MB", "")
     if not (used and limit.isdecimal()):

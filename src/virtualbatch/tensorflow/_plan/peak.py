@@ -1,9 +1,9 @@
 """Peak memory of a window, measured, because TensorFlow cannot predict it.
 
-On a GPU its allocator counts, and on the host too where a process was started with
-TF_CPU_ALLOCATOR_USE_BFC=true. Elsewhere the kernel keeps the peak of the resident memory and resets
-it on request. This does not show when memory that the allocator kept from an earlier window is used
-again, so sizes are measured from small to large.
+On a GPU TensorFlow's allocator counts. It also counts on the host if the process was started with
+TF_CPU_ALLOCATOR_USE_BFC=true. Otherwise the kernel of the operating system keeps the peak of the
+resident memory, and resets it on request. The allocator keeps memory of an earlier window. If that
+memory is used again, the peak does not show it, so sizes are measured from small to large.
 """
 
 import sys
@@ -22,13 +22,13 @@ from virtualbatch.plan.resident_memory import (
 )
 from virtualbatch.plan.timing import Timing
 
-# Runs of which a peak is taken, as long as they do not take longer.
+# The most runs of one measurement, and the seconds after which no new run begins.
 _RUNS = 24
 _SECONDS = 1.0
 
 
 class PeakMemory:
-    """Peaks of functions above what the process held when this was made.
+    """Peaks of functions, above what the process held when this object was made.
 
     Raises:
         NotImplementedError: neither a GPU nor the kernel reports a peak.
@@ -47,11 +47,11 @@ class PeakMemory:
     def of(self, run: Callable[[], Any]) -> int:
         """The most bytes that were held while a function ran, beyond the start.
 
-        Operations that do not wait for each other run in an order that changes, and with it what
-        is held at once: the most of many runs is what has to fit.
+        Independent operations run in a changing order, so the peak changes from run to run. The
+        largest peak of many runs must fit.
 
         Args:
-            run: called up to 24 times; it must wait for its result.
+            run: called up to 24 times. It must wait for its result.
         """
         peaks: list[int] = []
         begin = time.perf_counter()
@@ -60,10 +60,10 @@ class PeakMemory:
         return max(0, max(peaks) - self._before)
 
     def beside(self, run: Callable[[], float]) -> tuple[float, int]:
-        """Runs something that is timed, and measures its peak where that does not slow it.
+        """Runs a timed function, and measures its peak if that does not slow it down.
 
         Returns:
-            (its result, the most bytes as in `of`; 0 where only the kernel reports it).
+            (result of the function, its peak as in `of`; 0 if only the kernel reports peaks).
         """
         if self._device is None:
             return run(), 0
@@ -97,8 +97,8 @@ class Watched:
     """A window whose runs report their time, and their peak where it can be measured.
 
     Args:
-        run: runs the window and waits for it; () -> seconds that it took.
-        peak: what measures.
+        run: () -> seconds. It runs the window and waits for it.
+        peak: measures the peak.
     """
 
     def __init__(self, run: Callable[[], float], peak: PeakMemory):
@@ -108,9 +108,9 @@ class Watched:
         self.timing = Timing(self._watched)
 
     def peak_bytes(self) -> int:
-        """The most bytes that a run needed so far; the first call makes some."""
+        """The most bytes that a run needed so far. The first call makes several runs."""
         if self._most is None:
-            # The first run of a graph needs more than those that train.
+            # The first run of a graph needs more memory than later runs.
             self.timing.run()
             self._most = self._peak.of(self.timing.run)
         return self._most
@@ -128,7 +128,7 @@ def _device_that_counts() -> str | None:
     gpus = tf.config.list_logical_devices("GPU")
     if gpus:
         return str(gpus[0].name)
-    # The constant is held while the question is asked.
+    # The tensor must exist during the question, so that a counting allocator counts it.
     held = tf.fill((1024,), 1.0)
     try:
         counted = tf.config.experimental.get_memory_info("CPU:0")["current"]

@@ -1,4 +1,4 @@
-"""Planning on TensorFlow: windows are run, in a graph, and their peak and time are measured."""
+"""Planning on TensorFlow: windows run in a graph, and their peak and time are measured."""
 
 import gc
 import time
@@ -18,7 +18,7 @@ from virtualbatch.plan.timing import Timing
 from virtualbatch.tensorflow._plan.memory import ERRORS, left_bytes
 from virtualbatch.tensorflow._plan.peak import PeakMemory, Watched
 
-# size -> function of a batch that computes a window, to be made a graph.
+# size -> function of a batch that computes a window, and that will be made a graph.
 Window = Callable[[int], Callable[[Any], Any]]
 
 
@@ -30,12 +30,12 @@ def planned(
     Args:
         window: microbatch_size -> the function that computes a window with it.
         batch: nested structure of tensors and other leaves.
-        rows: its rows.
-        held: bytes of what exists before a window: variables and the batch.
+        rows: the rows of the batch.
+        held: bytes of variables and the batch, which exist before a window.
         memory_limit: bytes, a text, or None.
 
     Raises:
-        ValueError: not even one row fits, or a limit does not parse.
+        ValueError: not even one row fits, or the limit does not parse.
         NotImplementedError: neither a GPU nor the kernel reports a peak.
     """
     limit = bytes_allowed(memory_limit, held, Memory(ERRORS, left_bytes))
@@ -45,7 +45,7 @@ def planned(
 
 
 def _searched(window: Window, batch: Any, rows: int, held: int, limit: int) -> Plan:
-    """The plan for a limit in bytes; what it made is referred to by nothing else afterwards."""
+    """The plan for a limit in bytes. When it returns, nothing else refers to the graphs it made."""
     peak = _measuring(lambda: _Program(window(1), batch)())
 
     def watched(size: int) -> Watched:
@@ -66,18 +66,19 @@ def _searched(window: Window, batch: Any, rows: int, held: int, limit: int) -> P
 
 
 def _forget_graphs() -> None:
-    """Frees what graphs that nothing refers to still hold, because they refer to themselves.
+    """Frees graphs that nothing else refers to. They refer to themselves, so `gc` must free them.
 
-    Small as it is, it lies between the free pieces of TensorFlow's allocator, which then gives out
-    larger ones than asked for, and the next window would need more.
+    Their memory is small, but it lies between the free pieces of TensorFlow's allocator. The
+    allocator then gives out larger pieces than needed, and the next window would need more memory.
     """
     gc.collect()
 
 
 def _measuring(first: Callable[[], float]) -> PeakMemory | None:
-    """What measures windows, after a first one; None where memory is too short for either.
+    """The measurement of peaks, made after a first window; None if there is too little memory.
 
-    What TensorFlow loads once, and what its allocator keeps of a window, is no window's need.
+    The first window takes what TensorFlow loads once and what its allocator keeps. That memory must
+    not count as the need of a window.
     """
     if host_memory().left_bytes < ROOM_FOR_TOOLS:
         return None
@@ -99,7 +100,7 @@ def held_bytes(variables: Any, batch: Any) -> int:
 
 
 class _Program:
-    """A window as a graph, or run eagerly, and the variables that it could change."""
+    """A window, as a graph or eager, and the variables that it may change."""
 
     def __init__(self, window: Callable[[Any], Any], batch: Any, eager: bool = False):
         self._batch = batch
@@ -109,7 +110,7 @@ class _Program:
         self._changed = list(graph.variables) if _assigns(graph) else []
 
     def __call__(self) -> float:
-        """Runs the window and waits for it; every variable is as before.
+        """Runs the window and waits for it. Afterwards every variable is as before.
 
         Returns:
             Seconds.

@@ -1,4 +1,4 @@
-"""The plan of a program, and the size that it gives a batch."""
+"""The plan of a program, and the planned size for a batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +20,13 @@ def plan_of(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
     """The plan of a program, outside of graphs.
 
     Args:
-        program: what is run, without statistics.
+        program: the loss, its weight and its variables, without statistics.
         batch: a batch, not a Window.
-        memory_limit: see `virtualbatch.tensorflow.plan`.
+        memory_limit: as in `virtualbatch.tensorflow.plan`.
     """
 
     def window(microbatch_size: int) -> Callable[[Any], Any]:
-        # Without recovery: the search is to know that memory ran out.
+        # Not tried again if memory runs out, because the search must know that.
         return lambda batch: _run(program.converted(), batch, microbatch_size)
 
     rows = common_rows(named_arrays(batch))
@@ -37,10 +37,10 @@ def plan_of(program: Program, batch: Any, memory_limit: int | str | None) -> Pla
 
 
 def planned_size(program: Program, batch: Any, automatic: Any) -> CurrentSize:
-    """The size in force for a batch, planned if no plan covers it; in a graph while it is traced.
+    """The size for a batch, planned now if no plan covers the batch. In a graph: during the trace.
 
     Args:
-        program: what is run.
+        program: the loss, its weight and its variables.
         batch: a batch, not a Window.
         automatic: "auto" or an `Auto`.
     """
@@ -49,7 +49,7 @@ def planned_size(program: Program, batch: Any, automatic: Any) -> CurrentSize:
     graph = not tf.executing_eagerly()
 
     def make() -> Plan:
-        # Out of the user's graph, if there is one; then without its values.
+        # Outside the user's graph, if there is one. There the batch has no values.
         with tf.init_scope():
             given = stand_in(batch) if graph else batch
             return plan_of(program._replace(stats=False), given, sizes.memory_limit)

@@ -1,4 +1,4 @@
-"""Which size a window is cut by: kept for the variables, or planned for the shapes of a batch."""
+"""What a plan for a batch depends on, and a batch of zeros for planning during a trace."""
 
 from functools import cache
 from typing import Any
@@ -16,7 +16,7 @@ def signature(program: Program, batch: Any) -> Signature:
     """What a plan for a batch depends on.
 
     Args:
-        program: what is run.
+        program: the loss, its weight and its variables.
         batch: a batch of known shapes, not a Window.
 
     Raises:
@@ -50,7 +50,7 @@ def signature(program: Program, batch: Any) -> Signature:
 
 
 def stand_in(batch: Any) -> Any:
-    """A batch of zeros in the shapes of one that is being traced; made outside of the graph."""
+    """A batch of zeros with the shapes of a traced batch. Call it outside the graph."""
 
     def zeros(leaf: Any) -> Any:
         return tf.zeros(leaf.shape, leaf.dtype) if is_array(leaf) else leaf
@@ -67,7 +67,7 @@ def _device() -> str:
 
 
 def _row_shape(array: Any) -> tuple[int, ...]:
-    # Rows of a ragged tensor have no length of their own; its values tell how much there is.
+    # Rows of a ragged tensor have no common length, so the number of its values stands in.
     if isinstance(array, tf.RaggedTensor):
         return (int(array.flat_values.shape[0]), *array.flat_values.shape[1:])
     return tuple(array.shape[1:])

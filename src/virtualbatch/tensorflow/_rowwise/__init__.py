@@ -1,1 +1,1 @@
-"""`rowwise`: what comes before rows meet, on the memory of a micro-batch."""
+"""`rowwise`: the part of a model before rows meet, run with the memory of a micro-batch."""

@@ -1,4 +1,4 @@
-"""How a pass is run: as it is, or eagerly again in smaller micro-batches where memory runs out."""
+"""Runs an eager pass, and runs it again in smaller micro-batches if memory runs out."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ from virtualbatch.tensorflow._segment import Segment
 
 _MEMORY = Memory(ERRORS, left_bytes)
 
-# Runs a pass, cut like this.
+# Runs a pass on the given micro-batches.
 Pass = Callable[[Sequence[Segment]], Any]
 
 
@@ -23,8 +23,8 @@ class Attempts(NamedTuple):
 
     Fields:
         batch: a batch or a Window.
-        size: the size in force.
-        reached: the variables of the function.
+        size: the current size.
+        reached: the variables that the function reaches.
     """
 
     batch: Any
@@ -42,7 +42,7 @@ class Attempts(NamedTuple):
             before: the state that every attempt starts from.
 
         Returns:
-            What it gave, and the micro-batches that fitted.
+            The result of the pass, and the micro-batches that fitted.
         """
         fitted: list[Sequence[Segment]] = []
 
@@ -56,7 +56,7 @@ class Attempts(NamedTuple):
         return found, fitted[0]
 
     def second(self, run: Pass, cut: Sequence[Segment], before: State, drawn: bool) -> Any:
-        """Runs the second pass; until it fits, where smaller micro-batches give the same.
+        """Runs the second pass, until it fits if smaller micro-batches give the same result.
 
         Args:
             run: the pass.

@@ -26,12 +26,12 @@ Outputs = TypeVar("Outputs")
 
 
 class Rowwise(Generic[Outputs]):
-    """What `virtualbatch.tensorflow.rowwise` returns.
+    """The function that `virtualbatch.tensorflow.rowwise` returns.
 
     Args:
         fn: (batch, *shared) -> outputs.
-        microbatch_size: checked; or "auto", an `Auto`, or None.
-        accumulation_steps: checked, or None.
+        microbatch_size: a checked size, "auto", an `Auto`, or None.
+        accumulation_steps: a checked number, or None.
         check: whether the first call proves that each row is computed from that row alone.
     """
 
@@ -58,16 +58,16 @@ class Rowwise(Generic[Outputs]):
             batch = read_variables(batch)
         if tf.executing_eagerly():
             return self._eagerly(batch, Shared(shared))
-        # AutoGraph does not look into this library, but must go on converting what the user wrote.
+        # AutoGraph does not convert this library, but it must still convert the user's function.
         autograph = tf.__internal__.autograph
         fn = autograph.tf_convert(self._fn, autograph.control_status_ctx())
         return self._in_graph(fn, batch, Shared(shared))
 
     def certified(self, batch: Any, variables: Any) -> tuple[Program, Any]:
-        """The loss that is certified in place of the function, and its batch.
+        """The surrogate loss that is certified in place of the function, and its batch.
 
         Raises:
-            ValueError: see `Surrogates.certified`.
+            ValueError: the outputs are wrong, as in `Surrogates.certified`.
         """
         return self._surrogates.certified(batch, variables)
 
@@ -100,7 +100,7 @@ class Rowwise(Generic[Outputs]):
         return differentiable(passes, shared, batch, cut, learnt.reached, attempts)
 
     def _cut(self, batch: Any, planned: CurrentSize | None) -> list[Segment]:
-        # Eagerly a replica without rows must not call it.
+        # Eagerly a replica without rows must not call the function.
         may_be_empty = replicas() > 1 and not tf.executing_eagerly()
         if isinstance(batch, Window):
             return segments(batch, None, None, may_be_empty=may_be_empty)
@@ -109,7 +109,7 @@ class Rowwise(Generic[Outputs]):
         return segments(batch, size, steps, may_be_empty=may_be_empty)
 
     def _planned(self, batch: Any, shared: Shared) -> CurrentSize | None:
-        """The size in force where it is to be planned."""
+        """The planned size; None if no size is to be planned."""
         if not is_automatic(self.sizes[0]):
             return None
         refuse_planning_replicas()
@@ -117,6 +117,6 @@ class Rowwise(Generic[Outputs]):
 
 
 def _is_whole(batch: Any, cut: Sequence[Segment]) -> bool:
-    """Whether there is nothing to cut."""
+    """Whether the batch is one micro-batch."""
     count = cut[0].count
     return not isinstance(batch, Window) and len(cut) == 1 and isinstance(count, int) and count == 1

@@ -1,4 +1,4 @@
-"""What takes a gradient beside variables: arrays of the batch, and shared tensors."""
+"""Tensors that take a gradient and are no variables: arrays of the batch, and shared tensors."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,16 +14,16 @@ from virtualbatch.window.window import Window
 class Inputs:
     """Tensors that enter a node of differentiation.
 
-    A graph may be differentiated from outside, which cannot be seen while it is traced. So in a
-    graph every tensor enters. A tape inside does not get the gradients of tensors that it does not
-    record: those of the rows would be as large as the batch.
+    A graph may be differentiated from outside, and the trace cannot see that. So in a graph every
+    tensor enters. A tape inside the graph gets only the gradients of tensors that it records: the
+    gradients of all rows would be as large as the batch.
 
     Args:
         columns: for each input its tensors: one, or its pieces in the order of rows.
 
     Attributes:
-        numbers: of the columns that enter.
-        tensors: theirs.
+        numbers: the numbers of the columns that enter.
+        tensors: the tensors of these columns.
     """
 
     def __init__(self, columns: Sequence[Sequence[Any]]):
@@ -36,16 +36,16 @@ class Inputs:
         self.tensors = [x for column in self._columns.values() for x in column]
 
     def asked(self) -> list[int]:
-        """The numbers of the columns whose gradient is asked for where this is called."""
+        """The numbers of the columns whose gradient is needed. Call it in the gradient function."""
         inside = self._is_recording and self._graph is tf.compat.v1.get_default_graph()
         return self._recorded if inside else self.numbers
 
     def gradients(self, asked: Sequence[int], found: Sequence[Any]) -> list[Any]:
-        """The gradient of each tensor; None for what was not asked for.
+        """The gradient of each tensor; None for a tensor whose gradient was not asked for.
 
         Args:
-            asked: numbers of columns.
-            found: their gradients, each with the entries of all pieces in order.
+            asked: the numbers of columns.
+            found: the gradient of each of these columns, with the entries of all pieces in order.
         """
         of_columns = dict(zip(asked, found, strict=True))
         result: list[Any] = []
@@ -64,7 +64,7 @@ def rows_of(batch: Any) -> list[list[Any]]:
 
 
 def tensors_of(batch: Any) -> list[Any]:
-    """What holds the numbers of each array of a batch or of a micro-batch, in the same order."""
+    """The tensor with the values of each array of a batch or micro-batch, in order."""
     return [_values(leaf) for leaf in tf.nest.flatten(batch) if is_array(leaf)]
 
 
@@ -75,10 +75,10 @@ def _values(leaf: Any) -> Any:
 
 
 def read_variables(batch: Any) -> Any:
-    """The batch with what its variables hold, so that their gradient is that of its rows."""
+    """The batch with its variables replaced by tensors, which get gradients as rows."""
 
     def read(leaf: Any) -> Any:
-        # Keras has variables of its own; of a tensor this is itself.
+        # Variables of Keras have `__tf_tensor__`. A tensor is converted to itself.
         is_read = isinstance(leaf, tf.Variable) or hasattr(leaf, "__tf_tensor__")
         return tf.convert_to_tensor(leaf) if is_read else leaf
 
@@ -90,6 +90,6 @@ def _may_have_gradient(x: Any) -> bool:
 
 
 def _like(pieces: Sequence[Any], flat: Any) -> list[Any]:
-    """The entries of some tensors in their shapes."""
+    """Splits flat entries into tensors with the shapes of some pieces."""
     parts = [flat] if len(pieces) == 1 else tf.split(flat, [tf.size(x) for x in pieces])
     return [tf.reshape(part, tf.shape(x)) for part, x in zip(parts, pieces, strict=True)]

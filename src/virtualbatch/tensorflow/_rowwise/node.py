@@ -1,4 +1,4 @@
-"""One node of differentiation: the first pass as its value, the second as its gradient."""
+"""One node of differentiation: the first pass is its value, the second pass is its gradient."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,19 +25,19 @@ def differentiable(
     """The outputs for all rows, whose gradient is the second pass.
 
     Args:
-        passes: of this call.
-        shared: its arguments beside the batch.
-        batch: that batch, or a Window.
-        cut: its micro-batches.
+        passes: the passes of this call.
+        shared: all arguments except the batch.
+        batch: the batch, or a Window.
+        cut: the micro-batches.
         found: the variables that the function reaches.
-        attempts: how passes are run eagerly; None in a graph.
+        attempts: runs passes eagerly; None in a graph.
 
     Returns:
-        What the function returns.
+        The outputs, in the structure that the function returns.
 
     Raises:
-        ValueError: see `Outputs.tensors`; or a forward-mode derivative follows what the function
-            uses.
+        ValueError: an output is wrong, as in `Outputs.tensors`; or a ForwardAccumulator watches a
+            tensor that the function uses.
     """
     trained, watched = found.trained, found.watched
     columns = rows_of(batch), [[x] for x in shared.tensors], [[tf.identity(v)] for v in watched]
@@ -59,7 +59,7 @@ def differentiable(
     @tf.custom_gradient
     def node(*entered: Any) -> Any:
         for variable in trained:
-            # A tape hears of a variable when it is read, and of no reading that it does not record.
+            # A tape watches a variable when it is read, and reads in the passes are not recorded.
             tf.identity(variable)
 
         def grad(*cotangents: Any, variables: Sequence[Any] = ()) -> Any:
@@ -95,9 +95,9 @@ def differentiable(
 
 
 def _own_graph(second: Any) -> Any:
-    """The second pass as a function: it writes to variables, and a gradient has no place for that.
+    """The second pass as a `tf.function`, so that its writes to variables run.
 
-    Where a tape outside of a graph asks for its gradient, only what that needs is run.
+    If a tape outside a graph asks for the gradient, only operations that the gradient needs run.
     """
     return tf.function(second, autograph=False)
 

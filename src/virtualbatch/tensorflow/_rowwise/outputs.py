@@ -1,4 +1,4 @@
-"""What a function of rows returns: a structure of tensors with one entry per row each."""
+"""The outputs of a function of rows: a structure of tensors with one entry per row."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from virtualbatch.window.tree import Builder, builder, rows_if_shared
 
 
 class Outputs:
-    """The structure that every micro-batch's outputs must have, learnt from the first.
+    """The structure that every micro-batch's outputs must have, taken from the first micro-batch.
 
     Args:
-        places: the structure, where it is known before; see `places_of`.
+        places: the structure as `places_of` gives it, if it is known before.
 
     Attributes:
-        takes_gradient: for each tensor of the outputs whether it can have a gradient.
+        takes_gradient: for each tensor of the outputs, whether it can have a gradient.
     """
 
     def __init__(self, places: Sequence[str] | None = None) -> None:
@@ -26,11 +26,12 @@ class Outputs:
         self.takes_gradient: list[bool] = []
 
     def tensors(self, found: Any, microbatch: Any) -> list[Any]:
-        """The outputs for a micro-batch as a flat list of tensors, without what is None.
+        """The outputs for a micro-batch as a flat list of tensors, without Nones.
 
         Raises:
-            ValueError: one has not one entry per row, or the structure differs from the first.
-            TypeError: one is no dense tensor.
+            ValueError: an output has not one entry per row, or the structure differs from the first
+                one.
+            TypeError: an output is no dense tensor.
         """
         leaves: list[tuple[str, Any]] = []
         build = builder(found, "output", leaves, lists=False)
@@ -48,7 +49,7 @@ class Outputs:
         return tensors
 
     def structure(self, tensors: Sequence[Any]) -> Any:
-        """The outputs again, of tensors in the order of `tensors`."""
+        """The structure of the outputs, built of tensors in the order of `tensors`."""
         if self._build is None or self._places is None:
             raise RuntimeError("internal: no micro-batch has run.")
         given = iter(tensors)
@@ -58,7 +59,7 @@ class Outputs:
 
 
 def places_of(leaves: Sequence[tuple[str, Any]]) -> list[str]:
-    """The structure of outputs in words, which tell one from another."""
+    """The structure of outputs in words, which differ if structures differ."""
     return [f"{place} is None" if leaf is None else place for place, leaf in leaves]
 
 
@@ -66,11 +67,11 @@ def check_outputs(leaves: Sequence[tuple[str, Any]], rows: int | None) -> bool:
     """Refuses outputs by their shapes, as far as a trace knows them.
 
     Args:
-        leaves: of the outputs, with the expressions that reach them.
-        rows: of the micro-batch; None where a trace leaves them open.
+        leaves: the leaves of the outputs, each with the expression that reaches it.
+        rows: the rows of the micro-batch; None if a trace does not know them.
 
     Returns:
-        Whether only the run can tell of some.
+        Whether some outputs can be checked only at run time.
     """
     for place, leaf in leaves:
         if isinstance(leaf, tf.RaggedTensor | tf.SparseTensor | tf.IndexedSlices):
@@ -85,12 +86,12 @@ def check_outputs(leaves: Sequence[tuple[str, Any]], rows: int | None) -> bool:
 
 
 def takes_gradient(dtype: tf.DType) -> bool:
-    """Whether what has this dtype can have a gradient."""
+    """Whether a tensor of this dtype can have a gradient."""
     return bool(dtype.is_floating or dtype.is_complex)
 
 
 def _is_open(leaf: Any, rows: int | None) -> bool:
-    """Whether only the run can tell how many entries a leaf has for each row."""
+    """Whether the number of entries of a leaf, or the number of rows, is known only at run time."""
     shape = getattr(leaf, "shape", None)
     if not isinstance(shape, tf.TensorShape):
         return False

@@ -1,7 +1,7 @@
 """The two passes of a function of rows: its outputs, and later their gradient.
 
-The first runs every micro-batch and keeps its outputs only. The second runs them again, each with
-its rows of the outputs' gradient, and sums what comes back.
+The first pass runs every micro-batch and keeps only its outputs. The second pass runs them again,
+each with its rows of the outputs' gradient, and sums the gradients.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,14 +21,14 @@ from virtualbatch.window.tree import builder
 
 
 class Shared:
-    """The arguments beside the batch, which every micro-batch gets whole.
+    """All arguments except the batch. Every micro-batch gets them whole.
 
     Args:
-        arguments: what the user passed.
+        arguments: the arguments that the user passed.
 
     Attributes:
-        tensors: the tensors among them; all else stays as it is.
-        specs: theirs.
+        tensors: the tensors among the arguments. Other leaves stay as they are.
+        specs: the specs of these tensors.
     """
 
     def __init__(self, arguments: Sequence[Any]):
@@ -41,7 +41,7 @@ class Shared:
         self.specs = [tf.TensorSpec(x.shape, x.dtype) for x in self.tensors]
 
     def arguments(self, tensors: Sequence[Any]) -> Any:
-        """The arguments with other tensors in place of theirs."""
+        """The arguments, with their tensors replaced."""
         given = iter(tensors)
         return self._build(
             [
@@ -58,10 +58,10 @@ class Passes:
 
     Args:
         fn: (micro-batch, *shared) -> outputs.
-        shared: the arguments beside the batch.
+        shared: all arguments except the batch.
 
     Attributes:
-        outputs: their structure, once the first pass has run or was traced.
+        outputs: the structure of the outputs, once the first pass has run or was traced.
     """
 
     def __init__(self, fn: Callable[..., Any], shared: Shared):
@@ -71,7 +71,7 @@ class Passes:
         self._last: tuple[Sequence[Segment], list[Traced]] | None = None
 
     def graphs(self, cut: Sequence[Segment]) -> list[Any]:
-        """The graphs of the first pass over these micro-batches, inside of a graph."""
+        """The graphs of the first pass over these micro-batches. Call it inside a graph."""
         functions: list[Any] = [x for t in self._traced(cut) for x in (t.first, t.call)]
         return list({id(function): function.graph for function in functions}.values())
 
@@ -87,7 +87,7 @@ class Passes:
         return _with_all_rows(rows, cut)
 
     def _traced(self, cut: Sequence[Segment]) -> list[Traced]:
-        """The micro-batches with the first pass, in a graph traced once per shape."""
+        """The micro-batches with the first pass as their step. In a graph it is traced here."""
         if self._last is not None and self._last[0] is cut:
             return self._last[1]
 
@@ -100,7 +100,7 @@ class Passes:
         return traced
 
     def _run(self, microbatch: Any, given: Sequence[Any]) -> Any:
-        """The outputs for one micro-batch, of whose structure the function may take things out."""
+        """The outputs for one micro-batch. The function gets a structure that it may change."""
         own = tf.nest.map_structure(lambda leaf: leaf, microbatch)
         return self._fn(own, *self._shared.arguments(given))
 
@@ -115,14 +115,15 @@ class Passes:
         """Runs the second pass.
 
         Args:
-            cut: the micro-batches of the first.
-            cotangents: the gradient of each output that takes one.
-            variables: whose gradient is wanted.
-            shared: numbers of the shared tensors whose gradient is wanted.
-            arrays: numbers of the arrays of the batch whose gradient is wanted.
+            cut: the micro-batches of the first pass, or smaller ones.
+            cotangents: the gradient of each output that takes a gradient.
+            variables: the variables whose gradient is needed.
+            shared: the numbers of the shared tensors whose gradient is needed.
+            arrays: the numbers of the arrays of the batch whose gradient is needed.
 
         Returns:
-            The gradients of the variables, of the shared tensors, and flat ones of the arrays.
+            The gradients of the variables, of the shared tensors, and of the arrays. Gradients of
+            arrays are flat.
         """
         wanted = [self._shared.tensors[k] for k in shared]
         count = len(variables) + len(wanted)
@@ -153,20 +154,20 @@ class Passes:
 
 
 def _parts(leaf: Any) -> list[Any] | None:
-    """The tensors of a leaf; None for what is no tensor, as a variable, which is read as it is."""
+    """The tensors of a leaf; None for a leaf that is no tensor, such as a variable."""
     if isinstance(leaf, tf.Tensor | tf.RaggedTensor | tf.SparseTensor | tf.IndexedSlices):
         return tf.nest.flatten(leaf, expand_composites=True)
     return None
 
 
 def _entry(outputs: Sequence[Any]) -> Any:
-    """A number that is there once the outputs are; what waits for it waits for the micro-batch."""
+    """A number that is computed from the outputs. To wait for it is to wait for the micro-batch."""
     entries = [tf.reduce_sum(tf.cast(x[:1], tf.float32)) for x in outputs if x.dtype.is_floating]
     return tf.add_n(entries) if entries else tf.zeros([])
 
 
 def _with_all_rows(tensors: Sequence[Any], cut: Sequence[Segment]) -> list[Any]:
-    """The tensors, which say how many rows they have if that is known."""
+    """The tensors, with the number of rows set in their shape if it is known."""
     counts = [segment.count * segment.rows(0) for segment in cut]
     if all(isinstance(count, int) for count in counts):
         for tensor in tensors:

@@ -1,11 +1,11 @@
-"""What the graph of a function shows: the variables it reaches, and what cannot run twice."""
+"""What a function's graph shows: the variables that it reaches, and what cannot run twice."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-# What orders the operations of a graph; there is no public name for what only reads a variable.
+# The part of TensorFlow that orders operations. No public name tells which ones only read.
 from tensorflow.python.framework import auto_control_deps_utils
 
 from virtualbatch.tensorflow._rowwise.recording import is_recorded, is_recording
@@ -15,8 +15,8 @@ class Reached(NamedTuple):
     """The variables that a function reaches.
 
     Fields:
-        variables: all of them.
-        written: those of them that it writes to.
+        variables: all variables.
+        written: the variables that the function writes to.
     """
 
     variables: list[Any]
@@ -24,12 +24,12 @@ class Reached(NamedTuple):
 
     @property
     def trained(self) -> list[Any]:
-        """Those that take a gradient now; the user may freeze and thaw layers."""
+        """The variables that take a gradient now. The user may freeze and unfreeze layers."""
         return [v for v in self.variables if v.trainable]
 
     @property
     def watched(self) -> list[Any]:
-        """Those that take none by themselves, but that a tape was told to watch."""
+        """The variables that are not trainable, but that a tape was told to watch."""
         return [
             v
             for v in self.variables
@@ -38,9 +38,9 @@ class Reached(NamedTuple):
 
     @property
     def changing(self) -> list[Any]:
-        """Those that another call may change, although it did not in this graph.
+        """The variables that some call may change, even if this graph does not.
 
-        Layers change when they are frozen, thawed, or told that they train.
+        What a layer writes depends on whether it is frozen, and whether it runs in training mode.
         """
         written = set(map(id, self.written))
         return [v for v in self.variables if not v.trainable or id(v) in written]
@@ -49,12 +49,12 @@ class Reached(NamedTuple):
 def traced_alone(
     fn: Callable[..., Any], microbatch: Any, tensors: Sequence[Any]
 ) -> tuple[Any, Any]:
-    """A function's graph for a micro-batch, made outside of the program that runs it.
+    """A function's graph for a micro-batch, made outside the program that runs the function.
 
     Args:
         fn: (micro-batch, tensors) -> outputs.
         microbatch: nested structure of specs and of leaves without rows.
-        tensors: specs of tensors that come from outside.
+        tensors: specs of the other tensors that the function gets.
 
     Returns:
         The graph, and the outputs in it.
@@ -62,7 +62,8 @@ def traced_alone(
     autograph = tf.__internal__.autograph
     found = []
 
-    # TensorFlow does not take every structure, and none that the function takes apart.
+    # Leaves are passed, not the structure: TensorFlow does not take every structure as an argument,
+    # and refuses a function that changes its argument.
     @tf.function
     def traced(leaves: Any, tensors: Any) -> None:
         converted = autograph.tf_convert(fn, autograph.control_status_ctx())
@@ -82,8 +83,8 @@ def reached(graphs: Sequence[Any]) -> Reached:
     """The variables that the graphs of a function reach.
 
     Raises:
-        ValueError: the function draws random numbers that nobody can draw again, or uses a tensor
-            that takes a gradient and was computed outside of it.
+        ValueError: the function draws random numbers that cannot be drawn again, or uses a tensor
+            that takes a gradient and was computed outside the function.
     """
     variables: dict[int, Any] = {}
     written: dict[int, Any] = {}
@@ -101,10 +102,10 @@ def reached(graphs: Sequence[Any]) -> Reached:
 
 
 def hidden_random(graph: Any) -> list[str]:
-    """Names of operations that draw from a state which TensorFlow keeps for itself."""
+    """Names of operations that draw random numbers from an internal state of TensorFlow."""
     definition = graph.as_graph_def()
     nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
-    # Those that are seeded as an operation, and not by a variable or by a seed that is given.
+    # Such operations have a seed as an attribute. Others draw from a variable or a given seed.
     return sorted({node.op for node in nodes if "seed2" in node.attr})
 
 
@@ -132,7 +133,7 @@ def _may_take_gradient(tensor: Any) -> bool:
     if is_recorded(tensor):
         return True
     if tf.is_symbolic_tensor(tensor) and not is_recording():
-        # A tape outside of the function would ask the graph.
+        # A tape outside the graph may ask for gradients through the graph.
         return any(op.type in ("Placeholder", "ReadVariableOp") for op in _before(tensor.op))
     return False
 

@@ -1,6 +1,6 @@
-"""What tapes record: whether any does, whether one needs a tensor's gradient, and a pause of all.
+"""Questions to all tapes of a thread, and a context in which none of them records.
 
-Only the holder of a tape can ask it; there is no public name for all tapes of a thread.
+A single tape can only be asked by code that has it. All tapes of a thread have no public name.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,22 +11,22 @@ from tensorflow.python.eager import forwardprop_util, record
 
 
 def is_recording() -> bool:
-    """Whether a tape records what runs now."""
+    """Whether a tape records the operations that run now."""
     return bool(record.could_possibly_record())
 
 
 def is_recorded(tensor: Any) -> bool:
-    """Whether a tape that records now may ask for the gradient of a tensor."""
+    """Whether a tape that records now may need the gradient of a tensor."""
     return bool(record.should_record_backprop([tensor]))
 
 
 def has_tangent(tensors: Sequence[Any]) -> bool:
-    """Whether a forward-mode derivative follows one of some tensors."""
+    """Whether a ForwardAccumulator follows one of the tensors."""
     return bool(forwardprop_util.pack_tangents(list(tensors)).tangents)
 
 
 @contextmanager
 def nothing_recorded() -> Iterator[None]:
-    """No tape records what runs in this context."""
+    """A context in which no tape records."""
     with record.stop_recording():
         yield

@@ -1,4 +1,4 @@
-"""The verb: a function of rows on the memory of a micro-batch."""
+"""The public verb `rowwise`: a function of rows, run with the memory of a micro-batch."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -73,7 +73,7 @@ def rowwise(
         raise TypeError(
             f"fn must be a function of a batch. Got fn={fn!r}. Pass fn=lambda batch: ..."
         )
-    # A Window needs none.
+    # A Window needs no size.
     if microbatch_size is not None or accumulation_steps is not None:
         check_sizes_or_auto(microbatch_size, accumulation_steps)
     return Rowwise(fn, microbatch_size, accumulation_steps, check)

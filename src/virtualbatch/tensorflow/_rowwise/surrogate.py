@@ -1,7 +1,7 @@
 """An ordinary loss that represents a function of rows in trials, certificates and plans.
 
-The products of its outputs with fixed numbers are added up over rows, so it is a sum over rows
-exactly where the function works row by row.
+The loss multiplies the function's outputs by fixed numbers and sums the products over rows. So it
+is a sum over rows exactly if the function computes each row from that row alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,12 +34,12 @@ from virtualbatch.window.terms import SUM
 from virtualbatch.window.tree import builder, common_rows
 from virtualbatch.window.window import Window
 
-# Of functions that differ by plain values only.
+# The most traces of functions that differ only by plain values.
 _MOST_TRACES = 4
 
 
 class _Given:
-    """The function with the shared arguments of the call that is examined."""
+    """The function, with the shared arguments of the present call."""
 
     def __init__(self, fn: Callable[..., Any]):
         self._fn = fn
@@ -50,7 +50,7 @@ class _Given:
 
     @contextmanager
     def called_with(self, arguments: Sequence[Any]) -> Iterator[None]:
-        """For the length of a context, so that they are not held for longer."""
+        """Holds the shared arguments inside the context, and not longer."""
         self._arguments = arguments
         try:
             yield
@@ -62,9 +62,9 @@ class Learnt:
     """What a trace of a function showed.
 
     Args:
-        reached: its variables.
-        outputs: the expressions that reach its outputs, and traces of these.
-        given: the function as its loss calls it.
+        reached: the variables that the function reaches.
+        outputs: the traced outputs, each with the expression that reaches it.
+        given: the function as its surrogate loss calls it.
     """
 
     def __init__(self, reached: Reached, outputs: Sequence[tuple[str, Any]], given: _Given):
@@ -80,7 +80,7 @@ class Learnt:
     @cached_property
     def tried(self) -> Program | None:
         """The loss that is tried; None if no output can have a gradient."""
-        # No variables, of which a tape of the user's would hear.
+        # Tensors, not variables: a tape of the user would watch variables.
         factors = [tf.ones([], _wide(dtype)) for _, dtype in self._outputs]
         return self._compared(factors, self.reached.trained)
 
@@ -93,9 +93,9 @@ class Learnt:
         return self._compared(factors, variables)
 
     def _compared(self, factors: Sequence[Any], variables: Any) -> Program | None:
-        """A loss with the function's outputs among its gradients.
+        """A loss whose gradients also show the function's outputs.
 
-        The gradient of each factor is the sum of its output's products.
+        Each output has a factor. The gradient of that factor is the sum of the output's products.
         """
         if not factors:
             return None
@@ -111,7 +111,7 @@ class Learnt:
         return Program(loss_fn, variables, SUM, has_aux=False, stats=False)
 
     def _loss(self, factors: Sequence[Any]) -> Callable[[Any], Any]:
-        """The loss, to be run on what `_numbered` gives."""
+        """The loss, a function of a batch as `_numbered` returns it."""
         dtypes = [_wide(dtype) for _, dtype in self._outputs]
         widest = max(dtypes, key=lambda dtype: dtype.size)
         given, places = self.given, self._places
@@ -143,37 +143,38 @@ class Surrogates:
         self._learnt: dict[str, dict[tuple[str, ...], Learnt]] = {}
 
     def learnt(self, microbatch: Any, shared: Shared) -> Learnt:
-        """What a trace of the function shows, made once per structure and outside of graphs.
+        """What a trace of the function shows. Each structure is traced once, outside of graphs.
 
         Args:
-            microbatch: whose rows are known.
+            microbatch: a micro-batch whose rows are known.
             shared: the other arguments.
 
         Raises:
-            ValueError: see `reached` and `check_outputs`.
+            ValueError: the function or its outputs are refused, as in `reached` and
+                `check_outputs`.
         """
         microbatch = as_tensors(microbatch)
         known = self._learnt.setdefault(repr((specs(microbatch, 1), shared.specs)), {})
-        # With other values a function may do something else.
+        # With other plain values, such as flags, a function may do something else.
         values = plain_values(self._fn)
         if values not in known:
             if len(known) >= _MOST_TRACES:
-                # Some value is another one at each call, as a step is.
+                # Some value changes at each call, such as a step number.
                 return next(reversed(known.values()))
             known[values] = self._traced(microbatch, shared)
         return known[values]
 
     def prove(self, learnt: Learnt, batch: Any, cut: Sequence[Segment], shared: Shared) -> None:
-        """Tries on a few rows whether each is computed from itself alone, unless that was done.
+        """Checks once, on a few rows, that each output depends on its own row alone.
 
         Args:
-            learnt: of the function.
+            learnt: what a trace of the function showed.
             batch: a batch, or a Window.
-            cut: its micro-batches.
+            cut: the micro-batches.
             shared: the other arguments.
 
         Raises:
-            ValueError: some row does not.
+            ValueError: some output depends on other rows.
         """
         if learnt.tried is None:
             return
@@ -198,11 +199,11 @@ class Surrogates:
         return program, _numbered(batch, [whole.rows(0)])
 
     def planned(self, batch: Any, shared: Shared, sizes: Auto) -> CurrentSize:
-        """The size in force for a batch, planned if no plan covers it.
+        """The size for a batch, planned now if no plan covers the batch.
 
         Raises:
-            ValueError: the function has no gradient that could be measured, or a graph does not
-                know the shapes of the batch.
+            ValueError: the function has no gradient to measure, or a graph does not know the
+                shapes of the batch.
         """
         is_graph = not tf.executing_eagerly()
         rows = common_rows(named_arrays(batch))
@@ -211,7 +212,7 @@ class Surrogates:
                 'microbatch_size="auto" needs fully known shapes while a graph is traced. Got an '
                 "unknown number of rows. Pass a number."
             )
-        # Out of the user's graph, if there is one; then without its values.
+        # Outside the user's graph, if there is one. There shared tensors have no values.
         with tf.init_scope():
             learnt = self.learnt(batch, shared)
             zeros = [tf.zeros(spec.shape, spec.dtype) for spec in shared.specs]
@@ -238,11 +239,11 @@ class Surrogates:
 
 
 def _numbered(batch: Any, rows: Sequence[int]) -> Any:
-    """A batch, or a Window, beside the numbers of its rows.
+    """A pair of a batch and the numbers of its rows; for a Window, a Window of such pairs.
 
     Args:
-        batch: it.
-        rows: of its micro-batches.
+        batch: a batch, or a Window.
+        rows: the rows of each micro-batch.
     """
     if not isinstance(batch, Window):
         return batch, tf.range(sum(rows))
@@ -252,9 +253,9 @@ def _numbered(batch: Any, rows: Sequence[int]) -> Any:
 
 
 def _cotangent(numbers: Any, like: Any, output: int, dtype: tf.DType) -> Any:
-    """Numbers between -1 and 1 without order, one for each entry of an output.
+    """Irregular numbers between -1 and 1, one for each entry of an output.
 
-    They follow from a row's number, so that a row has the same ones in every cut.
+    They depend on the number of the row, so a row has the same numbers in every cut.
     """
     inner = tf.reshape(tf.range(tf.size(like[0])), tf.shape(like)[1:])
     rows = tf.reshape(numbers, [-1, *[1] * (len(like.shape) - 1)])
@@ -267,5 +268,5 @@ def _wide(dtype: tf.DType) -> tf.DType:
 
 
 def _name(place: str) -> str:
-    """A name that TensorFlow takes for a variable."""
+    """A name that TensorFlow accepts for a variable."""
     return "".join(x if x.isalnum() else "_" for x in place).strip("_")

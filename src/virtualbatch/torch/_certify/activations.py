@@ -1,4 +1,4 @@
-"""Every value that a forward computes, with the layer and the line that computed it."""
+"""Every value that a forward pass computes, with the layer and the line that computed it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ class Recorder(TorchDispatchMode):
         names: layer by identity -> its name.
 
     Attributes:
-        recording: what it keeps.
+        recording: the recorded values.
     """
 
     def __init__(self, names: dict[int, str]):
@@ -47,7 +47,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def following(self, layers: list[torch.nn.Module]) -> Iterator[None]:
-        """Knows which layer runs, for the length of a context."""
+        """Follows which layer runs, inside the context."""
 
         def enter(layer: torch.nn.Module, args: Any) -> None:
             self._stack.append(layer)

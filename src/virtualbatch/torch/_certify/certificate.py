@@ -56,7 +56,7 @@ def _observed(
 
 @contextmanager
 def _untouched(program: Program, batch: Any) -> Iterator[None]:
-    """Puts back gradients and random numbers; compiled modules run as they are written."""
+    """Puts back gradients and random states. Inside, compiled modules run uncompiled."""
     tensors = [p for root in program.found.roots for p in root.parameters()]
     tensors += [x for _, x in read(batch).whole.tensors() if x.is_leaf and x.requires_grad]
     gradients = [(tensor, tensor.grad) for tensor in tensors]
@@ -75,8 +75,8 @@ def _untouched(program: Program, batch: Any) -> Iterator[None]:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Compiled modules run as they are written for the length of a context."""
-    # Whatever is compiled has loaded this, which takes seconds.
+    """Compiled modules run uncompiled inside the context."""
+    # Loading Dynamo takes seconds. A program with a compiled module has loaded it already.
     if "torch._dynamo" not in sys.modules:
         yield
         return

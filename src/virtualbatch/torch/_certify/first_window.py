@@ -1,4 +1,4 @@
-"""The first window of a loss proves itself: PyTorch's part of `certify.first_window`."""
+"""The check of a loss at its first window: PyTorch's part of `certify.first_window`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ from virtualbatch.torch._window import Program
 from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import loss_and_aux
 
-# Of small micro-batches; a few of them are tried.
+# Small micro-batches are joined until they have at least so many rows.
 _ENOUGH_ROWS = 32
 
 # Layers that draw numbers or couple rows in training mode, on purpose.
@@ -45,13 +45,13 @@ def prove_first_window(
     """Tries the law on rows of a batch, if its loss has not been tried with the module before.
 
     Args:
-        program: what is run.
+        program: the loss, its weight and its modules.
         batch: the batch or Window.
         cut: the micro-batches of the window.
-        shares: theirs.
+        shares: the shares of the micro-batches.
 
     Returns:
-        The micro-batches to run: clones where the loss changes its rows in place.
+        The micro-batches to run. They hand out clones if the loss changes its rows in place.
 
     Raises:
         ValueError: micro-batches of this loss do not add up to their batch, or it reaches a
@@ -84,9 +84,9 @@ def prove_first_window(
 
 
 def source_of(given: Sequence[Microbatch]) -> Microbatch:
-    """Rows to try the law on: of a Window, those of its first micro-batches together.
+    """The rows to try the law on. Small micro-batches of a Window are joined.
 
-    Where one micro-batch is small, its rows may weigh the same by chance, and show nothing.
+    The rows of one small micro-batch may weigh the same by chance. Then they would show nothing.
     """
     largest = max(given, key=known_rows)
     like = _shapes(largest)
@@ -104,7 +104,7 @@ def source_of(given: Sequence[Microbatch]) -> Microbatch:
 
 
 def _shapes(microbatch: Microbatch) -> tuple[Any, ...]:
-    """What must agree so that rows may stand in one tensor; lists of rows never do."""
+    """A key that agrees for micro-batches whose rows can be joined; never for lists of rows."""
     leaves = [
         (x.dtype, x.device, x.shape[1:])
         if isinstance(x, torch.Tensor)
@@ -117,7 +117,7 @@ def _shapes(microbatch: Microbatch) -> tuple[Any, ...]:
 
 
 def tell_untried(program: Program) -> None:
-    """Logs, once for a loss, that it cannot be tried with modules that gather parameters."""
+    """Logs once that a loss cannot be tried with modules that gather parameters."""
     remembered(program.found.owner).proven.tell_once(program.loss_fn, program.weight, IN_STEP)
 
 
@@ -126,16 +126,20 @@ def tried(
     trial: "TorchTrial",
     layers: LayerState,
 ) -> str | None:
-    """Tries something first without what is random or couples rows on purpose.
+    """Tries the law with layers in evaluation mode, then again with more of them in training mode.
 
     Args:
-        prove: (trial, how an error is told, whether another try follows) -> why it could not be
-            tried, or None.
-        trial: see there.
-        layers: what they were before.
+        prove: (trial, how an error is put in words, whether another try follows) -> why the law
+            could not be tried, or None.
+        trial: the loss and the rows to try it on.
+        layers: the state of the layers before.
+
+    Returns:
+        Why the law could not be tried; None if it was.
     """
     reason: str | None = None
-    # A model may be another one in evaluation mode, without a loss.
+    # Some models return no loss in evaluation mode. So the second try only silences the layers
+    # that are random or couple rows on purpose.
     for again, is_quiet in ((True, is_not_recurrent), (False, _is_random_or_coupled)):
         layers.restore()
         for layer in layers.layers:
@@ -158,7 +162,7 @@ def _is_random_or_coupled(layer: torch.nn.Module) -> bool:
 
 @contextmanager
 def untouched(program: Program) -> Iterator[LayerState]:
-    """Puts back layers and random numbers; compiled modules run as they are written."""
+    """Puts back layers, random states and parameters. Inside, compiled modules run uncompiled."""
     layers, drawn = LayerState(program.found.roots), RandomState(program.found.accelerator)
     parameters = _copied([p for root in program.found.roots for p in root.parameters()])
     host = HostRandom()
@@ -177,20 +181,24 @@ def untouched(program: Program) -> Iterator[LayerState]:
 
 
 def _copied(parameters: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, int, torch.Tensor]]:
-    """Parameters with their versions and copies, against losses that write them; few bytes only."""
+    """Parameters with their versions and copies, in case the loss writes to parameters.
+
+    Returns:
+        Nothing if the parameters are too large to copy.
+    """
     if sum(x.numel() * x.element_size() for x in parameters) > LARGEST_COPIED:
         return []
     return [(x, x._version, x.detach().clone()) for x in parameters]
 
 
 class TorchTrial(Trial):
-    """See `virtualbatch.certify.first_window.Trial`.
+    """See `virtualbatch.certify.trial.Trial`.
 
     Args:
-        program: of the loss.
+        program: the loss, its weight and its modules.
         source: the rows to choose from.
-        sizes: rows of the micro-batches of the window.
-        dtypes: what the loss is known to be computed in, beside what is seen of it.
+        sizes: the rows of each micro-batch of the window.
+        dtypes: dtypes that the loss is known to use, in addition to those that are observed.
     """
 
     def __init__(
@@ -220,7 +228,7 @@ class TorchTrial(Trial):
         return {place: as_array(leaf) for place, leaf in self._source.some(rows).tensors()}
 
     def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance | None:
-        """See `Trial`. The three gradients are added in one buffer, so none is kept."""
+        """See `Trial`. The three gradients are added in one buffer, so none is kept alone."""
         return all_or_nothing(partial(self._distance, a, b))
 
     def _distance(self, a: Sequence[int], b: Sequence[int]) -> Distance | None:
@@ -237,7 +245,7 @@ class TorchTrial(Trial):
                 losses.append(self._terms(part))
                 if k == 0:
                     refuse_unheld_parameter(losses[0].values(), program.found.parameters)
-                # A part, then less by the whole, then the other part.
+                # The first part, minus the whole, plus the second part.
                 factors = [-1.0] * len(losses[k]) if k == 1 else shares.of(losses[k], k // 2)
                 gradients.add(losses[k].values(), factors)
                 sizes.append(_largest(gradients.sums()))
@@ -255,7 +263,7 @@ class TorchTrial(Trial):
         return Distance.of(sizes, share, values, constant, self.epsilon(losses[0].values()))
 
     def weighed(self, a: Sequence[int], b: Sequence[int]) -> Sequence[float]:
-        """The shares of two parts in their sum."""
+        """The share of each of two parts in their union."""
         shares = self.program.shares([self.some(a), self.some(b)])
         return shares.of_rows_or_term()
 
@@ -281,7 +289,7 @@ class TorchTrial(Trial):
         return found if device is None else on_device(found, device)
 
     def epsilon(self, terms: Iterable[torch.Tensor]) -> float:
-        """Of the narrowest dtype that is known to be used."""
+        """The epsilon of the narrowest dtype that is known to be used."""
         tensors = [x for x in (*self.program.found.parameters, *terms) if x.is_floating_point()]
         dtypes = self.dtypes | {x.dtype for x in tensors}
         for device in {x.device.type for x in tensors}:

@@ -22,12 +22,14 @@ _Pair = tuple[list[int], list[int]]
 
 
 class FoundWeight(NamedTuple):
-    """What was found out.
+    """The result of `found_weight`.
 
     Fields:
-        place: of the first program whose micro-batches add up to their batch; None if none does.
-        undecided: later ones whose weights are in the same proportion in all that was tried.
-        untried: why nothing could be tried, in words; None if something was.
+        place: the index of the first program whose micro-batches add up to their batch; None if
+            there is none.
+        undecided: the indices of later programs whose weights had the same proportions in every
+            trial.
+        untried: why nothing could be tried, in words; None if something was tried.
         writes_rows: whether the loss changes its rows in place.
     """
 
@@ -44,20 +46,20 @@ def found_weight(
     put_back: Callable[[], None],
     dtypes: Iterable[torch.dtype] = (),
 ) -> FoundWeight:
-    """Finds the first of some programs, one for each weight, that the law holds for.
+    """Finds the first program for which the law holds. Each program has another weight.
 
-    Dropout rests meanwhile, hooks of parameters are not called, and other ranks are not asked.
-    Modules, random numbers and gradients are as before.
+    During the trials dropout is off, hooks of parameters are not called, and other ranks take no
+    part. Afterwards modules, random states and gradients are as before.
 
     Args:
-        programs: of one loss; the likeliest weight first.
-        batch: the batch or Window, of known rows.
+        programs: programs of one loss, with the likeliest weight first.
+        batch: the batch or Window, whose rows are known.
         cut: the micro-batches of the window.
-        put_back: puts back what the loss changes beside tensors.
-        dtypes: what the loss is known to be computed in, beside what is seen of it.
+        put_back: restores what the loss changes besides tensors.
+        dtypes: dtypes that the loss is known to use, in addition to those that are observed.
 
     Raises:
-        ValueError: none holds, and what the first one's micro-batches miss.
+        ValueError: the law holds for no program. The text says what is wrong with the first one.
     """
     source = max(batch.given, key=known_rows)
     sizes = [known_rows(piece) for piece in cut]
@@ -88,7 +90,7 @@ def found_weight(
                 undecided = {
                     later
                     for later in range(place + 1, len(trials))
-                    # A sum is another multiple of the same gradient, and so told apart.
+                    # A sum has another multiple of the gradient, so the trials decided about it.
                     if SUM not in (programs[place].weight, programs[later].weight)
                     and _in_proportion(trial, trials[later], chosen)
                 }
@@ -121,9 +123,9 @@ def found_weight(
 
 
 def _telling_apart(trial: TorchTrial, other: TorchTrial) -> list[_Pair]:
-    """A pair of parts in which two weights differ; none if they are alike in all rows.
+    """A pair of parts in which two weights differ; none if the weights agree in all rows.
 
-    Rows that are chosen by what they count may miss the only one that is unlike the others.
+    Parts that are chosen by one weight may miss the only row in which the weights differ.
     """
     mine, its = trial.weights_of_rows(), other.weights_of_rows()
     counted = [k for k in range(trial.rows) if mine[k] and its[k]]
@@ -132,7 +134,7 @@ def _telling_apart(trial: TorchTrial, other: TorchTrial) -> list[_Pair]:
     least, *_, most = sorted([*counted, *counted[:1]], key=lambda row: mine[row] / its[row])
     if abs(mine[least] * its[most] - mine[most] * its[least]) > 1e-9 * mine[most] * its[least]:
         return [([least], [most])]
-    # One that counts nothing may have no finite loss alone.
+    # A row without weight may have no finite loss alone, so another row joins it.
     odd = next((k for k in range(trial.rows) if bool(mine[k]) != bool(its[k])), None)
     return [] if odd is None or len(counted) < 2 else [([odd, counted[0]], [counted[1]])]
 

@@ -1,6 +1,6 @@
-"""The dtypes that layers compute in, which parameters and a loss may not show.
+"""The dtypes that layers compute in, which parameters and the loss may not show.
 
-A model that opens autocast in its own forward pass, as Accelerate's do, is float32 from outside.
+A model may open autocast in its own forward pass, as with Accelerate. From outside it is float32.
 """
 
 import warnings
@@ -17,10 +17,10 @@ from virtualbatch.torch._unhook import unhook
 
 @contextmanager
 def heard_dtypes(found: set[torch.dtype]) -> Iterator[None]:
-    """Adds the floating dtypes of what layers return inside the context.
+    """Collects the floating dtypes of what layers return inside the context.
 
     Args:
-        found: is added to.
+        found: the set that dtypes are added to.
     """
 
     def hear(module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -36,7 +36,7 @@ def heard_dtypes(found: set[torch.dtype]) -> Iterator[None]:
         filters[:] = before
 
     with Undo(leave):
-        # A compiled module tells its users of hooks on all modules, which are gone again soon.
+        # A compiled module warns of hooks on all modules, but this hook is removed soon.
         warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
         register_module_forward_hook(hear)
         yield

@@ -1,4 +1,4 @@
-"""Certifying a training loop of one's own in PyTorch: its state is whatever has a state_dict."""
+"""Certifying a hand-written PyTorch training loop, whose state is whatever has a state_dict."""
 
 import copy
 import dataclasses
@@ -88,10 +88,10 @@ def certify_loop(
 
 
 class _Updates:
-    """Counts what the optimizers of a loop do, and keeps the line that has them do it.
+    """Counts the optimizer steps of a loop, and keeps the line of code that calls them.
 
     Args:
-        loop: the user's.
+        loop: the user's loop.
     """
 
     def __init__(self, loop: Callable[[list[Any], int], Any]):
@@ -102,14 +102,14 @@ class _Updates:
         self._first: tuple[int, int] | None = None
 
     def run(self, microbatches: list[Any], accumulation_steps: int) -> None:
-        """The loop, counted."""
+        """Runs the loop and counts its updates."""
         self._count = 0
         self._loop(microbatches, accumulation_steps)
         if accumulation_steps > 1 and self._first is None:
             self._first = self._count, -(-len(microbatches) // accumulation_steps)
 
     def see(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Hears an optimizer step."""
+        """Counts an optimizer step. Called by a hook."""
         del optimizer, args, kwargs
         self._count += 1
         self._line = users_line(map(line_of, frames()), [OURS, folder(torch.__file__)])

@@ -1,7 +1,7 @@
 """Random numbers kept by row.
 
-Dropout draws one number per element, in the order of the batch. Cut into micro-batches the same
-rows would draw others.
+Dropout draws one number per element, in the order of the batch. In micro-batches the same rows
+would draw other numbers.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from virtualbatch.certify.randomness import axes_of_rows
 
 
 class RowwiseRandom(TorchDispatchMode):
-    """Keeps random numbers by row, or gives constants instead where that cannot be done.
+    """Keeps random numbers by row, or gives constants where numbers do not belong to rows.
 
     Args:
         rows: rows of the whole batch.
@@ -28,7 +28,7 @@ class RowwiseRandom(TorchDispatchMode):
         self._axes: list[int | None] = []
         self._probe: list[torch.Size] = []
         self._chosen: torch.Tensor | None = None
-        # Generator's state before a draw -> which draw it is.
+        # The generator's state before a draw -> the number of the draw.
         self._seen: dict[bytes, int] = {}
         self._phase = "probe"
         # Floating dtypes of all results.
@@ -40,21 +40,21 @@ class RowwiseRandom(TorchDispatchMode):
         return len(self._kept)
 
     def probe(self) -> None:
-        """Looks only: the next run is on fewer rows than the batch has."""
+        """Only records shapes in the next run, which is on fewer rows than the batch has."""
         self._phase, self._probe = "probe", []
 
     def keep(self) -> None:
-        """Keeps what the next run draws; it is on the whole batch."""
+        """Keeps what the next run draws, which is on the whole batch."""
         self._phase, self._kept = "keep", []
 
     def learn(self, some: int) -> bool:
-        """Finds the axis of rows in every draw, from the two runs before.
+        """Finds the axis of rows in every draw, from the last two runs.
 
         Args:
-            some: rows of the run that looked only.
+            some: the number of rows of the run that only recorded shapes.
 
         Returns:
-            Whether the numbers of some rows are known; else constants are given from now on.
+            Whether random numbers can be chosen by row. If not, constants are given from now on.
         """
         whole = [kept.shape for kept in self._kept]
         try:
@@ -96,13 +96,14 @@ class RowwiseRandom(TorchDispatchMode):
         return result
 
     def _of_rows(self, func: Any, drawn: torch.Tensor, before: bytes) -> torch.Tensor:
-        # A forward that is computed again, as checkpoints do, starts from the state it had.
+        # Checkpointing computes a forward pass again, from the generator state that it had before.
         index = self._seen.setdefault(before, len(self._seen))
         kept, axis = self._kept[index], self._axes[index]
         if axis is None or self._chosen is None:
             return kept.expand_as(drawn)
         if func.overloadpacket is torch.ops.aten.randperm:
-            # An order of all rows is none of some. Whether they meet shows in any order but theirs.
+            # A permutation of all rows is none of some rows. Any order but the identity shows
+            # whether rows are coupled.
             return _backwards(drawn)
         each = kept.shape[axis] // self._rows
         rows = self._chosen.to(kept.device)
@@ -123,7 +124,7 @@ def _generator_state(args: Any, kwargs: Any) -> bytes:
 
 
 def _constant(func: Any, drawn: torch.Tensor) -> torch.Tensor:
-    """What is given where numbers cannot be kept by row."""
+    """The constants that replace numbers which cannot be kept by row."""
     if func.overloadpacket is torch.ops.aten.randperm:
         return _backwards(drawn)
     ones = "bernoulli" in func.name() or "dropout" in func.name()
@@ -135,9 +136,9 @@ def _backwards(drawn: torch.Tensor) -> torch.Tensor:
 
 
 def _within(func: Any, args: Any, kwargs: Any, kept: torch.Tensor) -> torch.Tensor:
-    """Integers that were drawn for the whole batch, within the bounds of another run.
+    """Integers that were drawn for the whole batch, moved into the bounds of the present run.
 
-    A loss function that draws row numbers draws fewer of them from fewer rows.
+    A loss function that draws row numbers has smaller bounds when it runs on fewer rows.
     """
     given = _named(func, args, kwargs)
     if func.overloadpacket is torch.ops.aten.multinomial:

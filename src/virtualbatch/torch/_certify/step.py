@@ -1,4 +1,4 @@
-"""A PyTorch training step as `certify` observes it: uncut, cut, in float64 where that works."""
+"""A PyTorch training step as `certify` observes it: uncut and cut, in float64 where possible."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ class TorchTrainingStep(TrainingStep):
         batch: a batch, not a Window, in the dtype to observe.
         microbatch_size: checked rows of one micro-batch, or None.
         accumulation_steps: checked micro-batches per window, or None.
-        state: what the modules held before.
+        state: the state of the modules before.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class TorchTrainingStep(TrainingStep):
         self._roots = program.found.roots
         whole = read(batch).whole
         self.rows = known_rows(whole)
-        # What a loss function changes in place must be there again for the next run.
+        # A loss function may change its rows in place, but the next run needs the original rows.
         pair = read((batch, torch.arange(self.rows))).protected()
         self._whole = pair.whole
         self._cut = pair.cut(microbatch_size, accumulation_steps)
@@ -92,7 +92,8 @@ class TorchTrainingStep(TrainingStep):
         seen = program._replace(
             loss_fn=lambda pair: self._chosen(pair)(pair[0]),
             weight=of_part(self._program.weight, itemgetter(0)),
-            # The caller has refused what it must; whoever calls backward later may still do so.
+            # The caller has refused what certify must refuse. A later call of backward may refuse
+            # more.
             found=inventory(self._roots, hands_over=True),
         )
         self._fresh()
@@ -169,7 +170,7 @@ class TorchTrainingStep(TrainingStep):
         return Observed(terms, gradients, state)
 
     def _weight_dtypes(self) -> set[torch.dtype]:
-        """Floating dtypes of what weight returns."""
+        """Floating dtypes of the values that `weight` returns."""
         weight = self._program.weight
         if not callable(weight):
             return set()
@@ -214,7 +215,7 @@ class LayerState:
 
 @contextmanager
 def widened(roots: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Parameters and buffers in float64 for the length of a context, under the same objects."""
+    """Inside the context, parameters and buffers are the same objects, but in float64."""
     tensors = {
         id(tensor): tensor
         for root in roots
@@ -232,7 +233,7 @@ def widened(roots: Sequence[torch.nn.Module]) -> Iterator[None]:
     with Undo(narrow):
         for tensor in tensors.values():
             tensor.data = tensor.data.double()
-        # What a loss function makes itself, such as zeros to start from, is to be as wide.
+        # Tensors that a loss function creates itself, such as zeros, must be as wide.
         torch.set_default_dtype(torch.float64)
         yield
 
@@ -265,7 +266,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor on the host, floating ones in float64."""
+    """The tensor as an array on the host, in float64 if it is floating."""
     found = tensor.detach().cpu()
     found = found.to_dense() if found.is_sparse else found
     if found.is_floating_point():

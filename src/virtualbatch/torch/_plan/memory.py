@@ -7,9 +7,9 @@ from virtualbatch.plan.out_of_memory import MemoryErrors, any_of
 
 ERRORS = MemoryErrors(
     classes=(torch.OutOfMemoryError,),
-    # A RuntimeError has no class of its own for these.
+    # PyTorch raises some of these errors as plain RuntimeErrors.
     kinds=(MemoryError, RuntimeError),
-    # Each text is that of one allocator.
+    # Each text comes from one allocator.
     certain=any_of(
         "DefaultCPUAllocator: can't allocate memory",
         "DefaultCPUAllocator: not enough memory",
@@ -31,21 +31,21 @@ ERRORS = MemoryErrors(
         "MODULE:PT_DEVMEM Allocation failed",
     ),
     ambiguous=any_of(
-        # oneDNN does not pass on that an allocation failed; it says the same where the system
-        # forbids executable memory: https://github.com/pytorch/pytorch/issues/143651
+        # oneDNN does not say that an allocation failed. It says the same if the system forbids
+        # executable memory: https://github.com/pytorch/pytorch/issues/143651
         "could not create a primitive",
         "could not execute a primitive",
         "could not create a memory object",
-        # A handle or its workspace did not fit, or the driver does not:
+        # A handle or its workspace did not fit in memory, or the driver does not match:
         # https://github.com/JuliaGPU/CUDA.jl/pull/244
         "CUBLAS_STATUS_NOT_INITIALIZED",
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUDNN_STATUS_NOT_INITIALIZED",
         "CUDNN_STATUS_INTERNAL_ERROR",
-        # On a slice of a GPU the text of an error cannot be made, because NVML does not answer:
+        # On a MIG slice of a GPU PyTorch cannot write its own text, because NVML does not answer:
         # https://github.com/pytorch/pytorch/issues/112377
         "NVML_SUCCESS == r INTERNAL ASSERT FAILED",
-        # Registers are resources as well: https://github.com/intel/torch-xpu-ops/issues/1526
+        # Registers are also resources: https://github.com/intel/torch-xpu-ops/issues/1526
         "UR_RESULT_ERROR_OUT_OF_RESOURCES",
         "PI_ERROR_OUT_OF_RESOURCES",
     ),
@@ -62,9 +62,9 @@ def left_bytes(device: torch.device | None) -> int:
         return host_memory().left_bytes
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
-    # A process may have been told to take a part of the device only.
+    # The process may be limited to a part of the device.
     allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
-    # The allocator keeps what was freed, and gives it out again.
+    # The allocator keeps freed memory and gives it out again.
     return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
 
 

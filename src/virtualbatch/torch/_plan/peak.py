@@ -1,4 +1,4 @@
-"""Peak memory of a window, counted tensor by tensor as PyTorch makes and drops them."""
+"""Peak memory of a window, counted tensor by tensor as PyTorch creates and frees them."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,17 +21,17 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     Args:
         run: called once.
     """
-    # PyTorch ends the process where an exception leaves some of what it dispatches.
+    # PyTorch ends the process if an exception leaves some of its dispatched operations.
     with held_back(), _Counted() as counted:
         run()
     return counted.peak
 
 
 class DeviceCount:
-    """Bytes that a CUDA device holds, as it counts them: workspaces of kernels are among them.
+    """Bytes that a CUDA device holds by its own count, which includes workspaces of kernels.
 
     Args:
-        device: the device, whose peak is counted from now on.
+        device: the device to count on. The bytes that it holds now are the base.
     """
 
     def __init__(self, device: torch.device):
@@ -39,7 +39,7 @@ class DeviceCount:
         self._before = torch.cuda.memory_allocated(device)
 
     def peak_bytes(self, run: Callable[[], Any]) -> int:
-        """The most bytes beside what was held when this was made.
+        """The most bytes above the base.
 
         Args:
             run: called once.
@@ -50,7 +50,7 @@ class DeviceCount:
 
 
 class _Counted(TorchDispatchMode):
-    """Counts the bytes of storages that operations make while it is active."""
+    """Counts the bytes of storages that operations create while the mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class _Counted(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.layout == torch.strided
         }
         for found in tree_leaves(result):
-            # Sparse gradients are few bytes, and have no storage of their own.
+            # Sparse gradients are small and have no storage of their own.
             if isinstance(found, torch.Tensor) and found.layout == torch.strided:
                 self._count(found.untyped_storage(), given)
         return result
@@ -90,20 +90,19 @@ class _Counted(TorchDispatchMode):
 def can_fake(modules: list[torch.nn.Module]) -> bool:
     """Whether fake tensors are as large as real ones would be.
 
-    Recurrent layers run in a kernel whose workspace has a size that PyTorch knows of real tensors
-    only.
+    Recurrent layers run in a kernel with a workspace. PyTorch knows its size only for real tensors.
     """
     return not any(isinstance(x, torch.nn.RNNBase) for root in modules for x in root.modules())
 
 
 @contextmanager
 def faked(modules: list[torch.nn.Module]) -> Iterator[Callable[[Any], Any]]:
-    """Gives modules fake parameters and buffers, which hold nothing, for the length of a context.
+    """Gives modules fake parameters and buffers, which have no memory, inside the context.
 
-    Whatever else the modules have as attributes is put back with them.
+    After the context, parameters, buffers and all other attributes of the modules are put back.
 
     Args:
-        modules: with their submodules.
+        modules: the modules. Their submodules are included.
 
     Yields:
         tensor -> fake tensor, for the tensors of a batch.
@@ -143,6 +142,6 @@ def faked(modules: list[torch.nn.Module]) -> Iterator[Callable[[Any], Any]]:
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         tensors[name] = fake(tensor)
-        # Its own way out is no way out where an interrupt cuts it.
+        # `put_back` leaves the mode, because an interrupt may cut the mode's own `__exit__`.
         mode.__enter__()
         yield fake

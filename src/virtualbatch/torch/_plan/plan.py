@@ -1,4 +1,4 @@
-"""Planning on PyTorch: what a window holds at its peak, and how long it takes."""
+"""Planning on PyTorch: the peak memory of a window, and its time."""
 
 import logging
 import math
@@ -29,9 +29,9 @@ from virtualbatch.window.shares import Shares
 
 _log = logging.getLogger(__name__)
 
-# Seconds of micro-batches that are timed at once.
+# The least seconds of one timed run, if the window is that long.
 _MOMENT = 0.1
-# The window's largest micro-batches are its first; one more shows what stays between them.
+# The largest micro-batches come first. A few of them show what stays in memory between them.
 _STEADY = 3
 
 
@@ -39,12 +39,12 @@ def planned(program: Program, batch: ReadBatch, memory_limit: int | str | None) 
     """The plan for a batch.
 
     Args:
-        program: what is to be run.
+        program: the loss, its weight and its modules.
         batch: a batch, not a Window.
         memory_limit: bytes, a text, or None.
 
     Raises:
-        ValueError: not even one row fits, a limit does not parse, or ranks must run together.
+        ValueError: not even one row fits, the limit does not parse, or ranks must run together.
     """
     found = program.found
     refuse_in_step(found)
@@ -69,10 +69,11 @@ class _Window:
     """The window of one size.
 
     Args:
-        program: what is to be run.
+        program: the loss, its weight and its modules.
         cut: the micro-batches.
-        room: bytes that it may make; what is known to need more is not run.
-        count: of the device, where it counts.
+        room: the bytes that the window may allocate. A window that is known to need more is not
+            run.
+        count: the count of the device; None if the device does not count.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class _Window:
     ):
         self._program, self._cut, self._room, self._count = program, cut, room, count
         self._shares = program.shares(cut)
-        # A loss function that changes its rows in place must find them as they were each time.
+        # A loss function may change its rows in place, but each run needs the original rows.
         protected = [microbatch.protected() for microbatch in cut]
         self.timing = _timing(program, protected, self._shares)
         self._peak: int | None = None
@@ -98,30 +99,32 @@ def _peak(
     room: int,
     count: DeviceCount | None,
 ) -> int:
-    """The most bytes that a window makes, beside what is held before it.
+    """The most bytes that a window allocates, beyond what is held before it.
 
     Args:
-        program: what is to be run.
+        program: the loss, its weight and its modules.
         cut: the micro-batches.
-        shares: their shares.
-        room: bytes that it may make; what is known to need more is not run.
-        count: of the device, where it counts.
+        shares: the shares of the micro-batches.
+        room: the bytes that the window may allocate. A window that is known to need more is not
+            run.
+        count: the count of the device; None if the device does not count.
     """
     cut, shares = _first(_STEADY, cut, shares)
     if can_fake(program.found.roots):
-        # Not inside of what catches errors: those of the handlers of signals come at its end.
+        # Outside the code that catches errors: errors of signal handlers are raised when
+        # `held_back` ends.
         with held_back():
             found = _peak_on_fakes(program, cut, shares)
         if found is not None and (found > room or count is None):
             return found
     counted = peak_bytes if count is None else count.peak_bytes
-    # Cloned before they count: the rows of the window that is planned are not copied.
+    # Cloned before the count begins, because the planned window does not copy its rows.
     clones = [microbatch.with_tensors(torch.Tensor.clone) for microbatch in cut]
     return counted(lambda: program.run(clones, shares, take_back))
 
 
 def _peak_on_fakes(program: Program, cut: list[Microbatch], shares: Shares) -> int | None:
-    """The same, of tensors that hold nothing; None where that cannot be run."""
+    """The peak of a window on fake tensors; None if it cannot run on them."""
     roots = program.found.roots
 
     def run() -> int:
@@ -133,17 +136,17 @@ def _peak_on_fakes(program: Program, cut: list[Microbatch], shares: Shares) -> i
     try:
         return all_or_nothing(run)
     except Exception as error:
-        # Values may be needed, or an operation may not know its shapes. Whatever is wrong with
-        # the loss function itself is raised again by the window that is run instead.
+        # The loss may need values, or an operation may not know its shapes. An error of the loss
+        # function itself is raised again by the real window.
         _log.debug("No plan on fake tensors: %s", error)
         return None
 
 
 def _timing(program: Program, cut: list[Microbatch], shares: Shares) -> Timing:
-    """The time of a window, by as many of its micro-batches as take a moment.
+    """The time of a window, measured on a few of its micro-batches for a tenth of a second.
 
-    What else a machine does comes and goes within seconds: many short runs of all sizes, in rounds,
-    tell them apart where a few whole windows do not.
+    Other load on a machine comes and goes within seconds. Many short runs of all sizes, in rounds,
+    show which size is faster. A few whole windows do not.
     """
 
     def seconds(count: int) -> float:
@@ -158,7 +161,7 @@ def _timing(program: Program, cut: list[Microbatch], shares: Shares) -> Timing:
 
     def load() -> None:
         nonlocal count
-        # If the whole window is out of memory, these are.
+        # If memory is too small for the whole window, it is too small for these micro-batches.
         some = min(_STEADY, len(cut))
         count = min(len(cut), math.ceil(_MOMENT * some / seconds(some)))
 
@@ -171,7 +174,7 @@ def _first(count: int, cut: list[Microbatch], shares: Shares) -> tuple[list[Micr
 
 
 def _held_bytes(program: Program, batch: ReadBatch) -> int:
-    """Bytes of parameters, their gradients, buffers and the batch, where the modules are."""
+    """Bytes of parameters, gradients, buffers and the batch on the device of the modules."""
     device = program.found.accelerator or torch.device("cpu")
     tensors: list[Any] = [tensor for _, tensor in batch.whole.tensors()]
     for root in program.found.roots:

@@ -1,4 +1,4 @@
-"""Which size a window is cut by, and what it depends on where it is planned."""
+"""What a planned micro-batch size depends on."""
 
 from functools import cache
 
@@ -14,7 +14,7 @@ def signature(program: Program, batch: Microbatch) -> Signature:
     """What a plan for a batch depends on.
 
     Args:
-        program: what is run.
+        program: the loss, its weight and its modules.
         batch: the whole batch.
     """
     found = program.found

@@ -1,1 +1,1 @@
-"""Windows of several processes: each runs its own rows, all agree, and gradients meet once."""
+"""Windows of several processes: each runs its own rows, and gradients are added up once."""

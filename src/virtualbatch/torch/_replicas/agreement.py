@@ -1,8 +1,8 @@
-"""What the ranks of a window send each other: small vectors of numbers, never a pickle.
+"""The messages between the ranks of a window: small vectors of numbers, never a pickle.
 
-Before the first micro-batch they add up weights, of which shares are formed. After the last one
-they exchange whether all have succeeded, before anything is written. So all ranks know of a failed
-rank, and none waits for gradients that will not come.
+Before the first micro-batch the ranks add up their weights, and form shares of the sums. After the
+last micro-batch, before anything is written, they exchange whether all have succeeded. So all ranks
+know of a failed rank, and none waits for gradients that will not come.
 """
 
 import math
@@ -20,22 +20,23 @@ from virtualbatch.torch._replicas.replicas import Outcome
 from virtualbatch.torch._window import Ran
 from virtualbatch.window.weights import HostWeights, Totals
 
-# All ranks send as many numbers, also those that have no rows and do not know the terms.
+# All ranks send equally many numbers. A rank without rows does not know the terms.
 _MOST_TERMS = 56
-# Narrow to wide: a loss is as wide as on the rank where it is widest.
+# From narrow to wide: the loss of the window has the widest dtype of all ranks.
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-# Whether a rank has failed, micro-batches that counted, dtypes, the loss, the mean square.
+# Whether a rank has failed, the count of micro-batches, dtypes, the loss, the mean square.
 _NUMBERS = 4 + len(_DTYPES)
 
 
 class Agreement:
-    """The messages of one window; a context whose errors are sent to the other ranks.
+    """The messages of one window. As a context, it tells the other ranks of errors inside.
 
     Args:
-        group: the ranks.
-        device: of the module, where the loss comes back.
-        parameters: how many there are, the same number on all ranks.
-        channels: of each BatchNorm layer whose statistics are merged, the same on all ranks.
+        group: the process group of the ranks.
+        device: the device of the module, on which the loss is returned.
+        parameters: the number of parameters, the same on all ranks.
+        channels: the channels of each BatchNorm layer whose statistics are merged, the same on all
+            ranks.
         in_step: whether ranks run each micro-batch at the same time. Then a failure cannot be
             sent while they run, because they wait in gathers of their module.
     """
@@ -53,11 +54,11 @@ class Agreement:
         self._device = device
         self._parameters = parameters
         self._channels = channels
-        # Gloo sends what is on the host. NCCL sends only what is on a device.
+        # Gloo sends from the host. NCCL sends only from a device.
         backends = str(distributed.get_backend_config(group))
         self._messages = torch.device("cpu") if "cpu:" in backends else device
         self._in_step = in_step
-        # Tells of a failure by the message that the other ranks wait for.
+        # Sends the message that the other ranks wait for, and tells them of a failure by it.
         self._tell: Callable[[], Any] | None = self._tell_before
         if in_step:
             self._tell = self._tell_count
@@ -79,10 +80,10 @@ class Agreement:
             error.add_note(f"The other ranks could not be notified: {lost}")
 
     def most(self, count: int) -> int:
-        """The most micro-batches that a rank wants, which all are to run.
+        """The largest number of micro-batches that a rank needs. All ranks must run so many.
 
         Args:
-            count: those that this rank wants.
+            count: the number that this rank needs.
 
         Raises:
             RuntimeError: another rank has failed.
@@ -98,13 +99,13 @@ class Agreement:
         self._tell = self._tell_after
 
     def before(self, weights: HostWeights) -> Totals:
-        """Adds up what the window weighs.
+        """Adds up the weights of the window over all ranks.
 
         Args:
-            weights: of the micro-batches of this rank.
+            weights: the weights of this rank's micro-batches.
 
         Raises:
-            ValueError: a weight is no weight, no rank has a row, or ranks have different terms.
+            ValueError: a weight is not valid, no rank has a row, or ranks have different terms.
             RuntimeError: another rank has failed.
         """
         names = sorted(weights.weighed, key=str)
@@ -113,14 +114,14 @@ class Agreement:
                 f"A loss of several ranks may have at most {_MOST_TERMS} weights. Got "
                 f"{len(names)}. Add up the terms that have the same weight."
             )
-        # Refuses what is no weight, before it meets those of others.
+        # Refuses weights that are not valid, before they are added to those of other ranks.
         weights.shares()
         has_rows = bool(weights.rows)
         code = float(_code(weights)) if has_rows else 0.0
         rows = float(sum(n or 0 for n in weights.rows))
         own = [float(has_rows), code, code**2, rows, float(len(weights.rows))]
         own += [float(None in weights.rows), *(math.fsum(weights.weighed[name]) for name in names)]
-        # A message that fails is not sent again.
+        # If this message itself fails, it must not be sent again.
         self._tell = None
         failed, ranks, codes, squares, rows, count, unknown, *sums = self._sum_weights([0.0, *own])
         self._check_others(failed)
@@ -140,10 +141,10 @@ class Agreement:
         return Totals(count, terms, len(weights.rows)) if unknown else Totals(rows, terms)
 
     def after(self, ran: Ran) -> Outcome:
-        """Learns that all ranks have succeeded, and adds up what is small.
+        """Checks that all ranks have succeeded, and adds up all results but the gradients.
 
         Args:
-            ran: what has run here.
+            ran: the window as it ran on this rank.
 
         Raises:
             RuntimeError: another rank has failed.
@@ -151,7 +152,7 @@ class Agreement:
         merged = ran.run.statistics.merged()
         calls: list[int] = []
         if self._channels:
-            # What they have heard is as long as on the rank that has called them most.
+            # A layer may be called a different number of times on each rank. The largest counts.
             own = [0, *map(len, merged)]
             self._tell = None
             failed, *calls = self._largest(own)
@@ -219,15 +220,20 @@ class Agreement:
 
 
 def is_common(count: float, total: float, squares: float) -> bool:
-    """Whether so many codes are all the same, by their sum and the sum of their squares.
+    """Whether all codes are equal, judged by their sum and the sum of their squares.
 
-    Sums of codes of 16 bits are exact, so their products are off by one rounding each.
+    Sums of 16-bit codes are exact. So each of the two products has only one rounding error.
+
+    Args:
+        count: the number of codes.
+        total: the sum of the codes.
+        squares: the sum of their squares.
     """
     return abs(squares * count - total**2) <= 1e-15 * total**2
 
 
 def _code(weights: HostWeights) -> int:
-    """A number that ranks with the same terms share."""
+    """A number that is equal on ranks with the same terms."""
     weighed = weights.weighed
     terms = weights.terms and sorted(
         (str(name), "" if name in weighed else str(kind)) for name, kind in weights.terms.items()

@@ -1,4 +1,4 @@
-"""What is refused about modules that add up gradients over ranks."""
+"""Checks of modules that add up gradients over ranks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import distributed
 
 
 def check_reduce(reduce: str | None, known: Sequence[str], kind: str) -> None:
-    """Refuses what a kind of module cannot do.
+    """Refuses a `reduce` that a kind of module does not have.
 
     Raises:
         ValueError: `reduce` is not one of the known words.
@@ -21,14 +21,14 @@ def check_reduce(reduce: str | None, known: Sequence[str], kind: str) -> None:
 
 
 def check_group(groups: Sequence[Any], given: Any) -> None:
-    """Refuses modules that add up over different ranks, or over others than the caller's.
+    """Refuses modules that add up over different ranks, or not over the caller's ranks.
 
     Args:
         groups: process groups of the modules.
         given: a process group, a one-dimensional mesh, or None.
 
     Raises:
-        ValueError: they differ.
+        ValueError: the ranks differ.
     """
     ranks = distributed.get_process_group_ranks(groups[0])
     others = list(groups[1:])
@@ -47,7 +47,7 @@ def check_ddp(module: Any) -> None:
     """Refuses a DistributedDataParallel whose reductions cannot wait for the end of a window.
 
     Raises:
-        ValueError: it is made so.
+        ValueError: an option of the module does not allow it, or a layer is refused.
     """
     if module.static_graph:
         raise ValueError(
@@ -69,10 +69,10 @@ def check_ddp(module: Any) -> None:
 
 
 def refuse_talking_layers(module: torch.nn.Module) -> None:
-    """Refuses layers that talk to other ranks, which may run other micro-batches.
+    """Refuses layers that communicate with other ranks, which may run other micro-batches.
 
     Raises:
-        ValueError: there is one in training mode.
+        ValueError: there is such a layer in training mode.
     """
     for layer in module.modules():
         if isinstance(layer, torch.nn.SyncBatchNorm) and layer.training:

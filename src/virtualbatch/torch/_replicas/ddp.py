@@ -1,7 +1,8 @@
 """Replicas of a DistributedDataParallel, whose own reducer adds up the gradients of a window once.
 
-Micro-batches run without a collective, so that ranks may have any number of them. The finished
-gradients wait behind the loss; a backward pass through it is the only one that the reducer sees.
+Micro-batches run without a collective, so each rank may have any number of them. The finished
+gradients wait behind the loss. The backward pass of that loss is the only one that the reducer
+sees.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from virtualbatch.torch._replicas.replicas import Replicas
 from virtualbatch.torch._undo import Undo
 from virtualbatch.torch._window import Program, Ran
 
-# DDP module -> what its reducer was made for.
+# DDP module -> the parameters that its reducer was made for.
 _MADE_FOR: Any = WeakIdKeyDictionary()
 
 
@@ -56,15 +57,16 @@ class Replicated(Replicas):
     def settle(self) -> None:
         """See `Replicas`."""
         self._rebuild_buckets()
-        # Those of BatchNorm are the same on all ranks after a window. Others go on from what rank 0
-        # has, as in every forward pass of DDP alone, or ranks would train different models.
+        # Buffers of BatchNorm are the same on all ranks after a window. Other buffers are copied
+        # from rank 0, as in every forward pass of plain DDP. Else ranks would train different
+        # models.
         if not all(isinstance(layer, _BatchNorm) for layer in self._found.with_buffers):
             for module in self._modules:
                 if module.forward_sync_buffers:
                     module._sync_buffers()
 
     def check(self, program: Program) -> None:
-        """See `Replicas`. Statistics are of gradients that would be added to others unseen."""
+        """See `Replicas`. With statistics, `.grad` must be empty before the window."""
         grads = [parameter.grad for parameter in self._found.parameters]
         if program.stats and any(x is not None and bool(x.any()) for x in grads):
             raise ValueError(
@@ -74,7 +76,7 @@ class Replicated(Replicas):
             )
 
     def begin(self, *, is_filler: bool, is_last: bool) -> None:
-        """See `Replicas`: these can."""
+        """See `Replicas`. Does nothing, because these ranks can run alone."""
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -91,8 +93,8 @@ class Replicated(Replicas):
         """See `Replicas`."""
         with ExitStack() as stack:
             for module in self._modules:
-                # What `no_sync` does, but for an interrupt inside of it. Buffers are broadcast in
-                # a forward pass, also without synchronisation.
+                # The same as `no_sync`, but also safe against an interrupt. A forward pass would
+                # broadcast buffers even without synchronisation.
                 for name in ("require_backward_grad_sync", "require_forward_param_sync"):
                     stack.enter_context(Undo(partial(setattr, module, name, getattr(module, name))))
                 module.require_backward_grad_sync = False
@@ -105,13 +107,13 @@ class Replicated(Replicas):
         tables = {id(table) for module in self._modules for table in _sparse_tables(module)}
         parameters = self._found.parameters
         taken = ran.gradients.taken()
-        # All wait for what is handed over, so that of several losses that share a backward pass
-        # none finds a reduction that has begun.
+        # Every parameter gets a gradient from the handover. So if several losses share a backward
+        # pass, no reduction begins before all of them are handed over.
         gradients = [
             _zeros(parameter, id(parameter) in tables) if gradient is None else gradient
             for parameter, gradient in zip(parameters, taken, strict=True)
         ]
-        # Only `Finished` may hold what `.grad` is to take over.
+        # Only `Finished` may hold the gradients, or PyTorch would copy them into `.grad`.
         del taken
         unreached = [p for p, found in zip(parameters, reached, strict=True) if not found]
         empty: list[torch.Tensor] = []
@@ -132,11 +134,11 @@ class Replicated(Replicas):
             if not self.overlaps:
                 prepared()
             engine: Any = torch.autograd.Variable._execution_engine
-            # DDP ends its reduction in a callback that it queues later: this one queues behind it.
+            # DDP ends its reduction in a callback that it queues later. Ours must run after that.
             engine.queue_callback(lambda: engine.queue_callback(added_up))
 
         if self.overlaps:
-            # The last micro-batch may reach parameters before what is handed over does.
+            # The last micro-batch may reach parameters before the handover does.
             prepared()
         return Finished(parameters, gradients, scale, armed)
 
@@ -166,11 +168,11 @@ class Replicated(Replicas):
 
 
 class _MadeFor(NamedTuple):
-    """What a reducer reduces.
+    """The parameters of a reducer.
 
     Fields:
-        number: of its parameters.
-        parameters: those that it lists, by identity.
+        number: the number of its parameters.
+        parameters: the parameters that it lists, by identity.
     """
 
     number: int
@@ -178,10 +180,10 @@ class _MadeFor(NamedTuple):
 
 
 class _KeepsBuckets:
-    """A reducer whose forward passes change no buckets, which would need all ranks.
+    """A reducer that does not rebuild its buckets, because that needs all ranks.
 
     Args:
-        reducer: of a DistributedDataParallel.
+        reducer: the reducer of a DistributedDataParallel.
     """
 
     def __init__(self, reducer: Any):
@@ -195,7 +197,7 @@ class _KeepsBuckets:
 
 
 class _Reach(torch.autograd.Function):
-    """A scalar whose graph reaches parameters, and gives them no gradient."""
+    """A scalar whose graph reaches parameters, but gives them no gradient."""
 
     @staticmethod
     def forward(ctx: Any, *parameters: torch.Tensor) -> torch.Tensor:
@@ -222,19 +224,19 @@ def _prepare(module: Any) -> None:
 
 
 def _refuse_partial(parameters: Sequence[torch.Tensor]) -> None:
-    """Refuses a backward pass that does not reach every parameter, where gradients are reduced.
+    """Refuses a backward pass that does not add to the `.grad` of every parameter.
 
     Args:
-        parameters: those that are handed something.
+        parameters: the parameters that get a gradient from the handover.
 
     Raises:
-        RuntimeError: it leaves one out, or takes its gradient away.
+        RuntimeError: the pass leaves a parameter out, or returns its gradient elsewhere.
     """
     try:
         nodes = (get_gradient_edge(parameter).node for parameter in parameters)
         is_whole = all(map(torch._C._will_engine_execute_node, nodes))
     except RuntimeError:
-        # Of a leaf whose gradient is not added to `.grad`, PyTorch cannot tell.
+        # PyTorch raises for a leaf whose gradient is not added to `.grad`.
         is_whole = False
     if not is_whole:
         raise RuntimeError(
@@ -244,14 +246,14 @@ def _refuse_partial(parameters: Sequence[torch.Tensor]) -> None:
 
 
 def _empty_again(parameters: Sequence[torch.Tensor]) -> None:
-    """Takes away the zeros of parameters that nothing has reached, on any rank.
+    """Sets `.grad` to None again for parameters that no loss has reached on any rank.
 
     Args:
-        parameters: those that no micro-batch has reached. Something else may have, such as another
-            loss in the same backward pass.
+        parameters: the parameters that no micro-batch has reached. Another loss in the same
+            backward pass may have reached them.
     """
     found = [parameter for parameter in parameters if parameter.grad is not None]
-    # One copy to the host, if there is something to ask.
+    # One copy to the host for all of them.
     if not found:
         return
     device = found[0].device
@@ -270,11 +272,11 @@ def _refuse_others(module: DistributedDataParallel, trained: set[int]) -> None:
     """Refuses parameters that were frozen or unfrozen after the module was wrapped.
 
     Args:
-        module: whose reducer reduces them.
-        trained: they, by identity.
+        module: the module whose reducer is checked.
+        trained: its trainable parameters now, by identity.
 
     Raises:
-        ValueError: they are others.
+        ValueError: the reducer was made for other parameters.
     """
     made_for = _made_for(module)
     if len(trained) == made_for.number and made_for.parameters <= trained:
@@ -290,8 +292,8 @@ def _refuse_others(module: DistributedDataParallel, trained: set[int]) -> None:
 def _made_for(module: DistributedDataParallel) -> _MadeFor:
     if module not in _MADE_FOR:
         number = module._get_ddp_logging_data()["num_parameter_tensors"]
-        # PyTorch cannot tell those of a module with sparse gradients. Else it tells them with
-        # zeros as large as all gradients: once, and before any activation is there.
+        # With sparse gradients PyTorch cannot list the parameters. Otherwise the list comes with
+        # zeros as large as all gradients. This happens once, before there are activations.
         buckets = [] if _sparse_tables(module) else module.reducer._get_zeros_like_grad_buckets()
         parameters = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
         _MADE_FOR[module] = _MadeFor(number, parameters)
@@ -311,7 +313,7 @@ def _zeros(parameter: torch.Tensor, is_sparse: bool) -> torch.Tensor:
     """The gradient of a parameter that only other ranks have reached."""
     if not is_sparse:
         return torch.zeros_like(parameter)
-    # DDP expects rows of numbers, which are added up as such.
+    # DDP expects a sparse gradient whose values are whole rows.
     nowhere = torch.empty((1, 0), dtype=torch.int64, device=parameter.device)
     rows = parameter.detach().new_empty((0, *parameter.shape[1:]))
     return torch.sparse_coo_tensor(nowhere, rows, parameter.shape, check_invariants=False)

@@ -1,4 +1,4 @@
-"""Which processes share a window: this one alone, or the ranks of a module."""
+"""Which processes share a window: this process alone, or the ranks of a module."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,7 +12,7 @@ from virtualbatch.torch._replicas.replicas import Replicas
 
 
 def replicas_of(found: Inventory, group: Any, reduce: str | None) -> Replicas | None:
-    """The replicas that a window is the work of; None where this process is the only one.
+    """The replicas that share a window; None if this process runs it alone.
 
     Args:
         found: what the modules of the window hold.
@@ -20,8 +20,9 @@ def replicas_of(found: Inventory, group: Any, reduce: str | None) -> Replicas | 
         reduce: as the caller gave it.
 
     Raises:
-        ValueError: this is one of several processes, and no module adds up their gradients;
-            arguments say how to add up what nothing adds up; or a module cannot be used.
+        ValueError: there are several processes, and no module adds up their gradients.
+        ValueError: `group` or `reduce` does not fit the modules.
+        ValueError: a module cannot be used.
     """
     if not found.distributed:
         _check_alone(found, group, reduce)
@@ -34,7 +35,7 @@ def replicas_of(found: Inventory, group: Any, reduce: str | None) -> Replicas | 
             "module inside it, or leave group out."
         )
     if all(isinstance(module, DistributedDataParallel) for module in found.distributed):
-        # Only where there is one: a process alone imports nothing of it.
+        # Imported here, so that a process without other ranks does not import it.
         from virtualbatch.torch._replicas.ddp import Replicated
 
         return Replicated(found, group, reduce)
@@ -44,7 +45,7 @@ def replicas_of(found: Inventory, group: Any, reduce: str | None) -> Replicas | 
 
 
 def quiet(found: Inventory) -> AbstractContextManager[None]:
-    """While one rank runs micro-batches without the others, as planning does."""
+    """A context in which this rank runs micro-batches without the others, as planning does."""
     refuse_in_step(found)
     replicas = replicas_of(found, None, None) if found.distributed else None
     return nullcontext() if replicas is None else replicas.alone()
@@ -54,7 +55,7 @@ def refuse_in_step(found: Inventory) -> None:
     """Refuses modules that one rank cannot run without the others.
 
     Raises:
-        ValueError: there is one.
+        ValueError: there is such a module.
     """
     for module in found.distributed:
         if isinstance(module, classes_of("torch.distributed.fsdp", "FSDPModule")):
@@ -69,7 +70,7 @@ def refuse_replicas(found: Inventory) -> None:
     """Refuses modules that add up gradients over ranks.
 
     Raises:
-        ValueError: there is one.
+        ValueError: there is such a module.
     """
     for module in found.distributed:
         raise ValueError(
@@ -90,7 +91,7 @@ def _check_alone(found: Inventory, group: Any, reduce: str | None) -> None:
     processes = number_of_processes()
     if processes == 1 or group is False or not torch.is_grad_enabled():
         return
-    # Ranks of tensor parallelism hold the same rows, and add no gradients up.
+    # With tensor parallelism, ranks have the same rows, so no gradients are added up.
     tensors = classes_of("torch.distributed.tensor", "DTensor")
     if not any(isinstance(parameter, tensors) for parameter in found.parameters):
         raise adds_nothing_up(
@@ -99,11 +100,11 @@ def _check_alone(found: Inventory, group: Any, reduce: str | None) -> None:
 
 
 def adds_nothing_up(what: str, where: str) -> ValueError:
-    """What is raised for gradients that would stay those of one rank.
+    """The error for gradients that would not be added up over ranks.
 
     Args:
         what: the module or parameter, in words.
-        where: what shows that there are other ranks.
+        where: the sign that there are other ranks, in words.
     """
     return ValueError(
         f"module must be the wrapper that adds up gradients over ranks. Got {what} in {where}. "

@@ -1,10 +1,10 @@
 """Replicas of fully sharded modules: FSDP2, also with replicas of shards or tensor parallelism.
 
-Such a module gathers parameters in each forward and backward pass and adds up gradients itself, by
-default after each micro-batch, so that each rank holds its shard of them. Errors before the first
-micro-batch of a window and after the last are raised on all ranks, and nothing is written. A rank
-that raises between them leaves the others in a gather, until the process ends or the time limit of
-their group has passed.
+Such a module gathers parameters in each forward and backward pass, and adds up gradients itself. By
+default it does so after each micro-batch, so that each rank holds its shard of them. Errors before
+the first micro-batch of a window and after the last one are raised on all ranks, and nothing is
+written. A rank that raises in between leaves the others in a gather. They wait there until the
+process ends or the time limit of their group has passed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,7 +57,7 @@ class Sharded(Replicas):
         self._in_training: list[torch.nn.Module] = []
 
     def check(self, program: Program) -> None:
-        """See `Replicas`. Gradients are added up over ranks before anybody sees them."""
+        """See `Replicas`. Statistics are refused: gradients are added up over ranks at once."""
         if program.stats:
             raise ValueError(
                 "Statistics need the gradients of single micro-batches. Got stats=True with "
@@ -65,10 +65,10 @@ class Sharded(Replicas):
             )
 
     def settle(self) -> None:
-        """See `Replicas`. Nothing is: each micro-batch gathers for itself."""
+        """See `Replicas`. Nothing is due, because each micro-batch gathers for itself."""
 
     def alone(self) -> AbstractContextManager[None]:
-        """See `Replicas`. It is refused before, see `found.refuse_in_step`."""
+        """See `Replicas`. Never called, because `found.refuse_in_step` refuses before."""
         raise ValueError("internal: ranks that run in step run alone.")
 
     @contextmanager
@@ -90,23 +90,23 @@ class Sharded(Replicas):
         self._has_begun = True
         for module in self._outermost:
             module.set_requires_gradient_sync(is_last or not self._in_window)
-            # Between replicas of shards, once.
+            # Replicas of shards exchange gradients once per window.
             module.set_requires_all_reduce(is_last)
         if is_filler and not self._in_training:
-            # One row has no variance, and statistics are not to hear it.
+            # One row has no variance, and fillers must not count in the statistics.
             self._in_training = list(filter(is_tracked, self._found.with_buffers))
             for layer in self._in_training:
                 layer.training = False
 
     def finished(self, ran: Ran, reached: Sequence[bool], scale: torch.Tensor | None) -> Finished:
-        """See `Replicas`. They have met already."""
+        """See `Replicas`. These gradients are already added up over ranks."""
         parameters, gradients = [], []
         taken = ran.gradients.taken()
         for parameter, gradient in zip(self._found.parameters, taken, strict=True):
             if gradient is not None:
                 parameters.append(parameter)
                 gradients.append(gradient)
-        # Only `Finished` may hold what `.grad` is to take over.
+        # Only `Finished` may hold the gradients, or PyTorch would copy them into `.grad`.
         del taken
         return Finished(parameters, gradients, scale)
 
@@ -121,16 +121,17 @@ class Sharded(Replicas):
         if not self._has_begun:
             return
         for module in self._modules:
-            # Of the modules that have run, those that were called first: the others refuse. After
-            # forward passes without a backward pass, such as those on shapes alone that only
-            # some ranks run, the next backward pass would gather more on some ranks.
+            # Only the modules that were called first can be reset; the others refuse. Without a
+            # reset, forward passes without a backward pass would make the next backward pass
+            # gather more. Only some ranks may have run such passes, on shapes alone.
             if module._get_fsdp_state()._is_root:
                 module.reset_iter_state()
 
     def _forget_gathered(self) -> None:
-        """Forgets gradients that were to be added up with the last micro-batch.
+        """Forgets unsharded gradients that wait to be added up at the last micro-batch.
 
-        PyTorch 2.13 keeps them, against its documentation, and adds them to the next window's.
+        PyTorch 2.13 keeps them, against its documentation, and adds them to those of the next
+        window.
         """
         for group in self._groups():
             for sharded in group.fsdp_params:
@@ -140,7 +141,11 @@ class Sharded(Replicas):
                     gathered.grad = None
 
     def _groups(self) -> Iterator[Any]:
-        """What is gathered and added up together. No public call returns its settings."""
+        """Groups of parameters that are gathered together. No public call returns their settings.
+
+        Yields:
+            The groups of all modules.
+        """
         for module in self._modules:
             yield from module._get_fsdp_state()._fsdp_param_groups
 
@@ -156,7 +161,7 @@ class Sharded(Replicas):
         return float(found.pop())
 
     def _check_parameters(self) -> None:
-        """Refuses parameters whose gradients would stay those of one rank."""
+        """Refuses parameters whose gradients would not be added up over ranks."""
         inside = {id(x) for module in self._outermost for x in module.parameters()}
         for parameter in self._found.parameters:
             if id(parameter) not in inside or not isinstance(parameter, DTensor):
@@ -168,7 +173,7 @@ class Sharded(Replicas):
                 )
 
     def _check_dtypes(self) -> None:
-        """Refuses to add up gradients of several micro-batches in few bits."""
+        """Refuses to add up gradients of several micro-batches in half precision."""
         for group in self._groups():
             trained = [x.sharded_param for x in group.fsdp_params if x.sharded_param.requires_grad]
             policy = group.mp_policy
@@ -192,6 +197,6 @@ class Sharded(Replicas):
 
 
 def _outermost(modules: Sequence[Any]) -> list[Any]:
-    """Those that are in no other."""
+    """The modules that are in no other of the modules."""
     inside = {id(x) for module in modules for x in module.modules() if x is not module}
     return [module for module in modules if id(module) not in inside]

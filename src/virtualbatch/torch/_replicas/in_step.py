@@ -1,8 +1,8 @@
 """Micro-batches that all ranks run at the same time, because a forward pass gathers parameters.
 
-Ranks agree on a number of micro-batches, and each cuts its rows into as many. A rank with fewer
-rows runs fillers: its first row, or a row of zeros. Fillers take part in all collectives, with
-weight 0.
+Ranks agree on a number of micro-batches, and each rank cuts its rows into that many. A rank with
+fewer rows also runs fillers: its first row, or a row of zeros. Fillers take part in all
+collectives, with weight 0.
 """
 
 from collections.abc import Sequence
@@ -28,16 +28,16 @@ def run_in_step(
     prove: Prove,
     hold: Conclusion,
 ) -> Ran:
-    """Runs as many micro-batches as the rank that wants most.
+    """Runs a window, with as many micro-batches as the rank that needs most.
 
     Args:
         replicas: the ranks.
-        agreement: theirs.
-        program: what is run.
-        batch: of this rank.
-        fit: how it would be cut alone.
-        prove: see `Prove`.
-        hold: what becomes of the window.
+        agreement: the messages of the window.
+        program: the loss, its weight and its modules.
+        batch: the batch of this rank.
+        fit: how this rank alone would cut the batch.
+        prove: tries the law on a first window.
+        hold: keeps the finished window open.
 
     Raises:
         RuntimeError: another rank has failed before the first micro-batch.
@@ -71,14 +71,14 @@ def run_in_step(
 
 
 def _fillers(batch: ReadBatch, own: Sequence[Microbatch], count: int) -> list[Microbatch]:
-    """What a rank runs while others run more micro-batches than it has.
+    """Micro-batches that a rank runs when other ranks have more micro-batches.
 
     Raises:
-        ValueError: the shapes of its rows are not known.
+        ValueError: the shapes of the rank's rows are not known.
     """
     if not count:
         return []
-    # Whatever a loss function does to them in place, the next one is as before.
+    # Protected: a loss function may change one filler in place, but not the next one.
     return [_filler(batch, own).protected()] * count
 
 

@@ -8,7 +8,7 @@ from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-# Ranks of a mesh of several dimensions -> their group, which is made once.
+# Ranks of a mesh with several dimensions -> their process group, which is created once.
 _GROUPS: dict[tuple[int, ...], Any] = {}
 
 
@@ -16,11 +16,13 @@ def reducing_group(parameters: Sequence[torch.Tensor], given: Any) -> Any:
     """The process group of the ranks that hold different rows.
 
     Args:
-        parameters: all of them DTensors.
-        given: a process group or a mesh, where the placements do not show it; or None.
+        parameters: the parameters, all DTensors.
+        given: the caller's process group or mesh, which is needed if the placements do not show
+            the ranks; or None.
 
     Raises:
-        ValueError: neither shows which ranks these are, or they differ.
+        ValueError: nothing shows which ranks these are, or the placements show other ranks than
+            `given`.
     """
     mesh = _data_mesh([x for x in parameters if isinstance(x, DTensor)])
     if mesh is None and given is None:
@@ -44,12 +46,12 @@ def reducing_group(parameters: Sequence[torch.Tensor], given: Any) -> Any:
 
 
 def _data_mesh(parameters: Sequence[DTensor]) -> DeviceMesh | None:
-    """The mesh that gradients are added up over; None if the placements do not show it."""
+    """The mesh over which gradients are added up; None if the placements do not show it."""
     meshes = {parameter.device_mesh for parameter in parameters}
     smallest = min(meshes, key=_ndim)
     names = set(smallest.mesh_dim_names or ())
     for mesh in meshes:
-        # Those of tensor parallelism have one dimension more.
+        # A mesh with tensor parallelism has one more dimension.
         if mesh != smallest and not (names and names <= set(mesh.mesh_dim_names or ())):
             return None
     if smallest.ndim == 1:
@@ -65,7 +67,7 @@ def _ndim(mesh: DeviceMesh) -> int:
 
 
 def _group(given: Any) -> Any:
-    """The process group of a mesh; of several dimensions those of all of them."""
+    """The process group of all ranks of a mesh; a process group itself is returned as it is."""
     if not isinstance(given, DeviceMesh):
         return given
     if given.ndim == 1:
@@ -74,6 +76,6 @@ def _group(given: Any) -> Any:
     if len(ranks) == distributed.get_world_size():
         return distributed.group.WORLD
     if ranks not in _GROUPS:
-        # Only its own ranks are here: others may have no window now.
+        # Only the ranks of this group are here. Other ranks may run no window now.
         _GROUPS[ranks] = distributed.new_group(ranks, use_local_synchronization=True)
     return _GROUPS[ranks]

@@ -1,7 +1,7 @@
-"""Moments of BatchNorm layers as sums that ranks add up, and back again.
+"""Moments of BatchNorm layers as sums that ranks add up, and sums as moments.
 
-Subtracting the squared mean from the mean square cancels digits. The sums are float64, so this
-costs less than inputs of float32 have lost by their own rounding.
+Subtracting the squared mean from the mean square cancels digits. The sums are float64, so the loss
+is smaller than the rounding errors of float32 inputs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,15 +14,15 @@ from virtualbatch.torch._batchnorm import Moments
 def as_sums(
     merged: Sequence[Sequence[Moments]], calls: Sequence[int], channels: Sequence[int]
 ) -> list[torch.Tensor]:
-    """For each call of each layer the values per channel, their sums and sums of squares.
+    """For each call of each layer: the number of values per channel, their sums, their squares.
 
     Args:
         merged: for each layer the moments of its calls on this rank.
-        calls: for each layer its calls on the rank that has most.
-        channels: of each layer.
+        calls: for each layer the number of calls on the rank with the most calls.
+        channels: the channels of each layer.
 
     Returns:
-        Vectors of float64, zeros for calls that this rank lacks.
+        Vectors of float64, with zeros for calls that this rank did not make.
     """
     found = []
     for of_layer, count, width in zip(merged, calls, channels, strict=True):
@@ -42,9 +42,9 @@ def from_sums(
     """The moments of all ranks, for each call of each layer.
 
     Args:
-        sums: what `as_sums` gave, added up over ranks.
-        calls: see there.
-        channels: see there.
+        sums: the vectors of `as_sums`, joined and added up over ranks.
+        calls: as in `as_sums`.
+        channels: as in `as_sums`.
     """
     pieces = iter(
         sums.split([1 + 2 * n for n, c in zip(channels, calls, strict=True) for _ in range(c)])

@@ -1,4 +1,4 @@
-"""What every kind of replicas provides: local micro-batches, and one reduction of gradients."""
+"""The interface of replicas: local micro-batches, and one reduction of gradients."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ Prove: TypeAlias = Callable[[ReadBatch, Sequence[Microbatch], Shares], Sequence[
 
 
 class Outcome(NamedTuple):
-    """What all ranks know of a window in which all have succeeded.
+    """The results of a window that all ranks know, once all have succeeded.
 
     Fields:
-        loss: of the window; a detached scalar.
+        loss: the loss of the window; a detached scalar.
         reached: for each parameter, whether some rank has a gradient of it.
-        microbatches: how many counted.
-        mean_square: of their gradients, where statistics are asked for.
+        microbatches: the number of micro-batches with a share, on all ranks.
+        mean_square: the mean square of their gradients if statistics are asked for, else 0.
         statistics: for each BatchNorm layer the moments of each call.
     """
 
@@ -51,8 +51,9 @@ class Replicas(ABC):
     """The ranks whose gradients a module adds up.
 
     Attributes:
-        group: their process group.
-        size: what the module divides gradients by: the number of ranks, unless it is set.
+        group: the process group of the ranks.
+        size: what the module divides gradients by: the number of ranks, unless the user set
+            another number.
         can_run_alone: whether a rank can run a micro-batch while the others do something else.
         overlaps: whether gradients are reduced while the last micro-batch is differentiated.
     """
@@ -64,31 +65,31 @@ class Replicas(ABC):
 
     @abstractmethod
     def check(self, program: Program) -> None:
-        """Refuses options of a window that cannot be used here.
+        """Refuses options of a window that these replicas do not support.
 
         Raises:
-            ValueError: statistics were asked for, which these modules do not show.
+            ValueError: statistics were asked for, and these replicas cannot compute them now.
         """
 
     @abstractmethod
     def settle(self) -> None:
-        """Does what is due on all ranks at once, since a step that was not ours."""
+        """Does what all ranks must do together before a window, such as sending buffers."""
 
     @abstractmethod
     def alone(self) -> AbstractContextManager[None]:
-        """While this rank runs micro-batches without the others."""
+        """A context in which this rank runs micro-batches without the others."""
 
     @abstractmethod
     def quiet(self) -> AbstractContextManager[None]:
-        """While micro-batches run, of which nothing is kept yet."""
+        """A context for the micro-batches of a window. Hooks of parameters are not called."""
 
     @abstractmethod
     def begin(self, *, is_filler: bool, is_last: bool) -> None:
         """Announces the next micro-batch, where ranks cannot run alone.
 
         Args:
-            is_filler: whether this rank runs it for the others only.
-            is_last: whether it is the last of the window.
+            is_filler: whether this rank runs the micro-batch only for the other ranks.
+            is_last: whether the micro-batch is the last one of the window.
         """
 
     @abstractmethod
@@ -96,7 +97,7 @@ class Replicas(ABC):
         """The gradients of a window, which a backward pass adds to those of other ranks.
 
         Args:
-            ran: what has run here.
+            ran: the window as it ran on this rank.
             reached: for each parameter, whether any rank has a gradient of it.
-            scale: what gradients were multiplied by on their way; None for 1.
+            scale: the scale that is already in the gradients; None for 1.
         """

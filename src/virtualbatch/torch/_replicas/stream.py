@@ -1,4 +1,4 @@
-"""Windows of a stream that all ranks read together, each its own part, until all have ended."""
+"""Windows of streams that all ranks read together, until the streams of all ranks have ended."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from virtualbatch.window.stream import Windows, grouped
 from virtualbatch.window.stream import windows as windows_of_one
 from virtualbatch.window.window import Window
 
-# What a rank tells the others before a window. The largest is what all of them do.
+# What a rank tells the others before a window. All ranks act on the largest of these numbers.
 _ENDED, _READ, _FAILED = range(3)
 
 
@@ -53,7 +53,7 @@ def windows(
 
 
 class GroupWindows(Iterable[Window]):
-    """The windows of a stream that other ranks read as well, read anew whenever they are iterated.
+    """The windows of a stream, in step with other ranks. Each iteration reads the stream again.
 
     Args:
         stream: micro-batches.
@@ -65,7 +65,7 @@ class GroupWindows(Iterable[Window]):
         self._stream = stream
         self._accumulation_steps = accumulation_steps
         self._groups = groups
-        # Gloo sends what is on the host. NCCL sends only what is on a device.
+        # Gloo sends from the host. NCCL sends only from a device.
         backends = [str(torch.distributed.get_backend_config(group)) for group in groups]
         on_host = all("cpu:" in backend for backend in backends)
         self._device = None if on_host else torch.accelerator.current_accelerator()
@@ -91,7 +91,7 @@ class GroupWindows(Iterable[Window]):
         try:
             return next(found, Window([]))
         except BaseException as error:
-            # Or the others would wait for this rank until the time limit of the group.
+            # Without this message the others would wait until the time limit of the group.
             try:
                 self._exchange(_FAILED)
             except RuntimeError as lost:
@@ -115,7 +115,7 @@ class GroupWindows(Iterable[Window]):
 
 
 def _process_groups(group: Any) -> list[Any]:
-    # The largest of all ranks of a mesh is found one dimension after another.
+    # In a mesh, the largest of all ranks is found along one dimension after another.
     groups = group.get_all_groups() if hasattr(group, "get_all_groups") else [group]
     if not all(isinstance(each, torch.distributed.ProcessGroup) for each in groups):
         raise TypeError(

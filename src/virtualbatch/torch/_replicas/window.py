@@ -1,6 +1,7 @@
-"""One window of several ranks: weighed together, run apart, agreed upon, and added up once.
+"""One window of several ranks.
 
-Ranks whose modules gather parameters run in step instead, see `in_step`.
+Ranks add up their weights, run their micro-batches apart, agree that all have succeeded, and add
+up their gradients once. Ranks whose modules gather parameters run in step instead: see `in_step`.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,16 +31,17 @@ def run_window(
 
     Args:
         replicas: the ranks.
-        program: what is run.
+        program: the loss, its weight and its modules.
         read: reads the batch of this rank.
         fit: batch -> how it is cut.
         prove: tries the law on a first window.
 
     Returns:
-        What has run here, whose gradients wait to be added up, and what all ranks know of it.
+        The window as it ran on this rank, with gradients that are not added up yet; and the results
+        that all ranks know.
 
     Raises:
-        RuntimeError: another rank has failed; everything is as it was.
+        RuntimeError: another rank has failed. Everything is as before.
     """
     found = program.found
     channels = [layer.running_mean.numel() for layer in found.with_buffers if is_tracked(layer)]
@@ -69,13 +71,13 @@ def _run_apart(
     prove: Prove,
     hold: Conclusion,
 ) -> Ran:
-    """Runs as many micro-batches as this rank has, again with smaller ones if memory runs out."""
+    """Runs this rank's micro-batches, and again with smaller ones if memory runs out."""
     with replicas.quiet():
         weights = program.weights(fit.cut)
     totals = agreement.before(weights)
 
     def checked(ran: Ran) -> Ran:
-        # All has succeeded that can fail on one rank only.
+        # The last check that can fail on one rank only.
         if ran.run.gradients is not None:
             ran.run.gradients.check_leaves()
         held: Ran = hold(ran)

@@ -14,16 +14,16 @@ from virtualbatch.torch._rowwise.replay import Replay
 def first_pass(inputs: Inputs, cut: Sequence[Microbatch], replay: Replay) -> Outputs:
     """Runs fn on each micro-batch.
 
-    Where gradients are recorded they are recorded here as well, though nothing is differentiated:
-    without them some layers compute something else.
+    If the caller records gradients, this pass records them too, although it differentiates nothing:
+    some layers compute something else without recording.
 
     Args:
-        inputs: of the call.
+        inputs: the inputs of the call.
         cut: the micro-batches.
-        replay: where this begins.
+        replay: the state at the start of the pass.
 
     Raises:
-        ValueError: an output has not one entry per row, or the graph holds what it must not.
+        ValueError: an output has not one entry per row, or its graph reaches outside of fn.
         TypeError: an output is no tensor.
     """
     outputs = Outputs(sum(map(known_rows, cut)))
@@ -37,7 +37,7 @@ def first_pass(inputs: Inputs, cut: Sequence[Microbatch], replay: Replay) -> Out
             outputs.add(called.outputs, called.build, known_rows(microbatch))
             own = [*called.shared, *called.rows.values()]
             graphs.look([leaf for _, leaf in called.outputs], own)
-            # Two graphs at once would hold two sets of activations.
+            # Freed before the next forward pass: two graphs would hold two sets of activations.
             del called, own
     replay.end()
     return outputs

@@ -1,8 +1,8 @@
-"""Refuses what comes into the graph of fn from outside of it.
+"""Refuses a graph of fn that reaches tensors from outside of fn.
 
 Both passes call fn again for each micro-batch. So the graphs of two micro-batches may share only
-what is known: another shared leaf would get no gradient, and a shared node belongs to a graph that
-was recorded outside and is used up by the first backward pass.
+known leaves. Any other shared leaf would get no gradient. A shared node belongs to a graph that was
+recorded outside of fn, and the first backward pass would use it up.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +16,7 @@ class Graphs:
     """The graphs of the first two micro-batches.
 
     Args:
-        parameters: those that modules hold and that take a gradient.
+        parameters: the parameters that modules hold and that take a gradient.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor]):
@@ -28,11 +28,11 @@ class Graphs:
         """Checks the graph of one micro-batch.
 
         Args:
-            outputs: what fn returned for it.
-            own: the leaves that it was given.
+            outputs: what fn returned for the micro-batch.
+            own: the leaves that fn was given.
 
         Raises:
-            ValueError: something in it comes from outside, or differentiates by itself.
+            ValueError: a node or leaf comes from outside, or a node calls backward itself.
         """
         if self._seen == 2:
             return
@@ -56,7 +56,7 @@ class Graphs:
                 "torch.utils.checkpoint inside fn must be called with use_reentrant=False. "
                 "Got use_reentrant=True, which differentiates by itself. Pass use_reentrant=False."
             )
-        # What PyTorch keeps with a node is gone when the node is.
+        # The mark is kept with the node, so it is freed with the node.
         if self._seen == 1:
             node.metadata[_MARK] = self
         elif node.metadata.get(_MARK) is self:
@@ -66,7 +66,7 @@ class Graphs:
             )
 
     def _check_leaf(self, leaf: torch.Tensor) -> None:
-        # One that fn makes itself is another one each time.
+        # A leaf that fn makes itself is a new object in each call.
         again = any(reference() is leaf for reference in self._leaves)
         if again or isinstance(leaf, torch.nn.Parameter):
             raise ValueError(

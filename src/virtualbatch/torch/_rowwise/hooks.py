@@ -1,6 +1,6 @@
-"""Foreign hooks on parameters: they get the gradient of the whole batch, or are not called.
+"""The user's hooks on parameters: they get the gradient of the whole batch, or are not called.
 
-They are changed in place, because PyTorch holds the dictionaries that they are in.
+Dictionaries of hooks are changed in place, because PyTorch holds them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,20 +18,20 @@ Hook: TypeAlias = Callable[[Any], Any]
 
 @contextmanager
 def own_hooks_only(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Foreign hooks are not called with the gradients of micro-batches."""
+    """Inside the context, the user's hooks do not get the gradients of micro-batches."""
     with emptied([hooks for x in parameters if (hooks := x._backward_hooks)]):
         yield
 
 
 def spare_hooks(trained: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
-    """Until the backward pass ends, hooks of what has no gradient are not called without one.
+    """Until the backward pass ends, hooks of a tensor without a gradient are not called.
 
-    Of a graph without such a tensor PyTorch would not call them. Behind a node of Python it does,
-    with None.
+    In an ordinary graph PyTorch does not call hooks of a tensor that the loss does not reach.
+    Behind a node that is written in Python, it calls them with None.
 
     Args:
-        trained: inputs of a node that runs.
-        gradients: theirs; None for none.
+        trained: the inputs of the node that runs.
+        gradients: the gradient of each input; None for no gradient.
     """
     spared: list[tuple[dict[int, Hook], Callable[[Hook, Any], Any]]] = []
     for x, gradient in zip(trained, gradients, strict=True):
@@ -44,7 +44,7 @@ def spare_hooks(trained: Sequence[torch.Tensor], gradients: Sequence[torch.Tenso
     if not spared:
         return
     put_back = partial(_put_back, [hooks for hooks, _ in spared])
-    # PyTorch calls this only where its backward pass ends without an error.
+    # PyTorch calls this only if its backward pass ends without an error.
     torch.autograd.Variable._execution_engine.queue_callback(partial(_surely, put_back))
     with Undo(put_back) as undo:
         for hooks, call in spared:
@@ -53,10 +53,10 @@ def spare_hooks(trained: Sequence[torch.Tensor], gradients: Sequence[torch.Tenso
 
 
 class _Spared:
-    """A foreign hook, called if there is a gradient.
+    """A user's hook that is called only if there is a gradient.
 
-    In any later backward pass it is called as usual: the pass that skipped it has then failed,
-    which PyTorch reports to no one.
+    In a later backward pass the hook is always called. If this object is still there then, the
+    first pass has failed, and PyTorch tells nobody about that.
     """
 
     def __init__(self, call: Callable[[Hook, Any], Any], hook: Hook):
@@ -98,5 +98,5 @@ def _if_accumulated(before: tuple[int, int], hook: Hook, x: torch.Tensor) -> Non
 
 
 def _grad_of(x: torch.Tensor) -> tuple[int, int]:
-    """Which tensor `.grad` is, and how often it was written."""
+    """The identity of `.grad`, and how often it was written."""
     return id(x.grad), 0 if x.grad is None else x.grad._version

@@ -1,4 +1,4 @@
-"""What one call of a rowwise function is given, and how fn is called with a part of it."""
+"""The arguments of one call of a rowwise function, and calls of fn with a part of them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,13 +13,13 @@ from virtualbatch.window.tree import Builder, builder
 
 
 class Called(NamedTuple):
-    """What fn gave for a micro-batch, and the leaves that it was given.
+    """The result of fn for a micro-batch, and the leaves that fn was given.
 
     Fields:
-        outputs: the expressions that reach the leaves of what it returned, and these leaves.
-        build: leaves -> the structure that it returned.
-        shared: own leaves in place of the shared tensors that take a gradient.
-        rows: own leaves in place of the rows that take one, by their place in the batch.
+        outputs: the leaves of the result, each with the expression that reaches it.
+        build: leaves -> the structure that fn returned.
+        shared: new leaves that replace the shared tensors that take a gradient.
+        rows: new leaves that replace the rows that take a gradient, by their place in the batch.
     """
 
     outputs: list[tuple[str, Any]]
@@ -29,21 +29,22 @@ class Called(NamedTuple):
 
 
 class Inputs:
-    """What one call is given.
+    """The arguments of one call.
 
     Args:
         fn: (batch, *shared) -> outputs with one entry per row.
-        found: what its modules hold.
+        found: what the modules of fn hold.
         batch: the batch or Window.
-        shared: what goes whole to every micro-batch.
+        shared: arguments that every micro-batch gets whole.
 
     Attributes:
         fn: as given.
         found: as given.
         batch: as given.
-        devices: all devices beside the host.
-        shared: the tensors that are shared and take a gradient.
-        rows: those of the batch that take one, by micro-batch of a Window and place in it.
+        devices: all devices except the host.
+        shared: the shared tensors that take a gradient.
+        rows: the tensors of the batch that take a gradient. Keys are the number of a Window's
+            micro-batch (0 for a batch), and the place in it.
     """
 
     def __init__(
@@ -78,28 +79,28 @@ class Inputs:
         return [*rows, *(x for x in self._shared if isinstance(x, torch.Tensor))]
 
     def trained(self) -> list[torch.Tensor]:
-        """All that takes a gradient: parameters, shared tensors, rows."""
+        """All tensors that take a gradient: parameters, shared tensors, rows."""
         return [*self.found.parameters, *self.shared, *self.rows.values()]
 
     def starts(self) -> list[int]:
-        """The number of the first row of each micro-batch as it was given."""
+        """The number of the first row of each given micro-batch."""
         sizes = [known_rows(microbatch) for microbatch in self.batch.given]
         return [sum(sizes[:index]) for index in range(len(sizes))]
 
     def whole(self) -> Any:
-        """What fn returns for the only micro-batch that there is."""
+        """What fn returns for the whole batch, which is one micro-batch."""
         (microbatch,) = self.batch.given
         if self.found.accelerator is not None:
             microbatch = on_device(microbatch, self.found.accelerator)
         return self.fn(microbatch.get(), *self._build_shared(self._shared))
 
     def call(self, microbatch: Microbatch) -> Called:
-        """What fn returns for a micro-batch, as if nothing had been computed before it.
+        """Calls fn for a micro-batch, with leaves that have no graph.
 
         Rows are copied, so that fn may change them in place in each pass.
 
         Args:
-            microbatch: of the cut.
+            microbatch: a micro-batch of the cut.
         """
         rows: dict[int, torch.Tensor] = {}
         leaves: list[Any] = []

@@ -1,4 +1,4 @@
-"""What the second pass does where memory runs out."""
+"""Decides whether a second pass may run in smaller micro-batches when memory runs out."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,18 +10,18 @@ from virtualbatch.torch._rowwise.replay import Replay
 def refuses_another_cut(
     replay: Replay, cut: Sequence[Microbatch]
 ) -> Callable[[BaseException], bool]:
-    """What refuses a second pass in smaller micro-batches than those of the first one.
+    """A function that refuses smaller micro-batches in the second pass than in the first pass.
+
+    Smaller micro-batches are refused if they would draw other random numbers, or see other
+    statistics, than the outputs of the first pass.
 
     Args:
-        replay: where the first pass began, and what it has moved.
+        replay: the state at the start of the first pass, and what the pass changed.
         cut: the micro-batches of the first pass.
 
     Returns:
-        error -> whether it is too late to cut them smaller.
-
-    Raises:
-        MemoryError: the function raises it where smaller micro-batches would draw other
-            random numbers, or see other statistics, than the outputs that the loss has.
+        error -> whether smaller micro-batches are refused. If the error is certainly an
+        out-of-memory error, the function raises a MemoryError instead of returning True.
     """
 
     def refuse(error: BaseException) -> bool:

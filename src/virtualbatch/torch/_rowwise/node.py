@@ -1,7 +1,7 @@
-"""The autograd node behind outputs: when their gradients come, the second pass runs.
+"""The autograd node behind outputs: when the gradients of outputs arrive, it runs the second pass.
 
-Everything that is trained is an input of this one node. So all that follows (adding to `.grad`,
-hooks, reductions over ranks) happens once, with the gradients of the whole batch.
+Every trained tensor is an input of this one node. So all that follows (adding to `.grad`, hooks,
+reductions over ranks) happens once, with the gradients of the whole batch.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from virtualbatch.torch._undo import all_or_nothing
 
 
 def behind(outputs: Outputs, inputs: Inputs, second: SecondPass) -> Sequence[torch.Tensor | None]:
-    """The leaves of outputs, with the node behind those that have a gradient.
+    """The leaves of outputs. The leaves that have a gradient get the node behind them.
 
     Args:
-        outputs: of all rows.
-        inputs: of the call.
-        second: what is left to do.
+        outputs: the outputs of all rows.
+        inputs: the inputs of the call.
+        second: the second pass.
     """
     found: Sequence[torch.Tensor | None] = _Rowwise.apply(
         outputs.leaves, outputs.takes, second, inputs.tensors(), *inputs.trained()
@@ -44,15 +44,15 @@ class _Rowwise(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         pairs = zip(leaves, takes, strict=True)
         ctx.mark_non_differentiable(*(x for x, taken in pairs if x is not None and not taken))
-        # Read again by the second pass: PyTorch then refuses what has changed since, and a second
-        # backward pass through what the first one has freed.
+        # Saved, so that PyTorch refuses tensors that were changed since, and a second backward
+        # pass after the first one has freed them.
         ctx.save_for_backward(*(x for x in (*trained, *tensors) if not x.is_inference()))
         return tuple(leaves)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors
-        # Whoever keeps them elsewhere has copied them here.
+        # The access checks the tensors. Hooks that offload saved tensors have made copies here.
         del saved
         with torch.no_grad():
             found = all_or_nothing(partial(ctx.second.gradients, gradients))

@@ -14,15 +14,15 @@ def one_update(
 ) -> Callable[[], AbstractContextManager[None]]:
     """Gives BatchNorm layers one momentum update for several forward passes.
 
-    Inside a window that already records them, the passes are one of its calls.
+    If a window around the passes already records the layers, the passes count as one call there.
 
     Args:
-        stack: when it is left without an error, the update is made.
+        stack: the update is made when this stack is left without an error.
         layers: modules, each once.
         before: their buffers before the passes.
 
     Returns:
-        What makes the context of one forward pass.
+        A function that makes the context of one forward pass.
     """
     tracked = [layer for layer in layers if is_tracked(layer)]
     windows = {id(x): x for layer in tracked for x in listeners(layer)}
@@ -30,7 +30,7 @@ def one_update(
     heard = [stack.enter_context(window.in_parts()) for window in windows.values()]
     if alone:
         own = MergedStatistics(alone, before)
-        # Made when the layers have their own momentum again.
+        # The update is made when the layers have their own momentum again.
         stack.push(lambda kind, *_: own.commit() if kind is None else None)
         stack.enter_context(own.attached())
         heard.append(own)

@@ -1,4 +1,4 @@
-"""What fn returns for micro-batches, as one: rows are copied, graphs are not kept."""
+"""Joins what fn returns for micro-batches. Rows are copied, graphs are not kept."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +14,11 @@ class Outputs:
     """The outputs of all rows.
 
     Args:
-        rows: how many there are.
+        rows: the number of rows.
 
     Attributes:
         leaves: tensors with one entry per row, and None where fn returns None.
-        takes: for each leaf whether some micro-batch's has a gradient.
+        takes: for each leaf, whether it has a gradient in some micro-batch.
     """
 
     def __init__(self, rows: int):
@@ -31,15 +31,16 @@ class Outputs:
 
     @torch.no_grad()
     def add(self, outputs: Sequence[tuple[str, Any]], build: Builder, rows: int) -> None:
-        """Copies those of the next micro-batch.
+        """Copies the outputs of the next micro-batch.
 
         Args:
-            outputs: the expressions that reach leaves, and the leaves.
+            outputs: the leaves, each with the expression that reaches it.
             build: leaves -> the structure that fn returned.
-            rows: of the micro-batch.
+            rows: the rows of the micro-batch.
 
         Raises:
-            ValueError: a leaf has not one entry per row, or the structure is not the first one's.
+            ValueError: a leaf has not one entry per row, or the structure differs from that of the
+                first micro-batch.
             TypeError: a leaf is no tensor.
         """
         check_outputs(outputs, rows)
@@ -48,7 +49,7 @@ class Outputs:
             self._kinds = kinds
             self.leaves = [_room(leaf, self._rows) for _, leaf in outputs]
             self.takes = [False] * len(outputs)
-            # What was built of the first micro-batch may hold it, and with it its graph.
+            # The builder of the first micro-batch may hold its outputs and so its graph.
             self._build = builder(build(self.leaves), "output", [], ONE_LEAF, lists=False)
         check_same_structure(self._kinds, kinds)
         stop = self._start + rows
@@ -63,7 +64,7 @@ class Outputs:
         """What fn would have returned for the whole batch.
 
         Args:
-            leaves: of all rows.
+            leaves: the leaves of all rows.
         """
         if self._build is None:
             raise ValueError("internal: there was no micro-batch.")
@@ -71,11 +72,11 @@ class Outputs:
 
 
 def check_outputs(outputs: Sequence[tuple[str, Any]], rows: int) -> None:
-    """Refuses what has not one entry per row.
+    """Refuses outputs that have not one entry per row.
 
     Args:
-        outputs: see `Outputs.add`.
-        rows: of the micro-batch.
+        outputs: the leaves, each with the expression that reaches it.
+        rows: the rows of the micro-batch.
 
     Raises:
         ValueError: a leaf has another number of entries.
@@ -84,7 +85,7 @@ def check_outputs(outputs: Sequence[tuple[str, Any]], rows: int) -> None:
     check_entries(
         [(place, x) for place, x in outputs if isinstance(x, torch.Tensor) or x is None], rows
     )
-    # Arrays of others have a shape as well, and no gradient.
+    # Arrays of other libraries also have a shape, but no gradient.
     for place, leaf in outputs:
         if leaf is not None and not isinstance(leaf, torch.Tensor):
             raise TypeError(
@@ -95,7 +96,7 @@ def check_outputs(outputs: Sequence[tuple[str, Any]], rows: int) -> None:
 
 
 def kinds_of(outputs: Sequence[tuple[str, Any]]) -> list[str]:
-    """The structure of outputs in words, which tell one from another."""
+    """The structure of outputs in words, which differ if structures differ."""
     return [_kind(place, leaf) for place, leaf in outputs]
 
 

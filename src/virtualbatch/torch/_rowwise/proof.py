@@ -1,4 +1,4 @@
-"""The first call of a rowwise function proves that each row is computed from that row alone."""
+"""The check, at the first call of a rowwise function, that each row depends on that row alone."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,16 +39,16 @@ def prove_first_call(inputs: Inputs, surrogate: Callable[[], Surrogate], sizes: 
     """Tries a function on some rows of a batch, if it has not been tried before.
 
     Args:
-        inputs: of the call.
-        surrogate: makes that of the function.
-        sizes: rows of the micro-batches.
+        inputs: the inputs of the call.
+        surrogate: makes the surrogate of the function.
+        sizes: the rows of each micro-batch.
 
     Raises:
         ValueError: some output of a row depends on other rows, or has not one entry per row.
         TypeError: an output is no tensor.
     """
     if any(isinstance(x, FakeTensor) or x.is_meta for x in inputs.tensors()):
-        # Planning: they have no values.
+        # While planning, tensors have no values.
         return
     batch = inputs.detached()
     source = source_of(batch.given)
@@ -61,7 +61,7 @@ def prove_first_call(inputs: Inputs, surrogate: Callable[[], Surrogate], sizes: 
     with torch.enable_grad(), _unheard(), untouched(trial.program) as layers:
         reason = tried(prove_rows, trial, layers)
         layers.restore()
-        # A window around the call would take what BatchNorm sees here for its own.
+        # A window around the call would count what BatchNorm sees here as its own values.
         for layer in layers.layers:
             layer.training = layer.training and not is_tracked(layer)
         if reason is None:
@@ -72,10 +72,12 @@ def prove_first_call(inputs: Inputs, surrogate: Callable[[], Surrogate], sizes: 
 
 
 def with_numbers(surrogate: Surrogate, batch: Any) -> tuple[Program, Any]:
-    """What certifies a function: its surrogate, and a batch beside numbers for its outputs.
+    """The program and the batch with which a rowwise function is certified.
+
+    The program is the surrogate loss. The batch is paired with random numbers for all outputs.
 
     Args:
-        surrogate: of the function.
+        surrogate: the surrogate of the function.
         batch: a batch, not a Window.
     """
     whole = read(batch).whole
@@ -90,13 +92,13 @@ def with_numbers(surrogate: Surrogate, batch: Any) -> tuple[Program, Any]:
 
 
 class _RowsTrial(TorchTrial):
-    """See `virtualbatch.certify.trial.Trial`; it compares the values of outputs.
+    """See `virtualbatch.certify.trial.Trial`. This trial compares the values of outputs.
 
     Args:
-        surrogate: of the function.
+        surrogate: the surrogate of the function.
         batch: the batch or Window.
         source: the rows to choose from.
-        sizes: rows of the micro-batches.
+        sizes: the rows of each micro-batch.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class _RowsTrial(TorchTrial):
     ):
         super().__init__(surrogate.of_numbers(), source, sizes)
         self._surrogate = surrogate
-        # Whether what was seen last is more than rounding can be.
+        # Whether the latest difference is too large for rounding.
         self._is_clear = False
 
     def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance | None:
@@ -137,7 +139,7 @@ class _RowsTrial(TorchTrial):
         some = self.some(rows)
         batch = some.build(some.leaves)
         outputs = self._surrogate.outputs(batch)
-        # Where other ranks wait, a backward pass would be taken for that of the update.
+        # With several ranks, reducers would take a backward pass here for the one of the update.
         if number_of_processes() > 1 or not any(
             x.requires_grad for _, x in outputs if x is not None
         ):
@@ -151,10 +153,10 @@ class _RowsTrial(TorchTrial):
         """Computes some rows twice, as the two passes do.
 
         Args:
-            count: of the first rows.
+            count: the number of rows, from the first one on.
 
         Raises:
-            ValueError: the outputs are not the same.
+            ValueError: the outputs differ.
         """
         rows = range(min(count, self.rows))
         found = []
@@ -182,9 +184,9 @@ class _RowsTrial(TorchTrial):
 
 @contextmanager
 def _unheard() -> Iterator[None]:
-    """No hook of others, as checkpoints have them, counts the tensors that a proof saves."""
+    """Hides the tensors that a proof saves from hooks around it, such as those of checkpoints."""
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        # Hooks that do nothing would have compiled functions compiled once more.
+        # Even hooks that do nothing would make compiled functions compile again.
         yield
         return
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
@@ -192,9 +194,9 @@ def _unheard() -> Iterator[None]:
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference, in the largest number."""
+    """The largest difference, divided by the largest finite number."""
     a, b = (x.to("cpu", torch.float64) for x in (a, b))
-    # What is infinite, or no number, in both is the same.
+    # Two equal infinities, or two NaNs, are no difference.
     same = (a == b) | (a.isnan() & b.isnan())
     off = torch.where(same, 0.0, (a - b).abs())
     if not off.numel() or not bool(off.any()):

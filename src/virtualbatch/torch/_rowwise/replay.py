@@ -1,6 +1,6 @@
-"""The state that the second pass must find as the first one did.
+"""The state in which the first pass began, and in which the second pass must begin too.
 
-That is random numbers, autocast, buffers, and what layers and parameters are switched to.
+It consists of random states, autocast, buffers, `training` of layers and `requires_grad`.
 """
 
 from collections.abc import Collection, Iterator
@@ -19,16 +19,18 @@ _VERSION = torch.Tensor._version.__get__
 
 
 class Replay:
-    """Where a first pass begins. One snapshot is enough: both passes run in the same order.
+    """The state at the start of a first pass.
+
+    One snapshot is enough, because both passes run in the same order.
 
     Args:
         found: what the modules hold.
-        devices: those beside the host whose random numbers are drawn.
+        devices: the devices, other than the host, whose random numbers are drawn.
 
     Attributes:
-        before: the buffers, where the pass changes some.
-        is_free: whether the first pass may be cut in another way than the second: it drew no
-            random numbers, and changed no buffer.
+        before: the buffers before the pass; empty if the pass changed none.
+        is_free: whether the two passes may be cut in different ways, because the first pass drew
+            no random numbers and changed no buffer.
     """
 
     def __init__(self, found: Inventory, devices: Collection[torch.device]):
@@ -50,13 +52,13 @@ class Replay:
         self._keeps_casts = torch.is_autocast_cache_enabled()
 
     def begin(self) -> None:
-        """Lets a micro-batch of the first pass make casts of its own, as in the second pass."""
+        """Clears cached casts, so that a micro-batch casts anew, as in the second pass."""
         if any(enabled for _, enabled, _ in self._autocast):
             torch.clear_autocast_cache()
 
     def end(self) -> None:
-        """Notes what the first pass has moved."""
-        # The kernels of BatchNorm write what no version tells.
+        """Notes what the first pass has changed."""
+        # The kernels of BatchNorm write buffers without a change of their versions.
         self._changes_buffers = (
             any(map(is_tracked, self._layers)) or self._buffer_versions() != self._versions
         )
@@ -67,7 +69,7 @@ class Replay:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Runs from the same state, and leaves no trace of it."""
+        """A context that starts in the state of the first pass, and restores the state after it."""
         random, host = _Generators(self._devices), HostRandom()
         buffers = Buffers(self._layers if self._changes_buffers else ())
 
@@ -84,7 +86,7 @@ class Replay:
                 yield
 
     def autocast(self) -> ExitStack:
-        """A forward pass with the casts of the first one, which begins now."""
+        """A context for a forward pass with the autocast settings of the first pass."""
         stack = ExitStack()
         for kind, enabled, dtype in self._autocast:
             stack.enter_context(
@@ -94,7 +96,7 @@ class Replay:
 
     @contextmanager
     def _switched(self) -> Iterator[None]:
-        """Modes of layers, and what is trained, as they were; a graph would have kept them."""
+        """A context with `training` and `requires_grad` as in the first pass."""
         others = [(x, x.training) for x, training in self._modes if x.training != training]
         frozen = [x for x in self._trained if not x.requires_grad]
 

@@ -1,4 +1,4 @@
-"""`rowwise`: a function again, with one entry per row, on the memory of a micro-batch."""
+"""`rowwise`: a function with one output entry per row, run with the memory of a micro-batch."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -36,14 +36,14 @@ Outputs = TypeVar("Outputs")
 
 
 class Rowwise(Generic[Outputs]):
-    """See `rowwise`, which makes it.
+    """The function that `rowwise` returns.
 
     Args:
-        fn: see there, like all that follow.
-        module: see there.
-        microbatch_size: see there.
-        accumulation_steps: see there.
-        check: see there.
+        fn: as in `rowwise`.
+        module: as in `rowwise`.
+        microbatch_size: as in `rowwise`.
+        accumulation_steps: as in `rowwise`.
+        check: as in `rowwise`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Rowwise(Generic[Outputs]):
         accumulation_steps: int | None,
         check: bool,
     ):
-        # Its name, docstring and signature; not its attributes, which a module has many of.
+        # The name, docstring and signature are copied. Attributes are not: a module has many.
         functools.update_wrapper(self, fn, updated=())
         self.fn = fn
         self._microbatch_size = microbatch_size
@@ -62,7 +62,7 @@ class Rowwise(Generic[Outputs]):
         self._check = check
         if module is None:
             module = fn if isinstance(fn, torch.nn.Module) else ()
-        # A function of its arguments alone trains nothing of its own.
+        # A function without modules has no parameters of its own.
         self.modules = list(as_modules(module)) or [torch.nn.Module()]
 
     def __call__(self, batch: Any, *shared: Any) -> Outputs:
@@ -99,15 +99,15 @@ class Rowwise(Generic[Outputs]):
         return fit.run(run)
 
     def size(self) -> tuple[int | None, int | None]:
-        """Rows of a micro-batch, or the number of micro-batches; no size that is to be planned."""
+        """The size and the number of micro-batches. A size that is to be planned is None."""
         size: Any = self._microbatch_size
         return None if is_automatic(size) else size, self._accumulation_steps
 
     def inventory(self) -> Inventory:
-        """What the modules hold.
+        """The contents of the modules.
 
         Raises:
-            ValueError: they add up gradients over ranks themselves.
+            ValueError: a module adds up gradients over ranks itself.
         """
         found = inventory(self.modules, hands_over=True, may_be_frozen=True)
         _refuse_distributed(found.distributed)
@@ -115,7 +115,7 @@ class Rowwise(Generic[Outputs]):
 
 
 def _in_two_passes(inputs: Inputs, cut: Sequence[Microbatch], fit: Fit) -> Any:
-    """The outputs of all rows, from a first pass; the second one is behind them."""
+    """Runs the first pass, and puts the second pass behind its outputs."""
     replay = Replay(inputs.found, inputs.devices)
     with Undo(lambda: replay.before.restore()) as undo:
         outputs = first_pass(inputs, cut, replay)
@@ -144,10 +144,10 @@ def _refuse_distributed(layers: Iterable[torch.nn.Module]) -> None:
 
 
 def _refuse_planning() -> None:
-    """Refuses to plan inside a module that other ranks run at the same time.
+    """Refuses to plan where other ranks may run the module at the same time.
 
     Raises:
-        ValueError: there are some.
+        ValueError: there are other ranks.
     """
     if number_of_processes() > 1:
         raise ValueError(

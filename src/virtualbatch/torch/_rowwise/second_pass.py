@@ -1,4 +1,4 @@
-"""The second pass: the gradients of what was trained, from those of the outputs."""
+"""The second pass: computes the gradients of trained tensors from the gradients of outputs."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,17 +12,17 @@ from virtualbatch.torch._rowwise.replay import Replay
 from virtualbatch.torch._rowwise.sums import GradientSums
 from virtualbatch.torch._undo import all_or_nothing
 
-# Gradients that arrive at outputs, or leave for what is trained; None for none.
+# Gradients of outputs, or of trained tensors; None for no gradient.
 Gradients = Sequence[torch.Tensor | None]
 
 
 class SecondPass:
-    """What is left to do when the gradients of outputs have come.
+    """The second pass, which runs when the gradients of outputs have arrived.
 
     Args:
-        inputs: of the call.
-        replay: where the first pass began.
-        fitted: runs the pass on the micro-batches of the first one, or on smaller ones.
+        inputs: the inputs of the call.
+        replay: the state at the start of the first pass.
+        fitted: runs the second pass on the micro-batches of the first pass, or on smaller ones.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class SecondPass:
         """The gradients of `Inputs.trained`.
 
         Args:
-            of_outputs: one for each leaf.
+            of_outputs: one gradient for each leaf of the outputs.
         """
         trained = self._inputs.trained()
         found: Gradients = [None] * len(trained)
         if any(gradient is not None for gradient in of_outputs):
-            # What somebody does to the gradient of a parameter is done to that of the whole batch.
+            # The user's hooks on parameters must get the gradient of the whole batch.
             with self._replay.again(), own_hooks_only(self._inputs.found.parameters):
                 found = self._fitted(
                     lambda cut: all_or_nothing(partial(self._run, cut, of_outputs))
@@ -91,10 +91,10 @@ class SecondPass:
 
 
 class _RowGradients:
-    """Gradients of the rows that take one.
+    """Gradients of the rows that take a gradient.
 
     Args:
-        inputs: of the call.
+        inputs: the inputs of the call.
     """
 
     def __init__(self, inputs: Inputs):
@@ -103,13 +103,13 @@ class _RowGradients:
         self._found: dict[tuple[int, int], torch.Tensor] = {}
 
     def put(self, start: int, found: dict[int, torch.Tensor | None]) -> None:
-        """Keeps those of a micro-batch.
+        """Keeps the gradients of a micro-batch.
 
         Args:
-            start: the number of its first row.
-            found: by their place in the batch.
+            start: the number of the first row of the micro-batch.
+            found: the gradients by their place in the batch.
         """
-        # A micro-batch of a Window may have been cut further, and never joined.
+        # A micro-batch of a Window may be cut into several, but is never joined with another one.
         index = max(k for k, first in enumerate(self._starts) if first <= start)
         start -= self._starts[index]
         for place, gradient in found.items():
@@ -122,5 +122,5 @@ class _RowGradients:
             self._found[key][start : start + len(gradient)] = gradient
 
     def taken(self) -> Gradients:
-        """All of them, in the order of `Inputs.rows`."""
+        """Gives all gradients away, in the order of `Inputs.rows`."""
         return [self._found.pop(key, None) for key in self._rows]

@@ -1,4 +1,4 @@
-"""Sums of gradients beside `.grad`, in float32 or wider, taken as autograd finds them."""
+"""Sums of gradients apart from `.grad`, in float32 or wider."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,17 +18,18 @@ _LARGE = 2**14
 class GradientSums:
     """The sums of a pass.
 
-    Gradients of large parameters are added while their backward pass goes on, so that never all of
-    them are there at once.
+    Gradients of large parameters are added during the backward pass, so that they never all exist
+    at once.
 
     Args:
-        tensors: those that take a gradient.
+        tensors: the tensors that take a gradient.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]):
         self._tensors = tensors
         self._totals: list[torch.Tensor | None] = [None] * len(tensors)
-        # Of large ones, what autograd collects instead of their gradients: it holds no memory.
+        # For large tensors, autograd collects these views instead of gradients: they hold no
+        # memory.
         self._nothing = {
             k: x.new_zeros(()).expand_as(x)
             for k, x in enumerate(tensors)
@@ -45,8 +46,8 @@ class GradientSums:
         """Adds the gradients of a micro-batch.
 
         Args:
-            outputs: what is differentiated.
-            starts: the gradients that arrive at them.
+            outputs: the tensors to differentiate.
+            starts: the gradients of the outputs.
             others: further leaves.
 
         Returns:
@@ -64,10 +65,10 @@ class GradientSums:
 
     @torch.no_grad()
     def add_found(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Adds gradients that are there already.
+        """Adds gradients that already exist.
 
         Args:
-            gradients: one for each tensor; None for none.
+            gradients: one for each tensor; None for no gradient.
         """
         totals, found = [], []
         for k, gradient in enumerate(gradients):
@@ -86,7 +87,7 @@ class GradientSums:
         """Gives the sums away, in the dtypes of the tensors."""
         totals, self._totals = self._totals, [None] * len(self._totals)
         totals.reverse()
-        # The list must not hold what `.grad` is to take over.
+        # The list must hold no reference, or PyTorch would copy the gradient into `.grad`.
         return [
             None if (total := totals.pop()) is None else narrowed(total, x.dtype)
             for x in self._tensors
@@ -96,7 +97,7 @@ class GradientSums:
     def _add(self, k: int, gradient: torch.Tensor) -> None:
         total = self._totals[k]
         if total is None:
-            # A copy: a gradient may have the memory of another one, or of the graph.
+            # A copy, because a gradient may share memory with another gradient or the graph.
             wide = widened(gradient)
             self._totals[k] = wide.clone() if wide is gradient else wide
         elif total.is_sparse or gradient.is_sparse:

@@ -1,7 +1,7 @@
 """A loss for a function without one: the sum of its outputs times random numbers.
 
-It is a sum over rows if fn computes each row from that row alone. So the machinery of the engine,
-which plans, tries and certifies losses, does the same for a rowwise function.
+The surrogate is a sum over rows if fn computes each row from that row alone. So the code that
+plans, tries and certifies losses also works for a rowwise function.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,15 +23,16 @@ class Surrogate:
 
     Args:
         fn: (batch, *shared) -> outputs with one entry per row.
-        shared: as the call was given them.
-        found: what its modules hold.
+        shared: the shared arguments of the call.
+        found: what the modules of fn hold.
     """
 
     def __init__(self, fn: Callable[..., Any], shared: tuple[Any, ...], found: Inventory):
         self._fn = fn
         leaves: list[tuple[str, Any]] = []
         self._build = builder(shared, "shared", leaves, ONE_LEAF, lists=False)
-        # In modules: whoever makes what modules hold wider, or fake, does it to these as well.
+        # Wrapped in modules: code that replaces what modules hold, by wider or fake tensors, then
+        # replaces these too.
         self._shared = [
             Loose(x.detach().requires_grad_())
             if isinstance(x, torch.Tensor) and x.requires_grad
@@ -42,10 +43,10 @@ class Surrogate:
         self.found = inventory([*found.roots, *trained], hands_over=True) if trained else found
 
     def outputs(self, batch: Any) -> list[tuple[str, Any]]:
-        """What fn returns, and the expressions that reach it.
+        """The leaves that fn returns, each with the expression that reaches it.
 
         Args:
-            batch: rows.
+            batch: a batch or micro-batch.
         """
         found: list[tuple[str, Any]] = []
         shared = self._build([x.tensor if isinstance(x, Loose) else x for x in self._shared])
@@ -56,8 +57,8 @@ class Surrogate:
         """Random numbers, the same in each call, for all outputs that may have a gradient.
 
         Args:
-            outputs: of some rows.
-            rows: how many numbers to make.
+            outputs: the outputs of some rows.
+            rows: for how many rows to make numbers.
         """
         taken = [x for _, x in outputs if _is_floating(x)]
         generator = torch.Generator().manual_seed(0)
@@ -67,7 +68,7 @@ class Surrogate:
         ]
 
     def of_numbers(self) -> Program:
-        """The program of batches that are pairs: rows, and numbers for each output of them."""
+        """The program whose batches are pairs: rows, and numbers for each of their outputs."""
 
         def loss_fn(pair: tuple[Any, Sequence[torch.Tensor]]) -> torch.Tensor:
             batch, numbers = pair
@@ -80,7 +81,7 @@ class Surrogate:
         return Program(loss_fn, SUM, False, None, self.found)
 
     def of_rows(self) -> Program:
-        """The program of batches of rows, to be planned."""
+        """The program whose batches are rows alone, for planning."""
 
         def loss_fn(batch: Any) -> torch.Tensor:
             return torch.stack([x.sum() for _, x in self.outputs(batch) if _is_floating(x)]).sum()
@@ -93,10 +94,10 @@ def _is_floating(output: Any) -> bool:
 
 
 def refuse_options(weight: Any, has_aux: bool) -> None:
-    """Refuses what only losses have.
+    """Refuses options that only losses have.
 
     Raises:
-        ValueError: it is given.
+        ValueError: one of them is given.
     """
     if weight is not None or has_aux:
         raise ValueError(
