@@ -1,7 +1,7 @@
 """Turns the observations of a training step into a certificate.
 
-Errors are computed first. If there are any, causes are tried on the gradients of single
-micro-batches: the right cause is the one whose arithmetic reproduces the whole batch's gradient.
+Errors are computed first. If there are any, possible causes are tried on the gradients of single
+micro-batches. The right cause is the one whose arithmetic reproduces the whole batch's gradient.
 """
 
 from collections.abc import Iterator

@@ -136,9 +136,9 @@ class Trial(ABC):
 def parts(trial: Trial) -> list[tuple[list[int], list[int]]]:
     """The pairs of parts that are tried, as row numbers.
 
-    A wrong weight shows only if the parts differ in it. So among many ways to choose the parts, the
-    one is taken in which they differ most in everything that the batch's arrays can count. A
-    divisor with a floor shows only if a part counts nothing, which needs a pair of its own.
+    A wrong weight shows only if the parts differ in it. So many ways to choose the parts are
+    compared. The best way has the largest differences in all that the batch's arrays can count. A
+    divisor with a floor shows only if a part counts nothing, so this needs another pair.
     """
     some = min(trial.rows, max(a + b for a, b in trial.pairs))
     most = min(_POOL, max(_FEWEST, _NUMBERS // max(1, trial.width)))
@@ -190,7 +190,8 @@ def _ways(counts: Sequence[np.ndarray], rows: int, a: int, b: int) -> list[list[
         if len(some) < 2:
             continue
         for most in (b, 1):
-            # The row that counts least against rows that count most; the others count nothing.
+            # Set the row that counts least against rows that count most. Prefer rows that count
+            # nothing for the rest.
             second = some[1:][-most:]
             others = [*none, *(row for row in some[1:] if row not in second)]
             way = [some[0], *others[: a - 1], *second, *others[a - 1 :]][: a + b]

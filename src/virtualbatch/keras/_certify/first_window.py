@@ -121,8 +121,8 @@ class KerasTrial(Trial):
         found: the losses that need all rows and get them.
     """
 
-    # One, because on JAX each number of rows is compiled. It is cut after five rows, so that no
-    # two, three or four rows that belong together stay together.
+    # Only one pair, because JAX compiles for each number of rows. The cut after five rows splits
+    # every grouping of neighbouring rows in twos, threes or fours.
     pairs = ((4, 5),)
 
     def __init__(
@@ -157,7 +157,7 @@ class KerasTrial(Trial):
     def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance:
         """See `Trial`."""
         few, more = sorted([a, b], key=len)
-        # An even cut, too, keeps these parts, or those of which both are made.
+        # With this size, an even cut gives these two parts too, or smaller parts that form them.
         size = len(more) if len(more) - len(few) <= 1 else len(few)
         step = self._backend.step(self._model, size, None, None, check=False, gather=self._found)
         step.silent, step.losses = True, None

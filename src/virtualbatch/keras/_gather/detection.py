@@ -221,7 +221,7 @@ def _symbol(leaf: Any) -> Any:
 
 
 def _values(compile_loss: Any, y: Any, y_pred: Any, failed: set[int]) -> list[tuple[int, Any]]:
-    """(index, unreduced values) of each compiled loss; indices of losses that raise go to `failed`."""
+    """(index, unreduced values) of each compiled loss. Indices of failing losses go to `failed`."""
     found: list[tuple[int, Any]] = []
 
     def looked_at(k: int, loss: keras.losses.Loss) -> Callable[..., Any]:
