@@ -66,9 +66,9 @@ class Shares(NamedTuple):
     Fields:
         rows: the share of each micro-batch in the window's rows; a vector. All equal if rows are
             unknown.
-        terms: term name -> the vector of shares by that term's weight. None if there is no dict of
-            weights. A term that does not depend on the rows has the shares by rows, which sum to 1.
-            A term that is a sum has the share 1 everywhere.
+        terms: term name -> the vector of shares by that term's weight. None without a weight
+            function. A term that does not depend on the rows has the shares by rows, which sum
+            to 1. A term that is a sum has the share 1 everywhere.
         certain: names of the terms that are never empty: they do not depend on the rows, or are
             sums.
         window: rows of the window; a number, or a scalar of the program. If rows are unknown, the

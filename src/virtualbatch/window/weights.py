@@ -31,8 +31,9 @@ class HostWeights(NamedTuple):
 
     Fields:
         rows: rows of each micro-batch; None if unknown.
-        terms: term name -> one number for each micro-batch, None for a term that does not depend
-            on the rows, "sum" for one that is a sum; None when all terms weigh by rows.
+        terms: term name -> one number for each micro-batch, or None for a term that does not
+            depend on the rows, or "sum" for a term that is a sum. `terms` is None without a weight
+            function.
         is_sum: whether the whole loss is a sum.
     """
 
