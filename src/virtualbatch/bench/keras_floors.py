@@ -16,7 +16,7 @@ def floors(case: Case) -> Mapping[str, tuple[Callable[[keras.Model], None], bool
     """The floors of a case, on its backend.
 
     Each is a `train_step` that runs forward and backward of the micro-batches, one after another,
-    and makes one update. Loss and accuracy are those of the whole batch if no row is masked. A
+    and makes one update. If no row is masked, it logs the whole batch's loss and accuracy. A
     floor leaves out sample weights, counts of unmasked values over the whole batch, a remainder and
     checks. For `pairs` it computes a loss of its own for each micro-batch.
 

@@ -1,4 +1,4 @@
-"""Finds where rows are coupled: compares a run's activations with those of runs on its parts.
+"""Finds where rows are coupled: compares the activations of a run and of runs on its parts.
 
 A value that is computed row by row does not depend on the rows that run with it. The first
 activation that does depend on them shows where rows are coupled.

@@ -130,7 +130,7 @@ def _causes(
     return [_coupled(subject, different, wrong[0])]
 
 
-# Epsilons above this are those of half precision.
+# An epsilon above this belongs to half precision.
 _HALF = 1e-4
 # The reason of a finding that was observed in the values themselves.
 SEES_OTHER_ROWS = (

@@ -55,8 +55,8 @@ def prove(
         None; or the reason, if the loss could not be tried.
 
     Raises:
-        ValueError: the gradients of parts do not add up to that of the whole, or the engine
-            raises it.
+        ValueError: the gradients of parts do not add up to the gradient of the whole, or the
+            engine raises it.
         TypeError: the engine raises it.
     """
     found: list[Distance] = []
@@ -111,7 +111,7 @@ def prove(
 
 
 def adds_up(trial: Trial, chosen: Sequence[_Pair], why: Callable[[Exception], str]) -> bool | str:
-    """Whether the gradients of parts add up to that of the whole; looks for no cause.
+    """Whether the gradients of parts add up to the gradient of the whole. Looks for no cause.
 
     Args:
         trial: the loss and the rows.

@@ -12,7 +12,7 @@ _MOST_TRIES = 4
 
 _log = logging.getLogger("virtualbatch")
 
-# The reason for a Window that the user cut.
+# The reason for a Window that is taken as it is.
 NO_ROWS = "its micro-batches have no common rows"
 # The reason for modules that gather parameters.
 IN_STEP = "its module runs on all ranks at once, and not on a few rows of one"

@@ -40,7 +40,7 @@ def prove_rows(trial: Trial, why: Callable[[Exception], str], again: bool = Fals
         None; or the reason, if the function could not be tried.
 
     Raises:
-        ValueError: the outputs of parts differ from those of the whole, or the engine raises it.
+        ValueError: outputs differ between the parts and the whole, or the engine raises it.
         TypeError: the engine raises it.
     """
     reason: str | None = "there is one row"

@@ -15,7 +15,7 @@ from virtualbatch.certify.weights import candidates
 # Parts are chosen among at most _POOL rows, among fewer (at least _FEWEST) if these hold more than
 # _NUMBERS numbers, and in _WAYS random ways.
 _POOL, _FEWEST, _NUMBERS, _WAYS = 256, 16, 2**22, 64
-# Epsilons above this are those of half precision.
+# An epsilon above this belongs to half precision.
 _HALF = 1e-4
 # Rows with weight that are tried, two at a time, with one row without weight.
 _FULL = 4
@@ -54,9 +54,9 @@ class Distance(NamedTuple):
                 whole minus that, which is the share of the other part if gradients add up; and the
                 rest after subtracting the other part.
             shares: the share of each part in the whole.
-            losses: of the first part, the whole and the other part, by term.
-            constant: as the field.
-            epsilon: of the narrowest dtype.
+            losses: the losses of the first part, the whole and the other part, by term.
+            constant: see the field `constant`.
+            epsilon: epsilon of the narrowest dtype.
         """
         first, second, left = sizes
         largest = max(sizes) if math.isfinite(first + second + left) else math.nan

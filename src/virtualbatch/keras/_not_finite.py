@@ -44,7 +44,8 @@ class LossesOfFit:
         """The logs of a step as Keras expects them. Losses are taken out and read now or later.
 
         Args:
-            logs: of a step; perhaps with the losses of one window, or a list with those of several.
+            logs: the logs of a step; perhaps with the losses of one window, or a list with the
+                losses of several windows.
         """
         found = logs.pop(LOSSES, [])
         for entry in found if isinstance(found, list) else [found]:

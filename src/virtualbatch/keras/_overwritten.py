@@ -38,5 +38,5 @@ def merged_gradients(
 
 
 def updated(gradients: Sequence[Any], overwritten: Sequence[bool]) -> list[Any]:
-    """The gradients without those of overwritten variables."""
+    """The gradients of all variables that are not overwritten."""
     return [gradient for gradient, skip in zip(gradients, overwritten, strict=True) if not skip]

@@ -163,7 +163,7 @@ class TrainStep:
         """The rows, or tokens, of a micro-batch that the user asked for.
 
         Args:
-            rows: of the batch.
+            rows: the rows of the batch.
         """
         if self.packing is not None:
             return self.packing.tokens
@@ -185,7 +185,7 @@ class TrainStep:
         accumulation factor multiplies it.
 
         Args:
-            rows: of the batch on one device.
+            rows: the rows of the batch on one device.
         """
         if self._said_how_it_is_cut:
             return
@@ -228,7 +228,7 @@ class TrainStep:
         """The rows of a micro-batch that are used now.
 
         Args:
-            rows: of the batch.
+            rows: the rows of the batch.
             asked: rows of a micro-batch that the user asked for; None if they are planned.
 
         Raises:

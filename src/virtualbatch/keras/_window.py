@@ -135,7 +135,7 @@ class WindowModel:
         """
         metrics = self.model._compile_metrics
         if metrics is not None and not metrics.built:
-            # Metrics are built from all predictions. Those of all rows lack some of them.
+            # Building metrics needs all predictions, and the gathered ones may be only a part.
             metrics.build(batch[1], y_pred)
         return self._gathered.arrays(y_pred, rows.here if rows.on_host else None)
 
@@ -209,7 +209,7 @@ class WindowModel:
     def counted(self, batch: Any, rows: Rows) -> Any:
         """The weights vector of a micro-batch, computed with a forward of its own.
 
-        It holds the weights that are known only after a forward, such as those of masks. The
+        It holds the weights that depend on the data or on a forward, such as sums of masks. The
         forward runs in a scope, so seeds, statistics and added losses of the model do not change.
         Only its masks are needed, so a graph prunes the rest.
         """
@@ -262,8 +262,8 @@ class WindowModel:
             return {}
         if self.own_metrics:
             return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-        # Keras' own compute_metrics also computes every result, which nobody reads before the
-        # window ends.
+        # Keras' own compute_metrics also computes every result, but results are read only at the
+        # end of the window.
         if model._compile_metrics is None:
             return {}
         if gathering is None:

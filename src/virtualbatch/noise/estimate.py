@@ -16,7 +16,7 @@ from virtualbatch.window.options import is_real
 
 # With fewer windows, their spread gives no interval.
 _FEWEST = 3
-# The most windows whose numbers wait on a device until somebody asks for the estimate.
+# The most windows whose numbers wait on a device until an estimate is asked for.
 _MOST_WAITING = 64
 
 

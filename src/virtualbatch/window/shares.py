@@ -1,4 +1,4 @@
-"""The law's arithmetic: weights, shares and merged moments.
+"""The arithmetic of a window: weights, shares and merged moments.
 
 The loss of a batch is a ratio of sums. A micro-batch contributes a sum S and a weight D, by which
 its mean was divided. The loss of the window is (S_1 + S_2 + ...) / (D_1 + D_2 + ...). Everything

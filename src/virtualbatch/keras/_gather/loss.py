@@ -18,12 +18,12 @@ from virtualbatch.keras._terms import (
     with_other_losses,
 )
 
-# Stands for a prediction that nobody reads.
+# Stands for a prediction that no loss reads.
 _UNREAD = 0
 
 
 class GatheredPredictions:
-    """Predictions of all rows, from those of micro-batches.
+    """Joins the predictions of micro-batches into predictions of all rows.
 
     Args:
         gathering: which predictions are gathered.

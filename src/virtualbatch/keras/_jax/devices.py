@@ -51,7 +51,7 @@ def devices_of(rows: int) -> int:
     Keras spreads a batch only if its rows divide evenly among the devices.
 
     Args:
-        rows: of the batch.
+        rows: the rows of the batch.
     """
     devices = devices_of_rows()
     return devices if rows % devices == 0 else 1

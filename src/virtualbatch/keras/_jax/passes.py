@@ -41,7 +41,7 @@ class Window(NamedTuple):
     kept: list[Any]
 
 
-# (micro-batch, its rows, state, what is the same for all, what is this one's own) -> its results.
+# (micro-batch, its rows, state, argument shared by all, argument of this one) -> its results.
 StepFn = Callable[[Any, int, Any, Any, Any], Step]
 Merge = Callable[[Any, Any], Any]
 
@@ -113,7 +113,7 @@ class TracedPass:
         return self._programs[0][2].sums
 
     def run(self, nothing: Any, given: Any, merge: Merge) -> Window:
-        """Runs all micro-batches: those of equal size in a scan, the rest in one more call.
+        """Runs all micro-batches: equal ones in a scan, the rest in one more call.
 
         Args:
             nothing: the neutral sums: merging them with other sums changes nothing.

@@ -199,7 +199,7 @@ class WindowRun:
         return Step(Sums(losses, gradients, moments, parts), after, latest, kept)
 
     def _shown(self, y_pred: Any) -> Any:
-        """Predictions in the form that metrics see. Those of packed rows keep their masks.
+        """Predictions in the form that metrics see. If rows are packed, masks are kept.
 
         On JAX, Keras loses masks here. Without a mask, metrics would count padding, and the amount
         of padding depends on the cut.

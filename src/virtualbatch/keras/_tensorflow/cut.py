@@ -38,7 +38,7 @@ class Cut:
         return [False] * outputs
 
     def lengthened(self, array: Any, trimmed: bool) -> Any:
-        """The rows of a micro-batch, which are as long as those of the batch already."""
+        """The rows of a micro-batch. They have the length of the batch's rows already."""
         del trimmed
         return array
 

@@ -66,7 +66,7 @@ class GatheredReplicaRun(GatheredRun):
         return []
 
     def first_pass(self, traced: Sequence[Traced]) -> Forwards:
-        """See `GatheredRun`. The results are those of all replicas."""
+        """See `GatheredRun`. The results are summed or joined over all replicas."""
         (moments, added, counts, _), arrays, told = traced[0].outputs
         batch = self._read_by_losses()
         like = Forwards(moments, added, counts, list(map(open_rows, arrays)), None, told)
@@ -96,7 +96,7 @@ class GatheredReplicaRun(GatheredRun):
         return with_a_row(self._rows.own(super().own_rows(array)), self._rows.here)
 
     def sums_of_second_pass(self, traced: Sequence[Traced], own: Sequence[Any]) -> Backwards:
-        """See `GatheredRun`. The results are those of all replicas."""
+        """See `GatheredRun`. The results are summed over all replicas."""
         variables = self._model.trainable_variables
         losses, dense, latest, sparse = traced[0].outputs
         dense, sparse = gradient_specs(dense, sparse, variables)

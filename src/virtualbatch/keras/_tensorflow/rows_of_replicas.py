@@ -34,7 +34,7 @@ class RowsOfReplicas:
         self.count = tf.reduce_sum(everywhere)
 
     def own(self, array: Any) -> Any:
-        """The rows of this replica among those of all."""
+        """The rows of this replica in an array of all replicas' rows."""
         return array[self._before : self._before + self.here]
 
     def of_all(self, arrays: Sequence[Any]) -> list[Any]:

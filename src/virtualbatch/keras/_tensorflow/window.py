@@ -38,7 +38,7 @@ _TOTALS = tf.TensorSpec([None], tf.float64)
 
 
 class Micro(NamedTuple):
-    """The results of one micro-batch, or those of a whole window.
+    """The results of one micro-batch or of a whole window.
 
     Fields:
         losses: the loss and values of the per-output loss metrics. If statistics are needed, also

@@ -7,7 +7,7 @@ import torch
 
 
 class Place(NamedTuple):
-    """Where the rows of a micro-batch stand among those of its window.
+    """Where the rows of a micro-batch stand among the rows of its window.
 
     Fields:
         rows: a slice, or row numbers as a tensor.

@@ -166,7 +166,7 @@ class WindowRun:
         self._merge(seen)
 
     def _merge(self, seen: Sequence[tuple[Any, Any]]) -> None:
-        """Merges the moments of one micro-batch into those of the window."""
+        """Merges the moments of one micro-batch into the window's moments."""
         self._called = [layer for layer, _ in seen]
         moments = [found for _, found in seen]
         self._moments = merged(self._moments, moments) if self._moments else moments
