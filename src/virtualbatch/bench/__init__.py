@@ -1,6 +1,6 @@
-"""`virtualbatch bench`: accumulation beside what one would use instead, in one run.
+"""`virtualbatch bench`: compares accumulation with its alternatives, in one run.
 
-A case is a model of one framework and a cut of a batch. Each case runs in a process of its own, in
-which all contenders are timed in interleaved rounds; each must first make the update of the uncut
-batch.
+A case is a model of one framework and a cut of a batch. Each case runs in its own process. There,
+the first update of every contender is compared with the update of the uncut batch. Then all
+contenders are timed in interleaved rounds.
 """

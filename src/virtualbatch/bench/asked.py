@@ -2,8 +2,8 @@
 
 from virtualbatch.bench.contender import FLOOR
 
-# (engine, beginning of the peer's name): goal for the MLP, which is bound by overhead, and for
-# models that are bound by arithmetic.
+# (engine, beginning of the peer's name): (goal for the MLP, which is bound by overhead; goal for
+# models that are bound by arithmetic).
 _OF_PEERS = {
     ("keras-tensorflow", "gradient_accumulation_steps, jit"): (2.5, 1.4),
     ("keras-tensorflow", "gradient_accumulation_steps, steps"): (1.5, 1.1),

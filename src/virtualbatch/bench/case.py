@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-# Keras once per backend: those are different programs.
+# Keras counts once per backend, because each backend runs a different program.
 ENGINES = ("torch", "jax", "tensorflow", "keras-tensorflow", "keras-jax", "keras-torch")
 # The first is bound by overhead, the next two by arithmetic. `tokens` has a loss that divides by
 # the number of valid tokens, which differs in all micro-batches. `pairs` has a contrastive loss,
@@ -57,7 +57,7 @@ class Case:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of one row."""
+        """The shape of one input row."""
         return {
             "MLP": (64,),
             "CNN": (16, 16, 1),
@@ -67,10 +67,10 @@ class Case:
         }[self.model]
 
     def batch(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Inputs and classes, the same in every call.
+        """Inputs and classes. Every call returns the same values.
 
-        For `tokens` these are ids, padded with 0 at the end, and a class for each id; for `pairs`
-        two views of each row.
+        For `tokens`: ids, padded with 0 at the end, and a class for each id. For `pairs`: two views
+        of each row, and no classes.
         """
         random = np.random.default_rng(_SEED)
         rows = self.rows

@@ -35,12 +35,12 @@ def result_of(
 
     Args:
         what: the measurement in words, for errors.
-        arguments: of Python, to start the child.
+        arguments: arguments for Python that start the child.
         seconds: time limit of the child.
         environment: variables in addition to those of this process.
 
     Raises:
-        ChildFailure: the child ended without a result; holds its exit code and last lines.
+        ChildFailure: the child ended without a result. Its text has the exit code and last lines.
     """
     failure = f"{what} ended without a result. "
     try:

@@ -10,8 +10,8 @@ from virtualbatch.bench.contender import FLOOR, OURS, PEER, WHOLE, Absent, Conte
 from virtualbatch.bench.result import NOT_CHECKED, NOT_INSTALLED, RIGHT, WRONG, Row
 from virtualbatch.bench.rounds import in_rounds
 
-# Rounding in float32 changes an update by 1e-7 to 1e-5 of its length, a mean of means by percents.
-# The limit is between the two.
+# Rounding in float32 changes an update by 1e-7 to 1e-5 of its length. A wrong mean of means changes
+# it by percents. The limit lies between the two.
 TOLERANCE = 1e-3
 _MEASUREMENTS = 3
 
@@ -24,10 +24,10 @@ def compared(
     """Checks and times contenders.
 
     Args:
-        groups: the contenders of one case each, with at least one of role `WHOLE` and one of role
-            `OURS`. None of them has trained yet.
+        groups: for each case its contenders. At least one has the role `WHOLE` and one `OURS`. No
+            contender has trained yet.
         rounds: number of rounds.
-        updates: contender -> updates that it makes in a round, see `lasting`.
+        updates: contender -> number of its updates in a round, see `lasting`.
 
     Returns:
         A row for each contender, in the same order.
@@ -42,11 +42,11 @@ def compared(
 
 
 def lasting(seconds: float) -> Callable[[Contender], int]:
-    """A function that returns how many updates of a contender take about so long, at least one."""
+    """A function that returns how many updates of a contender take about `seconds`; at least 1."""
 
     def updates(contender: Contender) -> int:
         number = 1
-        # Measured again with more updates, which share the cost of the start.
+        # Measure again with more updates, so that the cost of the start is spread over them.
         for _ in range(_MEASUREMENTS):
             number = max(1, round(seconds / contender.train(number)))
         return number
@@ -84,7 +84,7 @@ def _role(entry: Contender | Absent) -> str:
 
 
 def _errors(contenders: Sequence[Contender]) -> dict[str, float]:
-    """Distance of each first update from that of the uncut batch, relative to its length."""
+    """The distance of each first update from the uncut batch's update, relative to its length."""
     moved = {}
     for contender in contenders:
         before = _vector(contender)

@@ -14,14 +14,14 @@ ALL_PEERS, NO_PEERS, LIST_PEERS = "all", "none", "list"
 
 @dataclass(frozen=True)
 class Contender:
-    """One way of making updates.
+    """One way to make updates.
 
     Args:
-        name: of the way.
+        name: the name of this way.
         role: `OURS`, `PEER`, `FLOOR` (only forward and backward of the micro-batches and one
-            update; its weights are not compared) or `WHOLE`, the uncut batch.
-        train: makes so many updates on the batch; returns the seconds of one update.
-        weights: the model's current weights, in an order that all contenders share.
+            update; its weights are not compared) or `WHOLE` (the uncut batch).
+        train: number of updates -> seconds of one update. Makes that many updates on the batch.
+        weights: () -> the model's current weights, in an order that all contenders share.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Absent:
 
 
 def looped(update: Callable[[], Any], wait: Callable[[Any], Any]) -> Callable[[int], float]:
-    """A `train` from one update.
+    """A `train` function that repeats one update.
 
     Args:
-        update: makes an update and returns something that depends on it.
-        wait: waits until that is computed.
+        update: makes an update and returns a result of it.
+        wait: waits until such a result is computed.
     """
 
     def train(updates: int) -> float:

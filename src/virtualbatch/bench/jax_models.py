@@ -107,11 +107,11 @@ class Problem(NamedTuple):
 
     Fields:
         params: the parameters.
-        optimizer: what updates them.
+        optimizer: the optimizer of the parameters.
         batch: inputs and classes.
-        loss: (params, batch) -> its mean loss.
-        weight: what that mean was divided by; None for rows.
-        logits: (params, inputs) -> what the loss is computed from.
+        loss: (params, batch) -> mean loss of the batch.
+        weight: batch -> what its mean loss was divided by; None for the number of rows.
+        logits: (params, inputs) -> the outputs from which the loss is computed.
     """
 
     params: Any
@@ -123,7 +123,7 @@ class Problem(NamedTuple):
 
 
 def problem(case: Case) -> Problem:
-    """A case, always with the same parameters."""
+    """The problem of a case. Every call gives the same parameters."""
     params, logits = _MODELS[case.model](np.random.default_rng(0), case.width)
     x, y = map(jnp.asarray, case.batch())
     optimizer = optax.adam(RATE, eps=EPSILON)
@@ -140,7 +140,7 @@ def problem(case: Case) -> Problem:
 
 
 def contrastive_loss(encode: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """(params, two views) -> the loss of each first view against all second ones."""
+    """(params, two views) -> the mean loss of each row's first view against all second views."""
 
     def loss(params: Any, batch: Any) -> Any:
         first, second = (
@@ -155,5 +155,5 @@ def contrastive_loss(encode: Callable[[Any, Any], Any]) -> Callable[[Any, Any], 
 
 
 def valid_tokens(batch: Any) -> Any:
-    """How many tokens of a batch are no padding."""
+    """The number of tokens of a batch that are not padding."""
     return (batch[0] != 0).sum()

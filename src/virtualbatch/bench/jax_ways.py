@@ -1,4 +1,4 @@
-"""Ways of making the updates of a batch in JAX, everything jitted, with what is updated donated."""
+"""Ways to make the updates of a batch in JAX. All are jitted and donate what they update."""
 
 import importlib
 import importlib.util
@@ -32,7 +32,7 @@ _Way = Callable[[Problem, int], Callable[[Any, Any], Any]]
 
 
 def entries(case: Case) -> list[Contender | Absent]:
-    """Everybody who can run a case, each with parameters of its own."""
+    """All contenders that can run a case, each with its own parameters."""
     given = problem(case)
     size = case.microbatch_size
     if case.model == "pairs":
@@ -54,7 +54,10 @@ def entries(case: Case) -> list[Contender | Absent]:
 
 
 def _of_pairs(case: Case, given: Problem) -> list[Contender | Absent]:
-    """Those of a loss in which rows meet: its micro-batches' mean is another loss."""
+    """The contenders for a loss that couples rows.
+
+    For such a loss, the mean over micro-batches is another loss.
+    """
     size = case.microbatch_size
     encode = vb.rowwise(given.logits, microbatch_size=size)
     by_rows = jax.value_and_grad(contrastive_loss(encode))
@@ -68,10 +71,10 @@ def _of_pairs(case: Case, given: Problem) -> list[Contender | Absent]:
 
 
 class _State:
-    """Parameters and optimizer state that an update replaces."""
+    """Parameters and optimizer state, which each update replaces."""
 
     def __init__(self, given: Problem, optimizer: Any):
-        # A donated array is gone after the call.
+        # Copy, because a donated array is lost after the call.
         self.params = jax.tree.map(jnp.copy, given.params)
         self.optimizer = optimizer.init(self.params)
 
@@ -112,7 +115,7 @@ def _cut(batch: Any, size: int) -> Any:
 
 
 def _floor(given: Problem, size: int) -> Callable[[Any, Any], Any]:
-    """The gradient of the last micro-batch, after those of all others, of which none is added."""
+    """Computes the gradient of every micro-batch in a scan, and keeps only the last one."""
 
     def gradients(params: Any, batch: Any) -> Any:
         def body(latest: Any, piece: Any) -> Any:
@@ -125,7 +128,7 @@ def _floor(given: Problem, size: int) -> Callable[[Any, Any], Any]:
 
 
 def _called(given: Problem, size: int) -> Contender:
-    """The same without a loop in a program: in one, XLA on CPU has slow convolutions."""
+    """The floor without a loop in the program, because convolutions in it are slow on CPU."""
     state = _State(given, given.optimizer)
     step = jax.jit(jax.value_and_grad(given.loss))
     pieces = list(zip(*map(list, _cut(given.batch, size)), strict=True))
@@ -146,7 +149,7 @@ def _called(given: Problem, size: int) -> Contender:
 
 
 def _by_hand(given: Problem, size: int) -> Callable[[Any, Any], Any]:
-    """A scan that is right: each mean is scaled by its part of the weight."""
+    """A correct scan: each mean is scaled by the micro-batch's share of the weight."""
 
     def gradients(params: Any, batch: Any) -> Any:
         cut = _cut(batch, size)
@@ -168,7 +171,7 @@ def _by_hand(given: Problem, size: int) -> Callable[[Any, Any], Any]:
 
 
 def _multi_steps(case: Case, given: Problem) -> Contender:
-    """The optimizer that counts micro-batches, called once for each, cut beforehand."""
+    """Optax' optimizer that counts micro-batches. It is called once per micro-batch."""
     optimizer = optax.MultiSteps(given.optimizer, case.accumulation_steps)
     state = _State(given, optimizer)
     run = _update(jax.value_and_grad(given.loss), optimizer)
@@ -184,7 +187,7 @@ def _multi_steps(case: Case, given: Problem) -> Contender:
 
 
 def _microbatching(given: Problem, size: int) -> Callable[[Any, Any], Any]:
-    # Optax before 0.2.8 has none.
+    # Optax before 0.2.8 does not have this module.
     microbatching = importlib.import_module("optax.microbatching")
     return microbatching.microbatch(
         jax.value_and_grad(given.loss),

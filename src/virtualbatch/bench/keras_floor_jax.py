@@ -32,7 +32,7 @@ def in_a_scan(model: keras.Model, size: int) -> _TrainStep:
 
 
 def called(model: keras.Model, size: int) -> _TrainStep:
-    """The same without a loop in a program: in one, XLA on CPU has slow convolutions."""
+    """The floor without a loop in the program, because convolutions in it are slow on CPU."""
     step = jax.jit(lambda *given: _differentiated(model, *given))
     update = jax.jit(
         lambda *given: _updated(model, *given), static_argnums=3, donate_argnums=(0, 1)
@@ -73,7 +73,7 @@ def _differentiated(
 def _updated(
     model: keras.Model, trainable: Any, optimizer: Any, found: tuple[Any, ...], count: int
 ) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    """(logs, state) after the update of so many micro-batches."""
+    """(logs, state) after the update with the results of `count` micro-batches."""
     total, gradients, non_trainable, metrics = found
     trainable, optimizer = model.optimizer.stateless_apply(optimizer, gradients, trainable)
     with _metrics(model, metrics) as scope:

@@ -18,7 +18,7 @@ def in_a_loop(model: keras.Model, size: int) -> Callable[[Any], dict[str, Any]]:
             loss = model.compute_loss(x, y, y_pred)
         for metric in model.metrics[1:]:
             metric.update_state(y, y_pred)
-        # Those of an embedding come as slices, which do not know their shape.
+        # Gradients of an embedding are slices, which do not know their shape.
         return loss, [
             tf.ensure_shape(tf.convert_to_tensor(gradient), variable.shape)
             for gradient, variable in zip(tape.gradient(loss, variables), variables, strict=True)
@@ -45,5 +45,5 @@ def in_a_loop(model: keras.Model, size: int) -> Callable[[Any], dict[str, Any]]:
     return train_step
 
 
-# A convolution in a loop in a program of XLA is slow on CPU.
+# On CPU a convolution is slow in a loop inside an XLA program, so `jit_compile` is False.
 FLOORS = {"forward, backward in a loop, one update": (in_a_loop, False)}

@@ -1,4 +1,4 @@
-"""The floor of `fit`: what nobody who trains in micro-batches with Keras can be faster than."""
+"""The floor of `fit`: the least work of any training in micro-batches with Keras."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -13,15 +13,15 @@ Floor = Callable[[keras.Model, int], Callable[..., Any]]
 
 
 def floors(case: Case) -> Mapping[str, tuple[Callable[[keras.Model], None], bool]]:
-    """The floors of a case, on the backend that it names.
+    """The floors of a case, on its backend.
 
     Each is a `train_step` that runs forward and backward of the micro-batches, one after another,
-    and makes one update. Loss and accuracy are those of the whole batch, where no row is masked.
-    Left out are weights, what masks leave of the whole batch, a remainder and checks. In the model
-    of pairs each micro-batch has a loss of its own.
+    and makes one update. If no row is masked, it logs the whole batch's loss and accuracy. A
+    floor leaves out sample weights, counts of unmasked values over the whole batch, a remainder and
+    checks. For `pairs` it computes a loss of its own for each micro-batch.
 
     Returns:
-        Name -> (what prepares a compiled model, its `jit_compile`).
+        Name -> (a function that prepares a compiled model, its `jit_compile`).
     """
     backend = importlib.import_module(f"virtualbatch.bench.keras_floor_{case.framework}")
     found: Mapping[str, tuple[Floor, bool]] = backend.FLOORS

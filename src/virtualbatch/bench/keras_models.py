@@ -69,7 +69,7 @@ _MODELS: dict[str, Callable[[int], keras.Model]] = {
 
 
 def model_of(case: Case) -> keras.Model:
-    """The model of a case, always with the same weights."""
+    """The model of a case. Every call gives the same weights."""
     keras.utils.set_random_seed(0)
     return _MODELS[case.model](case.width)
 
@@ -78,7 +78,7 @@ def adam(accumulation_steps: int | None = None) -> keras.optimizers.Optimizer:
     """The optimizer of every case.
 
     Args:
-        accumulation_steps: of Keras' own accumulation; None for none.
+        accumulation_steps: for Keras' own accumulation; None for no accumulation.
     """
     return keras.optimizers.Adam(
         RATE, epsilon=EPSILON, gradient_accumulation_steps=accumulation_steps
@@ -86,15 +86,15 @@ def adam(accumulation_steps: int | None = None) -> keras.optimizers.Optimizer:
 
 
 def cross_entropy() -> keras.losses.Loss:
-    """The loss of every case; it divides by rows, or by tokens that a mask leaves."""
+    """The loss of every case but `pairs`. It divides by rows, or by unmasked tokens."""
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def contrastive(embeddings: Any) -> Any:
-    """The loss of each first view against all second ones.
+    """The mean loss of each row's first view against all second views.
 
     Args:
-        embeddings: those of both views beside each other, (rows, 2 * features).
+        embeddings: the embeddings of both views side by side, (rows, 2 * features).
     """
     first, second = (
         keras.ops.normalize(view, axis=1) for view in keras.ops.split(embeddings, 2, axis=1)

@@ -1,4 +1,4 @@
-"""Ways of training by Keras' `fit`, on the backend that `KERAS_BACKEND` names."""
+"""Ways to train with Keras' `fit`, on the backend that `KERAS_BACKEND` names."""
 
 import time
 from collections.abc import Callable
@@ -26,7 +26,7 @@ _BUILT_IN = "gradient_accumulation_steps"
 
 
 def entries(case: Case) -> list[Contender]:
-    """Everybody who can run a case, each with a model of its own."""
+    """All contenders that can run a case, each with its own model."""
     jax = keras.backend.backend() == "jax"
     tensorflow = keras.backend.backend() == "tensorflow"
     ours = partial(vb.accumulate, microbatch_size=case.microbatch_size)
@@ -40,8 +40,8 @@ def entries(case: Case) -> list[Contender]:
     ]
     if tensorflow:
         found.append(contender(f"{VIRTUALBATCH}, jit_compile=True", OURS, case, ours, jit=True))
-    # Plain Keras compiles by XLA unless it is told not to, which on CPU may be slower; JAX cannot
-    # train without.
+    # On TensorFlow, Keras compiles with XLA by default. On CPU that may be slower, so time both.
+    # On JAX, Keras cannot train without XLA.
     for jit in (True, False) if tensorflow else (jax,):
         mode = f"jit_compile={jit}" if tensorflow else ""
         names = [_BUILT_IN, mode]
@@ -83,16 +83,16 @@ def contender(
     """A contender that trains by `fit`.
 
     Args:
-        name: of the way.
+        name: the name of the contender.
         role: see `virtualbatch.bench.contender.Contender`.
-        case: what is trained.
-        prepare: changes the compiled model.
+        case: the case to train.
+        prepare: changes the compiled model; None for no change.
         built_in: whether Keras' own accumulation is on.
         jit: `jit_compile`.
         execution: `steps_per_execution`.
     """
     model = model_of(case)
-    # Keras refuses to accumulate one micro-batch; that is a plain update.
+    # Keras refuses to accumulate one micro-batch, so that case is a plain update.
     steps = case.accumulation_steps if built_in and case.accumulation_steps > 1 else None
     pairs = case.model == "pairs"
     model.compile(
@@ -116,7 +116,7 @@ def contender(
 
 
 def _repeated(case: Case, updates: int) -> Any:
-    """The batch as often as there are updates."""
+    """The batch, repeated once per update."""
     x, y = (np.concatenate([leaf] * updates) for leaf in case.batch())
-    # The loss of pairs needs no targets, and Keras wants some.
+    # The loss of `pairs` needs no targets, but Keras requires some.
     return ((x, y), np.zeros(len(x))) if case.model == "pairs" else (x, y)

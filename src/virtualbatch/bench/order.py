@@ -12,12 +12,13 @@ class Order:
     """The work of a child process.
 
     Args:
-        cases: of one engine. Contenders of all cases are timed in the same rounds.
+        cases: cases of one engine. The contenders of all cases are timed in the same rounds.
         peers: `ALL_PEERS`, or the names of the peers. Our default way, the floor and the uncut
             batch always take part.
         rounds: number of rounds.
         seconds_per_round: approximate time that a contender trains in a round.
-        peak_of: name of a contender whose memory is measured in the first case; nothing is timed.
+        peak_of: the name of a contender whose memory is measured in the first case. If given,
+            nothing is timed.
     """
 
     cases: Sequence[Case]
@@ -27,7 +28,7 @@ class Order:
     peak_of: str | None = None
 
     def to_json(self) -> str:
-        """As text for the child."""
+        """The order as text for the child."""
         return json.dumps(asdict(self))
 
     @classmethod

@@ -21,8 +21,8 @@ def page_of(result: BenchResult, plots: Sequence[Path]) -> str:
     """The text of the page.
 
     Args:
-        result: what was measured.
-        plots: pictures of its sweeps, in the folder of the page.
+        result: the result to show.
+        plots: plot files of its sweeps, in the folder of the page.
     """
     versions = ", ".join(f"{name} {found}" for name, found in result.versions.items() if found)
     parts = [

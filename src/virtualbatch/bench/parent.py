@@ -36,7 +36,7 @@ _PACKAGES = (
 def run_bench(
     settings: Settings, say: Callable[[str], object], child: Sequence[str] = CHILD
 ) -> BenchResult:
-    """Measures all cases. A case that ends without a result is noted, and the others go on.
+    """Measures all cases. A case that ends without a result is noted, and the next case starts.
 
     Args:
         settings: what to measure.
@@ -47,7 +47,7 @@ def run_bench(
     failures: list[str] = []
 
     def ran(order: Order) -> list[Any]:
-        """The result of an order as the only entry; empty if there is no result."""
+        """A list with the result of an order; empty if there is no result."""
         try:
             return [run(order, child)]
         except ChildFailure as failure:
@@ -97,12 +97,12 @@ def _comparisons(order: Order, results: Sequence[Any]) -> list[Comparison]:
 
 
 def run(order: Order, child: Sequence[str] = CHILD) -> Any:
-    """The result of a child: for each case a row of each contender, or the bytes of a peak.
+    """The result of a child: for each case one row per contender, or the bytes of a peak.
 
     Raises:
         ChildFailure: the child ended without a result.
     """
-    # Hand-written loops of TensorFlow use Keras models too.
+    # Set it for every engine, because hand-written TensorFlow loops use Keras models too.
     environment = {"KERAS_BACKEND": order.cases[0].framework}
     if order.peak_of is not None:
         environment |= FREED_AT_ONCE

@@ -1,4 +1,4 @@
-"""The peers of each engine and the packages that they need; nothing is imported."""
+"""The peers of each engine and the packages that they need. No package is imported."""
 
 import re
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ class Peer:
     """One alternative to virtualbatch.
 
     Args:
-        name: of the alternative.
-        package: that pip installs for it.
-        models: that it can train.
+        name: the name of the alternative.
+        package: the package that pip installs for it.
+        models: the models that it can train.
     """
 
     name: str
@@ -65,12 +65,12 @@ _PEERS = {
 
 
 def peers_of(engine: str, models: Sequence[str] = MODELS) -> list[Peer]:
-    """The peers of an engine that can train some of these models."""
+    """The peers of an engine that can train at least one of these models."""
     return [peer for peer in _PEERS[engine] if set(peer.models) & set(models)]
 
 
 def pip_install(*packages: str) -> str:
-    """The command that installs packages, which may have bounds."""
+    """The command that installs packages. Their names may have version bounds."""
     # A shell would read the > of a bound as a redirection.
     words = (found if re.fullmatch(r"[\w-]+", found) else f'"{found}"' for found in packages)
     return f"pip install {' '.join(words)}"

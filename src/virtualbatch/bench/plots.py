@@ -1,4 +1,4 @@
-"""Plots of a benchmark's sweeps, for a page: time and memory against the cut and the width."""
+"""Plots of a benchmark's sweeps for its page: time and memory against the cut and the width."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -33,14 +33,14 @@ _SETTINGS = {
 
 
 def write_plots(folder: Path, result: BenchResult) -> list[Path]:
-    """Writes a PNG of times and one of memory for each sweep that has them.
+    """Writes a PNG of times and a PNG of memory for each sweep that has such results.
 
     Args:
-        folder: exists.
-        result: with sweeps.
+        folder: a folder that exists.
+        result: a result with sweeps.
 
     Returns:
-        The files.
+        The files that were written.
     """
     written = []
     with matplotlib.rc_context(_SETTINGS):

@@ -17,14 +17,15 @@ class Row:
     """One contender of a comparison.
 
     Args:
-        name: of the contender.
+        name: the name of the contender.
         role: see `virtualbatch.bench.contender.Contender`.
         verdict: `RIGHT` or `WRONG` against the uncut batch, `NOT_CHECKED` (the floor), or
             `NOT_INSTALLED`.
-        package: that is not installed.
-        error: distance of its first update from that of the uncut batch, relative to its length.
-        milliseconds: of an update: lower quartile, median, upper quartile over the rounds.
-        times_ours: its time over ours in the same round, as the same three quantiles.
+        package: the package that is not installed; else None.
+        error: the distance of the first update from the uncut batch's update, relative to its
+            length.
+        milliseconds: the time of an update: lower quartile, median and upper quartile over rounds.
+        times_ours: its time over our time in the same round, as the same three quantiles.
     """
 
     name: str
@@ -42,14 +43,14 @@ class Comparison:
 
     Args:
         case: what was measured.
-        rows: one a contender.
+        rows: one row per contender.
     """
 
     case: Case
     rows: Sequence[Row]
 
     def milliseconds(self, role: str) -> float | None:
-        """Median of the fastest contender of a role; for `OURS` that of the first, our default."""
+        """The median of the fastest contender of a role; for `OURS`, of our default (the first)."""
         found = [row.milliseconds[1] for row in self.rows if row.role == role and row.milliseconds]
         if not found:
             return None
@@ -58,13 +59,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Peak:
-    """Memory of one contender in a process of its own.
+    """The memory of one contender, measured in its own process.
 
     Args:
-        case: what was run.
-        name: of the contender.
-        peak_bytes: peak of an update above the memory of the process between two updates; None for
-            a peer that is not installed.
+        case: the case that ran.
+        name: the name of the contender.
+        peak_bytes: the peak of an update above the memory of the process between two updates. None
+            for a peer that is not installed.
     """
 
     case: Case
@@ -77,13 +78,13 @@ class BenchResult:
     """Everything that one call of the command measured.
 
     Args:
-        machine: what it ran on.
-        versions: of the packages that may take part; None for one that is not installed.
+        machine: the machine, in words.
+        versions: package -> version, for packages that may take part; None if it is not installed.
         absent_engines: engines that were left out because a package is not installed.
         comparisons: cases with all their contenders.
         sweeps: times of each sweep (more micro-batches, larger ones, wider models).
         peaks: memory of each sweep.
-        failures: a text for each case that ended without a result.
+        failures: one text for each measurement that ended without a result.
     """
 
     machine: str

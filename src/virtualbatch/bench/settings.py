@@ -8,7 +8,7 @@ from virtualbatch.bench.case import ENGINES, MODELS
 from virtualbatch.bench.contender import ALL_PEERS, LIST_PEERS, NO_PEERS
 from virtualbatch.bench.peers import pip_install
 
-# One that is bound by overhead and one with a loss that peers get wrong.
+# One model that is bound by overhead, and one with a loss that peers get wrong.
 _QUICK_MODELS = ("MLP", "tokens")
 
 
@@ -17,8 +17,8 @@ class Settings:
     """What to measure.
 
     Args:
-        engines: of `ENGINES`; empty for all that are installed.
-        models: of `MODELS`; empty for all, or with `quick` for the two fastest.
+        engines: some of `ENGINES`; empty for all that are installed.
+        models: some of `MODELS`; empty for all, or with `quick` for MLP and tokens.
         peers: `ALL_PEERS` or `NO_PEERS`; with `LIST_PEERS` nothing is measured.
         quick: whether there are fewer rounds.
         sweeps: whether sweeps are measured too.

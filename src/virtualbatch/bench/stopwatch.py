@@ -27,7 +27,7 @@ class TimedPieces:
             yield from self._pieces
 
     def updated(self) -> None:
-        """Call it after an update; the last call counts."""
+        """Notes the end of an update. The last call before `seconds` is read counts."""
         self._end = time.perf_counter()
 
     @property

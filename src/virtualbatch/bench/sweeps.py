@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from virtualbatch.bench.case import Case
 
 ROWS = 256
-# Rows of a micro-batch, micro-batches, scale of the model.
+# (rows of a micro-batch, micro-batches, scale of the model).
 _Cut = tuple[int, int, int]
 # The peer that is measured in sweeps.
 _PEERS = {

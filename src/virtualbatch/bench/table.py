@@ -27,7 +27,7 @@ _STYLES = {WRONG: "bold red", NOT_INSTALLED: "dim"}
 
 
 def tables(result: BenchResult) -> Group:
-    """All that was measured."""
+    """All results as tables and lines."""
     found = [_comparison(comparison) for comparison in result.comparisons]
     for name, points in result.sweeps.items():
         found += [_sweep(name, list(line)) for _, line in groupby(points, lambda p: _of(p.case))]
@@ -35,7 +35,7 @@ def tables(result: BenchResult) -> Group:
         found += [_memory(name, list(line)) for _, line in groupby(peaks, lambda p: _of(p.case))]
     parts: list[RenderableType] = [part for table in found for part in (table, "")]
     parts += [f"{engine}: not installed, not measured" for engine in result.absent_engines]
-    # The output of a process may look like markup.
+    # Text shows a failure as it is: the output of a process may look like markup.
     parts += [Text(failure) for failure in result.failures]
     versions = [f"{name} {version or NOT_INSTALLED}" for name, version in result.versions.items()]
     return Group(*parts, f"{result.machine}; {', '.join(versions)}")
@@ -45,8 +45,8 @@ def headed(title: str, caption: str | None = None) -> Table:
     """A table without columns and without a frame.
 
     Args:
-        title: above it.
-        caption: below it.
+        title: the text above the table.
+        caption: the text below the table.
     """
     return Table(
         title=title,
@@ -72,7 +72,7 @@ def _comparison(found: Comparison) -> Table:
         f"{_of(case)}{scaled}: {case.accumulation_steps} micro-batches of {case.microbatch_size}",
         "Medians of an update; x ours with quartiles. Right: as the uncut batch.",
     )
-    # Only names wrap, and between words.
+    # Only this column may wrap, between words.
     table.add_column("way")
     _add_figures(table, ("ms", "x ours", "asked", "result"))
     for row in found.rows:

@@ -1,4 +1,4 @@
-"""Ways of making the updates of a batch in TensorFlow, in loops of one's own."""
+"""Ways to make the updates of a batch in TensorFlow, in loops without `fit`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -37,11 +37,11 @@ class Problem(NamedTuple):
         if self.pairs:
             return contrastive(self.model(list(batch), training=True))
         x, y = batch
-        # Keras divides by what the mask of the embedding leaves.
+        # Keras divides by the number of tokens that the embedding's mask leaves.
         return cross_entropy()(y, self.model(x, training=True))
 
     def gradients(self, batch: Any) -> tuple[tf.Tensor, list[Any]]:
-        """(loss, gradients) of what is given at once."""
+        """(loss, gradients) of a batch or micro-batch, computed at once."""
         with tf.GradientTape() as tape:
             loss = self.loss(batch)
         return loss, tape.gradient(loss, self.model.trainable_variables)
@@ -52,7 +52,7 @@ class Problem(NamedTuple):
 
 
 def problem(case: Case) -> Problem:
-    """A case, always with the same weights."""
+    """The problem of a case. Every call gives the same weights."""
     model, optimizer = model_of(case), adam()
     optimizer.build(model.trainable_variables)
     batch = tuple(map(tf.constant, case.batch()))
@@ -63,7 +63,7 @@ def problem(case: Case) -> Problem:
 
 
 def entries(case: Case) -> list[Contender]:
-    """Everybody who can run a case, each with a model of its own."""
+    """All contenders that can run a case, each with its own model."""
     ours = _by_rows if case.model == "pairs" else _ours
     return [
         _contender(VIRTUALBATCH, OURS, case, ours),
@@ -92,7 +92,7 @@ def _contender(
 
 
 def valid_tokens(batch: Any) -> Any:
-    """How many tokens of a batch are no padding."""
+    """The number of tokens of a batch that are not padding."""
     return tf.math.count_nonzero(batch[0])
 
 
@@ -131,13 +131,13 @@ def _by_rows(given: Problem) -> Callable[[], Any]:
 
 
 def _floor_in_a_loop(given: Problem) -> Callable[[], Any]:
-    """Every micro-batch in one loop of a graph; each overwrites the gradients before it."""
+    """Runs all micro-batches in one loop of a graph. Each overwrites the gradients before it."""
     count = len(given.pieces)
     stacks = [tf.stack(leaves) for leaves in zip(*given.pieces, strict=True)]
 
     def body(i: Any, *latest: Any) -> Any:
         loss, gradients = given.gradients(tuple(stack[i] for stack in stacks))
-        # Those of an embedding come as slices, which do not know their shape.
+        # Gradients of an embedding are slices, which do not know their shape.
         dense = [
             tf.ensure_shape(tf.convert_to_tensor(gradient), variable.shape)
             for gradient, variable in zip(gradients, given.model.trainable_variables, strict=True)
@@ -158,7 +158,7 @@ def _floor_in_a_loop(given: Problem) -> Callable[[], Any]:
 
 
 def _floor_called(given: Problem) -> Callable[[], Any]:
-    """The same as graphs that are called one after another."""
+    """Runs all micro-batches as calls of one graph, and the update as another graph."""
     step, apply = tf.function(given.gradients), tf.function(given.apply)
 
     def update() -> tf.Tensor:
@@ -185,7 +185,7 @@ def _eager(given: Problem) -> Callable[[], Any]:
 
 
 def _compiled_step(given: Problem) -> Callable[[], Any]:
-    """The eager loop with forward and backward, and the update, as graphs."""
+    """The eager loop, with forward and backward as one graph and the update as another."""
     step, apply = tf.function(given.gradients), tf.function(given.apply)
     return lambda: _added(given, step, apply)
 

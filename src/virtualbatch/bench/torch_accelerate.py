@@ -1,4 +1,4 @@
-"""Accelerate's documented loop, which takes the mean of micro-batches' means; and ours in it."""
+"""Accelerate's documented loop, which averages the means of micro-batches, and our loss in it."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def contender(name: str, case: Case, given: Problem) -> Contender:
     model, optimizer = accelerator.prepare(given.model, given.optimizer)
 
     def update() -> Any:
-        # All Accelerators share this number, and ours refuses to run beside one above 1.
+        # All Accelerators share this number. Ours refuses to run if it is above 1.
         accelerator.gradient_accumulation_steps = case.accumulation_steps
         total: Any = 0.0
         for piece in given.pieces:
@@ -34,7 +34,7 @@ def contender(name: str, case: Case, given: Problem) -> Contender:
 
 
 def with_us(name: str, case: Case, given: Problem) -> Contender:
-    """The same loop on whole batches, with the loss of a window."""
+    """Accelerate's loop on whole batches, with our loss of a window."""
     accelerator = Accelerator(cpu=given.batch[0].device.type == "cpu")
     model, optimizer = accelerator.prepare(given.model, given.optimizer)
 

@@ -1,4 +1,4 @@
-"""Lightning's Trainer with `accumulate_grad_batches`, a mean of means; and the same with us."""
+"""Lightning's Trainer with `accumulate_grad_batches`, which averages means; and with our line."""
 
 import logging
 import warnings
@@ -44,14 +44,14 @@ def contender(name: str, case: Case, given: Problem) -> Contender:
 
 
 def with_us(name: str, case: Case, given: Problem) -> Contender:
-    """The same trainer, with the line of ours."""
+    """Lightning's Trainer with a module that accumulates by our line."""
     return _trained(name, OURS, case, given, accumulate(_Module(given), weight=given.weight))
 
 
 def _trained(
     name: str, role: str, case: Case, given: Problem, module: lightning.LightningModule
 ) -> Contender:
-    # It announces every start, and advises on loaders of many processes.
+    # Lightning logs every start and gives advice on loaders of many processes.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     distributed = torch.distributed

@@ -10,7 +10,7 @@ from virtualbatch.bench.case import CLASSES, EPSILON, RATE, SHARPNESS, WORDS, Ca
 
 
 class Attention(nn.Module):
-    """Attention of four heads and a perceptron, each added to what it was given."""
+    """Attention with four heads, and a perceptron. Each adds its output to its input."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -70,11 +70,11 @@ class Problem(NamedTuple):
 
     Fields:
         model: the model.
-        optimizer: of its parameters.
+        optimizer: the optimizer of its parameters.
         batch: inputs and classes.
-        pieces: the same, cut.
-        loss: (module, or a function in its place; batch) -> its mean loss.
-        weight: what that mean was divided by; None for rows.
+        pieces: the batch, cut into micro-batches.
+        loss: (module, or a function in its place; batch) -> mean loss of the batch.
+        weight: batch -> what its mean loss was divided by; None for the number of rows.
     """
 
     model: nn.Module
@@ -86,11 +86,11 @@ class Problem(NamedTuple):
 
 
 def problem(case: Case, device: str = "cpu") -> Problem:
-    """A case, always with the same weights."""
+    """The problem of a case. Every call gives the same weights."""
     torch.manual_seed(0)
     model = _MODELS[case.model](case.width).to(device)
     x, y = (torch.as_tensor(leaf, device=device) for leaf in case.batch())
-    # PyTorch has channels before the image.
+    # PyTorch expects the channels before the image axes.
     batch = x.movedim(-1, 1).contiguous() if case.model == "CNN" else x, y
     pieces = list(zip(*(leaf.split(case.microbatch_size) for leaf in batch), strict=True))
     optimizer = torch.optim.Adam(model.parameters(), RATE, eps=EPSILON)
@@ -101,12 +101,12 @@ def problem(case: Case, device: str = "cpu") -> Problem:
 
 
 def valid_tokens(batch: Any) -> torch.Tensor:
-    """How many tokens of a batch are no padding."""
+    """The number of tokens of a batch that are not padding."""
     return (batch[0] != 0).sum()
 
 
 def token_sum(model: nn.Module, batch: Any) -> torch.Tensor:
-    """The losses of the valid tokens, added."""
+    """The sum of the losses of all valid tokens."""
     x, y = batch
     losses = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none")
     return (losses * (x.flatten() != 0)).sum()

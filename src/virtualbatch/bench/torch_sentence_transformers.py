@@ -1,4 +1,4 @@
-"""The contrastive loss of sentence-transformers that caches gradients, as its trainer calls it."""
+"""The gradient-caching contrastive loss of sentence-transformers, called as its trainer does."""
 
 import importlib
 from typing import Any
@@ -12,7 +12,7 @@ from virtualbatch.bench.torch_ways import weights_of
 
 
 class _Sentences(torch.nn.Sequential):
-    """A model that takes and gives features by name, as that library's do."""
+    """A model that takes and returns features by name, like the models of that library."""
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         return {"sentence_embedding": self[0](features["input_ids"])}
@@ -20,7 +20,7 @@ class _Sentences(torch.nn.Sequential):
 
 def contender(case: Case, given: Problem) -> Contender:
     """The contender of a case."""
-    # A peer that none of our own environments has.
+    # Imported by name, because none of our own environments has this package.
     losses = importlib.import_module("sentence_transformers.sentence_transformer.losses")
     loss_of = losses.CachedMultipleNegativesRankingLoss(
         _Sentences(given.model), scale=SHARPNESS, mini_batch_size=case.microbatch_size

@@ -1,9 +1,10 @@
-"""Hugging Face's Trainer with `gradient_accumulation_steps`.
+"""Hugging Face's Trainer with `gradient_accumulation_steps`, alone and with our line.
 
-It divides by the tokens of the window where the model takes `num_items_in_batch`, as its own
-language models do, and is right then. And the same trainer with us: each round makes a trainer,
-whose first update finds the weight, so that a round of few updates shows more of that than training
-does.
+If the model takes `num_items_in_batch`, as Hugging Face's language models do, the Trainer divides
+by the tokens of the window, and the update is right.
+
+With our line, the first update of each trainer finds the weight. Each round makes a new trainer. So
+a round of few updates shows more of that cost than training does.
 """
 
 import tempfile
@@ -36,7 +37,7 @@ class _Rows(nn.Module):
 
 
 class _Tokens(_Rows):
-    """A model that is told by how many tokens of the window to divide."""
+    """A model that receives the number of tokens by which to divide."""
 
     def forward(
         self, x: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any = None, **more: Any
@@ -58,9 +59,9 @@ class _Pieces(Dataset[Any]):
 
 class _Trainer(transformers.Trainer):
     def get_train_dataloader(self) -> Any:
-        # Micro-batches come ready, as for the other contenders.
+        # Micro-batches are cut already, as for the other contenders.
         loader = DataLoader(self.train_dataset, batch_size=None)
-        # To prepare it would share them out again: each rank is given its own.
+        # With several ranks, each gets its own micro-batches. `prepare` would divide them again.
         return loader if torch.distributed.is_initialized() else self.accelerator.prepare(loader)
 
 
@@ -78,7 +79,7 @@ def contender(name: str, case: Case, given: Problem) -> Contender:
 
 
 def with_us(name: str, case: Case, given: Problem) -> Contender:
-    """The same trainer, with the line of ours."""
+    """Hugging Face's Trainer with our line."""
     return _trained(name, OURS, case, given, accumulate)
 
 
@@ -88,7 +89,7 @@ def _trained(
     transformers.utils.logging.set_verbosity_error()
     tokens = case.model == "tokens"
     model = (_Tokens if tokens else _Rows)(given)
-    # Labels of padding are negative, as in its own collators: so it counts tokens.
+    # Labels of padding are negative, as from Hugging Face's collators. So it counts the tokens.
     named = [
         {"x": x, "labels": y.masked_fill(x == 0, -100) if tokens else y} for x, y in given.pieces
     ]
@@ -116,7 +117,7 @@ def _trained(
                 optimizers=(given.optimizer, constant),
                 callbacks=[_Updates(pieces)],
             )
-            # It prints a line at every end.
+            # This callback prints a line at the end of every training.
             trainer.remove_callback(transformers.PrinterCallback)
             prepared(trainer).train()
         return pieces.seconds

@@ -1,4 +1,4 @@
-"""Ways of making the updates of a batch in PyTorch."""
+"""Ways to make the updates of a batch in PyTorch."""
 
 import importlib.util
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from virtualbatch.bench.contender import (
 )
 from virtualbatch.bench.torch_models import Problem, problem
 
-# Package -> the peer's name, the module that makes the contender.
+# Package -> (the peer's name, the module that makes the contender).
 _TRAINERS = {
     "accelerate": ("Accelerate", "torch_accelerate"),
     "lightning": ("Lightning", "torch_lightning"),
@@ -31,7 +31,7 @@ _TRAINERS = {
 
 
 def entries(case: Case) -> list[Contender | Absent]:
-    """Everybody who can run a case, each with a model of its own."""
+    """All contenders that can run a case, each with its own model."""
     if case.model == "pairs":
         return _of_pairs(case)
     found: list[Contender | Absent] = [*loops(partial(problem, case))]
@@ -42,10 +42,10 @@ def entries(case: Case) -> list[Contender | Absent]:
 
 
 def loops(make: Callable[[], Problem]) -> list[Contender]:
-    """Ours, the floor, the uncut batch and the loop that one would write.
+    """Our way, the floor, the uncut batch and the usual hand-written loop.
 
     Args:
-        make: makes the problem, once for each.
+        make: makes the problem; called once per contender.
     """
     return [
         _contender(VIRTUALBATCH, OURS, make(), _ours),
@@ -56,7 +56,10 @@ def loops(make: Callable[[], Problem]) -> list[Contender]:
 
 
 def _of_pairs(case: Case) -> list[Contender | Absent]:
-    """Those of a loss in which rows meet: its micro-batches' mean is another loss."""
+    """The contenders for a loss that couples rows.
+
+    For such a loss, the mean over micro-batches is another loss.
+    """
     peers: list[Contender | Absent] = [
         _contender("cached gradients by hand", PEER, problem(case), _cached_gradients),
         _contender("mean of micro-batches", PEER, problem(case), _by_hand),
@@ -76,7 +79,7 @@ def _of_pairs(case: Case) -> list[Contender | Absent]:
 
 
 def trainer(package: str, case: Case, given: Problem) -> Contender | Absent:
-    """A peer that trains by a package of its own, which may not be installed."""
+    """A peer that trains with another package, which may not be installed."""
     name, module = _TRAINERS[package]
     if importlib.util.find_spec(package) is None:
         return Absent(name, package)
@@ -84,7 +87,7 @@ def trainer(package: str, case: Case, given: Problem) -> Contender | Absent:
 
 
 def with_us(package: str, case: Case, given: Problem) -> list[Contender]:
-    """The loop of a package with our line in it; none where that is not installed."""
+    """The loop of a package with our line in it; empty if the package is not installed."""
     name, module = _TRAINERS[package]
     if importlib.util.find_spec(package) is None:
         return []
@@ -93,19 +96,20 @@ def with_us(package: str, case: Case, given: Problem) -> list[Contender]:
 
 
 def captured_loop(case: Case) -> Contender:
-    """Ours on a GPU, with the micro-batches replayed as a CUDA graph."""
+    """Our way on a GPU, with micro-batches replayed as a CUDA graph."""
     return _contender(f"{VIRTUALBATCH}, captured", OURS, problem(case, "cuda"), _captured)
 
 
 def compiled_loops(case: Case) -> list[Contender]:
-    """Ours and a hand-written loop with forward and backward of a micro-batch compiled."""
+    """Our way and a hand-written loop, with a micro-batch's forward and backward compiled."""
     found = []
     for beginning, role, make in (
         (VIRTUALBATCH, OURS, _ours),
         ("hand-written loop", PEER, _by_hand),
     ):
         given = problem(case)
-        # The same code compiled for a second model would else count as one for changing shapes.
+        # Without dynamic=False, the second model of the same code would be compiled for changing
+        # shapes.
         compiled = torch.compile(given.loss, dynamic=False)
         found.append(
             _contender(f"{beginning}, torch.compile", role, given._replace(loss=compiled), make)
@@ -114,7 +118,7 @@ def compiled_loops(case: Case) -> list[Contender]:
 
 
 def weights_of(model: torch.nn.Module) -> Callable[[], Any]:
-    """The weights of a model as arrays of their own."""
+    """A function that copies the weights of a model to NumPy arrays."""
     return lambda: [parameter.detach().cpu().numpy().copy() for parameter in model.parameters()]
 
 
@@ -152,7 +156,9 @@ def _by_rows(given: Problem) -> Callable[[], Any]:
 
 
 def _cached_gradients(given: Problem) -> Callable[[], Any]:
-    """GradCache's way: embeddings without a graph, their gradients, then each embedding again.
+    """The method of GradCache.
+
+    It computes embeddings without a graph, then their gradients, then each embedding again.
 
     https://arxiv.org/abs/2101.06983
     """
@@ -200,7 +206,7 @@ def _whole(given: Problem) -> Callable[[], Any]:
 
 
 def _by_hand(given: Problem) -> Callable[[], Any]:
-    """A loop that is right: each loss is scaled by its part of the weight."""
+    """A correct loop: each loss is scaled by the micro-batch's share of the weight."""
     size = len(given.pieces[0][0])
 
     def update() -> Any:

@@ -1,1 +1,1 @@
-"""It is right: accumulation compared with the uncut batch, and what breaks it by name."""
+"""Compares accumulation with the uncut batch, and names what breaks it."""

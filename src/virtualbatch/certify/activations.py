@@ -1,7 +1,7 @@
-"""Finds where rows are coupled: compares activations of a run with those of runs on its parts.
+"""Finds where rows are coupled: compares the activations of a run and of runs on its parts.
 
 A value that is computed row by row does not depend on the rows that run with it. The first
-activation of a run for which that fails is where rows are coupled.
+activation that does depend on them shows where rows are coupled.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 
 from virtualbatch.certify.sketch import Sketch, sketched
 
-# For one run; three runs are compared at a time. Larger activations are kept as sketches.
+# The limit for one run. Three runs are compared at a time. Beyond it, activations are sketched.
 _KEPT_BYTES = 2**28
 
 
@@ -33,7 +33,7 @@ class Recording:
     """The activations of one run: complete up to a limit of memory, then as sketches.
 
     Attributes:
-        activations: in order.
+        activations: the activations, in the order of the run.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Recording:
         self._left = _KEPT_BYTES
 
     def add(self, where: str, layer: str, value: np.ndarray) -> None:
-        """Takes an activation.
+        """Adds an activation.
 
         Args:
             where: see `Activation`.
@@ -58,9 +58,9 @@ class Recording:
 def first_difference(
     whole: Sequence[Activation], parts: Sequence[Sequence[Activation]], tolerance: float
 ) -> Activation | None:
-    """The first activation of a run that differs, in some row, from that of the parts.
+    """The first activation of a run that differs, in some row, from the activations of its parts.
 
-    Activations without an axis of rows are skipped, because a sum over rows differs rightly.
+    Activations without an axis of rows are skipped, because a sum over rows may differ.
 
     Args:
         whole: activations of a run on all rows, in order.
@@ -82,9 +82,9 @@ def first_difference(
 def reduced_at(
     whole: Sequence[Activation], parts: Sequence[Sequence[Activation]]
 ) -> Activation | None:
-    """The last activation without an axis of rows right after one that has it.
+    """The last activation without an axis of rows that comes right after one with such an axis.
 
-    There the loss is reduced to a number.
+    There, the loss is reduced to a number.
 
     Args:
         whole: activations of a run on all rows, in order.
@@ -105,10 +105,10 @@ def reduced_at(
 def first_not_finite(
     activations: Sequence[Activation], rows: int
 ) -> tuple[Activation, list[int]] | None:
-    """The first activation that holds NaN or infinity, and its rows that do.
+    """The first activation that holds NaN or infinity, and the rows in which it does.
 
     Args:
-        activations: of a run, in order.
+        activations: the activations of a run, in order.
         rows: rows of the run.
 
     Returns:

@@ -124,9 +124,9 @@ def derived_tolerance(epsilon: float, narrowest: float, rows: int) -> float:
     """The largest error that rounding can cause in a sum over rows.
 
     Sums of n terms in two orders differ by about sqrt(n) roundings of their terms. The factor 64
-    covers the roundings inside a term; what a model adds to that is measured, not guessed. Values
-    that a model computes in fewer bits are rounded once each, whatever is summed, because the share
-    of a micro-batch is not a power of two.
+    covers the roundings inside a term. The model's own rounding is not part of this: it is
+    measured. Values that a model computes in fewer bits are rounded once more, because the share of
+    a micro-batch is not a power of two.
 
     Args:
         epsilon: distance from 1 to the next number, in the dtype of the sums.

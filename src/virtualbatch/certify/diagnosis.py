@@ -1,7 +1,7 @@
 """Turns the observations of a training step into a certificate.
 
-Errors are computed first. If there are any, causes are tried on the gradients of single
-micro-batches: the right cause is the one whose arithmetic reproduces the whole batch's gradient.
+Errors are computed first. If there are any, possible causes are tried on the gradients of single
+micro-batches. The right cause is the one whose arithmetic reproduces the whole batch's gradient.
 """
 
 from collections.abc import Iterator
@@ -130,7 +130,7 @@ def _causes(
     return [_coupled(subject, different, wrong[0])]
 
 
-# Epsilons above this are those of half precision.
+# An epsilon above this belongs to half precision.
 _HALF = 1e-4
 # The reason of a finding that was observed in the values themselves.
 SEES_OTHER_ROWS = (

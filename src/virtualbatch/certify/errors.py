@@ -32,7 +32,7 @@ def measured_scales(whole: Observed, alike: Sequence[Observed], tolerance: float
     Args:
         whole: the run on the whole batch.
         alike: more runs on the whole batch, with the rows in other orders.
-        tolerance: for errors.
+        tolerance: the largest error that counts as rounding.
     """
     overall = largest_gradient(whole)
     gradients = {}
@@ -47,7 +47,7 @@ def measured_scales(whole: Observed, alike: Sequence[Observed], tolerance: float
 
 
 def gradient_errors(whole: Observed, other: Observed, scales: Scales) -> dict[str, float]:
-    """Parameter name -> largest difference of its gradients, in its scale."""
+    """Parameter name -> largest difference of its two gradients, divided by its scale."""
     return {
         name: _largest(_minus(gradient, other.gradients[name])) / scales.gradients[name]
         for name, gradient in whole.gradients.items()

@@ -1,8 +1,8 @@
 """Checks on a few of the user's rows that gradients add up, before the first window of a loss.
 
-The loss runs on two groups of one to four rows, alone and together. If the gradients of the groups
-do not add up to the gradient of both, the rows are certified; the certificate tells rounding from a
-mistake and names the mistake.
+The loss runs on two groups of a few rows, alone and together. If the gradients of the groups do not
+add up to the gradient of both, the rows are certified. The certificate distinguishes rounding from
+a mistake, and names the mistake.
 """
 
 import logging
@@ -27,7 +27,7 @@ _Pair = tuple[list[int], list[int]]
 ROUNDING = 16.0
 # A reason that may not apply to other rows.
 NO_GRADIENT = "its gradient is 0, or not finite"
-# Finding -> the page that explains it. Other findings are not the loss's fault.
+# Kind of a finding -> the page that explains it. Other kinds are not the loss's fault.
 _PAGES = {
     "weight": "docs/guides/weights.md",
     "sum_loss": "docs/guides/weights.md",
@@ -55,8 +55,8 @@ def prove(
         None; or the reason, if the loss could not be tried.
 
     Raises:
-        ValueError: the gradients of parts do not add up to that of the whole, or the engine
-            raises it.
+        ValueError: the gradients of parts do not add up to the gradient of the whole, or the
+            engine raises it.
         TypeError: the engine raises it.
     """
     found: list[Distance] = []
@@ -111,7 +111,7 @@ def prove(
 
 
 def adds_up(trial: Trial, chosen: Sequence[_Pair], why: Callable[[Exception], str]) -> bool | str:
-    """Whether the gradients of parts add up to that of the whole; looks for no cause.
+    """Whether the gradients of parts add up to the gradient of the whole. Looks for no cause.
 
     Args:
         trial: the loss and the rows.
@@ -148,8 +148,8 @@ def conclude(
         loss_fn: the loss function.
         weight: as passed to the engine.
         structure: see `Proven.seen`.
-        trial: of the loss.
-        reason: what `prove` returned.
+        trial: the trial of the loss.
+        reason: the result of `prove`.
     """
     if reason == NO_GRADIENT:
         # Other rows may have a gradient, so this is logged once and the loss is tried again.
@@ -187,7 +187,10 @@ def _cut_like(a: list[int], b: list[int]) -> tuple[list[int], int]:
 
 
 def _explained(trial: Trial, largest: _Pair, of_pair: Certificate) -> Finding:
-    """What is wrong: from a certificate of all chosen rows if it shows it, else of the pair."""
+    """What is wrong, from a certificate of all rows of the largest pair.
+
+    If that certificate shows no mistake, the certificate of the failing pair is used.
+    """
     rows = [row for part in largest for row in part]
     try:
         of_all = trial.certificate(rows, math.ceil(len(rows) / 3))
@@ -240,8 +243,8 @@ def _group(trial: Trial, failing: _Pair) -> int | None:
 
     Args:
         trial: the loss and the rows.
-        failing: parts whose gradients do not add up. The gradients of the whole groups of these
-            rows must add up, otherwise the mistake is another one.
+        failing: parts whose gradients do not add up. If they are extended to whole groups, their
+            gradients must add up. Otherwise the mistake is another one.
     """
     start = trial.empty.start
     for group in (2, 3, 4):
@@ -263,7 +266,7 @@ def _group(trial: Trial, failing: _Pair) -> int | None:
 
 
 def _whole(parts: _Pair, group: int) -> _Pair:
-    """The parts, extended to whole groups; each group is in one part only."""
+    """The parts, extended to whole groups. Each group is in one part only."""
     numbers = [list(dict.fromkeys(row // group for row in part)) for part in parts]
     first, second = ([n for n in numbers[0] if n not in numbers[1]], numbers[1])
     if not first:

@@ -121,7 +121,7 @@ def _certified(
     def accumulated(*batches: Any) -> dict[str, np.ndarray]:
         return window([piece for batch in batches for piece in _cut(batch, microbatch_size)])
 
-    # A window of fewer micro-batches than the loop counts to.
+    # Its window has fewer micro-batches than the loop expects.
     short = _part(second, 0, max(1, steps // 2) * microbatch_size)
     batches = [first, second, short]
     whole = due(*batches)

@@ -1,4 +1,4 @@
-"""Finds the mistake of a training loop, by runs that each show one mistake alone."""
+"""Finds the mistake in a training loop, with runs that each show one kind of mistake."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ _ROUNDING = 16
 _ONE_NORM = 1e-4
 # A ratio is reported only if it fits this well.
 _RATIO = 1e-3
-# A mistake in the sum changes an update by more than this, a narrow dtype by less: for equal
-# micro-batches, and for any.
+# A mistake in the sum changes an update by more than this share, a narrow dtype by less. The first
+# limit is used if equal micro-batches are wrong too, the second if they are right.
 _NARROW_ALIKE, _NARROW = 1 / 64, 1e-5
 
 # Entries of the state that a finding names.
@@ -27,10 +27,10 @@ class Probe(NamedTuple):
     """How states are compared.
 
     Fields:
-        before: the state that every run starts from.
+        before: the state from which every run starts.
         steps: micro-batches of a full window.
-        tolerance: of an error.
-        epsilon: of the state's dtype.
+        tolerance: the largest error that counts as rounding.
+        epsilon: epsilon of the state's dtype.
         whole: the expected state.
         turned: the expected state with rows in another order, which differs by rounding.
     """
@@ -75,7 +75,7 @@ class Runs(NamedTuple):
         due: whole batches -> the state after ordinary training on them.
         accumulated: whole batches -> the state after the loop on their micro-batches.
         window: micro-batches -> the state after the loop on them.
-        in_one_call: whole batches -> as `due`, but with one call of the loop.
+        in_one_call: whole batches -> the state as from `due`, but with one call of the loop.
         pieces: the micro-batches of the first batch that have the full size.
     """
 
@@ -91,9 +91,9 @@ def causes(probe: Probe, runs: Runs, first: Any, second: Any, short: Any) -> tup
 
     Args:
         probe: how states are compared.
-        runs: of the loop.
+        runs: the runs of the loop.
         first: a whole batch.
-        second: another one with as many rows.
+        second: another whole batch with as many rows.
         short: rows for a window of fewer micro-batches.
     """
     once, one = runs.accumulated(first), runs.due(first)

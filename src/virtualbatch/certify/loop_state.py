@@ -14,7 +14,7 @@ class VariableState:
         read: variable -> its value as a NumPy array.
 
     Raises:
-        TypeError: a part is neither.
+        TypeError: a part is none of these.
     """
 
     def __init__(self, parts: Mapping[str, Any], read: Callable[[Any], np.ndarray]) -> None:
@@ -27,7 +27,7 @@ class VariableState:
         """Path -> value, of every variable that exists.
 
         Raises:
-            ValueError: there are other variables than at the first call.
+            ValueError: the variables are not the same ones as at the first call.
         """
         # A copy: the value may share its memory with a variable that is trained in place.
         found = {path: np.array(self._read(v)) for path, v in self._variables().items()}

@@ -1,4 +1,4 @@
-"""Errors raised by a signal handler. They belong to whoever set the handler, not to a loss."""
+"""Recognises errors that a signal handler raised, because a loss did not cause them."""
 
 import functools
 import signal
@@ -10,7 +10,7 @@ def raise_if_of_signal(error: BaseException) -> None:
     """Raises an error again if a signal handler, such as one for an alarm, raised it.
 
     Args:
-        error: raised while the user's code ran, and caught.
+        error: an error that was caught while the user's code ran.
     """
     found = map(signal.getsignal, signal.valid_signals())
     handlers = {_code(handler) for handler in found if callable(handler)}

@@ -12,9 +12,9 @@ _MOST_TRIES = 4
 
 _log = logging.getLogger("virtualbatch")
 
-# Of a Window that is taken as it is.
+# The reason for a Window that is taken as it is.
 NO_ROWS = "its micro-batches have no common rows"
-# Of modules that gather parameters.
+# The reason for modules that gather parameters.
 IN_STEP = "its module runs on all ranks at once, and not on a few rows of one"
 
 
@@ -73,7 +73,7 @@ class Proven:
         Args:
             loss_fn: the loss function.
             weight: as passed to the engine.
-            structure: of the batch, and everything else whose change requires another attempt.
+            structure: the structure of the batch, and all else whose change needs another attempt.
         """
         known, key = self._of_object(loss_fn, weight, structure)
         if key in known:

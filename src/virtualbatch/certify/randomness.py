@@ -1,7 +1,7 @@
 """Random numbers by row: a row gets the same numbers whichever rows run with it.
 
-The numbers that a run on the whole batch draws are kept, and every other run gets those of its own
-rows. For that the axis of rows in each draw must be known.
+The numbers that a run on the whole batch draws are kept. Every other run gets the kept numbers of
+its own rows. For that, the axis of rows in each draw must be known.
 """
 
 import random
@@ -43,11 +43,11 @@ def axes_of_rows(
     Args:
         whole: shapes that a run on all rows draws, in order.
         part: shapes that a run on fewer rows draws, in order.
-        rows: all rows.
-        some: the fewer rows.
+        rows: the number of all rows.
+        some: the smaller number of rows.
 
     Returns:
-        For each draw its axis, or None if it has no axis of rows.
+        For each draw its axis of rows, or None if it has none.
 
     Raises:
         ValueError: random numbers do not belong to rows.

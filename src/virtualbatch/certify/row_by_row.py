@@ -22,7 +22,7 @@ def of_rows(found: Certificate) -> Certificate:
     """A certificate with fixes that suit a function that `rowwise` wraps, which has no loss.
 
     Args:
-        found: the certificate of the function's outputs times random numbers.
+        found: the certificate of a loss: the function's outputs times random numbers.
     """
     findings = (replace(x, fix=_WAY_OUT) if x.kind in _COUPLED else x for x in found.findings)
     return replace(found, findings=tuple(findings))
@@ -32,7 +32,7 @@ def prove_rows(trial: Trial, why: Callable[[Exception], str], again: bool = Fals
     """Tries a function on a few rows.
 
     Args:
-        trial: of the function's outputs times random numbers.
+        trial: the trial of a loss: the function's outputs times random numbers.
         why: error -> why nothing could be tried, in words.
         again: whether another attempt, in another state of the layers, follows a failure.
 
@@ -40,7 +40,7 @@ def prove_rows(trial: Trial, why: Callable[[Exception], str], again: bool = Fals
         None; or the reason, if the function could not be tried.
 
     Raises:
-        ValueError: the outputs of parts differ from those of the whole, or the engine raises it.
+        ValueError: outputs differ between the parts and the whole, or the engine raises it.
         TypeError: the engine raises it.
     """
     reason: str | None = "there is one row"

@@ -1,8 +1,8 @@
 """Summarises a large value in few numbers that still show which of its rows differ.
 
-Rows may be on any axis, and only a comparison with another run shows on which. So along every axis
-each entry is projected onto a few fixed random directions. Equal entries have equal projections;
-different entries have different ones.
+Rows may be on any axis, and only a comparison with another run shows the axis. So along every axis,
+each entry is projected onto a few fixed random directions. Equal entries have equal projections,
+and different entries have different ones.
 """
 
 from functools import cache
@@ -36,8 +36,8 @@ class Sketch(NamedTuple):
     """The summary of a value.
 
     Fields:
-        shape: of the value.
-        axes: the entries of each axis; None for an axis with too many.
+        shape: the shape of the value.
+        axes: the entries of each axis; None for an axis with too many entries.
         broken: whether there is any NaN or infinity; minus infinity does not count.
     """
 

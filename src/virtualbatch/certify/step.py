@@ -34,10 +34,10 @@ def check_microbatches(rows: Sequence[int]) -> None:
     """Raises an error if there is only one micro-batch, which leaves nothing to compare.
 
     Args:
-        rows: of each micro-batch.
+        rows: the rows of each micro-batch.
 
     Raises:
-        ValueError: there is only one.
+        ValueError: there is only one micro-batch.
     """
     if len(rows) < 2:
         raise ValueError(
@@ -92,7 +92,7 @@ class TrainingStep(ABC):
     Attributes:
         rows: rows of the batch.
         pieces: row numbers of each micro-batch.
-        epsilon: of the dtype that gradients are summed in.
+        epsilon: epsilon of the dtype in which gradients are summed.
         narrowest: epsilon of the narrowest dtype among the values inside, the weights and the
             buffer, as far as they are meant to be exact.
         leaves: expression -> array of the batch, with rows on its first axis.
@@ -120,15 +120,15 @@ class TrainingStep(ABC):
 
     @abstractmethod
     def accumulated(self) -> Observed:
-        """The whole batch by the engine, in micro-batches; one term, the loss."""
+        """Runs the whole batch with the engine, in micro-batches. The only term is the loss."""
 
     @abstractmethod
     def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:
-        """Some rows in one piece, without virtualbatch, with the same random numbers per row.
+        """Runs some rows in one piece, without virtualbatch. Each row keeps its random numbers.
 
         Args:
             rows: row numbers.
-            term: the only term to differentiate; None for their sum.
+            term: the only term to differentiate; None for the sum of all terms.
             again: whether to run twice and observe the second run, which starts from the state
                 that the first one left.
         """
@@ -146,10 +146,10 @@ class TrainingStep(ABC):
 
         Args:
             place: where the values of rows are reduced to one number.
-            terms: the terms that the whole batch was observed with.
+            terms: the terms of the run on the whole batch.
         """
         return {t: place if len(terms) == 1 else f"term {t!r}, {place}" for t in terms}
 
     def accumulated_term(self, term: Any) -> Observed:
-        """One term of the whole batch by the engine; only for an engine that `weighs_itself`."""
+        """Like `accumulated`, for one term; only for an engine that `weighs_itself`."""
         raise NotImplementedError(term)

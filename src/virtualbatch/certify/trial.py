@@ -15,7 +15,7 @@ from virtualbatch.certify.weights import candidates
 # Parts are chosen among at most _POOL rows, among fewer (at least _FEWEST) if these hold more than
 # _NUMBERS numbers, and in _WAYS random ways.
 _POOL, _FEWEST, _NUMBERS, _WAYS = 256, 16, 2**22, 64
-# Epsilons above this are those of half precision.
+# An epsilon above this belongs to half precision.
 _HALF = 1e-4
 # Rows with weight that are tried, two at a time, with one row without weight.
 _FULL = 4
@@ -54,9 +54,9 @@ class Distance(NamedTuple):
                 whole minus that, which is the share of the other part if gradients add up; and the
                 rest after subtracting the other part.
             shares: the share of each part in the whole.
-            losses: of the first part, the whole and the other part, by term.
-            constant: as the field.
-            epsilon: of the narrowest dtype.
+            losses: the losses of the first part, the whole and the other part, by term.
+            constant: see the field `constant`.
+            epsilon: epsilon of the narrowest dtype.
         """
         first, second, left = sizes
         largest = max(sizes) if math.isfinite(first + second + left) else math.nan
@@ -136,9 +136,9 @@ class Trial(ABC):
 def parts(trial: Trial) -> list[tuple[list[int], list[int]]]:
     """The pairs of parts that are tried, as row numbers.
 
-    A wrong weight shows only if the parts differ in it. So among many ways to choose the parts, the
-    one is taken in which they differ most in everything that the batch's arrays can count. A
-    divisor with a floor shows only if a part counts nothing, which needs a pair of its own.
+    A wrong weight shows only if the parts differ in it. So many ways to choose the parts are
+    compared. The best way has the largest differences in all that the batch's arrays can count. A
+    divisor with a floor shows only if a part counts nothing, so this needs another pair.
     """
     some = min(trial.rows, max(a + b for a, b in trial.pairs))
     most = min(_POOL, max(_FEWEST, _NUMBERS // max(1, trial.width)))
@@ -190,7 +190,8 @@ def _ways(counts: Sequence[np.ndarray], rows: int, a: int, b: int) -> list[list[
         if len(some) < 2:
             continue
         for most in (b, 1):
-            # The row that counts least against rows that count most; the others count nothing.
+            # Set the row that counts least against rows that count most. Prefer rows that count
+            # nothing for the rest.
             second = some[1:][-most:]
             others = [*none, *(row for row in some[1:] if row not in second)]
             way = [some[0], *others[: a - 1], *second, *others[a - 1 :]][: a + b]

@@ -13,8 +13,8 @@ class Line(NamedTuple):
 
     Fields:
         file: path of its file; `<...>` for code without a file.
-        number: of the line.
-        function: qualified name of its function.
+        number: the line number.
+        function: the qualified name of its function.
     """
 
     file: str

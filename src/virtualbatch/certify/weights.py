@@ -15,7 +15,7 @@ from virtualbatch.certify.errors import Scales
 from virtualbatch.certify.step import Observed, TrainingStep
 from virtualbatch.window.shares import shares
 
-# Coordinates of the gradient that hypotheses are tried on.
+# The number of coordinates of the gradient on which hypotheses are tried.
 _COORDINATES = 4096
 # Hypotheses add up several gradients, so they may be off by more roundings than the verdict.
 _SLACK = 64
@@ -38,9 +38,9 @@ class Weight(NamedTuple):
     """One way to count a batch.
 
     Fields:
-        text: in words.
+        text: what is counted, in words.
         code: the expression to paste.
-        per_row: weight of each row.
+        per_row: the weight of each row.
     """
 
     text: str
@@ -70,7 +70,7 @@ def explained(
         term: name of the term.
         where: its place, in words.
         scales: units of gradients and losses.
-        tolerance: of the certificate.
+        tolerance: the tolerance of the certificate.
     """
     coordinates = Coordinates(subject.parameters, scales, tolerance)
 
@@ -208,7 +208,7 @@ def _of_other_parts(
             ),
         )
     if subject.rows >= 4:
-        # Of equal size, so that few shapes are compiled.
+        # The quarters have equal size, so that few shapes are compiled.
         quarters = np.split(every[: subject.rows // 4 * 4], 4)
         pair = _two_means(subject, value, coordinates, quarters)
         if pair is not None:
@@ -266,7 +266,7 @@ def candidates(leaves: Mapping[str, np.ndarray], rows: int) -> Iterator[Weight]:
 
     Args:
         leaves: expression -> array, with rows on its first axis.
-        rows: how many.
+        rows: the number of rows.
     """
     seen = [np.ones(rows)]
     for path, leaf in leaves.items():
@@ -307,7 +307,7 @@ class Coordinates:
     Args:
         parameters: parameter name -> its value.
         scales: units of gradients and losses.
-        tolerance: of the certificate.
+        tolerance: the tolerance of the certificate.
     """
 
     def __init__(self, parameters: Mapping[str, np.ndarray], scales: Scales, tolerance: float):

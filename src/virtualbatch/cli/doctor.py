@@ -1,4 +1,4 @@
-"""`virtualbatch doctor`: what is installed, devices, processes, memory limits, what to run next.
+"""`virtualbatch doctor`: shows installed packages, devices, processes, memory limits and advice.
 
 Packages are found without importing them. Devices are listed in one child process per framework, so
 that a broken framework does not break the whole report.
@@ -20,7 +20,7 @@ from virtualbatch.plan.host_memory import HostMemory, host_memory
 
 SECONDS_PER_CHILD = 120
 
-# Each prints one JSON list as its last line, after anything that the framework prints.
+# Each script prints one JSON list as its last line, after anything that the framework prints.
 _DEVICE_SCRIPTS = {
     "tensorflow": """
 import json, tensorflow as tf
@@ -86,9 +86,9 @@ class Framework:
     """The installation of one framework.
 
     Args:
-        name: of its module.
-        version: None if it is not installed.
-        devices: that it can compute on, by the framework's names.
+        name: the name of its module.
+        version: the installed version; None if it is not installed.
+        devices: the devices on which it can compute, by the framework's names.
         problem: why it did not start; None if it started or is not installed.
         engine: the module of virtualbatch for it; None if there is none.
     """
@@ -105,14 +105,15 @@ class Diagnosis:
     """What `virtualbatch doctor` found.
 
     Args:
-        virtualbatch: version.
-        python: version.
+        virtualbatch: the version of virtualbatch.
+        python: the version of Python.
         platform: operating system and machine.
         frameworks: TensorFlow, torch and JAX, installed or not.
         trainers: trainers for PyTorch, installed or not, and whether they are supported.
-        packages: version of each other package; None if it is not installed.
-        process_group: variables that a launcher set about the other processes; None without one.
-        memory: of the host, with the limits on this process.
+        packages: other package -> its version; None if it is not installed.
+        process_group: variables that a launcher set about the group of processes; None without a
+            launcher.
+        memory: the memory of the host, and the limits on this process.
         variables: environment variables that are set and affect the frameworks.
         advice: problems first, then what to run next.
     """
@@ -168,10 +169,10 @@ class Diagnosis:
 
 
 def diagnose(seconds_per_child: float = SECONDS_PER_CHILD) -> Diagnosis:
-    """Inspects this machine; imports no framework into this process.
+    """Inspects this machine, without importing a framework into this process.
 
     Args:
-        seconds_per_child: time limit for a framework to list its devices.
+        seconds_per_child: the time limit for a framework to list its devices.
     """
     frameworks = tuple(_framework(name, seconds_per_child) for name in _DEVICE_SCRIPTS)
     packages = {name: _version(name, module) for name, module in _PACKAGES.items()}
@@ -238,7 +239,7 @@ def _version(distribution: str, module: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        # A build under another name (tensorflow-cpu), or a plain folder on the path.
+        # It is a build under another name (tensorflow-cpu), or a plain folder on the path.
         return "unknown"
 
 

@@ -1,4 +1,4 @@
-"""The files that a command writes: checked before the work, written completely after it."""
+"""Checks the files that a command writes before its work, and writes them after it."""
 
 import importlib.util
 import os
@@ -21,10 +21,10 @@ def refuse_unwritable(
     """Raises an error for a file that cannot be written, before minutes are spent on its content.
 
     Args:
-        json: of `--json`.
-        html: of `--html`.
-        page: of `--page`.
-        target: the program, whose file must not be overwritten.
+        json: the file of `--json`.
+        html: the file of `--html`.
+        page: the file of `--page`.
+        target: the user's program, whose file must not be overwritten.
 
     Raises:
         ValueError: a file cannot be written, or two options name the same file.
@@ -58,8 +58,8 @@ def write(option: str, file: Path | None, content: Callable[[], str]) -> bool:
     """Writes a file if it was requested, and returns whether it was.
 
     Args:
-        option: that named the file.
-        file: None if it was not requested.
+        option: the option that named the file.
+        file: the file; None if it was not requested.
         content: () -> the text to write.
 
     Raises:
@@ -79,9 +79,9 @@ def unwritten(option: str, file: Path, error: OSError) -> ValueError:
     """The error for a file that could not be written although the check passed.
 
     Args:
-        option: that named the file.
-        file: its path.
-        error: that was raised.
+        option: the option that named the file.
+        file: the path of the file.
+        error: the error that was raised.
     """
     return ValueError(
         f"{option} must name a file that can be written. Got {option} {file} "

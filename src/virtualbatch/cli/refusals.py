@@ -11,7 +11,7 @@ import typer
 from virtualbatch.certify.users_line import OURS, Line, folder, is_in, users_line
 from virtualbatch.demo.parent import ChildFailure
 
-# Errors of these classes have a message for the user if this package raises them.
+# If this package raises an error of these classes, its text is a message for the user.
 _SAID = (ValueError, TypeError, MemoryError, ModuleNotFoundError)
 _INTERRUPTED = 130
 
@@ -34,7 +34,7 @@ def one_line() -> Iterator[None]:
 
 
 def say(text: object) -> None:
-    """Prints a text; raises at once if the output is closed."""
+    """Prints a text. Raises at once if the output is closed."""
     try:
         print(text, flush=True)
     except (OSError, UnicodeError):

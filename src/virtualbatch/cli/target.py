@@ -1,7 +1,7 @@
 """The target of `virtualbatch plan` and `check`: a function of the user that returns a program.
 
 The function takes the number of rows of a batch and returns the arguments of an engine's `plan` as
-a dict. The names of the arguments decide which engine it is.
+a dict. The names of the arguments decide which engine is used.
 """
 
 import importlib
@@ -24,8 +24,9 @@ class Engine(NamedTuple):
     """How an engine's `plan` is called.
 
     Fields:
-        module: name of the engine's module; a text, because the command line imports no engine.
-        arguments: names that only this engine has.
+        module: the name of the engine's module. It is a text, because the command line imports no
+            engine.
+        arguments: the names by which this engine is recognised.
         line: the code to write with the size that was found.
     """
 
@@ -62,8 +63,8 @@ class Target(NamedTuple):
     """A program to plan or to check.
 
     Fields:
-        engine: whose `plan` and `certify` are called.
-        arguments: of `plan` and `certify`, by name.
+        engine: the engine whose `plan` and `certify` are called.
+        arguments: the arguments of `plan` and `certify`, by name.
     """
 
     engine: Engine
@@ -121,7 +122,7 @@ class Target(NamedTuple):
         """The batch among the arguments.
 
         Raises:
-            ValueError: `args` holds none.
+            ValueError: `args` holds no batch.
         """
         if "args" not in self.arguments:
             return self.arguments["batch"]
@@ -141,7 +142,7 @@ def load(target: str, batch_size: int) -> Target:
 
     Args:
         target: "file.py:function" or "module:function".
-        batch_size: rows, its only argument.
+        batch_size: the number of rows, its only argument.
 
     Raises:
         ValueError: the target cannot be imported, raises an error, or returns anything else.
@@ -211,7 +212,7 @@ def _from_file(file: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    # As when the file is run: modules beside it can be imported, and its classes can be pickled.
+    # As when the file is run, modules beside it can be imported, and its classes can be pickled.
     sys.path.insert(0, str(file.resolve().parent))
     sys.modules[file.stem] = module
     spec.loader.exec_module(module)

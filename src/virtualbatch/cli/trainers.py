@@ -19,11 +19,12 @@ class Trainer:
     """The installation of one trainer.
 
     Args:
-        name: of its distribution.
-        version: None if it is not installed.
+        name: the name of its distribution.
+        version: the installed version; None if it is not installed.
         served_by: the module or function for it.
-        releases: that were tried, from the extras of virtualbatch; "" if these set no bounds.
-        is_served: whether the installed release is among them; None if it is not installed.
+        releases: the releases that were tried, from the extras of virtualbatch; "" if the extras
+            set no bounds.
+        is_served: whether the installed release was tried; None if it is not installed.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Trainer:
 
 
 def installed_trainers() -> tuple[Trainer, ...]:
-    """All known trainers, installed or not; none is imported."""
+    """All known trainers, installed or not. None of them is imported."""
     releases = _releases()
     return tuple(_trainer(name, releases.get(name, "")) for name in _SERVED_BY)
 
@@ -49,8 +50,8 @@ def is_within(version: str, releases: str) -> bool:
     """Whether a version is within bounds.
 
     Args:
-        version: such as "5.24.0".
-        releases: such as ">=5.24,<6"; "" for all.
+        version: a version such as "5.24.0".
+        releases: bounds such as ">=5.24,<6"; "" for no bounds.
     """
     number = _number(version)
     return all(

@@ -27,7 +27,7 @@ WARM_UP_ROWS = 2
 
 
 class Digits:
-    """The 1,797 images of scikit-learn, enlarged, in an order of their own.
+    """The 1,797 images of scikit-learn, enlarged, in a fixed random order.
 
     Attributes:
         x_train, x_test: float32 images in [0, 1], shape (rows, 32, 32, 1).
@@ -47,15 +47,16 @@ class Digits:
 class Losses(keras.callbacks.Callback):
     """Keeps the loss and the time of each update.
 
-    Keras shows the mean over the epoch so far; the loss of a batch is what that mean gained.
+    Keras shows the mean over the epoch so far. The loss of a batch follows from how the batch
+    changes that mean.
 
     Args:
-        rows: of an epoch.
-        batch_size: rows of a batch, but of an epoch's last.
+        rows: the rows of an epoch.
+        batch_size: the rows of a batch. The last batch of an epoch may have fewer.
 
     Attributes:
-        losses: mean loss of each batch.
-        seconds: since training began, at the end of each update.
+        losses: the mean loss of each batch.
+        seconds: the seconds since training began, at the end of each update.
     """
 
     def __init__(self, rows: int, batch_size: int) -> None:
@@ -69,7 +70,7 @@ class Losses(keras.callbacks.Callback):
         self._start = time.perf_counter()
 
     def on_epoch_begin(self, epoch, logs=None) -> None:
-        """Forgets the last epoch, as Keras does."""
+        """Starts a new mean, as Keras does for each epoch."""
         self._seen, self._total = 0, 0.0
 
     def on_train_batch_end(self, batch, logs=None) -> None:
@@ -82,13 +83,13 @@ class Losses(keras.callbacks.Callback):
 
 
 def build_model(seed: int) -> keras.Model:
-    """A small CNN, compiled; the same weights for the same seed.
+    """A small CNN, compiled. Equal seeds give equal weights.
 
-    It is smooth on purpose. ReLU and maximum pooling jump where two numbers tie, enlarged images
-    make ties, and every other order of summation changes the last bit, which decides them; Adam
-    then makes an update of full size from it. Measured with ReLU and maximum pooling over 30
-    updates: run (c) ends 1e-3 from run (b) in float32 and 3e-15 in float64; with this model,
-    4e-7 in float32.
+    The model is smooth on purpose. With ReLU and maximum pooling, gradients jump where two numbers
+    tie, and enlarged images make ties. Another order of summation changes the last bit, which
+    decides a tie, and Adam makes an update of full size from it. With ReLU and maximum pooling, run
+    (c) ended 1e-3 from run (b) after 30 updates in float32, and 3e-15 in float64. With this model
+    it was 4e-7 in float32.
     """
     keras.utils.set_random_seed(seed)
     layers = keras.layers
@@ -108,18 +109,18 @@ def build_model(seed: int) -> keras.Model:
         optimizer=keras.optimizers.Adam(LEARNING_RATE),
         loss="sparse_categorical_crossentropy",
         metrics=["accuracy"],
-        # All runs use the same kernels, and no memory of a compiler counts as training memory.
+        # Without a compiler all runs use the same kernels, and only training takes memory.
         jit_compile=False,
     )
     return model
 
 
 def train(mode: str, settings: Settings) -> tuple[RunResult, list[np.ndarray]]:
-    """One run.
+    """Trains once.
 
     Args:
         mode: one of `virtualbatch.demo.result.MODES`.
-        settings: what the runs have in common.
+        settings: the settings that all runs share.
 
     Returns:
         The figures, and the trained weights in the order of `model.get_weights()`.
@@ -182,7 +183,7 @@ def train(mode: str, settings: Settings) -> tuple[RunResult, list[np.ndarray]]:
 
 
 def tell(event: str, **content: Any) -> None:
-    """One line for the parent."""
+    """Prints one line for the parent."""
     print(json.dumps({"event": event} | content), flush=True)
 
 

@@ -44,11 +44,11 @@ class ChildFailure(RuntimeError):
 
 
 def run_demo(settings: Settings, console: Console, child: tuple[str, ...] = CHILD) -> DemoResult:
-    """Trains three times, each in a process of its own, and prints table and conclusion.
+    """Trains three times, each in its own process, and prints the table and the conclusion.
 
     Args:
-        settings: what the runs have in common.
-        console: where progress and table go.
+        settings: the settings that all runs share.
+        console: shows the progress and the table.
         child: arguments for Python that start a child.
 
     Returns:
@@ -107,20 +107,20 @@ def run_child(
     on_epoch: Callable[[int], object],
     child: tuple[str, ...] = CHILD,
 ) -> RunResult:
-    """One run in a process of its own.
+    """One run in its own process.
 
     Args:
         mode: one of `virtualbatch.demo.result.MODES`.
-        settings: what the runs have in common.
-        weights: file that the child writes its weights to.
-        on_epoch: called with the number of epochs that are done.
+        settings: the settings that all runs share.
+        weights: the file to which the child writes its weights.
+        on_epoch: called with the number of finished epochs.
         child: arguments for Python that start a child.
 
     Returns:
         The child's figures.
 
     Raises:
-        ChildFailure: the child ended without a result; holds its exit code and last lines.
+        ChildFailure: the child ended without a result. Its text has the exit code and last lines.
     """
     command = [sys.executable, *child, "--mode", mode, "--weights", str(weights)]
     for field, value in asdict(settings).items():
@@ -161,7 +161,7 @@ def _show_epoch(progress: Progress, task: TaskID, epoch: int) -> None:
 
 
 def _event(line: str) -> dict[str, Any]:
-    # Frameworks print to stdout too, now and then; such lines are not ours.
+    # Frameworks may print to stdout too. Such lines are skipped.
     if not line.startswith('{"event"'):
         return {}
     event: dict[str, Any] = json.loads(line)

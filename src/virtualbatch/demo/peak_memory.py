@@ -19,7 +19,7 @@ _SECONDS_BETWEEN_SAMPLES = 0.002
 
 
 class PeakMemory:
-    """Measures from its creation on.
+    """Measures the peak from its creation on.
 
     Attributes:
         baseline_bytes: resident memory of the process at the start, in bytes.

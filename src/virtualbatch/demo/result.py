@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 
 MODES = ("small", "whole", "accumulated")
 
-# Two orders of summation differ by rounding, and training carries the difference along. A wrong
-# gradient changes weights as much as training does, a thousand times more.
+# The largest difference that counts as rounding, relative to the largest move of a weight. Two
+# orders of summation differ by rounding, and training carries the difference along. A wrong
+# gradient changes weights as much as training does, which is a thousand times this limit.
 _AGREEMENT = 1e-3
 
 
@@ -21,8 +22,8 @@ class Settings:
     Args:
         epochs: passes over the training rows, the same for every run.
         batch_size: rows of the large batch.
-        microbatch_size: rows of the small batch, and of one micro-batch of the large one.
-        seed: of the initial weights and of the row order.
+        microbatch_size: rows of the small batch, and of one micro-batch of the large batch.
+        seed: the seed of the initial weights and of the row order.
 
     Raises:
         ValueError: a number is not positive, or the micro-batch is larger than the batch.
@@ -64,7 +65,7 @@ class RunResult:
         peak_memory_method: how the peak was measured, see `virtualbatch.demo.peak_memory`.
         farthest_weight: the largest distance that a weight moved from its initial value.
         losses: mean training loss of each update's batch, taken before the update.
-        seconds: since `fit` began, at the end of each update.
+        seconds: the seconds since `fit` began, at the end of each update.
     """
 
     mode: str
@@ -85,7 +86,7 @@ class DemoResult:
     """The three runs side by side.
 
     Args:
-        settings: of all runs.
+        settings: the settings of all runs.
         small: trained with small batches only.
         whole: trained with the large batch at once.
         accumulated: trained with the large batch, accumulated from micro-batches.

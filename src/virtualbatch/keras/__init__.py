@@ -44,7 +44,7 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """What is public: completion shows no other names."""
+    """The public names, so that completion shows no others."""
     return __all__
 
 
@@ -308,7 +308,7 @@ def restore(model: Model) -> Model:
 
 
 def _found(model: keras.Model, batch: Any, keras_backend: Backend) -> Found:
-    """What of a model's loss needs all rows of a batch, and gets them as it accumulates now."""
+    """The parts of the loss that need all rows of the batch, under the model's present setting."""
     rows = common_rows(array_leaves(batch)) or 0
     kept = keras_backend.kept(model)
     try:
@@ -319,6 +319,6 @@ def _found(model: keras.Model, batch: Any, keras_backend: Backend) -> Found:
 
 
 def _asked(model: keras.Model) -> bool | None:
-    """What of its predictions a model was asked to gather, where it accumulates."""
+    """The `gather` setting of a model that accumulates; None for any other model."""
     asked: bool | None = model.train_step.gather if accumulates(model) else None
     return asked

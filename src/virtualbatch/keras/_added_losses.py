@@ -1,8 +1,8 @@
-"""Losses that layers add: which are sums over rows, and which are a number that counts once.
+"""Losses that layers add: which are sums over rows, and which count once per batch.
 
-Keras adds up whatever array a layer adds. One value per row makes that a sum over rows, to which
-each micro-batch gives all of its own. An array of weights, of features or a number is the same for
-any rows or a mean over them, so each micro-batch gives its share.
+Keras sums every array that a layer adds. An array with one value per row becomes a sum over rows,
+so each micro-batch adds all of its values. Any other array, or a number, does not depend on the
+rows or is a mean over them, so each micro-batch adds its share.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ import keras
 
 Shape = tuple[int | None, ...]
 
-# The rows of the two batches whose shapes are compared.
+# The numbers of rows for which shapes are compared.
 _FEW, _MORE = 2, 3
 
 
@@ -26,17 +26,18 @@ class AddedLosses:
     def are_sums(
         self, losses: Sequence[Any], shapes: Callable[[int], Sequence[Shape]]
     ) -> list[bool]:
-        """For each loss, whether it holds values of rows, which Keras adds up.
+        """For each loss, whether it holds one value per row, so that Keras sums over rows.
 
-        Equal lengths may be a coincidence, so its shape is read for two numbers of rows.
+        A length that equals the number of rows may be a coincidence. So shapes are read for two
+        numbers of rows.
 
         Args:
-            losses: those of a micro-batch, in the order of `model.losses`.
-            shapes: rows -> shapes of the losses of so many rows; called twice at the most, and
-                never where every loss is a number.
+            losses: the losses of a micro-batch, in the order of `model.losses`.
+            shapes: number of rows -> shapes of the losses for that many rows. It is called at most
+                twice, and never if every loss is a number.
 
         Raises:
-            ValueError: how many losses there are depends on the rows.
+            ValueError: the number of losses depends on the rows.
         """
         ranks = tuple(loss.ndim or 0 for loss in losses)
         if not any(ranks):
@@ -54,10 +55,10 @@ class AddedLosses:
 
 
 def shapes_of_added(model: keras.Model, forward: Callable[[], list[Any]]) -> list[Shape]:
-    """Shapes of what layers add in a forward pass.
+    """Shapes of the losses that layers add in a forward pass.
 
-    Keras divides an activity regulariser by the rows, so what it returns, of whatever shape, is a
-    mean over rows: here a number.
+    Keras divides the result of an activity regulariser by the rows. So whatever its shape, it is a
+    mean over rows, and it counts as a number here.
 
     Args:
         model: the model.

@@ -1,4 +1,4 @@
-"""What a backend of Keras has to bring."""
+"""What each backend of Keras must provide."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -10,13 +10,13 @@ from virtualbatch.plan.plan import Plan
 
 
 class Ran(NamedTuple):
-    """What a train step did; nothing was updated by it.
+    """What a train step computed. The optimizer updated nothing.
 
     Fields:
-        gradients: of each trainable variable, as the optimizer gets them; None where there is none.
+        gradients: the gradient of each trainable variable, as the optimizer gets it, or None.
         logs: what the step returned.
         metrics: values of the model's metric variables.
-        non_trainable: values of its non-trainable variables.
+        non_trainable: values of the model's non-trainable variables.
     """
 
     gradients: list[Any]
@@ -26,19 +26,21 @@ class Ran(NamedTuple):
 
 
 class Program(Protocol):
-    """A train step that is observed instead of trained with."""
+    """A train step that is only observed: it does not train the model."""
 
     def __call__(self, batch: Callable[[], Any], times: int) -> Ran:
-        """Runs it, each time from the state that the last one left, and observes the last one.
+        """Runs the step several times and returns what the last run computed.
+
+        Each run starts from the state that the run before left.
 
         Args:
             batch: makes the batch anew, because some of Keras' own code writes to it.
-            times: how often.
+            times: the number of runs.
         """
 
 
 class Kept(Protocol):
-    """What else a backend puts back."""
+    """State of a backend, beside the variables of the model, that can be put back."""
 
     def restore(self) -> None:
         """Puts everything back."""
@@ -48,18 +50,18 @@ class Backend(NamedTuple):
     """How a backend of Keras trains a model by windows, plans for it and observes its steps.
 
     Fields:
-        refuse: model -> nothing; refuses what only this backend cannot train.
+        refuse: model -> nothing. Refuses models that this backend cannot train.
         step: (model, microbatch_size, accumulation_steps, packing, check=, gather=) -> the step
             that accumulates, see `TrainStep`.
         make_train_function: model -> its `make_train_function`.
-        plan: (model, (x, y, sample_weight), memory limit, what needs all rows) -> plan.
-        build: (model, (x, y, sample_weight)) -> nothing; makes what `fit` would make at its first
-            batch.
+        plan: (model, (x, y, sample_weight), memory limit, losses that need all rows) -> plan.
+        build: (model, (x, y, sample_weight)) -> nothing. Creates the variables that `fit` would
+            create at its first batch.
         program: (model, step) -> a program of the step.
         cut: (rows, microbatch_size) -> rows of each micro-batch.
-        is_concrete: whether a tensor has a value that can be read.
-        kept: model -> what else is put back after its steps were observed.
-        evaluate: (model, function, arrays) -> see `virtualbatch.keras._gather.detection`.
+        is_concrete: tensor -> whether its value can be read.
+        kept: model -> further state to put back after steps of the model were observed.
+        evaluate: see `virtualbatch.keras._gather.detection.Evaluate`.
     """
 
     refuse: Callable[[keras.Model], None]

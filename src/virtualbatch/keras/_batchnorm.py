@@ -1,7 +1,7 @@
-"""BatchNorm statistics of a window: moments as they were seen, merged into one momentum update.
+"""BatchNorm statistics of a window: the moments of its micro-batches, merged into one update.
 
-Each micro-batch is normalised with its own statistics, as the replicas of data parallelism do. The
-moving averages, though, take one update per window, with the moments of all its rows.
+Each micro-batch is normalised with its own statistics, as on the replicas of data parallelism. But
+the moving averages take one momentum update per window, with the moments of all its rows.
 """
 
 import math
@@ -18,8 +18,8 @@ from virtualbatch.window.shares import Moments, merge_moments
 def batchnorm_layers(model: keras.Model) -> list[Any]:
     """The BatchNormalization layers whose statistics can be merged, nested ones included.
 
-    Renormalisation reads its moving statistics in the forward pass, so those cannot wait for the
-    end of the window and are not listed.
+    Layers with renormalisation are not listed. They read their moving statistics in the forward
+    pass, so the update cannot wait for the end of the window.
     """
     return [
         layer
@@ -30,18 +30,18 @@ def batchnorm_layers(model: keras.Model) -> list[Any]:
 
 @contextmanager
 def recorded_moments(layers: Sequence[Any]) -> Iterator[list[tuple[Any, Moments]]]:
-    """Notes the moments that the layers compute inside the context, in the order of their calls.
+    """Records the moments that the layers compute inside the context, in the order of their calls.
 
-    Keras does not expose a layer's moments, or the mask they were taken under, so for the
-    length of one forward pass each layer carries an attribute of its own that listens.
+    Keras does not expose a layer's moments or the mask that was used for them. So for the length
+    of one forward pass, an attribute of each layer replaces its method `_moments` and records.
 
     Yields:
-        A list that fills with (layer, moments), which hold no graph. Their weight is a float where
-        shapes are known, else a scalar. A layer called twice stands in it twice; one that is
-        frozen or called with `training=False` does not stand in it.
+        A list that fills with (layer, moments). The moments hold no graph. Their weight is a float
+        if shapes are known, else a scalar. A layer that is called twice appears twice. A layer that
+        is frozen or called with `training=False` does not appear.
 
     Raises:
-        RuntimeError: another window listens to one of the layers, in this thread or in another.
+        RuntimeError: another window records one of the layers, in this thread or another.
     """
     seen: list[tuple[Any, Moments]] = []
 
@@ -57,7 +57,7 @@ def recorded_moments(layers: Sequence[Any]) -> Iterator[list[tuple[Any, Moments]
             else:
                 values = ops.cast(ops.size(inputs), "float64") / inputs.shape[layer.axis]
                 weight = ops.cast(values, mean.dtype)
-            # Else each micro-batch's activations would be held until the window ends.
+            # A graph would keep each micro-batch's activations until the window ends.
             computed_moments = Moments(weight, ops.stop_gradient(mean), ops.stop_gradient(variance))
             seen.append((layer, computed_moments))
             return mean, variance
@@ -68,7 +68,7 @@ def recorded_moments(layers: Sequence[Any]) -> Iterator[list[tuple[Any, Moments]
     try:
         for layer in layers:
             moments = listener(layer)
-            # In one step, so that of two threads only one is first.
+            # setdefault is one atomic step, so only one of two threads can be first.
             if vars(layer).setdefault("_moments", moments) is not moments:
                 raise RuntimeError(
                     "A BatchNormalization layer must be in one window at a time. "
@@ -83,7 +83,7 @@ def recorded_moments(layers: Sequence[Any]) -> Iterator[list[tuple[Any, Moments]
 
 
 def merged(a: Sequence[Moments], b: Sequence[Moments]) -> list[Moments]:
-    """Moments of two groups of rows, layer call by layer call."""
+    """Merges the moments of two groups of rows, one layer call after the other."""
     return [
         merge_moments(Moments(*x), Moments(*y), divide=_divided) for x, y in zip(a, b, strict=True)
     ]
@@ -96,7 +96,7 @@ def _divided(a: Any, b: Any) -> Any:
 
 
 def moving_statistics(layers: Sequence[Any]) -> dict[int, tuple[Any, Any]]:
-    """The moving mean and variance of each layer, by its id, before the window touches them."""
+    """The moving mean and variance of each layer, by its id, at the start of the window."""
     return {
         id(layer): (ops.copy(layer.moving_mean), ops.copy(layer.moving_variance))
         for layer in layers
@@ -106,12 +106,12 @@ def moving_statistics(layers: Sequence[Any]) -> dict[int, tuple[Any, Any]]:
 def assign_statistics(
     layers: Sequence[Any], start: dict[int, tuple[Any, Any]], moments: Sequence[Moments]
 ) -> None:
-    """Gives each layer one momentum update per call, from where its window began.
+    """Gives each layer one momentum update per call, from its values at the start of the window.
 
     Args:
         layers: one layer per recorded call, in the order of the calls.
-        start: what `moving_statistics` read before the window.
-        moments: the window's moments of those calls.
+        start: the result of `moving_statistics` at the start of the window.
+        moments: the window's moments for each of those calls.
     """
     current = dict(start)
     for layer, (_, mean, variance) in zip(layers, moments, strict=True):

@@ -1,4 +1,4 @@
-"""What cannot be trained by windows is refused, and what they do not make exact is named."""
+"""Refuses what cannot be trained by windows, and warns of what windows do not make exact."""
 
 import logging
 from dataclasses import is_dataclass
@@ -13,7 +13,7 @@ _log = logging.getLogger("virtualbatch")
 
 
 def check_kind(model: Any) -> None:
-    """Refuses what is no model.
+    """Refuses an object that is not a model.
 
     Raises:
         TypeError: not a Keras model.
@@ -26,7 +26,7 @@ def check_kind(model: Any) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Refuses what cannot be trained by windows.
+    """Refuses a model that cannot be trained by windows.
 
     Raises:
         TypeError: not a Keras model.
@@ -59,7 +59,7 @@ def check_model(model: Any) -> None:
 
 
 def _own_loop() -> tuple[str, str]:
-    """What accumulates in a loop of the user's own on Keras' backend, and what it replaces."""
+    """(our call for a training loop on Keras' backend, the call that it replaces)."""
     match keras.backend.backend():
         case "torch":
             return "virtualbatch.torch.backward", "loss.backward()"
@@ -70,7 +70,7 @@ def _own_loop() -> tuple[str, str]:
 
 
 def accumulates(model: keras.Model) -> bool:
-    """Whether `accumulate` was called and not taken back."""
+    """Whether the model accumulates: `accumulate` was called and `restore` was not."""
     return getattr(vars(model).get("train_step"), "is_virtualbatch", False)
 
 
@@ -97,12 +97,12 @@ def replica_count(model: keras.Model) -> int:
 
 
 def refuse_on_replicas(model: keras.Model, rule: str, fix: str) -> None:
-    """Refuses what is done for one device.
+    """Refuses a model on several replicas, for functions that work on one device.
 
     Args:
         model: the model.
-        rule: a sentence.
-        fix: a sentence.
+        rule: the sentence that states the rule.
+        fix: the sentence that says what to do instead.
 
     Raises:
         ValueError: the model has several replicas.
@@ -112,7 +112,7 @@ def refuse_on_replicas(model: keras.Model, rule: str, fix: str) -> None:
 
 
 def named_strategy(model: keras.Model) -> str:
-    """The strategy of a model, with its replicas."""
+    """The strategy of a model and its number of replicas, in words."""
     return f"a {type(model.distribute_strategy).__name__} of {replica_count(model)} replicas"
 
 
@@ -124,9 +124,9 @@ def unpacked_batch(model: keras.Model, batch: Any) -> tuple[Any, Any, Any]:
         batch: x, (x, y) or (x, y, sample_weight).
 
     Raises:
-        ValueError: it is a list, which is all of x, for a model whose loss needs targets; or a
-            Window; or rows differ or are missing.
-        TypeError: it holds something else than arrays.
+        ValueError: it is a list for a model whose loss needs targets, because a list counts as x
+            alone; or it holds a Window; or numbers of rows differ or are missing.
+        TypeError: it holds something other than arrays.
     """
     if isinstance(batch, list) and model.loss is not None:
         raise ValueError(
@@ -153,7 +153,7 @@ def unpacked_batch(model: keras.Model, batch: Any) -> tuple[Any, Any, Any]:
                 f"Got {path} of type {type(leaf).__name__}. Pass arrays as fit yields them."
             )
     for part in keras.tree.flatten((x, y, sample_weight)):
-        # Keras does not look into every structure that could be cut.
+        # We could cut a dataclass, but Keras does not look into it.
         if is_dataclass(part):
             raise TypeError(
                 "Keras finds arrays in dicts, lists and tuples. "

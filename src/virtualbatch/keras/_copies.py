@@ -1,4 +1,4 @@
-"""What becomes of accumulation when a model is copied.
+"""Whether a copy of a model accumulates.
 
 Keras copies a model by saving and loading it, and the saved file does not contain accumulation. A
 deep copy accumulates, because it never leaves the process. A pickle may be read where virtualbatch
@@ -14,7 +14,7 @@ import keras
 
 _log = logging.getLogger("virtualbatch")
 
-# Python asks an instance for them before its class.
+# Python looks for these attributes on an instance before it looks on the class.
 HOOKS = ("__deepcopy__", "__reduce__")
 
 
@@ -31,14 +31,15 @@ class DeepCopy:
         self._accumulate = accumulate
 
     def __call__(self, memo: dict[int, Any]) -> Any:
-        """A copy as it would be without this hook, which then accumulates."""
+        """Copies the model as Python would without this hook, then makes the copy accumulate."""
         attributes = vars(self._model)
         ours = {name: attributes.pop(name) for name in HOOKS if name in attributes}
         try:
             twin = copy.deepcopy(self._model, memo)
         finally:
             attributes.update(ours)
-        # Keras says so of copies that it left for a `compile` of their own class, too.
+        # Keras sets `compiled` also on a copy that still waits for the `compile` of its own class.
+        # Such a copy has no optimizer.
         if twin.compiled and hasattr(twin, "optimizer"):
             self._accumulate(twin)
         else:
@@ -51,7 +52,7 @@ class DeepCopy:
 
 
 class Reduction:
-    """The `__reduce__` of a model that accumulates: Keras' own, and one log line.
+    """The `__reduce__` of a model that accumulates: Keras' own `__reduce__`, and one log line.
 
     Args:
         model: the model.

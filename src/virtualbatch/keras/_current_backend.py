@@ -1,4 +1,4 @@
-"""Which of our backends serves Keras' own."""
+"""Finds our implementation for the backend that Keras runs on."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from virtualbatch.keras._checks import check_model
 
 
 def backend_for(model: Any) -> Backend:
-    """Keras' backend, for a model that it can train by windows."""
+    """Our implementation for Keras' backend, after checking that it can train the model."""
     keras_backend = current_backend()
     check_model(model)
     keras_backend.refuse(model)
@@ -17,10 +17,10 @@ def backend_for(model: Any) -> Backend:
 
 
 def current_backend() -> Backend:
-    """That of Keras' backend; its framework is the only one that is imported.
+    """Our implementation for Keras' backend. Only that backend's framework is imported.
 
     Raises:
-        NotImplementedError: this version does not support the backend.
+        NotImplementedError: we do not support the backend.
     """
     match keras.backend.backend():
         case "tensorflow":

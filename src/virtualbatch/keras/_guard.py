@@ -1,7 +1,7 @@
-"""Windows that are planned before they run and run again if memory runs out.
+"""Plans the size of windows before they run, and runs a window again if memory runs out.
 
 The train step holds the size in use. A guard changes it between two attempts at the same batch,
-after putting back everything that the attempt wrote.
+after it has put back everything that the failed attempt wrote.
 """
 
 import sys
@@ -27,7 +27,7 @@ class Guard:
     Args:
         model: the model.
         step: its train step.
-        memory: what the backend knows of memory.
+        memory: the backend's out-of-memory errors and its measure of free memory.
     """
 
     def __init__(self, model: keras.Model, step: TrainStep, memory: Memory):
@@ -41,19 +41,19 @@ class Guard:
         self._program = ""
 
     def fitted(self, shape: Hashable) -> bool:
-        """Whether a window of this shape has run with the size that is in force."""
+        """Whether a window of this shape has run with the size in use."""
         return shape in self._fitted
 
     def forget(self) -> None:
-        """Forgets them, because the model computes something else now."""
+        """Forgets the shapes that fitted, because the model computes something else now."""
         self._fitted = set()
 
     def remember(self, shape: Hashable) -> None:
-        """Remembers that one has."""
+        """Remembers that a window of this shape has run with the size in use."""
         self._fitted.add(shape)
 
     def succeeded(self) -> bool:
-        """Counts a window that fitted; whether a size grew again, so that a program is outdated."""
+        """Counts a window that fitted. Returns whether the size grew, so programs are outdated."""
         size = self._latest
         if size is None:
             return False
@@ -71,19 +71,19 @@ class Guard:
         prove: Callable[[int], None],
         look_for_coupled: Callable[[], bool],
     ) -> Any:
-        """Runs a window, again with smaller micro-batches as long as memory runs out.
+        """Runs a window. While memory runs out, runs it again with smaller micro-batches.
 
         Args:
-            batch: the batch, or the largest of those that run in one call.
+            batch: the batch, or the largest of the batches that run in one call.
             rows: its rows on one device.
             attempt: runs the window once and waits for it.
-            put_back: undoes whatever a failed attempt wrote.
+            put_back: undoes everything that a failed attempt wrote.
             make_again: makes a program for another size.
             plan: memory limit -> plan for this batch.
-            prove: rows, or tokens, of a micro-batch -> nothing; tries the law on the batch if that
-                was not done before.
-            look_for_coupled: finds out what of the loss needs all rows, and whether the program is
-                outdated by it; see `TrainStep`.
+            prove: rows, or tokens, of a micro-batch -> nothing. Checks, once, that micro-batches
+                of this batch add up to the batch.
+            look_for_coupled: finds the losses that need all rows. Returns whether the program is
+                outdated; see `TrainStep`.
 
         Raises:
             MemoryError: not even a micro-batch of one row fits.
@@ -105,7 +105,7 @@ class Guard:
 
         def smaller(_: int) -> None:
             self._take(size)
-            # A batch that was one micro-batch was not looked at.
+            # This was not done before if the batch was one micro-batch.
             look_for_coupled()
             make_again()
 
@@ -156,7 +156,7 @@ class Guard:
 
 
 def _computed(model: keras.Model) -> str:
-    """What a window computes beside the layers, which a later `compile` may change."""
+    """A fingerprint of what a later `compile` may change: losses, optimizer, `jit_compile`."""
     losses = [
         (type(found).__name__, getattr(found, "fn", found))
         for found in keras.tree.flatten(model.loss)
@@ -166,9 +166,10 @@ def _computed(model: keras.Model) -> str:
 
 
 def _has_moved(model: keras.Model, error: BaseException) -> bool:
-    """Whether some weights may have moved already, in Python, when an error was raised.
+    """Whether some weights may have moved when an error was raised; read from the traceback.
 
-    They may have in the optimizer, and have in the metrics of Keras' own step, which come after it.
+    They may have moved if the optimizer raised. They have moved if the metrics of Keras' own step
+    raised, because they come after the optimizer.
     """
 
     def called(names: tuple[str, ...], owner: Any) -> bool:

@@ -72,7 +72,7 @@ class NoiseScaleCallback(keras.callbacks.Callback, noise.NoiseScale):
 
     def _watch(self, step: TrainStep, listener: Any) -> None:
         step.listener = listener
-        # Compiled programs compute statistics or do not.
+        # A compiled program either computes statistics or does not, so compile it again.
         self.model.make_train_function(force=True)
 
 

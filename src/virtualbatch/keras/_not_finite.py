@@ -1,6 +1,7 @@
-"""The losses of micro-batches of `fit` that are not finite.
+"""Finds the micro-batches of `fit` whose losses are not finite.
 
-A compiled window reports them in the logs of its step, which are read once a later window runs.
+A compiled window reports its losses in the logs of its step. They are read while a later window
+runs.
 """
 
 from collections.abc import Callable
@@ -11,17 +12,20 @@ import numpy as np
 from virtualbatch.window.not_finite import LateLosses, LossWatch
 from virtualbatch.window.terms import SINGLE
 
-# Where the logs of a step tell of losses: in a table with a line for each micro-batch, its part of
-# the loss and its rows. Where a loss sees all rows: that loss, and a table of NaN, or 0 where all
-# that a micro-batch predicts is finite, and its rows. On replicas: a table with a line for each, of
-# its loss, how many micro-batches it has, and the number of the first that is not finite, or 0.
+# The key under which the logs of a step hold losses. PyTorch stores a `Heard` there. TensorFlow and
+# JAX store one of three forms:
+# - A table with one line per micro-batch: its part of the loss, and its rows.
+# - If a loss sees all rows: (that loss, a table with one line per micro-batch). A line holds 0 if
+#   all predictions of the micro-batch are finite, else NaN; and the rows.
+# - On replicas: a table with one line per replica: its loss, its number of micro-batches, and the
+#   number of the first micro-batch that is not finite, counted from 1, or 0.
 LOSSES = "virtualbatch_losses"
-# What is told of micro-batches whose loss sees all rows.
+# What is reported as not finite for a micro-batch whose loss sees all rows.
 PREDICTIONS = "The prediction of the model"
-# In the place of rows that are not the next ones of their batch; and where nothing is known of a
-# loss, because it cannot be told from losses before it.
+# Stand in the place of the rows. NO_PLACE: the rows are not the next ones of the batch.
+# NOTHING_KNOWN: the loss cannot be separated from the losses before it.
 NO_PLACE, NOTHING_KNOWN = -1, -2
-# Columns of what replicas tell.
+# The number of columns in the table of replicas.
 _OF_REPLICAS = 3
 
 
@@ -37,10 +41,11 @@ class LossesOfFit:
         self._late: LateLosses[Any] = LateLosses(is_there, self._hear)
 
     def told(self, logs: dict[str, Any]) -> dict[str, Any]:
-        """Logs of a step as Keras knows them; the rest is processed now or later.
+        """The logs of a step as Keras expects them. Losses are taken out and read now or later.
 
         Args:
-            logs: of a step; perhaps with the losses of one window, or a list of them.
+            logs: the logs of a step; perhaps with the losses of one window, or a list with the
+                losses of several windows.
         """
         found = logs.pop(LOSSES, [])
         for entry in found if isinstance(found, list) else [found]:
@@ -48,7 +53,7 @@ class LossesOfFit:
         return logs
 
     def hear_all(self) -> None:
-        """Processes all that was received, and waits where it must."""
+        """Reads all losses that were received, and waits for those that are not ready."""
         self._late.hear_all()
 
     def _hear(self, entry: Any) -> None:
@@ -72,7 +77,7 @@ class LossesOfFit:
     def _hear_of_microbatches(self, whole: Any, numbers: list[float], rows: list[float]) -> None:
         if NOTHING_KNOWN in rows:
             return
-        # Each is a part of the whole, or tells of predictions whose loss sees all rows.
+        # The numbers are parts of the loss. With `whole` they only say which predictions are bad.
         if not self._watch.listens(sum(numbers) if whole is None else float(whole)):
             return
         places = [None if n == NO_PLACE else int(n) for n in rows]
@@ -81,6 +86,6 @@ class LossesOfFit:
 
 
 def without_losses(logs: dict[str, Any]) -> dict[str, Any]:
-    """Logs of a step without these losses."""
+    """The logs of a step without the losses of micro-batches."""
     logs.pop(LOSSES, None)
     return logs

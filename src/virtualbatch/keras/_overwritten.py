@@ -1,7 +1,8 @@
-"""Variables whose gradient is their new value, as the scales and maxima of float8 layers are.
+"""Variables whose gradient is their new value, such as the scales and maxima of float8 layers.
 
-Keras' optimizer assigns what it gets as their gradient. A sum over micro-batches would be wrong, so
-the maximum is taken, as in Keras' own accumulation. For maxima over rows it is that of the batch.
+Keras' optimizer assigns the gradient of such a variable to it. A sum over micro-batches would be
+wrong, so we take the maximum, as Keras' own accumulation does. If the value is a maximum over rows,
+the result is the maximum over the whole batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +20,13 @@ def merged_gradients(
     overwritten: Sequence[bool],
     maximum: Callable[[Any, Any], Any],
 ) -> list[Any]:
-    """Gradients of two groups of micro-batches: sums, and maxima of what is overwritten.
+    """Merges the gradients of two groups of micro-batches: sums, or maxima for overwritten ones.
 
     Args:
         a: one gradient per variable, or None.
-        b: the same of the other group.
+        b: one gradient per variable, or None, of the other group.
         overwritten: see `are_overwritten`.
-        maximum: of two tensors.
+        maximum: (tensor, tensor) -> their maximum.
     """
 
     def merged(x: Any, y: Any, largest: bool) -> Any:
@@ -37,5 +38,5 @@ def merged_gradients(
 
 
 def updated(gradients: Sequence[Any], overwritten: Sequence[bool]) -> list[Any]:
-    """The gradients that are no new values."""
+    """The gradients of all variables that are not overwritten."""
     return [gradient for gradient, skip in zip(gradients, overwritten, strict=True) if not skip]

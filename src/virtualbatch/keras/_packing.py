@@ -1,4 +1,4 @@
-"""Packed batches of `fit`: which arrays are padded, to what length, and what a model must take."""
+"""Packed batches of `fit`: which arrays are padded, to what length, and which models take them."""
 
 from collections.abc import Callable, Set
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from virtualbatch.window.padding import length_by_shape, trimmed_by_shape
 from virtualbatch.window.tree import Builder, builder
 
 _FIX = "In a loop of your own, virtualbatch.pack takes padded=, which names the padded leaves."
-# To how many lengths rows are trimmed where each is a program of its own.
+# The number of lengths to which rows are trimmed, if each length needs a program of its own.
 FEW_LENGTHS = 4
 
 
@@ -20,7 +20,7 @@ class Packing(NamedTuple):
     """How the rows of every batch are packed.
 
     Fields:
-        tokens: rows times longest row that a micro-batch may have.
+        tokens: the largest product of rows and longest row that a micro-batch may have.
         lengths: x of a batch -> length of each row, integers.
     """
 
@@ -32,9 +32,9 @@ class PaddedBatch(NamedTuple):
     """A batch of `fit` as leaves, some of them padded.
 
     Fields:
-        leaves: of (x, y, sample_weight).
-        trimmed: for each leaf whether its second axis is the padded one.
-        length: to which it is padded.
+        leaves: the leaves of (x, y, sample_weight).
+        trimmed: for each leaf, whether its second axis is padded.
+        length: the length to which leaves are padded.
         build: leaves -> (x, y, sample_weight).
         targets: whether some target is padded, so that losses have a value per token.
     """
@@ -46,7 +46,7 @@ class PaddedBatch(NamedTuple):
     targets: bool
 
     def mapped(self, fn: Callable[[Any, bool], Any]) -> Any:
-        """(x, y, sample_weight) with fn applied to every array and whether it is padded."""
+        """(x, y, sample_weight) after fn(array, whether it is padded) is applied to each array."""
         pairs = zip(self.leaves, self.trimmed, strict=True)
         return self.build([fn(leaf, cut) if is_known(leaf) else leaf for leaf, cut in pairs])
 
@@ -58,18 +58,18 @@ class PaddedBatch(NamedTuple):
 
 
 class _Shape(NamedTuple):
-    """Shape and dtype of an array, an open length of a trace as a number."""
+    """Shape and dtype of an array. A length that a trace leaves open is the number `_OPEN`."""
 
     shape: tuple[int, ...]
     dtype: Any
 
 
-# Longer than any row: what stands for a length that a trace leaves open.
+# Stands for a length that a trace leaves open. It is longer than any row.
 _OPEN = 2**62
 
 
 def asked_packing(microbatch_tokens: Any, lengths: Any) -> Packing | None:
-    """How rows are to be packed, from the arguments of `accumulate`; None if they are not.
+    """How rows are packed, from the arguments of `accumulate`; None if they are not packed.
 
     Raises:
         ValueError: only one of the two is given, or tokens are not a positive integer.
@@ -95,7 +95,8 @@ def asked_packing(microbatch_tokens: Any, lengths: Any) -> Packing | None:
 def padded_batch(model: keras.Model, batch: Any) -> PaddedBatch:
     """The leaves of a batch, and which of them are padded.
 
-    The padded length is that of x; y and sample weights are padded where they have it too.
+    The second axis of x gives the padded length. y and sample weights are padded if their second
+    axis has that length too.
 
     Args:
         model: the model.
@@ -127,9 +128,9 @@ def padded_batch(model: keras.Model, batch: Any) -> PaddedBatch:
 
 
 def trimmed_outputs(model: keras.Model, batch: PaddedBatch) -> list[bool]:
-    """For each leaf of the predictions, whether its second axis is as long as the rows of x.
+    """For each leaf of the predictions, whether its second axis follows the padded length of x.
 
-    Nothing is run.
+    Only shapes are computed. Nothing runs.
 
     Args:
         model: a model that is built.
@@ -148,10 +149,10 @@ def trimmed_outputs(model: keras.Model, batch: PaddedBatch) -> list[bool]:
 
 
 def checked_lengths(lengths: Any, rows: int | None) -> Any:
-    """What `lengths` returned, if it is one per row as far as its shape tells.
+    """Returns the lengths after checking, by their shape, that there is one per row.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the shape is another one.
     """
     shape = tuple(getattr(lengths, "shape", ()))
     if len(shape) != 1 or (None not in (shape[0], rows) and shape[0] != rows):

@@ -8,14 +8,14 @@ from keras import ops
 class Rows(NamedTuple):
     """Rows of a micro-batch and of its window.
 
-    Numbers of the host stay there: as a tensor, each would have to be copied to its device, and
-    some backends wait for such a copy.
+    Numbers on the host stay there. As tensors they would have to be copied to the device, and some
+    backends wait for such a copy.
 
     Fields:
         here: rows of the micro-batch; int or integer scalar.
         window: rows of the whole batch; int or integer scalar.
-        stretch: padded length over the length that the rows of a packed micro-batch, and their
-            targets, are trimmed to; 1.0 where nothing is.
+        stretch: the padded length over the length to which the rows of a packed micro-batch and
+            their targets are trimmed. 1.0 if no target is trimmed.
     """
 
     here: Any
@@ -24,12 +24,12 @@ class Rows(NamedTuple):
 
     @property
     def on_host(self) -> bool:
-        """Whether both are Python numbers."""
+        """Whether `here` and `window` are Python numbers."""
         return isinstance(self.here, int) and isinstance(self.window, int)
 
     @property
     def is_stretched(self) -> bool:
-        """Whether padding was trimmed of the targets."""
+        """Whether padding may have been trimmed from the targets."""
         return not isinstance(self.stretch, float) or self.stretch != 1.0
 
     def share(self, dtype: str) -> Any:

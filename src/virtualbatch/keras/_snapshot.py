@@ -11,7 +11,8 @@ class Snapshot:
 
     Args:
         model: a model that is built and compiled.
-        optimizer: whether those of its optimizer, which may be twice the weights, are kept too.
+        optimizer: whether to keep the variables of the optimizer too. They may take twice the
+            memory of the weights.
     """
 
     def __init__(self, model: keras.Model, optimizer: bool = True):
@@ -30,7 +31,7 @@ class Snapshot:
             variable.assign(value)
         known = {id(variable) for variable, _ in self._values}
         for metric in self._model.metrics:
-            # Made by what is taken back: a metric without variables had counted nothing.
+            # These variables are newer than the snapshot, when the metric had counted nothing.
             if any(id(variable) not in known for variable in metric.variables):
                 metric.reset_state()
 

@@ -1,8 +1,9 @@
 """A compiled Keras loss as sums over a micro-batch, each divided by its window's weight.
 
-Keras divides every loss by a denominator of its own: elements, unmasked elements, or sample
-weights. Here the same `Loss` objects run without their reduction, and the denominator is that of
-the whole batch, so the contributions of all micro-batches add up to what Keras would compute.
+Keras divides every loss by its own denominator: the number of elements or of unmasked elements, or
+the sum of sample weights. Here the same `Loss` objects run without their reduction, and we divide
+by the denominator of the whole batch. So the contributions of all micro-batches add up to what
+Keras would compute for the batch.
 """
 
 import math
@@ -22,13 +23,14 @@ class Contribution(NamedTuple):
     """What a micro-batch adds to the loss of its window.
 
     Fields:
-        total: scalar of the loss's dtype, weighted by `loss_weights`.
-        tracked: values for the per-output loss metrics, in their order; empty if Keras keeps none.
-        tracked_by_rows: whether Keras weights those metrics by rows (it does where the number of
-            rows is static).
-        counted: vector, at least float32, of what had to be counted because only the data or a
-            forward knows it; None where every weight is proportional to the rows.
-        numbers: names of losses that gave one number, rather than one value per row.
+        total: a scalar of the loss's dtype, weighted by `loss_weights`.
+        tracked: values for the per-output loss metrics, in their order; empty if Keras keeps no
+            such metrics.
+        tracked_by_rows: whether Keras weights those metrics by rows. It does if the number of rows
+            is static.
+        counted: the weights of this micro-batch that depend on its data or on a forward, as a
+            vector of float32 or wider. None if every weight is proportional to the rows.
+        numbers: names of losses that returned one number rather than one value per row.
         unreduced: whether the loss is one that Keras does not reduce. Its gradients are summed.
     """
 
@@ -46,13 +48,13 @@ class Contribution(NamedTuple):
 
 
 class Recorded:
-    """Stands where Keras updates a per-output loss metric, which happens once per window."""
+    """Stands in for a per-output loss metric, whose real update happens once per window."""
 
     value: Any = None
     sample_weight: Any = None
 
     def update_state(self, value: Any, sample_weight: Any = None) -> None:
-        """Keeps what the metric would be shown."""
+        """Keeps the values that the metric would get."""
         self.value, self.sample_weight = value, sample_weight
 
 
@@ -67,8 +69,8 @@ def contribution(
 ) -> Contribution:
     """Runs a model's compiled loss on one micro-batch.
 
-    Keras' own object resolves structures, paths and loss weights; only its terms are replaced, in
-    a copy, so the model's object is built if it was not and otherwise left alone.
+    A copy of Keras' own object resolves structures, paths and loss weights. Only the terms of the
+    copy are replaced. The model's object is built if it was not, and is otherwise unchanged.
 
     Args:
         compile_loss: the model's `CompileLoss`.
@@ -76,9 +78,10 @@ def contribution(
         y_pred: predictions of the micro-batch.
         sample_weight: sample weights of the micro-batch, or None.
         rows: rows of the micro-batch and the window.
-        totals: returns what the micro-batches of the window have `counted`, added up (or floats
-            that stand for it); called only where a weight has to be counted.
-        skipped: for each loss of a built one, whether it is left out; empty for all.
+        totals: returns the `counted` vectors of all micro-batches of the window, summed, or floats
+            that stand for that sum. It is called only if a weight has to be counted.
+        skipped: for each loss of a built `compile_loss`, whether to leave it out. If empty, no
+            loss is left out.
 
     Returns:
         The contribution.
@@ -120,12 +123,12 @@ def contribution(
 def with_other_losses(
     compile_loss: Any, other: Callable[[Sequence[Any]], Sequence[Any]], metrics: list[Recorded]
 ) -> Any:
-    """A copy of a `CompileLoss` that computes other entries, and updates no metric.
+    """A copy of a `CompileLoss` that computes other entries and updates no metric.
 
     Args:
-        compile_loss: the model's own, which is built if it was not and otherwise left alone.
-        other: its entries -> those of the copy.
-        metrics: takes what each of these would show its metric, once the copy has run.
+        compile_loss: the model's own object. It is built if it was not, and is otherwise unchanged.
+        other: entries of the original -> entries of the copy.
+        metrics: a list that gets one `Recorded` per entry of the copy, if Keras keeps metrics.
     """
     run = shallow_copy(compile_loss)
 
@@ -149,7 +152,9 @@ def with_other_losses(
 
 
 def _check_reduced(entries: Sequence[Any]) -> None:
-    """Refuses what Keras adds up by broadcasting, so that one loss counts once per row of another.
+    """Refuses an unreduced loss among several losses.
+
+    Keras would add them by broadcasting, so one loss would count once per row of another.
 
     Raises:
         ValueError: one of several losses is not reduced.
@@ -164,7 +169,7 @@ def _check_reduced(entries: Sequence[Any]) -> None:
 
 
 def shallow_copy(instance: Any) -> Any:
-    """A copy that shares every attribute; Keras' own copies go through a saved config."""
+    """A copy that shares every attribute. Keras' own copies go through a saved config instead."""
     twin = object.__new__(type(instance))
     vars(twin).update(vars(instance))
     return twin
@@ -177,7 +182,7 @@ def _vector(counts: Sequence[Any]) -> Any:
 
 @dataclass
 class _Notes:
-    """What is learned about a loss when it runs."""
+    """Facts about the losses that are known only when they run."""
 
     numbers: list[str]
     unreduced: bool = False
@@ -189,13 +194,13 @@ def _summed(
     over_window: Callable[[Any], Any],
     notes: "_Notes",
 ) -> Callable[..., Any]:
-    """A loss that gives its micro-batch's part of what it would be for the window.
+    """A loss that returns the micro-batch's part of the window's loss.
 
     Args:
         loss: one loss of a compiled model.
         rows: rows of the micro-batch and the window.
         over_window: scalar of this micro-batch -> its sum over the window.
-        notes: takes what is found out about the loss.
+        notes: receives what the run shows about the loss.
 
     Returns:
         A function of (y_true, y_pred, sample_weight), like the loss.
@@ -219,7 +224,7 @@ def _summed(
             mean = part(values)
             if weights is None:
                 return mean
-            # Keras spreads a loss that is a number already over the weights, and reduces that.
+            # If a loss is one number, Keras broadcasts it over the weights and reduces the result.
             total = mean * over_window(ops.sum(weights))
         else:
             total = ops.sum(product)
@@ -239,7 +244,7 @@ def _summed(
 
 
 def _copy(sample_weight: Any) -> Any:
-    """Weights that Keras may multiply by a mask, which it does in place on PyTorch."""
+    """A copy of sample weights, because on PyTorch Keras multiplies them by a mask in place."""
     return None if sample_weight is None else ops.copy(sample_weight)
 
 
@@ -248,15 +253,15 @@ def _is_unreduced(loss: keras.losses.Loss) -> bool:
 
 
 def logged_as_mean(total: Any, elements: Any, rows: Rows) -> Any:
-    """A loss that is not reduced: Keras sums its gradients but logs its mean."""
+    """The value of an unreduced loss: Keras sums its gradients but logs its mean."""
     part = _divided(total, _size_over_window(elements, rows))
     return total + ops.stop_gradient(part - total)
 
 
 def _size_over_window(values: Any, rows: Rows) -> Any:
-    """Number of elements that the window has, from those of a micro-batch; a float or a scalar.
+    """The number of elements in the window, from a micro-batch's elements; a float or a scalar.
 
-    Keras counts padding too, so what was trimmed of a value per token is counted here.
+    Keras counts padding too. So for a value per token, trimmed padding is counted here.
     """
     stretch = rows.stretch if len(values.shape) > 1 else 1.0
     if rows.on_host and None not in values.shape:
@@ -266,14 +271,14 @@ def _size_over_window(values: Any, rows: Rows) -> Any:
 
 
 def _elements_per_position(values: Any, mask: Any) -> Any:
-    """A position of the mask may stand for several elements; a float or a scalar."""
+    """The number of elements for which one position of the mask stands; a float or a scalar."""
     if None not in values.shape and None not in mask.shape:
         return math.prod(values.shape) / (math.prod(mask.shape) or 1)
     return ops.cast(ops.size(values) / ops.size(mask), values.dtype)
 
 
 def _divided(total: Any, weight: Any) -> Any:
-    """A sum over its weight, 0 where there is no weight."""
+    """A sum divided by its weight; 0 if the weight is 0."""
     if isinstance(weight, float):
         return total / (weight or 1.0)
     return ops.divide_no_nan(total, weight)
@@ -285,8 +290,8 @@ def elements(
     """Runs one loss without its reduction.
 
     Returns:
-        (values, mask, product): what the loss computed, the mask that Keras applies or None, and
-        the values times mask and sample weights.
+        (values, mask, product): the values of the loss; the mask that Keras applies, or None; and
+        the values multiplied by mask and sample weights.
     """
     seen: list[Any] = []
 
@@ -302,14 +307,14 @@ def elements(
 
 
 def _weights(loss: keras.losses.Loss, mask: Any, sample_weight: Any) -> Any:
-    """Mask times sample weights as Keras merges them, or None where there is neither."""
+    """Mask times sample weights, merged as Keras does; None if there is neither."""
     if sample_weight is not None:
         sample_weight = ops.convert_to_tensor(sample_weight, loss.dtype)
     return apply_mask(sample_weight, mask, dtype=loss.dtype, reduction=None)
 
 
 def _mask(y_pred: Any, values: Any) -> Any:
-    """The mask that Keras applies: that of the predictions and that which the loss attached."""
+    """The mask that Keras applies: the predictions' mask and the mask that the loss attached."""
     given = [backend.get_keras_mask(y_pred), backend.get_keras_mask(values)]
     found = [ops.cast(mask, "bool") for mask in given if mask is not None]
     if not found:

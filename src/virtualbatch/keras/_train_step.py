@@ -1,4 +1,4 @@
-"""What every backend's `train_step` has in common: its sizes, its refusals and what it logs."""
+"""What the `train_step` of every backend shares: sizes, refusals and log lines."""
 
 import logging
 import warnings
@@ -21,7 +21,7 @@ from virtualbatch.window.cut import rows_per_microbatch
 
 _log = logging.getLogger("virtualbatch")
 
-# Where the logs of a step hold what its listener is told, until `told` takes it out.
+# The key under which the logs of a step hold statistics for its listener, until `told` removes it.
 STATS = "virtualbatch_stats"
 
 
@@ -33,21 +33,21 @@ class TrainStep:
         microbatch_size: rows of one micro-batch, "auto", an `Auto`, or None.
         accumulation_steps: micro-batches per window, or None.
         packing: how rows are packed instead, or None.
-        check: whether its first window proves itself.
-        gather: whether losses get the predictions of all rows: those that need them (None), all
-            or none; or what was found out of the model before.
+        check: whether the first window is checked; see `prove_first_window`.
+        gather: which losses get the predictions of all rows: those that need them (None), all
+            (True) or none (False). Or a `Found`, if that is known already.
 
     Attributes:
         microbatch_size: as given.
         packing: as given.
         check: as given.
         gather: as given.
-        silent: whether losses that only their author knows how to cut are not logged, because they
-            were proven or are being observed.
-        most: rows of a micro-batch, or tokens of a packed one, where they were planned, or made
-            fewer than asked for; else None.
-        losses: receives the losses of windows; None where they are not watched.
-        listener: receives the `WindowStats` of windows; where it is None they are not computed. A
+        silent: whether to log nothing about losses that return one number, because they were
+            proven or are being observed.
+        most: rows of a micro-batch, or tokens of a packed one, if that number was planned or
+            reduced after memory ran out; else None.
+        losses: receives the losses of windows; None if they are not watched.
+        listener: receives the `WindowStats` of windows. If it is None, they are not computed. A
             train function keeps the listener that was set when it was made.
     """
 
@@ -73,7 +73,7 @@ class TrainStep:
         self.listener: Callable[[Any], None] | None = None
         self._said: set[str] = set()
         self._proven, self._compiled = Proven(), model._compile_loss
-        # What was found by values; and what stands for it where there were none to look at.
+        # The first was found from values, the second from shapes alone.
         self._found: Found | None = None
         self._assumed: Found | None = None
         self._added = AddedLosses()
@@ -81,20 +81,20 @@ class TrainStep:
         self.losses: Any = self._losses()
 
     def proven(self) -> Proven:
-        """What was tried of the model as it is compiled."""
+        """What the checks have proven since the model was last compiled."""
         self._forget_if_recompiled()
         return self._proven
 
     def look_for_coupled(self, batch: Any, rows: int, evaluate: Evaluate) -> bool:
-        """Finds, once, what needs all rows, and logs it.
+        """Finds, once, which losses need all rows, and logs it.
 
         Args:
-            batch: (x, y, sample_weight), of which every array has values.
+            batch: (x, y, sample_weight); every array has values.
             rows: its rows.
-            evaluate: see there.
+            evaluate: see `virtualbatch.keras._gather.detection.Evaluate`.
 
         Returns:
-            Whether a program that was made before computes something else.
+            Whether programs that were made before are outdated.
         """
         if self.is_known() or rows < 2:
             return False
@@ -106,7 +106,7 @@ class TrainStep:
         return assumed is not None
 
     def found(self, batch: Any) -> Found:
-        """What needs all rows and gets them; judged by shape where no values were read.
+        """The losses that need all rows and get them, judged by shape if no values were read.
 
         Args:
             batch: (x, y, sample_weight), perhaps without values.
@@ -118,7 +118,7 @@ class TrainStep:
         if self.is_known():
             found = self._found
         else:
-            # A later batch may show more, so this is no more than what this one gets.
+            # The values of a later batch may show more, so this is only assumed.
             if self._assumed is None:
                 self._assumed = found_by_shape(self._model, batch)
                 self.say_what_was_found(self._assumed)
@@ -126,13 +126,13 @@ class TrainStep:
         return NOTHING if found is None or self.gather is False else found
 
     def gathering(self, batch: Any) -> Gathering | None:
-        """What a window of several micro-batches gathers; None for nothing.
+        """What a window of several micro-batches gathers; None if it gathers nothing.
 
         Args:
             batch: (x, y, sample_weight), perhaps without values.
 
         Raises:
-            ValueError: its statistics are asked for, but a loss sees all rows.
+            ValueError: a listener wants statistics, but a loss sees all rows.
         """
         found = self.found(batch).gathering
         if found is not None and self.listener is not None:
@@ -143,7 +143,7 @@ class TrainStep:
         return found
 
     def is_known(self) -> bool:
-        """Whether it is settled what needs all rows."""
+        """Whether it is known for good which losses need all rows."""
         self._forget_if_recompiled()
         return self._found is not None or self.gather is True or isinstance(self.gather, Found)
 
@@ -160,7 +160,11 @@ class TrainStep:
             self._found, self._assumed, self.silent = None, None, False
 
     def rows_asked_for(self, rows: int) -> int:
-        """Rows, or tokens, of one micro-batch as asked for, for a batch of so many rows."""
+        """The rows, or tokens, of a micro-batch that the user asked for.
+
+        Args:
+            rows: the rows of the batch.
+        """
         if self.packing is not None:
             return self.packing.tokens
         if self.microbatch_size is not None:
@@ -168,19 +172,20 @@ class TrainStep:
         return int(rows_per_microbatch(rows, None, self._accumulation_steps))
 
     def told(self, logs: dict[str, Any]) -> dict[str, Any]:
-        """Logs of a step as Keras knows them, after its listener has received the rest."""
+        """The logs of a step as Keras expects them; listeners get the other entries."""
         stats = logs.pop(STATS, None)
         if stats is not None and self.listener is not None:
             self.listener(stats)
         return without_losses(logs) if self.losses is None else self.losses.told(logs)
 
     def say_how_it_is_cut(self, rows: int) -> None:
-        """Says so of the first batch, where its cut looks like another meaning of `batch_size`.
+        """Warns at the first batch if the user seems to mean something else by `batch_size`.
 
-        Elsewhere `batch_size` is what goes through the model at once, and factors multiply it.
+        In other tools `batch_size` is the number of rows that go through the model at once, and an
+        accumulation factor multiplies it.
 
         Args:
-            rows: of the batch on one device.
+            rows: the rows of the batch on one device.
         """
         if self._said_how_it_is_cut:
             return
@@ -206,28 +211,28 @@ class TrainStep:
             )
 
     def _losses(self) -> Any:
-        """What receives the losses of windows, and waits for no device."""
+        """What receives the losses of windows, without waiting for a device."""
         raise NotImplementedError
 
     def _devices(self) -> int:
-        """Over how many devices the rows of a batch are spread."""
+        """The number of devices over which the rows of a batch are spread."""
         return 1
 
     def _asked(self) -> tuple[int | None, int | None]:
-        """The two sizes as asked for; (None, None) where they are planned."""
+        """(microbatch_size, accumulation_steps) as given; (None, None) if the size is planned."""
         if is_automatic(self.microbatch_size):
             return None, None
         return self.microbatch_size, self._accumulation_steps
 
     def _in_force(self, rows: int, asked: int | None) -> int:
-        """Rows of one micro-batch for a batch of so many.
+        """The rows of a micro-batch that are used now.
 
         Args:
-            rows: of the batch.
-            asked: rows of one micro-batch as asked for; None where they are planned.
+            rows: the rows of the batch.
+            asked: rows of a micro-batch that the user asked for; None if they are planned.
 
         Raises:
-            ValueError: they are to be planned, but nothing has planned them.
+            ValueError: the size must be planned, but no plan was made.
         """
         if self.most is not None:
             return min(self.most, rows if asked is None else asked)
@@ -239,13 +244,13 @@ class TrainStep:
         return asked
 
     def _packing_in_force(self) -> Packing | None:
-        """How rows are packed, with the tokens that are in force."""
+        """How rows are packed, with the number of tokens that is used now."""
         if self.packing is None or self.most is None:
             return self.packing
         return self.packing._replace(tokens=self.most)
 
     def _unpacked(self, data: Any) -> tuple[Any, Any, Any]:
-        """(x, y, sample_weight) of a batch, for a model that may still be trained by windows.
+        """(x, y, sample_weight) of a batch, after the optimizer is checked again.
 
         Raises:
             ValueError: since `accumulate`, the model was given an optimizer that accumulates by
@@ -255,7 +260,7 @@ class TrainStep:
         return keras.utils.unpack_x_y_sample_weight(data)
 
     def _say(self, losses: list[str]) -> None:
-        """Names losses that only their author knows how to cut, once per call of `accumulate`."""
+        """Logs losses that return one number, each once per call of `accumulate`."""
         if self.silent:
             return
         for name in losses:
@@ -272,19 +277,19 @@ def _on_each(devices: int) -> str:
 
 @contextmanager
 def compiled(model: keras.Model, mode: bool) -> Iterator[bool]:
-    """While something is made or traced here, Keras compiles it, or does not.
+    """Sets `jit_compile` of a model for the length of a context.
 
     Args:
         model: the model.
-        mode: its `jit_compile` meanwhile.
+        mode: the value inside the context.
 
     Yields:
-        Whether the model can be compiled so.
+        Whether Keras accepts that value for this model.
     """
     before = model.jit_compile
     try:
         with warnings.catch_warnings():
-            # Keras warns of layers that XLA does not take, and leaves the mode off.
+            # If XLA does not support a layer, Keras warns and leaves the mode off.
             warnings.simplefilter("ignore")
             model.jit_compile = mode
         yield model.jit_compile is mode

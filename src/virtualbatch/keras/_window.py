@@ -1,7 +1,7 @@
-"""What every backend does with the micro-batches of one window, whatever loops over them.
+"""The part of a window that is the same on every backend.
 
-A backend runs `forward`, `loss` and `update_metrics` once per micro-batch, adds up what they give,
-and hands the sums to `track` and `results`.
+A backend loops over the micro-batches. It runs `forward`, `loss` and `update_metrics` once per
+micro-batch, adds up what they return, and passes the sums to `track` and `results`.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from virtualbatch.keras._terms import Contribution, contribution
 
 
 class WindowModel:
-    """One batch of `fit` as micro-batches: what depends on the model, without control flow.
+    """One batch of `fit` as micro-batches: the computations of the model, without the loop.
 
     Args:
         model: a compiled model.
@@ -50,7 +50,7 @@ class WindowModel:
         self.overwritten = are_overwritten(model.trainable_variables)
         self.own_metrics = type(model).compute_metrics is not keras.Model.compute_metrics
         self._own_loss = type(model).compute_loss is not keras.Model.compute_loss
-        # What is known of the loss once it is traced, or eagerly run; its tensors are not kept.
+        # Known once the loss is traced or has run eagerly. No tensor is kept.
         self.needs_count = False
         self.losses_of_one_number: list[str] = []
         self.unreduced = False
@@ -73,15 +73,16 @@ class WindowModel:
 
         Args:
             batch: (x, y, sample_weight) of the micro-batch.
-            y_pred: what `forward` gave for it, just before.
+            y_pred: the result of `forward` for it. No other forward may run in between.
             rows: rows of the micro-batch and the window.
-            totals: returns the sum of what `counted` gives for each micro-batch; called only
-                where a weight has to be counted.
-            added_shapes: rows -> what `added_shapes` gives for so many rows of the micro-batch.
+            totals: returns the results of `counted`, summed over all micro-batches. It is called
+                only if a weight has to be counted.
+            added_shapes: number of rows -> the result of the method `added_shapes` for that many
+                rows of the micro-batch.
 
         Returns:
-            (part of the loss, parts of the per-output loss metrics): scalars that add up to those
-            of the whole batch.
+            (part of the loss, parts of the per-output loss metrics). Summed over micro-batches,
+            these scalars give the values of the whole batch.
 
         Raises:
             ValueError: the model has no loss.
@@ -90,7 +91,7 @@ class WindowModel:
         if self._own_loss:
             loss = self._own_loss_of(batch, y_pred)
             return loss * rows.share(loss.dtype), []
-        # Read first: another run of the model forgets what layers have added.
+        # Read this first: the next run of the model clears the losses that layers have added.
         parts = self.added(rows, added_shapes)
         tracked: list[Any] = []
         if model._compile_loss is not None:
@@ -109,30 +110,32 @@ class WindowModel:
             added_shapes: see `loss`.
 
         Returns:
-            Scalars that add up to those of the whole batch, in the order of `model.losses`.
+            Scalars in the order of `model.losses`. Summed over micro-batches, they give the values
+            of the whole batch.
         """
         losses = list(self.model.losses)
         parts = [self.model._aggregate_additional_loss(loss) for loss in losses]
-        # Terms of weights alone are shared as means over rows are, because the shares sum to 1.
+        # The shares sum to 1. So terms of weights alone are multiplied by them too, like means
+        # over rows.
         return [
             part if is_sum else part * rows.share(part.dtype)
             for part, is_sum in zip(parts, self._added.are_sums(losses, added_shapes), strict=True)
         ]
 
     def arrays(self, batch: Any, y_pred: Any, rows: Rows) -> list[Any]:
-        """What of a micro-batch's predictions is gathered: leaves, then their masks or Nones.
+        """The gathered predictions of a micro-batch: leaves, then for each its mask or None.
 
         Args:
             batch: (x, y, sample_weight) of the micro-batch.
-            y_pred: what `forward` gave for it.
+            y_pred: the result of `forward` for it.
             rows: rows of the micro-batch and the window.
 
         Raises:
-            ValueError: a prediction has not one entry per row.
+            ValueError: a prediction does not have one entry per row.
         """
         metrics = self.model._compile_metrics
         if metrics is not None and not metrics.built:
-            # Later some predictions are missing.
+            # Building metrics needs all predictions, and the gathered ones may be only a part.
             metrics.build(batch[1], y_pred)
         return self._gathered.arrays(y_pred, rows.here if rows.on_host else None)
 
@@ -141,21 +144,22 @@ class WindowModel:
         return self._gathered.joined(arrays)
 
     def predictions(self, y_pred: Any) -> list[Any]:
-        """The leaves of a micro-batch's predictions that are gathered, as `arrays` has them."""
+        """The gathered leaves of a micro-batch's predictions, in the order of `arrays`."""
         return self._gathered.of(y_pred)
 
     def loss_of_all_rows(
         self, batch: Any, y_pred: Any, added: Sequence[Any]
     ) -> tuple[Any, list[Any]]:
-        """The loss of what sees all rows, and the parts of it that Keras logs for each output.
+        """The losses that see all rows, summed, and the values that Keras logs for each output.
 
         Args:
             batch: (x, y, sample_weight) of the whole batch.
-            y_pred: what `joined` gave.
-            added: what `added` gave for the micro-batches, added up.
+            y_pred: the result of `joined`.
+            added: the results of `added`, summed over micro-batches.
 
         Returns:
-            (the loss, with all that layers added; values of per-output losses): scalars.
+            (the loss, including the losses that layers added; values of per-output losses). All
+            are scalars.
 
         Raises:
             ValueError: the model has no loss.
@@ -181,7 +185,8 @@ class WindowModel:
         """A micro-batch's part of the losses that do not see all rows; see `loss`.
 
         Returns:
-            (part of the loss, parts of the per-output losses); (None, []) where all see all rows.
+            (part of the loss, parts of the per-output losses). (None, []) if every loss sees all
+            rows.
         """
         losses = self._gathers.losses
         if losses is None or all(losses):
@@ -190,26 +195,32 @@ class WindowModel:
         return found.total, found.tracked
 
     def tracked(self, of_all_rows: Sequence[Any], cut: Sequence[Any]) -> list[Any]:
-        """Values of per-output losses in the order in which Keras keeps their metrics."""
+        """Merges the values of per-output losses into the order of Keras' metrics.
+
+        Args:
+            of_all_rows: values of the losses that see all rows.
+            cut: values of the other losses.
+        """
         if not of_all_rows or not cut:
             return [*of_all_rows, *cut]
         whole, parts = iter(of_all_rows), iter(cut)
         return [next(whole) if there else next(parts) for there in self._gathers.losses or ()]
 
     def counted(self, batch: Any, rows: Rows) -> Any:
-        """Weights of a micro-batch that only a forward reveals, as a vector.
+        """The weights vector of a micro-batch, computed with a forward of its own.
 
-        The forward changes nothing: random seeds, statistics and added losses do so in a scope
-        only. Nothing but the masks is needed of it, so a graph prunes the rest.
+        It holds the weights that depend on the data or on a forward, such as sums of masks. The
+        forward runs in a scope, so seeds, statistics and added losses of the model do not change.
+        Only its masks are needed, so a graph prunes the rest.
         """
         with keras.StatelessScope():
             return self.weights(batch, self.forward(batch[0]), rows)
 
     def added_shapes(self, x: Any) -> list[Shape]:
-        """Shapes of the losses that layers add for a batch; nothing else comes of the forward."""
+        """Shapes of the losses that layers add for a batch. The forward leaves no other effect."""
 
         def forward() -> list[Any]:
-            # Regularisers are given the values of a scope, or nothing.
+            # In a scope, Keras gives regularisers only the values that the scope maps.
             values = [(variable, variable.value) for variable in self.model.trainable_variables]
             with keras.StatelessScope(values, collect_losses=True):
                 self.forward(x)
@@ -218,16 +229,16 @@ class WindowModel:
         return shapes_of_added(self.model, forward)
 
     def counted_of(self, batch: Any, y_pred: Any, rows: Rows) -> Any:
-        """The same of predictions that are there already, for losses that do not see all rows.
+        """The weights vector for the losses that do not see all rows, from existing predictions.
 
         Returns:
-            A vector; None where nothing has to be counted, or every loss sees all rows.
+            A vector. None if nothing has to be counted, or if every loss sees all rows.
         """
         losses = self._gathers.losses
         return None if losses is None or all(losses) else self.weights(batch, y_pred, rows)
 
     def weights(self, batch: Any, y_pred: Any, rows: Rows) -> Any:
-        """The same vector from predictions of the micro-batch that are there already."""
+        """The weights vector, computed from predictions that already exist; see `counted`."""
         return self._contribution(batch, y_pred, rows, _Ones).counted
 
     def update_metrics(self, batch: Any, y_pred: Any, rows: Rows) -> dict[str, Any]:
@@ -235,11 +246,11 @@ class WindowModel:
 
         Args:
             batch: (x, y, sample_weight) of the micro-batch.
-            y_pred: what `forward` gave for it.
+            y_pred: the result of `forward` for it.
             rows: rows of the micro-batch and the window.
 
         Returns:
-            What an overridden `compute_metrics` gives; else nothing. Outputs that are gathered are
+            The result of an overridden `compute_metrics`; else an empty dict. Gathered outputs are
             left to `update_metrics_of_all_rows`.
         """
         model = self.model
@@ -251,7 +262,8 @@ class WindowModel:
             return {}
         if self.own_metrics:
             return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-        # Keras' own also computes every result, which is of no use before the window ends.
+        # Keras' own compute_metrics also computes every result, but results are read only at the
+        # end of the window.
         if model._compile_metrics is None:
             return {}
         if gathering is None:
@@ -265,15 +277,15 @@ class WindowModel:
         return {}
 
     def update_metrics_of_all_rows(self, batch: Any, y_pred: Any) -> dict[str, Any]:
-        """Shows the outputs that are gathered to their metrics, once.
+        """Shows the gathered outputs to their metrics, once per window.
 
         Args:
             batch: (x, y, sample_weight) of the whole batch.
-            y_pred: what `joined` gave, as metrics see it.
+            y_pred: the result of `joined`, in the form that metrics see.
 
         Returns:
-            What an overridden `compute_metrics` gives, where every output is gathered; else
-            nothing.
+            The result of an overridden `compute_metrics`, if every output is gathered; else an
+            empty dict.
         """
         model, gathering = self.model, self._gathers
         x, y, sample_weight = batch
@@ -288,12 +300,12 @@ class WindowModel:
 
     @property
     def reads_inputs(self) -> bool:
-        """Whether a loss or metrics of all rows are given the inputs, too."""
+        """Whether the loss or the metrics of all rows get the inputs too."""
         return self._own_loss or self.own_metrics
 
     @property
     def tracked_rows(self) -> Any:
-        """Rows that trackers count for this window."""
+        """The number of rows that the loss trackers count for this window."""
         return self.rows
 
     def track(self, loss: Any, tracked: list[Any]) -> None:
@@ -309,7 +321,7 @@ class WindowModel:
         """The logs of this batch.
 
         Args:
-            latest: what `update_metrics` gave for the last micro-batch.
+            latest: the result of `update_metrics` for the last micro-batch.
         """
         results = self.model.get_metrics_result()
         if not self.own_metrics:
@@ -345,7 +357,7 @@ class WindowModel:
         )
 
     def _noted(self, found: Contribution) -> Contribution:
-        """A contribution, after what it shows of the loss is kept."""
+        """Keeps what a contribution shows about the loss, and returns the contribution."""
         self.needs_count = self.needs_count or found.needs_count
         self.losses_of_one_number = found.numbers
         self.unreduced = self.unreduced or found.unreduced
@@ -354,10 +366,11 @@ class WindowModel:
 
 
 def _weigh_trimmed(y_pred: Any, stretch: Any) -> None:
-    """Makes metrics weigh rows that were trimmed as those that were not.
+    """Gives trimmed rows the weight in metrics that they would have without trimming.
 
-    Keras averages the tokens of a row before it adds up rows, so each row would weigh by the length
-    to which it is padded. Those metrics multiply their weights by the mask of the predictions.
+    Keras averages the tokens of a row before it adds up rows, so the weight of a row would depend
+    on its padded length. Metrics multiply their weights by the mask of the predictions, so the
+    mask is divided by the stretch.
     """
     for found in keras.tree.flatten(y_pred):
         if len(found.shape) > 2:
@@ -368,7 +381,7 @@ def _weigh_trimmed(y_pred: Any, stretch: Any) -> None:
 
 
 class _Ones:
-    """Weights that are not used: divides by 1 while the weights are still being counted."""
+    """Stands for the weights while they are still being counted: every weight is 1."""
 
     def __getitem__(self, k: int) -> float:
         return 1.0

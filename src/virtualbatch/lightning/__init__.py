@@ -1,7 +1,7 @@
 """Gradient accumulation inside the Lightning Trainer, exact: one line for one module.
 
-`accumulate` gives one LightningModule a `training_step` that runs what Lightning calls an update
-as one window of micro-batches; the Trainer, its strategy, callbacks and loggers stay as they are.
+`accumulate` gives one LightningModule a `training_step` that runs the batches of one update as one
+window of micro-batches. The Trainer, its strategy, callbacks and loggers stay as they are.
 """
 
 from typing import Literal, TypeVar
@@ -17,7 +17,7 @@ __all__ = ["accumulate", "restore"]
 
 
 def __dir__() -> list[str]:
-    """What is public: completion shows no other names."""
+    """The public names, so that completion shows no others."""
     return __all__
 
 

@@ -1,4 +1,4 @@
-"""What cannot be trained by windows is refused before anything is trained."""
+"""Refuses what cannot be trained by windows, before anything is trained."""
 
 import re
 from collections.abc import Sequence
@@ -18,22 +18,22 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from virtualbatch.window.terms import SUM
 
-# The first release that the adapter was tried with, and the major one that may change its seam.
+# The first release that we support, and the next major release, which may change the Trainer.
 _FIRST, _BEFORE = (2, 6), (3, 0)
 
-# Some of them are kinds of those that are served.
+# Supported strategies, and unsupported ones, some of which are subclasses of supported ones.
 _SERVED = (SingleDeviceStrategy, DDPStrategy)
 _OTHERS = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
 
 
 def check_version(version: str = lightning.__version__) -> None:
-    """Refuses releases of Lightning whose training loop may be another one.
+    """Refuses releases of Lightning whose training loop may differ.
 
     Args:
-        version: of Lightning.
+        version: the version of Lightning.
 
     Raises:
-        RuntimeError: it is older or newer than those that are served.
+        RuntimeError: the release is older or newer than the supported ones.
     """
     found = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if not _FIRST <= found < _BEFORE:
@@ -47,8 +47,8 @@ def check_module(module: Any) -> None:
     """Refuses modules whose update is not made by Lightning.
 
     Raises:
-        TypeError: not a LightningModule.
-        ValueError: it optimizes by itself, or reads the loader.
+        TypeError: the module is not a LightningModule.
+        ValueError: the module uses manual optimization, or reads the loader.
     """
     if not isinstance(module, LightningModule):
         found = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -71,7 +71,7 @@ def check_module(module: Any) -> None:
 
 
 def check_weight(weight: Any) -> None:
-    """Refuses a weight that is neither a function nor a word.
+    """Refuses a weight that is not a function, "sum" or None.
 
     Raises:
         TypeError: it is something else.
@@ -87,11 +87,11 @@ def check_trainer(strategy: Any, callbacks: Sequence[Any]) -> None:
     """Refuses trainers that reduce gradients in another way, or search for a batch that fits.
 
     Args:
-        strategy: of the trainer.
-        callbacks: of the trainer.
+        strategy: the strategy of the trainer.
+        callbacks: the callbacks of the trainer.
 
     Raises:
-        ValueError: there is one.
+        ValueError: the strategy is not supported, or a callback searches for a batch size.
     """
     if not isinstance(strategy, _SERVED) or isinstance(strategy, _OTHERS):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a training step changes beside parameters and buffers, put back before it runs again."""
+"""Saves what a training step changes beside parameters and buffers, so that it can run again."""
 
 from collections import deque
 from collections.abc import Callable
@@ -7,19 +7,20 @@ from typing import Any
 import torch
 from torchmetrics import Metric, MetricCollection
 
-# What PyTorch keeps there: the engine puts it back, and changes it while it plans.
+# Attributes of PyTorch's own modules. The engine changes them while it plans, and puts them back.
 _OF_PYTORCH = frozenset(vars(torch.nn.Module()))
 
-# Numbers in a tensor beside parameters and buffers, up to which a module may count in it.
+# A module may count in a tensor of at most this many numbers, beside parameters and buffers.
 _COUNTS = 2**16
 
 
 class Kept:
-    """Attributes of a module and of its metrics, as they are now.
+    """The present attributes of a module and of its metrics.
 
-    Metrics hold what they have counted in attributes that are no buffers. Modules gather outputs
-    in lists, and count in numbers and small tensors. Lists, sets and dictionaries keep their
-    identity; what is in them is put back, and so are the values of a metric's tensors.
+    Metrics hold their counts in attributes that are not buffers. Modules collect outputs in lists,
+    and count in numbers and small tensors. Lists, sets and dictionaries keep their identity, but
+    their contents are put back. The values of small tensors and of a metric's tensors are put back
+    too.
 
     Args:
         module: the LightningModule.
@@ -38,7 +39,7 @@ class Kept:
                 self._keep(value, is_metric)
 
     def put_back(self) -> None:
-        """Makes all of it as it was. May be called again."""
+        """Puts everything back. It may be called several times."""
         for layer, attributes in self._attributes:
             found = vars(layer)
             for name in [x for x in found if x not in attributes and x not in _OF_PYTORCH]:
@@ -49,8 +50,8 @@ class Kept:
 
     def _keep(self, value: Any, of_metric: bool) -> None:
         if isinstance(value, torch.Tensor):
-            # Those of inference mode cannot be changed outside it. Modules count in small tensors,
-            # and may hold a data set in a large one.
+            # A tensor of inference mode cannot be changed outside that mode. Modules count in small
+            # tensors. A large one may hold a data set.
             is_small = of_metric or value.numel() <= _COUNTS
             if is_small and not value.is_inference():
                 self._contents.append(_of_tensor(value))

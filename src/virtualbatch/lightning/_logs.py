@@ -15,8 +15,8 @@ class _Told(NamedTuple):
     """One call of `self.log` for one micro-batch.
 
     Fields:
-        arguments: of the call, by name.
-        counts: of the micro-batch.
+        arguments: the arguments of the call, by name.
+        counts: the weights of the micro-batch.
     """
 
     arguments: dict[str, Any]
@@ -30,9 +30,9 @@ class _Told(NamedTuple):
 class Logs:
     """Records calls of `self.log` during a window.
 
-    A value that is the loss of every micro-batch is averaged as the loss is. Any other is averaged
-    by the `batch_size` that it was logged with, or by rows; or is a sum, minimum or maximum if
-    `reduce_fx` names one. A metric is logged unchanged, because it has counted all rows by then.
+    If a value equals the loss in every micro-batch, it is averaged like the loss. `reduce_fx` may
+    ask for a sum, minimum or maximum. Any other value is averaged by the `batch_size` of its call,
+    or by rows. A metric is logged unchanged, because it has counted all rows by then.
 
     Args:
         module: the LightningModule.
@@ -43,12 +43,12 @@ class Logs:
         self._log: Callable[..., Any] = module.log
         self._signature = inspect.signature(self._log)
         self._open: list[dict[str, Any]] = []
-        # A name that is logged twice in one step is so for every micro-batch.
+        # (name, number of its call in the step) -> one entry per micro-batch.
         self._told: dict[tuple[str, int], list[_Told]] = {}
 
     @contextmanager
     def instead_of_log(self) -> Iterator[None]:
-        """Records what the module logs, also by `self.log_dict`, which calls `self.log`."""
+        """Records what the module logs, also with `self.log_dict`, which calls `self.log`."""
         before = vars(self._module).get("log")
         self._module.log = self.hear
         try:
@@ -68,12 +68,12 @@ class Logs:
             )
         value = arguments["value"]
         if isinstance(value, torch.Tensor):
-            # It may be changed in place after it was logged.
+            # Copy it, because it may be changed in place later.
             arguments["value"] = value.detach().clone()
         self._open.append(arguments)
 
     def close(self, piece: Piece) -> None:
-        """Ends a micro-batch."""
+        """Ends a micro-batch: assigns its recorded calls to its weights."""
         if not self._open:
             return
         of_piece = counts(piece)
@@ -92,8 +92,8 @@ class Logs:
         """Logs the values of the window.
 
         Args:
-            rows: of a window of several batches, of which Lightning sees the last; None where it
-                sees them all.
+            rows: rows of a window of several batches, because Lightning sees only the last batch.
+                None if the window is one batch.
         """
         for told in self._told.values():
             arguments = dict(told[-1].arguments)
@@ -120,7 +120,7 @@ def _combined(told: Sequence[_Told], sizes: Sequence[Any]) -> torch.Tensor:
     combined = _reduced(values, told[-1].arguments.get("reduce_fx", "mean"), weighing, like)
     by_weight = [each.counts.by_weight for each in told]
     of_loss = together(losses, like).sum() if None in by_weight else mean(losses, by_weight, like)
-    # Decided on the device: many log `loss.item()`, or a copy of it.
+    # Compare values, because many users log `loss.item()` or a copy. This stays on the device.
     is_loss = torch.isclose(
         together(values, like), together(losses, like), rtol=0.0, atol=0.0, equal_nan=True
     ).all()
@@ -142,7 +142,7 @@ def _reduced(
 
 
 def _dtype(value: Any) -> torch.dtype:
-    """The dtype that Lightning would have kept the value in."""
+    """The dtype in which Lightning would have kept the value."""
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.dtype
     default = torch.get_default_dtype()

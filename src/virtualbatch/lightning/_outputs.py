@@ -1,4 +1,4 @@
-"""What a training step returns beside its loss, combined for the whole batch."""
+"""Combines what a training step returns beside its loss, for the whole batch."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,17 +10,18 @@ from virtualbatch.lightning._pieces import Counts, Piece, counts, mean
 
 
 class Outputs:
-    """Keeps what is returned for micro-batches.
+    """Keeps what the training step returns for micro-batches.
 
-    A tensor with an entry for each row is concatenated, other floating values are averaged by rows,
-    integers are summed, all detached. Anything else is that of the last micro-batch.
+    Tensors are detached. A tensor with one entry per row is concatenated. Other floating values are
+    averaged by rows, and integers are summed. For anything else, the value of the last micro-batch
+    is kept.
     """
 
     def __init__(self) -> None:
         self._found: list[tuple[_Leafed, dict[str, Any]]] | None = None
 
     def add(self, piece: Piece, extra: dict[str, Any] | None) -> None:
-        """Adds those of a micro-batch; None where it returned its loss alone."""
+        """Adds the values of a micro-batch; None if it returned its loss alone."""
         if extra is None:
             return
         detached = pytree.tree_map(_detached, extra)
@@ -31,7 +32,7 @@ class Outputs:
         self._found = None
 
     def together(self) -> dict[str, Any] | None:
-        """Those of the whole batch, by name; None where there are none."""
+        """The values of the whole batch, by name; None if there are none."""
         if self._found is None:
             return None
         names = dict.fromkeys(name for _, extra in self._found for name in extra)

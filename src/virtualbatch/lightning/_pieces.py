@@ -12,9 +12,9 @@ class Piece(NamedTuple):
     """One micro-batch that has run.
 
     Fields:
-        rows: its rows; None where they are not known.
+        rows: its rows; None if they are not known.
         weight: see `accumulate`.
-        microbatch: as the training step saw it.
+        microbatch: the micro-batch that the training step got.
         loss: its loss, detached.
     """
 
@@ -25,11 +25,11 @@ class Piece(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """The same without its rows, which would stay in memory.
+    """The weights of a micro-batch that has run. Its data is not kept, to save memory.
 
     Fields:
-        by_rows: what it counts in a mean over rows.
-        by_weight: what it counts in the loss; None where the loss is a sum.
+        by_rows: its weight in a mean over rows.
+        by_weight: its weight in the loss; None if the loss is a sum.
         loss: see `Piece`.
     """
 
@@ -39,7 +39,7 @@ class Counts(NamedTuple):
 
 
 def counts(piece: Piece) -> Counts:
-    """What a micro-batch counts. Where its rows are not known, it counts by its weight."""
+    """The weights of a micro-batch. If its rows are unknown, `by_rows` is its weight, or 1."""
     rows = piece.rows
     if piece.weight is None or piece.weight == SUM:
         by_rows = 1 if rows is None else rows
@@ -53,9 +53,9 @@ def mean(values: Sequence[Any], weights: Sequence[Any], like: torch.Tensor) -> t
     """The weighted mean of some values, without waiting for the device that they are on.
 
     Args:
-        values: numbers or tensors of one shape. Those of weight 0 may be NaN.
+        values: numbers, or tensors of one shape. A value of weight 0 may be NaN.
         weights: numbers or scalars.
-        like: has the device.
+        like: a tensor on the device of the result.
     """
     stacked, weighing = together(values, like), together(weights, like)
     weighing = weighing.reshape(-1, *[1] * (stacked.dim() - 1))
@@ -65,11 +65,11 @@ def mean(values: Sequence[Any], weights: Sequence[Any], like: torch.Tensor) -> t
 
 
 def together(values: Sequence[Any], like: torch.Tensor) -> torch.Tensor:
-    """Values as one tensor, in float64 where the device has it.
+    """Values as one tensor, in float64 if the device has it.
 
     Args:
         values: see `mean`.
-        like: see there.
+        like: see `mean`.
     """
     # Apple's GPUs have no float64: https://github.com/pytorch/pytorch/issues/122602
     wide = torch.float32 if like.device.type == "mps" else torch.float64

@@ -13,25 +13,26 @@ from virtualbatch.torch._as_written import as_written
 class TrainingStep:
     """Replaces the `training_step` of one LightningModule.
 
-    It is an object, not a function: a copy of the module, such as callbacks that average weights
-    make, has a copy of this, which trains the copy. It can be pickled if `weight` can.
+    It is an object, not a function. So a copy of the module, such as one that a callback makes to
+    average weights, has a copy of this object, which trains the copied module. It can be pickled if
+    `weight` can.
 
     Args:
         module: the module.
         microbatch_size: see `accumulate`.
-        weight: see there.
+        weight: see `accumulate`.
 
     Attributes:
         module: as given.
-        before: the `training_step` that was set on the module itself, such as a compiled one; None
-            where that of its class is used.
+        before: the `training_step` that was set on the instance, such as a compiled one. None if
+            the module used the `training_step` of its class.
     """
 
     def __init__(self, module: Any, microbatch_size: Any, weight: Any):
         self.module = module
         self.before: Callable[..., Any] | None = vars(module).get("training_step")
         self._loss = MicrobatchLoss(self, microbatch_size, weight)
-        # Of an update whose last batch is still to come.
+        # The batches of an update whose last batch is still to come.
         self._collected: list[Given] = []
         # The epoch and the number of the batch that was collected last.
         self._last: tuple[int, int] | None = None
@@ -48,7 +49,7 @@ class TrainingStep:
 
     @as_written
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs the window of an update, or keeps a batch until that is complete."""
+        """Keeps a batch until its update is complete, then runs the update as a window."""
         module, given = self.module, Given(batch, args, kwargs)
         if module.fabric is not None:
             raise ValueError(
@@ -56,7 +57,7 @@ class TrainingStep:
                 "Call restore(module), and fabric.backward(virtualbatch.torch.loss(...))."
             )
         trainer = module._trainer
-        # Whoever calls it elsewhere, as in validation, wants the step as it is written.
+        # A call from elsewhere, such as validation, gets the user's own step.
         if trainer is None or not trainer.training or not torch.is_grad_enabled():
             return self.__wrapped__(batch, *args, **kwargs)
         check_trainer(trainer.strategy, trainer.callbacks)
@@ -70,11 +71,11 @@ class TrainingStep:
         return self._run(batches, steps)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Batches of an update in the middle of it belong to the trainer, and to no copy."""
+        """Leaves out the batches of an unfinished update, because a copy has no part in it."""
         return vars(self) | {"_collected": [], "_last": None, "_ran_at": None}
 
     def _collect(self, given: Given, epoch: int, loop: Any, steps: int) -> None:
-        # An epoch or a training may end in the middle of an update, which is then never made.
+        # An epoch or a training may end in the middle of an update. That update is never made.
         follows = self._last in ((epoch, loop.batch_idx), (epoch, loop.batch_idx - 1))
         if not follows or loop.batch_idx % steps == 0:
             self._collected, self._ran_at = [], None
@@ -92,18 +93,18 @@ class TrainingStep:
 
     def _run(self, batches: Sequence[Given], steps: int) -> Any:
         trainer = self.module.trainer
-        # The engine refuses to run inside a loop that divides by micro-batches of its own.
+        # The engine refuses to run inside a loop that accumulates by itself.
         trainer.accumulate_grad_batches = 1
         try:
             loss, extra = run_window(self._loss, self.module, batches)
         finally:
             trainer.accumulate_grad_batches = steps
-        # Lightning is going to divide by as much.
+        # Lightning will divide the loss by this number.
         loss = loss * steps if steps > 1 else loss
         return loss if extra is None else {"loss": loss, **extra}
 
 
 def step_of(module: Any) -> TrainingStep | None:
-    """The training step that `accumulate` has given a module; None if there is none."""
+    """The training step that `accumulate` has set on a module; None if there is none."""
     found = vars(module).get("training_step")
     return found if isinstance(found, TrainingStep) else None

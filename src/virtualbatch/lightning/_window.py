@@ -1,4 +1,4 @@
-"""One update of a trainer as one window: its batches, cut, and what the step returns for them."""
+"""Runs one update of a trainer as one window, and collects what the training step returns."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,12 +26,12 @@ from virtualbatch.window.window import Window
 
 
 class Given(NamedTuple):
-    """What Lightning gives a training step.
+    """The arguments that Lightning passes to a training step.
 
     Fields:
-        batch: the batch, where the module is.
-        args: what follows it, such as its number.
-        kwargs: by name.
+        batch: the batch, on the device of the module.
+        args: further positional arguments, such as the number of the batch.
+        kwargs: keyword arguments.
     """
 
     batch: Any
@@ -40,12 +40,12 @@ class Given(NamedTuple):
 
 
 class MicrobatchLoss:
-    """The loss function for the engine: one per module, so that it proves itself once.
+    """The loss function for the engine. A module has one, so that the engine checks it only once.
 
     Args:
-        step: has the module's own training step as `__wrapped__`.
+        step: an object with the module's own training step as `__wrapped__`.
         microbatch_size: see `accumulate`.
-        weight: see there.
+        weight: see `accumulate`.
 
     Attributes:
         microbatch_size: as given.
@@ -58,7 +58,7 @@ class MicrobatchLoss:
         self.weight = weight
         self._heard: _Heard | None = None
 
-    # The engine knows a loss by the code under this name.
+    # The engine identifies a loss by the code under this name.
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """The module's own training step."""
@@ -66,18 +66,18 @@ class MicrobatchLoss:
         return found
 
     def __call__(self, microbatch: Any) -> tuple[torch.Tensor, None]:
-        """The loss of a micro-batch, and aux that is empty: so rows without weight run as well."""
+        """The loss of a micro-batch and empty aux. With aux, rows without weight run too."""
         if self._heard is None:
             raise ValueError("internal: a training step runs outside a window.")
         return self._heard.loss(self.__wrapped__, microbatch), None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the module begins with a window of its own."""
+        """Leaves out the window that runs now, because a copy of the module has no part in it."""
         return vars(self) | {"_heard": None}
 
     @contextmanager
     def heard(self, found: "_Heard") -> Iterator[None]:
-        """Collects what is returned and logged in the context."""
+        """Collects what the training step returns and logs inside the context."""
         self._heard = found
         try:
             yield
@@ -91,13 +91,13 @@ def run_window(
     """Runs the batches of an update.
 
     Args:
-        loss_fn: that of the module.
+        loss_fn: the loss function of the module.
         module: the LightningModule, in a trainer that trains it.
-        batches: in order.
+        batches: the batches, in order.
 
     Returns:
-        The loss, which hands the gradients over in a backward pass; and what else the training
-        step returns, None where it returns the loss alone.
+        The loss, whose backward pass hands the gradients over; and what else the training step
+        returns, or None if it returns the loss alone.
     """
     trainer = module.trainer
     logs = Logs(module)
@@ -112,7 +112,7 @@ def run_window(
 def _run(
     loss_fn: MicrobatchLoss, trainer: Any, batches: Sequence[Any], heard: "_Heard"
 ) -> torch.Tensor:
-    # With DDP this is the module around it, in whose forward pass Lightning calls the step.
+    # With DDP this is the wrapper module. Lightning calls the step in the wrapper's forward pass.
     found = inventory(trainer.strategy.model, hands_over=True)
     program = Program(loss_fn, loss_fn.weight, True, None, found, begin=heard.begin)
     try:
@@ -126,7 +126,7 @@ def _run(
 
 
 def _call(program: Program, batches: Sequence[Any], size: Any) -> Call:
-    """The window as the engine takes it: one batch to cut, or batches that are cut already."""
+    """The window in the engine's form: one batch to cut, or batches that are cut already."""
     if size is not None and len(batches) == 1:
         return Call(program, batches[0], size, None, True)
     if is_automatic(size):
@@ -139,17 +139,17 @@ def _call(program: Program, batches: Sequence[Any], size: Any) -> Call:
 
 
 class _Heard:
-    """What a training step returns and logs for the micro-batches of one window.
+    """Collects what a training step returns and logs for the micro-batches of one window.
 
     Args:
         module: the LightningModule.
-        batches: of the window.
+        batches: the batches of the window.
         weight: see `accumulate`.
-        logs: records what is logged.
+        logs: records the calls of `self.log`.
 
     Attributes:
-        outputs: what it returns beside the loss.
-        rows: of the window so far; None where they are not known.
+        outputs: what the training step returns beside the loss.
+        rows: rows of the window so far; None if they are not known.
     """
 
     def __init__(self, module: Any, batches: Sequence[Given], weight: Any, logs: Logs):
@@ -163,7 +163,7 @@ class _Heard:
         self.begin()
 
     def begin(self) -> None:
-        """Forgets what was returned in another attempt, on a trial or while planning."""
+        """Forgets an earlier attempt, a trial or a run for planning, and undoes its changes."""
         self._kept.put_back()
         self._logs.clear()
         self.outputs.clear()
@@ -171,7 +171,7 @@ class _Heard:
         self._calls = 0
 
     def loss(self, training_step: Callable[..., Any], microbatch: Any) -> torch.Tensor:
-        """Calls the training step as it would have been called with the batch that rows are of."""
+        """Calls the training step with the arguments of the batch that these rows come from."""
         rows = _rows(microbatch)
         given = self._batches[self._number()]
         self._calls += 1
@@ -184,7 +184,7 @@ class _Heard:
         return loss
 
     def _number(self) -> int:
-        """Which batch of the window a micro-batch is of: they come in order."""
+        """The number of the batch that holds the next micro-batch. Micro-batches come in order."""
         if len(self._batches) == 1:
             return 0
         last = len(self._batches) - 1

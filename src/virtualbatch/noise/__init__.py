@@ -1,1 +1,1 @@
-"""It pays: the noise of gradients, and which batch it speaks for."""
+"""The noise of gradients, and which batch size it recommends."""

@@ -1,4 +1,4 @@
-"""Which batch is worth its rows: from the noise scale and from times, no model needed."""
+"""Finds the batch size that takes the least time, from the noise scale and two measured times."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from virtualbatch.result import Result
 from virtualbatch.window.options import is_real
 
-# Times that differ by less are alike.
+# Times that differ by less than this factor count as equal.
 _ALIKE = 1.1
 _NO_SIGNAL = "No signal was seen in the gradients yet, so nothing can be said: count more windows."
 _WITHOUT_END = "A larger batch pays, however large it is."
@@ -117,16 +117,16 @@ def advice(
     seconds_per_row: float,
     seconds_per_update: float,
 ) -> Advice:
-    """What a noise scale says of a batch.
+    """What a noise scale says about a batch size.
 
     To reach a loss with batches of B rows takes updates in proportion to 1 + C / B, where C, the
     critical batch, is taken to be the noise scale. An update takes B t + u seconds, so the time is
     least at B = sqrt(C u / t).
 
     Args:
-        noise_scale: in rows; infinite where no signal was seen.
+        noise_scale: the noise scale in rows; infinite if no signal was seen.
         interval: its confidence interval.
-        rows: of the present batch.
+        rows: rows of the present batch.
         microbatch_size: rows of one micro-batch.
         seconds_per_row: t.
         seconds_per_update: u.
@@ -162,11 +162,11 @@ def advice(
     seen = math.isfinite(noise_scale)
 
     def best(scale: float) -> float:
-        # A batch has a row at least.
+        # A batch has at least one row.
         return max(1.0, math.sqrt(scale * seconds_per_update / seconds_per_row))
 
     def times(scale: float) -> float:
-        """Of the present batch, in units of the best one's."""
+        """The time of the present batch, relative to the time of the best one."""
 
         def of(batch: float) -> float:
             return (1 + scale / batch) * (batch * seconds_per_row + seconds_per_update)

@@ -14,9 +14,9 @@ from virtualbatch.noise.times import TimedPlan, times_of
 from virtualbatch.result import Result
 from virtualbatch.window.options import is_real
 
-# Fewer windows have no spread that an interval could be drawn from.
+# With fewer windows, their spread gives no interval.
 _FEWEST = 3
-# Windows whose numbers may wait on a device until somebody asks for the estimate.
+# The most windows whose numbers wait on a device until an estimate is asked for.
 _MOST_WAITING = 64
 
 
@@ -228,7 +228,7 @@ class NoiseScale:
         return str(self.estimate()) if self.windows else "noise scale: no window counted yet"
 
     def __repr__(self) -> str:
-        # The windows are left unread: their numbers may be on a device, or traced.
+        # Do not read the windows: their numbers may be on a device, or traced.
         return f"{type(self).__name__}(decay={self._decay})"
 
     def _read(self) -> None:
@@ -284,7 +284,7 @@ class NoiseScale:
 
 
 def _number(name: str, value: Any) -> float:
-    """An entry of the statistics, from wherever it waited."""
+    """An entry of the statistics as a Python number, copied from its device."""
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:

@@ -1,4 +1,4 @@
-"""What a row and an update cost, from a plan that has timed several micro-batches."""
+"""The time of a row and of an update, from a plan that has timed several micro-batch sizes."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class TimedPlan(Protocol):
-    """As much of `virtualbatch.Plan` as is read."""
+    """The attributes of `virtualbatch.Plan` that are read here."""
 
     @property
     def microbatch_size(self) -> int:
@@ -15,7 +15,7 @@ class TimedPlan(Protocol):
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches of the batch that was planned for."""
+        """Micro-batches of the planned batch."""
 
     @property
     def rows(self) -> Sequence[Any]:
@@ -23,11 +23,11 @@ class TimedPlan(Protocol):
 
 
 class Times(NamedTuple):
-    """What was found.
+    """The times that a plan shows.
 
     Fields:
-        seconds_per_row: of a row in micro-batches of the chosen size.
-        seconds_per_update: what a window costs beside its rows, at the least.
+        seconds_per_row: the time of a row in micro-batches of the chosen size.
+        seconds_per_update: the least time that a window takes beside its rows.
     """
 
     seconds_per_row: float
@@ -35,17 +35,17 @@ class Times(NamedTuple):
 
 
 def times_of(plan: TimedPlan, rows: float) -> Times:
-    """Reads a plan.
+    """Reads the times from a plan.
 
-    A micro-batch of m rows takes a + m t, and the batch as many of them. The line through the
-    sizes that were timed gives a, which every update costs once at least.
+    A micro-batch of m rows takes a + m t, and the batch takes the sum over its micro-batches. The
+    line through the timed sizes gives a. Every update takes at least a once.
 
     Args:
-        plan: of a batch of so many rows.
-        rows: of the batch.
+        plan: the plan of the batch.
+        rows: rows of the batch.
 
     Raises:
-        TypeError: it is no plan.
+        TypeError: `plan` is not a plan.
         ValueError: it is the plan of another batch, or it timed fewer than two sizes.
     """
     if not all(hasattr(plan, name) for name in ("microbatch_size", "accumulation_steps", "rows")):
@@ -69,10 +69,11 @@ def times_of(plan: TimedPlan, rows: float) -> Times:
         )
     steps = np.array([-(-int(rows) // row.microbatch_size) for row in timed])
     seconds = np.array([row.seconds_per_batch for row in timed])
-    # Seconds of the batch are rows * t + steps * a; the relative errors are alike.
+    # Seconds of the batch are rows * t + steps * a. Divide by the seconds, because relative errors
+    # are alike.
     table = np.stack([np.full(len(timed), rows), steps], 1) / seconds[:, None]
     _, each = np.linalg.lstsq(table, np.ones(len(timed)), rcond=None)[0]
     chosen = min(timed, key=lambda row: abs(row.microbatch_size - size))
     per_row = chosen.seconds_per_batch / rows
-    # Noise may make the line fall; a row's time is then the resolution.
+    # Noise may make the line fall. Then take the time of a row, the smallest time that can be seen.
     return Times(float(per_row), float(max(each, per_row)))

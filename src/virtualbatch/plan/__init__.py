@@ -1,1 +1,1 @@
-"""It fits: the size that memory holds and that is fast, and a smaller one where memory ran out."""
+"""Finds a size that fits in memory and is fast, and a smaller one after memory ran out."""

@@ -40,7 +40,7 @@ class CurrentSize:
         """Halves the size after memory ran out; returns False if no smaller size exists.
 
         Args:
-            rows: of the largest micro-batch of the window that ran out of memory.
+            rows: rows of the largest micro-batch of the window that ran out of memory.
             unit: what sizes count: "rows", or "tokens" for packed rows.
         """
         self._in_a_row = 0
@@ -131,8 +131,8 @@ class Auto:
         """The size in use for a batch; makes a plan if no known plan covers the batch.
 
         Args:
-            signature: of the batch.
-            plan: makes a plan for it.
+            signature: the signature of the batch.
+            plan: makes a plan for the batch.
         """
         limit = limit_as_text(self.memory_limit)
         if not limit.isdecimal():
@@ -173,7 +173,7 @@ def _host_bytes() -> int:
 
 
 def is_automatic(microbatch_size: Any) -> bool:
-    """Whether a size means that it is planned."""
+    """Whether a size argument asks for a planned size."""
     # Only texts are compared: an array would compare element by element.
     return isinstance(microbatch_size, Auto) or (
         isinstance(microbatch_size, str) and microbatch_size == "auto"

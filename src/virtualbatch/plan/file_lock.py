@@ -24,7 +24,7 @@ def locked(file: Path) -> Iterator[None]:
     afterwards. There is no locking on Windows and on file systems without locks.
 
     Args:
-        file: to lock.
+        file: the file to lock.
 
     Raises:
         OSError: the lock cannot be made, or others hold it for too long.
@@ -37,8 +37,8 @@ def locked(file: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: a waiting process then sees that the name belongs to no file, or
-        # to another one. A lock file that stays does no harm.
+        # Remove it while it is held. A waiting process then sees that the name belongs to no file,
+        # or to another one. A lock file that stays does no harm.
         with suppress(OSError):
             lock.unlink()
         _give_back(handle)

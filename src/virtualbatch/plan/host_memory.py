@@ -31,9 +31,9 @@ class HostMemory:
     """Memory of the machine and the limits on this process.
 
     Args:
-        total_bytes: of the machine.
-        available_bytes: of the machine, without swapping.
-        limits: those below `total_bytes`, smallest first.
+        total_bytes: the memory of the machine.
+        available_bytes: the memory of the machine that is available without swapping.
+        limits: the limits below `total_bytes`, smallest first.
     """
 
     total_bytes: int
@@ -86,13 +86,13 @@ def _machine_memory(root: Path) -> tuple[int, int]:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
-        # Not Linux. Imported here, because engines must not import psutil.
+        # This is not Linux. The import is here, because engines must not import psutil.
         import psutil
 
         memory = psutil.virtual_memory()
         return memory.total, memory.available
     found = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
-    # The file says kB and means 1,024 bytes.
+    # The file says kB but means 1,024 bytes.
     return found["MemTotal"] * 1024, found["MemAvailable"] * 1024
 
 

@@ -1,4 +1,4 @@
-"""Recognises errors that mean that memory ran out, and words them; the same for all frameworks."""
+"""Recognises out-of-memory errors of all frameworks, and describes them in words."""
 
 import math
 import re
@@ -24,7 +24,7 @@ _BYTES |= {f"{sign}int{8 * size}": size for sign in ("", "u") for size in (1, 2,
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-# Python's own error has no text; these are the texts of C++ and NumPy.
+# Python's own error has no text. These are the texts of C++ and NumPy.
 _OF_PYTHON = ("std::bad_alloc", "Unable to allocate")
 
 
@@ -94,8 +94,8 @@ def free_frames(error: BaseException) -> None:
     """Frees what the frames of an error hold: the tensors of a window that runs again.
 
     Args:
-        error: which ended an attempt. Its causes and contexts hold frames too and are freed, except
-            for the error that the caller is handling.
+        error: the error that ended an attempt. The frames of its causes and contexts are freed too,
+            except for the error that the caller is handling.
     """
     seen = [sys.exception()]
     found = [error]
@@ -115,7 +115,7 @@ def no_smaller_size(
 
     Args:
         error: what the framework raised.
-        left_bytes: of the device or the container; None if unknown.
+        left_bytes: bytes that the device or the container has left; None if unknown.
         largest: names and bytes of the largest parameters, largest first.
     """
     asked = bytes_asked(str(error))

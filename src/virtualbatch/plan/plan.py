@@ -117,11 +117,11 @@ def parse_limit(limit: int | str | None, usable: int | None) -> int:
 
     Args:
         limit: bytes, a text such as "2GiB" or "80%", or None for all that is usable.
-        usable: bytes that the device or the container really has left; None if it does not tell.
+        usable: bytes that the device or the container has left; None if it does not report them.
 
     Raises:
-        ValueError: the text does not parse, the limit is not positive, or it depends on what the
-            device does not tell.
+        ValueError: the text does not parse, the limit is not positive, or it depends on `usable`,
+            which is None.
         TypeError: the limit is something else.
     """
     if usable is None and (limit is None or (isinstance(limit, str) and "%" in limit)):
@@ -146,7 +146,7 @@ def parse_limit(limit: int | str | None, usable: int | None) -> int:
 
 
 def limit_as_text(limit: int | str | None) -> str:
-    """The same text for limits that mean the same: bytes, a share of what is left, or all of it.
+    """A text for a limit. Limits with the same meaning get the same text.
 
     Args:
         limit: as `parse_limit` takes it.
@@ -157,7 +157,7 @@ def limit_as_text(limit: int | str | None) -> str:
 
 def _parsed(text: str, usable: int | None) -> int | None:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]+)\s*", text)
-    # Digits without end would be infinitely many bytes.
+    # A number with very many digits becomes infinite.
     if match is None or math.isinf(float(match[1])):
         return None
     number, unit = float(match[1]), match[2].lower()

@@ -51,8 +51,8 @@ class PlanFile:
         once.
 
         Args:
-            signature: of the batch that the plan is for.
-            plan: to add.
+            signature: the signature of the batch of the plan.
+            plan: the plan to add.
         """
         self._waiting[signature] = plan
         waiting = list(self._waiting.items())
@@ -62,7 +62,7 @@ class PlanFile:
                 for entry in waiting:
                     found = _with(found, entry)
                 write_whole(self._file, as_text(found))
-        # A ValueError: the file now holds something else, which must not be overwritten.
+        # A ValueError means that the file now holds something else. It must not be overwritten.
         except (OSError, ValueError) as error:
             self._warn(error)
             return
@@ -122,6 +122,6 @@ class PlanFile:
 
 
 def _with(entries: list[Entry], new: Entry) -> list[Entry]:
-    """Adds a plan and drops the plans that it covers; does not add one that another covers."""
+    """Adds a plan and drops the plans that it covers. If another plan covers it, adds nothing."""
     others = [entry for entry in entries if not new[0].covers(entry[0])]
     return others if any(entry[0].covers(new[0]) for entry in others) else [*others, new]

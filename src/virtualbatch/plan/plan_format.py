@@ -1,4 +1,4 @@
-"""Plans as text; everything is checked when the text is read."""
+"""Plans as text. Everything is checked when the text is read."""
 
 import json
 import math
@@ -13,9 +13,9 @@ from virtualbatch.plan.signature import Leaf, Signature
 Entry = tuple[Signature, Plan]
 
 _FORMAT = "virtualbatch plans"
-# The first was a bare list.
+# The first version was a bare list.
 _VERSION = 2
-# Fields of the first version, which knew no loss and no limit. Its plans are ignored and made anew.
+# Fields of the first version, which had no loss and no limit. Its plans are ignored and made anew.
 _TOO_OLD = {"program", "rows", "leaves"}
 
 
@@ -25,7 +25,7 @@ def as_text(entries: Iterable[Entry]) -> str:
     Args:
         entries: pairs of a signature and its plan.
     """
-    # One plan a line, so that a person can read and compare them.
+    # Each plan has its own line, so that a person can read and compare them.
     plans = ",\n ".join(
         json.dumps({"signature": signature._asdict(), "plan": asdict(plan)}, allow_nan=False)
         for signature, plan in entries
@@ -37,10 +37,10 @@ def entries_in(content: bytes) -> list[Entry]:
     """The plans in a file.
 
     Args:
-        content: of the file. An empty file holds no plans.
+        content: the content of the file. An empty file holds no plans.
 
     Raises:
-        ValueError: it is something else; the text completes "Got a file in which".
+        ValueError: the file holds something else. The text completes "Got a file in which".
     """
     text = _decoded(content)
     if not text.strip():

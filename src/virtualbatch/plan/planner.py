@@ -1,4 +1,4 @@
-"""The loop that plans: the search asks, a window is measured, the search takes the answer.
+"""The planning loop: the search asks, a window is measured, and the search gets the answer.
 
 An engine provides the window of each size, with ways to measure its peak and its time.
 """
@@ -18,14 +18,14 @@ class Window(Protocol):
     """The window of one size; neither method changes the model."""
 
     def peak_bytes(self) -> int:
-        """The most bytes that it needs above what is held before it, by the runs so far."""
+        """The most bytes that runs so far needed, above those held before the window."""
 
     @property
     def timing(self) -> Timing:
-        """How long it takes."""
+        """The times of this window."""
 
 
-# All public verbs use it.
+# All public verbs use this budget.
 BUDGET = TimeBudget()
 
 
@@ -34,7 +34,7 @@ def bytes_allowed(memory_limit: int | str | None, held: int, memory: Memory) -> 
 
     Args:
         memory_limit: bytes, a text, or None.
-        held: bytes that are in use before the window; they count towards the limit.
+        held: bytes that are in use before the window. They count towards the limit.
         memory: the engine's view of memory.
 
     Raises:
@@ -62,9 +62,9 @@ def planned(
     Args:
         window: microbatch_size -> its window.
         rows: rows of the batch.
-        held: bytes that are in use before a window; they are added to its peak.
-        limit: bytes that a window may take, `held` included.
-        errors: which the framework raises when memory runs out.
+        held: bytes that are in use before a window. They are added to its peak.
+        limit: bytes that a window may take, including `held`.
+        errors: the errors that the framework raises when memory runs out.
         remainder: whether a smaller last micro-batch costs nothing; see `Search`.
         trial: microbatch_size -> the timing of its window without any tool that measures peaks;
             None if the timing of `window` needs no such tool.
@@ -117,7 +117,7 @@ class _Doubt:
     """Decides whether windows failed for lack of memory, if their errors do not say so clearly.
 
     Args:
-        errors: which the framework raises when memory runs out.
+        errors: the errors that the framework raises when memory runs out.
     """
 
     def __init__(self, errors: MemoryErrors):
@@ -135,12 +135,12 @@ class _Doubt:
         self._first = self._first or error
 
     def asked(self, search: Search) -> Question | None:
-        """What the search asks next.
+        """The next question of the search.
 
         Raises:
             ValueError: not even one row fits. If no error clearly meant lack of memory and one row
                 failed too, the first error is raised unchanged instead.
-            MemoryError: user code raised two of them; the first is raised unchanged.
+            MemoryError: user code raised two such errors. The first is raised unchanged.
         """
         if len(self._by_hand) > 1:
             raise self._by_hand[0]
@@ -157,8 +157,9 @@ class _Clock:
     """The time left for optional questions, counted from the first of them.
 
     A new size costs more than its measurements: a program is built and its peak is measured. The
-    last new size shows how long that takes. If little more time than that is left, it is spent on
-    the sizes that exist: to know the fastest of them is worth more than one measurement of another.
+    last new size shows how long that takes. If little more time than that is left, no new size is
+    tried. The time is spent on known sizes, because finding the fastest of them is worth more than
+    one measurement of another size.
     """
 
     def __init__(self, budget: TimeBudget):
@@ -170,10 +171,10 @@ class _Clock:
         self._cost = 0.0
 
     def is_over(self, question: Question) -> bool:
-        """Whether a question comes too late. Called once for each question, before it is answered.
+        """Whether a question comes too late. Called once for each question, before its answer.
 
         Args:
-            question: the next one.
+            question: the next question.
         """
         now = time.perf_counter()
         if self._building is not None:

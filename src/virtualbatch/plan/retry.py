@@ -17,7 +17,7 @@ class Memory(NamedTuple):
     """An engine's view of memory.
 
     Fields:
-        errors: which its framework raises when memory runs out.
+        errors: the errors that its framework raises when memory runs out.
         left_bytes: () -> bytes that are left; None if the device does not report it.
     """
 
@@ -56,12 +56,12 @@ def run_until_it_fits(
     is_too_late: Callable[[BaseException], bool] = lambda error: False,
     unit: str = "rows",
 ) -> Result:
-    """Runs a window; repeats it with smaller micro-batches as long as memory runs out.
+    """Runs a window, and repeats it with smaller micro-batches as long as memory runs out.
 
-    Some errors may, but need not, mean that memory ran out. They are repeated with smaller
-    micro-batches too. If they still come with one row, memory was not the reason, and the first of
-    them is raised unchanged. After a `MemoryError` from user code the window is repeated once; a
-    second one is raised unchanged.
+    Some errors may, but need not, mean that memory ran out. The window is repeated after them too.
+    If they still come with one row, memory was not the reason, and the first of them is raised
+    unchanged. After a `MemoryError` from user code the window is repeated once. If user code raises
+    a second one, the first is raised unchanged.
 
     Args:
         run: runs the window once with the given cut, and waits for it.
@@ -76,7 +76,7 @@ def run_until_it_fits(
         unit: what sizes count: "rows", or "tokens" for packed rows.
 
     Raises:
-        MemoryError: not even a micro-batch of one row fits; or user code raised it.
+        MemoryError: not even a micro-batch of one row fits, or user code raised the error.
     """
     # The size to keep if memory is not the reason.
     known = size.rows

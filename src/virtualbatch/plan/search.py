@@ -1,9 +1,9 @@
-"""The search for a micro-batch that fits and is fast; it never runs a model itself.
+"""The search for a micro-batch that fits and is fast. It never runs a model itself.
 
 An engine asks the search what to measure, measures it, and reports the result. Above a knee, peak
 memory is assumed to grow linearly with the rows of a micro-batch, peak = max(c, a + b * rows). So
-two measurements predict every size, and a third one confirms the size that was chosen. Then a few
-sizes are timed, and the fastest of them again. If no peak can be measured, sizes are tried instead,
+two measurements predict every size, and a third one confirms the chosen size. Then a few sizes are
+timed, and the fastest of them are timed again. If no peak can be measured, sizes are tried instead,
 from the smallest.
 """
 
@@ -55,8 +55,8 @@ class Search:
         rows: rows of the batch, >= 1.
         memory_limit: bytes that a window may take.
         remainder: whether a smaller last micro-batch costs nothing. An engine that compiles a
-            program for each shape needs another program, and memory, for the remainder; the search
-            then prefers nearby sizes that divide the batch.
+            program for each shape needs another program, and memory, for the remainder. For such
+            an engine the search prefers nearby sizes that divide the batch.
         budget: how often sizes are timed.
 
     Example:
@@ -109,7 +109,8 @@ class Search:
         """Takes the answer to a question.
 
         Args:
-            question: from `ask`, or a "memory" question about a size whose peak was measured again.
+            question: a question from `ask`, or a "memory" question about a size whose peak was
+                measured again.
             answer: peak bytes or seconds; None if memory ran out.
         """
         size = question.microbatch_size
@@ -145,7 +146,7 @@ class Search:
         asked for, but the timed ones may be timed again. Otherwise all timing ends.
 
         Args:
-            question: from `ask`.
+            question: a question from `ask`.
         """
         timed = self._times.seconds()
         if question.kind == "time" and timed and question.microbatch_size not in timed:
@@ -154,7 +155,7 @@ class Search:
             self._stopped = True
 
     def plan(self) -> Plan:
-        """The plan; call it after `ask` returned None."""
+        """The plan. Call it after `ask` has returned None."""
         seconds = self._times.seconds()
         largest = max(seconds) if self._trial else self._largest_fitting()
         # If time allowed for one size only, it cannot be called fast.
@@ -177,12 +178,15 @@ class Search:
         return Plan(size, -(-self._rows // size), self._limit, reason, tuple(rows))
 
     def _smallest_failing(self) -> int:
-        """The smallest size known not to fit; one more than the batch if none is."""
+        """The smallest size known not to fit; the rows of the batch plus 1 if all may fit."""
         failing = [size for size, peak in self._peaks.items() if peak > self._limit]
         return min([*failing, *self._failed, self._rows + 1])
 
     def _largest_fitting(self) -> int:
-        """The largest size below all that do not fit, or the whole batch; 0 if none is known."""
+        """The largest size known to fit: the whole batch, or a size below all that do not fit.
+
+        0 if no size is known to fit.
+        """
         # The uncut batch needs no buffer for the sum of gradients, so it may fit where small sizes
         # do not.
         if self._rows not in self._failed and self._peaks.get(self._rows, math.inf) <= self._limit:

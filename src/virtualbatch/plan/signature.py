@@ -7,9 +7,9 @@ class Leaf(NamedTuple):
     """Shape and type of one array of a batch.
 
     Fields:
-        place: expression for it, such as "batch['x']".
-        shape: of one row.
-        dtype: name of the dtype.
+        place: the expression for the array, such as "batch['x']".
+        shape: the shape of one row.
+        dtype: the name of the dtype.
     """
 
     place: str
@@ -23,9 +23,9 @@ class Signature(NamedTuple):
     Fields:
         program: engine with its version, device and parameters, in words.
         loss: what is computed, as a fingerprint.
-        rows: of the batch.
+        rows: rows of the batch.
         leaves: arrays of the batch, in order.
-        limit: of memory, as a text; `Auto` fills it in.
+        limit: the memory limit as a text; `Auto` fills it in.
     """
 
     program: str
@@ -37,8 +37,8 @@ class Signature(NamedTuple):
     def covers(self, other: "Signature") -> bool:
         """Whether a plan for this signature also fits `other`.
 
-        It does if all is the same except that `other` has as many rows or fewer, and each as long
-        or shorter. So text that is padded to many lengths needs a new plan only for longer rows.
+        `other` may have fewer rows, and shorter ones. All else must be the same. So text that is
+        padded to many lengths needs a new plan only for longer rows.
         """
         return (
             (self.program, self.loss, self.limit) == (other.program, other.loss, other.limit)

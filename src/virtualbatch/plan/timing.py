@@ -18,13 +18,13 @@ ALIKE = 0.02
 
 
 class TimeBudget(NamedTuple):
-    """How long sizes are compared for.
+    """How much time may be spent on comparing sizes.
 
     Fields:
-        seconds: after which timing ends. If a window takes a second, each size gets one or two
-            measurements; docs/notes/planning.md says which differences they cannot show.
-        reserve: seconds that must be left for measurements after a new size is built; without
-            them no new size is tried.
+        seconds: the time after which timing ends. If a window takes a second, each size gets one or
+            two measurements; docs/notes/planning.md says which differences they cannot show.
+        reserve: seconds that must be left for measurements after a new size is built. Otherwise no
+            new size is tried.
         rounds: measurements of each size that may be the fastest.
     """
 
@@ -45,7 +45,7 @@ class Timing:
         self._run = run
         self._load = load
         self._is_loaded = False
-        # Of runs that are not yet part of a measurement.
+        # The times of runs that are not yet part of a measurement.
         self._times: list[float] = []
 
     def run(self) -> None:
@@ -56,9 +56,9 @@ class Timing:
         self._is_loaded = True
 
     def seconds(self) -> float:
-        """The mean time of a run since the last measurement; runs the window as often as needed.
+        """The mean time of a run since the last measurement. Runs the window as often as needed.
 
-        It is not the shortest time: a window that runs twice in a measurement would then look
+        The shortest time would be wrong: a window that runs twice in a measurement would look
         faster than one that runs once.
         """
         if not self._is_loaded and self._load is not None:
@@ -88,7 +88,7 @@ class FastestSize:
 
         Args:
             size: rows of a micro-batch.
-            seconds: what the whole batch took.
+            seconds: the time of the whole batch.
         """
         self._told.setdefault(size, []).append(seconds)
 
@@ -104,7 +104,7 @@ class FastestSize:
         """The size to time next: of all that may be the fastest, the one with fewest measurements.
 
         Args:
-            rounds: measurements that each of them needs.
+            rounds: measurements that each such size needs.
 
         Returns:
             A size; None if each has enough measurements, or only one size is left.

@@ -1,6 +1,6 @@
 """Reports: results as one HTML page with plots.
 
-The page is one file: its styles and plots are inside, it runs no script and loads nothing. The
+The page is one file with its styles and plots inside. It runs no script and loads nothing. The
 extra `report` installs jinja2 and matplotlib, which are imported only when a page is made.
 """
 
@@ -23,7 +23,7 @@ NEEDED = ("jinja2", "matplotlib")
 
 Result = Plan | Certificate | DemoResult | Advice | Sequence[tuple[int, NoiseEstimate]]
 
-# A script would be needed to fit the frame to its page.
+# The height is fixed, because only a script could fit the frame to its page.
 _FRAME_HEIGHT = 640
 
 

@@ -1,4 +1,4 @@
-"""What plots have in common: notes, legends and ticks."""
+"""Parts that all plots share: notes, legends and ticks."""
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -7,7 +7,7 @@ from virtualbatch.report._svg import LIGHT, SMALL
 
 
 def note(axes: Axes, at: tuple[float, float], text: str, colour: str) -> None:
-    """Writes small text above a point; x is a share of the width, y is in data units."""
+    """Writes small text above a point. x is a share of the width, y is in data units."""
     axes.annotate(
         text,
         at,
@@ -35,7 +35,7 @@ def key(axes: Axes) -> None:
 
 
 def plain_log_ticks(axes: Axes) -> None:
-    """Puts ticks at round numbers and writes them in full; set the limits of the axis first."""
+    """Puts ticks at round numbers and writes them in full. Set the limits of the axis first."""
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
     axes.yaxis.set_minor_locator(NullLocator())

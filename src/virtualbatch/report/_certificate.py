@@ -19,7 +19,7 @@ def certificate_section(certificate: Certificate) -> Section:
     """A certificate with its findings and errors.
 
     Args:
-        certificate: to show.
+        certificate: the certificate to show.
     """
     layers = len(_by_layer(certificate.parameters))
     figures, tables = [], []
@@ -64,14 +64,14 @@ def _layer_errors(title: str, certificate: Certificate, caption: str) -> Bars:
     """The largest error of each layer on a logarithmic axis, with the tolerance.
 
     Args:
-        title: of the plot.
-        certificate: of at least one parameter.
-        caption: of the plot.
+        title: the title of the plot.
+        certificate: a certificate with at least one parameter.
+        caption: the caption of the plot.
     """
     tolerance = certificate.tolerance
     shown = _by_layer(certificate.parameters)[:_MOST_LAYERS]
     finite = [error for _, error in shown if 0 < error < math.inf] + [tolerance]
-    # Logarithms, for a tenth of the smallest number would be zero.
+    # Take logarithms: a tenth of the smallest number could be rounded to 0.
     low, high = math.log10(min(finite)) - 1, math.log10(max(finite)) + 1
 
     def place(error: float) -> float:
@@ -116,7 +116,7 @@ def _error(value: float) -> str:
 
 
 def _by_layer(parameters: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Each layer with the largest error of its parameters; the largest error comes first."""
+    """(layer, largest error of its parameters), the largest error first."""
     layers: dict[str, float] = {}
     for name, error in _worst_first(parameters):
         layers.setdefault(_LAST_PART.sub("", name), error)

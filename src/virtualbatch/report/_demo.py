@@ -17,8 +17,8 @@ def demo_section(name: str, result: DemoResult) -> Section:
     """The demo's three runs side by side.
 
     Args:
-        name: of the section, unique on the page.
-        result: to show.
+        name: the name of the section, unique on the page.
+        result: the result to show.
     """
     settings, whole, accumulated = result.settings, result.whole, result.accumulated
     averaged = _updates_averaged(result)
@@ -90,8 +90,8 @@ def _losses(name: str, result: DemoResult, over: str) -> Markup:
     """Training loss of the three runs.
 
     Args:
-        name: of the figure, unique on the page.
-        result: of the demo.
+        name: the name of the figure, unique on the page.
+        result: the result of the demo.
         over: "updates" or "time".
     """
     settings = result.settings

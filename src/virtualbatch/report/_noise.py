@@ -12,7 +12,7 @@ from virtualbatch.report._axes import plain_log_ticks
 from virtualbatch.report._section import Figure, Section, Table, Tile
 from virtualbatch.report._svg import LIGHT, NARROW, WIDE, drawing
 
-# An interval is cut off where it is this many times above or below the estimates.
+# An interval is cut off at this many times above or below the estimates.
 _WIDEST = 8.0
 _MOST_MARKED = 20
 
@@ -21,7 +21,7 @@ def noise_section(name: str, history: Sequence[tuple[int, NoiseEstimate]]) -> Se
     """The noise scale of the gradients during training.
 
     Args:
-        name: of the section, unique on the page.
+        name: the name of the section, unique on the page.
         history: pairs of the updates made and the estimate at that time; at least one.
     """
     last = history[-1][1]
@@ -67,7 +67,7 @@ def advice_section(advice: Advice) -> Section:
     """Advice on the batch size, from a noise scale and two times.
 
     Args:
-        advice: to show.
+        advice: the advice to show.
     """
     rules = [str(rule) for rule in advice.rules]
     if rules:
@@ -94,10 +94,10 @@ def _over_updates(name: str, history: Sequence[tuple[int, NoiseEstimate]], width
     """The noise scale over training, with its interval.
 
     Args:
-        name: of the figure, unique on the page.
-        history: pairs of the updates made and the estimate at that time; at least one estimate is
+        name: the name of the figure, unique on the page.
+        history: pairs of the updates made and the estimate at that time. At least one estimate is
             finite and positive.
-        width: of the drawing.
+        width: the width of the drawing.
     """
     scales = [estimate.scale for _, estimate in history if 0 < estimate.scale < math.inf]
     low, high = min(scales) / _WIDEST, max(scales) * _WIDEST

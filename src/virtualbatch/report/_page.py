@@ -23,7 +23,7 @@ def page(results: Sequence[Any]) -> str:
     """The page.
 
     Args:
-        results: at least one, of the kinds that `virtualbatch.report.write_html` takes.
+        results: at least one result, of the kinds that `virtualbatch.report.write_html` takes.
 
     Raises:
         TypeError: a result is of another kind.

@@ -22,8 +22,8 @@ def plan_section(name: str, plan: Plan) -> Section:
     """A plan with the sizes it compared.
 
     Args:
-        name: of the section, unique on the page.
-        plan: to show.
+        name: the name of the section, unique on the page.
+        plan: the plan to show.
     """
     chosen = next(row for row in plan.rows if row.microbatch_size == plan.microbatch_size)
     limit = readable_bytes(plan.memory_limit)
@@ -63,7 +63,7 @@ def plan_section(name: str, plan: Plan) -> Section:
 
 
 def _figures(name: str, plan: Plan) -> list[Figure]:
-    """Plots of what is known; one that is alone is drawn for the whole width of the page too."""
+    """Plots of the known numbers. If there is only one, it is drawn for the full width too."""
     plots: list[tuple[str, Callable[[str, Plan, int], Markup], str]] = []
     if any(row.peak_bytes is not None for row in plan.rows):
         caption = "Filled points are measured or compiled, hollow points are predicted from them."
@@ -101,9 +101,9 @@ def _memory(name: str, plan: Plan, width: int) -> Markup:
     """Peak memory against micro-batch size, with the limit and the choice.
 
     Args:
-        name: of the figure, unique on the page.
-        plan: at least one of its peaks is known.
-        width: of the drawing.
+        name: the name of the figure, unique on the page.
+        plan: a plan with at least one known peak.
+        width: the width of the drawing.
     """
     known = {
         row.microbatch_size: (row.peak_bytes, row.measured)
@@ -145,9 +145,9 @@ def _throughput(name: str, plan: Plan, width: int) -> Markup:
     """Throughput against micro-batch size, with the choice.
 
     Args:
-        name: of the figure, unique on the page.
-        plan: at least one of its sizes was timed.
-        width: of the drawing.
+        name: the name of the figure, unique on the page.
+        plan: a plan with at least one timed size.
+        width: the width of the drawing.
     """
     timed = {
         row.microbatch_size: 1 / row.seconds_per_batch for row in plan.rows if row.seconds_per_batch
@@ -183,7 +183,7 @@ def _size_axis(axes: Axes, sizes: Sequence[int]) -> None:
 
 
 def _choose(axes: Axes, size: int, y: float, text: str, below: bool = False) -> None:
-    """Marks the choice; its label goes to the side that has room."""
+    """Marks the chosen size. The label goes to the side that has room."""
     axes.plot(size, y, "o", markersize=16, markerfacecolor="none", color=LIGHT["orange"])
     axes.plot(size, y, "o", color=LIGHT["orange"])
     low, high = axes.get_xlim()

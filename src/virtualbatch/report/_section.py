@@ -15,7 +15,7 @@ class Figure(NamedTuple):
 
     Fields:
         title: shown above the plot.
-        svg: the element, for a phone or for half of the page.
+        svg: the SVG element, for a phone or for half of the page.
         caption: shown below the plot.
         wide: the same plot for the whole width of the page; None if another stands beside it.
     """
@@ -32,7 +32,7 @@ class Bar(NamedTuple):
     Fields:
         name: what is measured.
         value: the measurement as text, with its unit.
-        share: length of the bar, from 0 to 1.
+        share: the length of the bar, from 0 to 1.
         colour: a name in the palette.
     """
 
@@ -48,11 +48,11 @@ class Bars(NamedTuple):
     Fields:
         title: shown above the plot.
         label: what the plot shows, for screen readers.
-        bars: from top to bottom.
+        bars: the bars, from top to bottom.
         caption: shown below the plot.
-        mark: place and name of a line across all bars; the place is from 0 to 1.
-        ticks: places and names on the axis.
-        axis: name of the axis, with its unit.
+        mark: (place, name) of a line across all bars; the place is from 0 to 1.
+        ticks: (place, name) of each tick on the axis.
+        axis: the name of the axis, with its unit.
     """
 
     title: str
@@ -68,7 +68,7 @@ class Tile(NamedTuple):
     """A number that matters.
 
     Fields:
-        value: with its unit.
+        value: the number with its unit.
         label: what the number is.
     """
 
@@ -80,10 +80,10 @@ class Table(NamedTuple):
     """All numbers.
 
     Fields:
-        title: what they are.
+        title: what the numbers are.
         heading: one text per column, with the unit in brackets.
         rows: one text per cell; the first is the row's name.
-        chosen: number of the row that is highlighted, or None.
+        chosen: the index of the row that is highlighted, or None.
     """
 
     title: str
@@ -96,7 +96,7 @@ class Section(NamedTuple):
     """One result.
 
     Fields:
-        kind: of the result, in a word or two.
+        kind: the kind of the result, in a word or two.
         verdict: the result in one line.
         tone: whether the result is good.
         tiles: the numbers that matter.

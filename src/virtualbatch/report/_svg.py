@@ -1,4 +1,4 @@
-"""A figure of matplotlib as SVG inside a page: its colours are the page's, light and dark."""
+"""Turns a matplotlib figure into SVG inside a page, in the page's light and dark colours."""
 
 import io
 import warnings
@@ -17,10 +17,10 @@ class Colour(NamedTuple):
     """A colour of the page by its role.
 
     Fields:
-        name: of the CSS variable.
-        light: on a light page, as #rrggbb. Figures are drawn in these colours, and the colour is
-            then replaced by its CSS variable, so no two roles may share one.
-        dark: on a dark page.
+        name: the name of the CSS variable.
+        light: the colour on a light page, as #rrggbb. Figures are drawn in these colours. Then each
+            colour is replaced by its CSS variable, so no two roles may share a colour.
+        dark: the colour on a dark page.
     """
 
     name: str
@@ -44,8 +44,8 @@ PALETTE = (
 LIGHT = {colour.name: colour.light for colour in PALETTE}
 _VARIABLES = {colour.light: f"var(--{colour.name})" for colour in PALETTE}
 
-# Of a plot on a phone or in half of the page, and of one that has the page to itself. A desktop
-# shows both at the same scale, so their texts are equally large.
+# NARROW is the width of a plot on a phone or in half of the page, WIDE of one across the page. A
+# desktop shows both at the same scale, so their texts are equally large.
 NARROW = 440
 WIDE = 900
 SMALL = 12
@@ -84,7 +84,7 @@ _SETTINGS = {
     "lines.markersize": 7.0,
     "lines.solid_capstyle": "round",
 }
-# Left out of the file: a date or a program name would make equal reports differ.
+# Metadata is left out, because a date or a program name would make equal reports differ.
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
@@ -92,8 +92,8 @@ class Drawing:
     """A figure with one pair of axes; see `drawing`.
 
     Attributes:
-        axes: what to draw on.
-        svg: the element, once the block has ended.
+        axes: the axes to draw on.
+        svg: the SVG element, once the block has ended.
     """
 
     axes: Axes
@@ -102,10 +102,10 @@ class Drawing:
 
 @contextmanager
 def drawing(name: str, label: str, width: int) -> Iterator[Drawing]:
-    """Draws a figure with the page's fonts and colours; sets `svg` at the end of the block.
+    """Draws a figure with the page's fonts and colours. Sets `svg` at the end of the block.
 
     Args:
-        name: of the figure, unique on the page; its ids derive from it.
+        name: the name of the figure, unique on the page. Its ids derive from the name.
         label: what the figure shows, for screen readers.
         width: `NARROW` or `WIDE`.
     """

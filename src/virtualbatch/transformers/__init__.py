@@ -1,7 +1,8 @@
 """Gradient accumulation inside the Hugging Face Trainer, exact: one line for one trainer.
 
-The batches of an update are collected, joined into rows, weighed, and run through `loss` of the
-PyTorch engine when the last one has come. The trainer keeps its loop and its backward pass.
+The batches of an update are collected. When the last one has come, they are joined into rows,
+weighed, and run through `loss` of the PyTorch engine. The trainer keeps its loop and its backward
+pass.
 """
 
 from typing import Literal, TypeVar
@@ -17,7 +18,7 @@ __all__ = ["TrainerCertificate", "accumulate", "certify", "restore"]
 
 
 def __dir__() -> list[str]:
-    """What is public: completion shows no other names."""
+    """The public names, so that completion shows no others."""
     return __all__
 
 

@@ -1,4 +1,4 @@
-"""Counters and lists of a trainer, which its loss changes, put back before a window runs again."""
+"""Saves the counters and lists that a trainer's loss changes, so that a window can run again."""
 
 import numbers
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-# Exactly these: a class of somebody's own may refuse to be emptied.
+# Exactly these classes, because a user's class may refuse to be emptied.
 _CONTAINERS = (list, dict, set, deque, defaultdict, OrderedDict, Counter)
 _PLAIN = (numbers.Number, str, bytes, type(None), torch.Tensor, *_CONTAINERS, tuple)
-# Rows, which no loss changes, and of which there may be many.
+# Attributes that hold rows. No loss changes them, and there may be many rows.
 _ROWS = ("train_dataset", "eval_dataset")
 
-# Numbers in a tensor up to which a trainer may count in it.
+# A trainer may count in a tensor of at most this many numbers.
 _COUNTS = 2**16
 
 
 class PlainAttributes:
-    """Attributes of an object that are numbers, texts, tensors or containers, as they are now.
+    """The present attributes of an object that are numbers, texts, tensors or containers.
 
     Containers keep their identity, so other holders see the same object. Their contents are kept by
     reference, except for containers in containers and small tensors, which are kept by value.
@@ -40,16 +40,16 @@ class PlainAttributes:
         self._keep(self._before.values(), nested)
 
     def held(self, container: Any) -> Sized:
-        """What a container held; nothing, if there was none.
+        """The contents of a container when this object was made; empty if it did not exist.
 
         Args:
-            container: as it is in an attribute now.
+            container: the present value of an attribute.
         """
         found: Sized = self._held.get(id(container), (None, ()))[1]
         return found
 
     def restore(self) -> None:
-        """Puts back what has changed, and takes away what is new."""
+        """Puts back what has changed, and removes what is new."""
         attributes = vars(self._owner)
         for name in [x for x in attributes if x not in self._before]:
             if name not in _ROWS and isinstance(attributes[name], _PLAIN):

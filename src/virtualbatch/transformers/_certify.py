@@ -1,4 +1,4 @@
-"""Whether a trainer's update is that of its whole batch: its own way, and with `accumulate`."""
+"""Certifies a trainer's update against its whole batch: its own way, and with `accumulate`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,17 +24,17 @@ from virtualbatch.transformers._seam import Seam, seam_of
 from virtualbatch.transformers._update import Asked
 
 _NO_DROPOUT = "Dropout is off during the comparison."
-# What a loss adds up in, where the model does not say.
+# Epsilon of float32, in which losses are computed even if the model is wider.
 _EPSILON = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
 class TrainerCertificate(Result):
-    """Whether a trainer's update is that of its whole batch.
+    """Whether a trainer's update equals the update of its whole batch.
 
     Args:
-        own: of the trainer's own accumulation.
-        accumulated: of the same trainer with `accumulate`.
+        own: the certificate of the trainer's own accumulation.
+        accumulated: the certificate of the same trainer with `accumulate`.
     """
 
     own: Certificate
@@ -67,7 +67,7 @@ def _compared(trainer: Any, batches: Sequence[Any], seam: Seam | None) -> Traine
     own = steps.run(batches)
     accumulated = steps.accumulated(batches, seam)
     epsilon = steps.epsilon()
-    # What differs by the order of rows is rounding, unless it is more than that.
+    # A small difference by the order of rows is rounding. A large one is something else.
     alike = [] if differ(whole, turned, epsilon**0.5) else [turned]
     rows = sum(rows_of(batch, is_of_pairs(trainer)) for batch in batches)
     tolerance = derived_tolerance(epsilon, epsilon, rows)
@@ -108,10 +108,10 @@ def _compared(trainer: Any, batches: Sequence[Any], seam: Seam | None) -> Traine
 
 
 class _Steps:
-    """Updates of a trainer without the optimizer, and what they leave in `.grad`.
+    """Runs updates of a trainer without the optimizer, and reads the gradients in `.grad`.
 
     Args:
-        trainer: the trainer, as it is without `accumulate`.
+        trainer: the trainer, without `accumulate`.
     """
 
     def __init__(self, trainer: Any):
@@ -122,7 +122,7 @@ class _Steps:
         self._drawn = RandomState(inventory(trainer.model).accelerator)
 
     def run(self, batches: Sequence[Any]) -> Observed:
-        """The trainer's own update of some batches."""
+        """The trainer's own update with the given batches."""
         trainer, model = self._trainer, self._model
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         device = trainer.args.device
@@ -161,7 +161,7 @@ class _Steps:
         return self.run([form.inputs(joined([form.by_row(batch) for batch in batches], form))])
 
     def accumulated(self, batches: Sequence[Any], seam: Seam | None) -> Observed:
-        """The update with `accumulate`, as it was called or without a size."""
+        """The update with `accumulate`, with the arguments of its call, or without a size."""
         used = Seam(self._trainer, Asked()) if seam is None else seam
         used.attach()
         try:
@@ -170,17 +170,17 @@ class _Steps:
             used.detach()
 
     def epsilon(self) -> float:
-        """Of the narrowest dtype that is known to be used."""
+        """Epsilon of the narrowest dtype that is known to be used."""
         found = [p.dtype for p in self._model.parameters() if p.requires_grad]
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}
         mixed = precision.get(self._trainer.accelerator.mixed_precision)
         dtypes = [*found, *([] if mixed is None else [mixed])]
-        # Norms and losses of float64 models are float32 inside.
+        # Even in float64 models, norms and losses are computed in float32.
         return float(max(_EPSILON, *(torch.finfo(dtype).eps for dtype in dtypes)))
 
 
 class _NoDropout(TorchFunctionMode):
-    """Layers stay in training mode, and drop nothing: other cuts would draw other numbers."""
+    """Turns dropout off while layers stay in training mode: other cuts draw other numbers."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -195,7 +195,7 @@ class _NoDropout(TorchFunctionMode):
 
 @contextmanager
 def _untouched(trainer: Any) -> Iterator[list[Any]]:
-    """The batches of a first update; the trainer is afterwards as it was before."""
+    """Yields the batches of a first update. Afterwards the trainer is as it was before."""
     device = inventory(trainer.model).accelerator
     random, host = RandomState(device), HostRandom()
     layers, attributes = LayerState([trainer.model]), PlainAttributes(trainer, nested=True)

@@ -1,4 +1,4 @@
-"""Refuses trainers that cannot work, before anything in them is changed."""
+"""Refuses trainers that are not supported, before anything in them is changed."""
 
 from importlib.metadata import version
 from typing import Any
@@ -8,7 +8,7 @@ from virtualbatch.torch._accumulator import rounding_seed
 from virtualbatch.torch._modules import inventory
 from virtualbatch.window.packing import check_tokens
 
-# TRL's trainers whose collators stack chosen rows on rejected ones.
+# TRL's trainers whose collators put the rejected rows behind the chosen rows.
 _PAIRS = {"DPOTrainer", "RewardTrainer"}
 
 
@@ -18,7 +18,7 @@ def is_of_pairs(trainer: Any) -> bool:
 
 
 def is_of_trl(trainer: Any) -> bool:
-    """Whether a trainer is one of TRL, which keeps lists of metrics that its loss appends to."""
+    """Whether a trainer is from TRL and keeps lists of metrics, to which its loss appends."""
     is_its = any(each.__module__.partition(".")[0] == "trl" for each in type(trainer).__mro__)
     return is_its and hasattr(trainer, "_metrics")
 
@@ -30,8 +30,9 @@ def check_trainer(trainer: Any) -> None:
         trainer: a `transformers.Trainer`.
 
     Raises:
-        TypeError: it is none.
-        ValueError: see the words.
+        TypeError: it is not a trainer.
+        ValueError: the version of transformers is too old, or the trainer accumulates in another
+            way, uses an unsupported kind of parallelism, or has a loss that compares rows.
     """
     _check_version()
     if "Trainer" not in _classes(trainer) or not hasattr(trainer, "get_batch_samples"):
@@ -62,7 +63,7 @@ def check_trainer(trainer: Any) -> None:
 
 
 def _elsewhere(trainer: Any) -> dict[str, bool]:
-    """Ways to share out a step that the adapter does not know."""
+    """Unsupported ways to make an update, in words -> whether the trainer uses them."""
     args = trainer.args
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     several = args.world_size > 1
@@ -78,7 +79,7 @@ def _elsewhere(trainer: Any) -> dict[str, bool]:
 
 
 def _check_coupled(trainer: Any) -> None:
-    """Refuses losses that look right in the first updates, and compare rows later."""
+    """Refuses losses that look right in the first updates but compare rows later."""
     classes = _classes(trainer)
     types = getattr(trainer, "loss_type", getattr(trainer.args, "loss_type", None))
     types = [types] if isinstance(types, str) else list(types or [])
@@ -110,10 +111,10 @@ def _check_coupled(trainer: Any) -> None:
 
 
 def check_cut(microbatch_size: Any, microbatch_tokens: Any) -> None:
-    """Refuses two ways to cut an update at once, and sizes that nothing could satisfy.
+    """Refuses two ways to cut an update at once, and sizes that are not valid.
 
     Raises:
-        ValueError: both are given, or one is no size.
+        ValueError: both are given, or one is not a valid size.
     """
     if microbatch_size is not None and microbatch_tokens is not None:
         raise ValueError(
@@ -128,10 +129,10 @@ def check_cut(microbatch_size: Any, microbatch_tokens: Any) -> None:
 
 
 def check_accumulator(accumulator_dtype: str | None, trainer: Any) -> None:
-    """Refuses a dtype of sums that the engine would refuse in the first update.
+    """Refuses an accumulator dtype that the engine would refuse in the first update.
 
     Raises:
-        ValueError: it is none, or the model has no parameter for it.
+        ValueError: the dtype is not valid, or the model has no parameter for it.
     """
     if accumulator_dtype is not None:
         rounding_seed(accumulator_dtype, inventory(trainer.model, hands_over=True))

@@ -1,4 +1,4 @@
-"""The weight of a trainer's loss: found among candidates on its first window, by all ranks."""
+"""Finds the weight of a trainer's loss among candidates, on its first window, with all ranks."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -20,26 +20,27 @@ _log = logging.getLogger("virtualbatch")
 
 Told = TypeVar("Told")
 
-# Windows that are tried again: the rows of a first one may be too much alike, such as of one class.
+# Windows that are tried again, because the rows of the first may be too much alike, such as all of
+# one class.
 _AGAIN = (8, 64, 512)
 
-# Shares that differ by less are the same.
+# Shares that differ by less than this count as equal.
 _ALIKE = 1e-9
 
-# Norms and losses of Transformers and TRL are float32 in models of float64 as well.
+# Transformers and TRL compute norms and losses in float32, in float64 models too.
 _COMPUTED_IN = (torch.float32,)
 
 
 class WeightFinder:
     """Finds what a loss was divided by, and tries again while the answer is open.
 
-    While several candidates are in the same proportion, any of them is right. The first window in
-    which they differ decides. Rows without a gradient decide nothing, and the next window is tried.
-    Some later windows are tried again.
+    While several candidates give the same shares, any of them is right. The first window in which
+    they differ decides. Rows without a gradient decide nothing, so the next window is tried. A few
+    later windows are tried again too.
 
     Args:
-        names: of the trainer and its model, for errors.
-        ranks: how many train together.
+        names: the names of the trainer and its model, for errors.
+        ranks: the number of ranks that train together.
     """
 
     def __init__(self, names: tuple[str, str], ranks: int):
@@ -54,14 +55,14 @@ class WeightFinder:
         self.writes_rows = False
 
     def begin(self) -> None:
-        """Counts a window. Some are tried though all seemed to be known."""
+        """Counts a window. A few windows are tried even if the weight seems to be known."""
         self._windows += 1
         if self._windows in _AGAIN and not self._has_given_up:
             self._is_found = False
 
     @property
     def is_decided(self) -> bool:
-        """Whether nothing more is to be tried."""
+        """Whether the weight is known, so that nothing more is tried."""
         return self._is_found and not self._undecided
 
     def choose(
@@ -72,17 +73,17 @@ class WeightFinder:
         cut: Sequence[Microbatch],
         put_back: Callable[[], None],
     ) -> Candidate | None:
-        """The candidate that holds for a window; None if it is not known, and cannot be tried now.
+        """The candidate that is right for a window; None if it is unknown and cannot be tried now.
 
         Args:
-            candidates: the same in all windows, the likeliest first.
-            program_of: candidate -> the loss of one micro-batch, and this weight.
+            candidates: the candidates, the likeliest first. They are the same in all windows.
+            program_of: candidate -> a program with the loss of a micro-batch and this weight.
             batch: the window.
-            cut: its micro-batches; none if rows cannot be told apart.
+            cut: its micro-batches; empty if the window has no known rows.
             put_back: puts back what the loss changes beside tensors.
 
         Raises:
-            ValueError: none holds.
+            ValueError: no candidate is right.
         """
         programs = [program_of(each) for each in candidates]
         if self.is_decided:
@@ -132,7 +133,7 @@ class WeightFinder:
             )
 
     def give_up(self) -> None:
-        """Asks no more: the first candidate is used whatever was found."""
+        """Stops the search. From now on the first candidate is used."""
         self._first, self._undecided, self._is_found = 0, frozenset(), True
         self._has_given_up = True
 
@@ -151,7 +152,7 @@ class WeightFinder:
                 raise ValueError(self._refusal(str(error))) from error
             return FoundWeight(first), str(error)
         if found.place is None:
-            # Rounding, as the certificate says.
+            # The certificate found only rounding, so the first candidate may stay.
             return FoundWeight(first), None
         index = found.place + first
         return found._replace(
@@ -181,11 +182,11 @@ def unlike(programs: Sequence[Program], cut: Sequence[Microbatch]) -> list[int]:
     """The micro-batches of a window in which weights differ most, two for each pair of weights.
 
     Args:
-        programs: one for each weight.
+        programs: one program for each weight.
         cut: the micro-batches.
 
     Returns:
-        Their numbers; none where all weights are in the same proportion.
+        The numbers of these micro-batches; empty if all weights give the same shares.
     """
     shares = [
         [float(share) for share in program.shares(cut).of_rows_or_term()]

@@ -1,4 +1,4 @@
-"""Metrics that TRL's losses append, one entry per call: a window counts as one call."""
+"""Merges metrics of TRL, whose losses append one entry per call: a window counts as one call."""
 
 import math
 import numbers
@@ -11,11 +11,11 @@ from virtualbatch.transformers._attributes import PlainAttributes
 from virtualbatch.transformers._rows import rows_of
 from virtualbatch.transformers._weights import completion_tokens, shifted_labels
 
-# What is a mean over tokens and not over the rows of a micro-batch.
+# Metrics that are means over tokens, not over the rows of a micro-batch.
 _OF_TOKENS = ("entropy", "kl")
 _OF_CHOSEN = ("mean_token_accuracy", "logits/chosen")
 _OF_REJECTED = ("logits/rejected",)
-# What is one over tokens, unless a whole completion has one ratio.
+# Metrics that are means over tokens if each token has a ratio of its own.
 _OF_RATIO = (
     "clip_ratio/low_mean",
     "clip_ratio/high_mean",
@@ -25,14 +25,14 @@ _OF_RATIO = (
 
 
 class Counted(NamedTuple):
-    """What one micro-batch of a window counts in means; scalars.
+    """How much one micro-batch of a window counts in means; scalars.
 
     Fields:
         rows: its rows, or pairs.
         weight: what its loss was divided by.
         tokens: its tokens that count.
-        chosen: those of the chosen rows of pairs; else all.
-        rejected: those of the rejected rows of pairs; else all.
+        chosen: its tokens that count in the chosen rows of pairs; else all its tokens that count.
+        rejected: its tokens that count in the rejected rows of pairs; else all of them.
     """
 
     rows: Any
@@ -48,12 +48,12 @@ def counted(
     count: Callable[[Mapping[str, Any]], Any],
     is_pairs: bool,
 ) -> Counted:
-    """What a micro-batch counts.
+    """How much a micro-batch counts in means.
 
     Args:
         inputs: its inputs.
-        weight: of the loss.
-        count: inputs -> the number of items that the trainer divides by, or None.
+        weight: the weight of the loss.
+        count: inputs -> the number of items by which the trainer divides, or None.
         is_pairs: whether a row is a pair.
     """
     rows = rows_of(inputs, is_pairs)
@@ -61,7 +61,7 @@ def counted(
     if "completion_mask" in inputs:
         mask = completion_tokens(inputs)
         if is_pairs:
-            # The first token is predicted by nothing.
+            # Nothing predicts the first token, so it does not count.
             chosen, rejected = (half.sum() for half in mask[:, 1:].chunk(2))
             return Counted(rows, by_loss, chosen + rejected, chosen, rejected)
         tokens = mask.sum()
@@ -80,12 +80,12 @@ def merge_metrics(
     is_sum: bool,
     ratios_are_of_tokens: bool,
 ) -> None:
-    """Replaces the entries of a window's micro-batches by one.
+    """Replaces the entries of a window's micro-batches by one entry.
 
     Args:
-        metrics: name -> list of numbers, changed in place.
+        metrics: name -> list of numbers, which is changed in place.
         before: the attributes of the trainer before the window.
-        counts: of the micro-batches that ran, in order.
+        counts: the counts of the micro-batches that ran, in order.
         is_sum: whether losses of micro-batches add up.
         ratios_are_of_tokens: whether each token has an importance ratio, or each completion one.
     """
@@ -95,7 +95,7 @@ def merge_metrics(
         if len(new) < 2 or not all(map(_is_number, new)):
             continue
         if len(new) != len(counts):
-            # Some micro-batches had none, and nobody knows which.
+            # Some micro-batches had no entry, and it is not known which.
             values[start:] = [sum(new) / len(new)]
             continue
         by = _weights_of(name, ratios_are_of_tokens)
@@ -103,7 +103,7 @@ def merge_metrics(
 
 
 def _weights_of(name: str, ratios_are_of_tokens: bool) -> Callable[[Counted], float]:
-    """What a metric is a mean over."""
+    """The counts over which a metric is a mean."""
     if name in _OF_CHOSEN:
         return lambda each: float(each.chosen)
     if name in _OF_REJECTED:
@@ -116,7 +116,7 @@ def _weights_of(name: str, ratios_are_of_tokens: bool) -> Callable[[Counted], fl
 
 
 def _merged(name: str, values: Sequence[Any], by: Sequence[float], is_sum: bool) -> Any:
-    # TRL leaves out what is no number, such as the reward of no row.
+    # Like TRL, leave out NaN, such as the mean reward of no rows.
     pairs = [(n, value) for n, value in zip(by, values, strict=True) if not math.isnan(value)]
     if not pairs:
         return values[-1]

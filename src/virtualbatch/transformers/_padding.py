@@ -1,4 +1,4 @@
-"""Columns that are padding in all rows of a micro-batch, which are cut off before it runs."""
+"""Cuts off columns that are padding in all rows of a micro-batch, before it runs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import torch
 
 from virtualbatch.transformers._rows import Form
 
-# Their softmax is over all columns, those of padding too.
+# With these inputs the softmax is over all columns, including padding.
 _OVER_COLUMNS = ("start_positions", "end_positions")
 _DECODER = ("labels", "decoder_input_ids", "decoder_attention_mask")
 
@@ -16,8 +16,8 @@ class Padded(NamedTuple):
     """Tensors that are padded together on their second axis.
 
     Fields:
-        names: theirs.
-        lengths: columns that each row needs, on the host.
+        names: the names of the tensors.
+        lengths: the number of columns that each row needs, on the host.
     """
 
     names: tuple[str, ...]
@@ -25,16 +25,16 @@ class Padded(NamedTuple):
 
 
 def padded(inputs: Mapping[str, Any], form: Form, is_encoder_decoder: bool) -> list[Padded]:
-    """What of some inputs is padded, and how much of it each row needs.
+    """The padded tensors of some inputs, and the number of columns that each row needs.
 
-    A column is needed up to the last one whose mask is not 0, or whose label counts. So padding on
-    the left is kept, and padding that is learned is no padding. Nothing is cut off where answers
+    A row needs its columns up to the last one whose mask is not 0, or whose label counts. So
+    padding on the left is kept, and so is padding whose label counts. Nothing is cut off if answers
     are looked for in all columns.
 
     Args:
-        inputs: as a trainer has them.
-        form: of these inputs.
-        is_encoder_decoder: whether labels are padded apart from what is read.
+        inputs: the inputs as a trainer has them.
+        form: the form of these inputs.
+        is_encoder_decoder: whether labels are padded separately from the encoder's inputs.
     """
     if any(name in inputs for name in _OVER_COLUMNS):
         return []
@@ -60,15 +60,15 @@ def trimmed(
     """The inputs without the columns that none of their rows needs.
 
     Args:
-        inputs: as a trainer has them.
-        names: tensors that are padded together.
-        lengths: columns that each row needs, for each of those groups.
+        inputs: the inputs as a trainer has them.
+        names: groups of names; the tensors of a group are padded together.
+        lengths: for each group, the number of columns that each row needs.
     """
     for group, needed in zip(names, lengths, strict=True):
         longest = max(1, *needed) if needed else 1
         for name in group:
             if inputs[name].shape[1] > longest:
-                # Models take labels apart by `view`, which needs one piece of memory.
+                # Models reshape labels with `view`, which needs contiguous memory.
                 inputs[name] = inputs[name][:, :longest].contiguous()
     return inputs
 

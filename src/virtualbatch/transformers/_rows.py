@@ -1,15 +1,15 @@
-"""What is one row in the inputs of a trainer: an entry of each tensor, or a pair of entries."""
+"""The rows in the inputs of a trainer: one row is an entry of each tensor, or a pair of entries."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-# What padding holds, where it is not 0.
+# The values of padding that are not 0.
 _FILLS = {"labels": -100, "shift_labels": -100}
-# Token ids: what they are padded with is that of the model.
+# Token ids are padded with the model's own padding token.
 _IDS = ("input_ids", "decoder_input_ids")
-# What something else follows in a row, so that padding behind it would move that away.
+# Something else follows these tensors in a row, so padding must come before them.
 _LEFT = ("prompt_ids", "prompt_mask")
 
 
@@ -20,7 +20,7 @@ class Form(NamedTuple):
         is_pairs: whether a row is a pair: the chosen rows first, then as many rejected ones.
         halves: names of the tensors that hold both; others have one entry for each pair.
         scalars: names of the tensors without rows, which are the same for all rows.
-        pad_token_id: what tokens are padded with.
+        pad_token_id: the token of padding.
     """
 
     is_pairs: bool
@@ -29,10 +29,10 @@ class Form(NamedTuple):
     pad_token_id: int
 
     def by_row(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs with one entry per row in each tensor; views where that is possible.
+        """The inputs with one entry per row in each tensor, as views if possible.
 
         Args:
-            inputs: as a trainer has them.
+            inputs: the inputs as a trainer has them.
         """
         rows = rows_of(inputs, self.is_pairs)
         found = dict(inputs)
@@ -44,10 +44,10 @@ class Form(NamedTuple):
         return found
 
     def inputs(self, rows: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of some rows, as a trainer has them. A new dict, which may be changed.
+        """The inputs of some rows, as a trainer has them: a new dict, which may be changed.
 
         Args:
-            rows: what `by_row` gave, cut.
+            rows: a part of the result of `by_row`.
         """
         found = dict(rows)
         for name in self.halves:
@@ -59,10 +59,10 @@ class Form(NamedTuple):
 
 
 def pad_token_id_of(model: Any) -> int:
-    """The token that a model pads with; 0 where it does not name one.
+    """The padding token of a model; 0 if the model does not name one.
 
     Args:
-        model: of a trainer.
+        model: the model of a trainer.
     """
     found = getattr(getattr(model, "config", None), "pad_token_id", None)
     return found if isinstance(found, int) else 0
@@ -72,9 +72,9 @@ def form_of(inputs: Mapping[str, Any], is_pairs: bool, pad_token_id: int) -> For
     """How inputs are made of rows; None if some tensor has another number of entries.
 
     Args:
-        inputs: of one micro-batch of a trainer.
+        inputs: the inputs of one micro-batch of a trainer.
         is_pairs: whether a row is a pair.
-        pad_token_id: what tokens are padded with.
+        pad_token_id: the token of padding.
     """
     rows = rows_of(inputs, is_pairs)
     halves, scalars = set(), set()
@@ -94,7 +94,7 @@ def rows_of(inputs: Mapping[str, Any], is_pairs: bool) -> int:
     """The number of rows, or of pairs.
 
     Args:
-        inputs: of one micro-batch of a trainer.
+        inputs: the inputs of one micro-batch of a trainer.
         is_pairs: whether a row is a pair.
 
     Raises:
@@ -111,16 +111,16 @@ def rows_of(inputs: Mapping[str, Any], is_pairs: bool) -> int:
 
 
 def joined(batches: Sequence[Mapping[str, Any]], form: Form) -> dict[str, Any]:
-    """Batches in one, padded to the longest of them, on the side on which they are padded.
+    """Joins batches into one, padded to the longest batch, on the side of their own padding.
 
-    Labels are padded with -100, tokens as the model has it, and all else with 0.
+    Labels are padded with -100, tokens with the model's padding token, and all else with 0.
 
     Args:
-        batches: what `Form.by_row` gave.
-        form: of all of them.
+        batches: results of `Form.by_row`.
+        form: the form of all batches.
 
     Raises:
-        ValueError: tensors cannot be put together, names differ, or a value for all rows.
+        ValueError: tensors cannot be joined, or names or values for all rows differ.
     """
     first = batches[0]
     if len(batches) == 1:
@@ -162,13 +162,13 @@ def _check_same(name: str, scalars: Sequence[torch.Tensor]) -> None:
     """Refuses a tensor without rows that differs, such as GRPO's count of generated tokens."""
     first = scalars[0]
     for other in scalars[1:]:
-        # GRPO's batches share one tensor, and asking for its value would wait for the device.
+        # GRPO's batches share one tensor. Reading its value would wait for the device.
         if other.data_ptr() != first.data_ptr() and not torch.equal(other, first):
             raise _differing(name, first.tolist(), other.tolist())
 
 
 def _check_mask(masks: Sequence[Any]) -> None:
-    """Refuses to pad masks of queries and keys, in which 0 may mean that a key is seen."""
+    """Refuses to pad masks of queries and keys, in which a 0 may mean that a key is visible."""
     shapes = [tuple(x.shape[1:]) for x in masks if isinstance(x, torch.Tensor)]
     if any(len(shape) > 1 and shape != shapes[0] for shape in shapes):
         raise ValueError(
@@ -187,7 +187,7 @@ def _differing(name: str, one: Any, other: Any) -> ValueError:
 
 
 def _padded_on_left(batches: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Names of the tensors that are padded in front, as the masks of all batches show."""
+    """Names of the tensors that are padded on the left, as the masks of all batches show."""
     masks = [batch.get("attention_mask") for batch in batches]
     if not all(isinstance(mask, torch.Tensor) and mask.dim() == 2 for mask in masks):
         return set(_LEFT)

@@ -1,4 +1,4 @@
-"""Where a trainer is changed: attributes of one instance, and nothing of its class."""
+"""The only changes to a trainer: attributes of one instance, and none of its class."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,20 +14,20 @@ _ATTRIBUTE = "_virtualbatch"
 
 
 class Seam:
-    """Collects the batches of an update, and runs them when the last has come.
+    """Collects the batches of an update, and runs them when the last one has come.
 
-    Preparation, callbacks and counters run around each batch as usual. The loss of every batch but
-    the last is 0, and the loss of the last is that of the update.
+    Preparation, callbacks and counters run around each batch as usual. The last batch returns the
+    loss of the update. Every batch before returns a loss of 0.
 
     Args:
         trainer: the trainer.
-        asked: how updates are cut and weighed.
+        asked: the options of `accumulate`.
     """
 
     def __init__(self, trainer: Any, asked: Asked):
         self._trainer = trainer
         self._is_pairs = is_of_pairs(trainer)
-        # What the instance has, which may be somebody's own already.
+        # These may be attributes that the user has set on the instance.
         self._training_step = trainer.training_step
         self._compute_loss = trainer.compute_loss
         self._get_batch_samples = trainer.get_batch_samples
@@ -51,12 +51,12 @@ class Seam:
         trainer.training_step = self.training_step
         trainer.compute_loss = self.compute_loss
         trainer.get_batch_samples = self.get_batch_samples
-        # The loss of an update is divided by nothing.
+        # The trainer must not divide the loss of an update.
         trainer.loss_is_scaled_for_ga = True
         setattr(trainer, _ATTRIBUTE, self)
 
     def detach(self) -> None:
-        """Leaves the trainer as it was."""
+        """Removes the attributes, and puts back those that the instance had before."""
         attributes = vars(self._trainer)
         for name in (*self._names(), _ATTRIBUTE):
             attributes.pop(name, None)
@@ -69,14 +69,14 @@ class Seam:
         samples, items = self._get_batch_samples(epoch_iterator, num_batches, device)
         self._collected = []
         if samples and len(samples) < num_batches:
-            # A stream has ended. Batches without rows let the trainer count to its update, which
-            # it would else make with the next batches.
+            # The data has ended. Batches without rows let the trainer count to its update.
+            # Otherwise it would make the update together with later batches.
             samples = samples + [_without_rows(samples[0])] * (num_batches - len(samples))
         self._expected = len(samples)
         return samples, items
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The trainer's own, whose loss is that of an update."""
+        """The trainer's own training step, with our `compute_loss` inside."""
         self._is_in_step, self._calls = True, 0
         try:
             found: torch.Tensor = self._training_step(*args, **kwargs)
@@ -87,7 +87,7 @@ class Seam:
         return found
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own outside of training; in it, the loss of the update or 0."""
+        """In a training step the loss of the update, or 0. Elsewhere the trainer's own loss."""
         if self._is_running or not self._is_in_step:
             return self._compute_loss(model, inputs, *args, **kwargs)
         self._calls += 1
@@ -99,7 +99,7 @@ class Seam:
                 f"Got a {type(inputs).__name__} in {type(self._trainer).__name__}. "
                 "Return a dict from the data collator."
             )
-        # Whoever calls may change the inputs before the update runs.
+        # Copy, because the caller may change the inputs before the update runs.
         self._collected.append(dict(inputs))
         is_last = len(self._collected) == self._expected
         if self._trainer.accelerator.sync_gradients != is_last:
@@ -120,7 +120,7 @@ class Seam:
             self._is_running = False
 
     def _count(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
-        """The number of items that the trainer divides the loss of a micro-batch by."""
+        """The number of items by which the trainer divides a micro-batch's loss; None if none."""
         device = self._trainer.args.device
         found: torch.Tensor | None = self._get_batch_samples(iter([inputs]), 1, device)[1]
         return found
@@ -134,7 +134,7 @@ class Seam:
 
 
 def seam_of(trainer: Any) -> Seam | None:
-    """What `accumulate` has set on a trainer; None if nothing."""
+    """The `Seam` that `accumulate` has set on a trainer; None if there is none."""
     found: Seam | None = vars(trainer).get(_ATTRIBUTE)
     return found
 

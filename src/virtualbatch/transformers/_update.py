@@ -13,7 +13,7 @@ from virtualbatch.transformers._rows import Form, form_of, joined, pad_token_id_
 from virtualbatch.window.packing import token_cut
 from virtualbatch.window.window import Window
 
-# Two parts of four are the most that are tried.
+# Enough rows for the largest trial: two parts of four rows.
 _ENOUGH = 8
 
 
@@ -21,9 +21,9 @@ class Asked(NamedTuple):
     """The options of `accumulate`.
 
     Fields:
-        microbatch_size: rows, "auto" or an Auto; None for none of them.
-        microbatch_tokens: rows times the longest of them; None for none.
-        weight: inputs of a micro-batch -> what its loss was divided by; None where it is found.
+        microbatch_size: rows, "auto" or an `Auto`; None if no size is given.
+        microbatch_tokens: the largest product of rows and longest row; None if not given.
+        weight: inputs of a micro-batch -> what its loss was divided by; None to find it.
         accumulator_dtype: see `virtualbatch.torch.backward`.
     """
 
@@ -34,7 +34,7 @@ class Asked(NamedTuple):
 
     @property
     def has_cut(self) -> bool:
-        """Whether there is a size; else micro-batches are those of the trainer."""
+        """Whether a size is given. Otherwise the trainer's batches are the micro-batches."""
         return self.microbatch_size is not None or self.microbatch_tokens is not None
 
 
@@ -42,9 +42,10 @@ class UpdateRows(NamedTuple):
     """The rows of an update, and how the inputs of a micro-batch are made of them.
 
     Fields:
-        batch: what the engine cuts: a batch, or a Window.
-        form: of the inputs; None if they are taken as they are.
-        padded: names of tensors that are padded together; empty where nothing is trimmed.
+        batch: the batch that the engine cuts, or a Window.
+        form: the form of the inputs; None if they are used as they are.
+        padded: groups of names; the tensors of a group are padded together. Empty if nothing is
+            trimmed.
     """
 
     batch: Any
@@ -52,7 +53,7 @@ class UpdateRows(NamedTuple):
     padded: tuple[tuple[str, ...], ...]
 
     def inputs(self, microbatch: Any) -> dict[str, Any]:
-        """The inputs of a micro-batch, as the trainer has them. A new dict."""
+        """The inputs of a micro-batch, as the trainer has them: a new dict."""
         if self.form is None:
             return dict(microbatch["inputs"])
         inputs = self.form.inputs(microbatch["inputs"])
@@ -67,13 +68,13 @@ def rows_of_update(
     """The rows of an update.
 
     Args:
-        batches: its inputs, as the trainer has prepared them.
-        asked: how they are cut.
+        batches: the inputs of its batches, as the trainer has prepared them.
+        asked: the options of `accumulate`.
         is_pairs: whether a row is a pair.
-        model: of the trainer, whose configuration says how rows are padded.
+        model: the trainer's model, whose configuration says how rows are padded.
 
     Raises:
-        ValueError: a cut is given, and the inputs have no common rows.
+        ValueError: a size is given, but the inputs have no common rows.
     """
     pad_token_id = pad_token_id_of(model)
     forms = [form_of(batch, is_pairs, pad_token_id) for batch in batches]
@@ -96,12 +97,12 @@ def rows_of_update(
 
 
 def with_enough_rows(batch: ReadBatch, form: Form | None, unlike: Sequence[int]) -> ReadBatch:
-    """Rows of a window in one, where no micro-batch has enough to tell weights apart.
+    """Joins rows of several micro-batches, if no micro-batch alone can distinguish the weights.
 
     Args:
-        batch: of known rows.
-        form: of its inputs.
-        unlike: numbers of micro-batches in which weights differ; none if they do in none.
+        batch: a window with known rows.
+        form: the form of its inputs.
+        unlike: the numbers of micro-batches in which weights differ; may be empty.
     """
     is_enough = max(map(known_rows, batch.given)) >= _ENOUGH and not unlike
     if form is None or not batch.is_window or is_enough:
@@ -119,7 +120,7 @@ def with_enough_rows(batch: ReadBatch, form: Form | None, unlike: Sequence[int])
     try:
         inputs = joined([each["inputs"] for each in some], form)
     except ValueError:
-        # Batches that cannot be put together run as they are, and are tried as they are.
+        # Batches that cannot be joined run as they are, so they are tried as they are.
         return batch
     found = read(Window([{"inputs": inputs, "lengths": lengths}]), weighted=True)
     return found if found.can_be_cut else batch

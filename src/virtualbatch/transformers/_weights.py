@@ -1,4 +1,4 @@
-"""What a loss inside a trainer may have been divided by, the likeliest first."""
+"""The candidates for what a trainer's loss was divided by, the likeliest first."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from virtualbatch.window.terms import SUM
 Inputs = Mapping[str, Any]
 _IGNORED = -100
 _ROWS, _TOKENS, _SUM = "rows", "tokens of completions", "sum"
-# What TRL's GRPO divides by, by the type of its loss.
+# The type of TRL's GRPO loss -> what it divides by.
 _OF_GRPO = {
     "grpo": _ROWS,
     "sapo": _ROWS,
@@ -28,8 +28,8 @@ class Candidate(NamedTuple):
     """A weight that may be right.
 
     Fields:
-        name: in words.
-        weight: the inputs of a micro-batch -> a scalar, or "sum".
+        name: the weight in words.
+        weight: a function (inputs of a micro-batch -> a scalar), or "sum".
     """
 
     name: str
@@ -37,15 +37,15 @@ class Candidate(NamedTuple):
 
     @property
     def is_sum(self) -> bool:
-        """Whether the loss is a share of its window already."""
+        """Whether the loss is already a share of its window's loss."""
         return self.weight == SUM
 
 
 def likeliest(trainer: Any) -> str | None:
-    """The name of the candidate that a trainer of GRPO is known to divide by; None of others.
+    """The name of the candidate by which a GRPO trainer is known to divide; None for others.
 
-    Its gradients are 0 where all completions of a prompt are equally good, so that the rows of a
-    first window may decide nothing.
+    GRPO's gradients are 0 if all completions of a prompt are equally good. So the rows of the first
+    window may decide nothing.
 
     Args:
         trainer: a `transformers.Trainer`.
@@ -64,10 +64,10 @@ def candidates(
     """The weights that the inputs of a trainer can have.
 
     Args:
-        inputs: of one micro-batch.
+        inputs: the inputs of one micro-batch.
         is_pairs: whether a row is a pair.
-        count: inputs -> what the trainer itself divides by; None if it gives its loss no count.
-        first: the name of the one to begin with, if it is known.
+        count: inputs -> the count that the trainer passes to its loss, or None.
+        first: the name of the candidate to put first, if it is known.
     """
     found = []
     if count(inputs) is not None:
@@ -92,12 +92,12 @@ def candidates(
 
 
 def shifted_labels(inputs: Inputs) -> torch.Tensor:
-    """The number of labels that are predicted, the first of each row aside."""
+    """The number of labels that count, without the first label of each row."""
     return (inputs["labels"][:, 1:] != _IGNORED).sum()
 
 
 def _rows_with(labels: torch.Tensor) -> torch.Tensor:
-    """The number of rows in which some label counts."""
+    """The number of rows with at least one label that counts."""
     return (labels != _IGNORED).flatten(1).any(1).sum()
 
 
@@ -108,5 +108,5 @@ def completion_tokens(inputs: Inputs) -> torch.Tensor:
 
 
 def chosen_tokens(inputs: Inputs) -> torch.Tensor:
-    """The number of tokens that are predicted in the chosen completions of pairs."""
+    """The number of predicted tokens in the chosen completions of pairs."""
     return completion_tokens(inputs).chunk(2)[0][:, 1:].sum()

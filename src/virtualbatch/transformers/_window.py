@@ -28,14 +28,14 @@ Inputs = Mapping[str, Any]
 
 
 class UpdateLoss:
-    """The loss of an update, with one node behind it for the trainer's own backward pass.
+    """Computes the loss of an update, with one graph node for the trainer's own backward pass.
 
     Args:
         trainer: the trainer.
-        compute_loss: its own.
-        count: the inputs of a micro-batch -> the number of items that the trainer divides by; None
-            if it gives its loss no count.
-        asked: how updates are cut and weighed.
+        compute_loss: the trainer's own `compute_loss`.
+        count: the inputs of a micro-batch -> the count that the trainer passes to its loss, or
+            None.
+        asked: the options of `accumulate`.
         is_pairs: whether a row is a pair.
     """
 
@@ -62,8 +62,8 @@ class UpdateLoss:
         """Runs an update.
 
         Args:
-            model: as the trainer has prepared it.
-            batches: its inputs, as the trainer has prepared them.
+            model: the model, as the trainer has prepared it.
+            batches: the inputs of its batches, as the trainer has prepared them.
 
         Returns:
             The mean loss of the whole batch, a scalar.
@@ -80,7 +80,7 @@ class UpdateLoss:
         return loss
 
     def _run(self, update: "_Update", model: Any) -> Any:
-        """Runs an update whose weight is found first."""
+        """Finds the weight of the loss, then runs the update."""
         candidate = self._candidate(update, model)
         program = update.program(model, candidate)
         seed = rounding_seed(self._asked.accumulator_dtype, program.found)
@@ -92,7 +92,7 @@ class UpdateLoss:
         return loss
 
     def _candidate(self, update: "_Update", model: Any) -> Candidate:
-        """What the loss was divided by."""
+        """Finds what the loss was divided by."""
         self._finder.begin()
         rows = update.rows
         batch = read(rows.batch, weighted=True)
@@ -125,7 +125,11 @@ class UpdateLoss:
         return self._untried(several[0]) if found is None else found
 
     def _untried(self, likeliest: Candidate) -> Candidate:
-        """The same where rows cannot be told apart, and so nothing can be tried."""
+        """The weight for a window without known rows, on which nothing can be tried.
+
+        Raises:
+            ValueError: no weight was passed, and the likeliest is only a guess.
+        """
         is_known = likeliest.weight is self.count or likeliest.name == self._likeliest
         if self._given is None and not is_known:
             raise ValueError(
@@ -137,7 +141,7 @@ class UpdateLoss:
 
     @contextmanager
     def _own_means(self) -> Iterator[None]:
-        """The loss of a micro-batch is its own mean: not times the number of ranks."""
+        """Makes the trainer's loss the plain mean of a micro-batch, not times the ranks."""
         args, steps = self.trainer.args, self.trainer.current_gradient_accumulation_steps
         kept = args.average_tokens_across_devices
         args.average_tokens_across_devices = False
@@ -152,12 +156,12 @@ class _Update:
     """The micro-batches of an update, as the engine runs them.
 
     Args:
-        owner: whose update.
-        rows: of the update.
+        owner: the loss that runs the update.
+        rows: the rows of the update.
 
     Attributes:
-        rows: see above.
-        ran: what each micro-batch counts that ran in the last attempt.
+        rows: as given.
+        ran: the counts of each micro-batch that ran in the last attempt.
         writes_rows: whether the loss changes its rows in place.
     """
 
@@ -167,7 +171,7 @@ class _Update:
         self.writes_rows = False
         self._owner = owner
         self._before = PlainAttributes(owner.trainer, nested=True)
-        # What `log` adds in a loss. Its entries stay as they are.
+        # A loss may call `log`, which adds entries here. It does not change existing entries.
         self._state = PlainAttributes(owner.trainer.state, nested=False)
         self._steps = owner.trainer.current_gradient_accumulation_steps
 
@@ -178,7 +182,7 @@ class _Update:
         self._state.restore()
 
     def merge_metrics(self, *, is_sum: bool) -> None:
-        """Lets a window that has run count as one call in the metrics of TRL.
+        """Makes a window that has run count as one call in TRL's metrics.
 
         Args:
             is_sum: whether losses of micro-batches add up.
@@ -196,10 +200,10 @@ class _Update:
         )
 
     def program(self, model: Any, candidate: Candidate) -> Program:
-        """What the engine runs.
+        """The program that the engine runs.
 
         Args:
-            model: as the trainer has prepared it.
+            model: the model, as the trainer has prepared it.
             candidate: what the loss was divided by.
         """
         trainer, owner, weight = self._owner.trainer, self._owner, candidate.weight
@@ -210,7 +214,7 @@ class _Update:
                 inputs = {name: _cloned(value) for name, value in inputs.items()}
             if owner.is_of_trl:
                 self.ran.append(counted(inputs, weight, owner.count, owner.is_pairs))
-            # What is a share of its window already divides by the batches of it.
+            # A loss that is a share of its window divides by the number of batches itself.
             trainer.current_gradient_accumulation_steps = self._steps if candidate.is_sum else 1
             with trainer.compute_loss_context_manager():
                 loss: torch.Tensor = owner.compute_loss(

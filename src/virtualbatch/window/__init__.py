@@ -1,1 +1,1 @@
-"""The law: how a batch is cut, what each micro-batch weighs, how results are put together."""
+"""How a batch is cut, what each micro-batch weighs, and how results are put together."""

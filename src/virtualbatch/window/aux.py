@@ -18,8 +18,9 @@ class AuxLeaf(NamedTuple):
     """Shape and type of a leaf of aux, which decide how it is combined.
 
     Fields:
-        length: the first entry of its shape, None if a trace leaves it open; () without axes.
-        dtype: name of its dtype, or of its type if it is not an array.
+        length: a tuple with the first entry of its shape (None if a trace leaves it open); () if
+            the leaf has no axes.
+        dtype: the name of its dtype, or of its type if it is not an array.
         inner: the further entries of its shape.
     """
 
@@ -40,13 +41,14 @@ def kinds(
     """How each leaf of aux is combined.
 
     Args:
-        structures: of the aux of each micro-batch, or of one micro-batch of each shape; they
-            compare equal if the structures are equal.
+        structures: the structure of aux for each micro-batch, or for one micro-batch of each shape.
+            Equal structures compare equal.
         auxes: leaves of these micro-batches, in order.
         rows: rows of these micro-batches; None if a trace leaves them open.
         other: another number of rows.
-        at_other: () -> the leaves of aux with that many rows; called only if `rows` do not decide.
-        asked: the kinds that the user asked for, None for the other leaves.
+        at_other: () -> the leaves of aux for `other` rows. It is called only if `rows` do not
+            decide.
+        asked: for each leaf, the kind that the user asked for, or None.
         kind_of: (number, dtype) of a leaf without one entry per row -> its kind.
 
     Returns:
@@ -54,8 +56,8 @@ def kinds(
 
     Raises:
         TypeError: a leaf can be neither concatenated, summed nor averaged.
-        ValueError: the structure differs between micro-batches, or a leaf has its rows on another
-            axis than the first.
+        ValueError: the structure differs between micro-batches, or a leaf has its rows on an axis
+            after the first.
     """
     if any(structure != structures[0] for structure in structures):
         raise _changed()
@@ -178,7 +180,7 @@ def summed_dtype(dtype: str) -> str:
     plus 100 is -56 in int8.
 
     Args:
-        dtype: name of the dtype of the leaf.
+        dtype: the name of the leaf's dtype.
 
     Returns:
         `"int32"` for an integer of fewer bits; otherwise the same dtype.

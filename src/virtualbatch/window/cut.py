@@ -1,6 +1,6 @@
 """How a batch is cut: checks of sizes, and rows of each micro-batch.
 
-Nothing here touches an array; cuts are plain numbers.
+No array is touched here. Cuts are plain numbers.
 """
 
 import numbers
@@ -48,12 +48,12 @@ def rows_per_microbatch(
 
     Args:
         rows: rows of the batch; a Python int, or a traced integer scalar. For a traced scalar only
-            `+ - //` are used, and the engine must check that two sizes agree.
+            `+ - //` are used, and the engine itself must check that the two sizes agree.
         microbatch_size: checked rows of one micro-batch, or None.
         accumulation_steps: checked micro-batches per window, or None.
 
     Returns:
-        microbatch_size, else ceil(rows / accumulation_steps).
+        microbatch_size if it is given, else ceil(rows / accumulation_steps).
 
     Raises:
         ValueError: both sizes are given and disagree for these rows.
@@ -72,7 +72,7 @@ def rows_per_microbatch(
 
 
 def sizes_disagree(rows: int | str, microbatch_size: int, accumulation_steps: int) -> str:
-    """Text of the error for two sizes that do not describe the same cut."""
+    """The text of the error for two sizes that do not describe the same cut."""
     arithmetic = f"{rows} rows"
     if isinstance(rows, int):
         arithmetic = (

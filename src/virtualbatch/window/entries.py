@@ -1,6 +1,6 @@
 """Checks that every leaf that a `rowwise` function returns has one entry per row.
 
-Only shapes are checked. A first axis may have as many entries as there are rows by chance; engines
+Only shapes are checked. By chance, a first axis may have as many entries as there are rows. Engines
 find that by trying another number of rows.
 """
 
@@ -16,9 +16,9 @@ def check_entries(outputs: Iterable[tuple[str, Any]], rows: int | None) -> None:
 
     Args:
         outputs: pairs of the expression for a leaf, such as "output['z']", and the leaf: an array,
-            a trace, a description of one, or None, which is allowed.
-        rows: rows of the micro-batch that they were computed from; None if a trace leaves them
-            open. Then an error is raised only for leaves that cannot have rows.
+            a traced array, a description of an array, or None, which is allowed.
+        rows: rows of the micro-batch of these outputs; None if a trace leaves them open. Then an
+            error is raised only for leaves that cannot have rows.
 
     Raises:
         TypeError: a leaf is not an array.

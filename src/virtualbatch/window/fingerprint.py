@@ -62,7 +62,7 @@ def _plain(found: Any, depth: int) -> Iterator[str]:
 
 
 def owner_of(function: Any) -> Any:
-    """The code of a function, which outlives its copies; for other objects their class.
+    """The code of a function, which its copies share; for another object its class.
 
     Args:
         function: a function or another callable object.

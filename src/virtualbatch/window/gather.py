@@ -1,7 +1,7 @@
-"""Takes rows of an array in another order, by the array's own framework.
+"""Takes rows of an array in another order, with the array's own framework.
 
-Frameworks are looked up among the loaded modules and never imported: if one is not loaded, no array
-can be of it.
+Frameworks are looked up among the loaded modules and never imported. If a framework is not loaded,
+no array can belong to it.
 """
 
 import sys
@@ -32,11 +32,11 @@ def gathered(array: Any, rows: np.ndarray, length: int | None) -> Any:
 
     Args:
         array: a known array.
-        rows: their numbers.
+        rows: the row numbers.
         length: the part of the second axis to keep; None keeps all of it.
     """
     framework = _framework(array)
-    # Trimmed first, so that only the kept part is copied.
+    # Trim first, so that only the kept part is copied.
     trimmed = array if length is None else array[:, :length]
     if framework == "torch":
         index = sys.modules["torch"].as_tensor(rows, device=array.device)

@@ -29,10 +29,10 @@ class LossWatch:
         self._said = False
 
     def listens(self, loss: float) -> bool:
-        """Takes the loss of a window; returns whether `hear` needs those of its micro-batches.
+        """Takes the loss of a window. Returns whether `hear` needs its micro-batches' losses.
 
         Args:
-            loss: of the whole window.
+            loss: the loss of the whole window.
         """
         self._windows, self._loss = self._windows + 1, loss
         if math.isfinite(loss):
@@ -49,9 +49,9 @@ class LossWatch:
 
         Args:
             losses: for each micro-batch, in order, the terms of its loss that count, by name.
-            rows: of each micro-batch, in the order of the batch; None if unknown.
-            what: name of the numbers if they are not losses, otherwise None. If all of them are
-                finite, only the window is named.
+            rows: the rows of each micro-batch, in the order of the batch; None if unknown.
+            what: the name of the numbers, if they are not losses; else None. If all numbers are
+                finite and have a name, only the window is logged.
         """
         bad = [
             (index, name, value)
@@ -90,8 +90,8 @@ def rows_in_order(batch: Any, rows: Sequence[int | None]) -> Sequence[int | None
     """Rows of each micro-batch for `LossWatch`; all None if the rows were sorted.
 
     Args:
-        batch: as the user passed it.
-        rows: of each micro-batch.
+        batch: the batch as the user passed it.
+        rows: the rows of each micro-batch.
     """
     return [None] * len(rows) if isinstance(batch, Window) and batch.sorted_rows else rows
 
@@ -108,8 +108,8 @@ class LateLosses(Generic[Entry]):
     """Losses of windows that a device may not have computed yet, handled without waiting.
 
     Args:
-        is_there: (entry, whether it is of the latest window) -> whether it can be handled now.
-        hear: handles an entry; called in the order of windows.
+        is_there: (entry, whether it belongs to the latest window) -> whether it can be handled now.
+        hear: handles an entry. It is called in the order of windows.
     """
 
     def __init__(self, is_there: Callable[[Entry, bool], bool], hear: Callable[[Entry], None]):

@@ -31,7 +31,7 @@ class Piece(NamedTuple):
     Fields:
         start: its first row in sorted order.
         stop: the row after its last one.
-        length: to which its rows are trimmed.
+        length: the length to which its rows are trimmed.
     """
 
     start: int
@@ -141,13 +141,13 @@ def token_cut(
 ) -> list[Piece]:
     """Cuts sorted rows by a budget of tokens.
 
-    Pieces follow each other and cover all rows. No piece is shorter than its longest row. Rows
+    Pieces follow each other and cover all rows. No piece is trimmed below its longest row. Rows
     times length exceed the budget only for a single row.
 
     Args:
-        lengths: of the rows, longest first.
+        lengths: the lengths of the rows, longest first.
         microbatch_tokens: the budget.
-        most: length to which all rows are padded; lengths are not rounded up beyond it.
+        most: the length to which all rows are padded. Lengths are not rounded up beyond it.
         round_to: see `pack`.
     """
     pieces: list[Piece] = []
@@ -179,12 +179,12 @@ def row_lengths(lengths: Any, rows: int) -> np.ndarray:
 
     Args:
         lengths: one per row, in an array or a list.
-        rows: of the batch.
+        rows: rows of the batch.
 
     Raises:
-        ValueError: there is not one length per row, a length is below 1, or the lengths are a
-            trace.
-        TypeError: they are not integers.
+        ValueError: there is not one length per row, a length is below 1, or the lengths are
+            traced.
+        TypeError: the lengths are not integers.
     """
     lengths = on_host(lengths)
     if lengths.ndim != 1 or len(lengths) != rows:
@@ -210,7 +210,7 @@ def row_lengths(lengths: Any, rows: int) -> np.ndarray:
 
 
 def _is_array(path: str, leaf: Any) -> bool:
-    """Whether a leaf has rows; raises if it can be neither sorted nor shared by all rows."""
+    """Whether a leaf has rows. Raises if it can be neither sorted nor shared by all rows."""
     if is_known(leaf):
         return True
     odd = stranger(leaf, _SHARED)

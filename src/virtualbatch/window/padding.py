@@ -16,7 +16,7 @@ _PASS_PADDED = (
 def length_by_shape(
     arrays: Sequence[tuple[str, Any]], longest: int, fix: str = _PASS_PADDED
 ) -> int:
-    """The padded length, from shapes and dtypes.
+    """The padded length, found from shapes and dtypes.
 
     Args:
         arrays: (path, array) of a batch.
@@ -30,7 +30,7 @@ def length_by_shape(
     integers = [(path, leaf) for path, leaf in wide if kind(leaf) == "integer"]
     candidates = integers or [(path, leaf) for path, leaf in wide if _is_flat_float(leaf)]
     lengths = {leaf.shape[1] for _, leaf in candidates}
-    # In leaves shorter than the longest row, that axis is something else.
+    # If a second axis is shorter than the longest row, it is not the padded one.
     fitting = {length for length in lengths if length >= longest} or lengths
     if len(fitting) != 1:
         got = "none" if not fitting else _shapes(candidates)
@@ -111,11 +111,11 @@ def padded_length(arrays: Sequence[tuple[str, Any]], trimmed: set[str], longest:
 
     Args:
         arrays: (path, array) of a batch.
-        trimmed: paths of the padded ones.
-        longest: the longest row.
+        trimmed: paths of the padded arrays.
+        longest: the length of the longest row.
 
     Raises:
-        ValueError: padded leaves differ in length, there are none, or a row is longer.
+        ValueError: padded leaves differ in length, there are none, or a row is longer than them.
     """
     leaves = [(path, leaf) for path, leaf in arrays if path in trimmed]
     lengths = {leaf.shape[1] for _, leaf in leaves}

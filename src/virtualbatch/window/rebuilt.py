@@ -1,8 +1,8 @@
 """Rebuilds dataclasses that compute fields in `__post_init__` for each micro-batch.
 
-A field that such a class computes, such as a count of rows, must be that of the micro-batch, so the
-constructor is called again. This is right only if the constructor keeps its arguments unchanged,
-which is checked once for each batch.
+A field that such a class computes, such as a count of rows, must be computed for the micro-batch.
+So the constructor is called again. This is right only if the constructor keeps its arguments
+unchanged, which is checked once for each batch.
 """
 
 import copy
@@ -23,14 +23,14 @@ def is_made_by_constructor(instance: Any) -> bool:
 
 
 def rebuilder(instance: Any) -> tuple[list[tuple[str, Any]], Join]:
-    """The fields that the constructor takes, and a function that builds the same class from others.
+    """The constructor's fields, and a function that builds the same class from other values.
 
     Args:
         instance: a dataclass with `__post_init__`.
 
     Returns:
-        As `parts_of`. The function raises a ValueError at its first use if the constructor changes
-        its arguments or computes other fields from the same arguments.
+        The same as `parts_of` returns. At its first use, the function raises a ValueError if the
+        constructor changes its arguments or computes other fields from the same arguments.
     """
     names = [field.name for field in dataclasses.fields(instance) if field.init]
     tried = False
@@ -109,7 +109,7 @@ def _same(a: Any, b: Any, objects: bool) -> bool:
 
     Args:
         a: a field.
-        b: the other one.
+        b: another field.
         objects: whether arrays must be the same objects.
     """
     if a is b:

@@ -1,8 +1,8 @@
-"""The law's arithmetic: weights, shares and merged moments.
+"""The arithmetic of a window: weights, shares and merged moments.
 
-The loss of a batch is a ratio of sums. A micro-batch contributes a sum S and the weight D that its
-mean was divided by; the window is (S_1 + S_2 + ...) / (D_1 + D_2 + ...). Everything here follows
-from that. Tensors are used only through `+ - * /`, so the code serves every framework.
+The loss of a batch is a ratio of sums. A micro-batch contributes a sum S and a weight D, by which
+its mean was divided. The loss of the window is (S_1 + S_2 + ...) / (D_1 + D_2 + ...). Everything
+here follows from that. Tensors are used only through `+ - * /`, so the code serves every framework.
 """
 
 import math
@@ -36,7 +36,7 @@ def shares(weights: Sequence[float], total: float | None = None) -> list[float]:
 
     Args:
         weights: what each micro-batch's mean was divided by; host numbers >= 0 in one unit.
-        total: of the window on all replicas; None if these are all its micro-batches.
+        total: the sum of the window's weights on all replicas; None if `weights` are all of them.
 
     Returns:
         weight / total for each micro-batch; all 0.0 if the total is 0.
@@ -66,15 +66,15 @@ class Shares(NamedTuple):
     Fields:
         rows: the share of each micro-batch in the window's rows; a vector. All equal if rows are
             unknown.
-        terms: term name -> the vector of shares by that term's weight; None if all terms weigh by
-            rows. A term that does not depend on the rows has the shares of the rows, which sum to
-            1; a term that is a sum has the share 1 everywhere.
+        terms: term name -> the vector of shares by that term's weight. None without a weight
+            function. A term that does not depend on the rows has the shares by rows, which sum
+            to 1. A term that is a sum has the share 1 everywhere.
         certain: names of the terms that are never empty: they do not depend on the rows, or are
             sums.
         window: rows of the window; a number, or a scalar of the program. If rows are unknown, the
             total of its only weight, or None.
-        unnamed: the shares of every term if `terms` is None: those of the rows, or 1.
-        elsewhere: whether other replicas have a part of the window; valid only if shares can be
+        unnamed: the vector of shares for every term if `terms` is None: the shares by rows, or 1.
+        elsewhere: whether other replicas have a part of the window. Valid only if shares can be
             read.
     """
 
@@ -95,11 +95,12 @@ class Shares(NamedTuple):
         """Shares of a micro-batch for each of its terms.
 
         Args:
-            names: of the terms of its loss.
-            index: number of the micro-batch.
+            names: the names of the terms of its loss.
+            index: the number of the micro-batch.
 
         Raises:
-            ValueError: the names are not those of the weights, or a total is among its parts.
+            ValueError: the names differ from the names of the weights, or a total is among its
+                parts.
         """
         names = list(names)
         if self.terms is None:
@@ -115,15 +116,16 @@ class Shares(NamedTuple):
 
     @property
     def counted(self) -> int:
-        """The number of micro-batches with a share above 0; only if shares can be read."""
+        """The number of micro-batches with a share above 0. Call it only if shares can be read."""
         return sum(1 for share in self.of_rows_or_term() if share > 0)
 
     def empty_and_full(self) -> tuple[int, int] | None:
-        """A micro-batch in which a term has no share, and the one in which it has its largest.
+        """A micro-batch in which a term has no share, and the one with the term's largest share.
+
+        Call it only if shares can be read.
 
         Returns:
-            Their numbers; None if every term has a share everywhere, or nowhere. Only if shares can
-            be read.
+            The numbers of both; None if every term has a share everywhere, or nowhere.
         """
         for name, found in (self.terms or {}).items():
             of_term = list(found)
@@ -132,7 +134,7 @@ class Shares(NamedTuple):
         return None
 
     def is_empty(self, index: int) -> bool:
-        """Whether a micro-batch contributes nothing to any term; only if shares can be read."""
+        """Whether a micro-batch adds nothing to any term. Call it only if shares can be read."""
         return self.terms is not None and not any(found[index] for found in self.terms.values())
 
 
@@ -180,8 +182,8 @@ def merge_moments(
     Args:
         a: moments of the first group.
         b: moments of the second group; the same shapes.
-        divide: division that gives 0 where the denominator is 0, for groups that may both be
-            empty; plain `/` when None.
+        divide: a division that returns 0 if the denominator is 0, for two groups that may both be
+            empty. None means plain `/`.
 
     Returns:
         Exactly the moments of the union, without the cancellation of E[x^2] - E[x]^2.

@@ -10,7 +10,7 @@ from virtualbatch.window.window import Window, is_iterable
 
 
 class Windows(Iterable[Window]):
-    """The windows of a stream, read anew whenever they are iterated.
+    """The windows of a stream. Every iteration reads the stream anew.
 
     Args:
         stream: micro-batches.
@@ -35,7 +35,7 @@ class Windows(Iterable[Window]):
             )
 
     def __len__(self) -> int:
-        """The number of windows in an epoch; raises the stream's TypeError if it has no length."""
+        """The number of windows in an epoch. Raises the stream's TypeError if it has no length."""
         length: int = len(self._stream)  # type: ignore[arg-type]
         return -(-length // self._accumulation_steps)
 

@@ -1,7 +1,7 @@
 """A loss and its weights as named terms.
 
-A loss is one mean, or a dict of means whose sum is the loss; each term is divided by a weight of
-its own. Everything that engines refuse about either is refused here, with the same texts.
+A loss is one mean, or a dict of means whose sum is the loss. Each term is divided by a weight of
+its own. All refusals of losses and weights are here, so every engine raises the same texts.
 """
 
 import re
@@ -12,7 +12,7 @@ from virtualbatch.window.tree import rank
 
 # Name of the only term of a loss that is not a dict.
 SINGLE = "loss"
-# In the place of a weight: the term is a sum, and micro-batches add up.
+# Stands in the place of a weight: the term is a sum, and micro-batches add up.
 SUM: Literal["sum"] = "sum"
 
 # Dtypes of real numbers, by what their names hold: float64, bfloat16, uint8, bool.
@@ -89,12 +89,12 @@ class WeightFn(Protocol):
         """The weight of a micro-batch."""
 
 
-# What an engine is given: micro-batch -> weight, or a dict of them; "sum"; None for rows.
+# The `weight` argument of an engine: a function of a micro-batch, "sum", or None for rows.
 GivenWeight: TypeAlias = WeightFn | Literal["sum"] | None
 
 
 def loss_terms(loss: Any) -> dict[Any, Any]:
-    """The terms of what a loss function returned.
+    """The terms of a loss function's result.
 
     Args:
         loss: a scalar, or a mapping of term names to scalars.
@@ -131,7 +131,7 @@ def loss_terms(loss: Any) -> dict[Any, Any]:
 
 
 def loss_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
-    """Splits what a loss function returned into the loss and what it gave beside it.
+    """Splits a loss function's result into the loss and aux.
 
     Raises:
         TypeError: has_aux is True and the result is not a pair.
@@ -170,11 +170,11 @@ def weight_terms(weight: Any) -> dict[Any, Any]:
 
 
 def of_part(weight: GivenWeight, part: Callable[[Any], Any]) -> GivenWeight:
-    """The same weight, of what holds the micro-batch as a part.
+    """A weight for an object that holds the micro-batch as a part.
 
     Args:
-        weight: as an engine is given it.
-        part: what the result is called with -> the micro-batch.
+        weight: the `weight` argument of an engine.
+        part: that object -> the micro-batch.
     """
     if weight is None or isinstance(weight, str):
         return weight
@@ -182,7 +182,7 @@ def of_part(weight: GivenWeight, part: Callable[[Any], Any]) -> GivenWeight:
 
 
 def is_sum(weight: Any) -> bool:
-    """Whether a weight is the word for a sum; arrays are compared with no word."""
+    """Whether a weight is the word "sum". An array is never compared with the word."""
     return isinstance(weight, str) and weight == SUM
 
 
@@ -223,13 +223,13 @@ def _check_fits(value: Any) -> None:
 
 
 def check_total(names: Collection[Any]) -> None:
-    """Refuses a total beside its parts, which terms without weights of their own may be.
+    """Refuses a dict of terms that may hold a total beside its parts.
 
     Args:
-        names: of the terms of a loss for which no dict of weights is given.
+        names: the names of the terms of a loss without a dict of weights.
 
     Raises:
-        ValueError: one of several is called "loss".
+        ValueError: one of several terms is called "loss".
     """
     if SINGLE in names and len(names) > 1:
         others = ", ".join(repr(name) for name in names if name != SINGLE)
@@ -274,8 +274,8 @@ class WeightFunction:
         """Weights of the terms that depend on the rows, in the order of the first micro-batch.
 
         Raises:
-            ValueError: a weight is not one number, or the names, or those that are None, are not
-                those of the first micro-batch.
+            ValueError: a weight is not one number, or the first micro-batch had other names, or
+                None for other names.
         """
         terms = weight_terms(self._weight(microbatch))
         found = {name: _kind(value) for name, value in terms.items()}
@@ -291,16 +291,16 @@ class WeightFunction:
 
     @property
     def certain(self) -> frozenset[Any]:
-        """Names of the terms that have no weights, so that they are never empty."""
+        """Names of the terms whose weight is None or "sum". They are never empty."""
         return frozenset(n for n, kind in (self._first or {}).items() if kind != _WEIGHED)
 
     def by_name(self, vectors: Iterable[Any], steady: Any, of_a_sum: Any) -> dict[Any, Any]:
-        """Term name -> what was made of its weights.
+        """Term name -> the vector that was made from its weights.
 
         Args:
-            vectors: one for each weight that `values` gives, in that order.
-            steady: what stands for a term that does not depend on the rows.
-            of_a_sum: what stands for a term that is a sum.
+            vectors: one for each weight that `values` returns, in that order.
+            steady: stands for a term that does not depend on the rows.
+            of_a_sum: stands for a term that is a sum.
         """
         given = iter(vectors)
         certain = {"None": steady, SUM: of_a_sum}

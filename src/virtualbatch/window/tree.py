@@ -70,7 +70,7 @@ def array_leaves(structure: Any, path: str = "batch") -> list[tuple[str, Any]]:
 
     Args:
         structure: as in `builder`.
-        path: name of the structure itself.
+        path: the expression for the structure.
 
     Returns:
         Pairs such as `("batch['x'][0]", array)`; mappings in the order of their keys.

@@ -1,7 +1,7 @@
 """Weights as numbers on the host: of each micro-batch here, and of the window on all replicas.
 
-If several replicas share a window, each weighs its own micro-batches, the totals are summed over
-replicas, and each replica divides by the sums. So shares sum to 1 over all replicas.
+If several replicas share a window, each replica weighs its own micro-batches. The totals are summed
+over replicas, and each replica divides by the sums. So shares sum to 1 over all replicas.
 """
 
 import math
@@ -31,8 +31,9 @@ class HostWeights(NamedTuple):
 
     Fields:
         rows: rows of each micro-batch; None if unknown.
-        terms: term name -> one number for each micro-batch, None for a term that does not depend
-            on the rows, "sum" for one that is a sum; None when all terms weigh by rows.
+        terms: term name -> one number for each micro-batch, or None for a term that does not
+            depend on the rows, or "sum" for a term that is a sum. `terms` is None without a weight
+            function.
         is_sum: whether the whole loss is a sum.
     """
 
@@ -50,7 +51,7 @@ class HostWeights(NamedTuple):
         """The shares of the micro-batches.
 
         Args:
-            totals: of all replicas; None if this is the only one.
+            totals: the totals of all replicas; None if this is the only replica.
 
         Raises:
             ValueError: a weight is negative, NaN or infinite.

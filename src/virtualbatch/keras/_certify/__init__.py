@@ -1,1 +1,1 @@
-"""Certifying a model of Keras."""
+"""Certifies Keras models."""

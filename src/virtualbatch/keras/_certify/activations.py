@@ -1,4 +1,4 @@
-"""What the layers of a model compute, in the order of their calls."""
+"""Records what the layers of a model compute, in the order of their calls."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,17 +13,17 @@ from virtualbatch.certify.activations import Recording
 
 @contextmanager
 def recorded(model: keras.Model, is_concrete: Callable[[Any], bool]) -> Iterator[Recording]:
-    """Notes inputs and outputs of all layers, operations and losses while a context runs.
+    """Records inputs and outputs of all layers, operations and losses inside the context.
 
-    An input that differs where all outputs before it agree was made between layers, in the code
-    of the model that calls them.
+    If an input differs but all outputs before it agree, the difference arose between layers, in
+    the model's code that calls them.
 
     Args:
         model: a model that is built and compiled.
-        is_concrete: whether a tensor has a value that can be read.
+        is_concrete: tensor -> whether its value can be read.
 
     Yields:
-        What is noted.
+        The recording.
     """
     recording = Recording()
 
@@ -81,12 +81,12 @@ def place_of(layer: Any) -> str:
 
 
 def compiled_losses(model: keras.Model) -> list[Any]:
-    """What Keras keeps of each loss that the model was compiled with; none before it has run."""
+    """Keras' entries for the losses of a compiled model; empty before the loss is built."""
     return getattr(model._compile_loss, "_flat_losses", None) or []
 
 
 def _operations(model: keras.Model) -> Sequence[Any]:
-    """Layers of a model, and what functional models call beside layers, each once."""
+    """The layers of a model and the other operations of functional models, each once."""
     layers = list(model._flatten_layers())
     between = [op for layer in layers for op in getattr(layer, "_operations", [])]
     return list({id(found): found for found in [*layers, *between]}.values())

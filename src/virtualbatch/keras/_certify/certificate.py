@@ -1,4 +1,4 @@
-"""Certifying a Keras model's train step, and leaving the model as it was."""
+"""Certifies the train step of a Keras model, and leaves the model unchanged."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -42,12 +42,12 @@ def certificate(
         batch: (x, y, sample_weight) as the user gives them.
         size: checked rows of one micro-batch, or None.
         steps: checked micro-batches per window, or None.
-        backend: that of Keras.
-        gather: what `accumulate` was asked for, or what was found out of the model before.
+        backend: our implementation for Keras' backend.
+        gather: the setting of `accumulate`, or what is known about the model's loss already.
 
     Raises:
-        ValueError: there is one row, or one micro-batch, or the batch is no batch of arrays.
-        TypeError: an array holds something else than numbers and strings.
+        ValueError: there is one row, or one micro-batch, or rows of an array differ in length.
+        TypeError: an array holds something other than numbers and strings.
     """
     batch = arrays(batch)
     check_numbers_or_strings(batch)
@@ -83,8 +83,8 @@ def untouched(model: keras.Model, backend: Backend, snapshot: Snapshot) -> Itera
 
     Args:
         model: a model that is built.
-        backend: that of Keras.
-        snapshot: the values.
+        backend: our implementation for Keras' backend.
+        snapshot: the values to put back.
     """
     attributes, random = Attributes(model), RandomNumbers()
     kept = [snapshot, *backend.kept(model)]
@@ -98,10 +98,10 @@ def untouched(model: keras.Model, backend: Backend, snapshot: Snapshot) -> Itera
 
 
 def arrays(batch: Any) -> Any:
-    """The batch as arrays of NumPy, numbers as `fit` would cast them.
+    """The batch as NumPy arrays, with floats in the dtype to which `fit` would cast them.
 
     Raises:
-        ValueError: there is an array whose rows differ in length.
+        ValueError: the rows of an array differ in length.
     """
 
     def array(leaf: Any) -> Any:
@@ -121,16 +121,16 @@ def arrays(batch: Any) -> Any:
 
 
 def check_numbers_or_strings(batch: Any) -> None:
-    """Refuses arrays of other objects, which no backend takes.
+    """Refuses arrays of other objects, because no backend takes them.
 
     Args:
-        batch: what `arrays` gives.
+        batch: the result of `arrays`.
 
     Raises:
-        TypeError: an array holds something else.
+        TypeError: an array holds something other than numbers and strings.
     """
     for leaf in keras.tree.flatten(batch):
-        # A tensor holds no objects, and NumPy has not every dtype of one.
+        # A tensor holds no objects. NumPy does not have every dtype of tensors, so do not convert.
         if keras.ops.is_tensor(leaf) or not hasattr(leaf, "shape"):
             continue
         values = np.asarray(leaf)

@@ -1,4 +1,4 @@
-"""A train step of TensorFlow or PyTorch, run eagerly, whose optimizer changes nothing."""
+"""A train step on TensorFlow or PyTorch that runs eagerly and whose optimizer changes nothing."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The first window of `fit` proves itself: Keras' part of `certify.first_window`."""
+"""Checks the first window of `fit`: Keras' part of `virtualbatch.certify.first_window`."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +43,7 @@ def prove_first_window(
     backend: Backend,
     errors: MemoryErrors,
 ) -> None:
-    """Tries the law on rows of a batch, if that was not done since the model was compiled.
+    """Checks on rows of a batch that micro-batches add up, once per compiled model and structure.
 
     Args:
         model: the model; its variables hold their values.
@@ -51,8 +51,8 @@ def prove_first_window(
         batch: (x, y, sample_weight) as `fit` gives them.
         rows: its rows.
         size: rows, or tokens, of a micro-batch.
-        backend: that of Keras.
-        errors: those of the backend that mean that memory ran out.
+        backend: our implementation for Keras' backend.
+        errors: the backend's out-of-memory errors.
 
     Raises:
         ValueError: micro-batches of this model do not add up to their batch.
@@ -70,7 +70,7 @@ def prove_first_window(
         return
     seen = Seen()
     if not is_keras_own(model):
-        # Packed, rows are sorted first, so that no group of them stays together.
+        # Packing sorts the rows, so no group of neighbouring rows stays together.
         sizes = backend.cut(rows, size) if step.packing is None else [1]
         trial = KerasTrial(model, batch, rows, sizes, backend, step.found(batch))
         reason = trial.cannot_be_tried()
@@ -92,10 +92,10 @@ def _is_cut(model: keras.Model, step: TrainStep, batch: Any, rows: int, size: in
 
 
 class _Found(NamedTuple):
-    """What a run on some rows gave.
+    """The result of a run on some rows.
 
     Fields:
-        gradients: of each trainable variable, or None.
+        gradients: the gradient of each trainable variable, or None.
         loss: the loss.
     """
 
@@ -107,21 +107,22 @@ _Run = Callable[[Program], _Found]
 
 
 class KerasTrial(Trial):
-    """See `virtualbatch.certify.first_window.Trial`.
+    """See `virtualbatch.certify.trial.Trial`.
 
-    The weights of a micro-batch are the engine's own, so its window is compared with Keras' step.
+    This engine derives the weights of a micro-batch itself. So a window in micro-batches is
+    compared with Keras' own step.
 
     Args:
         model: a compiled model.
         batch: (x, y, sample_weight) as `fit` gives them.
         rows: its rows.
         sizes: rows of its micro-batches.
-        backend: that of Keras.
-        found: what needs all rows, and gets them.
+        backend: our implementation for Keras' backend.
+        found: the losses that need all rows and get them.
     """
 
-    # One, because on JAX each number of rows is compiled. It is cut after five rows, so that no
-    # two, three or four rows that belong together stay together.
+    # Only one pair, because JAX compiles for each number of rows. The cut after five rows splits
+    # every grouping of neighbouring rows in twos, threes or fours.
     pairs = ((4, 5),)
 
     def __init__(
@@ -138,7 +139,7 @@ class KerasTrial(Trial):
         self._certified: dict[frozenset[int], Certificate] = {}
 
     def cannot_be_tried(self) -> str | None:
-        """Why not, where that is known before anything runs."""
+        """Why this model cannot be tried, if that is known before anything runs; else None."""
         model = self._model
         coupled = losses_that_couple_rows(model)
         if coupled and self._found.gathering is None:
@@ -156,7 +157,7 @@ class KerasTrial(Trial):
     def distance(self, a: Sequence[int], b: Sequence[int]) -> Distance:
         """See `Trial`."""
         few, more = sorted([a, b], key=len)
-        # An even cut, too, keeps these parts, or those of which both are made.
+        # With this size, an even cut gives these two parts too, or smaller parts that form them.
         size = len(more) if len(more) - len(few) <= 1 else len(few)
         step = self._backend.step(self._model, size, None, None, check=False, gather=self._found)
         step.silent, step.losses = True, None
@@ -168,7 +169,7 @@ class KerasTrial(Trial):
             return Distance(self._off(whole, cut), False, {})
 
     def certificate(self, rows: Sequence[int], size: int) -> Certificate:
-        """See `Trial`. Cut in another way, the same rows are not certified twice."""
+        """See `Trial`. The same rows are certified once, even if they are cut in another way."""
         key = frozenset(rows)
         if key not in self._certified:
             self._certified[key] = self._certificate(rows, size)
@@ -187,11 +188,16 @@ class KerasTrial(Trial):
 
     @contextmanager
     def _running(self, rows: Sequence[int]) -> Iterator[tuple[_Run, list[str]]]:
-        """What runs a program on some rows, and the layers that may draw random numbers in it."""
+        """Prepares runs on some rows.
+
+        Yields:
+            A function that runs a program on the rows, and the names of layers whose randomness
+            could not be turned off.
+        """
         model, backend = self._model, self._backend
         batch = arrays(self._some(rows))
         backend.build(model, batch)
-        # No optimizer moves, and its values may be twice those of the model.
+        # The optimizer changes nothing, and its state may take twice the memory of the model.
         before = Snapshot(model, optimizer=False)
         with ExitStack() as held:
             held.enter_context(untouched(model, backend, before))
@@ -203,7 +209,7 @@ class KerasTrial(Trial):
             def run(program: Program) -> _Found:
                 model.reset_metrics()
                 ran = program(lambda: tensors(batch), 1)
-                # Before the tracker is put back.
+                # Read the loss before the tracker is put back.
                 found = _Found(ran.gradients, tracked_loss(model, ran))
                 attributes.restore()
                 snapshot.restore()
@@ -217,7 +223,7 @@ class KerasTrial(Trial):
         return self._backend.program(model, step or type(model).train_step.__get__(model))
 
     def _off(self, whole: _Found, cut: _Found) -> float:
-        """Difference of two runs, in the largest gradient, or the loss, times epsilon."""
+        """How much two runs differ, relative to the largest gradient or the loss, in epsilons."""
         epsilon = float(np.finfo(coarsest_dtype(self._model)).eps)
         size = left = 0.0
         for a, b in zip(whole.gradients, cut.gradients, strict=True):
@@ -226,7 +232,7 @@ class KerasTrial(Trial):
             left = float(np.max([left, _largest(one - other)]))
         of_loss = abs(whole.loss - cut.loss) / (max(abs(whole.loss), abs(cut.loss)) or 1.0)
         off = max(left / (size or 1.0), of_loss) / epsilon
-        # Without any gradient nothing is told.
+        # If all gradients are zero, the comparison shows nothing.
         return off if size and math.isfinite(size) and math.isfinite(of_loss) else math.nan
 
     def _some(self, rows: Sequence[int]) -> Any:
@@ -235,9 +241,9 @@ class KerasTrial(Trial):
 
 @contextmanager
 def _as_in_inference(model: keras.Model) -> Iterator[None]:
-    """Runs layers so that couple rows, or change with each forward, by design.
+    """Runs layers in inference that couple rows, or change with each forward, by design.
 
-    A log line names them when a model begins to accumulate.
+    `accumulate` has already named these layers in a log line.
     """
     layers = [layer for layer in model._flatten_layers() if _is_known_to_couple(layer)]
     before = [(layer, vars(layer).get("call")) for layer in layers]
@@ -260,7 +266,7 @@ def _is_known_to_couple(layer: Any) -> bool:
 
 
 def _numbers(gradient: Any, other: Any) -> np.ndarray:
-    """A gradient on the host; zeros of the shape of another one where there is none."""
+    """A gradient on the host. If it is None: zeros in the shape of the other gradient."""
     if gradient is None:
         return np.zeros(1) if other is None else np.zeros_like(_numbers(other, None))
     return np.asarray(keras.ops.convert_to_numpy(gradient))

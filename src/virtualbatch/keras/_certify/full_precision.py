@@ -1,4 +1,4 @@
-"""A model in float32 where it computes in half precision, for the length of a context."""
+"""Replaces half precision in a model by float32 for the length of a context."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +60,7 @@ def in_full_precision(model: keras.Model) -> Iterator[bool]:
 
 
 def _held(variable: Any) -> Any:
-    # PyTorch's modules keep the parameter itself, so that only its contents can be replaced.
+    # PyTorch's modules keep the parameter object itself, so only its contents can be replaced.
     return variable._value.data if keras.backend.backend() == "torch" else variable._value
 
 

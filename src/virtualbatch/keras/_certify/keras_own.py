@@ -1,4 +1,4 @@
-"""Which parts of a model are Keras' own, so that their type shows how they are cut."""
+"""Finds which parts of a model are Keras' own, so that their type shows how they can be cut."""
 
 from types import FunctionType
 from typing import Any
@@ -13,7 +13,7 @@ _WRAPPERS = (
     keras.layers.FlaxLayer,
     keras.layers.TFSMLayer,
 )
-# What a layer may be given to run on its outputs.
+# Attributes of a layer that may hold a function from the user.
 _GIVEN = ("activation", "recurrent_activation", "activity_regularizer")
 _COUPLED = (keras.losses.Circle, keras.losses.Dice, keras.losses.Tversky)
 _COUPLED_FUNCTIONS = (keras.losses.circle, keras.losses.dice, keras.losses.tversky)
@@ -33,7 +33,7 @@ def is_keras_own(model: keras.Model) -> bool:
 
 
 def losses_that_couple_rows(model: keras.Model) -> list[str]:
-    """Names of Keras' own losses that are made of many rows at once."""
+    """Names of the model's losses that are Keras' own and read many rows at once."""
     return [
         getattr(loss, "name", None) or loss.__name__
         for loss in losses_of(model)
@@ -42,7 +42,7 @@ def losses_that_couple_rows(model: keras.Model) -> list[str]:
 
 
 def couples_rows(loss: Any) -> bool:
-    """Whether a loss is one of Keras' own that is made of many rows at once."""
+    """Whether a loss is one of Keras' own that reads many rows at once."""
     called = getattr(loss, "fn", loss)
     return isinstance(loss, _COUPLED) or any(called is function for function in _COUPLED_FUNCTIONS)
 
@@ -50,7 +50,8 @@ def couples_rows(loss: Any) -> bool:
 def is_own_of_rows(loss: Any) -> bool:
     """Whether a loss is one of Keras' own that gives each row a value of its own.
 
-    They do, but for those above, wherever they reduce the last axis and that is not the rows.
+    Keras' losses do, except those that read many rows at once, if they reduce the last axis. The
+    caller must check that the last axis is not the rows.
     """
     given = getattr(loss, "_fn_kwargs", {})
     axes = {getattr(loss, "axis", -1), given.get("axis", -1)}
@@ -58,7 +59,7 @@ def is_own_of_rows(loss: Any) -> bool:
 
 
 def losses_of(model: keras.Model) -> list[Any]:
-    """The losses that a model was compiled with, names of Keras' own resolved."""
+    """The losses that a model was compiled with. Names are replaced by Keras' losses."""
     given = keras.tree.flatten(model.loss)
     return [
         keras.losses.get(loss) if isinstance(loss, str) else loss
@@ -73,7 +74,7 @@ def _is_own_layer(layer: Any) -> bool:
         _is_own(layer)
         and not isinstance(layer, _WRAPPERS)
         and all(found is None or _is_own(found) for found in given)
-        # Between the layers of a functional model there may be any operation, such as a mean.
+        # A functional model may also contain operations that couple rows, such as a mean.
         and all(isinstance(op, keras.Layer) for op in vars(layer).get("_operations", []))
     )
 

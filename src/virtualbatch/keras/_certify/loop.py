@@ -1,4 +1,4 @@
-"""Certifying a training loop of one's own with Keras: its state is held in variables."""
+"""Certifies a user's training loop with Keras, whose state is held in variables."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The parts that Keras adds up to a model's loss, and how to train on one of them alone."""
+"""The parts whose sum is a model's loss, and how to train on one part alone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,12 @@ from virtualbatch.keras._certify.activations import compiled_losses, place_of
 
 
 class LossParts:
-    """Compiled losses and what layers added; regularisers of weights are left out.
+    """The parts of a loss: compiled losses and losses that layers added.
+
+    Regularisers of weights are left out.
 
     Args:
-        model: a model that has just run forward, so that what its layers added is there.
+        model: a model that has just run forward, so that the losses of its layers exist.
 
     Attributes:
         places: part -> where it comes from, in words.
@@ -36,7 +38,7 @@ class LossParts:
 
     @contextmanager
     def only(self, part: Any) -> Iterator[None]:
-        """Within it the model trains on one part; None for all."""
+        """Makes the model train on one part inside the context; on all parts if it is None."""
         if part is None or part == "all":
             yield
             return

@@ -1,4 +1,4 @@
-"""A model without randomness: dropout and noise off for the length of a context."""
+"""Turns off dropout, noise and other randomness of a model for the length of a context."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-# What an attribute that says how much a layer draws is named after.
+# An attribute that says how strong a layer's randomness is has one of these words in its name.
 _AMOUNTS = ("rate", "drop", "stddev")
 
 
@@ -24,14 +24,14 @@ class Drawing(NamedTuple):
 
 @contextmanager
 def without_randomness(model: keras.Model) -> Iterator[Drawing]:
-    """Turns off what layers draw, by attributes of their own that are put back.
+    """Turns off the randomness of layers through their attributes, and puts those back.
 
-    A layer that draws holds a seed generator. How much it draws stands in a number (`rate`,
-    `recurrent_dropout`, `drop_path_rate`, `stddev`); augmentations of Keras, which have none, run
-    as in inference.
+    A layer that draws random numbers holds a seed generator. A number (`rate`,
+    `recurrent_dropout`, `drop_path_rate`, `stddev`) says how strong the randomness is, and is set
+    to 0. Keras' augmentations have no such number, so they run as in inference.
 
     Yields:
-        What draws.
+        The layers that draw random numbers.
     """
     changed: list[tuple[Any, str, Any]] = []
     drawing = Drawing([], [])
@@ -71,7 +71,7 @@ def _is_amount(name: str, value: Any) -> bool:
 
 
 def as_in_inference(layer: Any) -> Callable[..., Any]:
-    """The `call` of a layer as it is in inference."""
+    """A `call` for the layer that always runs in inference."""
 
     def call(*args: Any, **options: Any) -> Any:
         return type(layer).call(layer, *args, **options | {"training": False})

@@ -1,4 +1,4 @@
-"""A Keras train step as `certify` observes it: Keras' own, and that of `accumulate`."""
+"""The two train steps that `certify` compares: Keras' own, and the one of `accumulate`."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -26,12 +26,12 @@ class KerasStep(TrainingStep):
 
     Args:
         model: a model that is built and compiled, without randomness.
-        batch: (x, y, sample_weight), arrays of NumPy.
+        batch: (x, y, sample_weight) as NumPy arrays.
         rows: rows of the batch.
         size: rows of one micro-batch, fewer than the batch has.
-        backend: see there.
-        notes: what was done to the model before, in sentences.
-        found: what needs all rows.
+        backend: our implementation for Keras' backend.
+        notes: sentences about what was changed in the model for the comparison.
+        found: the losses that need all rows and get them.
     """
 
     weighs_itself = True
@@ -58,7 +58,7 @@ class KerasStep(TrainingStep):
         self._found = found
         self._snapshot, self._attributes = Snapshot(model), Attributes(model)
         self._scale = float(keras.ops.convert_to_numpy(model.optimizer.scale_loss(1.0)))
-        # One for each part of the loss: a compiled one keeps the part that it was traced with.
+        # One program for each part of the loss, because a compiled program keeps its part.
         self._programs: dict[Any, Program] = {}
         self._found_parts: LossParts | None = None
         self.rows = rows
@@ -97,11 +97,11 @@ class KerasStep(TrainingStep):
         return self._ran(("alone", term), step, rows, term, 2 if again else 1)
 
     def weights(self) -> Callable[[Any], PieceWeights]:
-        """See `TrainingStep`. A loss that gives one number is taken for a mean over rows."""
+        """See `TrainingStep`. A loss that returns one number counts as a mean over rows."""
         return weights_of(None, [])
 
     def places(self, place: str, terms: Collection[Any]) -> Mapping[Any, str]:
-        """See `TrainingStep`. The places are known by themselves."""
+        """See `TrainingStep`. The places are known, so both arguments are unused."""
         del place, terms
         return self._parts.places
 
@@ -125,7 +125,7 @@ class KerasStep(TrainingStep):
         return self._found_parts
 
     def _forward(self, rows: np.ndarray) -> None:
-        """The loss of some rows without its gradient, outside any trace."""
+        """Computes the loss of some rows, without its gradient and outside any trace."""
         model = self._model
         x, y, sample_weight = self._some(rows)
         y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
@@ -154,7 +154,7 @@ class KerasStep(TrainingStep):
         return Observed({term: loss}, gradients, logs | self._kept(ran))
 
     def _kept(self, ran: Ran) -> dict[str, np.ndarray]:
-        """What layers keep, but for how often a seed was drawn."""
+        """The state of layers, without seeds and strings."""
         variables = self._model.non_trainable_variables
         seeds = {
             id(generator.state)
@@ -179,7 +179,7 @@ class KerasStep(TrainingStep):
 
 
 def named_arrays(batch: Any) -> dict[str, np.ndarray]:
-    """The numbers in (x, y, sample_weight), arrays of NumPy, by the expressions that reach them."""
+    """The NumPy arrays of numbers in (x, y, sample_weight), by the expressions that reach them."""
     return {
         path: leaf
         for name, part in zip(("x", "y", "sample_weight"), batch, strict=True)
@@ -189,7 +189,7 @@ def named_arrays(batch: Any) -> dict[str, np.ndarray]:
 
 
 def chosen(batch: Any, rows: Any) -> Any:
-    """Some rows of every array of a batch."""
+    """The given rows of every array of a batch."""
 
     def some(leaf: Any) -> Any:
         if not hasattr(leaf, "shape"):
@@ -200,7 +200,7 @@ def chosen(batch: Any, rows: Any) -> Any:
 
 
 def tensors(batch: Any) -> Any:
-    """The arrays of a batch as Keras' tensors, but for those that are no numbers."""
+    """The batch with its arrays of numbers as Keras tensors. Other leaves stay as they are."""
 
     def tensor(leaf: Any) -> Any:
         is_number = isinstance(leaf, np.ndarray) and leaf.dtype.kind in NUMBERS
@@ -210,7 +210,7 @@ def tensors(batch: Any) -> Any:
 
 
 def tracked_loss(model: keras.Model, ran: Ran) -> float:
-    """The loss of a run, by the model's own tracker: a model may log what it likes."""
+    """The loss of a run, from the model's loss tracker, because logs may hold anything."""
     tracked = dict(zip(map(id, model.metrics_variables), ran.metrics, strict=True))
     tracker = model._loss_tracker
     total, count = (_numpy(tracked[id(v)]) for v in (tracker.total, tracker.count))
@@ -218,7 +218,7 @@ def tracked_loss(model: keras.Model, ran: Ran) -> float:
 
 
 def _names(variables: Sequence[Any]) -> list[str]:
-    """Paths of variables; two that share one are numbered."""
+    """Paths of variables. If several share a path, they are numbered from the second on."""
     found: dict[str, int] = {}
     names = []
     for variable in variables:
@@ -239,7 +239,7 @@ def _named(prefix: str, logs: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def coarsest_dtype(model: keras.Model) -> str:
-    """The coarsest dtype that a gradient goes through: of weights, layers, losses or in Keras.
+    """The coarsest dtype through which a gradient goes: of weights, layers, losses or Keras' code.
 
     Outside TensorFlow, Keras rounds to float32 inside means and divisions of float64 models.
     """

@@ -1,4 +1,4 @@
-"""Attributes of layers and random numbers of the process, as they are now and put back."""
+"""Saves attributes of layers and the process's random numbers, and puts them back."""
 
 import random
 from typing import Any
@@ -10,7 +10,7 @@ from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
 
 
 class Attributes:
-    """Attributes of all layers: which objects they hold, not what is in those.
+    """The attributes of all layers: which objects they hold, not the contents of these objects.
 
     Args:
         model: a model that is built.
@@ -27,7 +27,7 @@ class Attributes:
 
 
 class RandomNumbers:
-    """Where the generators of Python, NumPy and Keras stand."""
+    """The states of the random generators of Python, NumPy and Keras."""
 
     def __init__(self) -> None:
         self._python = random.getstate()

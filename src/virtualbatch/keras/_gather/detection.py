@@ -1,8 +1,8 @@
-"""Which losses of a compiled model need all rows, found by their type, shape and values.
+"""Finds which losses of a compiled model need all rows, by their type, shape and values.
 
-A loss of one value per row that reads no other row gives the same values for rows in one batch and
-in two halves. So a few rows are predicted once, and each loss that is not Keras' own is called on
-all of them and on both halves. Nothing of the model is changed.
+If a loss returns one value per row and reads no other row, its values do not change when the batch
+is cut into two halves. So a few rows are predicted once, and the losses are called on all of these
+rows and on both halves. The model does not change. If types alone give the answer, nothing runs.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,22 +28,22 @@ from virtualbatch.keras._gather.gathering import (
 )
 from virtualbatch.keras._terms import Recorded, elements, with_other_losses
 
-# Enough for two halves of which each has pairs; few enough for a forward that nobody notices.
+# Enough rows for pairs in each of two halves, and few enough for a cheap forward.
 _ROWS = 16
 _EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
-# (model, function of arrays, arrays) -> its list of arrays, as NumPy has them, and of Nones.
+# (model, function of arrays, arrays) -> the function's result: a list of NumPy arrays and Nones.
 Evaluate = Callable[[keras.Model, Callable[[Any], Any], Any], Sequence[Any]]
 
 
 def found_on_rows(model: keras.Model, batch: Any, rows: int, evaluate: Evaluate) -> Found:
-    """What needs all rows, found from the first rows of a batch.
+    """The losses that need all rows, found from the first rows of a batch.
 
     Args:
-        model: a compiled model; its layers are built and its variables hold their values.
-        batch: (x, y, sample_weight), of which every array has values.
+        model: a compiled model. Its layers are built and its variables hold their values.
+        batch: (x, y, sample_weight); every array has values.
         rows: its rows, at least 2.
-        evaluate: runs a function in inference, in a scope that keeps what it assigns.
+        evaluate: runs a function in a scope, so that assignments do not reach the model.
     """
     if _overrides_compute_loss(model):
         return Found([], EVERYTHING, _run_by_loss(model, batch))
@@ -57,7 +57,7 @@ def found_on_rows(model: keras.Model, batch: Any, rows: int, evaluate: Evaluate)
     if not compile_loss.built:
         compile_loss.build(y, predictions.given_back(arrays))
     halves = [range(count), range(count // 2), range(count // 2, count)]
-    # Where no two rows share a target, a loss may find none to compare.
+    # A loss may compare only rows with the same target, so try targets that repeat too.
     paired = tensors(chosen(y, np.arange(count) % (count // 2)))
     failed: set[int] = set()
     order: list[tuple[int, int]] = []
@@ -88,7 +88,7 @@ def found_on_rows(model: keras.Model, batch: Any, rows: int, evaluate: Evaluate)
 
 
 def found_by_shape(model: keras.Model, batch: Any) -> Found:
-    """What needs all rows, as far as types and shapes show it.
+    """The losses that need all rows, as far as types and shapes show.
 
     Args:
         model: a compiled model; its layers are built.
@@ -122,14 +122,14 @@ def found_by_shape(model: keras.Model, batch: Any) -> Found:
 def found_as_asked(
     model: keras.Model, batch: Any, rows: int, evaluate: Evaluate, gather: bool | Found | None
 ) -> Found:
-    """What needs all rows and gets them.
+    """The losses that need all rows and get them, under a `gather` setting.
 
     Args:
         model: see `found_on_rows`.
-        batch: see there.
-        rows: see there.
-        evaluate: see there.
-        gather: what `accumulate` was asked for.
+        batch: see `found_on_rows`.
+        rows: the rows of the batch; may be 1.
+        evaluate: see `found_on_rows`.
+        gather: the setting of `accumulate`, or an earlier result, which is returned.
     """
     if isinstance(gather, Found):
         return gather
@@ -143,7 +143,7 @@ def _overrides_compute_loss(model: keras.Model) -> bool:
 
 
 def _run_by_loss(model: keras.Model, batch: Any) -> list[str]:
-    """Names of layers that an overridden `compute_loss` runs; nothing is computed for it."""
+    """Names of layers that an overridden `compute_loss` runs, found from shapes alone."""
     given = tree.map_structure(_symbol, batch)
     layers = model._flatten_layers()
     before = [(layer, vars(layer).get("call")) for layer in layers]
@@ -164,7 +164,7 @@ def _run_by_loss(model: keras.Model, batch: Any) -> list[str]:
 
     try:
         backend.compute_output_spec(loss, *given)
-    except Exception:  # the user's code, of which some needs values
+    except Exception:  # the user's code may need values
         return []
     finally:
         for layer, own in before:
@@ -175,9 +175,10 @@ def _run_by_loss(model: keras.Model, batch: Any) -> list[str]:
 
 
 def _is_told_by_type(model: keras.Model) -> bool:
-    """Whether Keras' own losses give each row a value, without reading values.
+    """Whether types alone show that no loss needs all rows.
 
-    Predictions of one axis have none but that of the rows to be reduced.
+    This holds without a compiled loss, and if all losses are Keras' own and give each row a value.
+    Predictions must have at least two axes: with one axis, a loss would reduce the rows.
     """
     if model._compile_loss is None:
         return True
@@ -220,7 +221,7 @@ def _symbol(leaf: Any) -> Any:
 
 
 def _values(compile_loss: Any, y: Any, y_pred: Any, failed: set[int]) -> list[tuple[int, Any]]:
-    """Numbers and unreduced values of the compiled losses; numbers of those that raise go apart."""
+    """(index, unreduced values) of each compiled loss. Indices of failing losses go to `failed`."""
     found: list[tuple[int, Any]] = []
 
     def looked_at(k: int, loss: keras.losses.Loss) -> Callable[..., Any]:
@@ -230,7 +231,7 @@ def _values(compile_loss: Any, y: Any, y_pred: Any, failed: set[int]) -> list[tu
             del sample_weight
             try:
                 value = loss(y_true, y_pred) if reduced else elements(loss, y_true, y_pred, None)[0]
-            except Exception:  # the user's code, on rows that it may not be made for
+            except Exception:  # the user's code may not work on these rows
                 failed.add(k)
             else:
                 found.append((k, value))
@@ -251,9 +252,10 @@ def _why(loss: Any, values: dict[int, np.ndarray], rows: int, failed: bool) -> C
 
     Args:
         loss: the loss.
-        values: of all rows and of each half, and the same with targets that repeat.
-        rows: how many.
-        failed: whether it raised for some of them.
+        values: its values for all rows (0), the first half (1) and the second half (2); 3 to 5 are
+            the same with targets that repeat.
+        rows: the number of rows.
+        failed: whether the loss raised for some of these.
     """
     if failed:
         return Coupled(loss.name, UNCUT)
@@ -268,19 +270,19 @@ def _why(loss: Any, values: dict[int, np.ndarray], rows: int, failed: bool) -> C
 
 
 def _differs(whole: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
-    """Largest difference between values of all rows and of halves, over the largest value."""
+    """The largest change of a value when the rows are cut in halves, over the largest value."""
     whole, parts = whole.astype("float64"), np.concatenate([first, second]).astype("float64")
     finite = np.isfinite(whole)
     if np.any(finite != np.isfinite(parts)):
         return np.inf
-    # Values of rows that are not finite themselves tell nothing.
+    # Values that are not finite show nothing.
     size = np.max(np.abs(whole[finite]), initial=0.0)
     off = np.max(np.abs(whole[finite] - parts[finite]), initial=0.0)
     return float(off / size) if size else 0.0
 
 
 def _found(model: keras.Model, coupled: dict[int, Coupled | None]) -> Found:
-    """What is gathered for the losses that need all rows."""
+    """The losses that need all rows, and which predictions are gathered for them."""
     entries = model._compile_loss._flat_losses
     structure = model._compile_loss._y_pred_build_structure
     flags = [coupled.get(k) is not None for k in range(len(entries))]
@@ -305,7 +307,7 @@ def _found(model: keras.Model, coupled: dict[int, Coupled | None]) -> Found:
 def evaluated_eagerly(
     model: keras.Model, function: Callable[[Any], Any], given: Any
 ) -> Sequence[Any]:
-    """See `Evaluate`: on a backend that runs what it is given."""
+    """See `Evaluate`; for backends that can run the function eagerly."""
     del model
     with keras.StatelessScope():
         return [None if found is None else ops.convert_to_numpy(found) for found in function(given)]

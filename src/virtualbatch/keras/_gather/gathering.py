@@ -14,10 +14,10 @@ class Coupled(NamedTuple):
     """A loss that needs all rows.
 
     Fields:
-        name: of the loss.
+        name: the name of the loss.
         why: one of the constants above.
-        differs: how much a row's value changed without other rows, relative to the largest value;
-            0 where that was not measured.
+        differs: the largest change of a row's value without the other rows, relative to the
+            largest value; 0 if it was not measured.
     """
 
     name: str
@@ -26,19 +26,19 @@ class Coupled(NamedTuple):
 
 
 class Gathering(NamedTuple):
-    """What of a window is computed on all rows at once.
+    """Which losses of a window see all rows, and which predictions are gathered.
 
     Fields:
-        losses: for each compiled loss, in the order of `CompileLoss`, whether it sees all rows;
-            None where all do: an overridden `compute_loss`, or `gather=True`.
-        outputs: for each leaf of the predictions, whether it is gathered; None where all are.
+        losses: for each compiled loss, in the order of `CompileLoss`, whether it sees all rows.
+            None if all do: for an overridden `compute_loss`, or `gather=True`.
+        outputs: for each leaf of the predictions, whether it is gathered; None if all are.
     """
 
     losses: Sequence[bool] | None
     outputs: Sequence[bool] | None
 
     def takes(self, output: int) -> bool:
-        """Whether the leaf of that number is gathered."""
+        """Whether the leaf with that index is gathered."""
         return self.outputs is None or self.outputs[output]
 
     @property
@@ -51,11 +51,11 @@ EVERYTHING = Gathering(None, None)
 
 
 class Found(NamedTuple):
-    """What was found out about a model's loss.
+    """What is known about a model's loss.
 
     Fields:
         coupled: the compiled losses that need all rows.
-        gathering: what is gathered; None for nothing.
+        gathering: what is gathered; None if nothing is.
         runs: names of layers that an overridden `compute_loss` runs itself, on all rows.
     """
 
@@ -68,5 +68,5 @@ NOTHING = Found([], None)
 
 
 def chosen_of(leaves: Sequence[Any], gathering: Gathering) -> list[Any]:
-    """The gathered ones of the leaves of some predictions."""
+    """Those leaves of predictions that are gathered."""
     return [leaf for k, leaf in enumerate(leaves) if gathering.takes(k)]

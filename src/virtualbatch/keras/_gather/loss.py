@@ -18,15 +18,15 @@ from virtualbatch.keras._terms import (
     with_other_losses,
 )
 
-# Stands for a prediction that nobody reads.
+# Stands for a prediction that no loss reads.
 _UNREAD = 0
 
 
 class GatheredPredictions:
-    """Predictions of all rows, from those of micro-batches.
+    """Joins the predictions of micro-batches into predictions of all rows.
 
     Args:
-        gathering: which of them are gathered.
+        gathering: which predictions are gathered.
     """
 
     def __init__(self, gathering: Gathering):
@@ -42,10 +42,10 @@ class GatheredPredictions:
 
         Args:
             y_pred: predictions of a micro-batch.
-            rows: its rows; None where only a run knows them.
+            rows: its rows; None if they are known only at run time.
 
         Raises:
-            ValueError: one of them has not one entry per row.
+            ValueError: a gathered leaf does not have one entry per row.
         """
         self._structure = tree.map_structure(lambda _: _UNREAD, y_pred)
         found = self.of(y_pred)
@@ -56,10 +56,10 @@ class GatheredPredictions:
         return [*found, *map(backend.get_keras_mask, found)]
 
     def joined(self, arrays: Sequence[Any]) -> Any:
-        """Predictions of all rows, with their masks; a number where none are gathered.
+        """Predictions of all rows, with their masks. Leaves that are not gathered are a number.
 
         Args:
-            arrays: what `arrays` gave for the micro-batches, concatenated.
+            arrays: the results of `arrays` for all micro-batches, concatenated.
         """
         count = len(arrays) // 2
         for leaf, mask in zip(arrays[:count], arrays[count:], strict=True):
@@ -74,7 +74,7 @@ class GatheredPredictions:
 
 
 def not_of_rows(got: Any, rows: Any) -> str:
-    """Text of the refusal of predictions that are not of rows."""
+    """The error text for predictions that do not have one entry per row."""
     return (
         "Predictions that a loss sees for all rows must have one entry per row. "
         f"Got {got} for {rows} rows. Return one entry per row, and reduce over rows in the loss."
@@ -84,14 +84,14 @@ def not_of_rows(got: Any, rows: Any) -> str:
 def loss_of_all_rows(
     compile_loss: Any, y: Any, y_pred: Any, sample_weight: Any, gathering: Gathering
 ) -> Contribution:
-    """Keras' own loss of all rows, of those entries that see them.
+    """Runs Keras' own loss on all rows, with only those entries that see all rows.
 
     Args:
-        compile_loss: the model's `CompileLoss`; built, where only some entries see all rows.
+        compile_loss: the model's `CompileLoss`. It must be built if only some entries see all rows.
         y: targets of all rows.
-        y_pred: predictions of all rows; anything where no loss that sees them reads it.
-        sample_weight: of all rows, or None.
-        gathering: which entries see them.
+        y_pred: predictions of all rows. Leaves that no such entry reads may be anything.
+        sample_weight: sample weights of all rows, or None.
+        gathering: which entries see all rows.
     """
     metrics: list[Recorded] = []
 
@@ -122,10 +122,10 @@ def update_metrics(
 
     Args:
         compile_metrics: the model's `CompileMetrics`, built.
-        is_shown: number of a leaf of the predictions -> whether.
+        is_shown: index of a leaf of the predictions -> whether it is shown.
         y: targets.
-        y_pred: predictions; anything for outputs that are not shown.
-        sample_weight: of the rows, or None.
+        y_pred: predictions. Outputs that are not shown may be anything.
+        sample_weight: sample weights of the rows, or None.
     """
     numbers = tree.pack_sequence_as(y_pred, list(range(len(tree.flatten(y_pred)))))
     run = shallow_copy(compile_metrics)
@@ -138,7 +138,10 @@ def update_metrics(
 
 @contextmanager
 def added_to(model: keras.Model, losses: Sequence[Any]) -> Iterator[None]:
-    """While these are the losses that the layers of a model have added; none for its own."""
+    """Makes `model.losses` return the given losses inside the context.
+
+    An empty list leaves the losses that the layers add themselves.
+    """
     before, model._losses_override = model._losses_override, list(losses)
     try:
         yield

@@ -40,7 +40,7 @@ def say_what_is_gathered(model: keras.Model, found: Found) -> None:
 
 
 def say_what_is_not_gathered(model: keras.Model, found: Found) -> None:
-    """Warns of losses that need all rows and, by `gather=False`, do not get them."""
+    """Warns of losses that need all rows but do not get them, because of `gather=False`."""
     if found.gathering is not None and found.gathering.losses is None:
         _log.warning(
             "%s overrides compute_loss: its result is treated as one mean over rows.",

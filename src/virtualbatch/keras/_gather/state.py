@@ -1,4 +1,4 @@
-"""What a forward of a model writes, so that it can be run again from where it began."""
+"""The variables that a forward writes, so that it can run again from the same state."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
 
 
 def state_variables(model: keras.Model) -> list[Any]:
-    """Variables that a forward may write: seeds and what layers keep, but no frozen weights."""
+    """Variables that a forward may write: seeds and state of layers, but no frozen weights."""
     layers = model._flatten_layers()
     found = [v for layer in layers for v in layer._non_trainable_variables]
     found += [g.state for layer in layers for g in layer._seed_generators]

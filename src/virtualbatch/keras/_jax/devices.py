@@ -1,8 +1,8 @@
 """The devices over which `keras.distribution` spreads the rows of a batch, and a cut by them.
 
-Inside a program of Keras types do not show devices, because its meshes leave them to XLA. So the
-distribution in use is read, and each micro-batch takes the same number of rows from every device:
-no row moves to another device, and every device computes its own.
+Inside a Keras program, array types do not show devices, because Keras' meshes leave placement to
+XLA. So we read the distribution in use. Each micro-batch takes the same number of rows from every
+device: no row moves to another device, and every device computes its own rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,11 +20,11 @@ from virtualbatch.jax._segment import Cut, Segment
 
 @dataclass(frozen=True)
 class CutByDevice(Cut):
-    """A batch cut on each of its devices.
+    """A batch that is cut on each of its devices.
 
     Fields:
-        devices: micro-batches have equally many rows of each, device after device; and each device
-            has consecutive rows of the batch.
+        devices: the number of devices. Each holds consecutive rows of the batch. A micro-batch has
+            equally many rows of each device, one device after the other.
     """
 
     devices: int = 1
@@ -36,7 +36,7 @@ class CutByDevice(Cut):
 
 
 def devices_of_rows() -> int:
-    """Over how many devices the rows of a batch are spread."""
+    """The number of devices over which the distribution in use spreads rows."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         return 1
@@ -46,13 +46,19 @@ def devices_of_rows() -> int:
 
 
 def devices_of(rows: int) -> int:
-    """Over how many devices a batch of so many rows is spread; Keras spreads no other ones."""
+    """The number of devices over which a batch is spread.
+
+    Keras spreads a batch only if its rows divide evenly among the devices.
+
+    Args:
+        rows: the rows of the batch.
+    """
     devices = devices_of_rows()
     return devices if rows % devices == 0 else 1
 
 
 def processes_of_rows() -> int:
-    """In how many processes the devices of the distribution in use are."""
+    """The number of processes that own the devices of the distribution in use."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         return 1
@@ -61,7 +67,7 @@ def processes_of_rows() -> int:
 
 
 def spread(batch: Any) -> Any:
-    """A batch as `fit` spreads it over devices; the same where there is no distribution."""
+    """The batch, spread over devices as `fit` does; unchanged without a distribution."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         return batch
@@ -75,7 +81,10 @@ def spread(batch: Any) -> Any:
 
 @contextmanager
 def on_every_device() -> Iterator[None]:
-    """While rows are not spread, but computed by every device: few rows, for a trial."""
+    """Turns the distribution off inside the context, so every device computes all rows.
+
+    Trials use it for a few rows, which may not divide evenly among devices.
+    """
     before = keras.distribution.distribution()
     keras.distribution.set_distribution(None)
     try:
@@ -91,7 +100,7 @@ def cut_by_device(batch: Any, rows: int, size: int, devices: int) -> CutByDevice
         batch: pytree of arrays.
         rows: their rows, a multiple of the devices.
         size: rows of a micro-batch on one device.
-        devices: over how many the rows are spread.
+        devices: the number of devices over which the rows are spread.
     """
     here = rows // devices
     count, rest = divmod(here, size)

@@ -1,4 +1,4 @@
-"""A function of a model on JAX, run once as one program that is not optimised."""
+"""Runs a function of a model once on JAX, as one program that XLA does not optimise."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

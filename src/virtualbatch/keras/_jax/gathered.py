@@ -27,12 +27,12 @@ from virtualbatch.keras._rows import Rows
 
 
 class _Seen(NamedTuple):
-    """What adds up over the micro-batches of the first pass.
+    """What is summed over the micro-batches of the first pass.
 
     Fields:
         added: losses that layers have added.
-        counted: weights that only a forward reveals; None where there are none.
-        moments: of BatchNorm.
+        counted: the weights vector, see `WindowModel.counted`; None if nothing is counted.
+        moments: BatchNorm moments.
     """
 
     added: list[Any]
@@ -41,15 +41,15 @@ class _Seen(NamedTuple):
 
 
 class _Whole(NamedTuple):
-    """The loss of all rows.
+    """The loss of all rows and its gradients.
 
     Fields:
         losses: the loss and per-output losses.
-        gradients: of the trainable variables, which the loss may use itself.
-        of_predictions: those of the predictions; for each segment, micro-batches stacked.
-        of_added: those of what layers have added.
-        state: values of the non-trainable and the metric variables after it.
-        latest: what an overridden `compute_metrics` gave; else empty.
+        gradients: gradients of the trainable variables, which the loss may use itself.
+        of_predictions: gradients of the predictions; for each segment, micro-batches stacked.
+        of_added: gradients of the losses that layers have added.
+        state: values of the non-trainable and the metric variables after the loss.
+        latest: the result of an overridden `compute_metrics`; else empty.
     """
 
     losses: list[Any]
@@ -66,8 +66,8 @@ class GatheredRun(WindowRun):
     Args:
         model: see `WindowRun`.
         batch: (x, y, sample_weight) of all rows.
-        cut: the same, cut.
-        order: numbers of its rows as they were cut, where they are packed; else None.
+        cut: the batch, cut.
+        order: row numbers in the order of the cut, if rows are packed; else None.
         state: see `WindowRun`.
         stretch: see `WindowRun`.
         added: see `WindowRun`.
@@ -129,7 +129,7 @@ class GatheredRun(WindowRun):
         return Window(sums, (non_trainable, second.state[1]), latest, first.kept)
 
     def told(self, kept: list[Any], loss: Any) -> Any:
-        """See `WindowRun`: predictions are what micro-batches have of their own."""
+        """See `WindowRun`. The entry says whether each micro-batch's predictions are finite."""
         found = [_nan_or_0(_predictions(arrays)) for arrays in kept]
         return loss, super().told(found, loss)
 
@@ -149,7 +149,7 @@ class GatheredRun(WindowRun):
         return Step(_Seen(added, counted, moments), after, {}, kept)
 
     def _differentiate_loss(self, first: Window) -> _Whole:
-        """The loss of all rows and the metrics that see all rows."""
+        """Computes the loss and the metrics of all rows."""
         model, window, functions = self._model, self._window, self._functions
         state, batch, kept = self._state, self._batch, first.kept
 
@@ -162,7 +162,7 @@ class GatheredRun(WindowRun):
             ):
                 loss, tracked = window.loss_of_all_rows(batch, y_pred, added)
             if window.unreduced:
-                # JAX' own error, as for the whole batch.
+                # Raises JAX' own error, as for the whole batch.
                 jax.grad(lambda _: jnp.broadcast_to(loss, (window.rows,)))(0.0)
             return functions.scaled(loss), ([loss, *tracked], functions.changed(scope))
 
@@ -173,7 +173,8 @@ class GatheredRun(WindowRun):
         of_predictions, of_added, gradients = differentiate(jnp.ones_like(scaled))
         shown = self._rows.joined(kept)
         if not self._rows.is_packed:
-            # Metrics of Keras see no mask on JAX; of packed rows they would count padding.
+            # On JAX, Keras shows metrics no mask. Packed rows keep theirs: without it, metrics
+            # would count padding.
             shown = [*_predictions(shown), *(None for _ in _predictions(shown))]
         with functions.scope(state.trainable, *after) as scope:
             latest = window.update_metrics_of_all_rows(batch, window.joined(shown))
@@ -208,7 +209,7 @@ class GatheredRun(WindowRun):
         return Step(Sums(losses, gradients, [], []), after, latest, None)
 
     def _shapes(self, batch: Any, rows: int) -> Arrays:
-        """What is kept of a micro-batch, for its shapes."""
+        """The arrays that are kept of a micro-batch; only their shapes are used."""
         state, window = self._state, self._window
         y_pred, _, _ = self._functions.forward(batch[0], state.trainable, state.non_trainable)
         return window.arrays(batch, y_pred, Rows(rows, window.rows))
@@ -220,7 +221,7 @@ def _merged_seen(a: _Seen, b: _Seen) -> _Seen:
 
 
 def _predictions(arrays: Arrays) -> Arrays:
-    """The predictions among what is kept; their masks follow them."""
+    """The predictions among the kept arrays. Their masks are the second half."""
     return arrays[: len(arrays) // 2]
 
 
@@ -229,18 +230,18 @@ def _is_float(array: Any) -> bool:
 
 
 def _floats(predictions: Arrays) -> list[Any]:
-    """The predictions that have a gradient."""
+    """The predictions of a floating dtype, which have a gradient."""
     return [array for array in predictions if _is_float(array)]
 
 
 def _nan_or_0(predictions: Arrays) -> Any:
-    """NaN for each micro-batch of a segment whose predictions are not all finite, else 0."""
+    """For each micro-batch of a segment: 0 if all of its predictions are finite, else NaN."""
     finite = [jnp.isfinite(found).reshape(len(found), -1).all(1) for found in _floats(predictions)]
     return jnp.where(jnp.all(jnp.stack(finite), 0), jnp.float32(0), jnp.float32(jnp.nan))
 
 
 def _with_floats(arrays: Arrays, floats: Sequence[Any]) -> list[Any]:
-    """What is kept, with other values of the predictions that have a gradient."""
+    """The kept arrays, with the given values in place of the predictions that have a gradient."""
     values = iter(floats)
     predictions = [next(values) if _is_float(found) else found for found in _predictions(arrays)]
     return [*predictions, *arrays[len(predictions) :]]

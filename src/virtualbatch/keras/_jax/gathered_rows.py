@@ -1,4 +1,4 @@
-"""Arrays with the rows of a whole window, from what its micro-batches have kept, and back."""
+"""Arrays with all rows of a window, made from the arrays that its micro-batches keep."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,17 +10,17 @@ from virtualbatch.jax._segment import Cut
 from virtualbatch.keras._jax.devices import CutByDevice
 from virtualbatch.keras._jax.packing import branches
 
-# One per array, or None where there is none.
+# One entry per array; None stands for a mask that does not exist.
 Arrays = Sequence[Any]
 
 
 class GatheredRows:
-    """The order of a window's rows, and the length of those that are trimmed.
+    """Puts the rows of a window in order, and pads trimmed rows to one length.
 
     Args:
         cut: the batch, cut.
-        order: numbers of the rows as they were cut, where they are packed; else None.
-        arrays: (micro-batch, its rows) -> what is kept of it.
+        order: row numbers in the order of the cut, if rows are packed; else None.
+        arrays: (micro-batch, its rows) -> the arrays that are kept of it.
     """
 
     def __init__(self, cut: Cut, order: Any, arrays: Callable[[Any, int], Arrays]):
@@ -35,10 +35,10 @@ class GatheredRows:
         return self._order is not None
 
     def joined(self, kept: Sequence[Arrays]) -> list[Any]:
-        """All rows, in the order of the batch.
+        """Arrays of all rows, in the order of the batch.
 
         Args:
-            kept: for each segment its arrays, micro-batches stacked.
+            kept: for each segment its arrays, with micro-batches stacked.
         """
         return [
             None if pieces[0] is None else self._joined(pieces)
@@ -46,11 +46,11 @@ class GatheredRows:
         ]
 
     def padded(self, arrays: Arrays) -> list[Any]:
-        """What is kept of a micro-batch, as long as if its rows were not trimmed; zeros there."""
+        """Pads the arrays of a micro-batch with zeros to their length before trimming."""
         if not self.is_packed:
             return list(arrays)
         if self._whole is None:
-            # Rows of the last branch are not trimmed, and only shapes are computed.
+            # The last branch does not trim. Only shapes are computed.
             last = self._cut.segments[-1]
             longest = branches(last)[-1]
             self._whole = jax.eval_shape(lambda: self._arrays(longest(0), last.rows))
@@ -70,7 +70,7 @@ class GatheredRows:
 
 
 def _joined_by_device(pieces: Sequence[Any], devices: int) -> Any:
-    """All rows from micro-batches that have rows of each device, stacked."""
+    """All rows, from stacked micro-batches that have rows of each device."""
     row = pieces[0].shape[2:]
     by_device = [
         x.reshape(len(x), devices, -1, *row).swapaxes(0, 1).reshape(devices, -1, *row)

@@ -1,4 +1,4 @@
-"""The values of a model's variables, which `fit` takes out of them while it trains."""
+"""The values of a model's variables, which `fit` takes out of the variables while it trains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +25,11 @@ def _pairs(model: keras.Model, state: State) -> list[tuple[Any, Any]]:
 
 @contextmanager
 def holding(model: keras.Model, state: State) -> Iterator[None]:
-    """While the variables of a model hold a state.
+    """Makes the variables of a model hold a state inside the context.
 
     Args:
         model: the model.
-        state: what `fit` took out of them.
+        state: the values that `fit` took out of the variables.
     """
     pairs = _pairs(model, state)
     before = [variable._value for variable, _ in pairs]
@@ -43,23 +43,23 @@ def holding(model: keras.Model, state: State) -> Iterator[None]:
 
 
 def is_gone(state: State) -> bool:
-    """Whether a program has taken what it was given, so that a state has no values any more."""
+    """Whether a program has overwritten a state that it was given, so its values are lost."""
     return any(value.is_deleted() for value in jax.tree.leaves(state))
 
 
 def refuse_lost(state: State, wait: bool) -> None:
-    """Refuses a state that the last window should have given, but ran out of memory.
+    """Refuses a state that does not exist because the last window ran out of memory.
 
-    JAX raises such errors late, when any of the values is read.
+    JAX raises such errors late, when one of the values is read.
 
     Args:
-        state: what the window is given.
-        wait: whether to wait for the last window; otherwise only an ended window is checked.
+        state: the state for the next window.
+        wait: whether to wait for the last window. Otherwise it is checked only if it has ended.
 
     Raises:
-        MemoryError: that window ran out of memory.
+        MemoryError: the last window ran out of memory.
     """
-    # What one program gives succeeds or fails together.
+    # All results of one program succeed or fail together, so one value is enough.
     latest = jax.tree.leaves(state)[0]
     try:
         if wait or latest.is_ready():
@@ -75,7 +75,7 @@ def weights_are_gone(error: BaseException, state: State) -> MemoryError:
 
     Args:
         error: what JAX raised.
-        state: what the window was given or should have given.
+        state: the state that the window got, or should have returned.
     """
     asked = bytes_asked(str(error))
     got = "memory ran out" if asked is None else f"{readable_bytes(asked)} more were asked for"
@@ -89,16 +89,16 @@ def weights_are_gone(error: BaseException, state: State) -> MemoryError:
 
 
 def put_back(model: keras.Model, state: State) -> None:
-    """Puts a state back into the variables of a model, if it is still there.
+    """Puts a state back into the variables of a model, unless its values are lost.
 
     Args:
         model: the model.
-        state: what `fit` took out of them.
+        state: the values that `fit` took out of the variables.
     """
     if not is_gone(state):
         for variable, value in _pairs(model, state):
             variable.assign(value)
-        # What `fit` assigns once more when it ends.
+        # `fit` assigns these values once more when it ends.
         model._jax_state = {
             "trainable_variables": state.trainable,
             "non_trainable_variables": state.non_trainable,

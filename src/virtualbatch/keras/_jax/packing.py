@@ -1,8 +1,8 @@
 """A batch of `fit` on JAX, packed: sorted, cut and trimmed inside the program.
 
-A program has fixed shapes. So micro-batches have equally many rows, as many as fit where they are
-padded, and are trimmed to one of few lengths: one branch of the program each, and the lengths of a
-batch choose among them. Whatever the data, nothing else is compiled.
+A program has fixed shapes. So all micro-batches have the same number of rows: as many as fit at the
+full padded length. Each is trimmed to one of a few lengths. The program has one branch for each
+length, and the lengths of a batch choose the branch. So new data never needs a new program.
 """
 
 from collections.abc import Callable
@@ -38,11 +38,11 @@ class PackedCut(Cut):
 
 @dataclass(frozen=True)
 class PackedSegment(Segment):
-    """Micro-batches of as many rows, trimmed to one of few lengths.
+    """Micro-batches with the same number of rows, each trimmed to one of a few lengths.
 
     Fields:
-        branches: for each length, (index) -> the micro-batch trimmed to it.
-        branch: number of the branch of each micro-batch; int32 vector.
+        branches: for each length, (index) -> the micro-batch trimmed to that length.
+        branch: the branch of each micro-batch; int32 vector.
     """
 
     branches: tuple[Callable[[Any], Any], ...]
@@ -59,18 +59,18 @@ def packed_cut(
         batch: (x, y, sample_weight), traced or not.
         rows: its rows.
         packing: how rows are packed, on one device.
-        devices: over how many a micro-batch is spread.
+        devices: the number of devices over which a micro-batch is spread.
 
     Returns:
-        The cut, longest rows first; micro-batch -> its stretch (see `Rows`); and the numbers of
-        the rows in the order in which they are cut.
+        The cut, longest rows first; a function that returns the stretch of a micro-batch (see
+        `Rows`); and the row numbers in the order of the cut.
     """
     found = padded_batch(model, jax.tree.map(jnp.asarray, batch))
     lengths = jnp.asarray(checked_lengths(packing.lengths(batch[0]), rows))
     order = jnp.argsort(-lengths, stable=True)
     lengths = lengths[order]
     source = found.like(found.mapped(lambda leaf, trimmed: leaf[order]))
-    # Sorted, rows move from device to device, so that the types of a program tell no place.
+    # Sorting moves rows between devices, so each micro-batch must be spread again.
     move: Callable[[Any], Any] = spread if devices > 1 else lambda piece: piece
     step = -(-found.length // FEW_LENGTHS)
     few = sorted({rounded(n, step, found.length) for n in range(1, found.length + 1)})
@@ -78,12 +78,12 @@ def packed_cut(
     first = rows % size
     segments = []
     if first:
-        # The longest ones, which gain least from another program that trims them.
+        # The remainder takes the longest rows, which gain least from trimming.
         get = partial(_piece, source, move, 0, first, found.length)
         segments.append(Segment(1, first, get))
     branches = tuple(partial(_piece, source, move, first, size, length) for length in few)
     branch = jnp.searchsorted(jnp.asarray(few), lengths[first::size])
-    # Lengths beyond the padded axis are trimmed to all of it.
+    # A length beyond the padded axis takes the last branch, which does not trim.
     branch = jnp.minimum(branch, len(few) - 1).astype(jnp.int32)
 
     def get_eagerly(index: Any) -> Any:
@@ -100,12 +100,19 @@ def packed_cut(
 
 
 def branches(segment: Segment) -> tuple[Callable[[Any], Any], ...]:
-    """The ways in which a micro-batch of a segment may be made, each of one shape."""
+    """The functions that make a micro-batch of a segment, one for each shape."""
     return segment.branches if isinstance(segment, PackedSegment) else (segment.get,)
 
 
 def chosen(segment: Segment, functions: Any, index: Any, *args: Any) -> Any:
-    """Calls the one of a segment's functions, one for each branch, that a micro-batch takes."""
+    """Calls the function for a micro-batch's branch.
+
+    Args:
+        segment: the segment of the micro-batch.
+        functions: one for each branch of the segment.
+        index: the number of the micro-batch in the segment.
+        *args: what the function gets.
+    """
     if isinstance(segment, PackedSegment):
         return lax.switch(segment.branch[index], functions, *args)
     return functions[0](*args)

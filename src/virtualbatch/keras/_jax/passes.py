@@ -1,4 +1,4 @@
-"""The micro-batches of a window one after another: a scan, or eagerly a loop in Python."""
+"""Runs the micro-batches of a window one after another: in a scan, or eagerly in a Python loop."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from virtualbatch.keras._jax.packing import branches, chosen
 
 
 class Step(NamedTuple):
-    """What one micro-batch leaves.
+    """The results of one micro-batch.
 
     Fields:
-        sums: what is merged with the sums of the others.
-        state: what the next micro-batch begins with.
-        latest: what of the last micro-batch remains.
-        kept: what of every micro-batch remains.
+        sums: values that are merged with the sums of the other micro-batches.
+        state: the state with which the next micro-batch begins.
+        latest: values that are kept of the last micro-batch only.
+        kept: values that are kept of every micro-batch.
     """
 
     sums: Any
@@ -30,9 +30,9 @@ class Step(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What all micro-batches leave: as `Step`, kept a list with one entry per segment.
+    """The results of all micro-batches; see `Step`.
 
-    An entry has what its micro-batches kept, stacked.
+    `kept` has one entry per segment, with the values of its micro-batches stacked.
     """
 
     sums: Any
@@ -41,7 +41,7 @@ class Window(NamedTuple):
     kept: list[Any]
 
 
-# (micro-batch, its rows, state, what is the same for all, what is its own) -> what it leaves.
+# (micro-batch, its rows, state, argument shared by all, argument of this one) -> its results.
 StepFn = Callable[[Any, int, Any, Any, Any], Step]
 Merge = Callable[[Any, Any], Any]
 
@@ -49,15 +49,15 @@ Merge = Callable[[Any, Any], Any]
 def eager_pass(
     cut: Cut, step: StepFn, state: Any, given: Any, own: Sequence[Any] | None, merge: Merge
 ) -> Window:
-    """Goes through the micro-batches in Python.
+    """Runs the micro-batches in a Python loop.
 
     Args:
         cut: the batch, cut.
         step: runs one micro-batch.
-        state: what the first one begins with.
-        given: what is the same for all.
-        own: for each segment what its micro-batches are given besides, stacked; None if nothing.
-        merge: of sums.
+        state: the state with which the first micro-batch begins.
+        given: an argument that is the same for all micro-batches.
+        own: for each segment, the arguments of its single micro-batches, stacked; or None.
+        merge: (sums, sums) -> merged sums.
     """
     sums, latest, kept = None, None, []
     for segment, theirs in zip(cut.segments, own or _nothing(cut), strict=True):
@@ -73,14 +73,14 @@ def eager_pass(
 
 
 class TracedPass:
-    """A step traced for the micro-batches of each segment, not run yet.
+    """A step, traced for the micro-batches of each segment but not run yet.
 
     Args:
         cut: the batch, cut.
-        step: what is traced: once for each shape that a micro-batch may have.
-        state: what the first one begins with.
-        given: what is the same for all; arrays or their shapes.
-        own: for each segment what its micro-batches are given besides, stacked; None if nothing.
+        step: runs one micro-batch. It is traced once for each shape of a micro-batch.
+        state: the state with which the first micro-batch begins.
+        given: an argument that is the same for all micro-batches; arrays or their shapes.
+        own: for each segment, the arguments of its single micro-batches, stacked; or None.
     """
 
     def __init__(self, cut: Cut, step: StepFn, state: Any, given: Any, own: Sequence[Any] | None):
@@ -113,12 +113,12 @@ class TracedPass:
         return self._programs[0][2].sums
 
     def run(self, nothing: Any, given: Any, merge: Merge) -> Window:
-        """Runs it: equal micro-batches in a scan, the rest in one more call.
+        """Runs all micro-batches: equal ones in a scan, the rest in one more call.
 
         Args:
-            nothing: what any sums can be merged with without a change.
-            given: what is the same for all; arrays.
-            merge: of sums.
+            nothing: the neutral sums: merging them with other sums changes nothing.
+            given: an argument that is the same for all micro-batches; arrays.
+            merge: (sums, sums) -> merged sums.
         """
         carry = (nothing, self._state, jax.tree.map(jnp.zeros_like, self._programs[0][2].latest))
         kept = []
@@ -154,16 +154,16 @@ def run_pass(
     nothing: Callable[[Any], Any],
     compiled: bool,
 ) -> Window:
-    """Goes through the micro-batches, one way or the other.
+    """Runs the micro-batches: in a Python loop, or traced if the call is inside a trace.
 
     Args:
         cut: see `TracedPass`.
-        step: see there.
-        state: see there.
-        given: see there; arrays.
-        own: see there.
-        merge: of sums.
-        nothing: shapes of sums -> what any sums can be merged with without a change.
+        step: see `TracedPass`.
+        state: see `TracedPass`.
+        given: see `TracedPass`; arrays.
+        own: see `TracedPass`.
+        merge: (sums, sums) -> merged sums.
+        nothing: shapes of sums -> neutral sums; see `TracedPass.run`.
         compiled: whether this runs inside a trace.
     """
     if not compiled:
@@ -177,7 +177,7 @@ def _nothing(cut: Cut) -> list[None]:
 
 
 def _like(found: Any, carry: Any) -> Any:
-    """What a micro-batch leaves, in the structure and dtypes that it took."""
+    """The results of a micro-batch in the structure and dtypes of the carry, as a scan needs."""
     leaves = [
         jnp.asarray(x).astype(y.dtype)
         for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(carry), strict=True)

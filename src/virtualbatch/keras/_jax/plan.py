@@ -1,4 +1,4 @@
-"""Planning for Keras on JAX: the memory of a whole update as XLA reports it, and its time."""
+"""Plans for Keras on JAX: XLA reports the memory of a whole update, and its time is measured."""
 
 import math
 import time
@@ -30,8 +30,8 @@ def planned(
 
     Args:
         step: microbatch_size -> pure function (state, batch) -> (logs, state).
-        state: of the model, as Keras' train function takes it; not changed.
-        batch: the batch as that function takes it.
+        state: the state of the model, as Keras' train function takes it. It is not changed.
+        batch: the batch, as Keras' train function takes it.
         rows: its rows on one device.
         memory_limit: bytes, a text, or None.
     """
@@ -47,7 +47,7 @@ def planned(
 
 
 def _bytes_of_one_device(leaf: Any) -> int:
-    """Bytes that one device holds of what a program takes."""
+    """The bytes of a program's argument that one device holds."""
     if not hasattr(leaf, "nbytes"):
         return 0
     if not isinstance(leaf, jax.Array):
@@ -61,7 +61,7 @@ def copied(state: Any) -> Any:
 
 
 class _Update:
-    """The update of one size, as Keras compiles it."""
+    """An update with one micro-batch size, compiled as Keras does."""
 
     def __init__(self, step: Callable[[Any, Any], Any], state: Any, batch: Any, held: int):
         self._state, self._batch, self._held = state, batch, held

@@ -1,4 +1,4 @@
-"""A train step of JAX, compiled as Keras compiles it, whose optimizer changes nothing."""
+"""A compiled train step on JAX whose optimizer changes nothing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +11,15 @@ from virtualbatch.keras._backend import Ran
 from virtualbatch.keras._jax.devices import on_every_device
 from virtualbatch.keras._jax.stateless import State
 
-# It runs once or twice, so that most of the time would go into optimising it.
+# The program runs only once or twice, so optimising it would take longer than it saves.
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class JaxProgram:
     """See `virtualbatch.keras._backend.Program`.
 
-    JAX makes zeros where a loss does not reach a variable. They depend on no input of the program,
-    so the program shows which gradients are real.
+    If a loss does not reach a variable, JAX returns zeros as its gradient. These zeros depend on no
+    input of the program. So the program shows which gradients are real.
 
     Args:
         model: a model that is built and compiled.

@@ -1,4 +1,4 @@
-"""A model on JAX as functions of its state: nothing is assigned, the new state comes back."""
+"""A model on JAX as pure functions of its state: they assign nothing and return the new state."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +20,11 @@ class State(NamedTuple):
 
 
 class StatelessModel:
-    """A model in the state in which a window begins.
+    """A model with its state at the start of a window.
 
     Args:
         model: a model that is built and compiled.
-        state: its state.
+        state: the state of the model.
     """
 
     def __init__(self, model: keras.Model, state: State):
@@ -38,7 +38,7 @@ class StatelessModel:
         return model.stateless_call(trainable, non_trainable, x, return_losses=True, **options)
 
     def added_shapes(self, x: Any, few: int) -> list[Shape]:
-        """Shapes of the losses that layers add for so many rows, without running anything."""
+        """Shapes of the losses that layers add for `few` rows, without running anything."""
         state = self._state
 
         def losses(x: Any) -> list[Any]:
@@ -51,7 +51,7 @@ class StatelessModel:
             return shapes_of_added(self._model, lambda: jax.eval_shape(losses, rows))
 
     def scaled(self, loss: Any) -> Any:
-        """A loss with the scale of the optimizer."""
+        """The loss multiplied by the optimizer's loss scale."""
         optimizer = self._model.optimizer
         mapping = list(zip(optimizer.variables, self._state.optimizer, strict=True))
         with keras.StatelessScope(state_mapping=mapping):
@@ -60,7 +60,7 @@ class StatelessModel:
     def scope(
         self, trainable: Sequence[Any], non_trainable: Sequence[Any], metrics: Sequence[Any] = ()
     ) -> Any:
-        """While the model's variables have these values."""
+        """A scope in which the model's variables have the given values."""
         model = self._model
         pairs = [
             *zip(model.trainable_variables, trainable, strict=True),
@@ -70,7 +70,7 @@ class StatelessModel:
         return keras.StatelessScope(state_mapping=pairs)
 
     def changed(self, scope: Any) -> tuple[list[Any], list[Any]]:
-        """Values of the non-trainable and the metric variables after what ran in a scope."""
+        """Values of the non-trainable and the metric variables at the end of a scope."""
         model = self._model
         return (
             [scope.get_current_value(variable) for variable in model.non_trainable_variables],
@@ -80,7 +80,10 @@ class StatelessModel:
 
 @contextmanager
 def losses_of(model: keras.Model, losses: list[Any]) -> Iterator[None]:
-    """While a model is said to have added these losses; none for those that it adds itself."""
+    """Makes `model.losses` return the given losses inside the context.
+
+    An empty list leaves the losses that the layers add themselves.
+    """
     before, model._losses_override = model._losses_override, losses
     try:
         yield

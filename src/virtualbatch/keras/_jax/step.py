@@ -1,7 +1,7 @@
 """Keras on JAX: a `train_step` that runs one batch as a window.
 
-Keras compiles it whole, as it does its own: the batch is checked and cut while it is traced, and
-the window is one scan in the program.
+Keras compiles the whole step, like its own. The batch is checked and cut while the step is traced,
+and the window is a scan in the program.
 """
 
 from collections.abc import Callable
@@ -70,7 +70,7 @@ class JaxStep(TrainStep):
         return without_losses(logs), after
 
     def with_losses(self, state: Any, data: Any) -> tuple[dict[str, Any], Any]:
-        """The same, whose logs hold the losses of micro-batches."""
+        """Trains on one batch. The logs also hold the losses of micro-batches."""
         model = self._model
         batch = self._unpacked(data)
         rows = common_rows(array_leaves(batch))
@@ -101,7 +101,7 @@ class JaxStep(TrainStep):
         return logs, tuple(after)
 
     def _told(self, before: Any, after: Any, rows: int) -> Any:
-        """What the logs hold of the loss of Keras' own step, which only its tracker has."""
+        """The entry for losses in the logs of Keras' own step, read from its loss tracker."""
         paths = [variable.path for variable in self._model.metrics_variables]
         place = paths.index(self._model._loss_tracker.total.path)
         start, end = State(*before).metrics[place], State(*after).metrics[place]
@@ -117,11 +117,14 @@ class JaxStep(TrainStep):
         return devices_of_rows()
 
     def _size(self, rows: int) -> int:
-        """Rows of one micro-batch, for a batch of so many; both on one device.
+        """Rows of one micro-batch on one device.
+
+        Args:
+            rows: rows of the batch on one device.
 
         Raises:
-            ValueError: two sizes disagree. The last batch of an epoch may be short; a batch that
-                comes before any whole one is not the last.
+            ValueError: two sizes disagree. A short batch may be the last one of its epoch. It
+                cannot be if no whole batch came before.
         """
         size, steps = self._asked()
         if size is None and steps is None:
@@ -136,12 +139,14 @@ class JaxStep(TrainStep):
 
 
 def make_train_function(model: keras.Model) -> Callable[..., Any]:
-    """Keras' own `make_train_function`, whose function loses nothing.
+    """A `make_train_function` that keeps the model's values after errors.
 
-    `fit` takes the values out of the model's variables while it trains, and after an error in the
-    first batch would not put them back. And a program overwrites the state that it is given: until
-    a window of some shape has fitted once, it is given a copy, so that it can run again. A later
-    one that runs out of memory is run again too, if the program has not taken the state by then.
+    While `fit` trains, it takes the values out of the model's variables. After an error in the
+    first batch Keras would not put them back, so the train function does.
+
+    A program overwrites the state that it is given. So until a window of some shape has fitted
+    once, the program gets a copy, and the window can run again. A later window that runs out of
+    memory runs again too, unless the program has already overwritten the state.
     """
     step = model.train_step
     guard = Guard(model, step, MEMORY)
@@ -154,7 +159,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
 
         def train_function(state: Any, iterator: Any) -> Any:
             nonlocal run
-            # What `next` raises is for Keras, which ends the epoch by it.
+            # Do not catch what `next` raises: Keras ends the epoch by it.
             batches = [next(iterator), *islice(iterator, model.steps_per_execution - 1)]
             shapes = tuple(
                 (x.shape, x.dtype) if hasattr(x, "shape") else None
@@ -176,7 +181,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
             return step.told(logs), after
 
         def updated(state: Any, batches: list[Any]) -> Any:
-            """The logs of the last of some batches, with the losses of all, and the state."""
+            """Runs batches. Returns the last logs, with the losses of all, and the new state."""
             losses: list[Any] = []
             for batch in batches:
                 logs, state = run(state, iter([batch]))
@@ -184,7 +189,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
             return logs | {LOSSES: losses}, state
 
         def later(state: Any, batches: list[Any]) -> Any:
-            """Runs a window of a shape that has fitted; None if it can be run as a first one."""
+            """Runs batches whose shape has fitted. None if memory ran out and they can rerun."""
             try:
                 return updated(state, batches)
             except MEMORY.errors.kinds as error:
@@ -208,7 +213,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
 
             def attempt() -> Any:
                 try:
-                    # Errors arrive late in JAX.
+                    # JAX raises errors late, so wait for the results.
                     return jax.block_until_ready(updated(copied(state), batches))
                 except MEMORY.errors.kinds as error:
                     if processes == 1 or not MEMORY.errors.is_possible(error):
@@ -250,14 +255,14 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
         model.train_function = train_function
 
     def jax_state_sync() -> None:
-        # The last that Keras calls in each epoch: then values are read.
+        # Keras calls this last in each epoch, and reads values then anyway.
         type(model).jax_state_sync(model)
         step.losses.hear_all()
 
     def compiled() -> Any:
-        """Keras' own train function, traced anew; the model keeps ours."""
+        """Keras' own train function, traced anew. The model keeps our train function."""
         ours = model.train_function
-        # JAX remembers what it traced by the function, whatever size is in force.
+        # JAX caches traces by function, so pass a new function object for a new size.
         model.train_step = partial(JaxStep.with_losses, step)
         try:
             type(model).make_train_function(model, force=True)
@@ -267,7 +272,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
         return plain
 
     def compiled_again(state: Any) -> Any:
-        # Of a distribution, Keras reads where values are.
+        # With a distribution, Keras reads from the variables where values are placed.
         with holding(model, State(*state)):
             return compiled()
 
@@ -276,7 +281,7 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
 
 
 def _step_of(model: keras.Model, found: Found, size: int) -> Callable[[Any, Any], Any]:
-    """The step of a model with micro-batches of so many rows."""
+    """The step of a model with micro-batches of `size` rows."""
     return JaxStep(model, size, None, gather=found)
 
 
@@ -307,10 +312,10 @@ def plan(model: keras.Model, batch: Any, memory_limit: int | str | None, found: 
 
 
 def _refuse_nnx(model: keras.Model) -> None:
-    """Refuses a mode of Keras in which variables are not Keras' own.
+    """Refuses Keras' NNX mode, in which variables are not Keras' own.
 
     Raises:
-        NotImplementedError: it is on.
+        NotImplementedError: the mode is on.
     """
     del model
     if keras.config.is_nnx_enabled():
@@ -321,7 +326,7 @@ def _refuse_nnx(model: keras.Model) -> None:
 
 
 def _sizes(rows: int, size: int) -> list[int]:
-    """Rows of each micro-batch: of one size, and a remainder."""
+    """Rows of each micro-batch: all of one size, and a remainder."""
     return [min(size, rows - start) for start in range(0, rows, size)]
 
 

@@ -1,8 +1,8 @@
 """One batch of `fit` as micro-batches, on JAX.
 
-Each micro-batch adds its part of the loss, of the gradients and of the BatchNorm moments, and hands
-on the state that its layers and metrics changed; then the optimizer, the trackers and the moving
-averages move once. Nothing is assigned: the new state is what comes back.
+Each micro-batch adds its part of the loss, the gradients and the BatchNorm moments. It passes the
+state that its layers and metrics changed to the next one. Then optimizer, trackers and moving
+averages are updated once. Nothing is assigned: the new state is returned.
 """
 
 from collections.abc import Callable
@@ -39,13 +39,13 @@ from virtualbatch.window.shares import accumulator_dtype
 
 
 class Sums(NamedTuple):
-    """What adds up over micro-batches.
+    """What is summed over micro-batches.
 
     Fields:
         losses: the loss and per-output losses.
-        gradients: in the dtype of the buffer.
-        moments: of BatchNorm.
-        mean_square: the part of that statistic, alone; empty where none are asked for.
+        gradients: gradients in the dtype of the buffer.
+        moments: BatchNorm moments.
+        mean_square: a list with this part of the statistics; empty if no statistics are needed.
     """
 
     losses: list[Any]
@@ -60,11 +60,11 @@ class WindowRun:
     Args:
         model: a model that is built and compiled.
         cut: the batch, cut.
-        state: where the window begins.
-        stretch: micro-batch -> see `Rows`.
-        added: what is known of the losses that layers add.
-        stats: whether the logs are to hold statistics of the window.
-        gathering: whose predictions are gathered; None here.
+        state: the state at the start of the window.
+        stretch: micro-batch -> its stretch, see `Rows`.
+        added: what is known about the losses that layers add.
+        stats: whether the logs get statistics of the window.
+        gathering: whose predictions are gathered; only the subclass `GatheredRun` passes it.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class WindowRun:
         self._state = state
         self._functions = StatelessModel(model, state)
         self._window = WindowModel(model, sum(cut.rows), added, gathering)
-        # Known once a micro-batch was run or traced.
+        # Known once a micro-batch has run or was traced.
         self._called: list[Any] = []
 
     @property
@@ -129,7 +129,7 @@ class WindowRun:
             return eager_pass(
                 self._cut, self._micro, self._before, self._totals, None, self._merged
             )
-        # A loss asks for two counts at most. Whether it asks at all its trace has to tell.
+        # A loss needs at most two counts. Only the trace shows whether it needs any.
         losses = getattr(self._model._compile_loss, "_flat_losses", None) or []
         totals = jax.ShapeDtypeStruct((2 * len(losses) + 2,), keras.backend.floatx())
 
@@ -145,11 +145,11 @@ class WindowRun:
         return traced.run(self._nothing(traced.sums), given, self._merged)
 
     def told(self, kept: list[Any], loss: Any) -> Any:
-        """What the logs hold of losses.
+        """The entry for losses in the logs.
 
         Args:
-            kept: parts of the loss; those of each segment stacked.
-            loss: of the window.
+            kept: parts of the loss; for each segment, micro-batches stacked.
+            loss: the loss of the window.
         """
         del loss
         rows = [NO_PLACE if n is None else n for n in self._cut.rows_in_order]
@@ -158,7 +158,7 @@ class WindowRun:
 
     @property
     def _before(self) -> tuple[list[Any], list[Any]]:
-        """What the first micro-batch begins with."""
+        """The state with which the first micro-batch begins."""
         return self._state.non_trainable, self._state.metrics
 
     def _micro(
@@ -180,7 +180,7 @@ class WindowRun:
                 loss, tracked = window.loss(batch, y_pred, here, totals, added_shapes)
                 latest = window.update_metrics(batch, self._shown(y_pred), here)
             if window.unreduced:
-                # JAX' own error, as for the whole batch.
+                # Raises JAX' own error, as for the whole batch.
                 jax.grad(lambda _: jnp.broadcast_to(loss, (window.rows,)))(0.0)
             self._called = [layer for layer, _ in seen]
             moments = [found for _, found in seen]
@@ -199,9 +199,10 @@ class WindowRun:
         return Step(Sums(losses, gradients, moments, parts), after, latest, kept)
 
     def _shown(self, y_pred: Any) -> Any:
-        """Predictions as metrics see them: of packed rows with the mask, which Keras loses on JAX.
+        """Predictions in the form that metrics see. If rows are packed, masks are kept.
 
-        Without it metrics would count padding, and how much of it there is depends on the cut.
+        On JAX, Keras loses masks here. Without a mask, metrics would count padding, and the amount
+        of padding depends on the cut.
         """
         shown = lax.stop_gradient(y_pred)
         if any(isinstance(segment, PackedSegment) for segment in self._cut.segments):
@@ -212,17 +213,17 @@ class WindowRun:
         return shown
 
     def _stats(self, gradients: Any, mean_square: Any) -> WindowStats:
-        """The statistics of a window, without the scale of its loss, which the optimizer moves."""
+        """The statistics of a window, without the optimizer's loss scale, which changes."""
         undo = self._functions.scaled(jnp.ones((), mean_square.dtype)) ** -2
         square = squared_norm(updated(gradients, self._window.overwritten))
         return WindowStats(self._window.rows, self._cut.count, mean_square * undo, square * undo)
 
     def _upstream(self, rows: Rows, cotangent: Any) -> Any:
-        """What the backward pass begins with.
+        """The cotangent with which the backward pass begins.
 
-        The cotangent is already of this micro-batch's part of the window's loss. Half-precision
-        gradients are taken of the micro-batch's own mean and scaled in the wide dtype, where few
-        bits are lost.
+        The given cotangent is for this micro-batch's part of the window's loss. Half-precision
+        gradients are computed for the micro-batch's own mean instead, and scaled in the wide dtype,
+        where few bits are lost.
         """
         return cotangent / rows.share(cotangent.dtype) if self._scales_later() else cotangent
 
@@ -231,14 +232,15 @@ class WindowRun:
         return wide * rows.share(wide.dtype) if self._scales_later() else wide
 
     def _scales_later(self) -> bool:
-        # Maxima of the backward pass are of the window's loss, and cannot be scaled.
+        # The backward pass of overwritten variables returns maxima for the window's loss. They
+        # cannot be scaled.
         return not any(self._window.overwritten) and any(
             accumulator_dtype(str(value.dtype)) != str(value.dtype)
             for value in self._state.trainable
         )
 
     def _nothing(self, like: Any) -> Any:
-        """What any sums can be added to without a change, in the shapes of others."""
+        """Neutral sums in the shapes of other sums: merging them with any sums changes nothing."""
         return jax.tree.map(jnp.zeros_like, like)._replace(
             gradients=[
                 jnp.full_like(x, -jnp.inf if largest else 0)
@@ -255,7 +257,7 @@ class WindowRun:
         )
 
     def _totals(self) -> Any:
-        """Weights of the window that only a forward reveals; XLA prunes all but the masks of it."""
+        """The weights vector of the window. XLA prunes its forwards to what masks need."""
         state, window = self._state, self._window
 
         def counted(batch: Any, rows: int) -> Any:

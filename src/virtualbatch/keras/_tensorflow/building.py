@@ -1,4 +1,4 @@
-"""What a window needs is made before its graph: variables of layers and of the optimizer."""
+"""Creates what a window needs before its graph: variables of layers and of the optimizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from virtualbatch.tensorflow._arrays import specs
 
 
 def build(model: keras.Model, batch: Any) -> None:
-    """Builds a model; one that asks for values in its `call` cannot be built without any."""
+    """Builds a model. With `run_eagerly`, `call` may read values, so it is built on values."""
     if not model.run_eagerly:
         build_symbolically(model, batch)
         return
@@ -20,9 +20,9 @@ def build(model: keras.Model, batch: Any) -> None:
 
 
 def build_layers(model: keras.Model, x: Any) -> None:
-    """Creates the variables of layers that have seen no data, and changes none.
+    """Creates the variables of layers that have seen no data, and changes no existing variable.
 
-    The window reads the statistics of a BatchNorm before its first forward.
+    They must exist early, because the window reads BatchNorm statistics before its first forward.
 
     Args:
         model: the model.
@@ -42,10 +42,10 @@ def build_layers(model: keras.Model, x: Any) -> None:
 
 
 def build_optimizer(model: keras.Model) -> None:
-    """Creates the optimizer's variables: it scales a loss by the first scale until it has one."""
+    """Creates the optimizer's variables: without them it scales losses by its initial scale."""
     optimizer = model.optimizer
     if not optimizer.built and model.trainable_variables:
-        # The scope in which Keras builds an optimizer at its first update: it names the variables.
+        # Keras builds an optimizer in this scope at its first update, and it names the variables.
         with tf.init_scope(), keras.name_scope(optimizer.name, caller=optimizer):
             optimizer.build(model.trainable_variables)
 
@@ -53,7 +53,7 @@ def build_optimizer(model: keras.Model) -> None:
 def created_outside(next_creator: Callable[..., Any], **arguments: Any) -> Any:
     """Creates a variable outside the graph that is being traced.
 
-    Left in it, one variable makes TensorFlow trace the whole step once or twice more.
+    A variable inside the graph makes TensorFlow trace the whole step once or twice more.
     """
     with tf.init_scope():
         return next_creator(**arguments | {"experimental_enable_variable_lifting": False})

@@ -1,4 +1,4 @@
-"""A batch of `fit` on TensorFlow, cut by rows, and predictions of all of its rows, cut with it."""
+"""Cuts a batch of `fit` on TensorFlow by rows, and arrays of all its rows in the same way."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,22 +28,22 @@ class Cut:
         return segments(self._batch, *self._by)
 
     def segments_with(self, arrays: Sequence[Any], trimmed: Sequence[bool]) -> list[Segment]:
-        """The same, each as (micro-batch, rows of arrays that have those of the batch)."""
+        """The micro-batches, each as (micro-batch, the rows of `arrays` that belong to it)."""
         del trimmed
         return segments((self._batch, list(arrays)), *self._by)
 
     def trimmed(self, gathering: Gathering, outputs: int) -> list[bool]:
-        """For each of so many gathered predictions, whether it has the length of trimmed rows."""
+        """For each gathered prediction, whether it is trimmed with the rows: none is here."""
         del gathering
         return [False] * outputs
 
     def lengthened(self, array: Any, trimmed: bool) -> Any:
-        """Rows of a micro-batch as long as those of the batch."""
+        """The rows of a micro-batch. They have the length of the batch's rows already."""
         del trimmed
         return array
 
     def in_order(self, array: Any) -> Any:
-        """Rows of all micro-batches in the order of the batch."""
+        """The rows of all micro-batches, put in the order of the batch."""
         return tf.identity(array)
 
     def stretch(self, microbatch: Any) -> Any:

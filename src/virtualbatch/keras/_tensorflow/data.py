@@ -1,4 +1,4 @@
-"""Batches taken out of an iterator of tf.data, and given back in one like it."""
+"""Takes batches out of a tf.data iterator, and gives them back in a fresh one."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import tensorflow as tf
 
 
 def taken(iterator: Any, most: int) -> list[Any]:
-    """The next batches of an iterator, fewer where it ends.
+    """The next batches of an iterator. There are fewer if it ends.
 
     Args:
-        iterator: a `tf.data.Iterator`, or one of a distributed dataset.
-        most: how many at the most.
+        iterator: a `tf.data.Iterator`, or the iterator of a distributed dataset.
+        most: the largest number of batches.
     """
     batches: list[Any] = []
     while len(batches) < most:
@@ -22,23 +22,23 @@ def taken(iterator: Any, most: int) -> list[Any]:
 
 
 def given_back(batches: list[Any], spec: Any) -> Any:
-    """A fresh iterator over batches, of the spec that they were taken with if that can be.
+    """A fresh iterator over batches, with their original spec if possible.
 
     Args:
-        batches: at least one.
-        spec: `element_spec` of the iterator that they were taken from.
+        batches: at least one batch.
+        spec: `element_spec` of the iterator from which they were taken.
     """
     return iter(over_batches(batches, spec))
 
 
 def over_batches(batches: list[Any], spec: Any) -> tf.data.Dataset:
-    """A dataset of batches, of their spec if that can be.
+    """A dataset of batches, with their original spec if possible.
 
-    A function is traced for the spec of its iterator, and one batch alone has a spec that knows
-    its rows. So a longer one is put behind it that is never read.
+    A function is traced for the spec of its iterator. The spec of a single batch has a fixed number
+    of rows. So a longer batch is added behind, which opens the spec and is never read.
 
     Args:
-        batches: at least one.
+        batches: at least one batch.
         spec: see `given_back`.
     """
     first, *others = batches
@@ -52,7 +52,7 @@ def over_batches(batches: list[Any], spec: Any) -> tf.data.Dataset:
 
 
 def has_open_rows_only(spec: Any) -> bool:
-    """Whether all batches of a spec differ in their number of rows at the most."""
+    """Whether batches of a spec can differ only in their number of rows."""
     return all(
         isinstance(found, tf.TensorSpec) and None not in found.shape.as_list()[1:]
         for found in tf.nest.flatten(spec)

@@ -1,7 +1,7 @@
 """The train function of a model that accumulates on one device.
 
-A graph writes metrics and seeds while it runs. Until a window of some shape has fitted once,
-everything is copied before it, so that it can run again.
+A graph writes metrics and seeds while it runs. So until a window of some shape has fitted once, all
+values are copied before it runs. Then the window can run again.
 """
 
 import math
@@ -36,17 +36,17 @@ def make_device_train_function(model: keras.Model, backend: Backend) -> Callable
 
     Args:
         model: the model; its `train_step` is ours.
-        backend: that of Keras.
+        backend: our implementation for Keras' backend.
     """
     step = model.train_step
     guard = Guard(model, step, MEMORY)
-    # Keras asks for the function once per fit, so that is when the data may still be empty.
+    # Whether this fit has had a batch. Keras calls `make` once per fit.
     trained = False
 
     def make(force: bool = False) -> None:
         nonlocal trained
         trained = False
-        # A scope may have been entered since.
+        # A strategy's scope may have been entered since `accumulate`.
         backend.refuse(model)
         if model.train_function is not None and not force:
             return
@@ -64,7 +64,7 @@ def make_device_train_function(model: keras.Model, backend: Backend) -> Callable
             return logs
 
         def guarded(iterator: Any) -> Any:
-            """The results of the next batches, on a path that costs nothing once they fitted."""
+            """The results of the next batches. Shapes that have fitted cost no extra work."""
             shapes: Hashable
             from_dataset = isinstance(iterator, tf.data.Iterator)
             spec = iterator.element_spec if from_dataset else None
@@ -92,7 +92,7 @@ def make_device_train_function(model: keras.Model, backend: Backend) -> Callable
         def first_of_its_shape(batches: list[Any], feed: Callable[[], Any], open_rows: bool) -> Any:
             largest = max(batches, key=lambda batch: (_rows(batch), _size(batch)))
             given = keras.utils.unpack_x_y_sample_weight(largest)
-            # What the first window would make has to be there before it can be copied.
+            # The variables that the first window would create must exist before they are copied.
             build_layers(model, given[0])
             build_optimizer(model)
             snapshot = Snapshot(model)
@@ -105,7 +105,7 @@ def make_device_train_function(model: keras.Model, backend: Backend) -> Callable
                 return step.look_for_coupled(given, _rows(largest), evaluated_eagerly)
 
             if open_rows and look_for_coupled():
-                # The program serves larger batches, too, which would each be looked at.
+                # Do this now: the program also serves other numbers of rows.
                 make_again()
             return guard.run(
                 given,
@@ -130,7 +130,7 @@ def _rows(batch: Any) -> int:
 
 
 def _size(batch: Any) -> int:
-    # A ragged array does not know all its lengths; its rows decide then.
+    # Lengths that a ragged array does not know count as 1.
     shapes = [tf.TensorShape(array.shape).as_list() for _, array in array_leaves(batch)]
     return sum(math.prod(length or 1 for length in shape) for shape in shapes)
 
@@ -139,5 +139,5 @@ def _leaves(batches: Any) -> list[Any]:
     try:
         return list(tf.nest.flatten(batches))
     except (TypeError, ValueError):
-        # Slower, but refuses in words.
+        # This is slower, but its refusals say what is wrong.
         return flat_leaves("batch", batches)

@@ -1,4 +1,4 @@
-"""Batches of several replicas: taken out of their iterator, read as one, and given back."""
+"""Batches of several replicas: takes them from their iterator, joins them, and gives them back."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,9 +14,9 @@ from virtualbatch.window.tree import array_leaves, common_rows
 def build_from_a_first_batch(model: keras.Model) -> Callable[..., None]:
     """A `_maybe_symbolic_build` that loses no rows of a generator, and takes any first batch.
 
-    Before it trains on replicas, Keras reads a batch through an iterator that reads ahead, which a
-    generator cannot give again; and it builds the model from a mean over replicas, which there is
-    none of where their rows differ in number, or are text.
+    Before Keras trains on replicas, it reads a batch through an iterator that reads ahead. A
+    generator cannot give that batch again. Keras also builds the model from a mean over replicas,
+    which fails if replicas have different numbers of rows, or text.
 
     Args:
         model: the model.
@@ -31,7 +31,7 @@ def build_from_a_first_batch(model: keras.Model) -> Callable[..., None]:
 
 
 def _first_batch(epoch: Any, strategy: tf.distribute.Strategy) -> Any:
-    """The first batch of an epoch, or that of one replica."""
+    """The first batch of an epoch, or one replica's part of it."""
     looked_at = getattr(epoch.data_adapter, "_first_batches", None)
     if looked_at:
         return looked_at[0]
@@ -40,9 +40,9 @@ def _first_batch(epoch: Any, strategy: tf.distribute.Strategy) -> Any:
 
 
 def divided(batch: Any, strategy: tf.distribute.Strategy) -> Any:
-    """A batch of `train_on_batch` with its rows divided among replicas, as `fit` divides them.
+    """A batch of `train_on_batch` with its rows divided among replicas, as `fit` does.
 
-    Keras would give each replica all of them.
+    Keras would give every replica all rows.
     """
     rows = common_rows(array_leaves(batch)) or 0
     most = -(-rows // strategy.num_replicas_in_sync)
@@ -62,7 +62,7 @@ def divided(batch: Any, strategy: tf.distribute.Strategy) -> Any:
 
 
 def local_batches(batch: Any, strategy: tf.distribute.Strategy) -> list[Any]:
-    """The batch of each replica."""
+    """Each replica's part of a batch."""
     leaves = [
         strategy.experimental_local_results(leaf) if leaf is not None else None
         for leaf in tf.nest.flatten(batch)
@@ -81,12 +81,12 @@ def together(batches: list[Any]) -> Any:
 
 
 def distributed(batches: list[Any], spec: Any, strategy: tf.distribute.Strategy) -> Iterator[Any]:
-    """A fresh iterator over batches of all replicas, of the spec that they were taken with.
+    """A fresh iterator over batches of all replicas, with their original spec.
 
     Args:
-        batches: at least one, as the iterator of a distributed dataset gives them.
+        batches: at least one batch, as the iterator of a distributed dataset gives it.
         spec: `element_spec` of that iterator.
-        strategy: theirs.
+        strategy: the strategy of the replicas.
     """
     # Replicas take the elements of their dataset in turns.
     local = [part for batch in batches for part in local_batches(batch, strategy)]

@@ -1,7 +1,8 @@
 """One batch of `fit` whose losses see the rows of all replicas of a `tf.distribute` strategy.
 
-After its first pass each replica gets the predictions of all, and computes Keras' own loss of all
-rows. Its second pass takes the gradients of its own rows, which are summed over replicas.
+After the first pass, each replica gets the predictions of all replicas and computes Keras' own loss
+of all rows. Its second pass takes the gradients of its own rows. The results are summed over
+replicas.
 """
 
 from collections.abc import Sequence
@@ -31,14 +32,14 @@ from virtualbatch.tensorflow._replicas import replica, summed, unless_empty, wit
 
 
 class GatheredReplicaRun(GatheredRun):
-    """The part of such a batch that one of several replicas trains on.
+    """One replica's part of a batch whose losses see all rows.
 
     Args:
         model: a compiled model.
-        batch: (x, y, sample_weight) of this replica's rows; a filler where it has none.
-        cut: the same, cut.
-        everywhere: rows of each replica, an int32 vector.
-        added: what is known of the losses that layers add.
+        batch: (x, y, sample_weight) of this replica's rows; one filler row if it has none.
+        cut: the batch, cut.
+        everywhere: the number of rows on each replica, an int32 vector.
+        added: what is known about the losses that layers add.
         gathering: whose predictions are gathered.
     """
 
@@ -60,11 +61,12 @@ class GatheredReplicaRun(GatheredRun):
         return without_a_sum(self._model.optimizer)
 
     def _one_entry_per_row(self, arrays: Sequence[Any]) -> list[Any]:
-        # A replica that refused them alone would leave the others waiting: `of_all` does.
+        # `of_all` checks this on all replicas. A replica that raised alone would leave the others
+        # waiting.
         return []
 
     def first_pass(self, traced: Sequence[Traced]) -> Forwards:
-        """See `GatheredRun`; what it gives is that of all replicas."""
+        """See `GatheredRun`. The results are summed or joined over all replicas."""
         (moments, added, counts, _), arrays, told = traced[0].outputs
         batch = self._read_by_losses()
         like = Forwards(moments, added, counts, list(map(open_rows, arrays)), None, told)
@@ -84,16 +86,17 @@ class GatheredReplicaRun(GatheredRun):
             sums[len(added) :],
             of_all[:count],
             tf.nest.pack_sequence_as(batch, of_all[count:]),
-            # Of this replica only; the loss of all rows is known to all.
+            # A table of one replica's micro-batches shows nothing about the others. So it is left
+            # out, and only the loss of all rows is reported.
             tf.constant([[0.0, NO_PLACE]]),
         )
 
     def own_rows(self, array: Any) -> Any:
-        """See `GatheredRun`; a filler where there are none."""
+        """See `GatheredRun`; one filler row if there are none."""
         return with_a_row(self._rows.own(super().own_rows(array)), self._rows.here)
 
     def sums_of_second_pass(self, traced: Sequence[Traced], own: Sequence[Any]) -> Backwards:
-        """See `GatheredRun`; what it gives is that of all replicas."""
+        """See `GatheredRun`. The results are summed over all replicas."""
         variables = self._model.trainable_variables
         losses, dense, latest, sparse = traced[0].outputs
         dense, sparse = gradient_specs(dense, sparse, variables)
@@ -101,7 +104,7 @@ class GatheredReplicaRun(GatheredRun):
         run = partial(super().sums_of_second_pass, traced, own)
         found = unless_empty(self._rows.here, lambda: run()._replace(own=[]), like)
         dense, sparse = summed_window_gradients(found.dense, found.sparse, variables)
-        # Every replica has computed these; those of one are the same numbers for all.
+        # Every replica has computed the same numbers here, so only the first one adds its own.
         mine = [
             tf.convert_to_tensor(x) if replica() == 0 else tf.zeros_like(tf.convert_to_tensor(x))
             for x in own
@@ -118,6 +121,6 @@ class GatheredReplicaRun(GatheredRun):
         )
 
     def _read_by_losses(self) -> Any:
-        """The batch, without inputs where no loss or metric is given them."""
+        """The batch, without its inputs if no loss or metric reads them."""
         x, y, sample_weight = self._batch
         return (x if self._window.reads_inputs else None), y, sample_weight

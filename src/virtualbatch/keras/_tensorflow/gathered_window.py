@@ -1,7 +1,8 @@
 """One batch of `fit` whose losses see all rows, on TensorFlow; see `virtualbatch.keras._gather`.
 
-Each trace of a micro-batch is one function and each pass one loop over them, as in a plain window.
-Between the passes stands Keras' own loss on all rows, with a tape that watches predictions.
+As in a plain window, a micro-batch is traced as one function and a pass is one loop over
+micro-batches. Between the passes, Keras' own loss runs on all rows, and a tape watches the
+predictions.
 """
 
 import math
@@ -37,15 +38,15 @@ _TOTALS = tf.TensorSpec([None], tf.float64)
 
 
 class Forwards(NamedTuple):
-    """What the first pass gives.
+    """The results of the first pass.
 
     Fields:
         moments: BatchNorm moments, in the order of the layers' calls.
         added: losses that layers have added.
-        counts: a vector of weights that only a forward reveals; else empty.
+        counts: a list with the weights vector; empty if nothing is counted.
         arrays: gathered predictions and their masks, in the order of the batch.
         batch: (x, y, sample_weight) of the same rows.
-        told: for each micro-batch what logs hold of its predictions; see `LOSSES`.
+        told: the table of micro-batches for the logs; see `LOSSES`.
     """
 
     moments: list[Any]
@@ -57,10 +58,10 @@ class Forwards(NamedTuple):
 
 
 class Backwards(NamedTuple):
-    """What the second pass gives.
+    """The results of the second pass.
 
     Fields:
-        losses: the loss of what does not see all rows and its per-output losses; perhaps empty.
+        losses: the losses that do not see all rows: their sum and per-output values; may be empty.
         dense: dense gradients, or None.
         latest: see `virtualbatch.keras._tensorflow.window.Micro`.
         sparse: values and indices of sparse gradients.
@@ -75,7 +76,7 @@ class Backwards(NamedTuple):
 
 
 class _OfAllRows(NamedTuple):
-    """What the loss of all rows gives.
+    """The results of the loss of all rows.
 
     Fields:
         losses: the loss and per-output losses.
@@ -93,14 +94,14 @@ class _OfAllRows(NamedTuple):
 
 
 class GatheredRun(WindowRun):
-    """One batch of `fit` as micro-batches, which are run forward twice.
+    """One batch of `fit` as micro-batches that run forward twice.
 
     Args:
         model: see `WindowRun`.
         batch: (x, y, sample_weight) of all rows.
         cut: the batch, cut.
         rows: see `WindowRun`.
-        added: see there.
+        added: see `WindowRun`.
         gathering: whose predictions are gathered.
     """
 
@@ -138,7 +139,7 @@ class GatheredRun(WindowRun):
         return window.results(whole.latest or latest) | {LOSSES: (total, first.told)}
 
     def first_pass(self, traced: Sequence[Traced]) -> Forwards:
-        """What the forwards of all micro-batches give."""
+        """The results of all micro-batches' forwards."""
         (moments, added, counts, _), (*arrays, told) = fold(
             traced,
             lambda _, found: Output(found[0], [*self._lengthened(found[1]), found[2]]),
@@ -147,14 +148,14 @@ class GatheredRun(WindowRun):
         return Forwards(moments, added, counts, self._in_order(arrays), self._batch, told)
 
     def own_rows(self, array: Any) -> Any:
-        """Of the rows that the loss has seen, those that are cut here."""
+        """Those rows of an array of all rows that this run cuts: all of them here."""
         return tf.convert_to_tensor(array)
 
     def sums_of_second_pass(self, traced: Sequence[Traced], own: Sequence[Any]) -> Backwards:
-        """What the backwards of all micro-batches give.
+        """The results of all micro-batches' backward passes.
 
         Args:
-            traced: the micro-batches.
+            traced: the traced micro-batches.
             own: see `_OfAllRows`.
         """
         (losses, dense, latest), sparse = fold(
@@ -169,7 +170,7 @@ class GatheredRun(WindowRun):
         return Backwards(losses, dense, latest, list(sparse), own)
 
     def _traced(self, cut: list[Segment], step: Callable[..., Any], *extra: Any) -> list[Traced]:
-        """A step of a micro-batch and of `extra`, arrays that each of them is given."""
+        """Traces a step of a micro-batch. Every micro-batch also gets the arrays in `extra`."""
         if tf.executing_eagerly():
             return trace(cut, lambda index, batch: step(batch, *extra))
         traced = trace(
@@ -183,7 +184,7 @@ class GatheredRun(WindowRun):
         return [bound(entry, *extra) for entry in traced] if extra else traced
 
     def _lengthened(self, arrays: Sequence[Any]) -> list[Any]:
-        """Predictions and masks of a micro-batch, as long as those of all rows."""
+        """Predictions and masks of a micro-batch, padded to the length of the whole batch."""
         if not self._trimmed:
             self._trimmed = self._all_rows.trimmed(self._gathered_by, len(arrays) // 2)
         return [
@@ -209,7 +210,7 @@ class GatheredRun(WindowRun):
         return [tf.debugging.Assert(fits, [before, tf.stack(counts), between, rows, after])]
 
     def _forward(self, batch: Any) -> Any:
-        """Forward of one micro-batch: what is summed of it, and its rows."""
+        """Forward of one micro-batch. Returns its sums, its gathered arrays and its log line."""
         window = self._window
         rows = Rows(rows_of(batch), window.rows, self._stretch(batch))
         with recorded_moments(window.batchnorm) as seen:
@@ -222,7 +223,7 @@ class GatheredRun(WindowRun):
         moments = [
             found._replace(weight=tf.cast(found.weight, found.mean.dtype)) for _, found in seen
         ]
-        # A loop waits for its sums, so one must need the whole forward.
+        # A loop waits only for its sums, so one of them must depend on the whole forward.
         waited_for = tf.add_n(
             [tf.reduce_sum(tf.cast(x, tf.float32)) for x in arrays if x is not None]
         )
@@ -250,9 +251,10 @@ class GatheredRun(WindowRun):
         return _OfAllRows([loss, *tracked], by_leaf[:count], by_leaf[count:], own, latest)
 
     def _second_pass(self, whole: _OfAllRows, counts: list[Any]) -> Any:
-        """(losses, per-output losses, gradients, metrics) of what does not see all rows.
+        """(losses, per-output losses, gradients, metrics).
 
-        The gradients are those of everything.
+        Losses and metrics are those that do not see all rows. Gradients are the window's whole
+        gradients.
         """
         variables = self._model.trainable_variables
         needed = [k for k, gradient in enumerate(whole.predictions) if gradient is not None]
@@ -316,9 +318,10 @@ class GatheredRun(WindowRun):
     def _product(
         self, tape: Any, targets: Sequence[Any], upstream: Sequence[Any], rows: Rows
     ) -> list[Any]:
-        """Gradients of targets times what comes from above, in the dtype of the buffer.
+        """Gradients of the sum of targets times upstream gradients, in the dtype of the buffer.
 
-        What comes is this micro-batch's part of the window; see `WindowRun` for half precision.
+        The upstream gradients are for this micro-batch's part of the window. For half precision see
+        `WindowRun._wide_gradients`.
         """
         variables = self._model.trainable_variables
         if not targets:
@@ -339,6 +342,6 @@ def _nan_or_0(predictions: Sequence[Any]) -> Any:
 
 
 def _sum(a: Any, b: Any, variable: Any) -> Any:
-    """Two gradients of one variable, of which the first may be None and each may be sparse."""
+    """The sum of two gradients of a variable. The first may be None, and each may be sparse."""
     b = tf.convert_to_tensor(b)
     return b if a is None else tf.convert_to_tensor(a) + tf.cast(b, variable.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# TensorFlow has no public way to say so for the length of one call.
+# TensorFlow has no public way to change this for the length of one call.
 from tensorflow.python.distribute import distribute_lib
 
 
@@ -19,8 +19,8 @@ from tensorflow.python.distribute import distribute_lib
 def told_of_one_replica() -> Iterator[None]:
     """Runs losses on one of several replicas so that `get_strategy` shows one.
 
-    It is said of the graph that is being traced, which belongs to this replica alone. Variables
-    can be read inside, but not be written, which would ask for the strategy itself.
+    This changes only the graph that is being traced, which belongs to this replica alone. Variables
+    can be read inside but not written, because a write needs the strategy itself.
 
     Raises:
         ValueError: the loss writes a variable.
@@ -41,13 +41,13 @@ def told_of_one_replica() -> Iterator[None]:
 
 @contextmanager
 def outside_of_scopes() -> Iterator[None]:
-    """Runs eager code as if it stood in no scope of a strategy, on the first replica's device."""
+    """Runs eager code as if outside of every strategy's scope, on the first replica's device."""
     with _in_mode(distribute_lib._get_default_replica_mode()):
         yield
 
 
 class _OneReplica:
-    """A strategy in all but the number of its replicas.
+    """A strategy that reports one replica, and is the given strategy in all else.
 
     Args:
         strategy: the strategy.

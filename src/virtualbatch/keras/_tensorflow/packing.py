@@ -1,7 +1,8 @@
 """A batch of `fit` on TensorFlow, packed: sorted, cut and trimmed inside the graph.
 
-A graph takes any shape, so one trace serves all micro-batches. Where XLA compiles each shape, rows
-are trimmed to few lengths and micro-batches have equally many.
+A graph takes any shape, so one trace serves all micro-batches. But XLA compiles each shape. With
+XLA, rows are trimmed to a few lengths, and all micro-batches but the last have the same number of
+rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ class PackedCut:
         model: the model.
         batch: (x, y, sample_weight) as Keras' loaders give them.
         packing: how rows are packed.
-        rows: of the batch; 0 where its one row is a filler. None: it has none.
+        rows: rows of the batch; 0 if its one row is a filler. None if it cannot have a filler.
     """
 
     def __init__(self, model: keras.Model, batch: Any, packing: Packing, rows: Any = None):
@@ -43,7 +44,7 @@ class PackedCut:
             checked_lengths(packing.lengths(batch[0]), found.leaves[self._first].shape[0]), tf.int32
         )
         if rows is not None:
-            # A filler has the length that is asked of it, whatever its axis was padded to.
+            # A filler counts as one token, whatever the length of its axis.
             lengths = tf.where(rows > 0, lengths, 1)
             self._padded = tf.where(rows > 0, self._padded, 1)
         with tf.control_dependencies(self._checks(lengths)):
@@ -65,11 +66,11 @@ class PackedCut:
         return self._segments(self._source, self._batch_of)
 
     def segments_with(self, arrays: Sequence[Any], trimmed: Sequence[bool]) -> list[Segment]:
-        """The same, each as (micro-batch, rows of arrays that have those of the batch).
+        """The micro-batches, each as (micro-batch, the rows of `arrays` that belong to it).
 
         Args:
-            arrays: rows in the order of the batch.
-            trimmed: for each array, whether it is trimmed as the micro-batch is.
+            arrays: arrays of all rows, in the order of the batch.
+            trimmed: for each array, whether it is trimmed like the micro-batch.
         """
 
         def cut(source: Any, i: Any) -> Any:
@@ -81,12 +82,12 @@ class PackedCut:
         return self._segments(source, cut)
 
     def trimmed(self, gathering: Gathering, outputs: int) -> list[bool]:
-        """For each of so many gathered predictions, whether it has the length of trimmed rows."""
+        """For each gathered prediction, whether it is trimmed with the rows."""
         del outputs
         return chosen_of(trimmed_outputs(self._model, self._found), gathering)
 
     def lengthened(self, array: Any, trimmed: bool) -> Any:
-        """Rows of a micro-batch as long as those of the batch: zeros where they were trimmed."""
+        """The rows of a micro-batch, padded with zeros to their length before trimming."""
         if not trimmed:
             return array
         missing = self._padded - tf.shape(array)[1]
@@ -96,7 +97,7 @@ class PackedCut:
         return found
 
     def in_order(self, array: Any) -> Any:
-        """Rows of all micro-batches in the order of the batch."""
+        """The rows of all micro-batches, put in the order of the batch."""
         return tf.gather(array, tf.argsort(self._order))
 
     def stretch(self, microbatch: Any) -> Any:
@@ -154,7 +155,7 @@ class PackedCut:
 
 
 def _starts(lengths: Any, tokens: int) -> Any:
-    """First row of each micro-batch, of rows that are sorted, longest first."""
+    """The first row of each micro-batch. `lengths` are sorted, longest first."""
 
     def body(start: Any, count: Any, starts: Any) -> Any:
         size = tf.maximum(1, tokens // lengths[start])

@@ -1,4 +1,4 @@
-"""Planning for Keras on TensorFlow: whole updates are run, measured and taken back."""
+"""Plans for Keras on TensorFlow: runs and measures whole updates, and undoes each."""
 
 import time
 from collections.abc import Callable
@@ -44,7 +44,8 @@ def planned(
     held = snapshot.nbytes() + sum(
         array.shape.num_elements() * array.dtype.size for _, array in array_leaves(batch)
     )
-    # What TensorFlow loads once, and what its allocator keeps of an update, is no update's need.
+    # Run one update first. Then what TensorFlow loads once, and what its allocator keeps, is not
+    # counted as memory of an update.
     _Update(step(1), batch, snapshot)()
     peak = PeakMemory()
     plan = planner.planned(
@@ -59,7 +60,7 @@ def planned(
 
 
 class _Update:
-    """The update of one size, in a graph."""
+    """An update with one micro-batch size, in a graph."""
 
     def __init__(self, step: Callable[[Any], Any], batch: Any, snapshot: Snapshot):
         self._step = tf.function(step, autograph=False)
@@ -67,10 +68,10 @@ class _Update:
         self._snapshot = snapshot
 
     def __call__(self) -> float:
-        """Makes an update and takes it back.
+        """Runs an update and undoes it.
 
         Returns:
-            Seconds.
+            The seconds that the update took.
         """
         start = time.perf_counter()
         try:

@@ -1,4 +1,4 @@
-"""What cannot be trained by windows on the replicas of a strategy is refused."""
+"""Refuses what cannot be trained by windows on the replicas of a strategy."""
 
 import keras
 import tensorflow as tf
@@ -8,11 +8,12 @@ from virtualbatch.keras._overwritten import are_overwritten
 
 
 def refuse_replicas(model: keras.Model) -> None:
-    """Refuses what replicas cannot train exactly, or not without waiting for ever.
+    """Refuses models that replicas cannot train exactly, or that would make them wait for ever.
 
     Raises:
-        ValueError: the strategy's replicas do not train in step, or nothing is compiled, or a layer
-            waits for other replicas or keeps what is not summed over them.
+        ValueError: the strategy's replicas do not train in step; the model was not built in the
+            strategy's scope; the model runs eagerly; or a layer waits for other replicas, or has
+            values that are not summed over replicas.
     """
     strategy = model.distribute_strategy
     if isinstance(strategy, tf.distribute.experimental.ParameterServerStrategy):

@@ -1,7 +1,7 @@
 """The train function of a model that accumulates on several replicas.
 
-The first window proves itself on one device, with the rows of all replicas, before any replica
-starts: a replica that fails alone would leave the others waiting.
+The first window is checked on one device, with the rows of all replicas, before any replica starts.
+A replica that fails alone would leave the others waiting.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def make_replica_train_function(model: keras.Model, backend: Backend) -> Callabl
 
     Args:
         model: the model; its `train_step` is ours.
-        backend: that of Keras.
+        backend: our implementation for Keras' backend.
     """
     step = model.train_step
     strategy = model.distribute_strategy
@@ -52,7 +52,7 @@ def make_replica_train_function(model: keras.Model, backend: Backend) -> Callabl
                 results = attempt(feed(iterator))
             trained = True
             logs: dict[str, Any] = step.told(results)
-            # Each replica knows its own metrics only; outside of them they are those of all.
+            # Inside, each replica knows only its own metrics. Read outside, they are summed.
             metrics = model.get_metrics_result()
             return {name: metrics.get(name, value) for name, value in logs.items()}
 
@@ -68,7 +68,7 @@ def make_replica_train_function(model: keras.Model, backend: Backend) -> Callabl
                 ) from error
 
         def feed(iterator: Any) -> Any:
-            """The same batches; new ones were checked."""
+            """An iterator over the same batches, after batches of new shapes were checked."""
             from_dataset = isinstance(iterator, tf.distribute.DistributedIterator)
             if from_dataset:
                 spec = iterator.element_spec
@@ -93,7 +93,7 @@ def make_replica_train_function(model: keras.Model, backend: Backend) -> Callabl
             return iter(batches)
 
         def look_at(local: list[Any]) -> None:
-            """Tries the law on the batch of all replicas, on one device."""
+            """Checks on one device, with the rows of all replicas, that micro-batches add up."""
             nonlocal run
             given = keras.utils.unpack_x_y_sample_weight(together(local))
             rows = common_rows(array_leaves(given)) or 0
@@ -108,5 +108,5 @@ def make_replica_train_function(model: keras.Model, backend: Backend) -> Callabl
 
 
 def _most_rows(local: list[Any]) -> int:
-    """Rows of the replica that has most of them."""
+    """The largest number of rows on a replica."""
     return max(array.shape[0] for batch in local for _, array in array_leaves(batch))

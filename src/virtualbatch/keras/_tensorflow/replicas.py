@@ -1,6 +1,6 @@
-"""One batch of `fit` as the micro-batches of several replicas of a `tf.distribute` strategy.
+"""One batch of `fit` as micro-batches on several replicas of a `tf.distribute` strategy.
 
-Each replica knows the rows and weights of all replicas before its first micro-batch, so its sums
+Before its first micro-batch, each replica knows the rows and weights of all replicas. So its sums
 are parts of the whole batch's sums. They are summed over replicas once, after the loop, and the
 optimizer gets the result.
 """
@@ -27,14 +27,14 @@ from virtualbatch.window.shares import Moments
 
 
 def known_to_all(rows: Any, seen: Any) -> tuple[Any, Any]:
-    """What all replicas must know before their first micro-batch, in one reduction.
+    """Numbers that all replicas need before their first micro-batch, in one reduction.
 
     Args:
-        rows: of this replica, an int32 scalar.
-        seen: what its loss tracker has counted.
+        rows: rows of this replica, an int32 scalar.
+        seen: the count of this replica's loss tracker.
 
     Returns:
-        (rows of each replica, an int32 vector; what all trackers have counted).
+        (rows of each replica, an int32 vector; the sum of all replicas' counts).
     """
     context = tf.distribute.get_replica_context()
     place = tf.one_hot(
@@ -45,16 +45,16 @@ def known_to_all(rows: Any, seen: Any) -> tuple[Any, Any]:
 
 
 class ReplicaRun(WindowRun):
-    """The part of a batch that one of several replicas trains on.
+    """One replica's part of a batch.
 
     Args:
         model: a compiled model.
-        cut: this replica's rows, cut; a filler where it has none.
-        here: its rows, an int32 scalar that may be 0.
+        cut: this replica's rows, cut; one filler row if it has none.
+        here: the number of its rows, an int32 scalar that may be 0.
         rows: rows of the whole batch, an int32 scalar.
         stretch: see `WindowRun`.
-        added: what is known of the losses that layers add.
-        stats: whether the logs are to hold statistics of the window.
+        added: what is known about the losses that layers add.
+        stats: whether the logs get statistics of the window.
     """
 
     def __init__(
@@ -94,21 +94,22 @@ class ReplicaRun(WindowRun):
         return Micro(sums[:-1], dense, moments, found.latest, sparse, sums[-1])
 
     def _like(self, traced: Sequence[Traced]) -> Any:
-        """What the window gives, as specs."""
+        """Specs of the window's results."""
         micro = traced[0].outputs
         dense, sparse = gradient_specs(micro.dense, micro.sparse, self._model.trainable_variables)
         return micro._replace(dense=dense, sparse=sparse)
 
 
 def told_of_this_replica(told: Any) -> Any:
-    """What logs hold of the losses of a replica, in its row of a table of all of them.
+    """A table of all replicas for the logs, with only this replica's row filled.
 
     Args:
-        told: of each of its micro-batches.
+        told: a matrix with one row for each of its micro-batches; see `LOSSES`.
 
     Returns:
-        A matrix that adds up over replicas: the loss of each, how many micro-batches it has, and
-        the number of the first whose loss is not finite, from 1 on; 0 where there is none.
+        A matrix that is summed over replicas. A row holds the replica's loss, its number of
+        micro-batches, and the number of the first micro-batch whose loss is not finite: from 1 on,
+        0 if there is none.
     """
     context = tf.distribute.get_replica_context()
     losses = told[:, 0]
@@ -123,7 +124,7 @@ def told_of_this_replica(told: Any) -> Any:
 def gradient_specs(
     dense: Sequence[Any], sparse: Sequence[Any], variables: Sequence[Any]
 ) -> tuple[list[Any], list[Any]]:
-    """Specs of a window's dense and sparse gradients; a trace leaves their shapes open."""
+    """Specs of a window's dense and sparse gradients, because a trace leaves shapes open."""
     return [
         None if gradient is None else tf.TensorSpec(variable.shape, gradient.dtype)
         for gradient, variable in zip(dense, variables, strict=True)
@@ -131,14 +132,14 @@ def gradient_specs(
 
 
 def open_rows(rows: Any) -> Any:
-    """Spec of any number of such rows, or None."""
+    """The spec of an array with any number of such rows; None for None."""
     return None if rows is None else tf.TensorSpec([None, *rows.shape[1:]], rows.dtype)
 
 
 def summed_window_gradients(
     dense: Sequence[Any], sparse: Sequence[Any], variables: Sequence[Any]
 ) -> tuple[list[Any], list[Any]]:
-    """Sums over all replicas in the dtype of the buffer, in one reduction."""
+    """Sums gradients over all replicas in the dtype of the buffer, in one reduction."""
     slices = [
         None if values is None else tf.IndexedSlices(values, indices, tf.shape(variable))
         for values, indices, variable in zip(sparse[::2], sparse[1::2], variables, strict=True)
@@ -154,12 +155,12 @@ def summed_window_gradients(
 def summed_with_moments(
     values: Sequence[Any], moments: Sequence[Moments], means: Sequence[Any]
 ) -> tuple[list[Any], list[Moments]]:
-    """Values and BatchNorm moments of all replicas, in one reduction.
+    """Sums values and merges BatchNorm moments over all replicas, in one reduction.
 
     Args:
-        values: to be summed.
-        moments: of this replica.
-        means: for each, a mean that all replicas share.
+        values: the values of this replica.
+        moments: the moments of this replica.
+        means: for each of the moments, a mean that all replicas share.
     """
     centres = [tf.cast(mean, tf.float64) for mean in means]
     powers = [
@@ -179,11 +180,11 @@ class ReplicaModel(WindowModel):
     """See `WindowModel`.
 
     Args:
-        model: see there.
-        rows: see there.
-        added: see there.
+        model: see `WindowModel`.
+        rows: see `WindowModel`.
+        added: see `WindowModel`.
         here: rows of this replica.
-        gathering: see there.
+        gathering: see `WindowModel`.
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class ReplicaModel(WindowModel):
 
     @property
     def tracked_rows(self) -> Any:
-        """See `WindowModel`: trackers are summed over replicas where they are read."""
+        """See `WindowModel`. Only this replica's rows, because reading sums trackers of all."""
         return self._here
 
     def loss(
@@ -234,16 +235,17 @@ class ReplicaModel(WindowModel):
             return super().cut_loss(batch, y_pred, rows, totals)
 
     def update_metrics_of_all_rows(self, batch: Any, y_pred: Any) -> dict[str, Any]:
-        """See `WindowModel`: metrics are summed over replicas, so one replica shows them."""
+        """See `WindowModel`. Metrics are summed over replicas, so only the first one updates."""
         with nullcontext() if replica() == 0 else keras.StatelessScope():
             return super().update_metrics_of_all_rows(batch, y_pred)
 
 
 def without_a_sum(optimizer: Any) -> Any:
-    """An optimizer of the same variables that takes gradients which are summed over replicas.
+    """A copy of an optimizer that does not sum gradients over replicas, but has the same variables.
 
-    Keras clips what each replica has and sums that. A twin belongs to one replica's trace, while
-    nothing may be set on the optimizer itself: replicas share it, and take turns inside of it.
+    The gradients are summed already. Keras would clip each replica's gradient and then sum. Nothing
+    may be set on the optimizer itself, because replicas share it and take turns inside of it. The
+    copy belongs to one replica's trace.
     """
     twin = shallow_copy(optimizer)
     if hasattr(optimizer, "inner_optimizer"):
@@ -254,9 +256,9 @@ def without_a_sum(optimizer: Any) -> Any:
 
 
 def _powers(moments: Moments, centre: Any) -> list[Any]:
-    """Weight, and weighted sums of what differs from a centre and of its square, in float64.
+    """The weight, and weighted sums of the difference from a centre and of its square, in float64.
 
-    They add up over replicas. Around a centre that all share, little is cancelled.
+    They can be summed over replicas. A centre that all replicas share keeps cancellation small.
     """
     weight, mean, variance = (tf.cast(part, tf.float64) for part in moments)
     off = mean - centre
@@ -264,7 +266,7 @@ def _powers(moments: Moments, centre: Any) -> list[Any]:
 
 
 def _moments(powers: Sequence[Any], centre: Any) -> Moments:
-    """The moments again, 0 where there is no weight."""
+    """Moments from summed powers. If the weight is 0, the mean is 0."""
     weight, first, second = powers
     off = tf.math.divide_no_nan(first, weight)
     mean = tf.where(tf.equal(weight, 0), tf.zeros_like(centre), centre + off)

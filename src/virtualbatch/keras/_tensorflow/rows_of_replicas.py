@@ -1,7 +1,7 @@
-"""Puts together the rows that replicas have of an array, on every replica.
+"""Gives every replica the rows of all replicas.
 
-Each replica puts its rows between zeros, and sums add them up. So any number of arrays, of any
-numbers of rows, takes as many reductions.
+Each replica puts its rows between zeros, and the results are summed over replicas. So the number of
+reductions does not depend on how many arrays and rows there are.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from virtualbatch.keras._gather.loss import not_of_rows
 from virtualbatch.tensorflow._arrays import after
 from virtualbatch.tensorflow._replicas import replica, replicas, summed, summed_gradients
 
-# What float32 holds exactly, and a sum with zeros keeps.
+# Dtypes whose values float32 holds exactly. A sum with zeros keeps them exact.
 _SHORT = {
     *(tf.float32, tf.float16, tf.bfloat16),
     *(tf.bool, tf.int8, tf.uint8, tf.int16, tf.uint16),
@@ -21,10 +21,10 @@ _SHORT = {
 
 
 class RowsOfReplicas:
-    """How the rows of a batch are divided among replicas: those of the first come first.
+    """How the rows of a batch are divided among replicas, in the order of the replicas.
 
     Args:
-        everywhere: rows of each replica, an int32 vector.
+        everywhere: the number of rows on each replica, an int32 vector.
     """
 
     def __init__(self, everywhere: Any):
@@ -34,15 +34,15 @@ class RowsOfReplicas:
         self.count = tf.reduce_sum(everywhere)
 
     def own(self, array: Any) -> Any:
-        """The rows of this replica among those of all."""
+        """The rows of this replica in an array of all replicas' rows."""
         return array[self._before : self._before + self.here]
 
     def of_all(self, arrays: Sequence[Any]) -> list[Any]:
         """Arrays with the rows of all replicas, from those with the rows of this one.
 
         Args:
-            arrays: tensors and Nones, which are the same ones on all replicas. Where there are no
-                rows, other axes may have any length.
+            arrays: tensors and Nones. All replicas pass the same ones in the same order. On a
+                replica without rows, other axes may have any length.
 
         Raises:
             ValueError: an array does not hold numbers.
@@ -95,7 +95,7 @@ class RowsOfReplicas:
         return [shape[1:] for shape in tf.split(after(checks, most), ranks)]
 
     def _placed(self, array: Any, lengths: Any) -> Any:
-        """The rows of this replica between zeros, one row for each of the others'."""
+        """The rows of this replica, with zeros in place of the other replicas' rows."""
         around = [[self._before, self.count - self._before - self.here]]
         missing = lengths - tf.shape(array)[1:]
         beside = tf.stack([tf.zeros_like(missing), missing], 1)
@@ -105,7 +105,7 @@ class RowsOfReplicas:
 
 
 def _summed_short(arrays: Sequence[Any]) -> list[Any]:
-    """Arrays, each summed over all replicas, in one reduction of float32."""
+    """Sums arrays over all replicas, in one reduction of float32."""
     if not arrays:
         return []
     flat = [tf.reshape(tf.cast(array, tf.float32), [-1]) for array in arrays]

@@ -1,4 +1,4 @@
-"""What a second pass over a window needs, so that it computes what the first one did."""
+"""Lets a second pass over a window compute the same values as the first pass."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,10 @@ from virtualbatch.tensorflow._rowwise.program import hidden_random
 
 
 class State:
-    """What variables hold now, and where random numbers stand that TensorFlow draws eagerly.
+    """The present values of variables, and the state of TensorFlow's eager random numbers.
 
     Args:
-        variables: of the model.
+        variables: variables of the model.
     """
 
     def __init__(self, variables: Sequence[Any]):
@@ -23,7 +23,11 @@ class State:
         self._random = EagerRandom() if tf.executing_eagerly() else None
 
     def restore(self, after: Sequence[Any]) -> None:
-        """Puts it back, once other tensors have been computed."""
+        """Puts the state back.
+
+        Args:
+            after: tensors that must be computed before.
+        """
         with tf.control_dependencies([x for x in after if tf.is_tensor(x)]):
             for variable, value in zip(self._variables, self._values, strict=True):
                 variable.assign(value)

@@ -1,7 +1,7 @@
 """Keras on TensorFlow: a `train_step` that runs one batch as a window.
 
-The batch is checked and cut, what is not built is built outside the graph, and the window runs. The
-train function around it keeps XLA inside the loop over micro-batches.
+The batch is checked and cut, missing variables are created outside the graph, and the window runs.
+The train function around it keeps XLA inside the loop over micro-batches.
 """
 
 import sys
@@ -56,7 +56,7 @@ class TensorFlowStep(TrainStep):
         return without_losses(self.with_losses(data))
 
     def with_losses(self, data: Any) -> dict[str, Any]:
-        """The same, whose logs hold the losses of micro-batches."""
+        """Trains on one batch. The logs also hold the losses of micro-batches."""
         model = self._model
         batch = self._unpacked(data)
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
@@ -90,7 +90,7 @@ class TensorFlowStep(TrainStep):
         return results
 
     def _on_a_replica(self, batch: Any) -> dict[str, Any]:
-        """Trains on the rows of one of several replicas, perhaps none."""
+        """Trains on one replica's rows; there may be none."""
         model = self._model
         refuse_replicas(model)
         gathering = self.gathering(batch)
@@ -122,7 +122,8 @@ class TensorFlowStep(TrainStep):
         return results
 
     def _losses(self) -> LossesOfFit:
-        # To read of another device stops it, unless a later window keeps it busy.
+        # Reading a value from another device stops that device, unless a later window keeps it
+        # busy. Values on the CPU can be read at any time.
         return LossesOfFit(
             lambda losses, is_latest: (
                 not is_latest or all("CPU" in x.device for x in tf.nest.flatten(losses))
@@ -130,7 +131,7 @@ class TensorFlowStep(TrainStep):
         )
 
     def next_to_try(self) -> str:
-        """What to ask for instead, where memory ran out."""
+        """The size to try next after memory ran out, in words."""
         size, steps = self._asked()
         if size is None:
             return f"accumulation_steps={2 * (steps or 1)} or more"
@@ -142,23 +143,23 @@ class TensorFlowStep(TrainStep):
         return self.gathering(batch)
 
     def _cut_by(self) -> tuple[int | None, int | None]:
-        """One of the two sizes: the one in force, or that which was asked for."""
+        """(microbatch_size, accumulation_steps): the size to cut by, and None for the other."""
         size, steps = self._asked()
         if self.most is None and size is None and steps is not None:
             return None, steps
-        # Rows may not be known here; no micro-batch has more than there are.
+        # The rows may not be known here, so pass a number that no batch exceeds.
         return self._in_force(_MANY, size), None
 
     def _with_agreeing_sizes(self, batch: Any, rows: Any, seen: Any) -> Any:
-        """The batch, readable only if both sizes agree for it.
+        """The batch. Reading it in a graph fails unless both sizes agree for it.
 
-        The last batch of an epoch may be short. Which one that is only the data knows, but the
-        first of an epoch, where the loss tracker has counted nothing yet, is not.
+        A short batch may be the last one of its epoch. It cannot be if it is the first one: then
+        the loss tracker has counted nothing.
 
         Args:
             batch: the batch.
-            rows: its rows on one device; of several, on that which has most.
-            seen: what the loss tracker has counted.
+            rows: its rows on the device that has most of them.
+            seen: the count of the loss tracker.
         """
         size, steps = self._asked()
         if size is None or steps is None:
@@ -181,7 +182,7 @@ class TensorFlowStep(TrainStep):
 
 
 def _of_equal_rows(batch: Any) -> Any:
-    """The batch, readable only if its arrays have equally many rows, which may be none."""
+    """The batch. Reading it fails unless all arrays have the same number of rows, perhaps 0."""
     counts = tf.stack([tf.shape(x)[0] for x in tf.nest.flatten(batch) if x is not None])
     check = tf.debugging.Assert(
         tf.reduce_all(tf.equal(counts, counts[0])),
@@ -209,12 +210,12 @@ def plan(model: keras.Model, batch: Any, memory_limit: int | str | None, found: 
 
 
 def _sizes(rows: int, size: int) -> list[int]:
-    """Rows of each micro-batch: of one size, and a remainder."""
+    """Rows of each micro-batch: all of one size, and a remainder."""
     return [min(size, rows - start) for start in range(0, rows, size)]
 
 
 def _step_of(model: keras.Model, found: Found, size: int) -> Callable[[Any], Any]:
-    """The step of a model with micro-batches of so many rows."""
+    """The step of a model with micro-batches of `size` rows."""
     return TensorFlowStep(model, size, None, gather=found)
 
 

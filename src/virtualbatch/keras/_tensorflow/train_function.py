@@ -1,4 +1,4 @@
-"""Keras' own train function around our step, and what it raises, in our words."""
+"""Keras' own train function around our step, and its errors in our words."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from virtualbatch.keras._train_step import compiled
 
 
 def plain_train_function(model: keras.Model) -> Any:
-    """Keras' own train function, traced anew; the model keeps ours.
+    """Keras' own train function, traced anew. The model keeps our train function.
 
     Its logs hold the losses of micro-batches.
     """
@@ -29,13 +29,13 @@ def plain_train_function(model: keras.Model) -> Any:
 
 @contextmanager
 def in_our_words(trained: bool) -> Iterator[None]:
-    """Raises checks that could only run inside the graph as what they are.
+    """Turns errors of checks inside the graph into our own errors.
 
     Args:
         trained: whether this fit has had a batch before.
 
     Raises:
-        ValueError: a batch is refused, or there was none.
+        ValueError: a batch is refused, or there was no batch.
     """
     try:
         yield
@@ -54,8 +54,8 @@ def in_our_words(trained: bool) -> Iterator[None]:
 
 
 def _refusal(error: tf.errors.InvalidArgumentError) -> str | None:
-    """Text of a check that could only run inside the graph, or None if it was none of ours."""
+    """The text of one of our checks inside the graph; None for any other error."""
     ours = "microbatch_size and|All arrays of|No length may|Predictions that"
     assertion = re.search(rf"assertion failed: \[((?:{ours}).*)\]", str(error))
-    # What was printed is pieces of text and numbers, each in brackets.
+    # TensorFlow prints texts and numbers, each in brackets.
     return " ".join(re.split(r"\s*\] \[\s*", assertion[1])) if assertion else None

@@ -1,7 +1,7 @@
 """One batch of `fit` as micro-batches, on TensorFlow.
 
-Each micro-batch adds its part of the loss, of the gradients and of the BatchNorm moments; then the
-optimizer, the trackers and the moving averages move once.
+Each micro-batch adds its part of the loss, the gradients and the BatchNorm moments. Then optimizer,
+trackers and moving averages are updated once.
 """
 
 import warnings
@@ -38,16 +38,16 @@ _TOTALS = tf.TensorSpec([None], tf.float64)
 
 
 class Micro(NamedTuple):
-    """What one micro-batch gives, or the sums and rows of a window.
+    """The results of one micro-batch or of a whole window.
 
     Fields:
-        losses: the loss and values of the per-output loss metrics; where statistics are asked for,
-            also the part of their `mean_square` and 1.
+        losses: the loss and values of the per-output loss metrics. If statistics are needed, also
+            this micro-batch's part of their `mean_square`, and 1, whose sum counts micro-batches.
         dense: dense gradients, or None.
         moments: BatchNorm moments, in the order of the layers' calls.
         latest: results of an overridden `compute_metrics`; else empty.
         sparse: values and indices of sparse gradients.
-        told: what logs hold of the loss, a row for each micro-batch; see `LOSSES`.
+        told: a table for the logs, with one line per micro-batch; see `LOSSES`.
     """
 
     losses: list[Any]
@@ -62,7 +62,7 @@ def rows_of(batch: Any) -> Any:
     """Rows of a batch as an int32 scalar, read from its first array as Keras does.
 
     Raises:
-        ValueError: that is no array, or a scalar.
+        ValueError: the first leaf is not an array, or is a scalar.
     """
     leaf = next((leaf for leaf in tree.flatten(batch) if leaf is not None), None)
     if not hasattr(leaf, "shape") or rank(leaf) == 0:
@@ -82,10 +82,10 @@ class WindowRun:
         model: a compiled model.
         cut: the batch, cut.
         rows: rows of the whole batch.
-        stretch: micro-batch -> see `Rows`.
-        added: what is known of the losses that layers add.
-        stats: whether the logs are to hold statistics of the window.
-        in_order: whether micro-batches have the rows of the batch in their order.
+        stretch: micro-batch -> its stretch, see `Rows`.
+        added: what is known about the losses that layers add.
+        stats: whether the logs get statistics of the window.
+        in_order: whether micro-batches take the rows in the order of the batch.
         gathering: whose predictions are gathered, if any.
     """
 
@@ -106,7 +106,7 @@ class WindowRun:
         self._stretch = stretch
         self._in_batch_order = in_order
         self._window = WindowModel(model, rows, added, gathering)
-        # Known once the step is traced, or eagerly run.
+        # Known once the step is traced or has run eagerly.
         self._called: list[Any] = []
         self._start: dict[int, tuple[Any, Any]] = {}
         self._counted: Any = None
@@ -142,7 +142,7 @@ class WindowRun:
         return self._window.results(latest) | stats | {LOSSES: told}
 
     def sums_of(self, traced: Sequence[Traced]) -> Micro:
-        """What all micro-batches give."""
+        """The results of all micro-batches, merged."""
         sums, (*sparse, told) = fold(
             traced,
             lambda _, found: Output(
@@ -160,7 +160,7 @@ class WindowRun:
         return Micro(losses, dense, moments, latest, sparse, told)
 
     def _optimizer(self) -> Any:
-        """What takes the gradients of the window."""
+        """The optimizer that gets the gradients of the window."""
         return self._model.optimizer
 
     def _micro(self, batch: Any, totals: Callable[[], Any]) -> Micro:
@@ -197,7 +197,7 @@ class WindowRun:
         return Micro([loss, *tracked, *noise], dense, moments, latest, sparse, told)
 
     def _told(self, loss: Any, rows: Rows) -> Any:
-        """What logs hold of the loss of a micro-batch."""
+        """The line of a micro-batch in the table for the logs; see `LOSSES`."""
         dtype = accumulator_dtype(loss.dtype.name)
         place = rows.here if self._in_batch_order else NO_PLACE
         return tf.stack([tf.cast(loss, dtype), tf.cast(place, dtype)])[None]
@@ -205,14 +205,16 @@ class WindowRun:
     def _wide_gradients(self, tape: Any, loss: Any, rows: Rows) -> list[Any]:
         """Gradients in the dtype of the buffer.
 
-        The loss is already this micro-batch's part of the window's. Half-precision gradients are
-        taken of the micro-batch's own mean and scaled in the wide dtype, where few bits are lost.
+        The loss is this micro-batch's part of the window's loss. Half-precision gradients are
+        computed for the micro-batch's own mean instead, and scaled in the wide dtype, where few
+        bits are lost.
         """
         variables = self._model.trainable_variables
         if not any(is_half(variable) for variable in variables):
             return tape.gradient(loss, variables)
         if any(self._window.overwritten):
-            # Maxima of the backward pass are of the window's loss, and cannot be scaled later.
+            # The backward pass of overwritten variables returns maxima for the window's loss. They
+            # cannot be scaled later.
             return [widened(gradient, 1.0) for gradient in tape.gradient(loss, variables)]
         share = rows.share("float32")
         upstream = tf.ones_like(loss) / tf.cast(share, loss.dtype)
@@ -220,7 +222,7 @@ class WindowRun:
         return [widened(gradient, share) for gradient in gradients]
 
     def _totals(self) -> Any:
-        """Weights of the window that only a forward reveals, counted without a trace of it."""
+        """The weights vector of the window, counted once by forwards of its own."""
         if self._counted is None:
             self._counted = self.counts_of(
                 trace(self._cut, lambda index, batch: self._count(batch))
@@ -228,7 +230,7 @@ class WindowRun:
         return self._counted
 
     def counts_of(self, traced: Sequence[Traced]) -> Any:
-        """What all micro-batches count."""
+        """The weights vectors of all micro-batches, summed."""
         sums, _ = fold(traced, lambda _, counted: Output([counted], []), add)
         return sums[0]
 
@@ -237,7 +239,7 @@ class WindowRun:
         return tf.cast(self._window.counted(batch, rows), tf.float64)
 
     def _added_shapes(self, x: Any, few: int) -> Sequence[Shape]:
-        """Shapes of the losses that layers add for so many copies of the first row."""
+        """Shapes of the losses that layers add for `few` copies of the first row."""
         found: list[Shape] = []
 
         def forward(x: Any) -> None:
@@ -255,10 +257,10 @@ class WindowRun:
     def _commit(
         self, losses: list[Any], gradients: list[Any], noise: Sequence[Any]
     ) -> dict[str, Any]:
-        """Moves trackers and optimizer; returns the statistics as an entry of the logs."""
+        """Updates trackers and optimizer. Returns the statistics as an entry of the logs."""
         stats: dict[str, Any] = {}
         model, (loss, *tracked) = self._model, losses
-        # Counters depend on no gradient: without this they would move although a batch is refused.
+        # Counters depend on no gradient. Without this they would move even if a batch is refused.
         with tf.control_dependencies([loss]):
             self._window.track(loss, tracked)
             variables = model.trainable_variables
@@ -271,7 +273,7 @@ class WindowRun:
         return stats
 
     def _stats(self, gradients: Sequence[Any], mean_square: Any, count: Any) -> WindowStats:
-        """The statistics of a window, without the scale of its loss, which the optimizer moves."""
+        """The statistics of a window, without the optimizer's loss scale, which changes."""
         square = tf.cast(squared_norm(gradients), mean_square.dtype)
         undo = tf.cast(self._model.optimizer.scale_loss(1.0), mean_square.dtype) ** -2
         return WindowStats(self._window.rows, count, mean_square * undo, square * undo)

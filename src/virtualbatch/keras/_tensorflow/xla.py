@@ -19,18 +19,18 @@ from virtualbatch.plan.timing import EARLY, Timing
 
 
 def compared(model: keras.Model, plan: Plan, update: Callable[[], Callable[[], float]]) -> Plan:
-    """A plan that reports whether its size is faster with XLA, or without it.
+    """A plan that also reports whether its size is faster with or without XLA.
 
     Args:
         model: a compiled model.
         plan: its plan.
-        update: makes the update of the planned size, to be traced at its first run;
-            () -> seconds that it took.
+        update: makes the update of the planned size, which is traced at its first run. The update
+            is a function () -> seconds that it took.
 
     Returns:
-        The plan, with a sentence more where both could be timed.
+        The plan, with one more sentence if both settings could be timed.
     """
-    # An update that took all the time there was would be compiled for as long again.
+    # If only one size could be timed, updates are slow, and a second program would take too long.
     timed = len([row for row in plan.rows if row.seconds_per_batch is not None]) > 1
     if model.run_eagerly or replica_count(model) > 1 or not timed:
         return plan
@@ -40,7 +40,7 @@ def compared(model: keras.Model, plan: Plan, update: Callable[[], Callable[[], f
         with compiled(model, mode) as is_possible:
             if not is_possible or not _loads(timings[mode]):
                 return plan
-    # In turns: what else the machine does slows both alike.
+    # Time both in turns, so that other load on the machine slows both alike.
     rounds = [{mode: timings[mode].seconds() for mode in modes} for _ in range(EARLY)]
     now, other = (fmean(found[mode] for found in rounds) for mode in modes)
     return replace(plan, reason=f"{plan.reason} {_sentence(model.jit_compile, now / other)}")
@@ -51,7 +51,7 @@ def _sentence(is_compiled: bool, gain: float) -> str:
 
     Args:
         is_compiled: whether the model is compiled by XLA.
-        gain: how many times as fast the other way is.
+        gain: how many times as fast the other setting is.
     """
     other = "Without XLA" if is_compiled else "With XLA"
     if gain > NEARLY_AS_FAST:

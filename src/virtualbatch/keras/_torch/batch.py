@@ -1,4 +1,4 @@
-"""A batch of `fit` on PyTorch: on Keras' device, and cut into the micro-batches of a window."""
+"""Copies a batch of `fit` to Keras' device on PyTorch, and cuts it into a window."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -40,8 +40,8 @@ def window_of(
         batch: (x, y, sample_weight) as Keras' loaders give them.
         rows: its rows.
         cut: (start, stop) of each micro-batch.
-        added: what is known of the losses that layers add.
-        stats: whether the logs are to hold statistics of the window.
+        added: what is known about the losses that layers add.
+        stats: whether the logs get statistics of the window.
         gathering: whose predictions are gathered, if any.
     """
     batch = tree.map_structure(_tensor, batch)
@@ -62,14 +62,14 @@ def packed_window_of(
     added: AddedLosses,
     gathering: Gathering | None,
 ) -> WindowRun:
-    """A window of one batch, its rows sorted by length and packed.
+    """A window of one batch, with its rows sorted by length and packed.
 
     Args:
         model: the model.
         batch: (x, y, sample_weight) as Keras' loaders give them.
         rows: its rows.
         packing: how rows are packed.
-        added: what is known of the losses that layers add.
+        added: what is known about the losses that layers add.
         gathering: whose predictions are gathered, if any.
     """
     batch = tree.map_structure(_tensor, batch)
@@ -100,9 +100,10 @@ def _gathered(batch: PaddedBatch, rows: np.ndarray, length: int) -> Any:
 
 
 def _tensor(leaf: Any) -> Any:
-    """An array of a batch on Keras' device, as Keras' own step copies it: at once.
+    """An array of a batch on Keras' device. Pinned arrays stay on the host until they are cut.
 
-    Copied by micro-batch, each would wait for the one before, except from pinned memory.
+    The array is copied whole, as Keras' own step does. A copy per micro-batch would wait for the
+    micro-batch before, except from pinned memory.
     """
     if not hasattr(leaf, "shape"):
         return leaf
@@ -113,9 +114,9 @@ def _tensor(leaf: Any) -> Any:
 
 
 def _on_device(model: keras.Model, batch: Any) -> Any:
-    """A batch as the loss and the metrics of all rows read it.
+    """The batch on the device, for the loss and the metrics of all rows.
 
-    Keras' own read no x, so it stays where it is, unless the user's code may read it.
+    Keras' own losses and metrics do not read x. So x is moved only if the user's code may read it.
     """
     x, *rest = batch
     own = type(model)

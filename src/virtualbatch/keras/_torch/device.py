@@ -10,6 +10,6 @@ def device() -> torch.device:
 
 
 def place() -> torch.device | None:
-    """The same; None for the host."""
+    """The device that Keras puts tensors on; None for the CPU."""
     found = device()
     return None if found.type == "cpu" else found

@@ -24,7 +24,7 @@ from virtualbatch.keras._torch.state import Beginning
 from virtualbatch.keras._torch.window import Microbatch, WindowRun, added_up, detached
 from virtualbatch.torch._batchnorm import MergedStatistics
 
-# A part that is the whole.
+# A micro-batch that is the whole batch, so its share is 1.
 _WHOLE = Rows(1, 1)
 
 
@@ -33,7 +33,7 @@ class GatheredRun(WindowRun):
 
     Args:
         model: see `WindowRun`.
-        batch: (x, y, sample_weight) of all rows, on Keras' device as far as they are read.
+        batch: (x, y, sample_weight) of all rows. The parts that are read are on Keras' device.
         rows: see `WindowRun`.
         cut: see `WindowRun`.
         added: see `WindowRun`.
@@ -70,21 +70,22 @@ class GatheredRun(WindowRun):
         if self._is_seen_whole and not gradients.parameters:
             return
         end = Beginning(self._model)
-        # Once more in the same order, so that the same numbers are drawn.
+        # The second pass goes in the same order, so it draws the same random numbers.
         beginning.restore()
         of_all_rows, self._losses = self._losses, []
         for microbatch in self._cut:
             theirs = self._rows.of(microbatch.place, of_predictions)
             self._add_again(microbatch, gradients, theirs, of_added)
-        # What the loss itself drew and wrote is kept so, too.
+        # This keeps also what the loss itself drew and wrote.
         end.restore()
         (loss, *tracked), (cut_loss, *cut) = of_all_rows, self._losses or [0.0]
         self._losses = [loss + cut_loss, *self._window.tracked(tracked, cut)]
 
     def _gather(self, microbatch: Microbatch, statistics: MergedStatistics) -> None:
-        """The first forward pass of one micro-batch; nothing of its graph stays.
+        """The first forward pass of one micro-batch. Its graph is not kept.
 
-        It has one all the same: some layers compute other values where there is none.
+        The forward builds a graph all the same, because some layers compute other values without
+        one.
         """
         window, batch = self._window, microbatch.get()
         rows = Rows(microbatch.rows, window.rows, microbatch.stretch)
@@ -108,13 +109,13 @@ class GatheredRun(WindowRun):
     def _differentiate_loss(
         self, rows: GatheredRows, gradients: Gradients
     ) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-        """The loss of all rows and the metrics that see all rows.
+        """Computes the loss and the metrics of all rows.
 
         Returns:
-            The gradients of the gathered predictions, and of what layers have added.
+            The gradients of the gathered predictions, and of the losses that layers have added.
         """
         window, model = self._window, self._model
-        # Those of the last micro-batch are among those of all rows.
+        # The losses of the last micro-batch are already in the sums over all rows.
         model._clear_losses()
         for leaf, takes in zip(rows.tensors, self._takes_gradient, strict=False):
             if leaf is not None:
@@ -123,7 +124,7 @@ class GatheredRun(WindowRun):
         y_pred = window.joined(rows.tensors)
         loss, tracked = window.loss_of_all_rows(self._batch, y_pred, added)
         if window.unreduced:
-            # PyTorch's own error, as for the whole batch.
+            # Raises PyTorch's own error, as for the whole batch.
             loss.expand(window.rows).backward()
         if gradients.parameters:
             optimizer = model.optimizer
@@ -148,7 +149,7 @@ class GatheredRun(WindowRun):
         y_pred = window.forward(batch[0])
         added = window.added(rows, partial(self._added_shapes, batch[0]))
         loss, tracked = window.cut_loss(batch, y_pred, rows, self._totals)
-        # The masks, which follow the predictions, have no gradient.
+        # `of_predictions` also has an entry for each mask, after the predictions. zip drops them.
         products = [*zip(window.predictions(y_pred), of_predictions, strict=False)]
         products += zip(added, of_added, strict=True)
         if loss is not None:
@@ -163,10 +164,14 @@ class GatheredRun(WindowRun):
         self._latest |= tree.map_structure(detached, latest)
 
     def _trimmed_axes(self, count: int) -> list[bool]:
-        """For each of so many gathered arrays, whether its second axis is one that is trimmed.
+        """For each gathered array, whether its second axis is trimmed with the rows.
 
-        Rows are longest first, so the first micro-batch may be none that is trimmed. A length may
-        be a coincidence, so it is read of one row of the last one, and of one that is not trimmed.
+        The longest rows come first, so only the last micro-batch is sure to be trimmed if any is. A
+        length alone may be a coincidence. So one trimmed row of the last micro-batch is compared
+        with one row that is not trimmed.
+
+        Args:
+            count: the number of gathered arrays.
         """
         last = self._cut[-1]
         if not last.place.is_trimmed:
@@ -178,7 +183,7 @@ class GatheredRun(WindowRun):
         ]
 
     def _arrays_of_a_row(self, x: Any) -> list[Any]:
-        """What is gathered of the first of some rows; nothing of its forward stays."""
+        """The gathered arrays of the first row of `x`. Its forward leaves no effect."""
         row = tree.map_structure(lambda leaf: leaf[:1] if hasattr(leaf, "shape") else leaf, x)
         with self._without_a_trace(), keras.StatelessScope():
             y_pred = self._window.forward(row)

@@ -1,4 +1,4 @@
-"""Tensors with the rows of a whole window, written and read by micro-batch."""
+"""Tensors with all rows of a window, written and read one micro-batch at a time."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,12 +7,12 @@ import torch
 
 
 class Place(NamedTuple):
-    """Where the rows of a micro-batch stand among those of its window.
+    """Where the rows of a micro-batch stand among the rows of its window.
 
     Fields:
-        rows: a slice, or their numbers as a tensor.
-        length: to which they are trimmed; None where they are not.
-        padded: length to which they were padded; None where they are not trimmed.
+        rows: a slice, or row numbers as a tensor.
+        length: the length to which the rows are trimmed; None if they are not packed.
+        padded: the length to which the rows were padded; None if they are not packed.
     """
 
     rows: Any
@@ -26,13 +26,13 @@ class Place(NamedTuple):
 
 
 class GatheredRows:
-    """Tensors of which every micro-batch of a window has one entry per row.
+    """Tensors with one entry per row of a window, filled one micro-batch at a time.
 
-    Memory for all rows is taken at once, so that they never exist twice.
+    Memory for all rows is allocated at once, so the rows never exist twice.
 
     Args:
         rows: rows of the window.
-        trimmed: for each tensor, whether its second axis is the one that is trimmed.
+        trimmed: for each tensor, whether its second axis is trimmed.
     """
 
     def __init__(self, rows: int, trimmed: Sequence[bool]):
@@ -42,18 +42,18 @@ class GatheredRows:
 
     @property
     def tensors(self) -> list[torch.Tensor | None]:
-        """All rows, in the order of the window. Where they were trimmed there are zeros."""
+        """All rows, in the order of the window. Zeros stand where rows were trimmed."""
         return self._tensors
 
     def write(self, place: Place, tensors: Sequence[torch.Tensor | None]) -> None:
-        """Takes in the rows of a micro-batch.
+        """Writes the rows of a micro-batch.
 
         Args:
-            place: of these rows.
-            tensors: without a graph, or None.
+            place: the place of these rows.
+            tensors: tensors without a graph, or None.
 
         Raises:
-            ValueError: a tensor, such as a mask, is there for some micro-batches only.
+            ValueError: a tensor, such as a mask, exists for some micro-batches only.
         """
         if not self._tensors:
             self._tensors = [
@@ -72,11 +72,11 @@ class GatheredRows:
                 target[place.rows] = found
 
     def of(self, place: Place, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """The rows of a micro-batch, trimmed as they are.
+        """The rows of a micro-batch in some tensors, trimmed to the micro-batch's length.
 
         Args:
-            place: of these rows.
-            tensors: in the shapes of `tensors`, or None.
+            place: the place of these rows.
+            tensors: tensors in the shapes of the property `tensors`, or None.
         """
         return [
             None if found is None else (found[:, : place.length] if trimmed else found)[place.rows]

@@ -1,4 +1,4 @@
-"""Gradients of a window on PyTorch, added up in `.grad` or in a wider buffer."""
+"""Gradients of a window on PyTorch, summed in `.grad` or in a wider buffer."""
 
 from collections.abc import Sequence
 
@@ -14,14 +14,15 @@ from virtualbatch.window.shares import accumulator_dtype
 class Gradients:
     """Sums the gradients of a window's micro-batches, in `.grad` or in a buffer beside it.
 
-    Where every parameter is float32 or wider, PyTorch itself adds to a fresh `.grad`. Otherwise
-    gradients are taken of a micro-batch's own mean, and its share multiplies in the add to a
-    float32 buffer, where few bits are lost. What is overwritten is kept beside `.grad` too.
+    If every parameter is float32 or wider, PyTorch itself adds to a fresh `.grad`. Otherwise each
+    gradient is computed for the mean over its micro-batch. Its share is multiplied when it is added
+    to a float32 buffer, where few bits are lost. Gradients of overwritten variables are kept beside
+    `.grad` too.
 
     Args:
         parameters: trainable parameters, each once.
-        overwritten: for each, whether its gradient is its new value.
-        norms: is called when a micro-batch ends, if statistics are needed.
+        overwritten: for each parameter, whether its gradient is its new value.
+        norms: closed at the end of each micro-batch; None if no statistics are needed.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Gradients:
     def add(self, loss: torch.Tensor, rows: Rows) -> None:
         """Differentiates one micro-batch's part of the loss."""
         if not loss.requires_grad:
-            # A branch may leave a micro-batch without parameters: its gradient is zero.
+            # A branch in the model may use no parameter for this micro-batch: the gradient is 0.
             self._without_gradient = loss
             return
         self.add_product([loss], [torch.ones_like(loss)], rows)
@@ -52,16 +53,17 @@ class Gradients:
     def add_product(
         self, tensors: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor], rows: Rows
     ) -> None:
-        """Differentiates a sum of products with cotangents, each a part of the window's.
+        """Adds the gradient of the sum of products of tensors and their cotangents.
 
         Args:
-            tensors: of one micro-batch, each with a graph.
-            cotangents: one for each.
+            tensors: tensors of one micro-batch, each with a graph.
+            cotangents: one for each tensor, for this micro-batch's part of the window.
             rows: rows of the micro-batch and the window.
         """
         self._found_any = True
         share = rows.share("float32")
-        # Maxima of the backward pass are of the window's loss, and cannot be scaled later.
+        # The backward pass of overwritten variables returns maxima for the window's loss. They
+        # cannot be scaled later.
         later = share if self._half and not self._overwritten else 1.0
         torch.autograd.backward(
             tensors, cotangents if later == 1.0 else [given / later for given in cotangents]
@@ -93,9 +95,9 @@ class Gradients:
                 total.add_(gradient, alpha=share)
 
     def finished(self) -> list[torch.Tensor | None]:
-        """The window's gradients in the dtypes of the parameters, as `.grad` then holds them."""
+        """The window's gradients, which `.grad` then holds in the dtypes of the parameters."""
         if not self._found_any and self._without_gradient is not None:
-            # PyTorch's own error, as for the whole batch.
+            # Raises PyTorch's own error, as for the whole batch.
             self._without_gradient.backward()
         for k in range(len(self.parameters)) if self._half else self._overwritten:
             parameter, total = self.parameters[k], self._sums[k]

@@ -1,4 +1,4 @@
-"""The losses of micro-batches of `fit` that are not finite, on PyTorch."""
+"""Finds the micro-batches of `fit` whose losses are not finite, on PyTorch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ class LossesOfFit(ModuleLosses):
     """Receives the losses of a model's windows."""
 
     def told(self, logs: dict[str, Any]) -> dict[str, Any]:
-        """Logs of a step as Keras knows them; the rest is processed."""
+        """The logs of a step as Keras expects them. Losses are taken out and received."""
         found = logs.pop(LOSSES, None)
         if found is not None:
             self.take(found)
@@ -28,20 +28,20 @@ def heard(
     rows: Sequence[int | None],
     what: str | None = None,
 ) -> Heard:
-    """What the logs of a window hold of losses; see `Heard`.
+    """The entry for losses in the logs of a window; see `Heard`.
 
     Args:
-        total: of the window.
+        total: the loss of the window.
         parts: one scalar for each micro-batch.
-        rows: of each.
-        what: what else the parts are of.
+        rows: the rows of each micro-batch, or None.
+        what: what the parts are, in words, if they are not parts of the loss.
     """
     found = [(index, SINGLE, part) for index, part in enumerate(parts)]
     return Heard(total.detach(), found, rows, what)
 
 
 class OfOne:
-    """The loss of Keras' own step, which only its tracker knows.
+    """The loss of Keras' own step, read from the loss tracker.
 
     Args:
         model: the model, before the step.
@@ -52,10 +52,10 @@ class OfOne:
         self._before = self._tracker.total.value.detach().clone()
 
     def heard(self, rows: int) -> Heard:
-        """What there is to be told after the step.
+        """The entry for losses in the logs, after the step.
 
         Args:
-            rows: of the batch.
+            rows: rows of the batch.
         """
         loss = self._tracker.total.value.detach() - self._before
         return Heard(loss, [(0, SINGLE, loss)], [rows], before=self._before)

@@ -1,4 +1,4 @@
-"""Planning for Keras on PyTorch: whole updates on the batch, each taken back."""
+"""Plans for Keras on PyTorch: runs whole updates on the batch and undoes each."""
 
 import time
 from typing import Any
@@ -33,7 +33,7 @@ def planned(model: keras.Model, batch: Any, memory_limit: int | str | None, foun
         model: a model that is built and compiled, its optimizer too.
         batch: (x, y, sample_weight).
         memory_limit: bytes, a text, or None.
-        found: what needs all rows.
+        found: the losses that need all rows and get them.
     """
     rows = common_rows(array_leaves(batch))
     if rows is None:
@@ -51,7 +51,7 @@ def planned(model: keras.Model, batch: Any, memory_limit: int | str | None, foun
 
 
 class _Update:
-    """The update of one size."""
+    """An update with one micro-batch size."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class _Update:
                 self._gathering,
             )
             logs = without_losses(window.train())
-        # The device has finished once a value of the logs is here.
+        # Reading a value waits until the device has finished.
         keras.tree.map_structure(float, logs)
 
     def _taken_back(self, run: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a window changes before it is committed, copied so that a failed one leaves no trace."""
+"""Copies of what a window changes before its commit, so that a failed window changes nothing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from virtualbatch.torch._state import Buffers
 
 
 def torch_modules(model: keras.Model) -> list[Any]:
-    """The modules of PyTorch that layers of a model wrap, each once, submodules included."""
+    """The PyTorch modules that layers of a model wrap, each once, with submodules."""
     return list(
         dict.fromkeys(
             module
@@ -26,7 +26,7 @@ def torch_modules(model: keras.Model) -> list[Any]:
 
 
 class State:
-    """Gradients, statistics, seeds and metrics of a model, as they are now.
+    """The present gradients, statistics, seeds and metrics of a model.
 
     Args:
         model: a model that is built.
@@ -55,7 +55,7 @@ class State:
 
 
 class Beginning:
-    """What a forward pass draws and writes, as it is now, so that it can be run again.
+    """The state that a forward pass draws from and writes, so that the pass can run again.
 
     Args:
         model: a model that is built.

@@ -1,7 +1,7 @@
 """Keras on PyTorch: a `train_step` that runs one batch as a window, eagerly.
 
-The batch is checked and cut evenly, and the window runs. Nothing stays changed if a micro-batch
-raises.
+The batch is checked and cut evenly, and the window runs. If a micro-batch raises, all changes are
+undone.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ class TorchStep(TrainStep):
         return results
 
     def look_for_coupled(self, batch: Any, rows: int, evaluate: Evaluate) -> bool:
-        """See `TrainStep`. What layers draw from PyTorch's own generators is taken back."""
+        """See `TrainStep`. The states of PyTorch's generators and of layers are put back."""
         if self.is_known():
             return False
         beginning = Beginning(self._model)
@@ -100,11 +100,14 @@ class TorchStep(TrainStep):
         return LossesOfFit()
 
     def _size(self, rows: int) -> int:
-        """Rows of one micro-batch, for a batch of so many.
+        """Rows of one micro-batch.
+
+        Args:
+            rows: rows of the batch.
 
         Raises:
-            ValueError: two sizes disagree. Which batch of an epoch is the last, short one only
-                the data knows; but the first, where the loss tracker has counted nothing, is not.
+            ValueError: two sizes disagree. A short batch may be the last one of its epoch. It
+                cannot be if it is the first one: then the loss tracker has counted nothing.
         """
         size, steps = self._asked()
         if size is None and steps is None:
@@ -118,10 +121,10 @@ class TorchStep(TrainStep):
 
 
 def make_train_function(model: keras.Model) -> Callable[..., Any]:
-    """A `make_train_function` that leaves the window to Python.
+    """A `make_train_function` that runs the window in Python.
 
-    Keras would let PyTorch compile the whole `train_step`, the loop over micro-batches unrolled
-    in it.
+    Otherwise PyTorch would compile the whole `train_step`, with the loop over micro-batches
+    unrolled.
     """
 
     def make(force: bool = False) -> None:
@@ -132,10 +135,10 @@ def make_train_function(model: keras.Model) -> Callable[..., Any]:
 
 
 def refuse_distributed(model: keras.Model) -> None:
-    """Refuses one of several processes, and layers that wrap a module of DDP or FSDP.
+    """Refuses several processes, and layers that wrap a module of DDP or FSDP.
 
     Raises:
-        NotImplementedError: see there.
+        NotImplementedError: there are several processes, or a layer wraps such a module.
     """
     _refuse_several_processes()
     distributed = distributed_classes()

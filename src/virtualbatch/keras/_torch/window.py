@@ -1,7 +1,7 @@
 """One batch of `fit` as micro-batches, on PyTorch: a loop in Python.
 
-Each micro-batch adds its part of the loss, of the gradients and of the BatchNorm moments; then the
-optimizer, the trackers and the moving averages move once.
+Each micro-batch adds its part of the loss, the gradients and the BatchNorm moments. Then optimizer,
+trackers and moving averages are updated once.
 """
 
 import warnings
@@ -42,9 +42,9 @@ class Microbatch(NamedTuple):
 
     Fields:
         rows: its rows; a Python int.
-        place: where they stand in the batch.
+        place: where its rows stand in the batch.
         get: () -> (x, y, sample_weight) of its rows.
-        stretch: padded length over that of its targets, where rows are packed; see `Rows`.
+        stretch: padded length over trimmed length, if its targets are trimmed; see `Rows`.
     """
 
     rows: int
@@ -54,7 +54,7 @@ class Microbatch(NamedTuple):
 
     @property
     def rows_in_order(self) -> int | None:
-        """Its rows where they are the next ones of the batch; else None."""
+        """Its rows, if they are the next ones of the batch; else None."""
         return self.rows if isinstance(self.place.rows, slice) else None
 
 
@@ -62,14 +62,14 @@ class WindowRun:
     """One batch of `fit` as micro-batches.
 
     Attributes:
-        told_of: what the logs hold of each micro-batch beside its loss.
+        told_of: what the logs say about each micro-batch, in words; None for its loss.
 
     Args:
         model: a model that is built and compiled.
         rows: rows of the whole batch.
         cut: its micro-batches.
-        added: what is known of the losses that layers add.
-        stats: whether the logs are to hold statistics of the window.
+        added: what is known about the losses that layers add.
+        stats: whether the logs get statistics of the window.
         gathering: whose predictions are gathered, if any.
     """
 
@@ -89,9 +89,9 @@ class WindowRun:
         self._cut = cut
         self._window = WindowModel(model, rows, added, gathering)
         self._modules = torch_modules(model)
-        # Sums over the micro-batches so far; none holds a graph.
+        # Sums over the micro-batches so far, without a graph.
         self._losses: list[torch.Tensor] = []
-        # What is told of each micro-batch.
+        # One value per micro-batch, for the logs.
         self._parts: list[torch.Tensor] = []
         self._moments: list[Any] = []
         self._called: list[Any] = []
@@ -115,7 +115,8 @@ class WindowRun:
         gradients = Gradients(parameters, window.overwritten, norms)
         logs: dict[str, Any] = {}
         for module in self._modules:
-            # As its wrapper does when it is called: statistics are only read of what trains.
+            # The wrapper sets this mode too when it is called. But statistics are attached before
+            # that, and only to modules in training mode.
             module.train()
         statistics = MergedStatistics(self._modules, Buffers(self._modules))
         with statistics.attached(), norms.attached() if norms else nullcontext():
@@ -144,7 +145,7 @@ class WindowRun:
     def _add(
         self, microbatch: Microbatch, gradients: Gradients, statistics: MergedStatistics
     ) -> None:
-        """Forward and backward of one micro-batch; its activations are free when this returns."""
+        """Forward and backward of one micro-batch. Its activations are freed when this returns."""
         window, optimizer = self._window, self._model.optimizer
         batch = microbatch.get()
         rows = Rows(microbatch.rows, window.rows, microbatch.stretch)
@@ -153,7 +154,7 @@ class WindowRun:
         added_shapes = partial(self._added_shapes, batch[0])
         loss, tracked = window.loss(batch, y_pred, rows, self._totals, added_shapes)
         if window.unreduced:
-            # PyTorch's own error, as for the whole batch.
+            # Raises PyTorch's own error, as for the whole batch.
             loss.expand(window.rows).backward()
         if gradients.parameters:
             gradients.add(loss if optimizer is None else optimizer.scale_loss(loss), rows)
@@ -165,20 +166,20 @@ class WindowRun:
         self._merge(seen)
 
     def _merge(self, seen: Sequence[tuple[Any, Any]]) -> None:
-        """Takes in the moments of one micro-batch."""
+        """Merges the moments of one micro-batch into the window's moments."""
         self._called = [layer for layer, _ in seen]
         moments = [found for _, found in seen]
         self._moments = merged(self._moments, moments) if self._moments else moments
 
     def _stats(self, norms: GradientNorms, gradients: Sequence[torch.Tensor | None]) -> WindowStats:
-        """The statistics of a window, without the scale of its loss, which the optimizer moves."""
+        """The statistics of a window, without the optimizer's loss scale, which changes."""
         found = [g for g in updated(gradients, self._window.overwritten) if g is not None]
         stats = norms.stats(found, self._window.rows, len(self._cut))
         undo = self._model.optimizer.scale_loss(torch.ones_like(stats.square)) ** -2
         return stats._replace(mean_square=stats.mean_square * undo, square=stats.square * undo)
 
     def _totals(self) -> torch.Tensor:
-        """Weights of the window that only a forward reveals, counted without a graph of it."""
+        """The weights vector of the window, counted with forwards that build no graph."""
         if self._counted is None:
             window = self._window
             with self._without_a_trace():
@@ -189,7 +190,7 @@ class WindowRun:
         return self._counted
 
     def _added_shapes(self, x: Any, few: int) -> Sequence[Shape]:
-        """Shapes of the losses that layers add for so many copies of the first row."""
+        """Shapes of the losses that layers add for `few` copies of the first row."""
         rows = tree.map_structure(
             lambda leaf: leaf[[0] * few] if hasattr(leaf, "shape") else leaf, x
         )
@@ -198,7 +199,7 @@ class WindowRun:
 
     @contextmanager
     def _without_a_trace(self) -> Iterator[None]:
-        """While forwards run of which no graph, random number or buffer of a module stays."""
+        """Lets forwards run without a graph, and puts back random numbers and modules' buffers."""
         buffers = Buffers(self._modules)
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.no_grad(), torch.random.fork_rng(devices):
@@ -212,6 +213,9 @@ def detached(value: Any) -> Any:
 
 
 def added_up(sums: list[torch.Tensor], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Sums over micro-batches with those of one more, without its graph; empty before the first."""
+    """Adds the values of one more micro-batch to sums, without a graph.
+
+    `sums` is empty before the first micro-batch.
+    """
     found = [value.detach() for value in values]
     return [a + b for a, b in zip(sums, found, strict=True)] if sums else found
