@@ -41,11 +41,13 @@ class Weight(NamedTuple):
         text: what is counted, in words.
         code: the expression to paste.
         per_row: the weight of each row.
+        likewise: an expression of another array that counts these rows in the same proportion.
     """
 
     text: str
     code: str
     per_row: np.ndarray
+    likewise: str | None = None
 
 
 class Explanation(NamedTuple):
@@ -164,6 +166,8 @@ def _wrong_weight(subject: TrainingStep, where: str, given: str, right: Weight) 
         f"The mean of each micro-batch is weighted by {given}, but the loss divides by "
         f"{right.text}: a mean of means."
     )
+    if right.likewise is not None:
+        why += f" In these rows {right.likewise} counts alike; take what your loss divides by."
     return Explanation(False, Finding("weight", where, why, fix))
 
 
@@ -261,24 +265,33 @@ def _spans(coordinates: "Coordinates", table: np.ndarray, values: np.ndarray) ->
     return coordinates.fits(table @ solved, values)
 
 
-def candidates(leaves: Mapping[str, np.ndarray], rows: int) -> Iterator[Weight]:
-    """Ways to count a batch by its own arrays, without duplicates.
+def candidates(leaves: Mapping[str, np.ndarray], rows: int) -> Sequence[Weight]:
+    """Ways to count a batch by its own arrays, masks first, without duplicates.
 
     Args:
         leaves: expression -> array, with rows on its first axis.
         rows: the number of rows.
     """
-    seen = [np.ones(rows)]
-    for path, leaf in leaves.items():
+    found = [Weight("rows", "", np.ones(rows))]
+    paths = [""]
+    for path, leaf in sorted(leaves.items(), key=lambda item: not _is_mask(item[1])):
         for text, code, counted in _counts(path, leaf):
             per_row = counted.reshape(len(leaf), -1).sum(1).astype(float)
             total = per_row.sum()
             if not (np.all(np.isfinite(per_row)) and np.all(per_row >= 0) and total > 0):
                 continue
-            if any(np.allclose(per_row / total, known / known.sum()) for known in seen):
-                continue
-            seen.append(per_row)
-            yield Weight(text, code, per_row)
+            known = (np.allclose(per_row / total, w.per_row / w.per_row.sum()) for w in found)
+            same = next((k for k, is_same in enumerate(known) if is_same), None)
+            if same is None:
+                found.append(Weight(text, code, per_row))
+                paths.append(path)
+            elif paths[same] != path and found[same].likewise is None:
+                found[same] = found[same]._replace(likewise=code)
+    return found[1:]
+
+
+def _is_mask(leaf: np.ndarray) -> bool:
+    return leaf.dtype.kind in "biuf" and bool(((leaf == 0) | (leaf == 1)).all())
 
 
 def _counts(path: str, leaf: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
