@@ -150,15 +150,14 @@ def bench(
         list[str] | None, typer.Option(help="One engine; may be repeated. All that are installed.")
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="MLP, CNN, transformer or tokens; may be repeated.")
+        list[str] | None,
+        typer.Option(help="MLP, CNN, transformer, tokens or pairs; may be repeated."),
     ] = None,
     peers: Annotated[
         str,
         typer.Option(help="all or none; list only shows them and what is not installed."),
     ] = ALL_PEERS,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Few rounds of the two fastest models.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds, of MLP and tokens.")] = False,
     page: Annotated[
         Path | None,
         typer.Option(
