@@ -11,7 +11,7 @@ from keras import layers, losses, ops
 from tests.keras.backends import BACKEND
 from tests.keras.coupled import FEATURES, MASKS, X, clip, mlp
 
-from virtualbatch.keras import _backend
+from virtualbatch.keras._current_backend import current_backend
 from virtualbatch.keras._gather.detection import found_by_shape, found_on_rows
 from virtualbatch.keras._gather.gathering import COMPARES, NO_ROWS, NUMBER, UNCUT
 
@@ -38,7 +38,7 @@ def looked_at(loss, y, model=None, by_shape=False):
     )
     if by_shape:
         return found_by_shape(model, batch)
-    return found_on_rows(model, batch, 20, _backend().evaluate)
+    return found_on_rows(model, batch, 20, current_backend().evaluate)
 
 
 def targets(name):
@@ -145,7 +145,7 @@ def test_nothing_is_changed():
     before = [np.array(variable.numpy()) for variable in model.variables]
     drawn = random.getstate(), np.random.get_state()[2]
     batch = ops.convert_to_tensor(X[:20]), ops.convert_to_tensor(Y), None
-    assert found_on_rows(model, batch, 20, _backend().evaluate).gathering is None
+    assert found_on_rows(model, batch, 20, current_backend().evaluate).gathering is None
     for variable, value in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), value)
     assert (random.getstate(), np.random.get_state()[2]) == drawn
@@ -161,6 +161,6 @@ if BACKEND != "jax":  # which compiles what it runs
         seconds = []
         for _ in range(3):
             start = time.thread_time()
-            found_on_rows(model, batch, 20, _backend().evaluate)
+            found_on_rows(model, batch, 20, current_backend().evaluate)
             seconds.append(time.thread_time() - start)
         assert min(seconds) < 0.1
