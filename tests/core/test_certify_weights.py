@@ -1,6 +1,7 @@
-"""The ways to count a batch by its own arrays: masks first, and what counts alike is named."""
+"""The ways to count a batch by its own arrays: masks are preferred, what counts alike is named."""
 
 import numpy as np
+import pytest
 
 from virtualbatch.certify.weights import candidates
 
@@ -12,8 +13,10 @@ def counted(leaves):
     return {found.code: found.likewise for found in candidates(leaves, len(IDS))}
 
 
-def test_a_mask_is_proposed_before_ids_that_count_alike():
-    assert counted({"batch['ids']": IDS, "batch['mask']": MASK}) == {
+@pytest.mark.parametrize("names", [("ids", "mask"), ("mask", "ids")])
+def test_a_mask_is_proposed_before_ids_that_count_alike(names):
+    arrays = {"ids": IDS, "mask": MASK}
+    assert counted({f"batch['{name}']": arrays[name] for name in names}) == {
         "batch['mask'].sum()": "(batch['ids'] != 0).sum()",
         "(batch['ids'][:, 1:] != 0).sum()": None,
     }

@@ -266,15 +266,16 @@ def _spans(coordinates: "Coordinates", table: np.ndarray, values: np.ndarray) ->
 
 
 def candidates(leaves: Mapping[str, np.ndarray], rows: int) -> Sequence[Weight]:
-    """Ways to count a batch by its own arrays, masks first, without duplicates.
+    """Ways to count a batch by its own arrays, without duplicates; masks are preferred.
 
     Args:
         leaves: expression -> array, with rows on its first axis.
         rows: the number of rows.
     """
     found = [Weight("rows", "", np.ones(rows))]
-    paths = [""]
-    for path, leaf in sorted(leaves.items(), key=lambda item: not _is_mask(item[1])):
+    sources = [("", True)]
+    for path, leaf in leaves.items():
+        is_mask = _is_mask(leaf)
         for text, code, counted in _counts(path, leaf):
             per_row = counted.reshape(len(leaf), -1).sum(1).astype(float)
             total = per_row.sum()
@@ -284,9 +285,17 @@ def candidates(leaves: Mapping[str, np.ndarray], rows: int) -> Sequence[Weight]:
             same = next((k for k, is_same in enumerate(known) if is_same), None)
             if same is None:
                 found.append(Weight(text, code, per_row))
-                paths.append(path)
-            elif paths[same] != path and found[same].likewise is None:
-                found[same] = found[same]._replace(likewise=code)
+                sources.append((path, is_mask))
+                continue
+            before = found[same]
+            if sources[same][0] == path:
+                continue
+            if is_mask and not sources[same][1]:
+                # Losses divide by masks more often than by what happens to count alike.
+                found[same] = before._replace(text=text, code=code, likewise=before.code)
+                sources[same] = (path, True)
+            elif before.likewise is None:
+                found[same] = before._replace(likewise=code)
     return found[1:]
 
 
