@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from virtualbatch.certify.certificate import Certificate
+from virtualbatch.certify.counts import candidates
 from virtualbatch.certify.of_signal import raise_if_of_signal
 from virtualbatch.certify.proven import Seen
-from virtualbatch.certify.weights import candidates
 
 # Parts are chosen among at most _POOL rows, among fewer (at least _FEWEST) if these hold more than
 # _NUMBERS numbers, and in _WAYS random ways.

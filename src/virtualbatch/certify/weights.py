@@ -4,23 +4,19 @@ Each hypothesis is arithmetic on the gradients of parts. The right one reproduce
 the whole batch up to rounding; the others are far off.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from virtualbatch.certify.certificate import Finding
+from virtualbatch.certify.coordinates import Coordinates
+from virtualbatch.certify.counts import Weight, candidates
 from virtualbatch.certify.errors import Scales
-from virtualbatch.certify.step import Observed, TrainingStep
+from virtualbatch.certify.step import TrainingStep
 from virtualbatch.window.shares import shares
 
-# The number of coordinates of the gradient on which hypotheses are tried.
-_COORDINATES = 4096
-# Hypotheses add up several gradients, so they may be off by more roundings than the verdict.
-_SLACK = 64
-# A small term is compared at its own size, but at no less than this share of the other terms.
-_SMALLEST = 1e-2
 # Gradients of this many numbers cannot be fitted by chance.
 _ENOUGH = 8
 # Fixes for engines that divide by themselves.
@@ -32,22 +28,6 @@ _ONE_PER_ROW = (
     "Return one value per row, or add one value per row by add_loss, and let the framework reduce "
     "them; or divide by what it counts, such as the rows."
 )
-
-
-class Weight(NamedTuple):
-    """One way to count a batch.
-
-    Fields:
-        text: what is counted, in words.
-        code: the expression to paste.
-        per_row: the weight of each row.
-        likewise: an expression of another array that counts these rows in the same proportion.
-    """
-
-    text: str
-    code: str
-    per_row: np.ndarray
-    likewise: str | None = None
 
 
 class Explanation(NamedTuple):
@@ -172,7 +152,7 @@ def _wrong_weight(subject: TrainingStep, where: str, given: str, right: Weight) 
 
 
 def _of_other_parts(
-    subject: TrainingStep, where: str, value: Any, coordinates: "Coordinates", whole: np.ndarray
+    subject: TrainingStep, where: str, value: Any, coordinates: Coordinates, whole: np.ndarray
 ) -> Explanation:
     """Tries hypotheses that need other cuts than the user's."""
     every = np.arange(subject.rows)
@@ -232,7 +212,7 @@ def _of_other_parts(
 
 
 def _two_means(
-    subject: TrainingStep, value: Any, coordinates: "Coordinates", quarters: Sequence[np.ndarray]
+    subject: TrainingStep, value: Any, coordinates: Coordinates, quarters: Sequence[np.ndarray]
 ) -> tuple[Weight, Weight] | None:
     """The weights of two means that add up to the loss; None if there are no such weights.
 
@@ -259,107 +239,7 @@ def _two_means(
     return None
 
 
-def _spans(coordinates: "Coordinates", table: np.ndarray, values: np.ndarray) -> bool:
+def _spans(coordinates: Coordinates, table: np.ndarray, values: np.ndarray) -> bool:
     """Whether values are combinations of the columns of a table."""
     solved, *_ = np.linalg.lstsq(table, values, rcond=None)
     return coordinates.fits(table @ solved, values)
-
-
-def candidates(leaves: Mapping[str, np.ndarray], rows: int) -> Sequence[Weight]:
-    """Ways to count a batch by its own arrays, without duplicates; masks are preferred.
-
-    Args:
-        leaves: expression -> array, with rows on its first axis.
-        rows: the number of rows.
-    """
-    found = [Weight("rows", "", np.ones(rows))]
-    sources = [("", True)]
-    for path, leaf in leaves.items():
-        is_mask = _is_mask(leaf)
-        for text, code, counted in _counts(path, leaf):
-            per_row = counted.reshape(len(leaf), -1).sum(1).astype(float)
-            total = per_row.sum()
-            if not (np.all(np.isfinite(per_row)) and np.all(per_row >= 0) and total > 0):
-                continue
-            known = (np.allclose(per_row / total, w.per_row / w.per_row.sum()) for w in found)
-            same = next((k for k, is_same in enumerate(known) if is_same), None)
-            if same is None:
-                found.append(Weight(text, code, per_row))
-                sources.append((path, is_mask))
-                continue
-            before = found[same]
-            if sources[same][0] == path:
-                continue
-            if is_mask and not sources[same][1]:
-                # Losses divide by masks more often than by what happens to count alike.
-                found[same] = before._replace(text=text, code=code, likewise=before.code)
-                sources[same] = (path, True)
-            elif before.likewise is None:
-                found[same] = before._replace(likewise=code)
-    return found[1:]
-
-
-def _is_mask(leaf: np.ndarray) -> bool:
-    return leaf.dtype.kind in "biuf" and bool(((leaf == 0) | (leaf == 1)).all())
-
-
-def _counts(path: str, leaf: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
-    if leaf.dtype.kind in "fc":
-        yield f"the sum of {path}", f"{path}.sum()", leaf
-    yield f"the entries of {path} that are not 0", f"({path} != 0).sum()", leaf != 0
-    if leaf.dtype.kind == "b":
-        # A mask may mark the entries that are left out.
-        yield f"the entries of {path} that are False", f"(~{path}).sum()", ~leaf
-    if leaf.dtype.kind in "iu":
-        # Padding is most often the smallest or the last value; PyTorch ignores -100.
-        for pad in dict.fromkeys([-100, int(leaf.min()), int(leaf.reshape(-1)[-1])]):
-            code = f"({path} != {pad}).sum()"
-            yield f"the entries of {path} that are not {pad}", code, leaf != pad
-            if leaf.ndim > 1:
-                code = f"({path}[:, 1:] != {pad}).sum()"
-                text = f"the entries of {path}[:, 1:] that are not {pad}"
-                yield text, code, leaf[:, 1:] != pad
-    if leaf.dtype.kind in "iu" and leaf.ndim == 1:
-        yield f"the sum of {path}", f"{path}.sum()", leaf
-
-
-class Coordinates:
-    """Some coordinates of a gradient and the loss, in units of the tolerance.
-
-    Args:
-        parameters: parameter name -> its value.
-        scales: units of gradients and losses.
-        tolerance: the tolerance of the certificate.
-    """
-
-    def __init__(self, parameters: Mapping[str, np.ndarray], scales: Scales, tolerance: float):
-        self._scales = scales
-        self._tolerance = tolerance
-        each = max(1, _COORDINATES // max(1, len(parameters)))
-        self._places = {
-            name: np.linspace(0, value.size - 1, min(each, value.size)).astype(int)
-            for name, value in parameters.items()
-        }
-        self.known = sum(map(len, self._places.values()))
-
-    def of(self, found: Observed, term: Any) -> np.ndarray:
-        """The coordinates of a run, with the loss of one term first."""
-        loss = found.terms[term] / self._scales.loss
-        parts = [np.zeros(len(places)) for places in self._places.values()]
-        for part, (name, places) in zip(parts, self._places.items(), strict=True):
-            gradient = found.gradients[name]
-            if gradient is not None:
-                part += gradient.reshape(-1)[places] / self._scales.gradients[name]
-        return np.concatenate([[loss], *parts]) / self._tolerance
-
-    def zoomed(self, whole: np.ndarray) -> np.ndarray:
-        """Uses the size of a term as the unit from now on; returns the term in that unit."""
-        size = float(np.max(np.abs(whole), initial=0.0)) * self._tolerance
-        unit = min(1.0, max(size, _SMALLEST))
-        self._tolerance *= unit
-        return whole / unit
-
-    @staticmethod
-    def fits(guess: np.ndarray, truth: np.ndarray) -> bool:
-        """Whether a guess equals the observation, up to rounding."""
-        return bool(np.max(np.abs(guess - truth), initial=0.0) <= _SLACK)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-from keras.src import backend
 
 from virtualbatch.keras._added_losses import AddedLosses, Shape, shapes_of_added
 from virtualbatch.keras._batchnorm import batchnorm_layers
@@ -17,14 +16,14 @@ from virtualbatch.keras._gather.loss import (
     GatheredPredictions,
     added_to,
     loss_of_all_rows,
-    update_metrics,
 )
 from virtualbatch.keras._overwritten import are_overwritten
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._terms import Contribution, contribution
+from virtualbatch.keras._window_metrics import WindowMetrics
 
 
-class WindowModel:
+class WindowModel(WindowMetrics):
     """One batch of `fit` as micro-batches: the computations of the model, without the loop.
 
     Args:
@@ -41,20 +40,16 @@ class WindowModel:
         added: AddedLosses,
         gathering: Gathering | None = None,
     ):
-        self.model = model
-        self.rows = rows
-        self.gathering = gathering
+        super().__init__(model, rows, gathering)
         self._added = added
         self._predictions = GatheredPredictions(gathering) if gathering else None
         self.batchnorm = batchnorm_layers(model)
         self.overwritten = are_overwritten(model.trainable_variables)
-        self.own_metrics = type(model).compute_metrics is not keras.Model.compute_metrics
         self._own_loss = type(model).compute_loss is not keras.Model.compute_loss
         # Known once the loss is traced or has run eagerly. No tensor is kept.
         self.needs_count = False
         self.losses_of_one_number: list[str] = []
         self.unreduced = False
-        self._tracked_by_rows = False
 
     def forward(self, x: Any) -> Any:
         """Predictions of a micro-batch, in training mode."""
@@ -241,98 +236,10 @@ class WindowModel:
         """The weights vector, computed from predictions that already exist; see `counted`."""
         return self._contribution(batch, y_pred, rows, _Ones).counted
 
-    def update_metrics(self, batch: Any, y_pred: Any, rows: Rows) -> dict[str, Any]:
-        """Shows a micro-batch to the compiled metrics.
-
-        Args:
-            batch: (x, y, sample_weight) of the micro-batch.
-            y_pred: the result of `forward` for it.
-            rows: rows of the micro-batch and the window.
-
-        Returns:
-            The result of an overridden `compute_metrics`; else an empty dict. Gathered outputs are
-            left to `update_metrics_of_all_rows`.
-        """
-        model = self.model
-        x, y, sample_weight = batch
-        if rows.is_stretched:
-            _weigh_trimmed(y_pred, rows.stretch)
-        gathering = self.gathering
-        if gathering is not None and gathering.takes_all:
-            return {}
-        if self.own_metrics:
-            return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-        # Keras' own compute_metrics also computes every result, but results are read only at the
-        # end of the window.
-        if model._compile_metrics is None:
-            return {}
-        if gathering is None:
-            model._compile_metrics.update_state(y, y_pred, sample_weight)
-        else:
-            update_metrics(
-                model._compile_metrics,
-                lambda k: not gathering.takes(k),
-                *(y, y_pred, sample_weight),
-            )
-        return {}
-
-    def update_metrics_of_all_rows(self, batch: Any, y_pred: Any) -> dict[str, Any]:
-        """Shows the gathered outputs to their metrics, once per window.
-
-        Args:
-            batch: (x, y, sample_weight) of the whole batch.
-            y_pred: the result of `joined`, in the form that metrics see.
-
-        Returns:
-            The result of an overridden `compute_metrics`, if every output is gathered; else an
-            empty dict.
-        """
-        model, gathering = self.model, self._gathers
-        x, y, sample_weight = batch
-        if self.own_metrics:
-            if not gathering.takes_all:
-                return {}
-            found: dict[str, Any] = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-            return found
-        if model._compile_metrics is not None:
-            update_metrics(model._compile_metrics, gathering.takes, y, y_pred, sample_weight)
-        return {}
-
     @property
     def reads_inputs(self) -> bool:
         """Whether the loss or the metrics of all rows get the inputs too."""
         return self._own_loss or self.own_metrics
-
-    @property
-    def tracked_rows(self) -> Any:
-        """The number of rows that the loss trackers count for this window."""
-        return self.rows
-
-    def track(self, loss: Any, tracked: list[Any]) -> None:
-        """Shows the window's loss and per-output losses to their metrics, once."""
-        model = self.model
-        model._loss_tracker.update_state(loss, sample_weight=self.tracked_rows)
-        if tracked:
-            weight = self.tracked_rows if self._tracked_by_rows else None
-            for metric, value in zip(model._compile_loss.metrics, tracked, strict=True):
-                metric.update_state(value, sample_weight=weight)
-
-    def results(self, latest: dict[str, Any]) -> dict[str, Any]:
-        """The logs of this batch.
-
-        Args:
-            latest: the result of `update_metrics` for the last micro-batch.
-        """
-        results = self.model.get_metrics_result()
-        if not self.own_metrics:
-            return results
-        return {name: results.get(name, value) for name, value in latest.items()}
-
-    @property
-    def _gathers(self) -> Gathering:
-        if self.gathering is None:
-            raise RuntimeError("internal: a window that gathers nothing has no loss of all rows.")
-        return self.gathering
 
     @property
     def _gathered(self) -> GatheredPredictions:
@@ -363,21 +270,6 @@ class WindowModel:
         self.unreduced = self.unreduced or found.unreduced
         self._tracked_by_rows = self._tracked_by_rows or found.tracked_by_rows
         return found
-
-
-def _weigh_trimmed(y_pred: Any, stretch: Any) -> None:
-    """Gives trimmed rows the weight in metrics that they would have without trimming.
-
-    Keras averages the tokens of a row before it adds up rows, so the weight of a row would depend
-    on its padded length. Metrics multiply their weights by the mask of the predictions, so the
-    mask is divided by the stretch.
-    """
-    for found in keras.tree.flatten(y_pred):
-        if len(found.shape) > 2:
-            mask = backend.get_keras_mask(found)
-            weight = keras.ops.ones_like(found[..., 0]) if mask is None else mask
-            weight = keras.ops.cast(weight, keras.backend.floatx())
-            backend.set_keras_mask(found, weight / keras.ops.cast(stretch, weight.dtype))
 
 
 class _Ones:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from virtualbatch.certify.weights import candidates
+from virtualbatch.certify.counts import candidates
 
 IDS = np.array([[3, 1, 0, 0], [2, 5, 4, 0], [1, 0, 0, 0]])
 MASK = (IDS != 0).astype("float32")
