@@ -12,9 +12,10 @@ from virtualbatch.torch._as_written import as_written
 from virtualbatch.torch._call import Call, Trained
 from virtualbatch.torch._checks import check_recording
 from virtualbatch.torch._modules import inventory
+from virtualbatch.torch._ran import keep
 from virtualbatch.torch._replicas.found import replicas_of
 from virtualbatch.torch._undo import undone_if_cut
-from virtualbatch.torch._window import Program, keep
+from virtualbatch.torch._window import Program
 from virtualbatch.window.options import check_flags
 from virtualbatch.window.terms import AuxLossFn, GivenWeight, LossFn
 

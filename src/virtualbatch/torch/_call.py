@@ -13,9 +13,10 @@ from virtualbatch.torch._fit import Fit
 from virtualbatch.torch._loss import WindowLoss
 from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._not_finite import Heard
+from virtualbatch.torch._ran import Conclusion, Ran
 from virtualbatch.torch._remembered import remembered
 from virtualbatch.torch._replicas.replicas import Outcome, Replicas
-from virtualbatch.torch._window import Conclusion, Program, Ran
+from virtualbatch.torch._window import Program
 from virtualbatch.window.not_finite import rows_in_order
 from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import SINGLE

@@ -14,10 +14,11 @@ from virtualbatch.torch._call import Call, Trained
 from virtualbatch.torch._commit import Commit
 from virtualbatch.torch._handover import Finished, hooks_set_aside
 from virtualbatch.torch._modules import Inventory, inventory
+from virtualbatch.torch._ran import Ran
 from virtualbatch.torch._replicas.found import replicas_of
 from virtualbatch.torch._replicas.replicas import Replicas
 from virtualbatch.torch._undo import undone_if_cut
-from virtualbatch.torch._window import Program, Ran
+from virtualbatch.torch._window import Program
 from virtualbatch.window.options import check_flags
 from virtualbatch.window.terms import AuxLossFn, GivenWeight, LossFn
 

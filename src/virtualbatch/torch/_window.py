@@ -3,28 +3,27 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 
-from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.torch._accumulator import RoundedWindow
-from virtualbatch.torch._aux import detached, merged_aux
+from virtualbatch.torch._aux import merged_aux
 from virtualbatch.torch._batchnorm import MergedStatistics, is_tracked
 from virtualbatch.torch._capture import Captured
-from virtualbatch.torch._commit import Commit
-from virtualbatch.torch._grad_watch import check_recording
 from virtualbatch.torch._gradients import WindowGradients
-from virtualbatch.torch._loss import WindowLoss, checked_terms
+from virtualbatch.torch._loss import WindowLoss
 from virtualbatch.torch._microbatch import Microbatch, on_device
 from virtualbatch.torch._modules import Inventory
+from virtualbatch.torch._ran import Conclusion, Ran, keep, take_back
 from virtualbatch.torch._rounding import StochasticRounding
+from virtualbatch.torch._run import Run
 from virtualbatch.torch._state import Buffers, Places
 from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.torch._undo import Undo, all_or_nothing
 from virtualbatch.torch._weights import window_weights
 from virtualbatch.window.shares import Shares, check_counted
-from virtualbatch.window.terms import GivenWeight, loss_and_aux
+from virtualbatch.window.terms import GivenWeight
 from virtualbatch.window.weights import HostWeights
 
 
@@ -73,7 +72,7 @@ class Program(NamedTuple):
         self,
         cut: Sequence[Microbatch],
         shares: Shares,
-        conclude: "Conclusion",
+        conclude: Conclusion,
         loss: WindowLoss | None = None,
     ) -> Any:
         """Runs a window.
@@ -98,7 +97,7 @@ class Program(NamedTuple):
         self,
         cut: Sequence[Microbatch],
         shares: Shares,
-        conclude: "Conclusion",
+        conclude: Conclusion,
         loss: WindowLoss,
     ) -> Any:
         if self.stats:
@@ -125,7 +124,7 @@ class Program(NamedTuple):
                 self.in_step is not None,
                 None if self.rounding_seed is None else StochasticRounding(self.rounding_seed),
             )
-        run = _Run(self.loss_fn, self.has_aux, statistics, gradients, norms, self.in_step)
+        run = Run(self.loss_fn, self.has_aux, statistics, gradients, norms, self.in_step)
         rounded = None if self.rounding_seed is None else RoundedWindow(self.found.owner)
         undo = Undo(partial(_put_back, gradients, buffers, rounded))
         ran = Ran(run, loss, [], shares, undo)
@@ -137,7 +136,7 @@ class Program(NamedTuple):
                     attached.enter_context(statistics.attached())
                 if norms is not None:
                     attached.enter_context(norms.attached())
-                run.window(cut, ran, conclude is keep, self.holds_last)
+                run.window(cut, shares, loss, ran.aux, conclude is keep, self.holds_last)
                 if self.has_aux:
                     own = cut[: len(shares.rows)]
                     # The merge may run the loss function on fake tensors. None of them must stay
@@ -168,171 +167,11 @@ class Program(NamedTuple):
         return loss_fn.replayed(self.found, cut, shares)
 
 
-class Ran(NamedTuple):
-    """A window that has run, of which nothing is kept yet.
-
-    Fields:
-        run: the objects that ran the window.
-        loss: the losses of the window.
-        aux: the aux of the window, as the only item; empty if there is no aux.
-        shares: the shares of the micro-batches.
-        undo: puts back `.grad`s and buffers.
-    """
-
-    run: "_Run"
-    loss: WindowLoss
-    aux: list[Any]
-    shares: Shares
-    undo: Undo
-
-    @property
-    def gradients(self) -> WindowGradients:
-        """The gradients of a window that was differentiated."""
-        if self.run.gradients is None:
-            raise ValueError("internal: a window without gradients is asked for them.")
-        return self.run.gradients
-
-    def reached(self, parameters: int) -> list[bool]:
-        """Whether the window has a gradient, for each parameter.
-
-        Args:
-            parameters: the number of parameters.
-        """
-        gradients = self.run.gradients
-        return [False] * parameters if gradients is None else gradients.reached()
-
-    def result(self, loss: torch.Tensor, stats: WindowStats | None = None) -> Any:
-        """The result for the caller: the loss, or a tuple with aux and statistics."""
-        found = (loss, *self.aux, *([] if stats is None else [stats]))
-        return found if len(found) > 1 else loss
-
-    def stats(self) -> WindowStats | None:
-        """The statistics of the window, if they are asked for."""
-        norms = self.run.norms
-        if norms is None:
-            return None
-        return norms.stats(self.gradients.sums(), self.shares.window, self.shares.counted)
-
-
 def _put_back(*parts: WindowGradients | Buffers | RoundedWindow | None) -> None:
     """Leaves everything as it was before a window."""
     for part in parts:
         if part is not None:
             part.restore()
-
-
-# Decides what is kept of a window that has run. If it raises, the window leaves no trace.
-Conclusion: TypeAlias = Callable[[Ran], Any]
-
-
-def keep(ran: Ran) -> Any:
-    """Adds the gradients to `.grad`, and makes BatchNorm's update. Returns the call's result."""
-    result = ran.result(ran.loss.mean(), ran.stats())
-    commit = Commit()
-    ran.run.statistics.prepare(commit)
-    ran.gradients.prepare(commit)
-    commit.run(ran.undo)
-    return result
-
-
-def take_back(ran: Ran) -> Any:
-    """Restores everything as before the window. Returns the call's result."""
-    result = ran.result(ran.loss.mean(), ran.stats())
-    ran.undo.do()
-    return result
-
-
-def held_by(undo: Undo) -> Conclusion:
-    """Leaves a window open for more work before anything is kept.
-
-    Args:
-        undo: the undo of the code that does that work. From now on it puts the window back.
-
-    Returns:
-        A conclusion whose result is the window itself.
-    """
-
-    def hold(ran: Ran) -> Ran:
-        undo.instead(ran.undo.action)
-        ran.undo.instead(None)
-        return ran
-
-    return hold
-
-
-class _Run(NamedTuple):
-    """The micro-batches of one window, one after another.
-
-    Fields:
-        gradients: None if PyTorch records no gradients.
-        in_step: as in `Program`.
-    """
-
-    loss_fn: Callable[[Any], Any]
-    has_aux: bool
-    statistics: MergedStatistics
-    gradients: WindowGradients | None
-    norms: GradientNorms | None
-    in_step: Callable[[int, int], None] | None
-
-    def window(self, cut: Sequence[Microbatch], ran: Ran, keeps: bool, holds_last: bool) -> None:
-        """Runs the micro-batches, and adds their losses and aux to `ran`."""
-        gradients, shares = self.gradients, ran.shares
-        forward = self.statistics.heard(self.loss_fn) if self.statistics else self.loss_fn
-        count = len(shares.rows)
-        ran.loss.rows = [microbatch.rows for microbatch in cut[:count]]
-        empty = [shares.is_empty(index) for index in range(count)]
-        # A window without any weight has the loss 0. The parameters that its first micro-batch
-        # reaches get the gradient 0.
-        nothing = all(empty) and not shares.elsewhere and self.in_step is None
-        # Rows without weight still count in aux and BatchNorm, as they do in the whole batch.
-        run_all = self.has_aux or bool(self.statistics)
-        is_only = len(cut) == 1 and keeps
-        if gradients is not None and not is_only:
-            gradients.start(commit=keeps)
-        counted = False
-        for index, microbatch in enumerate(cut):
-            is_filler = index >= count
-            counts = self.in_step is not None or not empty[index] or (nothing and index == 0)
-            if not (counts or run_all):
-                continue
-            if self.in_step is not None:
-                self.in_step(index, len(cut))
-            result = (self.loss_fn if is_filler else forward)(microbatch.get())
-            check_recording(gradients is not None)
-            if gradients is not None and is_only:
-                gradients.start_after_forward()
-            if self.has_aux:
-                result, aux = loss_and_aux(result, self.has_aux)
-                if not is_filler:
-                    ran.aux.append(detached(aux))
-                del aux
-            terms = checked_terms(result)
-            parts = [0.0] * len(terms) if is_filler else shares.of(terms, index)
-            if counts:
-                counted = True
-                parts = [1.0] * len(parts) if nothing else parts
-                if gradients is not None and holds_last and index == len(cut) - 1:
-                    gradients.hold(terms.values(), parts)
-                elif gradients is not None:
-                    gradients.add(terms.values(), parts)
-                    if self.norms is not None and not nothing:
-                        self.norms.close(shares.of_rows_or_term()[index], gradients.factor)
-                ran.loss.add(index, terms, parts)
-            # Freed before the next forward pass: two graphs would hold two sets of activations.
-            del result, terms
-        if self.in_step is not None:
-            self.in_step(len(cut), len(cut))
-        if gradients is not None:
-            if counted and not gradients.found_any:
-                raise ValueError(
-                    "A loss must depend on a trainable parameter. Got one without a gradient. "
-                    "Compute it from the output of the module, without detach() or item()."
-                )
-            if nothing:
-                gradients.zero()
-        if nothing:
-            ran.loss.zero()
 
 
 def _has_memory_of(cut: Sequence[Microbatch], tensor: torch.Tensor) -> bool:

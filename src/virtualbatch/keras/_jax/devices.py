@@ -57,6 +57,15 @@ def devices_of(rows: int) -> int:
     return devices if rows % devices == 0 else 1
 
 
+def rows_of_one_device(rows: int) -> int:
+    """The rows of a batch that one device computes.
+
+    Args:
+        rows: the rows of the batch.
+    """
+    return rows // devices_of(rows)
+
+
 def processes_of_rows() -> int:
     """The number of processes that own the devices of the distribution in use."""
     distribution = keras.distribution.distribution()

@@ -16,7 +16,8 @@ from virtualbatch.keras._added_losses import AddedLosses
 from virtualbatch.keras._gather.gathering import Gathering
 from virtualbatch.keras._not_finite import NO_PLACE
 from virtualbatch.keras._tensorflow.cut import Cut
-from virtualbatch.keras._tensorflow.gathered_window import Backwards, Forwards, GatheredRun
+from virtualbatch.keras._tensorflow.gathered_results import Backwards, Forwards
+from virtualbatch.keras._tensorflow.gathered_window import GatheredRun
 from virtualbatch.keras._tensorflow.packing import PackedCut
 from virtualbatch.keras._tensorflow.replicas import (
     ReplicaModel,

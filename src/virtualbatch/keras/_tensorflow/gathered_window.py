@@ -7,7 +7,7 @@ predictions.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -27,6 +27,7 @@ from virtualbatch.keras._not_finite import LOSSES
 from virtualbatch.keras._overwritten import merged_gradients
 from virtualbatch.keras._rows import Rows
 from virtualbatch.keras._tensorflow.cut import Cut
+from virtualbatch.keras._tensorflow.gathered_results import Backwards, Forwards, OfAllRows
 from virtualbatch.keras._tensorflow.packing import PackedCut
 from virtualbatch.keras._tensorflow.second_pass import State, refuse_hidden_randomness
 from virtualbatch.keras._tensorflow.window import WindowRun, is_half, rows_of
@@ -35,62 +36,6 @@ from virtualbatch.tensorflow._loop import Output, Traced, bound, fold, trace
 from virtualbatch.tensorflow._segment import Segment
 
 _TOTALS = tf.TensorSpec([None], tf.float64)
-
-
-class Forwards(NamedTuple):
-    """The results of the first pass.
-
-    Fields:
-        moments: BatchNorm moments, in the order of the layers' calls.
-        added: losses that layers have added.
-        counts: a list with the weights vector; empty if nothing is counted.
-        arrays: gathered predictions and their masks, in the order of the batch.
-        batch: (x, y, sample_weight) of the same rows.
-        told: the table of micro-batches for the logs; see `LOSSES`.
-    """
-
-    moments: list[Any]
-    added: list[Any]
-    counts: list[Any]
-    arrays: list[Any]
-    batch: Any
-    told: Any
-
-
-class Backwards(NamedTuple):
-    """The results of the second pass.
-
-    Fields:
-        losses: the losses that do not see all rows: their sum and per-output values; may be empty.
-        dense: dense gradients, or None.
-        latest: see `virtualbatch.keras._tensorflow.window.Micro`.
-        sparse: values and indices of sparse gradients.
-        own: see `_OfAllRows`.
-    """
-
-    losses: list[Any]
-    dense: list[Any]
-    latest: Any
-    sparse: list[Any]
-    own: Sequence[Any]
-
-
-class _OfAllRows(NamedTuple):
-    """The results of the loss of all rows.
-
-    Fields:
-        losses: the loss and per-output losses.
-        predictions: gradient of each gathered prediction, or None.
-        added: gradient of each loss that layers have added, or None.
-        own: gradient of each trainable variable that the loss itself uses, or None.
-        latest: results of an overridden `compute_metrics`; else empty.
-    """
-
-    losses: list[Any]
-    predictions: list[Any]
-    added: list[Any]
-    own: list[Any]
-    latest: Any
 
 
 class GatheredRun(WindowRun):
@@ -156,7 +101,7 @@ class GatheredRun(WindowRun):
 
         Args:
             traced: the traced micro-batches.
-            own: see `_OfAllRows`.
+            own: see `OfAllRows`.
         """
         (losses, dense, latest), sparse = fold(
             traced,
@@ -230,7 +175,7 @@ class GatheredRun(WindowRun):
         told = self._told(_nan_or_0(window.predictions(y_pred)), rows)
         return (moments, added, counts, waited_for), arrays, told
 
-    def _loss_of_all_rows(self, first: Forwards) -> _OfAllRows:
+    def _loss_of_all_rows(self, first: Forwards) -> OfAllRows:
         model, window, added = self._model, self._window, first.added
         y_pred = window.joined(first.arrays)
         predictions = window.predictions(y_pred)
@@ -248,9 +193,9 @@ class GatheredRun(WindowRun):
         )
         count = len(predictions)
         own = found[len(watched) :]
-        return _OfAllRows([loss, *tracked], by_leaf[:count], by_leaf[count:], own, latest)
+        return OfAllRows([loss, *tracked], by_leaf[:count], by_leaf[count:], own, latest)
 
-    def _second_pass(self, whole: _OfAllRows, counts: list[Any]) -> Any:
+    def _second_pass(self, whole: OfAllRows, counts: list[Any]) -> Any:
         """(losses, per-output losses, gradients, metrics).
 
         Losses and metrics are those that do not see all rows. Gradients are the window's whole
@@ -282,7 +227,7 @@ class GatheredRun(WindowRun):
         batch: Any,
         needed: Sequence[int],
         of_predictions: Sequence[Any],
-        whole: _OfAllRows,
+        whole: OfAllRows,
         of_added: Sequence[Any],
         totals: Any,
     ) -> Any:

@@ -19,9 +19,10 @@ from virtualbatch.torch._leaves import refuse_unheld_parameter
 from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._microbatch import known_rows, on_device
 from virtualbatch.torch._modules import inventory
+from virtualbatch.torch._ran import keep
 from virtualbatch.torch._state import versions_of
 from virtualbatch.torch._undo import Undo
-from virtualbatch.torch._window import Program, keep
+from virtualbatch.torch._window import Program
 from virtualbatch.window.terms import loss_and_aux, of_part, weight_terms
 
 _HALF = {torch.float16, torch.bfloat16}

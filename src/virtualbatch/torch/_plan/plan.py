@@ -20,11 +20,12 @@ from virtualbatch.torch._microbatch import Microbatch, known_rows
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._plan.memory import ERRORS, left_bytes
 from virtualbatch.torch._plan.peak import DeviceCount, can_fake, faked, peak_bytes
+from virtualbatch.torch._ran import take_back
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._replicas.found import refuse_in_step
 from virtualbatch.torch._signals import held_back
 from virtualbatch.torch._undo import Undo, all_or_nothing
-from virtualbatch.torch._window import Program, take_back
+from virtualbatch.torch._window import Program
 from virtualbatch.window.shares import Shares
 
 _log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ import torch
 from torch import distributed
 
 from virtualbatch.torch._distributed import full
+from virtualbatch.torch._ran import Ran
 from virtualbatch.torch._replicas.moments import as_sums, from_sums
 from virtualbatch.torch._replicas.replicas import Outcome
-from virtualbatch.torch._window import Ran
 from virtualbatch.window.weights import HostWeights, Totals
 
 # All ranks send equally many numbers. A rank without rows does not know the terms.

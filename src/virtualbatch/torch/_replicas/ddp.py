@@ -19,10 +19,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from virtualbatch.torch._handover import Finished, hooks_set_aside
 from virtualbatch.torch._modules import Inventory
+from virtualbatch.torch._ran import Ran
 from virtualbatch.torch._replicas.checks import check_ddp, check_group, check_reduce
 from virtualbatch.torch._replicas.replicas import Replicas
 from virtualbatch.torch._undo import Undo
-from virtualbatch.torch._window import Program, Ran
+from virtualbatch.torch._window import Program
 
 # DDP module -> the parameters that its reducer was made for.
 _MADE_FOR: Any = WeakIdKeyDictionary()

@@ -12,7 +12,8 @@ from virtualbatch.torch._batch import ReadBatch
 from virtualbatch.torch._batchnorm import Moments
 from virtualbatch.torch._handover import Finished
 from virtualbatch.torch._microbatch import Microbatch
-from virtualbatch.torch._window import Program, Ran
+from virtualbatch.torch._ran import Ran
+from virtualbatch.torch._window import Program
 from virtualbatch.window.shares import Shares
 
 # Tries the law on a first window: (batch, micro-batches, their shares) -> micro-batches to run.

@@ -13,11 +13,12 @@ from virtualbatch.torch._batchnorm import is_tracked
 from virtualbatch.torch._coupled import refused_if_coupled
 from virtualbatch.torch._fit import Fit
 from virtualbatch.torch._microbatch import Microbatch
+from virtualbatch.torch._ran import Conclusion, Ran, held_by
 from virtualbatch.torch._replicas.agreement import Agreement
 from virtualbatch.torch._replicas.in_step import run_in_step
 from virtualbatch.torch._replicas.replicas import Outcome, Prove, Replicas
 from virtualbatch.torch._undo import Undo
-from virtualbatch.torch._window import Conclusion, Program, Ran, held_by
+from virtualbatch.torch._window import Program
 
 
 def run_window(
