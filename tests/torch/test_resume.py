@@ -17,7 +17,7 @@ NEEDED = {
     "weights": ('"model": model, ', ""),
     "the optimizer": ('"optimizer": optimizer, ', ""),
     "the schedule": ('"schedule": schedule, ', ""),
-    "the place in the data": ('batches(state["updates"])', "batches(0)"),
+    "the place in the data": ("batches(updates)", "batches(0)"),
 }
 
 

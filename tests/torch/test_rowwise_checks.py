@@ -265,3 +265,15 @@ def test_a_function_inside_a_window_is_planned_with_it():
     plan = vb.plan(lambda x: contrastive(function(x)), rows(), module=MODULE)
     assert plan.microbatch_size <= ROWS
     assert taken(MODULE) == [None] * 4
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_function_that_leaves_recording_off_is_refused_in_one_micro_batch_too(size):
+    def fn(x):
+        found = MODULE(x)
+        torch.set_grad_enabled(False)
+        return found
+
+    with pytest.raises(ValueError, match="must not leave gradient recording switched"):
+        vb.rowwise(fn, module=MODULE, microbatch_size=size, check=False)(rows())
+    assert torch.is_grad_enabled()

@@ -1,6 +1,7 @@
 """The check of a loss at its first window: JAX's part of `certify.first_window`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,9 +14,10 @@ from virtualbatch.certify.first_window import conclude, prove
 from virtualbatch.certify.proven import NO_ROWS
 from virtualbatch.certify.randomness import HostRandom
 from virtualbatch.certify.trial import Distance, Trial, UntriedError, rows_of_part
-from virtualbatch.jax._arrays import is_array, on_host
+from virtualbatch.jax._arrays import is_array, of_arrays, on_host
 from virtualbatch.jax._batch import chosen, cut_batch
 from virtualbatch.jax._certify.certificate import certificate
+from virtualbatch.jax._compiled_quickly import compiled_quickly
 from virtualbatch.jax._objective import Call
 from virtualbatch.jax._plan.memory import ERRORS
 from virtualbatch.jax._remembered import remembered
@@ -126,12 +128,13 @@ class _JaxTrial(Trial):
         both = Window([parts[0][position], parts[2][position]])
         shares = window_shares(cut_batch(both, None, None, compiled=False), weight)
         call = self._program.call(self._args, self._kwargs, shares.terms)
+        gradients_of = partial(_gradients, call)
         host = HostRandom()
         try:
             # One program for each number of rows is less to compile than each operation alone.
-            found = _run(call.traced_once(), parts, shares)
+            found = _run(call, of_arrays(gradients_of, compiled_quickly), parts, shares)
         except (TypeError, IndexError):  # as JAX says that a loss needs values
-            found = _run(call, parts, shares)
+            found = _run(call, gradients_of, parts, shares)
         sizes, losses, dtypes = found
         if host.has_moved():
             raise UntriedError("it draws random numbers by Python or NumPy")
@@ -153,9 +156,19 @@ class _JaxTrial(Trial):
 
 
 def _run(
-    call: Call, parts: Sequence[tuple[Any, ...]], shares: Shares
+    call: Call,
+    gradients_of: Callable[..., tuple[dict[Any, Any], Any]],
+    parts: Sequence[tuple[Any, ...]],
+    shares: Shares,
 ) -> tuple[list[float], list[dict[Any, float]], list[Any]]:
-    """Sizes and losses for `Distance.of`, and the dtypes of the losses."""
+    """Sizes and losses for `Distance.of`, and the dtypes of the losses.
+
+    Args:
+        call: the call.
+        gradients_of: `_gradients` of the call, compiled or not.
+        parts: the arguments of the first part, of the whole, and of the second part.
+        shares: the shares of the two parts.
+    """
     total: Any = None
     sizes, losses, dtypes = [], [], []
     for k, args in enumerate(parts):
@@ -164,13 +177,21 @@ def _run(
         if counting is None:
             terms, _ = call.terms(args)
         else:
-            terms, _, gradients = call.gradients(args, *counting[:2])
+            terms, gradients = gradients_of(args, call.kwargs, *counting[:2])
             scaled = jax.tree.map(lambda x, f=counting[2]: _wide(x) * f, gradients)
             total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
         losses.append({name: float(value) for name, value in terms.items()})
         dtypes += [value.dtype for value in terms.values()]
         sizes.append(_largest(total))
     return sizes, losses, dtypes
+
+
+def _gradients(
+    call: Call, args: Any, kwargs: Any, names: Sequence[Any] | None, factors: Mapping[Any, Any]
+) -> tuple[dict[Any, Any], Any]:
+    """The terms of a loss, and gradients; see `Call.gradients`."""
+    terms, _, gradients = call._replace(kwargs=kwargs).gradients(args, names, factors)
+    return terms, gradients
 
 
 def _rows(batch: Any) -> int:

@@ -13,7 +13,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from virtualbatch.certify.activations import Activation, Recording
 from virtualbatch.certify.randomness import axes_of_rows
 from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weights_of
-from virtualbatch.jax._arrays import is_array, on_host
+from virtualbatch.jax._arrays import is_array, of_arrays, on_host
 from virtualbatch.jax._batch import chosen, cut_batch
 from virtualbatch.jax._jaxpr import Traced, drawn_shapes, evaluate, floating_dtypes, traced
 from virtualbatch.jax._objective import Call
@@ -62,6 +62,7 @@ class JaxTrainingStep(TrainingStep):
         self.parameters = {name: np.asarray(leaf) for name, leaf in self._names.items()}
         self._bits: list[Any] = []
         self._axes = self._axes_of_draws()
+        self._by_rows = of_arrays(self._of_rows, jax.jit)
         loss = jax.eval_shape(lambda: self._terms_of(self.pieces[0]))
         dtype = next(iter(loss.values())).dtype
         wide = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
@@ -126,7 +127,7 @@ class JaxTrainingStep(TrainingStep):
         call = self._call._replace(fun=self._by_rows)
         return call.terms(call.arguments(self._some(rows)))[0]
 
-    def _by_rows(self, *args: Any, **kwargs: Any) -> Any:
+    def _of_rows(self, *args: Any, **kwargs: Any) -> Any:
         """The user's function, but with (batch, row numbers) instead of a batch."""
         return self._evaluate(args, kwargs, None)
 
@@ -161,11 +162,17 @@ class JaxTrainingStep(TrainingStep):
         some = len(self.pieces[0])
         axes = axes_of_rows(shapes, drawn_shapes(part.program), self.rows, some)
 
-        def keep(bits: Any) -> Any:
-            self._bits.append(bits)
-            return bits
+        def bits_of(arrays: Sequence[Any]) -> list[Any]:
+            found: list[Any] = []
 
-        evaluate(whole, arrays, keep)
+            def keep(bits: Any) -> Any:
+                found.append(bits)
+                return bits
+
+            evaluate(whole, arrays, keep)
+            return found
+
+        self._bits = jax.jit(bits_of)(arrays)
         return axes
 
     def _named(self, gradients: Any) -> dict[str, np.ndarray | None]:

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import keras
 
+from virtualbatch.jax._compiled_quickly import compiled_quickly
 from virtualbatch.keras._jax.devices import on_every_device
-from virtualbatch.keras._jax.program import QUICKLY
 
 
 def evaluated(model: keras.Model, function: Callable[[Any], Any], given: Any) -> Sequence[Any]:
@@ -18,7 +18,7 @@ def evaluated(model: keras.Model, function: Callable[[Any], Any], given: Any) ->
         with keras.StatelessScope(list(zip(variables, values, strict=True))):
             return function(given)
 
-    program = jax.jit(run, compiler_options=QUICKLY)
+    program = compiled_quickly(run)
     with on_every_device():
         found: Sequence[Any] = jax.device_get(program([v.value for v in variables], given))
     return found

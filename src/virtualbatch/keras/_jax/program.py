@@ -3,16 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import keras
 from jax.extend.core import ClosedJaxpr, Literal
 
+from virtualbatch.jax._compiled_quickly import compiled_quickly
 from virtualbatch.keras._backend import Ran
 from virtualbatch.keras._jax.devices import on_every_device
 from virtualbatch.keras._jax.stateless import State
-
-# The program runs only once or twice, so optimising it would take longer than it saves.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class JaxProgram:
@@ -29,7 +26,7 @@ class JaxProgram:
     def __init__(self, model: keras.Model, step: Any):
         self._model = model
         self._step = step
-        self._program = jax.jit(self._run, compiler_options=QUICKLY)
+        self._program = compiled_quickly(self._run)
         self._reached: list[bool] | None = None
 
     def __call__(self, batch: Callable[[], Any], times: int) -> Ran:

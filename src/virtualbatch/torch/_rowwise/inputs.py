@@ -92,7 +92,9 @@ class Inputs:
         (microbatch,) = self.batch.given
         if self.found.accelerator is not None:
             microbatch = on_device(microbatch, self.found.accelerator)
-        return self.fn(microbatch.get(), *self._build_shared(self._shared))
+        result = self.fn(microbatch.get(), *self._build_shared(self._shared))
+        check_recording(True)
+        return result
 
     def call(self, microbatch: Microbatch) -> Called:
         """Calls fn for a micro-batch, with leaves that have no graph.
