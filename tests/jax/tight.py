@@ -24,8 +24,11 @@ def loss(params, batch):
 
 
 params, batch = jnp.ones((64, 16)), jnp.ones((256, 64))
-# What a program and its threads load is there before the limit.
-jax.block_until_ready(jax.jit(vb.value_and_grad(loss, microbatch_size=2))(params, batch[:4]))
+# What a program loads is there before the limit, and every thread has worked: one that begins later
+# would need memory of its own, and glibc ends the process where there is none.
+update = jax.jit(vb.value_and_grad(loss, microbatch_size=2))
+for _ in range(20):
+    jax.block_until_ready(update(params, batch[:4]))
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * os.sysconf("SC_PAGE_SIZE") + int(sys.argv[1]) * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
