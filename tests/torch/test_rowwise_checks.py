@@ -267,7 +267,7 @@ def test_a_function_inside_a_window_is_planned_with_it():
     assert taken(MODULE) == [None] * 4
 
 
-@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize("size", [2, ROWS])
 def test_a_function_that_leaves_recording_off_is_refused_in_one_micro_batch_too(size):
     def fn(x):
         found = MODULE(x)

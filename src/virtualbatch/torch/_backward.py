@@ -11,8 +11,8 @@ from virtualbatch.torch._accumulator import rounding_seed
 from virtualbatch.torch._as_written import as_written
 from virtualbatch.torch._call import Call, Trained
 from virtualbatch.torch._checks import check_recording
+from virtualbatch.torch._conclusion import keep
 from virtualbatch.torch._modules import inventory
-from virtualbatch.torch._ran import keep
 from virtualbatch.torch._replicas.found import replicas_of
 from virtualbatch.torch._undo import undone_if_cut
 from virtualbatch.torch._window import Program
@@ -210,5 +210,5 @@ def backward(
     ran.gradients.add_held(handed_over)
     # The statistics are written last, because a graph that is not yet differentiated may hold
     # their buffers.
-    ran.run.statistics.commit(outcome.statistics)
+    ran.loop.statistics.commit(outcome.statistics)
     return ran.result(handed_over.detach(), outcome.stats(ran))

@@ -8,12 +8,12 @@ import torch
 from virtualbatch.torch._batch import ReadBatch, read, read_without_rows
 from virtualbatch.torch._certify.first_window import prove_first_window, tell_untried
 from virtualbatch.torch._checks import check_call, refuse_foreign_accumulation
+from virtualbatch.torch._conclusion import Conclusion, Ran
 from virtualbatch.torch._coupled import refused_if_coupled
 from virtualbatch.torch._fit import Fit
 from virtualbatch.torch._loss import WindowLoss
 from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._not_finite import Heard
-from virtualbatch.torch._ran import Conclusion, Ran
 from virtualbatch.torch._remembered import remembered
 from virtualbatch.torch._replicas.replicas import Outcome, Replicas
 from virtualbatch.torch._window import Program

@@ -12,9 +12,9 @@ from virtualbatch.torch._accumulator import rounding_seed
 from virtualbatch.torch._as_written import as_written
 from virtualbatch.torch._call import Call, Trained
 from virtualbatch.torch._commit import Commit
+from virtualbatch.torch._conclusion import Ran
 from virtualbatch.torch._handover import Finished, hooks_set_aside
 from virtualbatch.torch._modules import Inventory, inventory
-from virtualbatch.torch._ran import Ran
 from virtualbatch.torch._replicas.found import replicas_of
 from virtualbatch.torch._replicas.replicas import Replicas
 from virtualbatch.torch._undo import undone_if_cut
@@ -209,7 +209,7 @@ def window_loss(
         call = call._replace(program=call.program._replace(backward_fn=backward_fn))
     if replicas is not None:
         ran, outcome = call.together(replicas)
-        ran.run.statistics.commit(outcome.statistics)
+        ran.loop.statistics.commit(outcome.statistics)
         value = outcome.loss
         if recording:
             value = replicas.finished(ran, outcome.reached, scale).behind(value)
@@ -224,7 +224,7 @@ def _hand_over(scale: torch.Tensor | None, ran: Ran) -> Any:
     """Puts the gradients of a window behind its loss."""
     value, stats = ran.loss.mean(), ran.stats()
     commit = Commit()
-    ran.run.statistics.prepare(commit)
+    ran.loop.statistics.prepare(commit)
     pairs = list(zip(ran.gradients.parameters, ran.gradients.taken(), strict=True))
     reached = [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
     del pairs
@@ -239,7 +239,7 @@ def _hand_over(scale: torch.Tensor | None, ran: Ran) -> Any:
 def _evaluate(ran: Ran) -> Any:
     """The mean loss of a batch. BatchNorm layers in training mode get their update."""
     commit = Commit()
-    ran.run.statistics.prepare(commit)
+    ran.loop.statistics.prepare(commit)
     result = ran.result(ran.loss.mean())
     commit.run(ran.undo)
     return result

@@ -11,13 +11,13 @@ from virtualbatch.torch._accumulator import RoundedWindow
 from virtualbatch.torch._aux import merged_aux
 from virtualbatch.torch._batchnorm import MergedStatistics, is_tracked
 from virtualbatch.torch._capture import Captured
+from virtualbatch.torch._conclusion import Conclusion, Ran, keep, take_back
 from virtualbatch.torch._gradients import WindowGradients
+from virtualbatch.torch._loop import Loop
 from virtualbatch.torch._loss import WindowLoss
 from virtualbatch.torch._microbatch import Microbatch, on_device
 from virtualbatch.torch._modules import Inventory
-from virtualbatch.torch._ran import Conclusion, Ran, keep, take_back
 from virtualbatch.torch._rounding import StochasticRounding
-from virtualbatch.torch._run import Run
 from virtualbatch.torch._state import Buffers, Places
 from virtualbatch.torch._stats import GradientNorms
 from virtualbatch.torch._undo import Undo, all_or_nothing
@@ -124,10 +124,10 @@ class Program(NamedTuple):
                 self.in_step is not None,
                 None if self.rounding_seed is None else StochasticRounding(self.rounding_seed),
             )
-        run = Run(self.loss_fn, self.has_aux, statistics, gradients, norms, self.in_step)
+        loop = Loop(self.loss_fn, self.has_aux, statistics, gradients, norms, self.in_step)
         rounded = None if self.rounding_seed is None else RoundedWindow(self.found.owner)
         undo = Undo(partial(_put_back, gradients, buffers, rounded))
-        ran = Ran(run, loss, [], shares, undo)
+        ran = Ran(loop, loss, [], shares, undo)
         with undo:
             if rounded is not None:
                 rounded.count()
@@ -136,7 +136,7 @@ class Program(NamedTuple):
                     attached.enter_context(statistics.attached())
                 if norms is not None:
                     attached.enter_context(norms.attached())
-                run.window(cut, shares, loss, ran.aux, conclude is keep, self.holds_last)
+                loop.run(cut, shares, loss, ran.aux, conclude is keep, self.holds_last)
                 if self.has_aux:
                     own = cut[: len(shares.rows)]
                     # The merge may run the loss function on fake tensors. None of them must stay

@@ -62,7 +62,8 @@ class JaxTrainingStep(TrainingStep):
         self.parameters = {name: np.asarray(leaf) for name, leaf in self._names.items()}
         self._bits: list[Any] = []
         self._axes = self._axes_of_draws()
-        self._by_rows = of_arrays(self._of_rows, jax.jit)
+        # One program for each number of rows is less to compile than each operation alone.
+        self._compiled = of_arrays(self._by_rows, jax.jit)
         loss = jax.eval_shape(lambda: self._terms_of(self.pieces[0]))
         dtype = next(iter(loss.values())).dtype
         wide = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
@@ -87,7 +88,7 @@ class JaxTrainingStep(TrainingStep):
         call = self._call
 
         def loss_alone(*args: Any, **kwargs: Any) -> Any:
-            found = self._by_rows(*args, **kwargs)
+            found = self._compiled(*args, **kwargs)
             return found[0] if call.has_aux else found
 
         weight = of_part(self._weight, itemgetter(0))
@@ -102,7 +103,7 @@ class JaxTrainingStep(TrainingStep):
     def alone(self, rows: np.ndarray, term: Any = None, again: bool = False) -> Observed:
         """See `TrainingStep`. A JAX function keeps no state, so a second run equals the first."""
         del again
-        call = self._call._replace(fun=self._by_rows)
+        call = self._call._replace(fun=self._compiled)
         args = call.arguments(self._some(rows))
         terms, _, gradients = call.gradients(args, None if term is None else [term])
         return Observed({k: float(v) for k, v in terms.items()}, self._named(gradients), {})
@@ -124,10 +125,10 @@ class JaxTrainingStep(TrainingStep):
         return chosen(batch, index), jnp.asarray(index)
 
     def _terms_of(self, rows: np.ndarray) -> dict[Any, Any]:
-        call = self._call._replace(fun=self._by_rows)
+        call = self._call._replace(fun=self._compiled)
         return call.terms(call.arguments(self._some(rows)))[0]
 
-    def _of_rows(self, *args: Any, **kwargs: Any) -> Any:
+    def _by_rows(self, *args: Any, **kwargs: Any) -> Any:
         """The user's function, but with (batch, row numbers) instead of a batch."""
         return self._evaluate(args, kwargs, None)
 

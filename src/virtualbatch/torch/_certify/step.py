@@ -13,13 +13,13 @@ from virtualbatch.certify.step import Observed, PieceWeights, TrainingStep, weig
 from virtualbatch.torch._batch import read
 from virtualbatch.torch._certify.activations import recorded
 from virtualbatch.torch._certify.randomness import RowwiseRandom
+from virtualbatch.torch._conclusion import keep
 from virtualbatch.torch._faults import refuse_shared_graph
 from virtualbatch.torch._grad_watch import check_recording
 from virtualbatch.torch._leaves import refuse_unheld_parameter
 from virtualbatch.torch._loss import checked_terms
 from virtualbatch.torch._microbatch import known_rows, on_device
 from virtualbatch.torch._modules import inventory
-from virtualbatch.torch._ran import keep
 from virtualbatch.torch._state import versions_of
 from virtualbatch.torch._undo import Undo
 from virtualbatch.torch._window import Program

@@ -16,11 +16,11 @@ from virtualbatch.plan.retry import Memory
 from virtualbatch.plan.search import ROOM_FOR_TOOLS
 from virtualbatch.plan.timing import Timing
 from virtualbatch.torch._batch import ReadBatch
+from virtualbatch.torch._conclusion import take_back
 from virtualbatch.torch._microbatch import Microbatch, known_rows
 from virtualbatch.torch._modules import inventory
 from virtualbatch.torch._plan.memory import ERRORS, left_bytes
 from virtualbatch.torch._plan.peak import DeviceCount, can_fake, faked, peak_bytes
-from virtualbatch.torch._ran import take_back
 from virtualbatch.torch._random import RandomState
 from virtualbatch.torch._replicas.found import refuse_in_step
 from virtualbatch.torch._signals import held_back

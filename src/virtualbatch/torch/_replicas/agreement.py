@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import distributed
 
+from virtualbatch.torch._conclusion import Ran
 from virtualbatch.torch._distributed import full
-from virtualbatch.torch._ran import Ran
 from virtualbatch.torch._replicas.moments import as_sums, from_sums
 from virtualbatch.torch._replicas.replicas import Outcome
 from virtualbatch.window.weights import HostWeights, Totals
@@ -149,7 +149,7 @@ class Agreement:
         Raises:
             RuntimeError: another rank has failed.
         """
-        merged = ran.run.statistics.merged()
+        merged = ran.loop.statistics.merged()
         calls: list[int] = []
         if self._channels:
             # A layer may be called a different number of times on each rank. The largest counts.
@@ -157,7 +157,7 @@ class Agreement:
             self._tell = None
             failed, *calls = self._largest(own)
             self._check_others(failed)
-        loss, norms = ran.loss, ran.run.norms
+        loss, norms = ran.loss, ran.loop.norms
         numbers = [
             torch.tensor([0.0, float(ran.shares.counted)]),
             torch.tensor([float(loss.dtype == dtype) for dtype in _DTYPES]),

@@ -17,9 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
+from virtualbatch.torch._conclusion import Ran
 from virtualbatch.torch._handover import Finished, hooks_set_aside
 from virtualbatch.torch._modules import Inventory
-from virtualbatch.torch._ran import Ran
 from virtualbatch.torch._replicas.checks import check_ddp, check_group, check_reduce
 from virtualbatch.torch._replicas.replicas import Replicas
 from virtualbatch.torch._undo import Undo

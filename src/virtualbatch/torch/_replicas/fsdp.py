@@ -16,10 +16,10 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from virtualbatch.torch._batchnorm import is_tracked
+from virtualbatch.torch._conclusion import Ran
 from virtualbatch.torch._gradients import HALF
 from virtualbatch.torch._handover import Finished, hooks_set_aside
 from virtualbatch.torch._modules import Inventory
-from virtualbatch.torch._ran import Ran
 from virtualbatch.torch._replicas.checks import check_reduce, refuse_talking_layers
 from virtualbatch.torch._replicas.mesh import reducing_group
 from virtualbatch.torch._replicas.replicas import Replicas

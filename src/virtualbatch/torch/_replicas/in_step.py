@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from virtualbatch.torch._batch import ReadBatch
+from virtualbatch.torch._conclusion import Conclusion, Ran
 from virtualbatch.torch._fit import Fit
 from virtualbatch.torch._microbatch import Microbatch
 from virtualbatch.torch._plan.memory import ERRORS
-from virtualbatch.torch._ran import Conclusion, Ran
 from virtualbatch.torch._replicas.agreement import Agreement
 from virtualbatch.torch._replicas.replicas import Prove, Replicas
 from virtualbatch.torch._window import Program

@@ -10,9 +10,9 @@ import torch
 from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.torch._batch import ReadBatch
 from virtualbatch.torch._batchnorm import Moments
+from virtualbatch.torch._conclusion import Ran
 from virtualbatch.torch._handover import Finished
 from virtualbatch.torch._microbatch import Microbatch
-from virtualbatch.torch._ran import Ran
 from virtualbatch.torch._window import Program
 from virtualbatch.window.shares import Shares
 
@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
 
     def stats(self, ran: Ran) -> WindowStats | None:
         """The statistics of a window whose gradients were added up into empty `.grad`s."""
-        norms = ran.run.norms
+        norms = ran.loop.norms
         if norms is None:
             return None
         found = [p.grad for p in ran.gradients.parameters if p.grad is not None]

@@ -10,10 +10,10 @@ import torch
 
 from virtualbatch.torch._batch import ReadBatch
 from virtualbatch.torch._batchnorm import is_tracked
+from virtualbatch.torch._conclusion import Conclusion, Ran, held_by
 from virtualbatch.torch._coupled import refused_if_coupled
 from virtualbatch.torch._fit import Fit
 from virtualbatch.torch._microbatch import Microbatch
-from virtualbatch.torch._ran import Conclusion, Ran, held_by
 from virtualbatch.torch._replicas.agreement import Agreement
 from virtualbatch.torch._replicas.in_step import run_in_step
 from virtualbatch.torch._replicas.replicas import Outcome, Prove, Replicas
@@ -79,8 +79,8 @@ def _run_apart(
 
     def checked(ran: Ran) -> Ran:
         # The last check that can fail on one rank only.
-        if ran.run.gradients is not None:
-            ran.run.gradients.check_leaves()
+        if ran.loop.gradients is not None:
+            ran.loop.gradients.check_leaves()
         held: Ran = hold(ran)
         return held
 

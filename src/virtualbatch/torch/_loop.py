@@ -1,4 +1,4 @@
-"""The micro-batches of one window, one after another: forward, share, backward, sum."""
+"""The loop over the micro-batches of one window: forward, share, backward, sum."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +14,14 @@ from virtualbatch.window.shares import Shares
 from virtualbatch.window.terms import loss_and_aux
 
 
-class Run(NamedTuple):
-    """The micro-batches of one window, one after another.
+class Loop(NamedTuple):
+    """The loop over the micro-batches of one window.
 
     Fields:
+        loss_fn, has_aux: as in `Program`.
+        statistics: BatchNorm's moments of the window.
         gradients: None if PyTorch records no gradients.
+        norms: norms of gradients, if statistics of the window are asked for.
         in_step: as in `Program`.
     """
 
@@ -29,7 +32,7 @@ class Run(NamedTuple):
     norms: GradientNorms | None
     in_step: Callable[[int, int], None] | None
 
-    def window(
+    def run(
         self,
         cut: Sequence[Microbatch],
         shares: Shares,

@@ -8,8 +8,8 @@ import torch
 from virtualbatch.noise.estimate import WindowStats
 from virtualbatch.torch._commit import Commit
 from virtualbatch.torch._gradients import WindowGradients
+from virtualbatch.torch._loop import Loop
 from virtualbatch.torch._loss import WindowLoss
-from virtualbatch.torch._run import Run
 from virtualbatch.torch._undo import Undo
 from virtualbatch.window.shares import Shares
 
@@ -18,14 +18,14 @@ class Ran(NamedTuple):
     """A window that has run, of which nothing is kept yet.
 
     Fields:
-        run: the objects that ran the window.
+        loop: the loop that ran the window.
         loss: the losses of the window.
         aux: the aux of the window, as the only item; empty if there is no aux.
         shares: the shares of the micro-batches.
         undo: puts back `.grad`s and buffers.
     """
 
-    run: Run
+    loop: Loop
     loss: WindowLoss
     aux: list[Any]
     shares: Shares
@@ -34,9 +34,9 @@ class Ran(NamedTuple):
     @property
     def gradients(self) -> WindowGradients:
         """The gradients of a window that was differentiated."""
-        if self.run.gradients is None:
+        if self.loop.gradients is None:
             raise ValueError("internal: a window without gradients is asked for them.")
-        return self.run.gradients
+        return self.loop.gradients
 
     def reached(self, parameters: int) -> list[bool]:
         """Whether the window has a gradient, for each parameter.
@@ -44,7 +44,7 @@ class Ran(NamedTuple):
         Args:
             parameters: the number of parameters.
         """
-        gradients = self.run.gradients
+        gradients = self.loop.gradients
         return [False] * parameters if gradients is None else gradients.reached()
 
     def result(self, loss: torch.Tensor, stats: WindowStats | None = None) -> Any:
@@ -54,7 +54,7 @@ class Ran(NamedTuple):
 
     def stats(self) -> WindowStats | None:
         """The statistics of the window, if they are asked for."""
-        norms = self.run.norms
+        norms = self.loop.norms
         if norms is None:
             return None
         return norms.stats(self.gradients.sums(), self.shares.window, self.shares.counted)
@@ -68,7 +68,7 @@ def keep(ran: Ran) -> Any:
     """Adds the gradients to `.grad`, and makes BatchNorm's update. Returns the call's result."""
     result = ran.result(ran.loss.mean(), ran.stats())
     commit = Commit()
-    ran.run.statistics.prepare(commit)
+    ran.loop.statistics.prepare(commit)
     ran.gradients.prepare(commit)
     commit.run(ran.undo)
     return result
