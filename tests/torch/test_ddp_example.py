@@ -100,7 +100,7 @@ def ended(launcher):
         # It ends its ranks, which nobody else knows.
         launcher.terminate()
     assert launcher.returncode == 0, output
-    # All write to one pipe, so a line may begin behind a warning.
+    # The ranks write to one pipe, so a line may begin behind another rank's.
     return dict(re.findall(r"rank (\d): (\d+) updates", output))
 
 
